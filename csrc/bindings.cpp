@@ -1,0 +1,91 @@
+// The Python module taylor_kernels._native: integers in (pointers, sizes, a stream), nothing out;
+// a C++ exception becomes a Python one. The order of the integers is that of the struct members in
+// the headers; taylor_kernels/backends/native.py writes them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "cpu_dispatch.h"
+#include "filter_moments.h"
+#include "gate_gradients.h"
+
+namespace {
+
+using Integers = std::vector<int64_t>;
+
+template <typename T>
+T* pointer(int64_t value) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
+}
+
+std::vector<tk::FilterMomentsItem> filter_moments_items(const Integers& values) {
+  constexpr size_t kMembers = 10;
+  if (values.size() % kMembers) throw std::invalid_argument("filter_moments: a torn table");
+  std::vector<tk::FilterMomentsItem> items;
+  items.reserve(values.size() / kMembers);
+  for (auto v = values.begin(); v != values.end(); v += kMembers)
+    items.push_back({pointer<void>(v[0]), pointer<void>(v[1]), v[2], v[3], v[4], v[5],
+                     pointer<void>(v[6]), pointer<void>(v[7]), static_cast<tk::DType>(v[8]),
+                     static_cast<int32_t>(v[9])});
+  return items;
+}
+
+tk::GateGradientsArgs gate_gradients_args(const Integers& v) {
+  if (v.size() != 9) throw std::invalid_argument("gate_gradients: a torn record");
+  return {pointer<void>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]),
+          pointer<void>(v[3]), v[4],                v[5],
+          v[6],                v[7],                static_cast<tk::DType>(v[8])};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  namespace py = pybind11;
+  using NoGil = py::call_guard<py::gil_scoped_release>;
+
+  m.attr("compiler") = TK_COMPILER;
+  m.attr("cuda_version") = TK_CUDA_VERSION;  // empty: built without CUDA
+  m.attr("cuda_architectures") = TK_CUDA_ARCHITECTURES;
+  m.def("cpu_isa", &tk::cpu_isa);
+
+  m.def(
+      "filter_moments_cpu",
+      [](const Integers& values, int threads) {
+        auto items = filter_moments_items(values);
+        tk::filter_moments_cpu(items.data(), items.size(), threads);
+      },
+      NoGil());
+  m.def(
+      "gate_gradients_cpu",
+      [](const Integers& values, int threads) {
+        tk::gate_gradients_cpu(gate_gradients_args(values), threads);
+      },
+      NoGil());
+
+#if defined(TK_CUDA)
+  m.def("filter_moments_cuda_workspace", [](const Integers& values) {
+    auto items = filter_moments_items(values);
+    return tk::filter_moments_cuda_workspace(items.data(), items.size());
+  });
+  m.def(
+      "filter_moments_cuda",
+      [](const Integers& values, int64_t workspace, int64_t stream) {
+        auto items = filter_moments_items(values);
+        tk::filter_moments_cuda(items.data(), items.size(), pointer<void>(workspace),
+                                pointer<void>(stream));
+      },
+      NoGil());
+  m.def("gate_gradients_cuda_workspace", [](const Integers& values) {
+    return tk::gate_gradients_cuda_workspace(gate_gradients_args(values));
+  });
+  m.def(
+      "gate_gradients_cuda",
+      [](const Integers& values, int64_t workspace, int64_t stream) {
+        tk::gate_gradients_cuda(gate_gradients_args(values), pointer<void>(workspace),
+                                pointer<void>(stream));
+      },
+      NoGil());
+#endif
+}

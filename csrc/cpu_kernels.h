@@ -1,0 +1,17 @@
+// The CPU kernels as each instruction set's translation units define them.
+#pragma once
+
+#include <cstdint>
+
+#include "filter_moments.h"
+#include "gate_gradients.h"
+
+#ifndef TK_ISA
+#define TK_ISA baseline
+#endif
+
+#define TK_DECLARE_CPU_KERNELS(isa)                                                     \
+  namespace isa {                                                                       \
+  void filter_moments(const FilterMomentsItem* items, int64_t count, int threads);      \
+  void gate_gradients(const GateGradientsArgs& args, int threads);                      \
+  }

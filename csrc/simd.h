@@ -1,0 +1,136 @@
+// Sixteen floats (or doubles) at a time, in plain GCC/Clang vector extensions: the compiler splits
+// them to the width of the instruction set this file is compiled for, so the order of every sum,
+// and with it the result, depends on that set only through fused multiply-add.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace tk {
+inline namespace TK_ISA {
+
+constexpr int kLanes = 16;
+
+// Storage types of the half formats; a kernel only ever sees them widened.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+using Float16x = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Double16x = double __attribute__((vector_size(kLanes * sizeof(double))));
+using Word16x = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+using Short16x = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+using Mask16x = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+using LongMask16x = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
+
+// What a storage type is summed in.
+template <typename T>
+struct Sum {
+  using Scalar = float;
+  using Vector = Float16x;
+};
+template <>
+struct Sum<double> {
+  using Scalar = double;
+  using Vector = Double16x;
+};
+
+inline Float16x load(const float* p) {
+  Float16x v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Double16x load(const double* p) {
+  Double16x v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Float16x load(const BFloat16* p) {
+  Short16x bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  Word16x wide = __builtin_convertvector(bits, Word16x) << 16;
+  Float16x v;
+  std::memcpy(&v, &wide, sizeof(v));
+  return v;
+}
+
+inline Float16x load(const Half* p) {
+  Float16x v;
+#if defined(__AVX512F__)
+  // The masked form: GCC 12 warns of an undefined source operand in the plain one.
+  __m512 wide =
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  std::memcpy(&v, &wide, sizeof(v));
+#elif defined(__F16C__)
+  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  std::memcpy(&v, &low, sizeof(low));
+  std::memcpy(reinterpret_cast<char*>(&v) + sizeof(low), &high, sizeof(high));
+#else
+  // Move the 15 low bits to float's place and rescale the exponent by 2^112; the product is exact,
+  // subnormals included. An exponent of 31 (Inf, NaN) must become 255.
+  Short16x half;
+  std::memcpy(&half, p, sizeof(half));
+  Word16x bits = __builtin_convertvector(half, Word16x);
+  Word16x magnitude = (bits & 0x7fffu) << 13;
+  Float16x scaled;
+  std::memcpy(&scaled, &magnitude, sizeof(scaled));
+  scaled *= 0x1p112f;
+  Word16x result;
+  std::memcpy(&result, &scaled, sizeof(result));
+  Word16x special = Word16x((bits & 0x7c00u) == 0x7c00u);
+  result |= (special & 0x7f800000u) | (bits & 0x8000u) << 16;
+  std::memcpy(&v, &result, sizeof(v));
+#endif
+  return v;
+}
+
+// The first n < 16 elements, the other lanes 0: a term of 0 leaves every moment as it is.
+template <typename T>
+inline typename Sum<T>::Vector load_first(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+inline Float16x abs(Float16x v) {
+  Word16x bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  bits &= 0x7fffffffu;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+inline Double16x abs(Double16x v) {
+  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_fabs(v[i]);
+  return v;
+}
+
+template <typename V>
+inline V splat(double x) {
+  V v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x;
+  return v;
+}
+
+// A fixed tree: lane i with i+8, then +4, +2, +1.
+template <typename V>
+inline double sum_lanes(const V& v) {
+  double lane[kLanes];
+  for (int i = 0; i < kLanes; ++i) lane[i] = v[i];
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

@@ -1,0 +1,39 @@
+"""Runs CMake (see CMakeLists.txt) and puts the native module into the package.
+
+TAYLOR_KERNELS_CUDA=auto|on|off chooses whether the CUDA kernels are built; the default, auto, builds
+them where nvcc is found.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        source = Path(__file__).parent.resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "PYBIND11_FINDPYTHON": "ON",
+            "TAYLOR_KERNELS_CUDA": os.environ.get("TAYLOR_KERNELS_CUDA", "auto"),
+        }
+        defines = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.run(["cmake", "-S", source, "-B", build, "-G", "Ninja", *defines], check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+
+setup(
+    ext_modules=[Extension("taylor_kernels._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,104 @@
+"""The C++ and CUDA kernels of csrc/, reached through the torch-free module `_native`.
+
+That module takes integers only (pointers, sizes, a stream), so one build serves every PyTorch.
+The order of the integers here is the order of the struct members in csrc/bindings.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.layout import FilterMomentsItem, GateGradientsArgs
+
+try:
+    from taylor_kernels import _native
+except ImportError as error:
+    _native = None
+    _import_error = str(error)
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
+    """Write the moments of all items, which share a device, into their outputs."""
+    table = [
+        value
+        for item in items
+        for value in (
+            item.weight.data_ptr(),
+            item.grad.data_ptr(),
+            item.rows,
+            item.channels,
+            item.kernel,
+            item.groups,
+            _pointer(item.row_out),
+            _pointer(item.col_out),
+            _DTYPE_CODES[item.weight.dtype],
+            item.channels_last,
+        )
+    ]
+    device = items[0].weight.device
+    if device.type == "cpu":
+        _native.filter_moments_cpu(table, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        workspace = _workspace(_native.filter_moments_cuda_workspace(table), device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _native.filter_moments_cuda(table, _pointer(workspace), stream)
+
+
+def gate_gradients(args: GateGradientsArgs) -> None:
+    """Write the gate gradients of one activation into `args.out`."""
+    values = [
+        args.output.data_ptr(),
+        args.grad_output.data_ptr(),
+        _pointer(args.bias),
+        args.out.data_ptr(),
+        args.batch,
+        args.outer,
+        args.channels,
+        args.inner,
+        _DTYPE_CODES[args.output.dtype],
+    ]
+    device = args.output.device
+    if device.type == "cpu":
+        _native.gate_gradients_cpu(values, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        workspace = _workspace(_native.gate_gradients_cuda_workspace(values), device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _native.gate_gradients_cuda(values, _pointer(workspace), stream)
+
+
+@cache
+def cpu_status() -> tuple[bool, str]:
+    if _native is None:
+        return False, f"taylor_kernels._native did not load ({_import_error}); pip install ."
+    return True, f"{_native.compiler}, {_native.cpu_isa()}"
+
+
+@cache
+def cuda_status() -> tuple[bool, str]:
+    if _native is None:
+        return cpu_status()
+    if not _native.cuda_version:
+        return False, (
+            "the package was built without CUDA; rebuild it where nvcc is on PATH, "
+            "with TAYLOR_KERNELS_CUDA=on"
+        )
+    built = f"CUDA {_native.cuda_version}, {_native.cuda_architectures}"
+    if not torch.cuda.is_available():
+        return False, f"built for {built}, but PyTorch sees no GPU"
+    return True, built
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _workspace(size: int, device: torch.device) -> Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=device) if size else None

@@ -1,0 +1,115 @@
+"""Criteria: how a filter's raw statistics become its score. Arithmetic only; no kernel is called here.
+
+A criterion names the source of its statistics (taylor_kernels/sources) and a function from a table
+of them, [filters, columns], to scores, [filters] or [filters, observations] where every column is
+an observation of its own (an example). Statistics add up over coupled filters, scores do not: the
+pruner sums the tables of a coupled group first and scores the sum, which is the shared gate of
+Molchanov et al.
+
+| name | score of a filter | from |
+|---|---|---|
+| taylor_fo | Σ (gw)² over its weights, per minibatch | Molchanov et al. 2019, eq. 8 |
+| taylor_fo_joint | (Σ gw)² | ibid., the joint form |
+| taylor_abs | Σ abs(gw) | Molchanov et al. 2017 without the activation average |
+| taylor_fo_bn | s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch | 2019, section 3.2 |
+| taylor_fo_gate | mean over examples of s², s = Σ (y − b)·dy | the same gate, per example |
+| magnitude_l1, magnitude_l2 | Σ abs(w), Σ w² | Li et al. 2017 |
+| bn_scale | abs(γ) | Liu et al. 2017, network slimming |
+| snip | Σ abs(gw), over its sum in the whole network | Lee et al. 2019 |
+| random | a fixed uniform draw | the control |
+| oracle | (L(W) − L(W with the filter removed))² | Molchanov et al. 2019, eq. 3 |
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from taylor_kernels.ops.filter_moments import MOMENTS
+
+#: What a criterion can be computed from; taylor_kernels/sources says what each table holds.
+SOURCES = ("moments", "gates", "example_gates", "magnitudes", "bn_scale", "random", "loss_change")
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A rule for scoring filters.
+
+    Attributes:
+        name: what `tk.Importance(model, name)` and `tk.Pruner(importance=name)` look up.
+        source: one of `SOURCES`.
+        score: from a [F, K] table of the source's statistics to [F] scores, or to [F, K] where
+            every column is one observation. Greater means more important.
+    """
+
+    name: str
+    source: str
+    score: Callable[[Tensor], Tensor]
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
+
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def register_criterion(criterion: Criterion) -> Criterion:
+    """Make a criterion known by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if criterion.name in _CRITERIA:
+        raise ValueError(f"criterion: {criterion.name!r} is registered already; choose another name")
+    _CRITERIA[criterion.name] = criterion
+    return criterion
+
+
+def criteria() -> list[str]:
+    """The names of all registered criteria."""
+    return list(_CRITERIA)
+
+
+def get_criterion(criterion: str | Criterion) -> Criterion:
+    """The criterion of that name; a `Criterion` is returned as it is.
+
+    Raises:
+        ValueError: no such name; the message holds the nearest right ones.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if criterion not in _CRITERIA:
+        near = difflib.get_close_matches(str(criterion), _CRITERIA, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {criteria()}"
+        raise ValueError(f"criterion: {criterion!r} is not known; {hint}")
+    return _CRITERIA[criterion]
+
+
+def _moment(name: str) -> Callable[[Tensor], Tensor]:
+    column = MOMENTS.index(name)
+    return lambda table: table[:, column]
+
+
+def _share_of_sum(table: Tensor) -> Tensor:
+    saliency = _moment("abs_gw")(table)
+    return saliency / saliency.sum()
+
+
+for _criterion in (
+    Criterion("taylor_fo", "moments", _moment("gw2")),
+    Criterion("taylor_fo_joint", "moments", lambda table: _moment("gw")(table).square()),
+    Criterion("taylor_abs", "moments", _moment("abs_gw")),
+    Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
+    Criterion("taylor_fo_gate", "example_gates", Tensor.square),
+    Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0]),
+    Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1]),
+    Criterion("bn_scale", "bn_scale", lambda table: table[:, 0]),
+    Criterion("snip", "moments", _share_of_sum),
+    Criterion("random", "random", lambda table: table[:, 0]),
+    Criterion("oracle", "loss_change", lambda table: table[:, 0].square()),
+):
+    register_criterion(_criterion)

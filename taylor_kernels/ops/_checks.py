@@ -1,0 +1,39 @@
+"""Checks that every op makes on the tensors it is given, once, before anything is launched."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.layout import FLOATS
+
+
+def check_tensor(tensor: object, name: str) -> None:
+    """A dense tensor of a floating dtype with storage behind it, or an error that names it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}")
+    if tensor.dtype not in FLOATS:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+        raise TypeError(f"{name}: dtype {tensor.dtype} is not supported; convert it to one of {allowed}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: layout {tensor.layout} is not supported; call .to_dense() first")
+    if tensor.device.type == "meta":
+        raise TypeError(f"{name}: a meta tensor has no values; move the model to a real device first")
+
+
+def check_like(tensor: object, name: str, other: Tensor, other_name: str) -> None:
+    """`tensor` has the shape, dtype and device of `other`, which was checked before it."""
+    check_tensor(tensor, name)
+    assert isinstance(tensor, Tensor)
+    for what in ("shape", "dtype", "device"):
+        got, expected = getattr(tensor, what), getattr(other, what)
+        if got != expected:
+            if what == "shape":
+                got, expected = tuple(got), tuple(expected)
+            raise ValueError(
+                f"{name}: {what} {got} does not match {other_name}, which has {what} {expected}"
+            )
+
+
+def _hint(value: object) -> str:
+    return "; has backward() reached this parameter?" if value is None else ""

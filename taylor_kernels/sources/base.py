@@ -1,0 +1,104 @@
+"""What every source is: a meter on some layers of a model that hands over one table per layer."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+Layers = dict[str, nn.Module]
+
+
+class Source(ABC):
+    """A meter on `layers` (name -> convolution or linear module) of `model`."""
+
+    #: Layers whose weight is frozen cannot be read by this source.
+    needs_weight_grad = False
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        self.model = model
+        self.layers = layers
+        self.backend = backend
+
+    @abstractmethod
+    def collect(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> list[Tensor]:
+        """The tables of all layers since the last call, [F, K] each, in the order of `layers`.
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward(); divided out.
+            closure: computes the loss of the model as it stands (`loss_change` alone).
+        """
+
+    def discard(self) -> None:
+        """Forget what was gathered since the last collect()."""
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+
+
+def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:
+    """The convolution and linear layers of a model by name: all, or those that `names` match.
+
+    Args:
+        names: module names; * and ? match as in file names.
+        trainable_only: leave layers with a frozen weight out (with a warning).
+
+    Raises:
+        ValueError: a name matches no such layer; a named layer is frozen though
+            `trainable_only`; nothing is left.
+    """
+    candidates = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
+    if names is None:
+        chosen = candidates
+    else:
+        if isinstance(names, str):
+            raise ValueError(f"layers: expected a sequence of names, got the string {names!r}")
+        chosen = {}
+        for pattern in names:
+            matches = {n: m for n, m in candidates.items() if fnmatchcase(n, pattern)}
+            if not matches:
+                raise ValueError(
+                    f"layers: {pattern!r} matches no convolution or linear layer; "
+                    f"there are {', '.join(candidates) or 'none'}"
+                )
+            chosen |= matches
+    frozen = [n for n, m in chosen.items() if not m.weight.requires_grad] if trainable_only else []
+    if frozen and names is not None:
+        raise ValueError(
+            f"layers: {', '.join(frozen)} have frozen weights, so this criterion has nothing to "
+            "read; unfreeze them or use taylor_fo_gate, which needs no weight gradient"
+        )
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} layers with frozen weights are left out: {', '.join(frozen)}; "
+            "taylor_fo_gate can score them",
+            stacklevel=3,
+        )
+    chosen = {n: m for n, m in chosen.items() if n not in frozen}
+    if not chosen:
+        raise ValueError(
+            "model: has no convolution or linear layer"
+            + (" with a trainable weight" if frozen else "")
+            + ", so there is nothing to score"
+        )
+    return chosen
+
+
+def filter_axis(layer: nn.Module) -> int:
+    """The dimension of the weight that counts output filters: 1 for transposed convolutions."""
+    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+
+
+def filter_count(layer: nn.Module) -> int:
+    """How many output filters, or neurons, a layer has."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
