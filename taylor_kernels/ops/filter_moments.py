@@ -17,7 +17,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from taylor_kernels import backends
+from taylor_kernels.backends import select
 from taylor_kernels.layout import accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor
 from taylor_kernels.ops._library import library
@@ -177,7 +177,7 @@ def _run(
                 if out is not None:
                     out.zero_()
     if items:
-        run = backends.select(items[0].weight.device, items[0].weight.dtype, backend)
+        run = select(items[0].weight.device, items[0].weight.dtype, backend)
         run.filter_moments(items)
     return row_table, col_table
 
@@ -200,7 +200,7 @@ def _empty_tables(
 
 library.define(
     "filter_moments(Tensor[] weights, Tensor[] grads, int[] groups, bool rows, bool cols, "
-    "str? backend=None) -> (Tensor, Tensor)"
+    "str? backend) -> (Tensor, Tensor)"
 )
 library.impl("filter_moments", _run, "CPU")
 library.impl("filter_moments", _run, "CUDA")

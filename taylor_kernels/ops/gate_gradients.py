@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taylor_kernels import backends
+from taylor_kernels.backends import select
 from taylor_kernels.layout import accumulator, activation_args
 from taylor_kernels.ops._checks import check_like, check_tensor
 from taylor_kernels.ops._library import library
@@ -78,7 +78,7 @@ def _run(
         return out.zero_()
     bias = None if bias is None else bias.to(output.dtype)  # under autocast y is half, b float32
     args = activation_args(output, grad_output, bias, channel_dim, out)
-    backends.select(output.device, output.dtype, backend).gate_gradients(args)
+    select(output.device, output.dtype, backend).gate_gradients(args)
     return out
 
 
@@ -92,7 +92,7 @@ def _empty(
 
 library.define(
     "gate_gradients(Tensor output, Tensor grad_output, Tensor? bias, int channel_dim, "
-    "str? backend=None) -> Tensor"
+    "str? backend) -> Tensor"
 )
 library.impl("gate_gradients", _run, "CPU")
 library.impl("gate_gradients", _run, "CUDA")
