@@ -124,12 +124,10 @@ inline V splat(double x) {
 
 // A fixed tree: lane i with i+8, then +4, +2, +1.
 template <typename V>
-inline double sum_lanes(const V& v) {
-  double lane[kLanes];
-  for (int i = 0; i < kLanes; ++i) lane[i] = v[i];
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  return lane[0];
+inline double sum_lanes(V v) {
+  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
+  return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
 }  // namespace TK_ISA

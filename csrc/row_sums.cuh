@@ -1,0 +1,127 @@
+// The rows of a task: teams of 1 to 256 lanes sum a row, or a segment of a long one, each.
+#pragma once
+
+#include "load.cuh"
+#include "plan.h"
+#include "reduce.cuh"
+
+namespace tk {
+
+// 64-bit division is a long subroutine on a GPU; nearly all operands fit in 32 bits.
+__device__ inline int64_t quotient(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
+// Vectors of either tensor that a lane has in flight.
+constexpr int kInFlight = 4;
+
+// Adds the terms of elements [begin, begin + n) that belong to `lane` of `lanes` to `total`.
+// First the whole vectors, then what stands before the first and after the last.
+template <class Op, class E>
+__device__ void add_range(const Task& task, int64_t begin, int n, int lane, int lanes, float shift,
+                          float (&total)[Op::kSums]) {
+  constexpr int kSize = kVectorSize<E>;
+  const auto* a = static_cast<const typename E::Raw*>(task.a) + begin;
+  const auto* b = static_cast<const typename E::Raw*>(task.b) + begin;
+  int head = n;
+  int body = 0;
+  if (task.vectors) {
+    head = min(n, static_cast<int>(-begin & (kSize - 1)));
+    body = (n - head) & -kSize;
+  }
+
+  float sums[Op::kSums] = {};
+  const int step = lanes * kSize;
+  for (int at = lane * kSize; at < body; at += kInFlight * step) {
+    Vector<E, kSize> x[kInFlight];
+    Vector<E, kSize> y[kInFlight];
+    load_pairs<E>(x, y, a + head + at, b + head + at, step, body - at, task.aligned);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (at + i * step >= body) break;  // zeros, but a shift would turn them into terms
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) Op::add(sums, x[i][j], y[i][j], shift);
+    }
+  }
+  for (int i = lane; i < n - body; i += lanes) {
+    const int at = i < head ? i : i + body;
+    Op::add(sums, E::widen(__ldg(a + at)), E::widen(__ldg(b + at)), shift);
+  }
+#pragma unroll
+  for (int i = 0; i < Op::kSums; ++i) total[i] += sums[i];
+}
+
+template <class Op>
+__device__ void write_row(const Task& task, float* partials, uint32_t tile, int64_t row, int sum,
+                          float value) {
+  if (task.tiles > 1) {
+    partials[(int64_t{tile} * Op::kSums + sum) * task.rows + row] = value;
+  } else {
+    if (task.row_out) task.row_out[row * Op::kSums + sum] = value;
+    if (task.col_out) task.col_out[row * Op::kSums + sum] = value;
+  }
+}
+
+template <class Op, class E>
+__device__ void sum_rows(const Task& task, uint32_t block, float* workspace) {
+  constexpr int kChunk = kChunkBytes / int{sizeof(typename E::Raw)};
+  __shared__ float warp_sums[2][kWarps][Op::kSums];
+  float* partials = workspace + int64_t{task.row_partials} * kRegion;
+
+  const uint32_t tile = block % task.tiles;
+  const int64_t first_row = int64_t{block / task.tiles} * task.block_rows;
+  const int64_t end_row = min(first_row + task.block_rows, task.rows);
+  int64_t begin = 0;
+  int64_t end = task.columns;
+  if (task.tiles > 1) {
+    const int64_t chunks = divide_up(task.columns, kChunk);
+    const int64_t segment = divide_up(chunks, task.tiles) * kChunk;
+    begin = min(tile * segment, end);
+    end = min(begin + segment, end);
+  }
+
+  const int lanes = 1 << task.width_log2;
+  const int lane = threadIdx.x & (lanes - 1);
+  const int team = threadIdx.x >> task.width_log2;
+  const int teams = kThreads >> task.width_log2;
+  int buffer = 0;  // two in turn, so that one barrier per pass is enough
+  for (int64_t pass = first_row; pass < end_row; pass += teams, buffer ^= 1) {
+    const int64_t row = pass + team;
+    float sums[Op::kSums] = {};
+    if (row < end_row) {
+      float shift = 0;
+      if (Op::kShifts && task.shift) {
+        shift = load_element<E>(task.shift, row - quotient(row, task.run) * task.run);
+      }
+      // A sum of sums of chunks: a thread's serial sums stay short in the longest rows.
+      for (int64_t at = begin; at < end; at += kChunk) {
+        const int n = static_cast<int>(min(int64_t{kChunk}, end - at));
+        add_range<Op, E>(task, row * task.columns + at, n, lane, lanes, shift, sums);
+      }
+    }
+    add_across_lanes(sums, min(lanes, kWarp));
+    if (lanes <= kWarp) {
+      if (lane == 0 && row < end_row) {
+#pragma unroll
+        for (int i = 0; i < Op::kSums; ++i) write_row<Op>(task, partials, tile, row, i, sums[i]);
+      }
+      continue;
+    }
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+      for (int i = 0; i < Op::kSums; ++i) {
+        warp_sums[buffer][threadIdx.x / kWarp][i] = sums[i];
+      }
+    }
+    __syncthreads();
+    if (lane < Op::kSums && row < end_row) {
+      const int warps = lanes / kWarp;
+      float sum = 0;
+      for (int i = 0; i < warps; ++i) sum += warp_sums[buffer][team * warps + i][lane];
+      write_row<Op>(task, partials, tile, row, lane, sum);
+    }
+  }
+}
+
+}  // namespace tk
