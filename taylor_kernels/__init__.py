@@ -1,7 +1,26 @@
-"""Taylor importance of filters, in fused kernels, and pruning with it."""
+"""Taylor importance of filters, in fused kernels, and pruning with it.
+
+Two ways in: `Pruner` prunes a model inside its training loop; `Importance` scores its filters.
+Both stand on the ops `filter_moments` and `gate_gradients`.
+"""
 
 from taylor_kernels.backends import available as backends
+from taylor_kernels.criteria import Criterion, criteria, register_criterion
+from taylor_kernels.importance import Importance
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.scoring import scoring
 
-__all__ = ["MOMENTS", "backends", "filter_moments", "gate_gradients"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "MOMENTS",
+    "Criterion",
+    "Importance",
+    "backends",
+    "criteria",
+    "filter_moments",
+    "gate_gradients",
+    "register_criterion",
+    "scoring",
+]

@@ -1,4 +1,4 @@
-"""Criteria: how a filter's raw statistics become its score. Arithmetic only; no kernel is called here.
+"""Criteria: how a filter's raw statistics become its score. Arithmetic only, no kernel is called.
 
 A criterion names the source of its statistics (taylor_kernels/sources) and a function from a table
 of them, [filters, columns], to scores, [filters] or [filters, observations] where every column is
@@ -64,7 +64,9 @@ def register_criterion(criterion: Criterion) -> Criterion:
         ValueError: the name is taken.
     """
     if criterion.name in _CRITERIA:
-        raise ValueError(f"criterion: {criterion.name!r} is registered already; choose another name")
+        raise ValueError(
+            f"criterion: {criterion.name!r} is registered already; choose another name"
+        )
     _CRITERIA[criterion.name] = criterion
     return criterion
 
@@ -84,7 +86,9 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
         return criterion
     if criterion not in _CRITERIA:
         near = difflib.get_close_matches(str(criterion), _CRITERIA, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {criteria()}"
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {criteria()}"
+        )
         raise ValueError(f"criterion: {criterion!r} is not known; {hint}")
     return _CRITERIA[criterion]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +17,9 @@ from torch import Tensor
 from taylor_kernels.layout import FilterMomentsItem, GateGradientsArgs
 
 try:
-    from taylor_kernels import _native
+    _native: Any = import_module("taylor_kernels._native")
 except ImportError as error:
-    _native = None
-    _import_error = str(error)
+    _native, _import_error = None, str(error)
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 

@@ -11,14 +11,20 @@ from taylor_kernels.layout import FLOATS
 def check_tensor(tensor: object, name: str) -> None:
     """A dense tensor of a floating dtype with storage behind it, or an error that names it."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}")
+        raise TypeError(
+            f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}"
+        )
     if tensor.dtype not in FLOATS:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
-        raise TypeError(f"{name}: dtype {tensor.dtype} is not supported; convert it to one of {allowed}")
+        raise TypeError(
+            f"{name}: dtype {tensor.dtype} is not supported; convert it to one of {allowed}"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout} is not supported; call .to_dense() first")
     if tensor.device.type == "meta":
-        raise TypeError(f"{name}: a meta tensor has no values; move the model to a real device first")
+        raise TypeError(
+            f"{name}: a meta tensor has no values; move the model to a real device first"
+        )
 
 
 def check_like(tensor: object, name: str, other: Tensor, other_name: str) -> None:

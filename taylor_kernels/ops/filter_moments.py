@@ -25,27 +25,43 @@ from taylor_kernels.ops._library import library
 #: Names of the columns of a moments table.
 MOMENTS = ("gw", "gw2", "abs_gw", "w2", "g2")
 
-Moments = Tensor | tuple[Tensor, Tensor]
-
 
 @overload
 def filter_moments(
     weights: Tensor,
     grads: Tensor,
     *,
-    dim: int | tuple[int, int] = 0,
+    dim: int = 0,
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
-) -> Moments: ...
+) -> Tensor: ...
+@overload
+def filter_moments(
+    weights: Tensor,
+    grads: Tensor,
+    *,
+    dim: tuple[int, int],
+    groups: int | Sequence[int] = 1,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 @overload
 def filter_moments(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     *,
-    dim: int | tuple[int, int] = 0,
+    dim: int = 0,
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
-) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]: ...
+) -> list[Tensor]: ...
+@overload
+def filter_moments(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    dim: tuple[int, int],
+    groups: int | Sequence[int] = 1,
+    backend: str | None = None,
+) -> tuple[list[Tensor], list[Tensor]]: ...
 def filter_moments(
     weights: Tensor | Sequence[Tensor],
     grads: Tensor | Sequence[Tensor],
@@ -53,7 +69,7 @@ def filter_moments(
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
-) -> Moments | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Moments of every filter of one parameter, or of a list of parameters in one launch.
 
     Args:
@@ -80,14 +96,20 @@ def filter_moments(
     """
     if isinstance(weights, Tensor):
         if not isinstance(grads, Tensor):
-            raise TypeError(f"grads: expected a torch.Tensor like weights, got {type(grads).__name__}")
+            raise TypeError(
+                f"grads: expected a torch.Tensor like weights, got {type(grads).__name__}"
+            )
         table = _moments([weights], [grads], dim, groups, backend, ("weights", "grads"))
         return (table[0][0], table[1][0]) if len(table) == 2 else table[0][0]
     if isinstance(grads, Tensor):
-        raise TypeError("grads: got one tensor for a sequence of weights; pass a sequence of gradients")
+        raise TypeError(
+            "grads: got one tensor for a sequence of weights; pass a sequence of gradients"
+        )
     weights, grads = list(weights), list(grads)
     if len(weights) != len(grads):
-        raise ValueError(f"grads: {len(grads)} gradients for {len(weights)} weights; pass one for each")
+        raise ValueError(
+            f"grads: {len(grads)} gradients for {len(weights)} weights; pass one for each"
+        )
     tables = _moments(weights, grads, dim, groups, backend, ("weights[{}]", "grads[{}]"))
     return (tables[0], tables[1]) if len(tables) == 2 else tables[0]
 
@@ -133,7 +155,9 @@ def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
 def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
     each = [groups] * count if isinstance(groups, int) else list(groups)
     if len(each) != count:
-        raise ValueError(f"groups: {len(each)} values for {count} weights; pass an int or one for each")
+        raise ValueError(
+            f"groups: {len(each)} values for {count} weights; pass an int or one for each"
+        )
     for value in each:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"groups: {value!r} is not a positive integer")
@@ -144,7 +168,9 @@ def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) 
     if not 1 <= weight.dim() <= 5:
         raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
     if 1 in axes and weight.dim() == 1:
-        raise ValueError(f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors")
+        raise ValueError(
+            f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
+        )
     if weight.size(0) % groups:
         raise ValueError(f"groups: {groups} does not divide the {weight.size(0)} rows of {name}")
 

@@ -53,13 +53,18 @@ def gate_gradients(
     if output.dim() < 2:
         raise ValueError(f"output: has shape {tuple(output.shape)}; expected [N, C, ...] or more")
     if not isinstance(channel_dim, int) or not -output.dim() < channel_dim < output.dim():
-        raise ValueError(f"channel_dim: {channel_dim!r} is not a dimension of {output.dim()}-D output")
+        raise ValueError(
+            f"channel_dim: {channel_dim!r} is not a dimension of {output.dim()}-D output"
+        )
     channel_dim %= output.dim()
     if channel_dim == 0:
         raise ValueError("channel_dim: 0 is the example; the channels must be another dimension")
     if bias is not None:
         check_tensor(bias, "bias")
-        if bias.shape != output.shape[channel_dim : channel_dim + 1] or bias.device != output.device:
+        if (
+            bias.shape != output.shape[channel_dim : channel_dim + 1]
+            or bias.device != output.device
+        ):
             raise ValueError(
                 f"bias: shape {tuple(bias.shape)} on {bias.device} does not match the "
                 f"{output.size(channel_dim)} channels of output on {output.device}"

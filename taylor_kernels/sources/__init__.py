@@ -6,7 +6,7 @@
 | gates | 1: the gate's gradient over the minibatch |
 | example_gates | N: the gate's gradient for each example |
 | magnitudes | 2: Σ abs(w), Σ w² |
-| bn_scale | 1: abs(γ) of the BatchNorm that follows |
+| bn_scale | 1: abs(γ) of the BatchNorm that follows, nan without one |
 | random | 1: uniform in [0, 1), drawn once |
 | loss_change | 1: loss without the filter − loss with it |
 
@@ -15,7 +15,9 @@ All of them add up over coupled filters, but `loss_change`.
 
 from __future__ import annotations
 
-from taylor_kernels.sources.base import Source, find_layers, filter_count
+from torch import nn
+
+from taylor_kernels.sources.base import Layers, Source, filter_count, find_layers
 from taylor_kernels.sources.gates import ExampleGates, Gates
 from taylor_kernels.sources.loss_change import LossChange
 from taylor_kernels.sources.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
@@ -33,5 +35,6 @@ _CLASSES: dict[str, type[Source]] = {
 }
 
 
-def make_source(name, model, layers, backend=None) -> Source:
+def make_source(name: str, model: nn.Module, layers: Layers, backend: str | None = None) -> Source:
+    """The source of that name (one of `criteria.SOURCES`), watching `layers` from now on."""
     return _CLASSES[name](model, layers, backend)

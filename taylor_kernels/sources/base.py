@@ -6,11 +6,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-Layers = dict[str, nn.Module]
+#: A layer whose filters can be scored.
+Layer = _ConvNd | nn.Linear
+Layers = dict[str, Layer]
 
 
 class Source(ABC):
@@ -35,11 +38,24 @@ class Source(ABC):
             closure: computes the loss of the model as it stands (`loss_change` alone).
         """
 
-    def discard(self) -> None:
+    def discard(self) -> None:  # noqa: B027 - most sources gather nothing between updates
         """Forget what was gathered since the last collect()."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
+
+
+class Hook:
+    """A hook that stays with its module: in a copied or saved model it does nothing."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._function is None else self._function(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:
@@ -53,7 +69,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
         ValueError: a name matches no such layer; a named layer is frozen though
             `trainable_only`; nothing is left.
     """
-    candidates = {
+    candidates: Layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (_ConvNd, nn.Linear))
@@ -94,11 +110,11 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
     return chosen
 
 
-def filter_axis(layer: nn.Module) -> int:
+def filter_axis(layer: Layer) -> int:
     """The dimension of the weight that counts output filters: 1 for transposed convolutions."""
     return 1 if isinstance(layer, _ConvTransposeNd) else 0
 
 
-def filter_count(layer: nn.Module) -> int:
+def filter_count(layer: Layer) -> int:
     """How many output filters, or neurons, a layer has."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -1,0 +1,194 @@
+"""Importance: a meter on a model that scores its filters, minibatch by minibatch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.sources import filter_count, find_layers, make_source
+
+_STATE_VERSION = 1
+
+
+class Importance:
+    """Scores every filter of a model's convolution and linear layers under one criterion.
+
+        imp = tk.Importance(model, "taylor_fo_bn")
+        for x, y in batches:
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            imp.update()
+            optimizer.step()
+        scores = imp.compute()          # {"layer1.0.conv1": tensor of [filters], ...}
+
+    The meter reads gradients and activations, and changes neither: a training step gives the same
+    bits with it and without it. Forward passes under torch.no_grad() are not seen.
+
+    Defined behaviour, by example:
+        layer used twice: its weights' gradients, and its gate's, add up over the uses.
+        gradient accumulation: backward() several times, then update() once; weight criteria and
+            `taylor_fo_bn` see the summed gradient, `taylor_fo_gate` every example.
+        weights whose gradient is None (not reached): a gradient of zero; but if no layer has a
+            gradient, update() raises.
+        frozen weights: left out with a warning under criteria that read weight gradients, an error
+            if named in `layers`. Gate criteria do not need them.
+        frozen BatchNorm, or one without affine parameters: its gate is read off its output.
+        BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
+            the scores are those of the network in that mode.
+        in-place operations after a layer: detected; a copy is kept where it is needed.
+
+    Args:
+        model: any nn.Module.
+        criterion: a name from `criteria()`, or a `Criterion`.
+        layers: names of the layers to score (* and ? match); None means all.
+        backend: one of `backends()`; None picks by device.
+
+    Raises:
+        ValueError: an unknown criterion (the message names the nearest), a layer name that
+            matches nothing, a model without a layer to score.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: str | Criterion = "taylor_fo_bn",
+        *,
+        layers: Sequence[str] | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.criterion = get_criterion(criterion)
+        self._layers = find_layers(model, layers, trainable_only=self.criterion.source == "moments")
+        self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
+        self._source = make_source(self.criterion.source, model, self._layers, backend)
+        self._sum: Tensor
+        self._sum_squares: Tensor
+        self._counts: list[int]
+        self._updates: int
+        self._zero()
+
+    def update(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Score what backward() left; call it before optimizer.step() and zero_grad().
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward(), as by a GradScaler
+                (`scaler.get_scale()`). Weight criteria read `.grad`: after
+                `scaler.unscale_(optimizer)` leave it at 1.
+            closure: for the oracle alone: returns the loss of the model as it stands, a scalar.
+
+        Raises:
+            RuntimeError: there is nothing to read (the message says why and what to do).
+            ValueError: `loss_scale` is not a positive number; the oracle without a closure.
+        """
+        if not (math.isfinite(loss_scale) and loss_scale > 0):
+            raise ValueError(f"loss_scale: {loss_scale} is not a positive number")
+        tables = self._source.collect(loss_scale=loss_scale, closure=closure)
+        device = self._sum.device if self._updates else tables[0].device
+        if len({table.size(1) for table in tables}) == 1:
+            tables = [torch.cat([table.to(device) for table in tables])]
+        scores = [self.criterion.score(table.to(device)) for table in tables]
+        scores = [s if s.dim() == 2 else s[:, None] for s in scores]
+        self._sum = self._sum.to(device) + torch.cat(
+            [s.sum(1, dtype=torch.float64) for s in scores]
+        )
+        self._sum_squares = self._sum_squares.to(device) + torch.cat(
+            [s.double().square().sum(1) for s in scores]
+        )
+        counts = [s.size(1) for s in scores]
+        counts *= len(self._sizes) if len(counts) == 1 else 1
+        self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
+        self._updates += 1
+
+    def compute(self) -> dict[str, Tensor]:
+        """{layer name: [filters] float32}: the mean score over observations, larger matters more.
+
+        An observation is an update; for `taylor_fo_gate` it is an example.
+
+        Raises:
+            RuntimeError: there was no update yet.
+        """
+        self._require_updates("compute")
+        return self._per_layer(self._sum / self._counts_per_filter())
+
+    def standard_error(self) -> dict[str, Tensor]:
+        """Standard error of every score of compute(): sqrt(sample variance / observations).
+
+        Same keys and shapes; nan where there was but one observation.
+        """
+        self._require_updates("standard_error")
+        n = self._counts_per_filter()
+        mean = self._sum / n
+        variance = (self._sum_squares / n - mean.square()).clamp_min(0) * n / (n - 1)
+        return self._per_layer((variance / n).sqrt().where(n > 1, math.nan))
+
+    def reset(self) -> None:
+        """Forget all updates, and what was gathered since the last."""
+        self._source.discard()
+        self._zero()
+
+    def close(self) -> None:
+        """Take every hook off the model; the scores stay."""
+        self._source.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What load_state_dict() needs to go on: sums, counts, and what they belong to."""
+        return {
+            "version": _STATE_VERSION,
+            "criterion": self.criterion.name,
+            "filters": dict(self._sizes),
+            "sum": self._sum.clone(),
+            "sum_squares": self._sum_squares.clone(),
+            "counts": list(self._counts),
+            "updates": self._updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict() of the same criterion on the same layers.
+
+        Raises:
+            ValueError: the state is not one, or of another criterion, model or version; nothing
+                is changed then.
+        """
+        expected = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != expected.keys():
+            raise ValueError("state: not a state_dict of tk.Importance")
+        for key in ("version", "criterion", "filters"):
+            if state[key] != expected[key]:
+                raise ValueError(
+                    f"state: its {key} is {state[key]!r}, this meter's is {expected[key]!r}"
+                )
+        for key in ("sum", "sum_squares"):
+            if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
+                raise ValueError(f"state: {key} does not hold one number per filter")
+        if len(state["counts"]) != len(self._sizes):
+            raise ValueError("state: counts does not hold one number per layer")
+        self._sum = state["sum"].double().clone()
+        self._sum_squares = state["sum_squares"].double().clone()
+        self._counts = [int(n) for n in state["counts"]]
+        self._updates = int(state["updates"])
+
+    def _zero(self) -> None:
+        total = sum(self._sizes.values())
+        self._sum = torch.zeros(total, dtype=torch.float64)
+        self._sum_squares = torch.zeros(total, dtype=torch.float64)
+        self._counts = [0] * len(self._sizes)
+        self._updates = 0
+
+    def _counts_per_filter(self) -> Tensor:
+        counts = torch.tensor(self._counts, dtype=torch.float64)
+        sizes = torch.tensor(list(self._sizes.values()))
+        return counts.repeat_interleave(sizes).to(self._sum.device)
+
+    def _per_layer(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.float().split(list(self._sizes.values()))
+        return dict(zip(self._sizes, parts, strict=True))
+
+    def _require_updates(self, method: str) -> None:
+        if not self._updates:
+            raise RuntimeError(f"{method}: there was no update() yet")

@@ -1,0 +1,68 @@
+"""scoring(): gradients of activations without gradients of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+
+class _StartGraph(torch.autograd.Function):
+    """The tensor itself, as a non-leaf that requires a gradient: in-place ops may follow."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@contextmanager
+def scoring(model: nn.Module) -> Iterator[nn.Module]:
+    """Score with `taylor_fo_gate` or `taylor_fo_bn` at two thirds of the cost of a training step.
+
+    Inside, no parameter requires a gradient, so backward() computes none: neither the products
+    for them nor their memory. Gradients of activations flow from the loss back to the output of
+    the first convolution or linear layer, which is all that gates need. On leaving, every
+    parameter's `requires_grad` is as it was; `.grad` is never touched.
+
+        imp = tk.Importance(model, "taylor_fo_gate")
+        with tk.scoring(model):
+            for x, y in batches:
+                loss_fn(model(x), y).backward()
+                imp.update()
+
+    The model's mode is yours to choose: eval() scores the network as it will be used, train()
+    normalises by the batch and moves BatchNorm's running statistics as any forward pass does.
+    """
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    root = torch.empty(0, requires_grad=True)
+
+    def start(_: nn.Module, __: tuple, output: Any) -> Tensor | None:
+        if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad:
+            return _StartGraph.apply(output, root)
+        return None
+
+    # Before other hooks: those of Importance must see an output that requires a gradient.
+    handles = [
+        module.register_forward_hook(start, prepend=True)
+        for module in model.modules()
+        if isinstance(module, (_ConvNd, nn.Linear, _BatchNorm))
+    ]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

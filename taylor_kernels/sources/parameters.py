@@ -1,0 +1,142 @@
+"""Statistics read off the parameters alone: no hook is put on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.sources.base import Layer, Layers, Source, filter_axis, filter_count
+from taylor_kernels.sources.following_norms import FollowingNorms
+
+
+class WeightMoments(Source):
+    """The moments of every layer's weight and its gradient, all layers in one launch.
+
+    A layer that the backward pass did not reach has no gradient: its moments are those of a
+    gradient of zero in every column but w2.
+    """
+
+    needs_weight_grad = True
+
+    def collect(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> list[Tensor]:
+        weights, grads = self._weights_and_grads()
+        layers = list(self.layers.values())
+        tables = [torch.empty(0)] * len(layers)
+        for axis in {filter_axis(layer) for layer in layers}:  # transposed convolutions apart
+            chosen = [i for i, layer in enumerate(layers) if filter_axis(layer) == axis]
+            moments = filter_moments(
+                [weights[i] for i in chosen],
+                [grads[i] for i in chosen],
+                dim=axis,
+                groups=[getattr(layers[i], "groups", 1) for i in chosen],
+                backend=self.backend,
+            )
+            for i, table in zip(chosen, moments, strict=True):
+                tables[i] = table
+        if loss_scale != 1.0:
+            power = torch.tensor([1.0, 2.0, 1.0, 0.0, 2.0])
+            tables = [t / loss_scale ** power.to(t) for t in tables]
+        return tables
+
+    def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
+        weights: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        for name, layer in self.layers.items():
+            weight = layer.weight
+            if not weight.requires_grad:
+                raise RuntimeError(
+                    f"{name}.weight requires no gradient, so this criterion has nothing to read; "
+                    "inside tk.scoring() or with frozen layers use taylor_fo_gate or taylor_fo_bn"
+                )
+            if not weight.is_leaf:
+                raise RuntimeError(
+                    f"{name}.weight is computed from other parameters (a parametrization or a "
+                    "pruning mask), so it holds no gradient; use taylor_fo_gate, or make the "
+                    "parametrization permanent first"
+                )
+            weights.append(weight.detach())
+            grads.append(weight.grad)
+        if all(grad is None for grad in grads):
+            raise RuntimeError(
+                "update: no layer has a gradient; call it after loss.backward() and before "
+                "optimizer.step() and zero_grad()"
+            )
+        filled = [
+            torch.zeros_like(w) if grad is None else grad.detach()
+            for w, grad in zip(weights, grads, strict=True)
+        ]
+        return weights, filled
+
+
+class Magnitudes(Source):
+    """Σ abs(w) and Σ w² of every filter."""
+
+    @torch.no_grad()
+    def collect(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> list[Tensor]:
+        return [self._table(layer) for layer in self.layers.values()]
+
+    @staticmethod
+    def _table(layer: Layer) -> Tensor:
+        weight = layer.weight
+        if isinstance(layer, _ConvTransposeNd):  # [in, out / groups, ...] -> filters first
+            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        rows = weight.flatten(1)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(rows, p, dim=1, dtype=dtype) for p in (1, 2)]
+        return torch.stack((norms[0], norms[1].square()), 1)
+
+
+class BatchNormScale(Source):
+    """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._norms = FollowingNorms(model, layers)
+
+    @torch.no_grad()
+    def collect(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> list[Tensor]:
+        tables = [self._table(name, layer) for name, layer in self.layers.items()]
+        if all(table.isnan().all() for table in tables):
+            raise RuntimeError(
+                "bn_scale: no BatchNorm with a scale was seen to follow a layer in a forward pass; "
+                "run one first, or use another criterion if the model has none"
+            )
+        return tables
+
+    def _table(self, name: str, layer: Layer) -> Tensor:
+        scales = [n.weight.abs().float() for n in self._norms.of(name) if n.weight is not None]
+        if not scales:
+            return layer.weight.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
+        return torch.stack(scales, 1).sum(1, keepdim=True)
+
+    def close(self) -> None:
+        self._norms.close()
+
+
+class Random(Source):
+    """A fixed uniform draw per filter, from a generator of its own: PyTorch's stays untouched."""
+
+    seed = 0
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        generator = torch.Generator().manual_seed(self.seed)
+        self._draws = [
+            torch.rand(filter_count(layer), 1, generator=generator).to(layer.weight.device)
+            for layer in layers.values()
+        ]
+
+    def collect(
+        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+    ) -> list[Tensor]:
+        return self._draws
