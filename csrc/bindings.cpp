@@ -49,6 +49,8 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_version") = TK_CUDA_VERSION;  // empty: built without CUDA
   m.attr("cuda_architectures") = TK_CUDA_ARCHITECTURES;
   m.def("cpu_isa", &tk::cpu_isa);
+  m.def("cpu_isas", &tk::cpu_isas);
+  m.def("set_cpu_isa", &tk::set_cpu_isa);
 
   m.def(
       "filter_moments_cpu",

@@ -2,6 +2,9 @@
 // them are linked in (CMakeLists.txt); elsewhere there is the baseline alone.
 #include "cpu_dispatch.h"
 
+#include <atomic>
+#include <stdexcept>
+
 #include "cpu_kernels.h"
 
 namespace tk {
@@ -20,27 +23,48 @@ struct Kernels {
   decltype(&baseline::gate_gradients) gate_gradients;
 };
 
-Kernels choose() {
+std::vector<Kernels> supported() {
+  std::vector<Kernels> sets;
 #if defined(TK_X86)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+                        __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    return {"AVX-512", avx512::filter_moments, avx512::gate_gradients};
-  if (has_avx2) return {"AVX2", avx2::filter_moments, avx2::gate_gradients};
+    sets.push_back({"avx512", avx512::filter_moments, avx512::gate_gradients});
+  if (has_avx2) sets.push_back({"avx2", avx2::filter_moments, avx2::gate_gradients});
 #endif
-  return {"baseline", baseline::filter_moments, baseline::gate_gradients};
+  sets.push_back({"baseline", baseline::filter_moments, baseline::gate_gradients});
+  return sets;
 }
 
-const Kernels& kernels() {
-  static const Kernels chosen = choose();
-  return chosen;
+const std::vector<Kernels>& sets() {
+  static const std::vector<Kernels> all = supported();
+  return all;
 }
+
+std::atomic<size_t> chosen{0};
+
+const Kernels& kernels() { return sets()[chosen]; }
 
 }  // namespace
 
-const char* cpu_isa() { return kernels().isa; }
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const auto& set : sets()) names.push_back(set.isa);
+  return names;
+}
+
+std::string cpu_isa() { return kernels().isa; }
+
+void set_cpu_isa(const std::string& name) {
+  for (size_t i = 0; i < sets().size(); ++i) {
+    if (sets()[i].isa != name) continue;
+    chosen = i;
+    return;
+  }
+  throw std::invalid_argument("set_cpu_isa: this processor cannot run '" + name + "'");
+}
 
 void filter_moments_cpu(const FilterMomentsItem* items, int64_t count, int threads) {
   kernels().filter_moments(items, count, threads);

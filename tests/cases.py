@@ -169,10 +169,9 @@ def gate_reference64(
     output: Tensor, grad_output: Tensor, bias: Tensor | None = None, channel_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     """[N, C] float64 gate gradients, and the bound Σ|terms| of each."""
-    y = output.double().movedim(channel_dim, 1).flatten(2)
-    dy = grad_output.double().movedim(channel_dim, 1).flatten(2)
-    if y.dim() == 2:
-        y, dy = y[..., None], dy[..., None]
+    y, dy = (t.double().movedim(channel_dim, 1) for t in (output, grad_output))
+    shape = (y.size(0), y.size(1), math.prod(y.shape[2:]))
+    y, dy = y.reshape(shape), dy.reshape(shape)
     if bias is not None:
         y = y - bias.double()[:, None]
     terms = y * dy
@@ -194,5 +193,6 @@ def assert_close(got: Tensor, ref: Tensor, bound: Tensor, c: float = C) -> None:
         units = ((got - ref).abs() / (EPS32 * bound))[wrong].max().item()
         raise AssertionError(
             f"{int(wrong.sum())} of {wrong.numel()} entries are off, by up to {units:.1f} units of "
-            f"eps32*bound (allowed {c}); first at {at}: got {got[at].item()}, expected {ref[at].item()}"
+            f"eps32*bound (allowed {c}); first at {at}: "
+            f"got {got[at].item()}, expected {ref[at].item()}"
         )

@@ -70,7 +70,7 @@ class FollowingNorms:
     def _norm_hook(self, norm: _BatchNorm, inputs: tuple, output: Tensor) -> None:
         input = inputs[0] if inputs else None
         known = self._producers.get(id(input))
-        if input is None or known is None or known[0]() is not input:
+        if known is None or known[0]() is not input or input is None:
             return
         name = known[1]
         if not any(norm is other for other in self._following[name]):

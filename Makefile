@@ -1,0 +1,52 @@
+# The commands of the README. Each does all it needs, from nothing but Python >= 3.10 and a C++
+# compiler: a virtual environment in .venv, pinned dependencies, the build, the run.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*)
+OUT    ?= bench/results/cpu
+
+.PHONY: demo test check format bench gpu-check clean
+
+demo: $(VENV)/built
+	$(BIN)/taylor-kernels demo
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+
+check: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
+	$(BIN)/mypy
+
+format: $(VENV)/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+
+bench: $(VENV)/built
+	mkdir -p $(OUT)
+	$(BIN)/python -m pytest bench -o addopts= --benchmark-only --benchmark-json=$(OUT)/latest.json
+	$(BIN)/python -m bench.report $(OUT)/latest.json
+
+# On a machine with an NVIDIA GPU, without network: uses the python3 that has torch, pybind11, ninja
+# and cmake. Writes one JSON and one log into $$OUT.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+# PyTorch first and by exact version: whatever else names it is then content with it.
+$(VENV)/dependencies: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
+	touch $@
+
+$(VENV)/built: $(VENV)/dependencies $(NATIVE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt \
+		--no-build-isolation --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info taylor_kernels/_native*.so

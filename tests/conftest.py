@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from taylor_kernels.backends.native import _native
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every tensor that PyTorch allocates starts as NaN: an output left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def keep_threads() -> Iterator[None]:
+    """Put PyTorch's number of threads back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels of one instruction set."""
+    if request.param not in _native.cpu_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    before = _native.cpu_isa()
+    _native.set_cpu_isa(request.param)
+    yield request.param
+    _native.set_cpu_isa(before)
