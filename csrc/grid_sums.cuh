@@ -9,6 +9,13 @@ namespace tk {
 
 constexpr int kStep = 4;  // rows that a warp takes at once
 
+constexpr int kMaxVector = 8;
+
+// Floats of shared memory that sum_grid works in: one of the sums at every position, and the row
+// sums of every warp (fewer rows where warps stand beside each other).
+template <class Op>
+constexpr int kGridScratch = kThreads * kMaxVector + (Op::kRows ? kMaxBlockRows * Op::kSums : 0);
+
 // From here on a warp adds up a column's run, not a thread.
 constexpr int kLongRun = 32;
 
@@ -87,9 +94,9 @@ __device__ void write_grid_cols(const Task& task, const float* cols_shared, int 
 }
 
 template <class Op, class E, int kSize>
-__device__ void sum_grid(const Task& task, uint32_t block, float* workspace) {
-  __shared__ float rows_shared[Op::kRows ? kMaxBlockRows * Op::kSums : 1];
-  __shared__ alignas(16) float cols_shared[kThreads * kSize];
+__device__ void sum_grid(const Task& task, uint32_t block, float* shared, float* workspace) {
+  float* cols_shared = shared;
+  float* rows_shared = shared + kThreads * kMaxVector;
 
   const uint32_t tile = block % task.tiles;
   const uint32_t row_block = block / task.tiles % task.row_blocks;
@@ -127,12 +134,11 @@ __device__ void sum_grid(const Task& task, uint32_t block, float* workspace) {
     float rows[kStep][Op::kSums] = {};
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
+      if (Op::kShifts && i * length >= left) break;  // zeros, but a shift would make them terms
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float value = u[i][j];
-        // Where nothing was loaded v is 0, and so is the term: only an infinite shift shows.
-        Op::add(cols[j], value, v[i][j], shift[j]);
-        if constexpr (Op::kRows) Op::add(rows[i], value, v[i][j], shift[j]);
+        Op::add(cols[j], u[i][j], v[i][j], shift[j]);
+        if constexpr (Op::kRows) Op::add(rows[i], u[i][j], v[i][j], shift[j]);
       }
     }
     if constexpr (Op::kRows) {
@@ -158,9 +164,15 @@ __device__ void sum_grid(const Task& task, uint32_t block, float* workspace) {
 #pragma unroll
   for (int i = 0; i < Op::kSums; ++i) {
     if (i > 0) __syncthreads();
+    float* at = cols_shared + y * (kWarp * kSize * warps_x) + first;
+    if constexpr (kSize == 1) {
+      *at = cols[0][i];
+    } else {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      cols_shared[y * (kWarp * kSize * warps_x) + first + j] = cols[j][i];
+      for (int j = 0; j < kSize; j += 4) {
+        *reinterpret_cast<float4*>(at + j) =
+            make_float4(cols[j][i], cols[j + 1][i], cols[j + 2][i], cols[j + 3][i]);
+      }
     }
     __syncthreads();
     write_grid_cols<Op>(task, cols_shared, kSize, i, group, row_block, tile, workspace);

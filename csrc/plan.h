@@ -36,8 +36,10 @@ inline int floor_log2(int64_t n) {
   return log;
 }
 
-inline int vector_size(const Task& task) {
-  return task.vectors ? 16 / static_cast<int>(size_of(static_cast<DType>(task.dtype))) : 1;
+// Elements that a lane takes at once. No f64 here: an element has 4 or 2 bytes.
+TK_HOST_DEVICE inline int vector_size(const Task& task) {
+  if (!task.vectors) return 1;
+  return static_cast<DType>(task.dtype) == DType::f32 ? 4 : 8;
 }
 
 inline void set_inputs(Task& task, const void* a, const void* b, DType dtype) {

@@ -13,6 +13,10 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
+// Floats of shared memory that sum_rows works in.
+template <class Op>
+constexpr int kRowScratch = 2 * kWarps * Op::kSums;
+
 // Vectors of either tensor that a lane has in flight.
 constexpr int kInFlight = 4;
 
@@ -33,6 +37,7 @@ __device__ void add_range(const Task& task, int64_t begin, int n, int lane, int 
 
   float sums[Op::kSums] = {};
   const int step = lanes * kSize;
+#pragma unroll 1
   for (int at = lane * kSize; at < body; at += kInFlight * step) {
     Vector<E, kSize> x[kInFlight];
     Vector<E, kSize> y[kInFlight];
@@ -44,6 +49,7 @@ __device__ void add_range(const Task& task, int64_t begin, int n, int lane, int 
       for (int j = 0; j < kSize; ++j) Op::add(sums, x[i][j], y[i][j], shift);
     }
   }
+#pragma unroll 1
   for (int i = lane; i < n - body; i += lanes) {
     const int at = i < head ? i : i + body;
     Op::add(sums, E::widen(__ldg(a + at)), E::widen(__ldg(b + at)), shift);
@@ -64,9 +70,8 @@ __device__ void write_row(const Task& task, float* partials, uint32_t tile, int6
 }
 
 template <class Op, class E>
-__device__ void sum_rows(const Task& task, uint32_t block, float* workspace) {
+__device__ void sum_rows(const Task& task, uint32_t block, float* shared, float* workspace) {
   constexpr int kChunk = kChunkBytes / int{sizeof(typename E::Raw)};
-  __shared__ float warp_sums[2][kWarps][Op::kSums];
   float* partials = workspace + int64_t{task.row_partials} * kRegion;
 
   const uint32_t tile = block % task.tiles;
@@ -81,20 +86,26 @@ __device__ void sum_rows(const Task& task, uint32_t block, float* workspace) {
     end = min(begin + segment, end);
   }
 
+  uint32_t first_channel = 0;
+  if (Op::kShifts) first_channel = first_row - quotient(first_row, task.run) * task.run;
+
   const int lanes = 1 << task.width_log2;
   const int lane = threadIdx.x & (lanes - 1);
   const int team = threadIdx.x >> task.width_log2;
   const int teams = kThreads >> task.width_log2;
   int buffer = 0;  // two in turn, so that one barrier per pass is enough
+#pragma unroll 1
   for (int64_t pass = first_row; pass < end_row; pass += teams, buffer ^= 1) {
     const int64_t row = pass + team;
     float sums[Op::kSums] = {};
     if (row < end_row) {
       float shift = 0;
       if (Op::kShifts && task.shift) {
-        shift = load_element<E>(task.shift, row - quotient(row, task.run) * task.run);
+        const uint32_t channel = first_channel + static_cast<uint32_t>(row - first_row);
+        shift = load_element<E>(task.shift, channel % static_cast<uint32_t>(task.run));
       }
       // A sum of sums of chunks: a thread's serial sums stay short in the longest rows.
+#pragma unroll 1
       for (int64_t at = begin; at < end; at += kChunk) {
         const int n = static_cast<int>(min(int64_t{kChunk}, end - at));
         add_range<Op, E>(task, row * task.columns + at, n, lane, lanes, shift, sums);
@@ -108,17 +119,18 @@ __device__ void sum_rows(const Task& task, uint32_t block, float* workspace) {
       }
       continue;
     }
+    float* warp_sums = shared + buffer * kWarps * Op::kSums;
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
       for (int i = 0; i < Op::kSums; ++i) {
-        warp_sums[buffer][threadIdx.x / kWarp][i] = sums[i];
+        warp_sums[threadIdx.x / kWarp * Op::kSums + i] = sums[i];
       }
     }
     __syncthreads();
     if (lane < Op::kSums && row < end_row) {
       const int warps = lanes / kWarp;
       float sum = 0;
-      for (int i = 0; i < warps; ++i) sum += warp_sums[buffer][team * warps + i][lane];
+      for (int i = 0; i < warps; ++i) sum += warp_sums[(team * warps + i) * Op::kSums + lane];
       write_row<Op>(task, partials, tile, row, lane, sum);
     }
   }

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -105,7 +106,14 @@ def render(report: Report) -> str:
 
 def print_table(table: Table, console: Console) -> None:
     """The table on a terminal, or as plain aligned text where output is not one."""
-    shown = RichTable(title=table.caption or None, title_justify="left", title_style="")
+    shown = RichTable(
+        caption=table.caption or None,
+        caption_justify="left",
+        caption_style="",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for number, name in enumerate(table.columns):
         right = table.right_aligned(number)
         shown.add_column(name, justify="right" if right else "left", overflow="fold")
@@ -131,7 +139,8 @@ def _table(table: Table) -> str:
     for number, row in enumerate(table.rows):
         first = cell("th", row[0], 0, ' scope="row"')
         rest = "".join(cell("td", text, i) for i, text in enumerate(row[1:], start=1))
-        rows.append(f"<tr{' class="strong"' if number in table.emphasis else ''}>{first}{rest}</tr>")
+        strong = ' class="strong"' if number in table.emphasis else ""
+        rows.append(f"<tr{strong}>{first}{rest}</tr>")
     caption = f"<figcaption>{_inline(table.caption)}</figcaption>" if table.caption else ""
     return (
         f'<figure><div class="scroll"><table><thead><tr>{head}</tr></thead>'
@@ -202,7 +211,7 @@ figure { margin: 1.2rem 0; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; max-width: 46rem; }
 img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; min-width: 26rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .7rem; text-align: left; border-bottom: 1px solid var(--line);
   vertical-align: top; }
 thead th { font-size: .85rem; color: var(--soft); font-weight: 600; vertical-align: bottom; }

@@ -54,13 +54,8 @@ def test_float64_is_summed_in_float64(case, backend, poisoned_memory):
             ref, bound = cases.reference64(weight, grad, axis, case.groups)
             assert table.dtype == torch.float64
             # Two float64 sums of the same terms in different orders.
-            torch.testing.assert_close(
-                table / bound.clamp_min(1e-300),
-                ref / bound.clamp_min(1e-300),
-                rtol=0,
-                atol=1e-13,
-                equal_nan=True,
-            )
+            scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
+            torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
 
 
 @given(
@@ -128,24 +123,15 @@ def test_bits_do_not_depend_on_the_list(backend, dim, poisoned_memory):
                 assert table.equal(axis[i]), f"tensor {i} of shape {tuple(weights[i].shape)}"
 
 
-@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+@pytest.mark.parametrize("dim", [0, 1])
 def test_bits_do_not_depend_on_threads(dim, keep_threads):
     weights, grads, groups = model_like_list()
     runs = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        tables = tk.filter_moments(weights, grads, dim=dim, groups=groups, backend="cpu")
-        runs.append(
-            torch.cat(
-                [
-                    t
-                    for axis in as_tuple(tables)
-                    for t in (axis if isinstance(axis, list) else [axis])
-                ]
-            )
-            if isinstance(tables, tuple)
-            else torch.cat(tables)
-        )
+        one = tk.filter_moments(weights, grads, dim=dim, groups=groups, backend="cpu")
+        both = tk.filter_moments(weights, grads, dim=(0, 1), groups=groups, backend="cpu")
+        runs.append(torch.cat([*one, *both[0], *both[1]]))
     assert runs[0].equal(runs[1])
     assert runs[0].equal(runs[2])
 
@@ -182,7 +168,6 @@ def test_half_products_do_not_underflow(backend):
 
 def test_a_gradient_in_another_layout_is_paired_element_by_element():
     weight, grad = torch.randn(2, 8, 6, 3, 3)
-    expected = tk.filter_moments(weight, grad, dim=(0, 1))
     for w, g in (
         (weight.to(memory_format=torch.channels_last), grad),
         (weight, grad.to(memory_format=torch.channels_last)),
@@ -190,7 +175,6 @@ def test_a_gradient_in_another_layout_is_paired_element_by_element():
     ):
         for got, axis in zip(tk.filter_moments(w, g, dim=(0, 1)), (0, 1), strict=True):
             cases.assert_close(got, *cases.reference64(weight, grad, axis))
-    assert expected[0].shape == (8, 5)
 
 
 def test_scores_are_not_differentiable():
@@ -199,13 +183,10 @@ def test_scores_are_not_differentiable():
 
 
 def test_the_op_passes_torch_opcheck():
-    weights, grads = (
-        list(torch.randn(2, 3, 4, 5).unbind()[0].unbind()),
-        list(torch.randn(3, 4, 5).unbind()),
-    )
+    weights, grads = torch.randn(2, 3, 4, 5)
     torch.library.opcheck(
         torch.ops.taylor_kernels.filter_moments.default,
-        (weights, grads, [1, 1, 1], True, True, None),
+        (list(weights), list(grads), [1, 1, 1], True, True, None),
     )
 
 

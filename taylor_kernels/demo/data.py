@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CLASSES = 10
@@ -85,19 +84,8 @@ def load_digits(seed: int = 0, test_fraction: float = 0.25) -> Digits:
     )
 
 
-def shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Every image moved by -1, 0 or 1 pixel on each axis; what comes in at the edge is its edge."""
-    n, _, height, width = images.shape
-    moves = torch.randint(3, (n, 2), generator=generator).to(images.device)
-    padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
-    rows = moves[:, 0, None] + torch.arange(height, device=images.device)
-    columns = moves[:, 1, None] + torch.arange(width, device=images.device)
-    example = torch.arange(n, device=images.device)[:, None, None]
-    return padded[example, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def minibatches(
-    split: Split, batch_size: int, generator: torch.Generator, *, augment: bool = True
+    split: Split, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch in an order drawn from `generator` (a CPU one); a last short batch is left out.
 
@@ -106,5 +94,4 @@ def minibatches(
     order = torch.randperm(len(split), generator=generator).to(split.labels.device)
     for start in range(0, len(split) - batch_size + 1, batch_size):
         chosen = order[start : start + batch_size]
-        images = split.images[chosen]
-        yield (shift(images, generator) if augment else images), split.labels[chosen]
+        yield split.images[chosen], split.labels[chosen]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 #: Called after each unit of work, with a short note on how it stands.
 Advance = Callable[..., None]
@@ -31,7 +31,7 @@ class ProgressLog:
         bars = Progress(
             TextColumn("{task.description:<36}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn() if total else TextColumn(""),
+            TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=self.console,

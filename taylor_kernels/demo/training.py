@@ -29,7 +29,7 @@ def train(
     """Train with momentum SGD under a cosine that falls from `lr` to 0; the last epoch's mean loss.
 
     Args:
-        generator: draws the order of the examples and their shifts, so it decides the run.
+        generator: draws the order of the examples.
         optimizer: goes on with this one, state included; its learning rate is overwritten.
         on_epoch: called after each epoch with a short note.
     """
