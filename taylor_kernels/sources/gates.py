@@ -8,12 +8,14 @@ both are there; neither is kept longer than autograd would.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -32,7 +34,7 @@ class _Gates(Source):
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
-        self._taps: dict[int, tuple[Tensor, torch.utils.hooks.RemovableHandle]] = {}
+        self._taps: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         self._fate: dict[nn.Module, str] = {}
         self._unreached: set[str] = set()
         self._pass = 0
@@ -85,7 +87,7 @@ class _Gates(Source):
 
     def _on_norm(self, name: str, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
         tapped = self._taps.pop(id(input), None)
-        if tapped is not None and tapped[0] is input:
+        if tapped is not None and tapped[0]() is input:
             tapped[1].remove()
         self._unreached.discard(name)
         if not self._reads_parameters(name, norm):
@@ -120,7 +122,7 @@ class _Gates(Source):
             bias = self._bias(module)
             return gate_gradients(y, dy, bias=bias, channel_dim=channel_dim, backend=self.backend)
 
-        self._taps[id(output)] = (output.detach(), output.register_hook(receive))
+        self._taps[id(output)] = (weakref.ref(output), output.register_hook(receive))
 
     def _settle(
         self,

@@ -1,0 +1,371 @@
+"""tk.Importance as a meter: what it must not disturb, and what each awkward case does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+
+import nets
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import taylor_kernels as tk
+
+HOOKED = ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "bn_scale", "oracle")
+
+
+class Twice(nn.Module):
+    """One convolution used twice, behind it a BatchNorm the first time and none the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.unused = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.norm(self.conv(x))))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("criterion", HOOKED)
+def test_a_step_under_the_meter_has_the_same_bits(criterion):
+    data = [nets.batch() for _ in range(3)]
+    model = nets.mixed().float()
+    data = [(x.float(), y) for x, y in data]
+    bare, metered = copy.deepcopy(model), copy.deepcopy(model)
+    imp = tk.Importance(metered, criterion)
+    for d in data:
+        losses = [nets.backward(m, d) for m in (bare, metered)]
+        imp.update(closure=lambda d=d: nets.loss_of(metered, d))
+        assert losses[0].equal(losses[1])
+        theirs = gradients(bare)
+        assert all(g.equal(theirs[n]) for n, g in gradients(metered).items())
+        for m in (bare, metered):
+            torch.optim.SGD(m.parameters(), lr=0.1).step()
+    imp.close()
+    assert all(v.equal(metered.state_dict()[k]) for k, v in bare.state_dict().items())
+    assert not any(m._forward_hooks for m in metered.modules())
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
+def test_passes_without_gradients_are_not_seen(criterion):
+    model, data = nets.mixed(train=False), nets.batch()
+    imp = tk.Importance(model, criterion)
+    nets.backward(model, data)
+    with torch.no_grad():
+        model(nets.batch()[0])
+    imp.update()
+    other = tk.Importance(model, criterion)
+    nets.backward(model, data)
+    other.update()
+    for name, score in imp.compute().items():
+        assert score.equal(other.compute()[name])
+
+
+def test_a_layer_used_twice_has_one_gate_over_both_uses():
+    model = Twice().double().eval()
+    x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    gate = torch.ones(5, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    bias = model.conv.bias.detach()[:, None, None]
+    y = F.relu(gate * model.norm(model.conv(x)))
+    y = gate * (model.conv(y) - bias) + bias
+    (expected,) = torch.autograd.grad(y.square().sum(), gate)
+
+    imp = tk.Importance(model, "taylor_fo_gate", layers=["conv"])
+    model(x).square().sum().backward()
+    imp.update()
+    torch.testing.assert_close(
+        imp.compute()["conv"].double(), expected.flatten(1).square().mean(0), rtol=1e-5, atol=0
+    )
+
+
+def test_gradient_accumulation_sums_minibatches_and_appends_examples():
+    model = nets.mixed(train=False)
+    parts = [nets.batch(4), nets.batch(4)]
+    whole = tuple(torch.cat(p) for p in zip(*parts, strict=True))
+    scores = {}
+    for name, batches in (("parts", parts), ("whole", [whole])):
+        meters = [tk.Importance(model, c) for c in ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate")]
+        model.zero_grad()
+        for d in batches:
+            (nets.loss_of(model, d) * len(d[1]) / 8).backward()
+        for meter in meters:
+            meter.update()
+            meter.close()
+        scores[name] = [meter.compute() for meter in meters]
+    for got, want in zip(scores["parts"], scores["whole"], strict=True):
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("freeze", ["frozen", "no affine"])
+def test_a_batch_norm_without_gradients_is_gated_at_its_output(freeze):
+    model, data = nets.mixed(), nets.batch()
+    if freeze == "frozen":
+        model.stem_bn.requires_grad_(False)
+    else:
+        model.stem_bn = nn.BatchNorm2d(8, affine=False).double()
+    expected = nets.gate_gradient(model, "stem_bn", data).sum(0).square()
+    imp = tk.Importance(model, "taylor_fo_bn")
+    nets.backward(model, data)
+    imp.update()
+    torch.testing.assert_close(imp.compute()["stem"].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_frozen_weights():
+    model, data = nets.mixed(), nets.batch()
+    model.plain.requires_grad_(False)
+    with pytest.warns(UserWarning, match="1 layers with frozen weights are left out: plain"):
+        imp = tk.Importance(model, "taylor_fo")
+    nets.backward(model, data)
+    imp.update()
+    assert set(imp.compute()) == {"stem", "grouped", "up", "fc"}
+    with pytest.raises(ValueError, match=r"layers: plain have frozen weights.*taylor_fo_gate"):
+        tk.Importance(model, "taylor_fo", layers=["plain", "fc"])
+    gate = tk.Importance(model, "taylor_fo_gate", layers=["plain"])
+    nets.backward(model, data)
+    gate.update()
+    assert (gate.compute()["plain"] > 0).all()
+
+
+def test_an_unused_layer_scores_zero_and_an_unused_model_is_an_error():
+    model = Twice().eval()
+    for criterion in ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate"):
+        imp = tk.Importance(model, criterion)
+        with pytest.raises(RuntimeError, match=r"update: no .*loss\.backward"):
+            imp.update()
+        model(torch.randn(2, 4, 5, 5)).sum().backward()
+        imp.update()
+        assert imp.compute()["unused"].equal(torch.zeros(2))
+        assert (imp.compute()["conv"] > 0).all()
+        model.zero_grad(set_to_none=True)
+        with pytest.raises(RuntimeError, match=r"update: no .*loss\.backward"):
+            imp.update()
+        imp.close()
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
+@pytest.mark.parametrize(
+    "in_place",
+    [
+        lambda y: F.relu(y, inplace=True),
+        lambda y: F.relu6(y, inplace=True),
+        lambda y: F.silu(y, inplace=True),
+        lambda y: y.mul_(0.5),
+        lambda y: y.add_(1.0).relu_(),
+    ],
+    ids=["relu", "relu6", "silu", "mul", "add then relu"],
+)
+def test_in_place_operations_after_a_layer(criterion, in_place):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6 * 25, 4))
+
+    def forward(operation, x):
+        return model[2](model[1](operation(model[0](x)))).square().sum()
+
+    imp = tk.Importance(model, criterion)
+    reference = tk.Importance(copy.deepcopy(model), criterion)
+    twin = reference._source.model
+    for _ in range(3):  # the first pass learns, the others rely on it
+        x = torch.randn(4, 3, 7, 7)
+        model.zero_grad()
+        forward(in_place, x).backward()
+        imp.update()
+        twin.zero_grad()
+        y = in_place(twin[0](x) * 1)  # out of reach of the tap
+        twin[2](twin[1](y)).square().sum().backward()
+        reference.update()
+    for name, score in reference.compute().items():
+        torch.testing.assert_close(imp.compute()[name], score, rtol=1e-5, atol=0)
+
+
+def test_an_in_place_change_after_the_first_pass_is_reported_not_miscounted():
+    model = nn.Sequential(nn.Linear(4, 3))
+    imp = tk.Importance(model, "taylor_fo_gate")
+    model(torch.randn(2, 4)).sum().backward()
+    imp.update()
+    with pytest.raises(RuntimeError, match="0: its output was changed in place in this pass"):
+        model(torch.randn(2, 4)).mul_(2).sum().backward()
+    imp.reset()
+    model(torch.randn(2, 4)).mul_(2).sum().backward()
+    imp.update()
+    assert imp.compute()["0"].isfinite().all()
+
+
+def test_activations_are_let_go_after_backward():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())
+    imp = tk.Importance(model, "taylor_fo_gate")
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    kept = []
+    model[0].register_forward_hook(lambda _, __, y: kept.append(weakref.ref(y.untyped_storage())))
+    x = model[0](torch.randn(2, 3, 8, 8))
+    loss = (x * 2).sum()  # its graph outlives the backward pass
+    del x
+    loss.backward()
+    gc.collect()
+    assert kept[0]() is None
+    imp.update()
+
+
+def test_two_backwards_over_a_retained_graph_add_up():
+    model, x = nn.Linear(5, 3), torch.randn(4, 5)
+    meters = [tk.Importance(model, "taylor_fo_bn") for _ in range(2)]
+    y = model(x)
+    y[:, 0].sum().backward(retain_graph=True)
+    y[:, 1:].square().sum().backward()
+    meters[0].update()
+    meters[1].reset()
+    y = model(x)
+    (y[:, 0].sum() + y[:, 1:].square().sum()).backward()
+    meters[1].update()
+    torch.testing.assert_close(meters[0].compute()[""], meters[1].compute()[""])
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])
+def test_loss_scale_is_divided_out(criterion):
+    model, data = nets.mixed(train=False), nets.batch()
+    scores = []
+    for scale in (1.0, 1024.0):
+        imp = tk.Importance(model, criterion)
+        model.zero_grad()
+        (nets.loss_of(model, data) * scale).backward()
+        imp.update(loss_scale=scale)
+        scores.append(imp.compute())
+        imp.close()
+    for name in scores[0]:
+        torch.testing.assert_close(scores[1][name], scores[0][name], rtol=1e-5, atol=0)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="loss_scale"):
+            imp.update(loss_scale=bad)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])
+def test_bfloat16_autocast(criterion):
+    model = nets.mixed(train=False).float()
+    data = nets.batch(8)
+    data = (data[0].float(), data[1])
+    scores = []
+    for enabled in (False, True):
+        imp = tk.Importance(model, criterion)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = nets.loss_of(model, data)
+        loss.backward()
+        imp.update()
+        scores.append(torch.cat(list(imp.compute().values())))
+        imp.close()
+    relative = (scores[1] - scores[0]).norm() / scores[0].norm()
+    assert relative < 0.1, relative
+
+
+def test_unbatched_inputs_and_tokens():
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3))
+    imp = tk.Importance(conv, "taylor_fo_gate")
+    conv(torch.randn(3, 6, 6)).square().sum().backward()
+    imp.update()
+    assert imp.compute()["0"].shape == (4,)
+    linear = nn.Linear(6, 4)
+    x = torch.randn(3, 7, 6)
+    imp = tk.Importance(linear, "taylor_fo_gate")
+    linear(x).square().sum().backward()
+    imp.update()
+    grads = [torch.autograd.grad(linear(t).square().sum(), linear.weight)[0] for t in x]
+    expected = torch.stack([(g * linear.weight).sum(1) for g in grads]).square().mean(0)
+    torch.testing.assert_close(imp.compute()[""], expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_without_gradient_point_to_scoring():
+    model = nets.mixed()
+    model.stem.requires_grad_(False)
+    model.stem_bn.requires_grad_(False)
+    imp = tk.Importance(model, "taylor_fo_gate")
+    nets.backward(model, nets.batch())
+    with pytest.raises(RuntimeError, match=r"no gradient reaches the output of stem.*tk\.scoring"):
+        imp.update()
+    with tk.scoring(model):
+        nets.loss_of(model, nets.batch()).backward()
+    imp.update()
+    assert (imp.compute()["stem"] > 0).all()
+
+
+def test_layers_are_chosen_by_name():
+    model = nets.mixed()
+    assert set(tk.Importance(model, "magnitude_l2", layers=["p*", "fc"])._sizes) == {"plain", "fc"}
+    with pytest.raises(ValueError, match=r"layers: 'conv9' matches no.*stem"):
+        tk.Importance(model, layers=["conv9"])
+    with pytest.raises(ValueError, match="layers: expected a sequence"):
+        tk.Importance(model, layers="fc")
+    with pytest.raises(ValueError, match="model: has no convolution or linear layer"):
+        tk.Importance(nn.Sequential(nn.ReLU()))
+
+
+def test_a_parametrized_weight_is_an_error_that_says_so():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    imp = tk.Importance(model, "taylor_fo")
+    model(torch.randn(2, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight is computed from other parameters"):
+        imp.update()
+
+
+def test_copies_and_files_of_a_metered_model_have_no_live_hooks():
+    model, data = nets.mixed(), nets.batch()
+    imp = tk.Importance(model, "taylor_fo_gate")
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (twin, loaded):
+        nets.backward(other, data)
+    with pytest.raises(RuntimeError, match="no forward and backward pass has been seen"):
+        imp.update()
+
+
+def test_reset_and_state_dict():
+    model, data = nets.mixed(train=False), [nets.batch() for _ in range(4)]
+    imp = tk.Importance(model, "taylor_fo_gate")
+    for method in (imp.compute, imp.standard_error):
+        with pytest.raises(RuntimeError, match="no update"):
+            method()
+    for d in data[:2]:
+        nets.backward(model, d)
+        imp.update()
+    file = io.BytesIO()
+    torch.save(imp.state_dict(), file)
+    file.seek(0)
+    resumed = tk.Importance(model, "taylor_fo_gate")
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for d in data[2:]:
+        nets.backward(model, d)
+        imp.update()
+        resumed.update()
+    for name, score in imp.compute().items():
+        assert score.equal(resumed.compute()[name])
+    imp.reset()
+    with pytest.raises(RuntimeError, match="no update"):
+        imp.compute()
+
+
+def test_a_foreign_state_changes_nothing():
+    model = nets.mixed()
+    imp = tk.Importance(model, "magnitude_l2")
+    imp.update()
+    before = imp.compute()
+    good = imp.state_dict()
+    for bad, message in (
+        ({}, "not a state_dict"),
+        (good | {"criterion": "taylor_fo"}, "its criterion is 'taylor_fo'"),
+        (good | {"filters": {"fc": 5}}, "its filters is"),
+        (good | {"sum": torch.zeros(3)}, "sum does not hold"),
+        (good | {"counts": [1]}, "counts does not hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            imp.load_state_dict(bad)
+    assert all(score.equal(before[name]) for name, score in imp.compute().items())

@@ -1,0 +1,88 @@
+"""tk.scoring(): no weight gradients, the same gates, and nothing left behind."""
+
+from __future__ import annotations
+
+import nets
+import pytest
+import torch
+from torch import nn
+
+import taylor_kernels as tk
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_fo_bn"])
+def test_scores_equal_those_of_a_full_backward(criterion):
+    model, data = nets.mixed(train=False), [nets.batch() for _ in range(3)]
+    full, light = (tk.Importance(model, criterion) for _ in range(2))
+    for d in data:
+        nets.backward(model, d)
+        full.update()
+    light.reset()
+    model.zero_grad()
+    with tk.scoring(model):
+        for d in data:
+            nets.loss_of(model, d).backward()
+            light.update()
+    for name, score in full.compute().items():
+        torch.testing.assert_close(light.compute()[name], score, rtol=1e-5, atol=1e-12)
+
+
+def test_no_parameter_gets_a_gradient_and_old_ones_stay():
+    model, data = nets.mixed(), nets.batch()
+    nets.backward(model, data)
+    before = {n: p.grad.clone() for n, p in model.named_parameters()}
+    imp = tk.Importance(model, "taylor_fo_gate")
+    with tk.scoring(model) as same:
+        assert same is model
+        nets.loss_of(model, data).backward()
+    imp.update()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.equal(before[name])
+
+
+def test_flags_and_hooks_are_restored_even_after_an_error():
+    model = nets.mixed()
+    model.fc.bias.requires_grad_(False)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    inside = []
+
+    def fail():
+        with tk.scoring(model):
+            inside.extend(p.requires_grad for p in model.parameters())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not any(inside)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_the_output_of_the_model_is_the_same_bits():
+    model, (x, _) = nets.mixed(train=False), nets.batch()
+    expected = model(x)
+    with tk.scoring(model):
+        assert model(x).equal(expected)
+        with torch.no_grad():
+            assert not model(x).requires_grad
+
+
+def test_integer_inputs_and_in_place_first_layers():
+    model = nn.Sequential(
+        nn.Embedding(10, 6), nn.Linear(6, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)
+    )
+    imp = tk.Importance(model, "taylor_fo_gate")
+    with tk.scoring(model):
+        model(torch.randint(0, 10, (5, 3))).square().sum().backward()
+    imp.update()
+    assert (imp.compute()["3"] > 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_abs", "snip"])
+def test_criteria_that_read_weight_gradients_say_so(criterion):
+    model = nets.mixed()
+    imp = tk.Importance(model, criterion)
+    with tk.scoring(model):
+        nets.loss_of(model, nets.batch()).backward()
+        with pytest.raises(RuntimeError, match=r"requires no gradient.*taylor_fo_gate"):
+            imp.update()
