@@ -4,12 +4,12 @@ Two ways in: `Pruner` prunes a model inside its training loop; `Importance` scor
 Both stand on the ops `filter_moments` and `gate_gradients`.
 """
 
+from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available as backends
-from taylor_kernels.criteria import Criterion, criteria, register_criterion
+from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.scoring import scoring
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ __all__ = [
     "Criterion",
     "Importance",
     "backends",
-    "criteria",
+    "criterion_names",
     "filter_moments",
     "gate_gradients",
     "register_criterion",

@@ -71,7 +71,7 @@ def register_criterion(criterion: Criterion) -> Criterion:
     return criterion
 
 
-def criteria() -> list[str]:
+def criterion_names() -> list[str]:
     """The names of all registered criteria."""
     return list(_CRITERIA)
 
@@ -87,7 +87,9 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
     if criterion not in _CRITERIA:
         near = difflib.get_close_matches(str(criterion), _CRITERIA, n=3, cutoff=0.4)
         hint = (
-            f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {criteria()}"
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"there are {criterion_names()}"
         )
         raise ValueError(f"criterion: {criterion!r} is not known; {hint}")
     return _CRITERIA[criterion]

@@ -44,7 +44,7 @@ class Importance:
 
     Args:
         model: any nn.Module.
-        criterion: a name from `criteria()`, or a `Criterion`.
+        criterion: a name from `criterion_names()`, or a `Criterion`.
         layers: names of the layers to score (* and ? match); None means all.
         backend: one of `backends()`; None picks by device.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -41,7 +42,14 @@ class LossChange(Source):
         names = list(self.layers)
         with _eval_mode(self.model):
             base = float(closure())
-            for i, c in track(work, "oracle: removing filters", transient=True):
+            console = Console(stderr=True)
+            for i, c in track(
+                work,
+                "oracle: removing filters",
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            ):
                 with self._removed(names[i], c):
                     tables[i][c] = float(closure()) - base
         devices = [layer.weight.device for layer in self.layers.values()]
