@@ -10,6 +10,7 @@ from taylor_kernels.criteria import Criterion, criterion_names, register_criteri
 from taylor_kernels.importance import Importance
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.pruning import Pruner
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "MOMENTS",
     "Criterion",
     "Importance",
+    "Pruner",
     "backends",
     "criterion_names",
     "filter_moments",

@@ -53,16 +53,17 @@ def parameter_item(
     weight: Tensor, grad: Tensor, groups: int, row_out: Tensor | None, col_out: Tensor | None
 ) -> FilterMomentsItem:
     """Describe a parameter of 1 to 5 dimensions as rows x channels x kernel."""
-    rows = weight.size(0)
-    channels = weight.size(1) if weight.dim() > 1 else 1
-    kernel = math.prod(weight.shape[2:])
+    shape = weight.shape
+    rows = shape[0]
+    channels = shape[1] if len(shape) > 1 else 1
+    kernel = math.prod(shape[2:])
     channels_last = False
     if not weight.is_contiguous():
         last = _channel_last(weight, 1)
         channels_last = last.is_contiguous()
         weight = last if channels_last else weight.contiguous()
-    grad = (_channel_last(grad, 1) if channels_last else grad).contiguous()
-
+    if channels_last or not grad.is_contiguous():
+        grad = (_channel_last(grad, 1) if channels_last else grad).contiguous()
     return FilterMomentsItem(
         weight, grad, rows, channels, kernel, groups, channels_last, row_out, col_out
     )

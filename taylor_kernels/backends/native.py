@@ -32,10 +32,7 @@ def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
         for value in (
             item.weight.data_ptr(),
             item.grad.data_ptr(),
-            item.rows,
-            item.channels,
-            item.kernel,
-            item.groups,
+            *item[2:6],
             _pointer(item.row_out),
             _pointer(item.col_out),
             _DTYPE_CODES[item.weight.dtype],

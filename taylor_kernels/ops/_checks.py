@@ -8,6 +8,21 @@ from torch import Tensor
 from taylor_kernels.layout import FLOATS
 
 
+def is_pair(one: object, other: object) -> bool:
+    """Whether both pass check_tensor() and match each other: the quick answer for long lists."""
+    return (
+        isinstance(one, Tensor)
+        and isinstance(other, Tensor)
+        and one.dtype in FLOATS
+        and one.dtype is other.dtype
+        and one.shape == other.shape
+        and one.device == other.device
+        and one.layout is torch.strided
+        and other.layout is torch.strided
+        and not one.is_meta
+    )
+
+
 def check_tensor(tensor: object, name: str) -> None:
     """A dense tensor of a floating dtype with storage behind it, or an error that names it."""
     if not isinstance(tensor, Tensor):

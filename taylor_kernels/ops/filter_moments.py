@@ -19,7 +19,7 @@ from torch import Tensor
 
 from taylor_kernels.backends import select
 from taylor_kernels.layout import accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor
+from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
 from taylor_kernels.ops._library import library
 
 #: Names of the columns of a moments table.
@@ -127,11 +127,11 @@ def _moments(
     each_groups = _each_groups(groups, len(weights))
     parts: dict[tuple[torch.device, bool], list[int]] = {}
     for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        name = names[0].format(i)
-        check_tensor(weight, name)
-        check_like(grad, names[1].format(i), weight, name)
-        _check_shape(weight, each_groups[i], axes, name)
-        parts.setdefault((weight.device, weight.dtype == torch.float64), []).append(i)
+        if not is_pair(weight, grad):
+            check_tensor(weight, names[0].format(i))
+            check_like(grad, names[1].format(i), weight, names[0].format(i))
+        _check_shape(weight, each_groups[i], axes, names[0], i)
+        parts.setdefault((weight.device, weight.dtype is torch.float64), []).append(i)
 
     outputs: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
     for part in parts.values():  # one device and one kind of sum each: normally a single one
@@ -164,10 +164,14 @@ def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
     return each
 
 
-def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) -> None:
-    if not 1 <= weight.dim() <= 5:
-        raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
-    if 1 in axes and weight.dim() == 1:
+def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str, index: int) -> None:
+    dims = weight.dim()
+    if 1 < dims <= 5 and groups == 1:
+        return
+    name = name.format(index)
+    if not 1 <= dims <= 5:
+        raise ValueError(f"{name}: has {dims} dimensions; a parameter has 1 to 5")
+    if 1 in axes and dims == 1:
         raise ValueError(
             f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
         )
@@ -188,14 +192,18 @@ def _run(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The op itself: two packed tables, empty where an axis was not asked for."""
-    row_table, col_table = _empty_tables(weights, grads, groups, rows, cols, backend)
+    tables = _empty_tables(weights, grads, groups, rows, cols, backend)
+    nothing = [None] * len(weights)
+    row_outs, col_outs = (
+        table.split([_filters(w, n, axis) for w, n in zip(weights, groups, strict=True)])
+        if wanted
+        else nothing
+        for axis, (table, wanted) in enumerate(zip(tables, (rows, cols), strict=True))
+    )
     items = []
-    row, col = 0, 0
-    for weight, grad, n in zip(weights, grads, groups, strict=True):
-        row_out = row_table[row : row + weight.size(0)] if rows else None
-        col_out = col_table[col : col + _filters(weight, n, 1)] if cols else None
-        row += weight.size(0)
-        col += _filters(weight, n, 1) if cols else 0
+    for weight, grad, n, row_out, col_out in zip(
+        weights, grads, groups, row_outs, col_outs, strict=True
+    ):
         if weight.numel():
             items.append(parameter_item(weight, grad, n, row_out, col_out))
         else:  # sums over nothing
@@ -205,7 +213,7 @@ def _run(
     if items:
         run = select(items[0].weight.device, items[0].weight.dtype, backend)
         run.filter_moments(items)
-    return row_table, col_table
+    return tables
 
 
 def _empty_tables(
