@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
 
 
@@ -111,12 +111,13 @@ def print_table(table: Table, console: Console) -> None:
         caption_justify="left",
         caption_style="",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     for number, name in enumerate(table.columns):
         right = table.right_aligned(number)
-        shown.add_column(name, justify="right" if right else "left", overflow="fold")
+        justify: JustifyMethod = "right" if right else "left"
+        shown.add_column(name, justify=justify, overflow="fold", no_wrap=number == 0)
     for number, row in enumerate(table.rows):
         cells = [cell.replace("[", r"\[") for cell in row]
         shown.add_row(*cells, style="bold" if number in table.emphasis else None)

@@ -1,4 +1,4 @@
-"""A small residual network for 8x8 images: what a pruner must cope with, at a size that trains fast.
+"""A small residual network for 8x8 images: what a pruner must cope with, and trains fast.
 
 Every stage's blocks add to one shared stream, so their output filters can only go together; stages
 two and three change the stream's width and size through a 1x1 convolution.

@@ -1,4 +1,4 @@
-"""Progress that suits where it is read: bars on a terminal, one line per finished task elsewhere."""
+"""Progress to suit its reader: bars on a terminal, a line per finished task elsewhere."""
 
 from __future__ import annotations
 
