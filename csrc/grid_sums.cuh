@@ -21,8 +21,8 @@ constexpr int kLongRun = 32;
 
 // The column of a position: its channel.
 __device__ inline int64_t column_of(const Task& task, int64_t position) {
-  if (task.repeat > 1) position -= quotient(position, task.columns * task.col_run()) *
-                                   (task.columns * task.col_run());
+  if (task.repeat > 1)
+    position -= quotient(position, task.columns * task.col_run()) * (task.columns * task.col_run());
   return task.col_run() == 1 ? position : quotient(position, task.run);
 }
 

@@ -137,8 +137,9 @@ TK_HOST_DEVICE inline int64_t tile_width(const Task& task, int vector) {
 }
 
 TK_HOST_DEVICE inline PartialAxis col_axis(const Task& task, int vector) {
-  return {task.columns,   task.groups,  task.row_blocks, task.columns + task.tiles,
-          task.col_run(), tile_width(task, vector)};
+  return {task.columns,    task.groups,
+          task.row_blocks, task.columns + task.tiles,
+          task.col_run(),  tile_width(task, vector)};
 }
 
 }  // namespace tk

@@ -1,0 +1,126 @@
+"""What `make gpu-check` runs on a machine with an NVIDIA GPU: build, test, sanitize, bench.
+
+    python3 bench/gpu_check.py        # results in $OUT, or bench/results/gpu-check
+
+Needs no network: the system's Python with torch, pybind11, cmake, ninja, pytest and
+pytest-benchmark, and the CUDA toolkit. Steps have a time limit each, and a failure does not stop
+the next; the exit code is 1 if any failed, 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str]
+    seconds: int  # all of them together stay below eight minutes
+
+
+def steps(out: Path) -> list[Step]:
+    python = sys.executable
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
+    script = [python, str(ROOT / "bench" / "sanitize.py")]
+    bench = [f"--benchmark-json={out / 'bench.json'}", "--benchmark-only", "-o", "addopts="]
+    files = sorted(str(path) for path in (ROOT / "bench").glob("bench_*.py"))
+    planned = [
+        Step("build", [python, "setup.py", "build_ext", "--inplace"], 120),
+        Step("tests", [*tests, "-m", "gpu", "tests/gpu"], 150),
+        Step("memcheck", [*sanitizer, "--tool", "memcheck", *script], 40),
+        Step("racecheck", [*sanitizer, "--tool", "racecheck", *script], 50),
+    ]
+    if files:
+        planned.append(Step("bench", [*tests, *files, *bench], 110))
+    return planned
+
+
+def run(step: Step, log: Path) -> dict[str, object]:
+    """Runs one step; its output goes to the log, its end to the screen if it failed."""
+    environment = {**os.environ, "TAYLOR_KERNELS_CUDA": "on"}
+    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            step.command,
+            cwd=ROOT,
+            env=environment,
+            timeout=step.seconds,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        code, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        code, output = 124, (error.stdout or b"").decode(errors="replace")
+        output += f"\nstopped after {step.seconds} s\n"
+    except OSError as error:
+        code, output = 127, f"{error}\n"
+    seconds = round(time.monotonic() - started, 1)
+    with log.open("a") as file:
+        file.write(f"$ {' '.join(step.command)}\n{output}\n[exit code {code}, {seconds} s]\n\n")
+    lines = [line for line in output.splitlines() if line.strip()]
+    if code:
+        print("\n".join(lines[-25:]))
+    return {
+        "step": step.name,
+        "ok": code == 0,
+        "code": code,
+        "seconds": seconds,
+        "last_line": lines[-1] if lines else "",
+    }
+
+
+def gpu() -> dict[str, str] | None:
+    """The GPU and the versions around it, or None."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "python": sys.version.split()[0],
+    }
+
+
+def main() -> int:
+    machine = gpu()
+    if machine is None:
+        print("gpu-check: PyTorch sees no NVIDIA GPU here; run it on a machine that has one")
+        return 2
+    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu-check").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "gpu-check.log"
+    log.unlink(missing_ok=True)
+    results = []
+    for step in steps(out):
+        print(f"{step.name} ...", flush=True)
+        results.append(run(step, log))
+        report = {"machine": machine, "steps": results, "ok": all(r["ok"] for r in results)}
+        (out / "gpu-check.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\n{machine['gpu']}, torch {machine['torch']}; log: {log}")
+    for result in results:
+        verdict = "pass" if result["ok"] else f"FAIL ({result['code']})"
+        print(
+            f"{result['step']:<10} {verdict:<10} {result['seconds']:>6} s  "
+            f"{str(result['last_line'])[:90]}"
+        )
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

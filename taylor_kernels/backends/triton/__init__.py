@@ -1,0 +1,10 @@
+"""The kernels in Triton, for GPUs where the native module was built without CUDA.
+
+Same arguments as `backends/native.py`. With TRITON_INTERPRET=1 in the environment before Triton is
+imported, they run on CPU tensors, slowly.
+"""
+
+from taylor_kernels.backends.triton.filter_moments import filter_moments
+from taylor_kernels.backends.triton.gate_gradients import gate_gradients
+
+__all__ = ["filter_moments", "gate_gradients"]

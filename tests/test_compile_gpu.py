@@ -1,0 +1,159 @@
+"""Every GPU kernel compiles for every architecture, spills nothing and loads 16 bytes at a time.
+
+No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from gpu_compile import (
+    ARCHITECTURES,
+    ROOT,
+    compile_cuda,
+    compile_triton,
+    cuobjdump,
+    sass_of_functions,
+)
+
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+#: fp32, fp16 and bf16 each read two tensors by at least one vector load.
+MIN_VECTOR_LOADS = 6
+#: Loads and stores of it in machine code: registers that were spilled.
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+not_interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton keeps what it compiled; a cache hit would prove nothing about today's source."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_cuda(source: Path, tmp_path: Path) -> None:
+    binary, kernels = compile_cuda(source, tmp_path)
+    assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert (kernel.stack, kernel.spills) == (0, 0), kernel
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("compiled without spills; no cuobjdump to look for vector loads with")
+    for arch in ARCHITECTURES:
+        for name, sass in sass_of_functions(binary, arch, tool).items():
+            if "stream_kernel" in name:
+                wide = len(re.findall(r"\bLDG\.E\.128", sass))
+                assert wide >= MIN_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+            assert not LOCAL_MEMORY.findall(sass), f"{name} for sm_{arch}: local memory"
+
+
+def check_triton(
+    kernel: object,
+    arguments: dict[str, str],
+    constants: dict[str, object],
+    folder: Path,
+    *,
+    vectors: bool,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+) -> None:
+    tool = cuobjdump()
+    for arch in architectures:
+        ptx, cubin = compile_triton(kernel, arguments, constants, arch)
+        wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx))
+        assert wide >= 2 or not vectors, f"sm_{arch}: {wide} loads of 128 bits"
+        if tool:
+            path = folder / "kernel.cubin"
+            path.write_bytes(cubin)
+            for sass in sass_of_functions(path, arch, tool).values():
+                assert not LOCAL_MEMORY.findall(sass), f"sm_{arch}: local memory"
+
+
+@pytest.fixture(scope="module")
+def moments() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("taylor_kernels.backends.triton.filter_moments")
+
+
+@pytest.fixture(scope="module")
+def gates() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("taylor_kernels.backends.triton.gate_gradients")
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
+@pytest.mark.parametrize("grids", [False, True], ids=("rows", "grids"))
+def test_triton_moments(
+    moments: ModuleType, dtype: torch.dtype, grids: bool, tmp_path: Path
+) -> None:
+    outputs = {"row_out": "*fp32", "col_out": "*fp32", "workspace": "*fp32"}
+    constants = {
+        "T": moments.TYPES[dtype],
+        "GRIDS": grids,
+        "WITH_ROWS": grids,
+        "TILES": tuple(tile[:2] for tile in moments.TILES),
+        "GRID_TILE": moments.GRID_TILE,
+        "SEGMENT": moments.SEGMENT,
+        "BLOCK_ROWS": moments.BLOCK_ROWS,
+    }
+    arguments = {"table": "*i64", "count": "i32", **outputs}
+    check_triton(
+        moments.stream_kernel,
+        arguments,
+        constants,
+        tmp_path,
+        vectors=True,
+        architectures=ARCHITECTURES if grids else (90,),  # the larger kernel holds the smaller
+    )
+
+
+@not_interpreted
+def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
+    outputs = {"row_out": "*fp32", "col_out": "*fp32", "workspace": "*fp32"}
+    constants = dict(zip("PE", moments.FINISH_TILE, strict=True))
+    arguments = {"table": "*i64", "count": "i32", **outputs}
+    check_triton(moments.finish_kernel, arguments, constants, tmp_path, vectors=False)
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
+def test_triton_gates(gates: ModuleType, dtype: torch.dtype, tmp_path: Path) -> None:
+    name = TYPE_NAMES[dtype]
+    tensors = {"y": name, "dy": name, "bias": name, "out": "*fp32"}
+    rows = {"rows": "i32", "length": "i32:16", "channels": "i32", "tiles": "i32"}
+    for r, c, _ in gates.TILES[:3]:
+        constants = {"BIAS": True, "R": r, "C": c, "SEGMENT": gates.SEGMENT}
+        check_triton(gates.rows_kernel, {**tensors, **rows}, constants, tmp_path, vectors=True)
+    r, c = gates.MATRIX_TILE
+    cols = {
+        "rows": "i32",
+        "length": "i32:16",
+        "inner": "i32",
+        "tiles": "i32",
+        "row_blocks": "i32",
+    }
+    constants = {"BIAS": True, "R": r, "C": c, "BLOCK_ROWS": gates.BLOCK_ROWS}
+    check_triton(gates.cols_kernel, {**tensors, **cols}, constants, tmp_path, vectors=True)
+    counts = dict.fromkeys(("tiles", "batch", "parts", "channels", "run"), "i32")
+    constants = dict(zip("PE", gates.FINISH_TILE, strict=True))
+    arguments = {"partials": "*fp32", "out": "*fp32", **counts}
+    check_triton(gates.finish_kernel, arguments, constants, tmp_path, vectors=False)
