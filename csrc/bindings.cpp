@@ -34,9 +34,15 @@ std::vector<tk::FilterMomentsItem> filter_moments_items(const Integers& values) 
 
 tk::GateGradientsArgs gate_gradients_args(const Integers& v) {
   if (v.size() != 9) throw std::invalid_argument("gate_gradients: a torn record");
-  return {pointer<void>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]),
-          pointer<void>(v[3]), v[4],                v[5],
-          v[6],                v[7],                static_cast<tk::DType>(v[8])};
+  return {pointer<void>(v[0]),
+          pointer<void>(v[1]),
+          pointer<void>(v[2]),
+          pointer<void>(v[3]),
+          v[4],
+          v[5],
+          v[6],
+          v[7],
+          static_cast<tk::DType>(v[8])};
 }
 
 }  // namespace

@@ -10,8 +10,8 @@
 #define TK_ISA baseline
 #endif
 
-#define TK_DECLARE_CPU_KERNELS(isa)                                                     \
-  namespace isa {                                                                       \
-  void filter_moments(const FilterMomentsItem* items, int64_t count, int threads);      \
-  void gate_gradients(const GateGradientsArgs& args, int threads);                      \
+#define TK_DECLARE_CPU_KERNELS(isa)                                                \
+  namespace isa {                                                                  \
+  void filter_moments(const FilterMomentsItem* items, int64_t count, int threads); \
+  void gate_gradients(const GateGradientsArgs& args, int threads);                 \
   }

@@ -20,7 +20,7 @@ namespace tk {
 inline namespace TK_ISA {
 namespace {
 
-constexpr int64_t kStrip = 512;              // positions whose column sums fit L1: 10 KB
+constexpr int64_t kStrip = 512;               // positions whose column sums fit L1: 10 KB
 constexpr int64_t kTile = 8 * kStrip;         // positions of a task with column sums
 constexpr int64_t kRowRun = 1024;             // elements of a row summed in float before double
 constexpr int64_t kTaskElements = 65536;      // 512 KB of w and g: 20 µs, many times a commit
@@ -35,9 +35,10 @@ using Sums = double[kMoments];
 // item's shape alone, and with it every order of summation.
 struct Plan {
   FilterMomentsItem item;
-  int64_t first_task, positions, groups, group_rows, block_rows, blocks, tile, tiles;
+  int64_t first_task, first_turn, positions, groups, group_rows, block_rows, blocks, tile, tiles;
 
-  Plan(const FilterMomentsItem& it, int64_t first) : item(it), first_task(first) {
+  Plan(const FilterMomentsItem& it, int64_t task, int64_t turn)
+      : item(it), first_task(task), first_turn(turn) {
     positions = item.channels * item.kernel;
     groups = item.col_out ? item.groups : 1;
     group_rows = item.rows / groups;
@@ -50,6 +51,9 @@ struct Plan {
   }
 
   int64_t end_task() const { return first_task + groups * blocks * tiles; }
+  // Rows that end in the task that began them are written by it.
+  bool commits() const { return item.col_out || tiles > 1; }
+  int64_t end_turn() const { return commits() ? first_turn + groups * blocks * tiles : first_turn; }
 };
 
 struct Block {
@@ -239,6 +243,11 @@ class Worker {
     }
   }
 
+  int64_t turn(int64_t task) const {
+    const Plan& plan = find(task);
+    return plan.commits() ? plan.first_turn + task - plan.first_task : -1;
+  }
+
   void commit(int64_t task) {
     const Plan& plan = find(task);
     if (plan.item.dtype == DType::f64)
@@ -270,10 +279,12 @@ class Worker {
     }
     const T* w = static_cast<const T*>(item.w) + block.row * plan.positions;
     const T* g = static_cast<const T*>(item.g) + block.row * plan.positions;
-    if (!item.col_out)
+    if (!item.col_out) {
       sum_rows(w + block.begin, g + block.begin, plan.positions, block.rows,
                block.end - block.begin, rows_.get());
-    else if (item.row_out)
+      if (!plan.commits())
+        write<typename Sum<T>::Scalar>(rows_, block.rows, item.row_out, block.row);
+    } else if (item.row_out)
       sum_columns<T, true>(plan, block, w, g);
     else
       sum_columns<T, false>(plan, block, w, g);
@@ -323,7 +334,6 @@ class Worker {
   void commit(const Plan& plan, int64_t task) {
     const FilterMomentsItem& item = plan.item;
     const Block block(plan, task - plan.first_task);
-    if (plan.positions == 1 && !item.col_out) return;
     if (item.row_out) {
       if (block.first_tile) totals_->rows.clear(block.rows);
       add(rows_.get(), block.rows, totals_->rows.get());
@@ -354,10 +364,11 @@ void filter_moments(const FilterMomentsItem* items, int64_t count, int threads) 
   std::vector<Plan> plans;
   plans.reserve(count);
   Sizes sizes;
-  int64_t tasks = 0, elements = 0;
+  int64_t tasks = 0, turns = 0, elements = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Plan& plan = plans.emplace_back(items[i], tasks);
+    const Plan& plan = plans.emplace_back(items[i], tasks, turns);
     tasks = plan.end_task();
+    turns = plan.end_turn();
     elements += plan.item.rows * plan.positions;
     if (plan.item.row_out) sizes.rows = std::max(sizes.rows, plan.block_rows);
     if (plan.item.col_out) {

@@ -111,6 +111,7 @@ class Worker {
     }
   }
 
+  int64_t turn(int64_t) const { return -1; }
   void commit(int64_t) {}
 
  private:

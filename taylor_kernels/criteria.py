@@ -2,9 +2,9 @@
 
 A criterion names the source of its statistics (taylor_kernels/sources) and a function from a table
 of them, [filters, columns], to scores, [filters] or [filters, observations] where every column is
-an observation of its own (an example). Statistics add up over coupled filters, scores do not: the
-pruner sums the tables of a coupled group first and scores the sum, which is the shared gate of
-Molchanov et al.
+an observation of its own (an example). Of coupled filters the pruner first makes one row, then a
+score: Taylor statistics add up (the shared gate of Molchanov et al.), magnitudes are averaged,
+since a channel does not matter more for being made by more layers.
 
 | name | score of a filter | from |
 |---|---|---|
@@ -43,15 +43,24 @@ class Criterion:
         source: one of `SOURCES`.
         score: from a [F, K] table of the source's statistics to [F] scores, or to [F, K] where
             every column is one observation. Greater means more important.
+        coupled: how the rows of coupled filters become one: "sum", "mean", or "first", which
+            takes the row of the first.
+        across_layers: whether scores of different layers can be ranked against each other. The
+            Taylor scores all estimate a change of the same loss; norms depend on a layer's size
+            and initialisation, so the pruner divides them by their mean in the group.
     """
 
     name: str
     source: str
     score: Callable[[Tensor], Tensor]
+    coupled: str = "sum"
+    across_layers: bool = True
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
+        if self.coupled not in ("sum", "mean", "first"):
+            raise ValueError(f"coupled: {self.coupled!r} is not one of sum, mean, first")
 
 
 _CRITERIA: dict[str, Criterion] = {}
@@ -111,11 +120,11 @@ for _criterion in (
     Criterion("taylor_abs", "moments", _moment("abs_gw")),
     Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
     Criterion("taylor_fo_gate", "example_gates", Tensor.square),
-    Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0]),
-    Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1]),
-    Criterion("bn_scale", "bn_scale", lambda table: table[:, 0]),
+    Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0], "mean", False),
+    Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1], "mean", False),
+    Criterion("bn_scale", "bn_scale", lambda table: table[:, 0], "mean"),
     Criterion("snip", "moments", _share_of_sum),
-    Criterion("random", "random", lambda table: table[:, 0]),
+    Criterion("random", "random", lambda table: table[:, 0], "first"),
     Criterion("oracle", "loss_change", lambda table: table[:, 0].square()),
 ):
     register_criterion(_criterion)

@@ -10,7 +10,7 @@
 | random | 1: uniform in [0, 1), drawn once |
 | loss_change | 1: loss without the filter − loss with it |
 
-All of them add up over coupled filters, but `loss_change`.
+`loss_change` says nothing of filters removed together, so the pruner cannot use it.
 """
 
 from __future__ import annotations
