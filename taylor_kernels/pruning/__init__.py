@@ -1,0 +1,8 @@
+"""Iterative pruning over Taylor scores."""
+
+from taylor_kernels.pruning.checkpoint import load_checkpoint, save_checkpoint
+from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.records import PruneRecord
+
+__all__ = ["Cost", "PruneRecord", "Pruner", "load_checkpoint", "save_checkpoint"]

@@ -1,0 +1,87 @@
+"""The checks on `Pruner`'s arguments that need no look at the model's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from taylor_kernels.criteria import Criterion
+
+
+def check_arguments(
+    model: object,
+    criterion: Criterion,
+    targets: Mapping[str, object],
+    *,
+    every: Any,
+    per_step: Any,
+    momentum: Any,
+    round_to: Any,
+    min_filters: Any,
+    optimizer: Any,
+) -> dict[str, float]:
+    """The targets that were given, or an error that names the argument."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if criterion.source == "loss_change":
+        raise ValueError(
+            f"importance: {criterion.name!r} removes every filter in turn to see what the loss "
+            "does, which is for judging other criteria (tk.Importance); prune with taylor_fo_bn "
+            "or taylor_fo_gate"
+        )
+    given = {name: _fraction(name, value) for name, value in targets.items() if value is not None}
+    if not given:
+        raise ValueError(
+            "flops, params, filters: none is given; say what fraction to keep, such as flops=0.5"
+        )
+    for name, value in (("every", every), ("round_to", round_to), ("min_filters", min_filters)):
+        if not _is_int(value) or value < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    if not (per_step >= 1 if _is_int(per_step) else _is_number(per_step) and 0 < per_step < 1):
+        raise ValueError(
+            f"per_step: expected a count of at least 1 or a fraction in (0, 1), got {per_step!r}"
+        )
+    if not _is_number(momentum) or not 0 <= momentum < 1:
+        raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
+    if optimizer is not None:
+        _check_optimizer(optimizer, model)
+    return given
+
+
+def filters_per_step(per_step: int | float, filters: int) -> int:
+    """How many filters go at a pruning."""
+    return per_step if isinstance(per_step, int) else max(1, round(per_step * filters))
+
+
+def _check_optimizer(optimizer: object, model: nn.Module) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "optimizer: LBFGS keeps one flat history of all weights, which cannot be cut with the "
+            "model; use another one, or leave it out and make a new one after compact()"
+        )
+    own = set(model.parameters())
+    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "optimizer: it holds no parameter of the model; build it from model.parameters()"
+        )
+
+
+def _fraction(name: str, value: Any) -> float:
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name}: expected the fraction to keep, in (0, 1], got {value!r}")
+    return float(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,130 @@
+"""The model as it shrinks: which units are masked, which are gone, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taylor_kernels.pruning.masking import Masks
+from taylor_kernels.pruning.plan import Plan
+from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.units import Group, removed_entries, renumber
+
+
+class Network:
+    """A model with its coupled groups.
+
+    Attributes:
+        groups: numbered as the model is now; `Group.units` says what they were at first.
+        dead: per group [U] bool, True for units that are masked.
+        meter: counts masked and removed units as gone.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> None:
+        self.model = model
+        self.groups: list[Group] = plan.groups
+        self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in plan.groups]
+        self.meter = plan.meter
+        self._first = plan.groups
+        self._original_widths = plan.widths
+        self._optimizer = optimizer
+        self._masks = Masks(model, optimizer)
+
+    def mask(self, taken: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        """Mask units ([n] int64 per group) that the meter has counted as gone already.
+
+        Returns:
+            Layer -> the filters that went, numbered as at first.
+        """
+        filters: dict[str, list[int]] = {}
+        for first, group, dead, units in zip(
+            self._first, self.groups, self.dead, taken, strict=True
+        ):
+            dead[units] = True
+            for slot in first.producers if units.numel() else []:
+                gone = slot.index[group.units[units]].flatten().tolist()
+                filters.setdefault(slot.owner, []).extend(gone)
+        self._masks.set(self.groups, self.dead)
+        return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
+
+    def compact(self) -> list[Tensor]:
+        """Remove what is masked; per group [U] bool, True for the units that went."""
+        self._masks.close()
+        return self._remove(self.dead)
+
+    def _remove(self, dead: list[Tensor]) -> list[Tensor]:
+        if any(gone.any() for gone in dead):
+            remove(self.model, self.groups, dead, self._optimizer)
+            self.groups = renumber(self.groups, dead)
+            self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
+        return dead
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._masks.close()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Layer -> filters left, masked ones not counted."""
+        widths = dict(self._original_widths)
+        for first, gone in zip(self._first, self._gone(), strict=True):
+            for slot in first.producers:
+                widths[slot.owner] -= gone * slot.index.size(1)
+        return widths
+
+    def _gone(self) -> list[int]:
+        """Units of each group that are masked or removed."""
+        return [
+            first.size - group.size + int(dead.sum())
+            for first, group, dead in zip(self._first, self.groups, self.dead, strict=True)
+        ]
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """Masks over the units as they were at first: "removed" in any way, and "compacted"."""
+        removed, compacted = [], []
+        for first, group, dead in zip(self._first, self.groups, self.dead, strict=True):
+            gone = torch.ones(first.size, dtype=torch.bool)
+            gone[group.units] = False
+            compacted.append(gone)
+            off = gone.clone()
+            off[group.units[dead]] = True
+            removed.append(off)
+        return {"removed": removed, "compacted": compacted}
+
+    def stale(self, compacted: Sequence[Tensor]) -> list[Tensor]:
+        """Which present units a state has removed from the model: [U] bool per group.
+
+        Raises:
+            ValueError: the model has lost units that the state still has.
+        """
+        for own, theirs in zip(self.state()["compacted"], compacted, strict=True):
+            if (own & ~theirs).any():
+                raise ValueError(
+                    "state: it holds filters that have been removed from this model; load it into "
+                    "a pruner of the model as it was at first"
+                )
+        return [gone[group.units] for group, gone in zip(self.groups, compacted, strict=True)]
+
+    def shapes_after(self, compacted: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        """The shapes that `restore` would give the tensors that it cuts."""
+        tensors = self.model.state_dict()
+        shapes = {}
+        for name, cuts in removed_entries(self.groups, self.stale(compacted)).items():
+            extents = list(tensors[name].shape)
+            for dim, cut in cuts.items():
+                extents[dim] -= cut.index.numel()
+            shapes[name] = tuple(extents)
+        return shapes
+
+    def restore(self, removed: Sequence[Tensor], compacted: Sequence[Tensor]) -> None:
+        """Take on a state: remove what it has removed, mask what it has masked, and no more."""
+        stale, before = self.stale(compacted), self._gone()
+        self._masks.close()
+        self._remove(stale)
+        self.dead = [off[group.units] for group, off in zip(self.groups, removed, strict=True)]
+        for group, old, new in zip(self.groups, before, self._gone(), strict=True):
+            self.meter.take(group, new - old)
+        self._masks.set(self.groups, self.dead)

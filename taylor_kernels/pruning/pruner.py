@@ -1,0 +1,298 @@
+"""`Pruner`: the standard iterative loop over Taylor scores.
+
+    pruner = tk.Pruner(model, example_inputs, flops=0.5, optimizer=optimizer)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_fn(model(x), y).backward()
+        pruner.step()
+        optimizer.step()
+    pruner.compact()
+
+Molchanov et al. 2019: statistics of coupled filters are summed and scored every minibatch, the
+scores averaged over the minibatches between two prunings and then, with `momentum`, over the
+prunings; the cheapest units of the whole network go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.pruning import checkpoint
+from taylor_kernels.pruning.arguments import check_arguments, filters_per_step
+from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.network import Network
+from taylor_kernels.pruning.plan import make_plan
+from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.scoring import UnitScores
+from taylor_kernels.pruning.selection import check_reachable, met, select
+from taylor_kernels.sources import Source, make_source
+
+
+class Pruner:
+    """Prunes a model while it trains.
+
+    Args:
+        model: pruned in place. Filters of its output layers are never removed.
+        example_inputs: what to trace and count FLOPs on: a tensor, a tuple or list of arguments,
+            or a dict of keyword arguments; on the model's device.
+        importance: a criterion's name, or a `Criterion`.
+        flops, params, filters: the fractions to keep, in (0, 1]; at least one. All that are given
+            are met. `filters` is of the output filters of the layers that can be pruned.
+        every: minibatches between two prunings.
+        per_step: filters to remove at a pruning: a count, or a fraction of those there were at
+            the start.
+        momentum: weight of the past in the moving average across prunings.
+        round_to: widths of pruned layers stay multiples of this, or what they were.
+        ignore: module names, patterns (*, ?) or modules whose filters stay; a container stands
+            for all layers in it.
+        optimizer: its state is zeroed with the masks and cut with the model.
+        min_filters: every layer keeps at least so many.
+        backend: of the kernels; see `tk.backends()`.
+        verify: prove on a float64 copy that every group can be masked exactly; turned off, the
+            model's memory is needed once less and mistakes of the tracing go unseen.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
+            pruned. The model is as it was.
+        ImportError: Torch-Pruning is not installed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: str | Criterion = "taylor_fo_bn",
+        *,
+        flops: float | None = None,
+        params: float | None = None,
+        filters: float | None = None,
+        every: int = 10,
+        per_step: int | float = 0.02,
+        momentum: float = 0.9,
+        round_to: int = 1,
+        ignore: Sequence[str | nn.Module] = (),
+        optimizer: Optimizer | None = None,
+        min_filters: int = 1,
+        backend: str | None = None,
+        verify: bool = True,
+    ) -> None:
+        self.criterion = get_criterion(importance)
+        targets = check_arguments(
+            model,
+            self.criterion,
+            {"flops": flops, "params": params, "filters": filters},
+            every=every,
+            per_step=per_step,
+            momentum=momentum,
+            round_to=round_to,
+            min_filters=min_filters,
+            optimizer=optimizer,
+        )
+        self.model = model
+        self.targets = targets
+        self._every, self._momentum = every, momentum
+        self._backend = backend
+        plan = make_plan(
+            model,
+            example_inputs,
+            ignore,
+            round_to=round_to,
+            min_filters=min_filters,
+            needs_weight_grad=self._reads_weight_grads(),
+            verify=verify,
+        )
+        self._plan = plan
+        self._whole: Cost = plan.meter.cost
+        check_reachable(plan.meter, plan.groups, targets)
+        self._limits = {name: kept * getattr(self._whole, name) for name, kept in targets.items()}
+        self._per_step = filters_per_step(per_step, self._whole.filters)
+
+        self._network = Network(model, plan, optimizer)
+        self._scores = UnitScores(self.criterion, plan.groups, plan.scored)
+        self._steps = 0
+        self._history: list[PruneRecord] = []
+        self._source: Source | None = None
+        self._watch()
+
+    def step(self, *, loss_scale: float = 1.0) -> PruneRecord | None:
+        """Score the minibatch; prune if it is the `every`-th. Between backward() and
+        optimizer.step().
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward() (a GradScaler's
+                get_scale()). Leave step() out for a minibatch whose gradients overflowed.
+
+        Returns:
+            What was pruned, or None.
+
+        Raises:
+            RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
+                since the last pruning are forgotten.
+        """
+        if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
+            raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
+        if self._source is None:
+            return None
+        self._scores.add(self._source.collect(loss_scale=loss_scale))
+        self._steps += 1
+        return self._prune() if self._scores.count == self._every else None
+
+    def _prune(self) -> PruneRecord:
+        net = self._network
+        scores = self._scores.close_period(self._momentum, net.dead)
+        taken = select(net.groups, net.dead, scores, net.meter, self._limits, self._per_step)
+        cost = net.meter.cost
+        left = cost.over(self._whole)
+        record = PruneRecord(
+            step=self._steps,
+            removed=net.mask(taken),
+            filters=cost.filters,
+            params=cost.params,
+            flops=cost.flops,
+            filters_fraction=left["filters"],
+            params_fraction=left["params"],
+            flops_fraction=left["flops"],
+            threshold=max(
+                score[units].max().item()
+                for score, units in zip(scores, taken, strict=True)
+                if units.numel()
+            ),
+            done=self.done,
+        )
+        self._history.append(record)
+        if record.done:
+            self._watch()
+        return record
+
+    @property
+    def done(self) -> bool:
+        """All targets are met; step() does nothing more, and what is masked stays off."""
+        return met(self._network.meter, self._limits)
+
+    @property
+    def history(self) -> tuple[PruneRecord, ...]:
+        """All prunings so far."""
+        return tuple(self._history)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Layers whose filters are never removed -> the reason."""
+        return dict(self._plan.skipped)
+
+    @property
+    def cost(self) -> Cost:
+        """Filters, parameters and FLOPs that are left, masked ones not counted."""
+        return self._network.meter.cost
+
+    @property
+    def whole(self) -> Cost:
+        """The same of the original model."""
+        return self._whole
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Layers that can be pruned -> filters left, masked ones not counted."""
+        return self._network.widths
+
+    @property
+    def original_widths(self) -> dict[str, int]:
+        """Layers that can be pruned -> filters at the start."""
+        return dict(self._plan.widths)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Layer -> [F] moving averages of its present filters' scores as of the last pruning.
+
+        Coupled filters have the score of their unit; masked ones, and those that cannot go, nan.
+        Empty before the first pruning.
+        """
+        return self._scores.by_layer(self._network.dead, self.model)
+
+    def compact(self) -> nn.Module:
+        """Remove what is masked from the model, in place, with the optimizer's state.
+
+        Training goes on as it would have masked, and so does pruning. Not between backward() and
+        step(): what the backward pass left for scoring would be lost (between step() and
+        optimizer.step() it is fine).
+
+        Returns:
+            The model.
+        """
+        self._scores.drop(self._network.compact(), self._network.groups)
+        self._watch()
+        return self.model
+
+    def close(self) -> None:
+        """Take every hook off the model; masked filters are no longer held at zero."""
+        self._network.close()
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the pruner needs to go on, as tensors and plain Python.
+
+        Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
+        """
+        return {
+            "format": checkpoint.PRUNER_FORMAT,
+            "version": checkpoint.VERSION,
+            "criterion": self.criterion.name,
+            "structure": self._plan.structure,
+            **self._network.state(),
+            "scores": self._scores.state_dict(),
+            "steps": self._steps,
+            "history": [asdict(record) for record in self._history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a pruner of the same original model stopped.
+
+        The model's structure follows: what had been removed is removed, what was masked is
+        masked. Load the model's own state_dict after this one, and the optimizer's after that
+        (`load_checkpoint` does).
+
+        Raises:
+            ValueError: the state is damaged, or of another model or criterion, or the model has
+                lost filters that the state still has. Nothing has changed.
+        """
+        state = self._checked(state)
+        self._network.restore(state["removed"], state["compacted"])
+        self._scores = UnitScores(self.criterion, self._network.groups, self._plan.scored)
+        self._scores.load_state_dict(state["scores"])
+        self._steps = state["steps"]
+        self._history = [PruneRecord(**record) for record in state["history"]]
+        self._watch()
+
+    def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes that `load_state_dict(state)` would give the tensors that it cuts.
+
+        Raises:
+            ValueError: as `load_state_dict`.
+        """
+        return self._network.shapes_after(self._checked(state)["compacted"])
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        state = checkpoint.check_pruner_state(state, self._plan.structure, self.criterion.name)
+        self._network.stale(state["compacted"])
+        return state
+
+    def _watch(self) -> None:
+        """Put the meter on the model's layers as they are, or take it off when all is done."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
+        if not self.done:
+            modules = dict(self.model.named_modules())
+            layers = {name: modules[name] for name in self._plan.scored}
+            self._source = make_source(self.criterion.source, self.model, layers, self._backend)
+
+    def _reads_weight_grads(self) -> bool:
+        source = make_source(self.criterion.source, self.model, {}, self._backend)
+        source.close()
+        return source.needs_weight_grad

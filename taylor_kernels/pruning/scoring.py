@@ -1,0 +1,155 @@
+"""Scores of coupled units: gathered from the layers' tables, averaged over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.criteria import Criterion
+from taylor_kernels.pruning.units import Group
+from taylor_kernels.sources import filter_count
+
+
+class UnitScores:
+    """Running scores of all units, group after group.
+
+    The rows of coupled filters are summed before they are scored: the shared gate of Molchanov
+    et al. Sums go through a padded index, not through atomics, so they have the same bits on
+    every run.
+
+    Args:
+        scored: the layers whose tables `add` is given, in order.
+    """
+
+    def __init__(
+        self, criterion: Criterion, groups: Sequence[Group], scored: Sequence[str]
+    ) -> None:
+        self._criterion = criterion
+        self._layers = {name: number for number, name in enumerate(scored)}
+        self._groups = list(groups)
+        self._index: dict[tuple[int, ...], Tensor] = {}
+        self._sum: Tensor | None = None  # [U of all groups] float64
+        self._average: Tensor | None = None
+        self.count = 0
+
+    def add(self, tables: Sequence[Tensor]) -> None:
+        """Add a minibatch: the [F, K] table of every scored layer."""
+        scores = torch.cat([self._score(tables, run) for run in self._runs(tables)]).double()
+        self._sum = scores if self._sum is None else self._sum.to(scores) + scores
+        self.count += 1
+
+    def close_period(self, momentum: float, dead: Sequence[Tensor]) -> list[Tensor]:
+        """Average since the last call, taken into the moving average: [U] on the CPU per group.
+
+        Raises:
+            RuntimeError: a unit that is not dead has no finite score; the period is dropped.
+        """
+        assert self._sum is not None
+        mean = self._sum / self.count
+        self._sum, self.count = None, 0
+        average = mean
+        if self._average is not None:
+            average = momentum * self._average.to(mean) + (1 - momentum) * mean
+        scores = list(average.cpu().split([group.size for group in self._groups]))
+        for group, score, gone in zip(self._groups, scores, dead, strict=True):
+            bad = ~score.isfinite() & ~gone
+            if bad.any():
+                layers = ", ".join(slot.owner for slot in group.producers)
+                raise RuntimeError(
+                    f"{layers}: {int(bad.sum())} of {group.size} units have scores that are not "
+                    "finite, so nothing was pruned and the minibatches since the last pruning "
+                    "were dropped; look for inf or nan in the loss, and leave step() out for "
+                    "minibatches that a GradScaler skips"
+                )
+        self._average = average
+        return scores
+
+    def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
+        """Forget dead units; `groups` are the ones that remain."""
+        keep = ~torch.cat(list(dead))
+        if keep.all():
+            return
+        for name in ("_sum", "_average"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(self, name, values[keep.to(values.device)])
+        self._groups, self._index = list(groups), {}
+
+    def by_layer(self, dead: Sequence[Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Layer -> [F] averages; nan for filters that are dead or in no group."""
+        if self._average is None:
+            return {}
+        modules = dict(model.named_modules())
+        found: dict[str, Tensor] = {}
+        scores = self._average.cpu().split([group.size for group in self._groups])
+        for group, gone, score in zip(self._groups, dead, scores, strict=True):
+            for slot in group.producers:
+                if slot.owner not in found:
+                    width = filter_count(modules[slot.owner])
+                    found[slot.owner] = torch.full((width,), float("nan"))
+                shown = torch.where(gone, float("nan"), score).float()
+                found[slot.owner][slot.index] = shown[:, None].expand_as(slot.index)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        def held(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.cpu().clone()
+
+        return {"sum": held(self._sum), "average": held(self._average), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sum, self._average = state["sum"], state["average"]
+        self.count = state["count"]
+
+    def _runs(self, tables: Sequence[Tensor]) -> list[tuple[int, ...]]:
+        """Groups whose tables have equally many columns, as runs of consecutive numbers.
+
+        Scores may look at all rows at once (SNIP divides by their sum), so whatever can be scored
+        together is. Layers differ where a layer sees another number of examples.
+        """
+        runs: list[list[int]] = []
+        columns: list[int] = []
+        for number, group in enumerate(self._groups):
+            slot = next(slot for slot in group.producers if slot.owner in self._layers)
+            width = tables[self._layers[slot.owner]].size(1)
+            if runs and columns[-1] == width:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+                columns.append(width)
+        return [tuple(run) for run in runs]
+
+    def _score(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> Tensor:
+        """[U] scores of a run of groups."""
+        names = {
+            slot.owner
+            for number in run
+            for slot in self._groups[number].producers
+            if slot.owner in self._layers
+        }
+        used = sorted(names, key=self._layers.__getitem__)
+        chosen = [tables[self._layers[name]] for name in used]
+        device = chosen[0].device
+        if run not in self._index:
+            self._index[run] = self._gather_index(run, used, [t.size(0) for t in chosen]).to(device)
+        # The last row is what the padding points at.
+        padding = chosen[0].new_zeros(1, chosen[0].size(1))
+        rows = torch.cat([*(table.to(device) for table in chosen), padding])
+        scores = self._criterion.score(rows[self._index[run]].sum(1))
+        return scores if scores.dim() == 1 else scores.mean(1)
+
+    def _gather_index(self, run: tuple[int, ...], used: list[str], rows: list[int]) -> Tensor:
+        """[U, M] int64: the rows of each unit in the concatenated tables."""
+        starts = {name: sum(rows[:number]) for number, name in enumerate(used)}
+        blocks = []
+        for number in run:
+            members = [slot for slot in self._groups[number].producers if slot.owner in starts]
+            blocks.append(torch.cat([slot.index + starts[slot.owner] for slot in members], 1))
+        widest = max(block.size(1) for block in blocks)
+        pad = sum(rows)
+        return torch.cat(
+            [nn.functional.pad(block, (0, widest - block.size(1)), value=pad) for block in blocks]
+        )

@@ -1,0 +1,132 @@
+"""Every wrong argument: one error that names it and says what to do, and nothing has changed."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from taylor_kernels.pruning import Pruner
+
+WRONG = {
+    "no target": ({"params": None}, ValueError, "flops, params, filters: none is given"),
+    "target 0": ({"params": 0}, ValueError, "params: expected the fraction to keep"),
+    "target 50": ({"flops": 50}, ValueError, "flops: expected the fraction to keep.*got 50"),
+    "target nan": ({"flops": float("nan")}, ValueError, "flops: expected"),
+    "target text": ({"filters": "half"}, ValueError, "filters: expected"),
+    "target bool": ({"filters": True}, ValueError, "filters: expected"),
+    "every": ({"every": 0}, ValueError, "every: expected an integer of at least 1, got 0"),
+    "every fraction": ({"every": 2.5}, ValueError, "every: expected"),
+    "per_step": ({"per_step": 0}, ValueError, "per_step: expected"),
+    "per_step float": ({"per_step": 1.5}, ValueError, "per_step: expected"),
+    "per_step bool": ({"per_step": True}, ValueError, "per_step: expected"),
+    "momentum": ({"momentum": 1.0}, ValueError, r"momentum: expected a number in \[0, 1\)"),
+    "momentum text": ({"momentum": "no"}, ValueError, "momentum: expected"),
+    "round_to": ({"round_to": -8}, ValueError, "round_to: expected"),
+    "min_filters": ({"min_filters": 0}, ValueError, "min_filters: expected"),
+    "importance": ({"importance": "taylor_f0"}, ValueError, "'taylor_f0' is not known.*taylor_fo"),
+    "oracle": ({"importance": "oracle"}, ValueError, "importance: 'oracle' removes every filter"),
+    "ignore": ({"ignore": ["stem", "layer9"]}, ValueError, "ignore: 'layer9' matches no module"),
+    "ignore module": ({"ignore": [nn.Linear(2, 2)]}, ValueError, "ignore: 'Linear' matches no"),
+    "ignore number": ({"ignore": [3]}, TypeError, "ignore: entries are module names.*got 3"),
+    "ignore all": ({"ignore": ["*"]}, ValueError, "nothing to prune.*is ignored"),
+    "optimizer": ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer"),
+    "optimizer of others": (
+        {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ValueError,
+        "optimizer: it holds no parameter of the model",
+    ),
+    "inputs": ({"example_inputs": torch.randn(2, 5, 8, 8)}, ValueError, "example_inputs: .*chann"),
+    "inputs none": ({"example_inputs": None}, ValueError, "example_inputs: the model does not run"),
+    "too many inputs": (
+        {"example_inputs": (torch.randn(2, 3, 8, 8), 1)}, ValueError, "example_inputs: .*does not",
+    ),
+    "unreachable": ({"params": 0.001}, ValueError, "params: 0.001 cannot be reached"),
+    "round_to too coarse": ({"round_to": 64}, ValueError, "nothing to prune.*must keep all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_argument(case):
+    options, kind, message = WRONG[case]
+    model, inputs = zoo.build("resnet")
+    before = copy.deepcopy(model.state_dict())
+    arguments = {"example_inputs": inputs, "params": 0.5} | options
+    rng = torch.get_rng_state()
+    with pytest.raises(kind, match=message):
+        Pruner(model, **arguments)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_wrong_model():
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
+        Pruner(lambda x: x, torch.zeros(1), params=0.5)
+    with pytest.raises(ValueError, match=r"nothing to prune.*no convolution or linear layer"):
+        Pruner(nn.ReLU(), torch.randn(1, 3), params=0.5)
+    with pytest.raises(ValueError, match=r"nothing to prune.*reaches the output"):
+        Pruner(nn.Linear(3, 4), torch.randn(1, 3), params=0.5)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model.cache = model(torch.randn(1, 3))
+    with pytest.raises(ValueError, match="model: it cannot be copied to trace it"):
+        Pruner(model, torch.randn(1, 3), params=0.5)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), None])
+def test_wrong_loss_scale(scale):
+    model, inputs = zoo.build("mlp")
+    pruner = Pruner(model, inputs, params=0.5)
+    zoo.loss(model, inputs).backward()
+    with pytest.raises(ValueError, match="loss_scale: expected a positive number"):
+        pruner.step(loss_scale=scale)
+
+
+def test_step_without_backward():
+    model, inputs = zoo.build("mlp")
+    pruner = Pruner(model, inputs, "taylor_fo", params=0.5, every=1)
+    with pytest.raises(RuntimeError, match=r"backward\(\)"):
+        pruner.step()
+    assert not pruner.history
+
+
+def test_lbfgs_is_refused():
+    model, inputs = zoo.build("mlp")
+    with pytest.raises(ValueError, match="optimizer: LBFGS keeps one flat history"):
+        Pruner(model, inputs, params=0.5, optimizer=torch.optim.LBFGS(model.parameters()))
+
+
+def test_torch_pruning_is_asked_for_only_when_needed():
+    code = """
+import sys
+sys.modules["torch_pruning"] = None
+import torch
+from taylor_kernels.pruning import Pruner
+try:
+    Pruner(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)), torch.ones(1, 2),
+           params=0.5)
+except ImportError as error:
+    assert "pip install torch-pruning" in str(error), error
+else:
+    raise SystemExit("no error")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_close_takes_everything_off():
+    model, inputs = zoo.build("resnet")
+    pruner = Pruner(model, inputs, params=0.5, every=1)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    assert model._forward_pre_hooks
+    pruner.close()
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()
+    )
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert pruner.step() is None

@@ -1,0 +1,241 @@
+"""A run that is killed and resumed ends where one that was not does; bad files change nothing."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import killable
+import pytest
+import torch
+import zoo
+
+from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+
+
+def same(one, other):
+    """Equal bits, all the way down."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def everything(model, optimizer, pruner):
+    return {
+        "model": copy.deepcopy(model.state_dict()),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "pruner": copy.deepcopy(pruner.state_dict()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion"), [("resnet", "taylor_fo_bn"), ("mobilenet", "taylor_fo_gate")]
+)
+def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
+    whole = tmp_path / "whole"
+    broken = tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    expected = everything(*killable.run(whole, name, criterion))
+
+    command = [sys.executable, killable.__file__, str(broken), name, criterion]
+    kills = 0
+    for _ in range(3):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            # After some step, and at any point within the next one, a checkpoint included.
+            for _ in range(random.randint(3, 12)):
+                process.stdout.readline()
+            time.sleep(random.uniform(0, 0.05))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            process.wait()
+    assert kills
+    got = everything(*killable.run(broken, name, criterion))
+    assert same(got, expected)
+    assert len(expected["pruner"]["history"]) > 2
+
+
+def trained(name="resnet", steps=11, importance="taylor_fo_bn", **options):
+    torch.manual_seed(1)
+    model, inputs = zoo.build(name)
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    settings = {"params": 0.4, "every": 3, "per_step": 0.1, "optimizer": optimizer} | options
+    pruner = Pruner(model, inputs, importance, **settings)
+    go_on(model, optimizer, pruner, inputs, steps)
+    return model, optimizer, pruner, inputs
+
+
+def go_on(model, optimizer, pruner, inputs, steps):
+    for step in range(steps):
+        optimizer.zero_grad()
+        zoo.loss(model, zoo.fresh(inputs)).backward()
+        pruner.step()
+        optimizer.step()
+        if step == 6:
+            pruner.compact()
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4, 8, 11])
+def test_state_is_plain_and_complete(tmp_path, steps):
+    model, optimizer, pruner, inputs = trained(steps=steps)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, pruner=pruner, note=["a", 1])
+    again, optim, other, _ = trained(steps=0)
+    extra = load_checkpoint(tmp_path / "c", model=again, optimizer=optim, pruner=other)
+    assert extra == {"note": ["a", 1]}
+    assert same(everything(again, optim, other), everything(model, optimizer, pruner))
+    assert other.cost == pruner.cost
+    assert other.history == pruner.history
+    assert other.done == pruner.done
+    ends = []
+    for parts in ((model, optimizer, pruner), (again, optim, other)):
+        torch.manual_seed(8)
+        go_on(*parts, inputs, 9)
+        ends.append(everything(*parts))
+    assert same(*ends)
+
+
+def test_going_back_in_the_same_process():
+    model, optimizer, pruner, inputs = trained(steps=4)
+    then = everything(model, optimizer, pruner)
+    cost = pruner.cost
+    for _ in range(5):
+        optimizer.zero_grad()
+        zoo.loss(model, zoo.fresh(inputs)).backward()
+        pruner.step()
+        optimizer.step()
+    assert pruner.cost != cost
+    pruner.load_state_dict(then["pruner"])
+    model.load_state_dict(then["model"])
+    optimizer.load_state_dict(then["optimizer"])
+    assert pruner.cost == cost
+    assert same(everything(model, optimizer, pruner), then)
+    # Once they are really gone, there is no way back.
+    go_on(model, optimizer, pruner, inputs, 7)
+    now = everything(model, optimizer, pruner)
+    with pytest.raises(ValueError, match="have been removed from this model"):
+        pruner.load_state_dict(then["pruner"])
+    assert same(everything(model, optimizer, pruner), now)
+
+
+def flipped(data, start, stop):
+    return data[:start] + bytes(byte ^ 4 for byte in data[start:stop]) + data[stop:]
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "empty": lambda data: b"",
+    "text": lambda data: b"hello",
+    "flipped at the start": lambda data: flipped(data, 200, 600),
+    "one bit in the middle": lambda data: flipped(data, len(data) // 2, len(data) // 2 + 1),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damaged_file(tmp_path, how):
+    model, optimizer, pruner, _ = trained()
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    parts = trained(steps=0)[:3]
+    before = everything(*parts)
+    with pytest.raises(ValueError, match=r"path: .*damaged or not a checkpoint"):
+        load_checkpoint(path, model=parts[0], optimizer=parts[1], pruner=parts[2])
+    assert same(everything(*parts), before)
+
+
+def foreign_file(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def newer_file(path):
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"version": 99}, path)
+
+
+def edit(path, change):
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+FOREIGN = {
+    "another file": (foreign_file, {}, "was not written by save_checkpoint"),
+    "newer": (newer_file, {}, "version 99"),
+    "another criterion": (None, {"importance": "taylor_fo"}, "by 'taylor_fo_bn'.* by 'taylor_fo'"),
+    "another model": (None, {"name": "mobilenet"}, "another model"),
+    "other layers": (None, {"ignore": ["stem"]}, "other prunable layers"),
+    "broken mask": (
+        lambda p: edit(p, lambda c: c["pruner"]["removed"].pop()), {}, "damaged.*'removed'",
+    ),
+    "wrong scores": (
+        lambda p: edit(p, lambda c: c["pruner"]["scores"].update(average=torch.zeros(3))), {},
+        "damaged.*average",
+    ),
+    "missing weight": (lambda p: edit(p, lambda c: c["model"].popitem()), {}, "model: .*differ"),
+    "wrong shape": (
+        lambda p: edit(p, lambda c: c["model"].update({"fc.weight": torch.zeros(2)})), {},
+        "among them fc.weight",
+    ),
+    "other optimizer": (
+        lambda p: edit(p, lambda c: c["optimizer"]["param_groups"][0]["params"].pop()), {},
+        "optimizer: .*parameters in its groups",
+    ),
+    "no optimizer": (lambda p: edit(p, lambda c: c.update(optimizer=None)), {}, "optimizer: one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_file(tmp_path, case):
+    model, optimizer, pruner, _ = trained()
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    change, options, message = FOREIGN[case]
+    if change:
+        change(path)
+    parts = trained(steps=0, **options)[:3]
+    before = everything(*parts)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(path, model=parts[0], optimizer=parts[1], pruner=parts[2])
+    assert same(everything(*parts), before)
+
+
+@pytest.mark.parametrize("state", [None, 3, {}, {"format": "x"}, [1]])
+def test_state_dict_of_something_else(state):
+    _, _, pruner, _ = trained(steps=0)
+    with pytest.raises(ValueError, match="state: it is not the state_dict"):
+        pruner.load_state_dict(state)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    model, optimizer, pruner, _ = trained(steps=0)
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    old = path.read_bytes()
+    with pytest.raises(TypeError, match=r"scheduler\['it'\]: expected tensors and plain Python"):
+        save_checkpoint(path, model=model, scheduler={"it": object()})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner, step=1)
+    assert path.read_bytes() == old
+    assert [p.name for p in Path(tmp_path).iterdir()] == ["c.pt"]
+
+
+def test_missing_file(tmp_path):
+    model, optimizer, pruner, _ = trained(steps=0)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "no", model=model, optimizer=optimizer, pruner=pruner)
