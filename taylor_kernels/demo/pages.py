@@ -157,7 +157,7 @@ def _importance_section(result: Json, folder: Path) -> list[Section]:
         alt="The scores of the filters of each layer of the dense network on a log axis.",
         caption=f"A dot per filter of the dense network (seed {result['settings']['seeds'][0]}, "
         "one pass over the training images), a tick at each layer's median; **hollow**: removed "
-        "later. Coupled filters go by the score of their sum, and scores change in training, so "
+        "later. Coupled filters are scored together, and scores change in training, so "
         "high ones can be hollow. Units differ between panels; only the order within one counts.",
     )
     return [Section("How important the filters were", [figure])]
@@ -185,9 +185,8 @@ def _caveats(result: Json) -> str:
     control = ""
     if "random" in result["settings"]["criteria"]:
         control = (
-            "`random` draws a number per filter, and coupled filters have the sum of theirs, as "
-            "under every criterion: the shared streams, where most are coupled, go last. That "
-            "makes it a milder control than a draw per coupled unit would be."
+            "`random` is the control: every set of coupled filters has the same chance to go. "
+            "What a criterion finds shows in the distance to it, before fine-tuning above all."
         )
     last = (
         "FLOPs are counted, time is measured, and they do not fall alike: at these widths much of "
@@ -233,10 +232,8 @@ def _collapse(result: Json) -> str:
     if not parts:
         return ""
     return (
-        f"{'; '.join(parts)}: a bottleneck that no fine-tuning mends. All criteria are ranked over "
-        "the whole network, and norms have a scale of their own in each layer, so layers of small "
-        "weights go first. That is a property of raw norms in a global ranking, and says nothing "
-        "of norms compared within a layer."
+        f"{'; '.join(parts)}: a bottleneck that fine-tuning does not mend. Filters are ranked over "
+        "the whole network, and under this criterion nearly all of that layer's came last."
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_kernels.pruning.tracing import call
 from taylor_kernels.pruning.units import Group
@@ -97,6 +96,8 @@ def count_flops(model: nn.Module, example_inputs: Any) -> tuple[dict[str, int], 
     Args:
         model: in eval mode; it is run once.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
+
     per_layer: dict[str, int] = {}
     hooks = []
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

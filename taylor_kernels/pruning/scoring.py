@@ -16,9 +16,9 @@ from taylor_kernels.sources import filter_count
 class UnitScores:
     """Running scores of all units, group after group.
 
-    The rows of coupled filters are summed before they are scored: the shared gate of Molchanov
-    et al. Sums go through a padded index, not through atomics, so they have the same bits on
-    every run.
+    The rows of coupled filters become one, as the criterion says, before they are scored: the
+    shared gate of Molchanov et al. Sums go through a padded index, not through atomics, so they
+    have the same bits on every run.
 
     Args:
         scored: the layers whose tables `add` is given, in order.
@@ -42,7 +42,8 @@ class UnitScores:
         self.count += 1
 
     def close_period(self, momentum: float, dead: Sequence[Tensor]) -> list[Tensor]:
-        """Average since the last call, taken into the moving average: [U] on the CPU per group.
+        """What to rank by, [U] on the CPU per group: the average since the last call, taken into
+        the moving average; relative to its group's mean where the criterion says so.
 
         Raises:
             RuntimeError: a unit that is not dead has no finite score; the period is dropped.
@@ -65,7 +66,12 @@ class UnitScores:
                     "minibatches that a GradScaler skips"
                 )
         self._average = average
-        return scores
+        if self._criterion.across_layers:
+            return scores
+        return [
+            score / score[~gone].mean() if (score[~gone] > 0).any() else score
+            for score, gone in zip(scores, dead, strict=True)
+        ]
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
         """Forget dead units; `groups` are the ones that remain."""
@@ -138,8 +144,17 @@ class UnitScores:
         # The last row is what the padding points at.
         padding = chosen[0].new_zeros(1, chosen[0].size(1))
         rows = torch.cat([*(table.to(device) for table in chosen), padding])
-        scores = self._criterion.score(rows[self._index[run]].sum(1))
+        scores = self._criterion.score(self._coupled_rows(rows, self._index[run]))
         return scores if scores.dim() == 1 else scores.mean(1)
+
+    def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:
+        """[U, K] from the rows of each unit; the padding's are zero and come last."""
+        if self._criterion.coupled == "first":
+            return rows[index[:, 0]]
+        total = rows[index].sum(1)
+        if self._criterion.coupled == "mean":
+            return total / (index < len(rows) - 1).sum(1, keepdim=True)
+        return total
 
     def _gather_index(self, run: tuple[int, ...], used: list[str], rows: list[int]) -> Tensor:
         """[U, M] int64: the rows of each unit in the concatenated tables."""

@@ -74,7 +74,8 @@ def test_lots_go_by_their_mean():
             model[0].weight[row] = size / 6
         for row, size in enumerate([3.0, 3, 3, 7, 7, 7, 8, 8, 8]):
             model[2].weight[row] = size / 10
-    pruner = Pruner(model, inputs, "magnitude_l1", filters=0.4, every=1, per_step=1, round_to=3)
+    raw = Criterion("raw_l1", "magnitudes", lambda table: table[:, 0])
+    pruner = Pruner(model, inputs, raw, filters=0.4, every=1, per_step=1, round_to=3)
     while not pruner.done:
         zoo.loss(model, inputs).backward()
         pruner.step()
