@@ -1,0 +1,143 @@
+"""A results file as cases and providers, and the targets they are held against."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OPS = ("filter_moments", "gate_gradients")
+
+
+@dataclass
+class Entry:
+    """One provider in one case, as pytest-benchmark stored it; times in seconds."""
+
+    stats: dict[str, float]
+    info: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return self.info["provider"]
+
+    @property
+    def median(self) -> float:
+        return self.stats["median"]
+
+
+@dataclass
+class Case:
+    """The providers of one case."""
+
+    name: tuple[str, ...]
+    entries: list[Entry]
+
+    def get(self, label: str) -> Entry | None:
+        return next((e for e in self.entries if e.label == label), None)
+
+    def fastest(self, **wanted: str) -> Entry | None:
+        """The fastest provider whose info has these values: role=..., family=..."""
+        found = [e for e in self.entries if all(e.info[k] == v for k, v in wanted.items())]
+        return min(found, key=lambda e: e.median, default=None)
+
+    @property
+    def ours(self) -> Entry | None:
+        return self.fastest(role="ours")
+
+
+@dataclass
+class Results:
+    """A results file."""
+
+    path: Path
+    machine: dict[str, Any]
+    commit: str
+    date: str
+    cases: list[Case]
+
+    def of(self, bench: str) -> list[Case]:
+        return [case for case in self.cases if case.name[0] == bench]
+
+
+def load(path: Path) -> Results:
+    raw = json.loads(path.read_text())
+    cases: dict[tuple[str, ...], list[Entry]] = {}
+    for bench in raw["benchmarks"]:
+        entry = Entry(bench["stats"], bench["extra_info"])
+        cases.setdefault(tuple(entry.info["case"]), []).append(entry)
+    commit = raw["commit_info"]
+    return Results(
+        path,
+        raw["machine_info"],
+        (commit.get("id") or "unknown")[:10] + ("+" if commit.get("dirty") else ""),
+        raw["datetime"][:10],
+        [Case(name, entries) for name, entries in cases.items()],
+    )
+
+
+@dataclass
+class Target:
+    """A ratio to reach, and what was measured; `least`: it must be at least that, else at most."""
+
+    what: str
+    limit: float
+    measured: float
+    least: bool = False
+    unit: str = "×"
+
+    @property
+    def reached(self) -> bool:
+        return self.measured >= self.limit if self.least else self.measured <= self.limit
+
+    def row(self) -> list[str]:
+        sign = "≥" if self.least else "≤"
+        return [
+            self.what,
+            f"{sign} {self.limit:g}{self.unit}",
+            f"{self.measured:.2f}{self.unit}",
+            "ok" if self.reached else "not reached",
+        ]
+
+
+def targets(results: Results) -> list[Target]:
+    """What the project set out to reach, from whatever cases the file holds."""
+    found: list[Target] = []
+    for case in results.of("filter_moments"):
+        ours, axis = case.ours, case.name[2]
+        if ours is None or axis == "cols":
+            continue
+        where = " ".join(case.name)
+        rows = axis == "rows"
+        floor, eager = case.fastest(role="floor"), case.fastest(family="eager")
+        if floor:
+            limit = 1.15 if rows else 1.6
+            found.append(
+                Target(f"{where}: time over read floor", limit, ours.median / floor.median)
+            )
+        if eager and rows:
+            found.append(
+                Target(f"{where}: faster than eager", 4.0, eager.median / ours.median, True)
+            )
+        for label in ("torch.compile", "torch.compile, one graph"):
+            compiled = case.get(label)
+            if compiled is None:
+                continue
+            what = f"{where}: faster than {label}"
+            limit = 1.0 if rows else 1.3
+            found.append(Target(what, limit, compiled.median / ours.median, True))
+    for op in OPS:
+        peaks = [
+            (case.ours.info["peak_mib"], case)
+            for case in results.of(op)
+            if case.ours and case.ours.info["peak_mib"] is not None
+        ]
+        if peaks:
+            peak, case = max(peaks, key=lambda pair: pair[0])
+            what = f"{op}: peak memory beyond inputs and outputs (worst: {' '.join(case.name[1:])})"
+            found.append(Target(what, 2.0, peak, unit=" MiB"))
+    for case in results.of("scoring_step"):
+        if case.ours:
+            what = f"{' '.join(case.name)}: scoring over forward + backward"
+            found.append(Target(what, 0.8, case.ours.info["ratio_to_plain"]))
+    return found

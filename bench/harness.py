@@ -1,0 +1,235 @@
+"""Measures providers of one answer side by side: checked, timed in turns, then their memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+# More than any L2 (60 MB on an H200), and long enough (~100 us) for the host to queue what follows.
+_FLUSH_BYTES = 512 * MIB
+
+
+@dataclass
+class Provider:
+    """One way to get an answer.
+
+    Attributes:
+        label: what tables call it.
+        run: computes the answer; this is what is timed.
+        check: takes run()'s result and returns its largest error, in eps32 * sum of |terms| or
+            whatever unit the bench states; raises AssertionError if that is too large.
+        role: `ours`, a `peer`, a `floor` (reads the same bytes, computes next to nothing), or
+            `extra` (shown, but in no comparison).
+        family: peers of one family are ways to use the same tool; targets name families.
+        before: runs untimed before each call.
+    """
+
+    label: str
+    run: Callable[[], Any]
+    check: Callable[[Any], float] | None = None
+    role: Literal["ours", "peer", "floor", "extra"] = "peer"
+    family: str = ""
+    before: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Result:
+    """What was measured of one provider; times in seconds."""
+
+    label: str
+    role: str
+    family: str
+    samples: list[float] = field(default_factory=list)
+    first_s: float = 0.0
+    peak_bytes: int | None = None
+    error: float | None = None
+    unavailable: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+
+class Progress:
+    """Says what is going on: one line rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._last = 0.0
+
+    def say(self, what: str) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r\x1b[K  {self._title}: {what}")
+        elif time.monotonic() - self._last > 2:
+            sys.stderr.write(f"\n  {self._title}: {what}")
+            self._last = time.monotonic()
+        sys.stderr.flush()
+
+    def done(self) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\x1b[K")
+
+
+def measure(
+    title: str, providers: Sequence[Provider], rounds: int, device: torch.device
+) -> dict[str, Result]:
+    """Check every provider, time them in turns, then watch their memory; results by label.
+
+    In each round every provider runs once, in an order drawn anew, so that a slow second of the
+    machine, or a provider that leaves the caches in a bad state, hits all alike. A peer that fails
+    or gives a wrong answer is left out with the reason; ours failing is an error.
+    """
+    progress = Progress(title)
+    results = {p.label: Result(p.label, p.role, p.family) for p in providers}
+    for provider in providers:
+        progress.say(f"{provider.label}: first call and check")
+        _check(provider, results[provider.label], device)
+    able = [p for p in providers if not results[p.label].unavailable]
+
+    shuffled = random.Random(0)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if _cuda(device) else None
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-1, rounds):  # the turn before the first only warms up
+            progress.say(f"round {max(turn, 0) + 1} of {rounds}")
+            for provider in shuffled.sample(able, len(able)):
+                provider.before()
+                seconds = _time(provider.run, flush)
+                if turn >= 0:
+                    results[provider.label].samples.append(seconds)
+    finally:
+        gc.enable()
+    del flush
+    for provider in able:
+        progress.say(f"{provider.label}: memory")
+        results[provider.label].peak_bytes = peak_memory(provider, device)
+    progress.done()
+    return results
+
+
+def _check(provider: Provider, result: Result, device: torch.device) -> None:
+    provider.before()
+    start = time.perf_counter()
+    try:
+        answer = provider.run()
+        synchronize(device)
+        result.first_s = time.perf_counter() - start
+        if provider.check is not None:
+            result.error = float(provider.check(answer))
+    except Exception as error:
+        if provider.role == "ours":
+            raise
+        result.unavailable = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        sys.stderr.write(f"\n  {provider.label} is left out: {result.unavailable}\n")
+
+
+def _time(run: Callable[[], Any], flush: Tensor | None) -> float:
+    if flush is None:
+        start = time.perf_counter()
+        answer = run()
+        seconds = time.perf_counter() - start
+        del answer  # after the clock: freeing what was returned is not part of the answer
+        return seconds
+    flush.zero_()
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return start_event.elapsed_time(end_event) / 1e3
+
+
+def peak_memory(provider: Provider, device: torch.device, repeats: int = 3) -> int | None:
+    """Bytes at the peak of one call, beyond what was there before and what it returns.
+
+    CPU: the kernel's high-water mark of resident memory (VmHWM, reset through
+    /proc/self/clear_refs), which sees native scratch as well as tensors; free heap is handed back
+    first, or memory that earlier calls left behind would hide what this one takes. Resolution is
+    about 0.1 MiB. CUDA: the caching allocator's peak. None where neither exists.
+    """
+    peaks = []
+    for _ in range(repeats):
+        provider.before()
+        gc.collect()
+        if _cuda(device):
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            answer = provider.run()
+            torch.cuda.synchronize(device)
+            peak = torch.cuda.max_memory_allocated(device) - before
+        else:
+            if not _reset_high_water():
+                return None
+            before = _status("VmRSS")
+            answer = provider.run()
+            peak = _status("VmHWM") - before
+        peaks.append(max(0, peak - _bytes_of(answer)))
+        del answer
+    return int(statistics.median(peaks))
+
+
+def _reset_high_water() -> bool:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def _bytes_of(answer: Any) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(answer)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested sequences and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written both counted, of a device-to-device copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    times = [_time(lambda: target.copy_(source), flush) for _ in range(15)]
+    return 2 * source.nbytes / statistics.median(times[3:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is one that runs ahead of the host."""
+    if _cuda(device):
+        torch.cuda.synchronize(device)
+
+
+def _cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
