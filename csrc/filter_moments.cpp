@@ -21,9 +21,9 @@ inline namespace TK_ISA {
 namespace {
 
 constexpr int64_t kStrip = 512;               // positions whose column sums fit L1: 10 KB
-constexpr int64_t kTile = 8 * kStrip;         // positions of a task with column sums
-constexpr int64_t kRowRun = 1024;             // elements of a row summed in float before double
-constexpr int64_t kTaskElements = 65536;      // 512 KB of w and g: 20 µs, many times a commit
+constexpr int64_t kTile = 16 * kStrip;        // most positions of a task with column sums
+constexpr int64_t kRowRun = 4096;             // elements of a row summed in float before double
+constexpr int64_t kTaskElements = 131072;     // 1 MB of w and g: 20 µs, many times a commit
 constexpr int64_t kMinRows = 64;              // spreads the folding of a strip over enough rows
 constexpr int64_t kMaxRows = 512;             // bounds the float sum down a column
 constexpr int64_t kMaxRowSums = 4096;         // bounds the scratch of a task that sums rows only
@@ -48,6 +48,9 @@ struct Plan {
     blocks = (group_rows + block_rows - 1) / block_rows;
     tile = item.col_out ? kTile : kTaskElements;
     tiles = (positions + tile - 1) / tile;
+    // Tiles of about one size: a narrow last one would read little of each row.
+    const int64_t strips = (positions + kStrip - 1) / kStrip;
+    tile = (strips + tiles - 1) / tiles * kStrip;
   }
 
   int64_t end_task() const { return first_task + groups * blocks * tiles; }
@@ -120,9 +123,11 @@ struct Registers {
 template <typename V>
 using Strip = Registers<V>[kStrip / kLanes];
 
-// Row sums alone, of `width` positions of each row: along memory, two vectors at a time.
+// Row sums alone, of `width` positions of each row: along memory, two vectors at a time. From w and
+// g on, `readable` elements may be read.
 template <typename T>
-void sum_rows(const T* w, const T* g, int64_t stride, int64_t rows, int64_t width, Sums* row_sums) {
+void sum_rows(const T* w, const T* g, int64_t readable, int64_t stride, int64_t rows, int64_t width,
+              Sums* row_sums) {
   using V = typename Sum<T>::Vector;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t begin = r * stride; begin < r * stride + width; begin += kRowRun) {
@@ -137,7 +142,9 @@ void sum_rows(const T* w, const T* g, int64_t stride, int64_t rows, int64_t widt
         even.add(Terms<V>(load(w + i), load(g + i)));
         i += kLanes;
       }
-      if (i < end) odd.add(Terms<V>(load_first(w + i, end - i), load_first(g + i, end - i)));
+      if (i < end)
+        odd.add(Terms<V>(load_first(w + i, end - i, readable - i),
+                         load_first(g + i, end - i, readable - i)));
       even.add(odd);
       even.add_to(row_sums[r]);
     }
@@ -280,7 +287,8 @@ class Worker {
     const T* w = static_cast<const T*>(item.w) + block.row * plan.positions;
     const T* g = static_cast<const T*>(item.g) + block.row * plan.positions;
     if (!item.col_out) {
-      sum_rows(w + block.begin, g + block.begin, plan.positions, block.rows,
+      const int64_t readable = (item.rows - block.row) * plan.positions - block.begin;
+      sum_rows(w + block.begin, g + block.begin, readable, plan.positions, block.rows,
                block.end - block.begin, rows_.get());
       if (!plan.commits())
         write<typename Sum<T>::Scalar>(rows_, block.rows, item.row_out, block.row);

@@ -22,9 +22,9 @@ constexpr int64_t kChannels = 4 * kLanes;     // channels side by side: four cac
 constexpr int64_t kTaskElements = 32768;      // 256 KB of y and dy: 10 µs
 constexpr int64_t kThreadElements = 1 << 18;  // under 100 µs of work a second thread costs more
 
-// Σ (y − bias)·dy along n ≤ kRun contiguous elements.
+// Σ (y − bias)·dy along n ≤ kRun contiguous elements, of `readable`.
 template <typename T>
-double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n) {
+double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n, int64_t readable) {
   using V = typename Sum<T>::Vector;
   V sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
   int64_t i = 0;
@@ -35,13 +35,11 @@ double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n)
     sum3 += (load(y + i + 3 * kLanes) - bias) * load(dy + i + 3 * kLanes);
   }
   for (; i + kLanes <= n; i += kLanes) sum0 += (load(y + i) - bias) * load(dy + i);
-  double total = sum_lanes((sum0 + sum1) + (sum2 + sum3));
-  if (i < n) {
-    // Lanes past the end hold y = 0 and dy = 0; an infinite bias must not reach them.
-    V tail = (load_first(y + i, n - i) - bias) * load_first(dy + i, n - i);
-    for (int64_t lane = 0; lane < n - i; ++lane) total += tail[lane];
+  if (i < n) {  // masked last: the bias may be infinite
+    const V tail = load_first(y + i, n - i, readable - i) - bias;
+    sum1 += keep_first(tail * load_first(dy + i, n - i, readable - i), n - i);
   }
-  return total;
+  return sum_lanes((sum0 + sum1) + (sum2 + sum3));
 }
 
 // Σ over `positions` rows of `stride` elements, for `width` ≤ kChannels adjacent channels.
@@ -74,6 +72,18 @@ void sum_channels(const T* y, const T* dy, const T* bias, int64_t stride, int64_
   }
 }
 
+// A single position: (y − bias)·dy, nothing to sum.
+template <typename T>
+void multiply(const T* y, const T* dy, const T* bias, int64_t n, typename Sum<T>::Scalar* out) {
+  using V = typename Sum<T>::Vector;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t width = std::min<int64_t>(kLanes, n - i);
+    auto at = [&](const T* p) { return width == kLanes ? load(p + i) : load_first(p + i, width); };
+    const V terms = (at(y) - (bias ? at(bias) : V{})) * at(dy);
+    std::memcpy(out + i, &terms, width * sizeof(*out));
+  }
+}
+
 template <typename T>
 class Worker {
  public:
@@ -89,6 +99,9 @@ class Worker {
     const T* y = static_cast<const T*>(args_.y) + example;
     const T* dy = static_cast<const T*>(args_.dy) + example;
     S* out = static_cast<S*>(args_.out) + n * args_.channels;
+    if (args_.inner == 1 && args_.outer == 1)
+      return multiply(y + first, dy + first, bias() ? bias() + first : nullptr, last - first,
+                      out + first);
     if (args_.inner == 1) {
       double totals[kChannels];
       for (int64_t c = first; c < last; c += kChannels) {
@@ -105,7 +118,9 @@ class Worker {
       for (int64_t a = 0; a < args_.outer; ++a) {
         const int64_t at = (a * args_.channels + c) * args_.inner;
         for (int64_t i = 0; i < args_.inner; i += kRun)
-          total += sum_run(y + at + i, dy + at + i, b, std::min(kRun, args_.inner - i));
+          total += sum_run(
+              y + at + i, dy + at + i, b, std::min(kRun, args_.inner - i),
+              args_.batch * args_.outer * args_.channels * args_.inner - (example + at + i));
       }
       out[c] = total;
     }

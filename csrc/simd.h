@@ -28,7 +28,6 @@ using Double16x = double __attribute__((vector_size(kLanes * sizeof(double))));
 using Word16x = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 using Short16x = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 using Mask16x = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
-using LongMask16x = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
 
 // What a storage type is summed in.
 template <typename T>
@@ -100,6 +99,29 @@ inline typename Sum<T>::Vector load_first(const T* p, int64_t n) {
   T padded[kLanes] = {};
   std::memcpy(padded, p, n * sizeof(T));
   return load(padded);
+}
+
+// The first n lanes, the others 0, whatever they held.
+inline Float16x keep_first(Float16x v, int64_t n) {
+  const Mask16x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Mask16x keep = lane < static_cast<int32_t>(n);
+  Mask16x bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  bits &= keep;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+inline Double16x keep_first(Double16x v, int64_t n) {
+  for (int i = 0; i < kLanes; ++i) v[i] = i < n ? v[i] : 0;
+  return v;
+}
+
+// The first n < 16 elements where `readable` may be read from p: past the end of a row there mostly
+// is another, and one load with a mask is several times as fast as a copy of n elements.
+template <typename T>
+inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
+  return readable < kLanes ? load_first(p, n) : keep_first(load(p), n);
 }
 
 inline Float16x abs(Float16x v) {

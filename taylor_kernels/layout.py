@@ -52,11 +52,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def parameter_item(
     weight: Tensor, grad: Tensor, groups: int, row_out: Tensor | None, col_out: Tensor | None
 ) -> FilterMomentsItem:
-    """Describe a parameter of 1 to 5 dimensions as rows x channels x kernel."""
+    """Describe a parameter of 1 to 5 dimensions, not empty, as rows x channels x kernel."""
     shape = weight.shape
     rows = shape[0]
     channels = shape[1] if len(shape) > 1 else 1
-    kernel = math.prod(shape[2:])
+    kernel = weight.numel() // (rows * channels)
     channels_last = False
     if not weight.is_contiguous():
         last = _channel_last(weight, 1)

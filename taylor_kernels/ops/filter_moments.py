@@ -125,24 +125,41 @@ def _moments(
     """One list of tables per axis asked for."""
     axes = _axes(dim)
     each_groups = _each_groups(groups, len(weights))
-    parts: dict[tuple[torch.device, bool], list[int]] = {}
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+    for i, (weight, grad, n) in enumerate(zip(weights, grads, each_groups, strict=True)):
         if not is_pair(weight, grad):
             check_tensor(weight, names[0].format(i))
             check_like(grad, names[1].format(i), weight, names[0].format(i))
-        _check_shape(weight, each_groups[i], axes, names[0], i)
-        parts.setdefault((weight.device, weight.dtype is torch.float64), []).append(i)
+        if n > 1 or not 1 < weight.dim() <= 5:
+            _check_shape(weight, n, axes, names[0].format(i))
+    if len({(w.device, w.dtype is torch.float64) for w in weights}) == 1:
+        return _packed_moments(weights, grads, each_groups, axes, backend)
 
+    # One table, and one launch, for each device and for float64.
+    parts: dict[tuple[torch.device, bool], list[int]] = {}
+    for i, weight in enumerate(weights):
+        parts.setdefault((weight.device, weight.dtype is torch.float64), []).append(i)
     outputs: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
-    for part in parts.values():  # one device and one kind of sum each: normally a single one
-        w, g, n = zip(*((weights[i], grads[i], each_groups[i]) for i in part), strict=True)
-        with torch.no_grad():
-            packed = torch.ops.taylor_kernels.filter_moments(w, g, n, 0 in axes, 1 in axes, backend)
-        for output, axis in zip(outputs, axes, strict=True):
-            sizes = [_filters(weights[i], each_groups[i], axis) for i in part]
-            for i, table in zip(part, packed[axis].split(sizes), strict=True):
+    for part in parts.values():
+        w, g, n_ = ([values[i] for i in part] for values in (weights, grads, each_groups))
+        tables = _packed_moments(w, g, n_, axes, backend)
+        for output, axis_tables in zip(outputs, tables, strict=True):
+            for i, table in zip(part, axis_tables, strict=True):
                 output[i] = table
     return outputs
+
+
+def _packed_moments(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    groups: list[int],
+    axes: tuple[int, ...],
+    backend: str | None,
+) -> list[list[Tensor]]:
+    with torch.no_grad():
+        packed = torch.ops.taylor_kernels.filter_moments(
+            weights, grads, groups, 0 in axes, 1 in axes, backend
+        )
+    return [list(packed[axis].split(_filters(weights, groups, axis))) for axis in axes]
 
 
 def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
@@ -164,14 +181,10 @@ def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
     return each
 
 
-def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str, index: int) -> None:
-    dims = weight.dim()
-    if 1 < dims <= 5 and groups == 1:
-        return
-    name = name.format(index)
-    if not 1 <= dims <= 5:
-        raise ValueError(f"{name}: has {dims} dimensions; a parameter has 1 to 5")
-    if 1 in axes and dims == 1:
+def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) -> None:
+    if not 1 <= weight.dim() <= 5:
+        raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
+    if 1 in axes and weight.dim() == 1:
         raise ValueError(
             f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
         )
@@ -179,8 +192,11 @@ def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str, 
         raise ValueError(f"groups: {groups} does not divide the {weight.size(0)} rows of {name}")
 
 
-def _filters(weight: Tensor, groups: int, axis: int) -> int:
-    return weight.size(0) if axis == 0 else weight.size(1) * groups
+def _filters(weights: Sequence[Tensor], groups: Sequence[int], axis: int) -> list[int]:
+    """Of each weight."""
+    if axis == 0:
+        return [w.size(0) for w in weights]
+    return [w.size(1) * n for w, n in zip(weights, groups, strict=True)]
 
 
 def _run(
@@ -195,9 +211,7 @@ def _run(
     tables = _empty_tables(weights, grads, groups, rows, cols, backend)
     nothing = [None] * len(weights)
     row_outs, col_outs = (
-        table.split([_filters(w, n, axis) for w, n in zip(weights, groups, strict=True)])
-        if wanted
-        else nothing
+        table.split(_filters(weights, groups, axis)) if wanted else nothing
         for axis, (table, wanted) in enumerate(zip(tables, (rows, cols), strict=True))
     )
     items = []
@@ -226,10 +240,14 @@ def _empty_tables(
 ) -> tuple[Tensor, Tensor]:
     """The outputs' shapes; also the fake kernel, by which torch.compile and export trace the op."""
     dtype = accumulator(weights[0].dtype)
-    n_rows = sum(w.size(0) for w in weights) if rows else 0
-    n_cols = sum(_filters(w, n, 1) for w, n in zip(weights, groups, strict=True)) if cols else 0
-    make = weights[0].new_empty
-    return make((n_rows, len(MOMENTS)), dtype=dtype), make((n_cols, len(MOMENTS)), dtype=dtype)
+    rows_and_cols = (
+        sum(_filters(weights, groups, axis)) if wanted else 0
+        for axis, wanted in enumerate((rows, cols))
+    )
+    row_table, col_table = (
+        weights[0].new_empty((n, len(MOMENTS)), dtype=dtype) for n in rows_and_cols
+    )
+    return row_table, col_table
 
 
 library.define(
