@@ -5,7 +5,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py $(wildcard csrc/*)
-OUT    ?= bench/results/cpu
 
 .PHONY: demo test check format bench gpu-check clean
 
@@ -27,9 +26,7 @@ format: $(VENV)/built
 	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
 
 bench: $(VENV)/built
-	mkdir -p $(OUT)
-	$(BIN)/python -m pytest bench -o addopts= --benchmark-only --benchmark-json=$(OUT)/latest.json
-	$(BIN)/python -m bench.report $(OUT)/latest.json
+	$(BIN)/python -m bench
 
 # On a machine with an NVIDIA GPU, without network: uses the python3 that has torch, pybind11, ninja
 # and cmake. Writes one JSON and one log into $$OUT.

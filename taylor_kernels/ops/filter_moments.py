@@ -140,8 +140,13 @@ def _moments(
         parts.setdefault((weight.device, weight.dtype is torch.float64), []).append(i)
     outputs: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
     for part in parts.values():
-        w, g, n_ = ([values[i] for i in part] for values in (weights, grads, each_groups))
-        tables = _packed_moments(w, g, n_, axes, backend)
+        tables = _packed_moments(
+            [weights[i] for i in part],
+            [grads[i] for i in part],
+            [each_groups[i] for i in part],
+            axes,
+            backend,
+        )
         for output, axis_tables in zip(outputs, tables, strict=True):
             for i, table in zip(part, axis_tables, strict=True):
                 output[i] = table
