@@ -1,7 +1,7 @@
 """Runs CMake (see CMakeLists.txt) and puts the native module into the package.
 
-TAYLOR_KERNELS_CUDA=auto|on|off chooses whether the CUDA kernels are built; the default, auto, builds
-them where nvcc is found.
+TAYLOR_KERNELS_CUDA=auto|on|off chooses whether the CUDA kernels are built; the default, auto,
+builds them where nvcc is found.
 """
 
 import os
