@@ -36,12 +36,12 @@ gpu-check:
 # PyTorch first and by exact version: whatever else names it is then content with it.
 $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools cmake ninja pybind11
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt setuptools cmake ninja pybind11
 	touch $@
 
 $(VENV)/built: $(VENV)/dependencies $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet -c constraints.txt \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt \
 		--no-build-isolation --editable '.[dev]'
 	touch $@
 
