@@ -177,18 +177,18 @@ def readme_block(results: Results) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite(readme: Path, results: Results) -> None:
-    """Put the block between the markers of a README.
+def rewrite(readme: Path, block: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a block between two markers of a README.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
     text = readme.read_text()
-    if len(re.findall(f"{BEGIN}.*?{END}", text, re.DOTALL)) != 1:
-        raise ValueError(f"{readme}: needs {BEGIN} and {END}, once each and in this order")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{readme_block(results)}\n{END}{tail}")
+    if len(re.findall(f"{begin}.*?{end}", text, re.DOTALL)) != 1:
+        raise ValueError(f"{readme}: needs {begin} and {end}, once each and in this order")
+    head, rest = text.split(begin)
+    tail = rest.split(end)[1]
+    readme.write_text(f"{head}{begin}\n{block}\n{end}{tail}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.results.parent / "report.md").write_text(report(results))
     draw(results, options.results.parent / "ratios.png")
     if options.readme:
-        rewrite(options.readme, results)
+        rewrite(options.readme, readme_block(results))
     print(table(["target", "limit", "measured", ""], [t.row() for t in targets(results)]))
     print(f"\nWrote {options.results.parent}/report.md and ratios.png")
 
