@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.sources.base import Hook, Layers
+from taylor_kernels.sources.base import Hook, Layers, Source
 
 OnOutput = Callable[[str, Tensor], None]
 OnNorm = Callable[[str, _BatchNorm, Tensor, Tensor], None]
@@ -77,3 +77,14 @@ class FollowingNorms:
             self._following[name].append(norm)
         if self._on_norm:
             self._on_norm(name, norm, input, output)
+
+
+class KnowsNorms(Source):
+    """A source that needs to know which norm follows which layer, and nothing else of a pass."""
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._norms = FollowingNorms(model, layers)
+
+    def close(self) -> None:
+        self._norms.close()

@@ -9,6 +9,7 @@ both are there; neither is kept longer than autograd would.
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -55,12 +56,13 @@ class _Gates(Source):
             self.discard()
         return [table / loss_scale for table in tables] if loss_scale != 1.0 else tables
 
+    @abstractmethod
     def _tables(self) -> list[Tensor]:
-        raise NotImplementedError
+        """What collect() hands over, before the loss scale is divided out."""
 
+    @abstractmethod
     def _receive(self, name: str, gates: Tensor, pass_: int) -> None:
         """Take the gate gradients [N, C] of one use of a layer."""
-        raise NotImplementedError
 
     def _bias(self, module: nn.Module) -> Tensor | None:
         """What is subtracted from the output of a tapped module."""

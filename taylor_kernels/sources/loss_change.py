@@ -10,20 +10,16 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Hook, Layers, Source, filter_count
-from taylor_kernels.sources.following_norms import FollowingNorms
+from taylor_kernels.sources.base import Hook, filter_count
+from taylor_kernels.sources.following_norms import KnowsNorms
 
 
-class LossChange(Source):
+class LossChange(KnowsNorms):
     """[F, 1] per layer: loss without the filter − loss with it, one evaluation per filter.
 
     The filter's channel is set to 0 behind its BatchNorm if one follows, else at its own output,
     with the model in eval mode, so that no running statistic moves; the mode is restored.
     """
-
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._norms = FollowingNorms(model, layers)
 
     @torch.no_grad()
     def collect(
@@ -70,9 +66,6 @@ class LossChange(Source):
         finally:
             for handle in handles:
                 handle.remove()
-
-    def close(self) -> None:
-        self._norms.close()
 
 
 @contextmanager

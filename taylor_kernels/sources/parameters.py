@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.sources.base import Layer, Layers, Source, filter_axis, filter_count
-from taylor_kernels.sources.following_norms import FollowingNorms
+from taylor_kernels.sources.following_norms import KnowsNorms
 
 
 class WeightMoments(Source):
@@ -94,12 +94,8 @@ class Magnitudes(Source):
         return torch.stack((norms[0], norms[1].square()), 1)
 
 
-class BatchNormScale(Source):
+class BatchNormScale(KnowsNorms):
     """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
-
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._norms = FollowingNorms(model, layers)
 
     @torch.no_grad()
     def collect(
@@ -118,9 +114,6 @@ class BatchNormScale(Source):
         if not scales:
             return layer.weight.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
         return torch.stack(scales, 1).sum(1, keepdim=True)
-
-    def close(self) -> None:
-        self._norms.close()
 
 
 class Random(Source):
