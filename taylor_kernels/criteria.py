@@ -1,10 +1,10 @@
 """Criteria: how a filter's raw statistics become its score. Arithmetic only, no kernel is called.
 
 A criterion names the source of its statistics (taylor_kernels/sources) and a function from a table
-of them, [filters, columns], to scores, [filters] or [filters, observations] where every column is
-an observation of its own (an example). Of coupled filters the pruner first makes one row, then a
-score: Taylor statistics add up (the shared gate of Molchanov et al.), magnitudes are averaged,
-since a channel does not matter more for being made by more layers.
+of them, [filters, columns], to scores: [filters], or [filters, examples] from example_gates. Of
+coupled filters the pruner first makes one row, then a score: Taylor statistics add up (the shared
+gate of Molchanov et al.), magnitudes are averaged, since a channel does not matter more for being
+made by more layers.
 
 | name | score of a filter | from |
 |---|---|---|
@@ -41,8 +41,8 @@ class Criterion:
     Attributes:
         name: what `tk.Importance(model, name)` and `tk.Pruner(importance=name)` look up.
         source: one of `SOURCES`.
-        score: from a [F, K] table of the source's statistics to [F] scores, or to [F, K] where
-            every column is one observation. Greater means more important.
+        score: from a [F, K] table of the source's statistics to [F] scores; from example_gates
+            to [F, K], a score per example. Greater means more important.
         coupled: how the rows of coupled filters become one: "sum", "mean", or "first", which
             takes the row of the first.
         across_layers: whether scores of different layers can be ranked against each other. The
@@ -59,8 +59,25 @@ class Criterion:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
+        if not callable(self.score):
+            raise TypeError(f"score: expected a function, got {type(self.score).__name__}")
         if self.coupled not in ("sum", "mean", "first"):
             raise ValueError(f"coupled: {self.coupled!r} is not one of sum, mean, first")
+
+    def observations(self, table: Tensor) -> Tensor:
+        """[F, n] scores of n observations: of each example, or of the table as a whole (n = 1).
+
+        Raises:
+            ValueError: `score` did not give one number per filter, or per filter and example.
+        """
+        scores = self.score(table)
+        per_example = self.source == "example_gates" and scores.shape == table.shape
+        if not per_example and scores.shape != table.shape[:1]:
+            raise ValueError(
+                f"criterion {self.name!r}: its score function gave shape {tuple(scores.shape)} for "
+                f"a table of shape {tuple(table.shape)}; expected one number per filter"
+            )
+        return scores if per_example else scores[:, None]
 
 
 _CRITERIA: dict[str, Criterion] = {}

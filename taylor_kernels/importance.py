@@ -74,12 +74,13 @@ class Importance:
     def update(
         self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
     ) -> None:
-        """Score what backward() left; call it before optimizer.step() and zero_grad().
+        """Score what backward() left: once, before unscaling, clipping, step() and zero_grad().
 
         Args:
             loss_scale: what the loss was multiplied by before backward(), as by a GradScaler
-                (`scaler.get_scale()`). Weight criteria read `.grad`: after
-                `scaler.unscale_(optimizer)` leave it at 1.
+                (`scaler.get_scale()`), divided out again. Gate criteria take gradients in
+                backward() itself, so it always holds for them. Weight criteria read `.grad`: call
+                update() before `scaler.unscale_(optimizer)` and before clipping.
             closure: for the oracle alone: returns the loss of the model as it stands, a scalar.
 
         Raises:
@@ -92,8 +93,7 @@ class Importance:
         device = self._sum.device if self._updates else tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
-        scores = [self.criterion.score(table.to(device)) for table in tables]
-        scores = [s if s.dim() == 2 else s[:, None] for s in scores]
+        scores = [self.criterion.observations(table.to(device)) for table in tables]
         self._sum = self._sum.to(device) + torch.cat(
             [s.sum(1, dtype=torch.float64) for s in scores]
         )

@@ -140,14 +140,14 @@ def test_an_unused_layer_scores_zero_and_an_unused_model_is_an_error():
     model = Twice().eval()
     for criterion in ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate"):
         imp = tk.Importance(model, criterion)
-        with pytest.raises(RuntimeError, match=r"update: no .*loss\.backward"):
+        with pytest.raises(RuntimeError, match=r"no (layer|forward).*loss\.backward"):
             imp.update()
         model(torch.randn(2, 4, 5, 5)).sum().backward()
         imp.update()
         assert imp.compute()["unused"].equal(torch.zeros(2))
         assert (imp.compute()["conv"] > 0).all()
         model.zero_grad(set_to_none=True)
-        with pytest.raises(RuntimeError, match=r"update: no .*loss\.backward"):
+        with pytest.raises(RuntimeError, match=r"no (layer|forward).*loss\.backward"):
             imp.update()
         imp.close()
 
@@ -244,6 +244,59 @@ def test_loss_scale_is_divided_out(criterion):
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="loss_scale"):
             imp.update(loss_scale=bad)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
+def test_gates_do_not_depend_on_what_is_done_to_grad_after_backward(criterion):
+    """Behind a BatchNorm and elsewhere alike: unscaled, clipped, or kept from an earlier pass."""
+    model, data = nets.mixed(train=False), nets.batch()
+    scores = []
+    for change in ("none", "unscale", "clip", "keep"):
+        imp = tk.Importance(model, criterion)
+        if change == "keep":  # no zero_grad() after another update
+            nets.backward(model, nets.batch())
+            imp.update()
+            imp.reset()
+        else:
+            model.zero_grad()
+        scale = 1024.0 if change == "unscale" else 1.0
+        (nets.loss_of(model, data) * scale).backward()
+        if change == "unscale":
+            for parameter in model.parameters():
+                parameter.grad /= scale
+        if change == "clip":
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        imp.update(loss_scale=scale)
+        scores.append(imp.compute())
+        imp.close()
+    for other in scores[1:]:
+        for name, score in scores[0].items():
+            torch.testing.assert_close(other[name], score, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "snip", "taylor_fo_bn", "taylor_fo_gate"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_same_gradients_are_not_scored_twice(criterion, set_to_none):
+    model, data = nets.mixed(), nets.batch()
+    imp = tk.Importance(model, criterion)
+    for _ in range(20):
+        model.zero_grad(set_to_none=set_to_none)
+        nets.loss_of(model, data).backward()
+        imp.update()
+    with pytest.raises(RuntimeError, match=r"once after each loss\.backward"):
+        imp.update()
+    assert imp._updates == 20
+
+
+def test_a_criterion_must_score_filters():
+    model, data = nets.mixed(), nets.batch()
+    for score, shape in ((lambda t: t, r"shape \(35, 5\)"), (lambda t: t.sum(), r"shape \(\)")):
+        imp = tk.Importance(model, tk.Criterion("odd", "moments", score))
+        nets.backward(model, data)
+        with pytest.raises(ValueError, match=shape):
+            imp.update()
+    with pytest.raises(TypeError, match="score: expected a function"):
+        tk.Criterion("odd", "moments", 3)
 
 
 @pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])

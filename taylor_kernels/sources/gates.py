@@ -1,7 +1,7 @@
 """Statistics of gates: a factor of 1 on every channel, behind the layer's BatchNorm if it has one.
 
 The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy, which behind a BatchNorm
-with scale γ and shift β equals γ g_γ + β g_β: then nothing is read but two vectors. Otherwise y is
+with scale γ and shift β equals γ g_γ + β g_β: then nothing is read but four vectors. Otherwise y is
 met in a forward hook and dy in the backward pass, and `gate_gradients` reduces them as soon as
 both are there; neither is kept longer than autograd would.
 """
@@ -197,12 +197,18 @@ class ExampleGates(_Gates):
 
 
 class Gates(_Gates):
-    """[F, 1] per layer: the gate's gradient over everything since the last update."""
+    """[F, 1] per layer: the gate's gradient over everything since the last update.
+
+    The gradients of γ and β are taken as backward() hands them over, like those of outputs: what
+    is done to `.grad` later (unscaling, clipping) changes neither.
+    """
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._received: dict[str, Tensor] = {}
         self._read: dict[str, list[_BatchNorm]] = {}
+        self._hooked: dict[nn.Parameter, RemovableHandle] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
 
     def _reads_parameters(self, name: str, norm: _BatchNorm) -> bool:
         if not norm.affine or not (norm.weight.requires_grad and norm.bias.requires_grad):
@@ -211,20 +217,37 @@ class Gates(_Gates):
             norms = self._read.setdefault(name, [])
             if not any(norm is known for known in norms):
                 norms.append(norm)
+            for parameter in (norm.weight, norm.bias):
+                if parameter not in self._hooked:
+                    hook = parameter.register_hook(self._gradient_hook(parameter))
+                    self._hooked[parameter] = hook
         return True
+
+    def _gradient_hook(self, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            self._in_backward = True
+            grad = grad.detach().clone()  # autograd may make the original .grad itself
+            known = self._gradients.get(parameter)
+            self._gradients[parameter] = grad if known is None else known + grad
+
+        return hook
 
     def _receive(self, name: str, gates: Tensor, pass_: int) -> None:
         total = gates.sum(0)
         self._received[name] = self._received[name] + total if name in self._received else total
 
     def _tables(self) -> list[Tensor]:
-        norms = [(name, norm) for name, read in self._read.items() for norm in read]
-        norms = [(name, norm) for name, norm in norms if norm.weight.grad is not None]
+        norms = [
+            (name, norm)
+            for name, read in self._read.items()
+            for norm in read
+            if norm.weight in self._gradients and norm.bias in self._gradients
+        ]
         if norms:
             parameters = [p for _, norm in norms for p in (norm.weight, norm.bias)]
             moments = filter_moments(
                 [p.detach() for p in parameters],
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters],
+                [self._gradients[p] for p in parameters],
                 backend=self.backend,
             )
             for (name, _), of_scale, of_shift in zip(
@@ -242,11 +265,16 @@ class Gates(_Gates):
 
     def discard(self) -> None:
         super().discard()
-        self._received = {}
-        self._read = {}
+        self._received, self._read, self._gradients = {}, {}, {}
+
+    def close(self) -> None:
+        super().close()
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked = {}
 
 
 _NOTHING_SEEN = (
-    "update: no forward and backward pass has been seen since the last update; call it after "
-    "loss.backward() and before zero_grad(), on the model that was handed over (not a copy)"
+    "no forward and backward pass has been seen since the last update; call it once after each "
+    "loss.backward(), on the model that was handed over (not a copy)"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -21,6 +22,10 @@ class WeightMoments(Source):
     """
 
     needs_weight_grad = True
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._scored: list[tuple[weakref.ref[Tensor], int]] = []
 
     def collect(
         self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
@@ -62,11 +67,21 @@ class WeightMoments(Source):
                 )
             weights.append(weight.detach())
             grads.append(weight.grad)
-        if all(grad is None for grad in grads):
+        present = [grad for grad in grads if grad is not None]
+        if not present:
             raise RuntimeError(
-                "update: no layer has a gradient; call it after loss.backward() and before "
+                "no layer has a gradient; score after loss.backward() and before "
                 "optimizer.step() and zero_grad()"
             )
+        if self._scored and all(
+            reference() is grad and version == grad._version
+            for grad, (reference, version) in zip(present, self._scored, strict=False)
+        ):
+            raise RuntimeError(
+                "the gradients are those that were scored last; score once after each "
+                "loss.backward()"
+            )
+        self._scored = [(weakref.ref(grad), grad._version) for grad in present]
         filled = [
             torch.zeros_like(w) if grad is None else grad.detach()
             for w, grad in zip(weights, grads, strict=True)
