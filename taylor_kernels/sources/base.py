@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils.hooks import RemovableHandle
 
 #: A layer whose filters can be scored.
 Layer = _ConvNd | nn.Linear
@@ -46,16 +48,31 @@ class Source(ABC):
 
 
 class Hook:
-    """A hook that stays with its module: in a copied or saved model it does nothing."""
+    """A hook that stays with its module and does not keep its owner alive.
 
-    def __init__(self, function: Callable[..., Any] | None = None) -> None:
-        self._function = function
+    In a copied or saved model it does nothing, and so it does once the object is gone whose method
+    it calls.
 
-    def __call__(self, *args: Any) -> Any:
-        return None if self._function is None else self._function(*args)
+    Args:
+        method: a bound method, called with `arguments` before those of the hook.
+    """
+
+    def __init__(self, method: Callable[..., Any] | None = None, *arguments: Any) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+        self._arguments = arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        method = self._method() if self._method is not None else None
+        return None if method is None else method(*self._arguments, *arguments)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+def remove_all(handles: Sequence[RemovableHandle]) -> None:
+    """Take hooks off; those that are off already do not matter."""
+    for handle in handles:
+        handle.remove()
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:

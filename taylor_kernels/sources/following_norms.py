@@ -1,7 +1,8 @@
 """Which BatchNorm follows which layer: watched in the forward pass, where it is a fact.
 
-A norm follows a layer if it is handed the very tensor that the layer returned. No trace of the
-model is needed, so any Python in its forward() is fine, and a layer used twice may have two norms.
+A norm follows a layer if it is handed the very tensor that the layer returned, unchanged. No trace
+of the model is needed, so any Python in its forward() is fine, and a layer used twice may have two
+norms.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.sources.base import Hook, Layers, Source
+from taylor_kernels.sources.base import Hook, Layers, Source, remove_all
 
 OnOutput = Callable[[str, Tensor], None]
-OnNorm = Callable[[str, _BatchNorm, Tensor, Tensor], None]
+OnNorm = Callable[[str | None, _BatchNorm, Tensor, Tensor], None]
 
 
 class FollowingNorms:
@@ -23,8 +24,8 @@ class FollowingNorms:
 
     Args:
         on_output: called with (layer name, output) after every forward of a layer.
-        on_norm: called with (layer name, norm, its input, its output) after every forward of a
-            norm that follows a layer.
+        on_norm: called with (layer name or None, norm, its input, its output) after every forward
+            of a norm; None if the norm follows no layer.
     """
 
     def __init__(
@@ -35,48 +36,46 @@ class FollowingNorms:
         on_norm: OnNorm | None = None,
     ) -> None:
         self._following: dict[str, list[_BatchNorm]] = {name: [] for name in layers}
-        self._producers: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._on_output = on_output
-        self._on_norm = on_norm
-        self._handles = [
-            layer.register_forward_hook(Hook(self._layer_hook(name)))
+        self._producers: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._on_output = None if on_output is None else weakref.WeakMethod(on_output)
+        self._on_norm = None if on_norm is None else weakref.WeakMethod(on_norm)
+        handles = [
+            layer.register_forward_hook(Hook(self._after_layer, name))
             for name, layer in layers.items()
         ]
-        self._handles += [
-            module.register_forward_hook(Hook(self._norm_hook))
+        handles += [
+            module.register_forward_hook(Hook(self._after_norm))
             for module in model.modules()
             if isinstance(module, _BatchNorm)
         ]
+        self.close = weakref.finalize(self, remove_all, handles)
 
     def of(self, name: str) -> list[_BatchNorm]:
         """The norms seen to follow the layer of this name so far."""
         return self._following[name]
 
-    def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+    def _after_layer(self, name: str, layer: nn.Module, inputs: tuple, output: object) -> None:
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{name} returned {type(output).__name__}, not a tensor, so its output cannot be "
+                "scored; leave it out with layers="
+            )
+        key, producers = id(output), self._producers
+        known = weakref.ref(output, lambda _: producers.pop(key, None))
+        producers[key] = (known, output._version, name)
+        if self._on_output and (on_output := self._on_output()):
+            on_output(name, output)
 
-    def _layer_hook(self, name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
-            key = id(output)
-            forget = lambda _: self._producers.pop(key, None)  # noqa: E731
-            self._producers[key] = (weakref.ref(output, forget), name)
-            if self._on_output:
-                self._on_output(name, output)
-
-        return hook
-
-    def _norm_hook(self, norm: _BatchNorm, inputs: tuple, output: Tensor) -> None:
-        input = inputs[0] if inputs else None
-        known = self._producers.get(id(input))
-        if known is None or known[0]() is not input or input is None:
-            return
-        name = known[1]
-        if not any(norm is other for other in self._following[name]):
+    def _after_norm(self, norm: _BatchNorm, inputs: tuple, output: Tensor) -> None:
+        input: Tensor = inputs[0]
+        known, version, producer = self._producers.get(id(input), (None, 0, ""))
+        # Another version is another tensor: the sum of a residual stream, say, added in place.
+        follows = known is not None and known() is input and version == input._version
+        name = producer if follows else None
+        if name is not None and not any(norm is other for other in self._following[name]):
             self._following[name].append(norm)
-        if self._on_norm:
-            self._on_norm(name, norm, input, output)
+        if self._on_norm and (on_norm := self._on_norm()):
+            on_norm(name, norm, input, output)
 
 
 class KnowsNorms(Source):

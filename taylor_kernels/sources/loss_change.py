@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Hook, filter_count
+from taylor_kernels.sources.base import filter_count
 from taylor_kernels.sources.following_norms import KnowsNorms
 
 
@@ -60,7 +60,7 @@ class LossChange(KnowsNorms):
             return output.index_fill(dim, torch.tensor(channel, device=output.device), 0)
 
         gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
-        handles = [module.register_forward_hook(Hook(zero)) for module in gated]
+        handles = [module.register_forward_hook(zero) for module in gated]
         try:
             yield
         finally:
