@@ -26,6 +26,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from taylor_kernels.ops.filter_moments import MOMENTS
@@ -110,8 +111,12 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
     """
     if isinstance(criterion, Criterion):
         return criterion
+    if not isinstance(criterion, str):
+        raise TypeError(
+            f"criterion: expected a name or a tk.Criterion, got {type(criterion).__name__}"
+        )
     if criterion not in _CRITERIA:
-        near = difflib.get_close_matches(str(criterion), _CRITERIA, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(criterion, _CRITERIA, n=3, cutoff=0.4)
         hint = (
             f"did you mean {' or '.join(map(repr, near))}?"
             if near
@@ -128,7 +133,7 @@ def _moment(name: str) -> Callable[[Tensor], Tensor]:
 
 def _share_of_sum(table: Tensor) -> Tensor:
     saliency = _moment("abs_gw")(table)
-    return saliency / saliency.sum()
+    return saliency / saliency.sum().clamp_min(torch.finfo(saliency.dtype).tiny)
 
 
 for _criterion in (

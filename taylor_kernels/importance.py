@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.sources import filter_count, find_layers, make_source
 
@@ -41,6 +42,13 @@ class Importance:
         BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
             the scores are those of the network in that mode.
         in-place operations after a layer: detected; a copy is kept where it is needed.
+        several calls of the model before one backward(): the examples of each are examples of
+            their own. Gradients taken by torch.autograd.grad() in between are counted too.
+        activation checkpointing: as without, but inside scoring() only with use_reentrant=False.
+        torch.compile: make the meter first, then compile.
+        nn.DataParallel: not supported, its replicas are no part of the model.
+
+    close() takes the hooks off the model; so does the end of the meter's life.
 
     Args:
         model: any nn.Module.
@@ -61,8 +69,12 @@ class Importance:
         layers: Sequence[str] | None = None,
         backend: str | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.criterion = get_criterion(criterion)
         self._layers = find_layers(model, layers, trainable_only=self.criterion.source == "moments")
+        for layer in self._layers.values():
+            select(layer.weight.device, layer.weight.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
         self._source = make_source(self.criterion.source, model, self._layers, backend)
         self._sum: Tensor
@@ -87,10 +99,10 @@ class Importance:
             RuntimeError: there is nothing to read (the message says why and what to do).
             ValueError: `loss_scale` is not a positive number; the oracle without a closure.
         """
-        if not (math.isfinite(loss_scale) and loss_scale > 0):
-            raise ValueError(f"loss_scale: {loss_scale} is not a positive number")
+        if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < math.inf:
+            raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
         tables = self._source.collect(loss_scale=loss_scale, closure=closure)
-        device = self._sum.device if self._updates else tables[0].device
+        device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
         scores = [self.criterion.observations(table.to(device)) for table in tables]
@@ -166,12 +178,16 @@ class Importance:
         for key in ("sum", "sum_squares"):
             if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
                 raise ValueError(f"state: {key} does not hold one number per filter")
-        if len(state["counts"]) != len(self._sizes):
+        counts, updates = state["counts"], state["updates"]
+        if not isinstance(counts, list) or len(counts) != len(self._sizes):
             raise ValueError("state: counts does not hold one number per layer")
+        if any(type(n) is not int or n < 0 for n in (*counts, updates)):
+            raise ValueError("state: counts and updates are not whole numbers from 0 on")
+        self._source.discard()
         self._sum = state["sum"].double().clone()
         self._sum_squares = state["sum_squares"].double().clone()
-        self._counts = [int(n) for n in state["counts"]]
-        self._updates = int(state["updates"])
+        self._counts = list(counts)
+        self._updates = updates
 
     def _zero(self) -> None:
         total = sum(self._sizes.values())

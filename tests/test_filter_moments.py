@@ -217,6 +217,11 @@ BAD_INPUTS = {
     "scalar": (dict(weights=W.sum(), grads=W.sum()), ValueError, "has 0 dimensions"),
     "groups": (dict(weights=W, grads=W, dim=1, groups=3), ValueError, "groups: 3 does not divide"),
     "no_groups": (dict(weights=W, grads=W, groups=0), ValueError, "groups: 0 is not a positive"),
+    "nothing": (dict(weights=None, grads=None), TypeError, "weights: expected a tensor or a seq"),
+    "no_grads": (dict(weights=[W], grads=None), TypeError, "grads: expected a tensor or a seq"),
+    "no_dim": (dict(weights=W, grads=W, dim=None), ValueError, "dim: None is not one of"),
+    "odd_groups": (dict(weights=W, grads=W, groups=None), TypeError, "groups: expected an int"),
+    "odd_backend": (dict(weights=W, grads=W, backend=3), TypeError, "backend: 3 is not one of"),
     "backend": (dict(weights=W, grads=W, backend="cudnn"), ValueError, "backend: 'cudnn'.*cuda"),
     "gpu_backend": (dict(weights=W, grads=W, backend="cuda"), ValueError, "does not run on cpu"),
 }

@@ -359,6 +359,25 @@ def test_layers_are_chosen_by_name():
         tk.Importance(nn.Sequential(nn.ReLU()))
 
 
+def test_what_cannot_be_scored_is_said_at_construction():
+    model = nets.mixed()
+    for arguments, error, message in (
+        ((None,), TypeError, "model: expected a torch.nn.Module"),
+        ((model, ["taylor_fo"]), TypeError, "criterion: expected a name"),
+        ((nn.Sequential(nn.LazyLinear(3)),), ValueError, "model: 0 has no values yet"),
+        ((nn.Linear(3, 3, device="meta"),), ValueError, "model: .* the meta device"),
+    ):
+        with pytest.raises(error, match=message):
+            tk.Importance(*arguments)
+    with pytest.raises(ValueError, match="layers: is empty"):
+        tk.Importance(model, layers=[])
+    with pytest.raises(ValueError, match="backend: 'nope' is not one of"):
+        tk.Importance(model, backend="nope")
+    with pytest.raises(ValueError, match="loss_scale: None"):
+        tk.Importance(model).update(loss_scale=None)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
 def test_a_parametrized_weight_is_an_error_that_says_so():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     imp = tk.Importance(model, "taylor_fo")
@@ -418,6 +437,10 @@ def test_a_foreign_state_changes_nothing():
         (good | {"filters": {"fc": 5}}, "its filters is"),
         (good | {"sum": torch.zeros(3)}, "sum does not hold"),
         (good | {"counts": [1]}, "counts does not hold"),
+        (good | {"counts": 5}, "counts does not hold"),
+        (good | {"counts": [None] * 5}, "not whole numbers"),
+        (good | {"counts": [-3] * 5}, "not whole numbers"),
+        (good | {"updates": "x"}, "not whole numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             imp.load_state_dict(bad)

@@ -49,8 +49,7 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Mod
     """
     if backend is None:
         return _default(device, dtype)
-    if backend not in NAMES:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
+    check_name(backend)
     if backend == "reference":
         return reference
     interpreted = backend == "triton" and device.type == "cpu" and _interpreting()
@@ -65,6 +64,14 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Mod
     if not status and not interpreted:
         raise RuntimeError(f"backend: {backend!r} is {status}")
     return _triton() if backend == "triton" else native
+
+
+def check_name(backend: object) -> None:
+    """A backend's name or None, or an error."""
+    if backend is None or (isinstance(backend, str) and backend in NAMES):
+        return
+    error = ValueError if isinstance(backend, str) else TypeError
+    raise error(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
 
 
 def _default(device: torch.device, dtype: torch.dtype) -> ModuleType:

@@ -13,6 +13,7 @@ def is_pair(one: object, other: object) -> bool:
     return (
         isinstance(one, Tensor)
         and isinstance(other, Tensor)
+        and not (one.is_nested or other.is_nested)
         and one.dtype in FLOATS
         and one.dtype is other.dtype
         and one.shape == other.shape
@@ -36,6 +37,8 @@ def check_tensor(tensor: object, name: str) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout} is not supported; call .to_dense() first")
+    if tensor.is_nested:
+        raise TypeError(f"{name}: nested tensors are not supported; pass its parts as a list")
     if tensor.device.type == "meta":
         raise TypeError(
             f"{name}: a meta tensor has no values; move the model to a real device first"

@@ -17,7 +17,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import select
+from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
 from taylor_kernels.ops._library import library
@@ -105,6 +105,11 @@ def filter_moments(
         raise TypeError(
             "grads: got one tensor for a sequence of weights; pass a sequence of gradients"
         )
+    for name, value in (("weights", weights), ("grads", grads)):
+        if not isinstance(value, Sequence):
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of tensors, got {type(value).__name__}"
+            )
     weights, grads = list(weights), list(grads)
     if len(weights) != len(grads):
         raise ValueError(
@@ -123,6 +128,7 @@ def _moments(
     names: tuple[str, str],
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for."""
+    check_name(backend)
     axes = _axes(dim)
     each_groups = _each_groups(groups, len(weights))
     for i, (weight, grad, n) in enumerate(zip(weights, grads, each_groups, strict=True)):
@@ -168,13 +174,15 @@ def _packed_moments(
 
 
 def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
-    axes = (dim,) if isinstance(dim, int) else tuple(dim)
+    axes = dim if isinstance(dim, tuple) else (dim,)
     if axes not in ((0,), (1,), (0, 1)):
         raise ValueError(f"dim: {dim!r} is not one of 0, 1 and (0, 1)")
     return axes
 
 
 def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
+    if not isinstance(groups, (int, Sequence)):
+        raise TypeError(f"groups: expected an int or one for each tensor, got {groups!r}")
     each = [groups] * count if isinstance(groups, int) else list(groups)
     if len(each) != count:
         raise ValueError(

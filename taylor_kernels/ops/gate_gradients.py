@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import select
+from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import accumulator, activation_args
 from taylor_kernels.ops._checks import check_like, check_tensor
 from taylor_kernels.ops._library import library
@@ -48,6 +48,7 @@ def gate_gradients(
         ValueError: shapes, dtypes or devices that do not match; an impossible `channel_dim`.
         RuntimeError: the named backend cannot run here.
     """
+    check_name(backend)
     check_tensor(output, "output")
     check_like(grad_output, "grad_output", output, "output")
     if output.dim() < 2:

@@ -8,7 +8,21 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from taylor_kernels.criteria import Criterion
+from taylor_kernels.backends import select
+from taylor_kernels.criteria import Criterion, get_criterion
+
+
+def find_criterion(importance: Any) -> Criterion:
+    """The criterion of that name, or an error that names the argument."""
+    if not isinstance(importance, (str, Criterion)):
+        raise TypeError(
+            "importance: expected a criterion's name or a tk.Criterion, got "
+            f"{type(importance).__name__}"
+        )
+    try:
+        return get_criterion(importance)
+    except ValueError as error:
+        raise ValueError(f"importance: {str(error).removeprefix('criterion: ')}") from None
 
 
 def check_arguments(
@@ -22,10 +36,16 @@ def check_arguments(
     round_to: Any,
     min_filters: Any,
     optimizer: Any,
+    backend: Any,
 ) -> dict[str, float]:
     """The targets that were given, or an error that names the argument."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: its parameter {name} is on the meta device; materialise it first"
+            )
     if criterion.source == "loss_change":
         raise ValueError(
             f"importance: {criterion.name!r} removes every filter in turn to see what the loss "
@@ -48,6 +68,9 @@ def check_arguments(
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
     if optimizer is not None:
         _check_optimizer(optimizer, model)
+    kept = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if backend is not None and kept is not None:
+        select(kept.device, kept.dtype, backend)
     return given
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 PRUNER_FORMAT = "taylor_kernels.Pruner"
 FILE_FORMAT = "taylor_kernels.checkpoint"
 VERSION = 1
+#: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.
+_FILLED_IN = {
+    "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
+}  # fmt: skip
 
 
 def save_checkpoint(
@@ -40,10 +45,12 @@ def save_checkpoint(
             state_dict): tensors and plain Python.
 
     Raises:
-        TypeError: an extra is something else, which `load_checkpoint` would refuse.
+        TypeError: a part is something else, or an extra is what `load_checkpoint` would refuse.
+        FileNotFoundError: there is no such folder.
     """
+    _check_parts(model, optimizer)
     for name, value in extra.items():
-        _check_plain(value, name)
+        _check_loads(value, name)
     content = {
         "format": FILE_FORMAT,
         "version": VERSION,
@@ -53,6 +60,8 @@ def save_checkpoint(
         "extra": extra,
     }
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r}")
     # In the same directory, so that the replacement is a rename.
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
@@ -91,9 +100,21 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, not a checkpoint, or of another model, criterion or set of
-            parts. Nothing has changed.
+        TypeError: a part is something else.
+        ValueError: the file is damaged, not a checkpoint, or of another model, optimizer,
+            criterion or set of parts; or the pruner is not of this model and optimizer. Nothing
+            has changed.
+        RuntimeError: the pruner is closed. Nothing has changed.
     """
+    _check_parts(model, optimizer)
+    if pruner is not None:
+        if pruner.model is not model:
+            raise ValueError("pruner: it prunes another model than the one given")
+        if optimizer is not None and pruner.optimizer is not optimizer:
+            raise ValueError(
+                "optimizer: the pruner has another one or none, so this one would keep parameters "
+                "that the model drops; build the pruner with Pruner(optimizer=...)"
+            )
     try:
         # torch.load takes damaged tensors as they are; the archive holds a checksum of each.
         with zipfile.ZipFile(path) as archive:
@@ -119,14 +140,17 @@ def load_checkpoint(
         raise ValueError(f"path: {os.fspath(path)!r} is damaged (it has no extras)")
 
     # All is looked at before anything is touched.
-    shapes = {name: tuple(getattr(t, "shape", ())) for name, t in model.state_dict().items()}
-    if pruner is not None:
-        if pruner.model is not model:
-            raise ValueError("pruner: it prunes another model than the one given")
-        shapes |= pruner.shapes_after(content["pruner"])
-    _check_model_state(content["model"], shapes)
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else None
+        for name, value in model.state_dict().items()
+    }
+    cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
+    _check_model_state(content["model"], shapes | cut)
     if optimizer is not None:
         _check_optimizer_state(content["optimizer"], optimizer)
+        if pruner is not None:
+            after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
+            _check_state_shapes(content["optimizer"], optimizer, after)
 
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
@@ -148,8 +172,8 @@ def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str,
         )
     if state.get("structure") != structure:
         raise ValueError(
-            "state: it is of another model, or of other prunable layers; build the pruner with the "
-            "same model, as it was at first, and the same ignore, round_to and min_filters"
+            "state: it is of another model, or of other prunable layers; build the pruner of the "
+            "same model, as it was at first, with the same arguments"
         )
     damage = _damage(state, [group[0][2] for group in structure])
     if damage:
@@ -180,23 +204,20 @@ def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
         return "the sum of the scores does not fit their count"
     if not _is_count(state.get("steps")):
         return "'steps' is not a count"
-    names = {field.name for field in fields(PruneRecord)}
     history = state.get("history")
-    if not isinstance(history, list) or not all(
-        isinstance(record, dict) and record.keys() == names for record in history
-    ):
+    if not isinstance(history, list) or not all(map(_is_record, history)):
         return "'history' does not hold records"
     return ""
 
 
-def _check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
     if not isinstance(state, Mapping):
         raise ValueError("model: its state in the file is damaged")
     differing = sorted(state.keys() ^ shapes.keys())
     differing += [
         name
         for name in state.keys() & shapes.keys()
-        if isinstance(state[name], Tensor) and tuple(state[name].shape) != shapes[name]
+        if (tuple(state[name].shape) if isinstance(state[name], Tensor) else None) != shapes[name]
     ]
     if differing:
         raise ValueError(
@@ -209,13 +230,57 @@ def _check_optimizer_state(state: Any, optimizer: Optimizer) -> None:
     own = [len(group["params"]) for group in optimizer.param_groups]
     try:
         saved = [len(group["params"]) for group in state["param_groups"]]
-    except (TypeError, KeyError) as error:
+        numbers = {number for group in state["param_groups"] for number in group["params"]}
+        sound = state["state"].keys() <= numbers and all(
+            isinstance(entry, Mapping) for entry in state["state"].values()
+        )
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError("optimizer: its state in the file is damaged") from error
     if own != saved:
         raise ValueError(
             f"optimizer: the file is of another one, with {saved} parameters in its groups where "
             f"this one has {own}"
         )
+    if not sound:
+        raise ValueError("optimizer: its state in the file is damaged")
+    for group in state["param_groups"]:
+        if lacking := optimizer.defaults.keys() - group.keys() - _FILLED_IN:
+            raise ValueError(
+                f"optimizer: the file is of another one than {type(optimizer).__name__}, without "
+                f"{', '.join(sorted(lacking))}"
+            )
+    # What else an optimizer needs, it alone knows: a double of it, with the same parameters, tries.
+    double = object.__new__(type(optimizer))
+    double.__dict__.update(optimizer.__dict__)
+    try:
+        double.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} does not take its state in the file "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _check_state_shapes(
+    state: Any, optimizer: Optimizer, shapes: Mapping[Any, tuple[int, ...]]
+) -> None:
+    """State tensors must follow their parameters, or they could not have been cut with them."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in state["state"].get(number, {}).items():
+            if parameter not in shapes or not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            shape = shapes[parameter]
+            if value.dim() != len(shape) and shape == parameter.shape:
+                continue  # some optimizers keep tables of their own beside what follows the shape
+            if value.dim() != len(shape) or any(
+                mine not in (1, theirs) for mine, theirs in zip(value.shape, shape, strict=True)
+            ):
+                raise ValueError(
+                    f"optimizer: its state in the file is damaged ({key!r} of parameter {number} "
+                    f"has shape {tuple(value.shape)}, the parameter {shape})"
+                )
 
 
 def _check_version(content: Mapping[str, Any], what: str) -> None:
@@ -226,20 +291,29 @@ def _check_version(content: Mapping[str, Any], what: str) -> None:
         )
 
 
-def _check_plain(value: object, name: str) -> None:
-    """Tensors and plain Python, all the way down."""
-    if isinstance(value, Mapping) and type(value) is dict:
-        for key, item in value.items():
-            _check_plain(key, name)
-            _check_plain(item, f"{name}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for number, item in enumerate(value):  # type: ignore[arg-type]
-            _check_plain(item, f"{name}[{number}]")
-    elif value is not None and type(value) not in (bool, int, float, str, bytes, Tensor):
+def _check_parts(model: object, optimizer: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"{name}: expected tensors and plain Python, got {type(value).__name__}; pass its "
-            "state_dict or its numbers instead"
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
+
+
+def _check_loads(value: object, name: str) -> None:
+    """What torch.load reads back without running code from the file."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # PyTorch says what is wrong at the end of a long explanation.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        raise TypeError(
+            f"{name}: expected tensors and plain Python, which torch.load(weights_only=True) "
+            f"reads back; pass its state_dict or its numbers instead ({reason})"
+        ) from error
 
 
 def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:
@@ -248,6 +322,24 @@ def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or record.keys() != {f.name for f in fields(PruneRecord)}:
+        return False
+    fits: dict[Any, Callable[[object], bool]] = {
+        "int": _is_count,
+        "float": lambda value: isinstance(value, float),
+        "bool": lambda value: isinstance(value, bool),
+    }
+    return all(fits.get(f.type, _is_removed)(record[f.name]) for f in fields(PruneRecord))
+
+
+def _is_removed(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(layer, str) and isinstance(filters, tuple) and all(map(_is_count, filters))
+        for layer, filters in value.items()
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,11 @@ from taylor_kernels.pruning.tracing import matching, preserved_rng
 from taylor_kernels.pruning.units import Group
 from taylor_kernels.sources import filter_count
 
+_NOT_CALLED = (
+    "is not called as a module in a forward pass (as inside MultiheadAttention), or not reached on "
+    "the example inputs"
+)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -86,7 +91,7 @@ def make_plan(
         meter = Meter(plain, counted, groups)
     for name in layers:
         if not any(slot.owner == name for group in groups for slot in group.producers):
-            skipped.setdefault(name, "is not reached in eval mode on the example inputs")
+            skipped.setdefault(name, _NOT_CALLED)
     if not groups:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         reasons = reasons or "no convolution or linear layer"

@@ -15,6 +15,7 @@ prunings; the cheapest units of the whole network go.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -22,9 +23,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning import checkpoint
-from taylor_kernels.pruning.arguments import check_arguments, filters_per_step
+from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, find_criterion
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.plan import make_plan
@@ -51,7 +52,8 @@ class Pruner:
         round_to: widths of pruned layers stay multiples of this, or what they were.
         ignore: module names, patterns (*, ?) or modules whose filters stay; a container stands
             for all layers in it.
-        optimizer: its state is zeroed with the masks and cut with the model.
+        optimizer: its state is zeroed with the masks and cut with the model. Without one, make a
+            new optimizer after compact(): one made before holds the old parameters.
         min_filters: every layer keeps at least so many.
         backend: of the kernels; see `tk.backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
@@ -60,6 +62,7 @@ class Pruner:
     Raises:
         ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
             pruned. The model is as it was.
+        RuntimeError: the backend is not available here.
         ImportError: Torch-Pruning is not installed.
     """
 
@@ -82,7 +85,7 @@ class Pruner:
         backend: str | None = None,
         verify: bool = True,
     ) -> None:
-        self.criterion = get_criterion(importance)
+        self.criterion = find_criterion(importance)
         targets = check_arguments(
             model,
             self.criterion,
@@ -93,8 +96,10 @@ class Pruner:
             round_to=round_to,
             min_filters=min_filters,
             optimizer=optimizer,
+            backend=backend,
         )
         self.model = model
+        self.optimizer = optimizer
         self.targets = targets
         self._every, self._momentum = every, momentum
         self._backend = backend
@@ -118,6 +123,7 @@ class Pruner:
         self._steps = 0
         self._history: list[PruneRecord] = []
         self._source: Source | None = None
+        self._closed = False
         self._watch()
 
     def step(self, *, loss_scale: float = 1.0) -> PruneRecord | None:
@@ -133,15 +139,16 @@ class Pruner:
 
         Raises:
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
-                since the last pruning are forgotten.
+                since the last pruning are forgotten. Or the pruner is closed.
         """
+        self._check_open()
         if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
         if self._source is None:
             return None
         self._scores.add(self._source.collect(loss_scale=loss_scale))
         self._steps += 1
-        return self._prune() if self._scores.count == self._every else None
+        return self._prune() if self._scores.count >= self._every else None
 
     def _prune(self) -> PruneRecord:
         net = self._network
@@ -223,12 +230,24 @@ class Pruner:
         Returns:
             The model.
         """
-        self._scores.drop(self._network.compact(), self._network.groups)
+        gone = self._network.compact()
+        self._scores.drop(gone, self._network.groups)
         self._watch()
+        if self.optimizer is None and any(units.any() for units in gone):
+            warnings.warn(
+                "compact() has put new parameters in place of those it cut: an optimizer made "
+                "before holds the old ones and would not train the model; make a new one, or give "
+                "Pruner(optimizer=...) yours",
+                stacklevel=2,
+            )
         return self.model
 
     def close(self) -> None:
-        """Take every hook off the model; masked filters are no longer held at zero."""
+        """Take every hook off the model, for good; masked filters are no longer held at zero.
+
+        compact() can still remove them.
+        """
+        self._closed = True
         self._network.close()
         if self._source is not None:
             self._source.close()
@@ -260,6 +279,7 @@ class Pruner:
         Raises:
             ValueError: the state is damaged, or of another model or criterion, or the model has
                 lost filters that the state still has. Nothing has changed.
+            RuntimeError: the pruner is closed.
         """
         state = self._checked(state)
         self._network.restore(state["removed"], state["compacted"])
@@ -273,21 +293,26 @@ class Pruner:
         """The shapes that `load_state_dict(state)` would give the tensors that it cuts.
 
         Raises:
-            ValueError: as `load_state_dict`.
+            ValueError, RuntimeError: as `load_state_dict`.
         """
         return self._network.shapes_after(self._checked(state)["compacted"])
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        self._check_open()
         state = checkpoint.check_pruner_state(state, self._plan.structure, self.criterion.name)
         self._network.stale(state["compacted"])
         return state
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the pruner is closed; build a new one to go on pruning")
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
         if self._source is not None:
             self._source.close()
             self._source = None
-        if not self.done:
+        if not self.done and not self._closed:
             modules = dict(self.model.named_modules())
             layers = {name: modules[name] for name in self._plan.scored}
             self._source = make_source(self.criterion.source, self.model, layers, self._backend)

@@ -59,11 +59,19 @@ class UnitScores:
             bad = ~score.isfinite() & ~gone
             if bad.any():
                 layers = ", ".join(slot.owner for slot in group.producers)
+                remedy = (
+                    "look for inf or nan in the loss, and leave step() out for minibatches that a "
+                    "GradScaler skips"
+                )
+                if self._criterion.source == "bn_scale" and score[bad].isnan().any():
+                    remedy = (
+                        "a layer that no BatchNorm with a scale was seen to follow has no such "
+                        "score: ignore it, or use another criterion"
+                    )
                 raise RuntimeError(
                     f"{layers}: {int(bad.sum())} of {group.size} units have scores that are not "
                     "finite, so nothing was pruned and the minibatches since the last pruning "
-                    "were dropped; look for inf or nan in the loss, and leave step() out for "
-                    "minibatches that a GradScaler skips"
+                    f"were dropped; {remedy}"
                 )
         self._average = average
         if self._criterion.across_layers:
@@ -144,8 +152,7 @@ class UnitScores:
         # The last row is what the padding points at.
         padding = chosen[0].new_zeros(1, chosen[0].size(1))
         rows = torch.cat([*(table.to(device) for table in chosen), padding])
-        scores = self._criterion.score(self._coupled_rows(rows, self._index[run]))
-        return scores if scores.dim() == 1 else scores.mean(1)
+        return self._criterion.observations(self._coupled_rows(rows, self._index[run])).mean(1)
 
     def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """[U, K] from the rows of each unit; the padding's are zero and come last."""

@@ -27,6 +27,11 @@ def check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str,
         ValueError: one cannot; the message has the least fraction that can.
     """
     whole = meter.cost
+    if "flops" in targets and not whole.flops:
+        raise ValueError(
+            "example_inputs: the model does no FLOPs on them, so a fraction of its FLOPs says "
+            "nothing; give them a batch of at least one"
+        )
     most = [group.most_removable() for group in groups]
     for group, units in zip(groups, most, strict=True):
         meter.take(group, units)

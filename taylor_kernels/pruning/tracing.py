@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,9 +48,15 @@ def matching(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:
 
     Raises:
         ValueError: an entry matches nothing.
+        TypeError: `patterns`, or an entry, is something else.
     """
     if isinstance(patterns, (str, nn.Module)):
         patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            "ignore: expected a sequence of module names, patterns or modules, () for none, got "
+            f"{patterns!r}"
+        )
     names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     chosen: set[str] = set()
     for pattern in patterns:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 #: A layer whose filters can be scored.
@@ -117,6 +118,14 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
             "taylor_fo_gate can score them",
             stacklevel=3,
         )
+    if names is not None and not chosen:
+        raise ValueError("layers: is empty; name a layer, or pass None for all")
+    for name, layer in chosen.items():
+        if isinstance(layer.weight, UninitializedParameter) or layer.weight.is_meta:
+            raise ValueError(
+                f"model: {name} has no values yet (a lazy module, or the meta device); run the "
+                "model once, or move it to a real device first"
+            )
     chosen = {n: m for n, m in chosen.items() if n not in frozen}
     if not chosen:
         raise ValueError(

@@ -80,16 +80,16 @@ class _Gates(Source):
         """What collect() hands over, before the loss scale is divided out."""
 
     @abstractmethod
-    def _receive(self, name: str, gates: Tensor, pass_: int) -> None:
-        """Take the gate gradients [N, C] of one use of a layer."""
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        """Take the gate gradients [N, C] of one use of a layer, met at the output of `module`."""
 
     def _bias(self, module: nn.Module) -> Tensor | None:
         """What is subtracted from the output of a tapped module."""
         return None
 
-    def _reads_parameters(self, name: str | None, norm: _BatchNorm) -> bool:
-        """Whether this norm's gate is read off its parameters, so that no tap is needed."""
-        return False
+    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
+        """Whether the output of this norm is to be tapped; asked after each of its runs."""
+        return True
 
     def discard(self) -> None:
         self._unreached.clear()
@@ -115,13 +115,15 @@ class _Gates(Source):
         self._tap(name, self.layers[name], output, copy=not self._norms.of(name))
 
     def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
-        read = self._reads_parameters(name, norm)
+        wanted = self._wants_tap(name, norm)
         if name is None:
             return
         self._taps.cancel(input)
         self._unreached.discard(name)
-        if not read:
+        if wanted:
             self._tap(name, norm, output)
+        elif torch.is_grad_enabled():
+            self._called.add(name)
 
     def _tap(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
         if not torch.is_grad_enabled():
@@ -141,7 +143,7 @@ class _Gates(Source):
             gates = gate_gradients(
                 y, dy, bias=self._bias(module), channel_dim=channel_dim, backend=self.backend
             )
-            self._receive(name, gates, pass_)
+            self._receive(name, module, gates, pass_)
 
         self._taps.add(name, module, output, receive, self.discard, copy=copy)
 
@@ -162,7 +164,7 @@ class ExampleGates(_Gates):
     def _bias(self, module: nn.Module) -> Tensor | None:
         return module.bias if isinstance(module, (_ConvNd, nn.Linear)) else None
 
-    def _receive(self, name: str, gates: Tensor, pass_: int) -> None:
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))
         received = self._received[name]
         received[key] = received[key] + gates if key in received else gates
@@ -188,8 +190,8 @@ class Gates(_Gates):
 
     The gradients of γ and β are taken as backward() hands them over, like those of outputs: what
     is done to `.grad` later (unscaling, clipping) changes neither. They are those of a gate if the
-    norm ran once in the pass, behind one layer; a norm that runs more often is tapped, and so is
-    every norm in its first pass, which tells.
+    norm ran once in the pass, behind one layer; of a norm that runs more often the outputs are
+    tapped. The first pass does both, since only its end tells which is right.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
@@ -198,30 +200,35 @@ class Gates(_Gates):
         self._last_run: dict[_BatchNorm, tuple[int, str | None]] = {}  # its pass and its layer
         self._shared: set[_BatchNorm] = set()  # run more than once in a pass, or behind two layers
         self._read: dict[_BatchNorm, str] = {}
+        self._tapped: dict[_BatchNorm, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._hooked: set[nn.Parameter] = set()
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
-    def _reads_parameters(self, name: str | None, norm: _BatchNorm) -> bool:
+    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
         if not torch.is_grad_enabled():
             return False
         last_pass, last_name = self._last_run.get(norm, (-1, name))
         if last_pass == self._pass and torch._C._current_graph_task_id() != -1:
-            return norm in self._read  # a checkpoint computes the same run again
+            return norm not in self._read  # a checkpoint computes the same run again
         if last_pass == self._pass or last_name != name:
             self._shared.add(norm)
-            if norm in self._read:
+            if norm in self._read and norm not in self._tapped:
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
         trains = norm.affine and norm.weight.requires_grad and norm.bias.requires_grad
-        if last_pass == -1 or norm in self._shared or name is None or not trains:
-            return False
+        if norm in self._shared or name is None or not trains:
+            return True
         self._read[norm] = name
         for parameter in (norm.weight, norm.bias):
             if parameter not in self._hooked:
                 self._hooked.add(parameter)
                 self._handles.append(parameter.register_hook(Hook(self._on_gradient, parameter)))
-        return True
+        if last_pass == -1:
+            self._tapped[norm] = []
+        else:
+            self._tapped.pop(norm, None)  # no longer all of its runs
+        return last_pass == -1
 
     def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
         self._in_backward = True
@@ -229,8 +236,14 @@ class Gates(_Gates):
         known = self._gradients.get(parameter)
         self._gradients[parameter] = grad if known is None else known + grad
 
-    def _receive(self, name: str, gates: Tensor, pass_: int) -> None:
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         total = gates.sum(0)
+        if isinstance(module, _BatchNorm) and module in self._tapped:
+            self._tapped[module].append((name, total))
+        else:
+            self._add(name, total)
+
+    def _add(self, name: str, total: Tensor) -> None:
         self._received[name] = self._received[name] + total if name in self._received else total
 
     def _tables(self) -> list[Tensor]:
@@ -239,10 +252,15 @@ class Gates(_Gates):
                 f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
                 "pass, or behind more layers, than before; run the pass again"
             )
+        for norm, tapped in self._tapped.items():
+            for name, total in tapped if norm in self._shared else ():
+                self._add(name, total)
         norms = [
             (name, norm)
             for norm, name in self._read.items()
-            if norm.weight in self._gradients and norm.bias in self._gradients
+            if norm not in self._shared
+            and norm.weight in self._gradients
+            and norm.bias in self._gradients
         ]
         if norms:
             parameters = [p for _, norm in norms for p in (norm.weight, norm.bias)]
@@ -254,7 +272,7 @@ class Gates(_Gates):
             for (name, _), of_scale, of_shift in zip(
                 norms, moments[::2], moments[1::2], strict=True
             ):
-                self._receive(name, (of_scale[:, 0] + of_shift[:, 0])[None], 0)
+                self._add(name, of_scale[:, 0] + of_shift[:, 0])
         if not self._received:
             raise RuntimeError(_NOTHING_SEEN)
         return [
@@ -266,7 +284,8 @@ class Gates(_Gates):
 
     def discard(self) -> None:
         super().discard()
-        self._received, self._read, self._gradients, self._spoiled = {}, {}, {}, set()
+        self._received, self._gradients = {}, {}
+        self._read, self._tapped, self._spoiled = {}, {}, set()
 
 
 _NOTHING_SEEN = (

@@ -10,3 +10,10 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    """Most tests here compact without an optimizer, and know what they do."""
+    quiet = pytest.mark.filterwarnings(r"ignore:compact\(\) has put new parameters")
+    for item in items:
+        item.add_marker(quiet)

@@ -29,12 +29,16 @@ WRONG = {
     "momentum text": ({"momentum": "no"}, ValueError, "momentum: expected"),
     "round_to": ({"round_to": -8}, ValueError, "round_to: expected"),
     "min_filters": ({"min_filters": 0}, ValueError, "min_filters: expected"),
-    "importance": ({"importance": "taylor_f0"}, ValueError, "'taylor_f0' is not known.*taylor_fo"),
+    "importance": ({"importance": "taylor_f0"}, ValueError, "importance: 'taylor_f0' is not known"),
+    "importance number": ({"importance": 3}, TypeError, "importance: expected a criterion.*int"),
     "oracle": ({"importance": "oracle"}, ValueError, "importance: 'oracle' removes every filter"),
     "ignore": ({"ignore": ["stem", "layer9"]}, ValueError, "ignore: 'layer9' matches no module"),
     "ignore module": ({"ignore": [nn.Linear(2, 2)]}, ValueError, "ignore: 'Linear' matches no"),
     "ignore number": ({"ignore": [3]}, TypeError, "ignore: entries are module names.*got 3"),
+    "ignore none": ({"ignore": None}, TypeError, "ignore: expected a sequence.*got None"),
     "ignore all": ({"ignore": ["*"]}, ValueError, "nothing to prune.*is ignored"),
+    "backend": ({"backend": "cudnn"}, ValueError, "backend: 'cudnn' is not one of"),
+    "backend elsewhere": ({"backend": "cuda"}, ValueError, "'cuda' does not run on cpu tensors"),
     "optimizer": ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer"),
     "optimizer of others": (
         {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ValueError,
@@ -42,6 +46,10 @@ WRONG = {
     ),
     "inputs": ({"example_inputs": torch.randn(2, 5, 8, 8)}, ValueError, "example_inputs: .*chann"),
     "inputs none": ({"example_inputs": None}, ValueError, "example_inputs: the model does not run"),
+    "empty batch": (
+        {"example_inputs": torch.randn(0, 3, 8, 8), "flops": 0.5}, ValueError,
+        "example_inputs: the model does no FLOPs",
+    ),
     "too many inputs": (
         {"example_inputs": (torch.randn(2, 3, 8, 8), 1)}, ValueError, "example_inputs: .*does not",
     ),
@@ -76,6 +84,24 @@ def test_wrong_model():
     model.cache = model(torch.randn(1, 3))
     with pytest.raises(ValueError, match="model: it cannot be copied to trace it"):
         Pruner(model, torch.randn(1, 3), params=0.5)
+
+
+def test_model_without_memory():
+    model, inputs = zoo.build("mlp")
+    with pytest.raises(ValueError, match=r"model: .* on the meta device; materialise it first"):
+        Pruner(model.to("meta"), inputs, params=0.5)
+
+
+def test_layer_without_the_norm_that_its_score_is_read_from():
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    inputs = torch.randn(5, 4)
+    pruner = Pruner(model, inputs, "bn_scale", params=0.8, every=1)
+    zoo.loss(model, inputs).backward()
+    with pytest.raises(RuntimeError, match=r"^3: .* no BatchNorm .* ignore it") as error:
+        pruner.step()
+    assert "loss" not in str(error.value)
 
 
 @pytest.mark.parametrize("scale", [0, -1.0, float("inf"), float("nan"), None])
@@ -129,4 +155,11 @@ def test_close_takes_everything_off():
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules()
     )
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
-    assert pruner.step() is None
+    with pytest.raises(RuntimeError, match="the pruner is closed"):
+        pruner.step()
+    with pytest.raises(RuntimeError, match="the pruner is closed"):
+        pruner.load_state_dict(pruner.state_dict())
+    pruner.compact()
+    assert sum(pruner.widths.values()) < sum(pruner.original_widths.values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p._backward_hooks for p in model.parameters())

@@ -84,7 +84,7 @@ TRICKY = {
                       m.head(h) if m.training else 0))[1],
                       a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 2),
                       head=nn.Linear(8, 2)),
-        ROWS, {"a"}, {"b": "does not run without some", "head": "not reached in eval mode"},
+        ROWS, {"a"}, {"b": "does not run without some", "head": "or not reached on the example"},
     ),
     "local response": (
         lambda: nn.Sequential(conv(4, 8), nn.LocalResponseNorm(3), conv(8, 8), conv(8, 2)),
@@ -320,3 +320,19 @@ def test_construction_leaves_model_and_random_state_alone():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_layer_that_is_used_without_a_call():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter = nn.Linear(4, 8)
+            self.mix = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.up, self.down = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.down(torch.relu(self.up(x + self.mix(x, x, x)[0])))
+
+    pruner = Pruner(Attention(), torch.randn(2, 5, 4), params=0.9)
+    assert "not called as a module" in pruner.skipped["mix.out_proj"]

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import killable
 import pytest
 import torch
 import zoo
+from torch import nn
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 
@@ -66,10 +69,14 @@ def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
     assert len(expected["pruner"]["history"]) > 2
 
 
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+
+
 def trained(name="resnet", steps=11, importance="taylor_fo_bn", **options):
     torch.manual_seed(1)
     model, inputs = zoo.build(name)
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    optimizer = sgd(model)
     settings = {"params": 0.4, "every": 3, "per_step": 0.1, "optimizer": optimizer} | options
     pruner = Pruner(model, inputs, importance, **settings)
     go_on(model, optimizer, pruner, inputs, steps)
@@ -169,6 +176,7 @@ def edit(path, change):
     torch.save(content, path)
 
 
+WRONG = torch.ones(2, 2, 2, 2)
 FOREIGN = {
     "another file": (foreign_file, {}, "was not written by save_checkpoint"),
     "newer": (newer_file, {}, "version 99"),
@@ -191,6 +199,32 @@ FOREIGN = {
         lambda p: edit(p, lambda c: c["optimizer"]["param_groups"][0]["params"].pop()), {},
         "optimizer: .*parameters in its groups",
     ),
+    "no tensor": (
+        lambda p: edit(p, lambda c: c["model"].update({"fc.bias": "x"})), {}, "among them fc.bias",
+    ),
+    "wrong record": (
+        lambda p: edit(p, lambda c: c["pruner"]["history"][0].update(step="a")), {},
+        "damaged.*'history'",
+    ),
+    "wrong filters": (
+        lambda p: edit(p, lambda c: c["pruner"]["history"][0].update(removed={"fc": "a"})), {},
+        "damaged.*'history'",
+    ),
+    "no optimizer state": (
+        lambda p: edit(p, lambda c: c["optimizer"].pop("state")), {}, "optimizer: .*damaged",
+    ),
+    "no entry": (
+        lambda p: edit(p, lambda c: c["optimizer"]["state"].update({0: None})), {},
+        "optimizer: .*damaged",
+    ),
+    "entry of no parameter": (
+        lambda p: edit(p, lambda c: c["optimizer"]["state"].update({999: {}})), {},
+        "optimizer: .*damaged",
+    ),
+    "wrong momentum": (
+        lambda p: edit(p, lambda c: c["optimizer"]["state"][0].update(momentum_buffer=WRONG)),
+        {}, r"optimizer: .*damaged \('momentum_buffer' of parameter 0 has shape \(2, 2, 2, 2\)",
+    ),
     "no optimizer": (lambda p: edit(p, lambda c: c.update(optimizer=None)), {}, "optimizer: one"),
 }  # fmt: skip
 
@@ -210,6 +244,90 @@ def test_foreign_file(tmp_path, case):
     assert same(everything(*parts), before)
 
 
+def adamw(steps):
+    model, inputs = zoo.build("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    pruner = Pruner(model, inputs, params=0.5, every=2, optimizer=optimizer)
+    go_on(model, optimizer, pruner, inputs, steps)
+    return model, optimizer, pruner
+
+
+@pytest.mark.parametrize("missing", ["betas", "step"])
+def test_state_of_another_optimizer(tmp_path, missing):
+    model, optimizer, pruner = adamw(3)
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    edit(path, lambda c: [g.pop(missing, None) for g in c["optimizer"]["param_groups"]])
+    edit(path, lambda c: [s.pop(missing, None) for s in c["optimizer"]["state"].values()])
+    parts = adamw(0)
+    before = everything(*parts)
+    with pytest.raises(ValueError, match=f"optimizer: .*AdamW.*{missing}"):
+        load_checkpoint(path, model=parts[0], optimizer=parts[1], pruner=parts[2])
+    assert same(everything(*parts), before)
+
+
+def test_optimizer_that_the_pruner_does_not_know(tmp_path):
+    model, optimizer, pruner, _ = trained()
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, pruner=pruner)
+    again, _, blind, inputs = trained(steps=0, optimizer=None)
+    stranger = sgd(again)
+    for other in (blind, Pruner(again, inputs, params=0.4, optimizer=sgd(again))):
+        before = everything(again, stranger, other)
+        with pytest.raises(ValueError, match="optimizer: the pruner has another one or none"):
+            load_checkpoint(tmp_path / "c", model=again, optimizer=stranger, pruner=other)
+        assert same(everything(again, stranger, other), before)
+
+
+def test_compact_warns_of_optimizers_it_does_not_know():
+    for known in (False, True):
+        model, inputs = zoo.build("mlp")
+        optimizer = sgd(model) if known else None
+        pruner = Pruner(model, inputs, params=0.5, every=1, optimizer=optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.compact()  # nothing has gone yet
+            assert not caught
+            zoo.loss(model, inputs).backward()
+            pruner.step()
+            pruner.compact()
+        assert sum("an optimizer made before" in str(w.message) for w in caught) == (not known)
+
+
+def test_state_of_a_pruner_that_pruned_less_often():
+    state = trained(steps=4, every=5)[2].state_dict()
+    model, optimizer, pruner, inputs = trained(steps=0, every=3)
+    pruner.load_state_dict(state)
+    go_on(model, optimizer, pruner, inputs, 1)
+    assert len(pruner.history) == 1
+
+
+def test_extras_that_can_be_read_back(tmp_path):
+    model, optimizer = trained(steps=0)[:2]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 3, 5])
+    extra = {
+        "ema": model.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "weight": nn.Parameter(torch.randn(3)),
+        "seen": Counter("abca"),
+        "order": OrderedDict(a=1),
+    }
+    save_checkpoint(tmp_path / "c", model=model, **extra)
+    assert same(load_checkpoint(tmp_path / "c", model=model), extra)
+
+
+def test_wrong_parts(tmp_path):
+    model = trained(steps=0)[0]
+    path = tmp_path / "c"
+    save_checkpoint(path, model=model)
+    for use in (save_checkpoint, load_checkpoint):
+        with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
+            use(path, model=3)
+        with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer"):
+            use(path, model=model, optimizer=3)
+    with pytest.raises(FileNotFoundError, match=f"no folder '{tmp_path / 'no'}'$"):
+        save_checkpoint(tmp_path / "no" / "c", model=model)
+
+
 @pytest.mark.parametrize("state", [None, 3, {}, {"format": "x"}, [1]])
 def test_state_dict_of_something_else(state):
     _, _, pruner, _ = trained(steps=0)
@@ -222,7 +340,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "c.pt"
     save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
     old = path.read_bytes()
-    with pytest.raises(TypeError, match=r"scheduler\['it'\]: expected tensors and plain Python"):
+    with pytest.raises(TypeError, match=r"scheduler: expected tensors and plain Python.*object"):
         save_checkpoint(path, model=model, scheduler={"it": object()})
 
     def full(*_):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 #: Tables kept for calls that repeat, such as those of a training loop; a table is some kilobytes.
 KEPT = 32
 
+_lock = threading.Lock()
 _tables: OrderedDict[tuple[torch.device, bytes], Tensor] = OrderedDict()
 _captured: dict[int, Tensor] = {}
 
@@ -23,18 +25,24 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
         RuntimeError: the values are new and a CUDA graph is being captured.
     """
     key = (device, array("q", values).tobytes())
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
-    if table is None:
-        if capturing:
-            raise RuntimeError(
-                "Triton backend: these tensors are new, and a table of their addresses cannot be "
-                "copied while a CUDA graph is captured; call the op on them once before"
-            )
-        table = _tables[key] = torch.tensor(values, dtype=torch.int64, device=device)
-        if len(_tables) > KEPT:
-            _tables.popitem(last=False)
-    _tables.move_to_end(key)
-    if capturing:  # the graph reads it at every replay, for as long as it lives
-        _captured[table.data_ptr()] = table
+    on_gpu = device.type == "cuda"
+    capturing = on_gpu and torch.cuda.is_current_stream_capturing()
+    with _lock:
+        table = _tables.get(key)
+        if table is None:
+            if capturing:
+                raise RuntimeError(
+                    "Triton backend: these tensors are new, and a table of their addresses cannot "
+                    "be copied while a CUDA graph is captured; call the op on them once before"
+                )
+            table = _tables[key] = torch.tensor(values, dtype=torch.int64, device=device)
+            if len(_tables) > KEPT:
+                _tables.popitem(last=False)
+        _tables.move_to_end(key)
+        if capturing:  # the graph reads it at every replay, for as long as it lives
+            _captured[table.data_ptr()] = table
+    if on_gpu and not capturing:
+        # Its memory must not be given to others before this stream has read it, even if the table
+        # was made on another stream and is dropped from here meanwhile.
+        table.record_stream(torch.cuda.current_stream(device))
     return table
