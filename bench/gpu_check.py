@@ -85,8 +85,10 @@ def run(step: Step, log: Path) -> dict[str, object]:
 
 def gpu() -> dict[str, str] | None:
     """The GPU and the versions around it, or None."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     if not torch.cuda.is_available():
         return None
     return {
@@ -100,7 +102,10 @@ def gpu() -> dict[str, str] | None:
 def main() -> int:
     machine = gpu()
     if machine is None:
-        print("gpu-check: PyTorch sees no NVIDIA GPU here; run it on a machine that has one")
+        print(
+            f"gpu-check: {sys.executable} has no PyTorch that sees an NVIDIA GPU; run it where one"
+        )
+        print("does, or name that Python: make gpu-check PYTHON=...")
         return 2
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu-check").resolve()
     out.mkdir(parents=True, exist_ok=True)
