@@ -66,7 +66,7 @@ def _lead(result: Json) -> str:
             for name in (first, *others)
         ]
         lead += f" Before fine-tuning they stood at {', '.join(pruned)}, in this order."
-    return lead
+    return f"{lead} Differences of about {_standard_error(result):.1f} points are noise."
 
 
 def _row(runs: Sequence[Json], dense: Sequence[Json], ms: Json, dense_ms: Json) -> list[str]:
@@ -165,8 +165,7 @@ def _importance_section(result: Json, folder: Path) -> list[Section]:
 
 def _caveats(result: Json) -> str:
     images, seeds = result["data"]["test_images"], result["settings"]["seeds"]
-    accuracy = _mean(one["accuracy"] for one in result["dense"])
-    error = 100 * math.sqrt(accuracy * (1 - accuracy) / images)
+    error = _standard_error(result)
     first = (
         f"The task is small: 8×8 pixels, {result['data']['train_images']:,} images to train on and "
         f"{images} to test. One test image is {100 / images:.2f} points, and the standard error of "
@@ -195,6 +194,12 @@ def _caveats(result: Json) -> str:
         "compare on large networks or data."
     )
     return "\n\n".join(part for part in (first, control, _collapse(result), last) if part)
+
+
+def _standard_error(result: Json) -> float:
+    """Of one accuracy on the test images, in points."""
+    accuracy = _mean(one["accuracy"] for one in result["dense"])
+    return 100 * math.sqrt(accuracy * (1 - accuracy) / result["data"]["test_images"])
 
 
 def _ranking(result: Json) -> str:
@@ -242,7 +247,7 @@ def _method(result: Json) -> str:
     pruned = result["files"]["pruned.pt2"]
     return (
         f"The dense network is trained for {recipe['dense_epochs']} epochs. Each criterion starts "
-        "from the same dense network and sees the same minibatches: filters are scored on every "
+        "from the same dense network and the same seed of minibatches: filters are scored on every "
         f"minibatch between `backward()` and `optimizer.step()`, {recipe['per_step']:.0%} of them "
         f"are switched off every {recipe['every']} minibatches while momentum SGD goes on, until "
         f"{result['settings']['flops']:.0%} of the FLOPs are left. Then they are removed for good "
