@@ -11,8 +11,8 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 // PyTorch's pool of threads, if it is an OpenMP one: it loads its runtime for all to see. Linking
-// to a runtime here would start a second pool, and threads of the first spin for a while after
-// their last work: on as many cores as threads, a second pool's work then takes twice as long.
+// to a runtime here would start a second pool, and starting threads here instead took 1.1 to 1.2
+// times as long for the rows of ResNet-50, on as many cores as threads.
 GompParallel openmp() {
   static const auto function = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return function;

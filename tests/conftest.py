@@ -28,6 +28,12 @@ def keep_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(keep_threads: None) -> None:
+    """For tiny models: on a busy machine a second thread makes small layers many times slower."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The CPU kernels of one instruction set."""

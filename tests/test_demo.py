@@ -30,13 +30,7 @@ from taylor_kernels.demo.store import export, load_weights, save_weights
 ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'] = None\n"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the demo: on a busy machine a second thread makes small layers many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed: int = 0) -> torch.Generator:

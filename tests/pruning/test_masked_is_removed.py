@@ -166,7 +166,10 @@ def test_masked_gradients_are_zero_though_activations_are_not():
 def test_two_forwards_before_one_backward():
     """The masks are written between the two, which must not touch what the first one saved."""
     model, inputs, _, _ = pruned_once("resnet")
+    model.zero_grad()
     (zoo.loss(model, zoo.fresh(inputs)) + zoo.loss(model, zoo.fresh(inputs))).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert any(p.grad.any() for p in model.parameters())
 
 
 def test_compact_any_time_and_again():
