@@ -8,6 +8,7 @@ from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available as backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
+from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.pruning import Pruner
@@ -20,9 +21,11 @@ __all__ = [
     "Importance",
     "Pruner",
     "backends",
+    "conv2d_fisher",
     "criterion_names",
     "filter_moments",
     "gate_gradients",
+    "linear_fisher",
     "register_criterion",
     "scoring",
 ]

@@ -8,6 +8,7 @@ copied into one first, so a kernel never meets them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,28 @@ class GateGradientsArgs(NamedTuple):
     channels: int
     inner: int
     out: Tensor  # [batch, channels]
+
+
+class Conv2dFisherArgs(NamedTuple):
+    """A `conv2d_fisher` call; mirrors the struct of the same name in csrc/."""
+
+    input: Tensor
+    grad_output: Tensor
+    weight: Tensor | None
+    out: Tensor  # [groups * filters, channels, *kernel], or [groups * filters] with a weight
+    batch: int
+    groups: int
+    channels: int  # of a group, as are the filters
+    filters: int
+    image: tuple[int, int]
+    out_image: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    input_channels_last: bool
+    grad_channels_last: bool
+    tf32: bool
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +113,45 @@ def activation_args(
         channels,
         inner,
         out,
+    )
+
+
+def conv2d_fisher_args(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+    out: Tensor,
+) -> Conv2dFisherArgs:
+    """Describe the input and the output gradient of a 2-D convolution, neither of them empty."""
+    if weight is not None and weight.dtype not in (input.dtype, torch.float32):
+        weight = weight.to(accumulator(input.dtype))
+    x_last, dy_last = (
+        not t.is_contiguous() and _channel_last(t, 1).is_contiguous() for t in (input, grad_output)
+    )
+    return Conv2dFisherArgs(
+        input if x_last else input.contiguous(),
+        grad_output if dy_last else grad_output.contiguous(),
+        None if weight is None else weight.contiguous(),
+        out,
+        input.size(0),
+        groups,
+        weight_size[1],
+        weight_size[0] // groups,
+        (input.size(2), input.size(3)),
+        (grad_output.size(2), grad_output.size(3)),
+        (weight_size[2], weight_size[3]),
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+        x_last,
+        dy_last,
+        tf32,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_kernels.backends.reference import conv2d_fisher  # noqa: F401
 from taylor_kernels.layout import FilterMomentsItem, GateGradientsArgs
 
 try:

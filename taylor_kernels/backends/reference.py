@@ -9,8 +9,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
-from taylor_kernels.layout import FilterMomentsItem, GateGradientsArgs, accumulator
+from taylor_kernels.layout import (
+    Conv2dFisherArgs,
+    FilterMomentsItem,
+    GateGradientsArgs,
+    accumulator,
+)
 
 
 def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
@@ -39,6 +45,19 @@ def gate_gradients(args: GateGradientsArgs) -> None:
     if args.bias is not None:
         y = y - args.bias.to(dtype)[:, None]
     args.out.copy_((y * args.grad_output.to(dtype).reshape(extents)).sum((1, 3)))
+
+
+def conv2d_fisher(args: Conv2dFisherArgs) -> None:
+    """Write Σ_n of squared per-example weight gradients, or its filters' sums, into `args.out`."""
+    dtype = accumulator(args.input.dtype)
+    size = (args.groups * args.filters, args.channels, *args.kernel)
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    fisher = args.input.new_zeros(size, dtype=dtype)
+    for x, dy in zip(args.input.split(1), args.grad_output.split(1), strict=True):
+        fisher += conv2d_weight(x.to(dtype), size, dy.to(dtype), *geometry).square()
+    if args.weight is not None:
+        fisher = (fisher * args.weight.to(dtype).square()).flatten(1).sum(1)
+    args.out.copy_(fisher)
 
 
 def _terms(w: Tensor, g: Tensor) -> Tensor:

@@ -1,0 +1,262 @@
+"""conv2d_fisher, linear_fisher: per-example weight gradients, squared and summed, never stored.
+
+With x the input of a layer, dy = ∂L/∂y for its output and g_n the gradient of example n alone,
+
+    fisher[o, c, i, j] = Σ_n g_n[o, c, i, j]²,   g_n = the weight gradient from x[n] and dy[n]
+
+If the loss is a mean over N examples, dy carries 1/N, so N·fisher is the mean over examples of the
+squared gradient of each example's own loss: the diagonal of the empirical Fisher matrix, which OBD
+(LeCun et al. 1989) and Molchanov et al. (CVPR 2019, section 3.1) take for that of the Hessian.
+Squares are of each example's gradient, not of the minibatch's. A linear layer is a 1x1 convolution
+over its tokens. Kernels: csrc/conv2d_fisher.h, backends/triton/conv2d_fisher.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.backends import check_name, select
+from taylor_kernels.layout import accumulator, conv2d_fisher_args
+from taylor_kernels.ops._checks import check_tensor
+from taylor_kernels.ops._library import library
+
+
+def conv2d_fisher(
+    input: Tensor,
+    weight_size: Sequence[int],
+    grad_output: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Σ_n (weight gradient of example n)² of a 2-D convolution, from its input and ∂L/∂output.
+
+    The arguments are those of `torch.nn.grad.conv2d_weight`.
+
+    Args:
+        input: [N, C, H, W] (float32, float16, bfloat16 or float64); any strides (contiguous and
+            channels_last are read in place).
+        weight_size: (O, C / groups, kernel height, kernel width).
+        grad_output: ∂L/∂y, [N, O, H_out, W_out], same dtype and device.
+        stride, padding, dilation: an int, or one for height and one for width.
+        groups: as the convolution's.
+        weight: [O, C / groups, kH, kW], same device. With it the result is reduced to filters:
+            Σ_k w_k² Σ_n g_{n,k}², and nothing of the weight's size is written.
+        backend: one of `taylor_kernels.backends()`; None picks by device.
+
+    Returns:
+        float32 (float64 for float64 input): `weight_size`, or [O] with `weight`. float32 products
+        are rounded to TF32 on a GPU where `torch.backends.cudnn.allow_tf32` says so. Not
+        differentiable: it has no grad_fn.
+
+    Raises:
+        TypeError: not a tensor; integer, complex, sparse or meta tensors.
+        ValueError: sizes that do not follow from each other (the message says what was expected),
+            dtypes or devices that do not match.
+        RuntimeError: the named backend cannot run here.
+    """
+    check_name(backend)
+    check_tensor(input, "input")
+    check_tensor(grad_output, "grad_output")
+    for name, tensor in (("input", input), ("grad_output", grad_output)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}: has shape {tuple(tensor.shape)}; expected [N, C, H, W], a single "
+                "example as [1, C, H, W]"
+            )
+    _check_same(input, grad_output)
+    size = _integers(weight_size, "weight_size", 4, 1)
+    strides = _integers(stride, "stride", 2, 1)
+    paddings = _integers(padding, "padding", 2, 0)
+    dilations = _integers(dilation, "dilation", 2, 1)
+    if not isinstance(groups, int) or groups < 1 or size[0] % groups:
+        raise ValueError(
+            f"groups: {groups!r} is not a positive integer that divides the {size[0]} filters of "
+            "weight_size"
+        )
+    if input.size(1) != size[1] * groups:
+        raise ValueError(
+            f"input: has {input.size(1)} channels, but weight_size {tuple(size)} with "
+            f"groups={groups} takes {size[1] * groups}"
+        )
+    expected = [input.size(0), size[0]]
+    for dim in (0, 1):
+        room = input.size(2 + dim) + 2 * paddings[dim] - dilations[dim] * (size[2 + dim] - 1) - 1
+        if room < 0:
+            raise ValueError(
+                f"weight_size: a kernel of {tuple(size[2:])} with dilation {tuple(dilations)} does "
+                f"not fit an input of {tuple(input.shape[2:])} with padding {tuple(paddings)}"
+            )
+        expected.append(room // strides[dim] + 1)
+    if list(grad_output.shape) != expected:
+        raise ValueError(
+            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)}, "
+            f"weight_size {tuple(size)}, stride {tuple(strides)}, padding {tuple(paddings)} and "
+            f"dilation {tuple(dilations)} give an output of {tuple(expected)}"
+        )
+    _check_weight(weight, size, input)
+    return _fisher(
+        input, grad_output, weight, size, strides, paddings, dilations, groups,
+        torch.backends.cudnn.allow_tf32, backend,
+    )  # fmt: skip
+
+
+def linear_fisher(
+    input: Tensor, grad_output: Tensor, *, weight: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Σ_n (weight gradient of example n)² of a linear layer; tokens are summed in the example.
+
+    Args:
+        input: [N, *, I], dim 0 the example (float32, float16, bfloat16 or float64).
+        grad_output: ∂L/∂y, [N, *, O], same leading dimensions, dtype and device.
+        weight: [O, I], same device. With it the result is Σ_i w_i² Σ_n g_{n,i}² per neuron.
+        backend: one of `taylor_kernels.backends()`; None picks by device.
+
+    Returns:
+        float32 (float64 for float64 input): [O, I], or [O] with `weight`. float32 products are
+        rounded to TF32 on a GPU where `torch.backends.cuda.matmul.allow_tf32` says so. Not
+        differentiable: it has no grad_fn.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `conv2d_fisher`.
+    """
+    check_name(backend)
+    check_tensor(input, "input")
+    check_tensor(grad_output, "grad_output")
+    for name, tensor in (("input", input), ("grad_output", grad_output)):
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name}: has shape {tuple(tensor.shape)}; expected [N, ..., features], a single "
+                "example as [1, features]"
+            )
+    if input.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(
+            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)} "
+            f"gives an output of {(*input.shape[:-1], 'out_features')}"
+        )
+    _check_same(input, grad_output)
+    size = [grad_output.size(-1), input.size(-1)]
+    _check_weight(weight, size, input)
+    x, dy = (_as_image(tensor) for tensor in (input, grad_output))
+    fisher = _fisher(
+        x, dy, None if weight is None else weight[:, :, None, None], [*size, 1, 1],
+        [1, 1], [0, 0], [1, 1], 1, torch.backends.cuda.matmul.allow_tf32, backend,
+    )  # fmt: skip
+    return fisher if weight is not None else fisher[:, :, 0, 0]
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    """[N, *, F] as [N, F, tokens, 1], features innermost in memory."""
+    tokens = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
+    return tokens.transpose(1, 2).unsqueeze(-1)
+
+
+def _check_same(input: Tensor, grad_output: Tensor) -> None:
+    for what in ("dtype", "device"):
+        got, expected = getattr(grad_output, what), getattr(input, what)
+        if got != expected:
+            raise ValueError(
+                f"grad_output: {what} {got} does not match input, which has {what} {expected}"
+            )
+
+
+def _check_weight(weight: Tensor | None, size: Sequence[int], input: Tensor) -> None:
+    if weight is None:
+        return
+    check_tensor(weight, "weight")
+    if list(weight.shape) != list(size) or weight.device != input.device:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)} on {weight.device}; expected {tuple(size)} on "
+            f"{input.device}"
+        )
+
+
+def _integers(value: int | Sequence[int], name: str, count: int, least: int) -> list[int]:
+    """`count` integers, from a sequence or (of two) from one for both."""
+    values: list[int] = []
+    if isinstance(value, Sequence):
+        values = list(value)
+    elif count == 2:
+        values = [value, value]
+    if len(values) != count or any(type(v) is not int or v < least for v in values):
+        wanted = f"{count} integers" if count > 2 else "an integer or a pair of integers"
+        hint = "; give the padding as numbers" if isinstance(value, str) else ""
+        raise ValueError(f"{name}: expected {wanted} from {least} on, got {value!r}{hint}")
+    return values
+
+
+def _fisher(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+    backend: str | None,
+) -> Tensor:
+    with torch.no_grad():
+        return torch.ops.taylor_kernels.conv2d_fisher(
+            input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32,
+            backend,
+        )  # fmt: skip
+
+
+def _run(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+    backend: str | None,
+) -> Tensor:
+    out = _empty(
+        input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32, backend
+    )
+    if not (input.numel() and grad_output.numel()):
+        return out.zero_()
+    args = conv2d_fisher_args(
+        input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32, out
+    )
+    select(input.device, input.dtype, backend).conv2d_fisher(args)
+    return out
+
+
+def _empty(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    tf32: bool,
+    backend: str | None,
+) -> Tensor:
+    """The output's shape; also the fake kernel."""
+    shape = weight_size if weight is None else weight_size[:1]
+    return input.new_empty(tuple(shape), dtype=accumulator(input.dtype))
+
+
+library.define(
+    "conv2d_fisher(Tensor input, Tensor grad_output, Tensor? weight, SymInt[] weight_size, "
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool tf32, str? backend) "
+    "-> Tensor"
+)
+library.impl("conv2d_fisher", _run, "CPU")
+library.impl("conv2d_fisher", _run, "CUDA")
+torch.library.register_fake("taylor_kernels::conv2d_fisher", _empty, lib=library)
