@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "conv2d_fisher.h"
 #include "cpu_dispatch.h"
 #include "filter_moments.h"
 #include "gate_gradients.h"
@@ -18,6 +19,35 @@ using Integers = std::vector<int64_t>;
 template <typename T>
 T* pointer(int64_t value) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(value));
+}
+
+tk::Conv2dFisherArgs conv2d_fisher_args(const Integers& v) {
+  if (v.size() != 25) throw std::invalid_argument("conv2d_fisher: a torn record");
+  return {pointer<void>(v[0]),
+          pointer<void>(v[1]),
+          pointer<void>(v[2]),
+          pointer<void>(v[3]),
+          v[4],
+          v[5],
+          v[6],
+          v[7],
+          v[8],
+          v[9],
+          v[10],
+          v[11],
+          v[12],
+          v[13],
+          v[14],
+          v[15],
+          v[16],
+          v[17],
+          v[18],
+          v[19],
+          static_cast<tk::DType>(v[20]),
+          static_cast<tk::DType>(v[21]),
+          static_cast<int32_t>(v[22]),
+          static_cast<int32_t>(v[23]),
+          static_cast<int32_t>(v[24])};
 }
 
 std::vector<tk::FilterMomentsItem> filter_moments_items(const Integers& values) {
@@ -58,6 +88,12 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isas", &tk::cpu_isas);
   m.def("set_cpu_isa", &tk::set_cpu_isa);
 
+  m.def(
+      "conv2d_fisher_cpu",
+      [](const Integers& values, int threads) {
+        tk::conv2d_fisher_cpu(conv2d_fisher_args(values), threads);
+      },
+      NoGil());
   m.def(
       "filter_moments_cpu",
       [](const Integers& values, int threads) {

@@ -19,6 +19,7 @@ namespace {
 
 struct Kernels {
   const char* isa;
+  decltype(&baseline::conv2d_fisher) conv2d_fisher;
   decltype(&baseline::filter_moments) filter_moments;
   decltype(&baseline::gate_gradients) gate_gradients;
 };
@@ -31,10 +32,13 @@ std::vector<Kernels> supported() {
                         __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    sets.push_back({"avx512", avx512::filter_moments, avx512::gate_gradients});
-  if (has_avx2) sets.push_back({"avx2", avx2::filter_moments, avx2::gate_gradients});
+    sets.push_back(
+        {"avx512", avx512::conv2d_fisher, avx512::filter_moments, avx512::gate_gradients});
+  if (has_avx2)
+    sets.push_back({"avx2", avx2::conv2d_fisher, avx2::filter_moments, avx2::gate_gradients});
 #endif
-  sets.push_back({"baseline", baseline::filter_moments, baseline::gate_gradients});
+  sets.push_back(
+      {"baseline", baseline::conv2d_fisher, baseline::filter_moments, baseline::gate_gradients});
   return sets;
 }
 
@@ -64,6 +68,10 @@ void set_cpu_isa(const std::string& name) {
     return;
   }
   throw std::invalid_argument("set_cpu_isa: this processor cannot run '" + name + "'");
+}
+
+void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads) {
+  kernels().conv2d_fisher(args, threads);
 }
 
 void filter_moments_cpu(const FilterMomentsItem* items, int64_t count, int threads) {

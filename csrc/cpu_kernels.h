@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "conv2d_fisher.h"
 #include "filter_moments.h"
 #include "gate_gradients.h"
 
@@ -12,6 +13,7 @@
 
 #define TK_DECLARE_CPU_KERNELS(isa)                                                \
   namespace isa {                                                                  \
+  void conv2d_fisher(const Conv2dFisherArgs& args, int threads);                   \
   void filter_moments(const FilterMomentsItem* items, int64_t count, int threads); \
   void gate_gradients(const GateGradientsArgs& args, int threads);                 \
   }

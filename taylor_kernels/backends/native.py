@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends.reference import conv2d_fisher  # noqa: F401
-from taylor_kernels.layout import FilterMomentsItem, GateGradientsArgs
+from taylor_kernels.layout import Conv2dFisherArgs, FilterMomentsItem, GateGradientsArgs
 
 try:
     _native: Any = import_module("taylor_kernels._native")
@@ -71,6 +70,39 @@ def gate_gradients(args: GateGradientsArgs) -> None:
         workspace = _workspace(_native.gate_gradients_cuda_workspace(values), device)
         stream = torch.cuda.current_stream(device).cuda_stream
         _native.gate_gradients_cuda(values, _pointer(workspace), stream)
+
+
+def conv2d_fisher(args: Conv2dFisherArgs) -> None:
+    """Write Σ_n of squared per-example weight gradients, or its filters' sums, into `args.out`."""
+    values = [
+        args.input.data_ptr(),
+        args.grad_output.data_ptr(),
+        _pointer(args.weight),
+        args.out.data_ptr(),
+        args.batch,
+        args.groups,
+        args.channels,
+        args.filters,
+        *args.image,
+        *args.out_image,
+        *args.kernel,
+        *args.stride,
+        *args.padding,
+        *args.dilation,
+        _DTYPE_CODES[args.input.dtype],
+        _DTYPE_CODES[(args.input if args.weight is None else args.weight).dtype],
+        args.input_channels_last,
+        args.grad_channels_last,
+        args.tf32,
+    ]
+    device = args.input.device
+    if device.type == "cpu":
+        _native.conv2d_fisher_cpu(values, torch.get_num_threads())
+        return
+    with torch.cuda.device(device):
+        workspace = _workspace(_native.conv2d_fisher_cuda_workspace(values), device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _native.conv2d_fisher_cuda(values, _pointer(workspace), stream)
 
 
 @cache
