@@ -1,4 +1,4 @@
-"""Plain ResNet-18 and ResNet-50 (He et al., 2016; strides on the 3x3 convolutions)."""
+"""ResNet-18 and ResNet-50 (He et al., 2016; strides on the 3x3 convolutions), and a ConvNet."""
 
 from __future__ import annotations
 
@@ -69,3 +69,21 @@ def resnet18() -> ResNet:
 
 def resnet50() -> ResNet:
     return ResNet(RESNET50_STAGES, bottleneck=True)
+
+
+class ConvNet(nn.Sequential):
+    """3x3 convolutions for 32x32 images, pooled before each new width: 2.23 M parameters.
+
+    Without normalisation and in-place operations, so that tools which refuse them can take part.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (64,) * 3 + (128,) * 3 + (256,) * 2 + (384,)):
+        layers: list[nn.Module] = []
+        side = 32
+        for before, width in zip((3, *widths), widths, strict=False):
+            if layers and before != width:
+                layers.append(nn.MaxPool2d(2))
+                side //= 2
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+        pooled = [nn.MaxPool2d(2), nn.Flatten()]
+        super().__init__(*layers, *pooled, nn.Linear(widths[-1] * (side // 2) ** 2, 10))

@@ -1,9 +1,13 @@
-"""The shapes that are measured: parameters and activations of two well-known networks."""
+"""The shapes that are measured: parameters, activations and layers of well-known networks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -19,6 +23,69 @@ class Conv:
 
     weight: Shape
     side: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer's weight gradient is made of: the shapes of x and the weight, the geometry."""
+
+    name: str  # of the first such layer
+    input: Shape  # [N, C, H, W], or [N, tokens, features] of a linear layer
+    weight: Shape
+    stride: int = 1
+    padding: int = 0
+    count: int = 1  # layers of these shapes in the network
+
+    @property
+    def output(self) -> Shape:
+        if len(self.weight) == 2:
+            return (*self.input[:-1], self.weight[0])
+        sides = self.input[2:]
+        places = [(s + 2 * self.padding - self.weight[2]) // self.stride + 1 for s in sides]
+        return (self.input[0], self.weight[0], *places)
+
+    @property
+    def flops(self) -> int:
+        """Of the weight gradient: two per multiply-add."""
+        return 2 * prod(self.output) * prod(self.weight[1:])
+
+
+def layers_of(model: nn.Module, input: Shape) -> list[Layer]:
+    """A model's convolutions and linear layers in order, those of the same shapes counted once."""
+    found: dict[tuple, Layer] = {}
+
+    def see(name: str, module: nn.Module, x: Tensor) -> None:
+        conv = isinstance(module, nn.Conv2d)
+        geometry = (module.stride[0], module.padding[0]) if conv else (1, 0)
+        layer = Layer(name, tuple(x.shape), tuple(module.weight.shape), *geometry)
+        key = (layer.input, layer.weight, *geometry)
+        known = found.setdefault(key, replace(layer, count=0))
+        found[key] = replace(known, count=known.count + 1)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, x, name=name: see(name, module, x[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    ]
+    model.to("meta")(torch.empty(input, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return list(found.values())
+
+
+def transformer_layers(
+    batch: int = 8, tokens: int = 2048, *, hidden: int = 4096, inner: int = 11008
+) -> list[Layer]:
+    """The linear layers of a block of a Llama of 7 B parameters."""
+    shapes = {
+        "attention": (hidden, hidden, 4),
+        "up": (inner, hidden, 2),
+        "down": (hidden, inner, 1),
+    }
+    return [
+        Layer(name, (batch, tokens, into), (out, into), count=count)
+        for name, (out, into, count) in shapes.items()
+    ]
 
 
 def resnet50_convs(keep: float = 1.0) -> list[Conv]:
