@@ -54,9 +54,9 @@ def demo(
     _require("demo", "sklearn", "matplotlib", "safetensors")
     from rich.console import Console
 
-    from taylor_kernels.demo.progress import ProgressLog
     from taylor_kernels.demo.run import run
     from taylor_kernels.demo.settings import DEFAULT_CRITERIA, FULL, QUICK, Settings
+    from taylor_kernels.progress import ProgressLog
     from taylor_kernels.report import print_table
 
     settings = Settings(

@@ -22,9 +22,9 @@ from taylor_kernels.demo import run as job
 from taylor_kernels.demo import training
 from taylor_kernels.demo.data import Split, load_digits, minibatches
 from taylor_kernels.demo.model import DigitsResNet
-from taylor_kernels.demo.progress import ProgressLog
 from taylor_kernels.demo.settings import QUICK, Settings
 from taylor_kernels.demo.store import export, load_weights, save_weights
+from taylor_kernels.progress import ProgressLog
 
 #: Runs what follows where neither this package nor Torch-Pruning can be imported.
 ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'] = None\n"

@@ -20,7 +20,6 @@ import taylor_kernels as tk
 from taylor_kernels.demo.data import IMAGE_SHAPE, Digits, load_digits, minibatches
 from taylor_kernels.demo.model import DigitsResNet
 from taylor_kernels.demo.pages import build_report, result_table
-from taylor_kernels.demo.progress import ProgressLog
 from taylor_kernels.demo.settings import FULL, Settings
 from taylor_kernels.demo.store import export, load_weights, save_weights
 from taylor_kernels.demo.training import (
@@ -31,6 +30,7 @@ from taylor_kernels.demo.training import (
     sgd,
     train,
 )
+from taylor_kernels.progress import ProgressLog
 from taylor_kernels.report import Table, render
 from taylor_kernels.system import cpu_model, package_versions
 

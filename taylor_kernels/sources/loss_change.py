@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from taylor_kernels.sources.base import filter_count
 from taylor_kernels.sources.following_norms import KnowsNorms
 
+#: A filter: the name of its layer and its number in it.
+Filter = tuple[str, int]
+
 
 class LossChange(KnowsNorms):
     """[F, 1] per layer: loss without the filter − loss with it, one evaluation per filter.
@@ -21,7 +24,6 @@ class LossChange(KnowsNorms):
     with the model in eval mode, so that no running statistic moves; the mode is restored.
     """
 
-    @torch.no_grad()
     def collect(
         self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
     ) -> list[Tensor]:
@@ -30,34 +32,49 @@ class LossChange(KnowsNorms):
                 "closure: the oracle evaluates the loss itself; call "
                 "update(closure=lambda: loss_fn(model(x), y))"
             )
-        tables = [
-            torch.empty(filter_count(layer), 1, dtype=torch.float64)
-            for layer in self.layers.values()
-        ]
-        work = [(i, c) for i, table in enumerate(tables) for c in range(len(table))]
-        names = list(self.layers)
-        with _eval_mode(self.model):
+        tables = {
+            name: torch.empty(filter_count(layer), 1, device=layer.weight.device)
+            for name, layer in self.layers.items()
+        }
+        filters = [(name, number) for name, table in tables.items() for number in range(len(table))]
+        console = Console(stderr=True)
+        for (name, number), change in track(
+            self.changes(closure, filters),
+            "oracle: removing filters",
+            total=len(filters),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        ):
+            tables[name][number] = change
+        return list(tables.values())
+
+    def changes(
+        self, closure: Callable[[], Tensor | float], filters: Iterable[Filter]
+    ) -> Iterator[tuple[Filter, float]]:
+        """Loss without a filter − loss with all, for one filter after the other, as it is asked.
+
+        The loss with all is evaluated first, once. Between two filters the model is as it was.
+        """
+        with _eval_mode(self.model), torch.no_grad():
             base = float(closure())
-            console = Console(stderr=True)
-            for i, c in track(
-                work,
-                "oracle: removing filters",
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            ):
-                with self._removed(names[i], c):
-                    tables[i][c] = float(closure()) - base
-        devices = [layer.weight.device for layer in self.layers.values()]
-        return [t.float().to(device) for t, device in zip(tables, devices, strict=True)]
+        for name, number in filters:
+            with _eval_mode(self.model), torch.no_grad(), self.removed(name, number):
+                change = float(closure()) - base
+            yield (name, number), change
 
     @contextmanager
-    def _removed(self, name: str, channel: int) -> Iterator[None]:
+    def removed(self, name: str, numbers: int | Tensor) -> Iterator[None]:
+        """Inside, a filter of the layer, or several ([n] int64), are not there.
+
+        Before, the model must have run once, which shows what norm follows the layer.
+        """
         layer = self.layers[name]
         dim = -1 if isinstance(layer, nn.Linear) else -len(layer.kernel_size) - 1
+        channels = torch.as_tensor(numbers, device=layer.weight.device)
 
         def zero(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-            return output.index_fill(dim, torch.tensor(channel, device=output.device), 0)
+            return output.index_fill(dim, channels, 0)
 
         gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
         handles = [module.register_forward_hook(zero) for module in gated]
