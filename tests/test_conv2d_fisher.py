@@ -130,6 +130,20 @@ def test_of_a_linear_softmax_model_is_its_closed_form():
     torch.testing.assert_close(got, expected)
 
 
+def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
+    several = cases.FisherCase("several", (40, 64, 33, 9), (70, 64, 3, 3), padding=(1, 1))
+    for case in (several, *cases.fisher_cases()):
+        x, dy, weight = cases.random_fisher_inputs(case, torch.float32)
+        for scaled in (None, weight):
+            runs = []
+            for threads in (1, 2, 5, 2):
+                torch.set_num_threads(threads)
+                runs.append(
+                    tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend="cpu")
+                )
+            assert all(run.equal(runs[0]) for run in runs), case.name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_non_finite_values_reach_their_filter_and_no_other(backend, groups):
