@@ -13,6 +13,10 @@ made by more layers.
 | taylor_abs | Σ abs(gw) | Molchanov et al. 2017 without the activation average |
 | taylor_fo_bn | s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch | 2019, section 3.2 |
 | taylor_fo_gate | mean over examples of s², s = Σ (y − b)·dy | the same gate, per example |
+| taylor_so_diag | (s − ½h)², h the gate's curvature (Gauss-Newton) | 2019, section 3.1, on gates |
+| obd_bn | ½h | LeCun et al. 1989, optimal brain damage, on gates |
+| obd_fisher | ½ Σ w² · mean over examples of g² | OBD with the Fisher of 2019, section 3.1 |
+| obd_fisher_mc | the same of the model's own Fisher, from one random probe | Schraudolph 2002 |
 | magnitude_l1, magnitude_l2 | Σ abs(w), Σ w² | Li et al. 2017 |
 | bn_scale | abs(γ) | Liu et al. 2017, network slimming |
 | snip | Σ abs(gw), over its sum in the whole network | Lee et al. 2019 |
@@ -32,7 +36,18 @@ from torch import Tensor
 from taylor_kernels.ops.filter_moments import MOMENTS
 
 #: What a criterion can be computed from; taylor_kernels/sources says what each table holds.
-SOURCES = ("moments", "gates", "example_gates", "magnitudes", "bn_scale", "random", "loss_change")
+SOURCES = (
+    "moments",
+    "gates",
+    "example_gates",
+    "gate_curvature",
+    "fisher",
+    "fisher_probe",
+    "magnitudes",
+    "bn_scale",
+    "random",
+    "loss_change",
+)
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,10 @@ for _criterion in (
     Criterion("taylor_abs", "moments", _moment("abs_gw")),
     Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
     Criterion("taylor_fo_gate", "example_gates", Tensor.square),
+    Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - t[:, 1] / 2).square()),
+    Criterion("obd_bn", "gate_curvature", lambda table: table[:, 1] / 2),
+    Criterion("obd_fisher", "fisher", lambda table: table[:, 0] / 2),
+    Criterion("obd_fisher_mc", "fisher_probe", lambda table: table[:, 0] / 2),
     Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0], "mean", False),
     Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1], "mean", False),
     Criterion("bn_scale", "bn_scale", lambda table: table[:, 0], "mean"),

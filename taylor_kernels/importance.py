@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
-from taylor_kernels.sources import filter_count, find_layers, make_source
+from taylor_kernels.sources import (
+    check_closure,
+    filter_count,
+    find_layers,
+    make_source,
+    reads_weight_gradients,
+)
 
 _STATE_VERSION = 1
 
@@ -72,7 +78,8 @@ class Importance:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.criterion = get_criterion(criterion)
-        self._layers = find_layers(model, layers, trainable_only=self.criterion.source == "moments")
+        trainable_only = reads_weight_gradients(self.criterion.source)
+        self._layers = find_layers(model, layers, trainable_only=trainable_only)
         for layer in self._layers.values():
             select(layer.weight.device, layer.weight.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
@@ -93,14 +100,19 @@ class Importance:
                 (`scaler.get_scale()`), divided out again. Gate criteria take gradients in
                 backward() itself, so it always holds for them. Weight criteria read `.grad`: call
                 update() before `scaler.unscale_(optimizer)` and before clipping.
-            closure: for the oracle alone: returns the loss of the model as it stands, a scalar.
+            closure: for criteria that run the model themselves (`needs_closure`), in place of
+                backward(): returns the loss of the model as it stands, a scalar. The model stays
+                in its mode, `.grad` stays as it is. The loss is taken as it is, whatever
+                `loss_scale`: return it unscaled.
 
         Raises:
             RuntimeError: there is nothing to read (the message says why and what to do).
-            ValueError: `loss_scale` is not a positive number; the oracle without a closure.
+            ValueError: `loss_scale` is not a positive number; a closure is missing, or given to a
+                criterion that takes none, or returned no scalar that depends on the model.
         """
         if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < math.inf:
             raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
+        check_closure(self._source, closure, self.criterion.name, "update")
         tables = self._source.collect(loss_scale=loss_scale, closure=closure)
         device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
@@ -116,6 +128,11 @@ class Importance:
         counts *= len(self._sizes) if len(counts) == 1 else 1
         self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
         self._updates += 1
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether update() is to be called with a closure; otherwise it takes none."""
+        return self._source.needs_closure
 
     def compute(self) -> dict[str, Tensor]:
         """{layer name: [filters] float32}: the mean score over observations, larger matters more.
@@ -187,14 +204,14 @@ class Importance:
         self._sum = state["sum"].double().clone()
         self._sum_squares = state["sum_squares"].double().clone()
         self._counts = list(counts)
-        self._updates = updates
+        self._updates = self._source.updates = updates
 
     def _zero(self) -> None:
         total = sum(self._sizes.values())
         self._sum = torch.zeros(total, dtype=torch.float64)
         self._sum_squares = torch.zeros(total, dtype=torch.float64)
         self._counts = [0] * len(self._sizes)
-        self._updates = 0
+        self._updates = self._source.updates = 0
 
     def _counts_per_filter(self) -> Tensor:
         counts = torch.tensor(self._counts, dtype=torch.float64)

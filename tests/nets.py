@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 class Mixed(nn.Module):
     """BN and none, bias and none, in-place ReLU and skip, grouped and transposed convolutions."""
 
-    def __init__(self) -> None:
+    def __init__(self, last: Callable[..., Tensor] = F.hardswish) -> None:
         super().__init__()
+        self.last = last
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.stem_bn = nn.BatchNorm2d(8)
         self.plain = nn.Conv2d(8, 8, 3, padding=1)
@@ -28,7 +29,7 @@ class Mixed(nn.Module):
         y = F.relu(self.plain(x), inplace=True)
         y = self.grouped_bn(self.grouped(y))
         y += x
-        y = F.hardswish(self.up(F.relu(y, inplace=True)), inplace=True)
+        y = self.last(self.up(F.relu(y, inplace=True)), inplace=True)
         return self.fc(y.mean((2, 3)))
 
 
@@ -42,9 +43,12 @@ GATED = {
 }
 
 
-def mixed(*, train: bool = True) -> Mixed:
-    """A fresh one in float64, with BatchNorms that have seen and learned something."""
-    model = Mixed().double()
+def mixed(*, train: bool = True, last: Callable[..., Tensor] = F.hardswish) -> Mixed:
+    """A fresh one in float64, with BatchNorms that have seen and learned something.
+
+    With last=F.relu it is piecewise linear in every gate.
+    """
+    model = Mixed(last).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1.0, 0.3)
@@ -92,3 +96,35 @@ def gate_gradient(model: nn.Module, name: str, data: tuple[Tensor, Tensor]) -> T
     with changed_output(model.get_submodule(name), gate):
         (gradient,) = torch.autograd.grad(loss_of(model, data), gates)
     return gradient.flatten(1)
+
+
+def filters_first(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """[filters, rest] of a weight-shaped tensor."""
+    if getattr(layer, "transposed", False):
+        parts = tensor.chunk(layer.groups)
+        return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])
+    return tensor.flatten(1)
+
+
+def gated_loss(
+    model: nn.Module,
+    gated: dict[str, str],
+    gates: Tensor,
+    loss: Callable[[], Tensor],
+) -> Tensor:
+    """The loss with the outputs of modules `gated` (layer -> module) multiplied by their gates.
+
+    Args:
+        gates: those of all layers, one after the other.
+    """
+    layers = [model.get_submodule(name) for name in gated]
+    sizes = [len(filters_first(layer, layer.weight)) for layer in layers]
+    with ExitStack() as stack:
+        for layer, module, gate in zip(layers, gated.values(), gates.split(sizes), strict=True):
+            shape = (-1,) if isinstance(layer, nn.Linear) else (-1, *[1] * len(layer.kernel_size))
+            stack.enter_context(
+                changed_output(
+                    model.get_submodule(module), lambda y, g=gate, s=shape: y * g.view(s)
+                )
+            )
+        return loss()

@@ -39,7 +39,7 @@ def scores_over(model: nn.Module, criterion: str, inputs: list, loss=None, **upd
     for x in inputs:
         model.zero_grad()
         (loss or (lambda y: y.square().sum()))(model(x)).backward()
-        imp.update(**update)
+        imp.update(**(update if imp.needs_closure else {}))
     result = imp.compute()
     imp.close()
     return result

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.demo.data import IMAGE_SHAPE, Digits, load_digits, minibatches
@@ -171,8 +171,13 @@ def prune(
         while not pruner.done:
             for images, labels in minibatches(data.train, recipe.batch_size, generator):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
-                minibatch, record = next(count), pruner.step()
+
+                def loss(images: Tensor = images, labels: Tensor = labels) -> Tensor:
+                    return F.cross_entropy(model(images), labels)
+
+                loss().backward()
+                minibatch = next(count)
+                record = pruner.step(closure=loss if pruner.needs_closure else None)
                 if record is not None:
                     kept, accuracy = record.flops_fraction, evaluate(model, data.test)
                     gone = (steps[-1]["flops"] - kept) / (1 - settings.flops)

@@ -32,7 +32,14 @@ from taylor_kernels.pruning.plan import make_plan
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.scoring import UnitScores
 from taylor_kernels.pruning.selection import check_reachable, met, select
-from taylor_kernels.sources import Source, make_source
+from taylor_kernels.sources import (
+    Closure,
+    Source,
+    check_closure,
+    make_source,
+    needs_closure,
+    reads_weight_gradients,
+)
 
 
 class Pruner:
@@ -109,7 +116,7 @@ class Pruner:
             ignore,
             round_to=round_to,
             min_filters=min_filters,
-            needs_weight_grad=self._reads_weight_grads(),
+            needs_weight_grad=reads_weight_gradients(self.criterion.source),
             verify=verify,
         )
         self._plan = plan
@@ -126,18 +133,24 @@ class Pruner:
         self._closed = False
         self._watch()
 
-    def step(self, *, loss_scale: float = 1.0) -> PruneRecord | None:
+    def step(
+        self, *, loss_scale: float = 1.0, closure: Closure | None = None
+    ) -> PruneRecord | None:
         """Score the minibatch; prune if it is the `every`-th. Between backward() and
         optimizer.step().
 
         Args:
             loss_scale: what the loss was multiplied by before backward() (a GradScaler's
                 get_scale()). Leave step() out for a minibatch whose gradients overflowed.
+            closure: for criteria that run the model themselves (taylor_so_diag and others):
+                `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
+                mode it moves BatchNorm's statistics, and draws dropout, a second time.
 
         Returns:
             What was pruned, or None.
 
         Raises:
+            ValueError: a closure is missing, or given to a criterion that takes none.
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
                 since the last pruning are forgotten. Or the pruner is closed.
         """
@@ -146,7 +159,8 @@ class Pruner:
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
         if self._source is None:
             return None
-        self._scores.add(self._source.collect(loss_scale=loss_scale))
+        check_closure(self._source, closure, self.criterion.name, "step")
+        self._scores.add(self._source.collect(loss_scale=loss_scale, closure=closure))
         self._steps += 1
         return self._prune() if self._scores.count >= self._every else None
 
@@ -176,6 +190,11 @@ class Pruner:
         if record.done:
             self._watch()
         return record
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether step() is to be called with a closure; otherwise it takes none."""
+        return needs_closure(self.criterion.source)
 
     @property
     def done(self) -> bool:
@@ -316,8 +335,4 @@ class Pruner:
             modules = dict(self.model.named_modules())
             layers = {name: modules[name] for name in self._plan.scored}
             self._source = make_source(self.criterion.source, self.model, layers, self._backend)
-
-    def _reads_weight_grads(self) -> bool:
-        source = make_source(self.criterion.source, self.model, {}, self._backend)
-        source.close()
-        return source.needs_weight_grad
+            self._source.updates = self._steps

@@ -5,6 +5,9 @@
 | moments | the five of `MOMENTS`, from weight and gradient |
 | gates | 1: the gate's gradient over the minibatch |
 | example_gates | N: the gate's gradient for each example |
+| gate_curvature | 2: the gate's gradient over the minibatch, its own curvature |
+| fisher | 1: Σ w² · mean over examples of g², each of its own loss |
+| fisher_probe | 1: the same, of a random square root of the loss's curvature at the output |
 | magnitudes | 2: Σ abs(w), Σ w² |
 | bn_scale | 1: abs(γ) of the BatchNorm that follows, nan without one |
 | random | 1: uniform in [0, 1), drawn once |
@@ -17,17 +20,38 @@ from __future__ import annotations
 
 from torch import nn
 
-from taylor_kernels.sources.base import Layers, Source, filter_count, find_layers
+from taylor_kernels.sources.base import (
+    Closure,
+    Layers,
+    Source,
+    check_closure,
+    filter_count,
+    find_layers,
+)
+from taylor_kernels.sources.fisher import Fisher, FisherProbe
+from taylor_kernels.sources.gate_curvature import GateCurvature
 from taylor_kernels.sources.gates import ExampleGates, Gates
 from taylor_kernels.sources.loss_change import LossChange
 from taylor_kernels.sources.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
 
-__all__ = ["Source", "filter_count", "find_layers", "make_source"]
+__all__ = [
+    "Closure",
+    "Source",
+    "check_closure",
+    "filter_count",
+    "find_layers",
+    "make_source",
+    "needs_closure",
+    "reads_weight_gradients",
+]
 
 _CLASSES: dict[str, type[Source]] = {
     "moments": WeightMoments,
     "gates": Gates,
     "example_gates": ExampleGates,
+    "gate_curvature": GateCurvature,
+    "fisher": Fisher,
+    "fisher_probe": FisherProbe,
     "magnitudes": Magnitudes,
     "bn_scale": BatchNormScale,
     "random": Random,
@@ -38,3 +62,13 @@ _CLASSES: dict[str, type[Source]] = {
 def make_source(name: str, model: nn.Module, layers: Layers, backend: str | None = None) -> Source:
     """The source of that name (one of `criteria.SOURCES`), watching `layers` from now on."""
     return _CLASSES[name](model, layers, backend)
+
+
+def reads_weight_gradients(name: str) -> bool:
+    """Whether that source has nothing to read in a layer whose weight is frozen."""
+    return _CLASSES[name].needs_weight_grad
+
+
+def needs_closure(name: str) -> bool:
+    """Whether that source runs the model itself, through a closure."""
+    return _CLASSES[name].needs_closure

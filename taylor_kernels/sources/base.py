@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.hooks import RemovableHandle
 #: A layer whose filters can be scored.
 Layer = _ConvNd | nn.Linear
 Layers = dict[str, Layer]
+#: Runs the model and returns the loss, a scalar.
+Closure = Callable[[], Tensor]
 
 
 class Source(ABC):
@@ -24,21 +27,23 @@ class Source(ABC):
 
     #: Layers whose weight is frozen cannot be read by this source.
     needs_weight_grad = False
+    #: collect() runs the model itself, through a closure; otherwise it takes none.
+    needs_closure = False
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         self.model = model
         self.layers = layers
         self.backend = backend
+        self.updates = 0  # collect() so far: seeds what a source draws at random
 
     @abstractmethod
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         """The tables of all layers since the last call, [F, K] each, in the order of `layers`.
 
         Args:
-            loss_scale: what the loss was multiplied by before backward(); divided out.
-            closure: computes the loss of the model as it stands (`loss_change` alone).
+            loss_scale: what the loss was multiplied by before backward(); divided out. A closure's
+                loss is taken as it is.
+            closure: computes the loss of the model as it stands; given if `needs_closure`.
         """
 
     def discard(self) -> None:  # noqa: B027 - most sources gather nothing between updates
@@ -46,6 +51,26 @@ class Source(ABC):
 
     def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
+
+
+def check_closure(source: Source, closure: object, criterion: str, method: str) -> None:
+    """A closure is there where the criterion's source needs one, and nowhere else.
+
+    Raises:
+        ValueError, TypeError: it is not so; `method` is what was called.
+    """
+    if source.needs_closure and closure is None:
+        raise ValueError(
+            f"closure: {criterion!r} runs the model itself; call "
+            f"{method}(closure=lambda: loss_fn(model(x), y))"
+        )
+    if closure is not None and not source.needs_closure:
+        raise ValueError(
+            f"closure: {criterion!r} takes none, it reads what loss.backward() has left; call "
+            f"{method}() without"
+        )
+    if closure is not None and not callable(closure):
+        raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
 
 
 class Hook:
@@ -144,3 +169,15 @@ def filter_axis(layer: Layer) -> int:
 def filter_count(layer: Layer) -> int:
     """How many output filters, or neurons, a layer has."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; then each in its own again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

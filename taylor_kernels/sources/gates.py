@@ -8,10 +8,7 @@ both are there. An output is kept until then, also where autograd itself would n
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,64 +17,19 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.sources.base import Hook, Layers, Source, filter_count, remove_all
+from taylor_kernels.sources.base import Closure, Hook, Layers, filter_count
 from taylor_kernels.sources.following_norms import FollowingNorms
+from taylor_kernels.sources.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.sources.taps import Taps
 
 
-class _Gates(Source):
-    """What both gate sources share: when outputs are tapped, and which passes there are."""
+class _Gates(WatchesPasses):
+    """What all sources of gates share: when outputs are tapped."""
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
-        self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
-        self._close = weakref.finalize(self, remove_all, self._handles)
         self._taps = Taps()
-        self._pass = 0
-        self._in_backward = False
-        self._unreached: set[str] = set()
-        self._called: set[str] = set()
-        self._warned = False
-
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
-        try:
-            self._check()
-            tables = self._tables()
-        finally:
-            self.discard()
-        return [table / loss_scale for table in tables] if loss_scale != 1.0 else tables
-
-    def _check(self) -> None:
-        """That no layer is about to be scored 0 for want of a look at it."""
-        if self._unreached:
-            raise RuntimeError(
-                f"no gradient reaches the output of {', '.join(sorted(self._unreached))}, because "
-                "everything before is frozen; run the pass inside tk.scoring(model), or leave "
-                "these layers out (layers= of Importance, ignore= of Pruner)"
-            )
-        missing = [name for name in self.layers if name not in self._called]
-        for name in missing:
-            grad = self.layers[name].weight.grad
-            if grad is not None and grad.any():
-                raise RuntimeError(
-                    f"{name} has a weight gradient but was never called: its weight is used by "
-                    "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "
-                    "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion"
-                )
-        if missing and len(missing) < len(self.layers) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{', '.join(missing)}: not called in any pass with gradients so far, and scored "
-                "0 (not used, used by other code, or inside a checkpoint with use_reentrant=True?)",
-                stacklevel=4,
-            )
-
-    @abstractmethod
-    def _tables(self) -> list[Tensor]:
-        """What collect() hands over, before the loss scale is divided out."""
 
     @abstractmethod
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
@@ -91,26 +43,16 @@ class _Gates(Source):
         """Whether the output of this norm is to be tapped; asked after each of its runs."""
         return True
 
-    def discard(self) -> None:
-        self._unreached.clear()
-
     def close(self) -> None:
         self._norms.close()
-        self._close()
-        self.discard()
-
-    def _on_model(self, *_: object) -> None:
-        self._begin_pass()
+        super().close()
 
     def _begin_pass(self) -> None:
-        self._pass += 1
-        self._in_backward = False
+        super()._begin_pass()
         self._taps.forget()
 
     def _on_output(self, name: str, output: Tensor) -> None:
-        # Parts of the model may be called alone. A checkpoint computes anew inside backward().
-        if self._in_backward and torch._C._current_graph_task_id() == -1:
-            self._begin_pass()
+        self._on_call()
         # A tap that a norm takes over a moment later: only the norm can tell that it follows.
         self._tap(name, self.layers[name], output, copy=not self._norms.of(name))
 
@@ -126,11 +68,7 @@ class _Gates(Source):
             self._called.add(name)
 
     def _tap(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
-        if not torch.is_grad_enabled():
-            return
-        self._called.add(name)
-        if not output.requires_grad:
-            self._unreached.add(name)
+        if not self._awaits_gradient(name, output):
             return
         pass_ = self._pass
         channel_dim = -1 if isinstance(module, nn.Linear) else 1
@@ -169,9 +107,10 @@ class ExampleGates(_Gates):
         received = self._received[name]
         received[key] = received[key] + gates if key in received else gates
 
-    def _tables(self) -> list[Tensor]:
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
         if not any(self._received.values()):
-            raise RuntimeError(_NOTHING_SEEN)
+            raise RuntimeError(NOTHING_SEEN)
         examples = max(sum(n for _, n in received) for received in self._received.values())
         return [
             torch.cat(list(received.values())).T.contiguous()
@@ -209,7 +148,7 @@ class Gates(_Gates):
         if not torch.is_grad_enabled():
             return False
         last_pass, last_name = self._last_run.get(norm, (-1, name))
-        if last_pass == self._pass and torch._C._current_graph_task_id() != -1:
+        if last_pass == self._pass and inside_backward():
             return norm not in self._read  # a checkpoint computes the same run again
         if last_pass == self._pass or last_name != name:
             self._shared.add(norm)
@@ -246,7 +185,8 @@ class Gates(_Gates):
     def _add(self, name: str, total: Tensor) -> None:
         self._received[name] = self._received[name] + total if name in self._received else total
 
-    def _tables(self) -> list[Tensor]:
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
         if self._spoiled:
             raise RuntimeError(
                 f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
@@ -274,7 +214,7 @@ class Gates(_Gates):
             ):
                 self._add(name, of_scale[:, 0] + of_shift[:, 0])
         if not self._received:
-            raise RuntimeError(_NOTHING_SEEN)
+            raise RuntimeError(NOTHING_SEEN)
         return [
             self._received[name][:, None]
             if name in self._received
@@ -286,10 +226,3 @@ class Gates(_Gates):
         super().discard()
         self._received, self._gradients = {}, {}
         self._read, self._tapped, self._spoiled = {}, {}, set()
-
-
-_NOTHING_SEEN = (
-    "no forward and backward pass has been seen since the last update; call it once after each "
-    "loss.backward(), on the model that was handed over (not a copy, and compiled, if at all, only "
-    "after the meter was made)"
-)

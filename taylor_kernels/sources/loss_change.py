@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import filter_count
+from taylor_kernels.sources.base import Closure, eval_mode, filter_count
 from taylor_kernels.sources.following_norms import KnowsNorms
 
 #: A filter: the name of its layer and its number in it.
@@ -24,14 +24,10 @@ class LossChange(KnowsNorms):
     with the model in eval mode, so that no running statistic moves; the mode is restored.
     """
 
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
-        if closure is None:
-            raise ValueError(
-                "closure: the oracle evaluates the loss itself; call "
-                "update(closure=lambda: loss_fn(model(x), y))"
-            )
+    needs_closure = True
+
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        assert closure is not None
         tables = {
             name: torch.empty(filter_count(layer), 1, device=layer.weight.device)
             for name, layer in self.layers.items()
@@ -56,10 +52,10 @@ class LossChange(KnowsNorms):
 
         The loss with all is evaluated first, once. Between two filters the model is as it was.
         """
-        with _eval_mode(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             base = float(closure())
         for name, number in filters:
-            with _eval_mode(self.model), torch.no_grad(), self.removed(name, number):
+            with eval_mode(self.model), torch.no_grad(), self.removed(name, number):
                 change = float(closure()) - base
             yield (name, number), change
 
@@ -83,14 +79,3 @@ class LossChange(KnowsNorms):
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
-from taylor_kernels.sources.base import Layer, Layers, Source, filter_axis, filter_count
+from taylor_kernels.sources.base import Closure, Layer, Layers, Source, filter_axis, filter_count
 from taylor_kernels.sources.following_norms import KnowsNorms
 
 
@@ -27,9 +26,7 @@ class WeightMoments(Source):
         super().__init__(model, layers, backend)
         self._scored: list[tuple[weakref.ref[Tensor], int]] = []
 
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         weights, grads = self._weights_and_grads()
         layers = list(self.layers.values())
         tables = [torch.empty(0)] * len(layers)
@@ -93,9 +90,7 @@ class Magnitudes(Source):
     """Σ abs(w) and Σ w² of every filter."""
 
     @torch.no_grad()
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         return [self._table(layer) for layer in self.layers.values()]
 
     @staticmethod
@@ -113,9 +108,7 @@ class BatchNormScale(KnowsNorms):
     """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
 
     @torch.no_grad()
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         tables = [self._table(name, layer) for name, layer in self.layers.items()]
         if all(table.isnan().all() for table in tables):
             raise RuntimeError(
@@ -144,7 +137,5 @@ class Random(Source):
             for layer in layers.values()
         ]
 
-    def collect(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         return self._draws

@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from taylor_kernels.sources.passes import graph_is_kept
 
 # What becomes of a module's output between its forward and its backward, from harmless to worse;
 # learned on first sight, and only ever for the worse.
@@ -66,7 +67,7 @@ class Taps:
                     "on)"
                 )
             receive(alias if kept is None else kept, dy)
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not graph_is_kept():
                 alias = kept = None  # the graph may outlive this pass; the activation must not
 
         self._open[id(output)] = (weakref.ref(output), output.register_hook(on_gradient))

@@ -1,0 +1,76 @@
+"""The curvature of gates: how the loss bends as a channel is turned down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.sources.base import Layers, filter_count
+from taylor_kernels.sources.closure import InClosure, check_examples
+from taylor_kernels.sources.gates import _Gates
+from taylor_kernels.sources.output_curvature import curvature_root, sign_probe
+
+#: Up to so many columns of the curvature's root each has a backward pass of its own, and the result
+#: is exact; of more, `_PROBES` random combinations have one.
+_EXACT = 32
+_PROBES = 8
+
+
+class GateCurvature(InClosure, _Gates):
+    """[F, 2] per layer: s = ∂L/∂gate and h, its diagonal element of the Gauss-Newton matrix.
+
+    The gate multiplies the whole output, behind the layer's BatchNorm if it has one, so that 0
+    removes the filter, as the oracle does: L changes by −s + ½h. A layer used twice has one gate.
+    Exact in eval mode; a BatchNorm in train mode behind a gate mixes examples, and h is then made
+    of what each example's gate does to the outputs of all.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._received: dict[str, Tensor] = {}  # [N, F], of one backward pass
+
+    def _tables_of(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+        root = curvature_root(loss, output)
+        slopes = self._gates_of(loss, None, output)
+        bends = [torch.zeros_like(slope[0]) for slope in slopes]
+        for column in self._columns(root):
+            gates = self._gates_of(output, column.view_as(output).to(output), output)
+            for bend, gate in zip(bends, gates, strict=True):
+                bend += gate.square().sum(0)
+        return [torch.stack((s.sum(0), h), 1) for s, h in zip(slopes, bends, strict=True)]
+
+    def _columns(self, root: Tensor) -> Iterator[Tensor]:
+        """What is to flow back from the output, so that squares of gate gradients sum to h."""
+        if root.size(2) <= _EXACT:
+            yield from root.unbind(2)
+            return
+        generator = self._generator()
+        for _ in range(_PROBES):
+            yield sign_probe(root, generator) / _PROBES**0.5
+
+    def _gates_of(self, tensor: Tensor, gradient: Tensor | None, output: Tensor) -> list[Tensor]:
+        """[N, F] per layer: gate gradients of one backward pass."""
+        self._received = {}
+        self._backward(tensor, gradient)
+        n = output.size(0)
+        for name, gates in self._received.items():
+            check_examples(name, gates.size(0), n)
+        return [
+            self._received[name]
+            if name in self._received
+            else layer.weight.new_zeros(n, filter_count(layer), dtype=torch.float32)
+            for name, layer in self.layers.items()
+        ]
+
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        known = self._received.get(name)
+        if known is None or known.shape != gates.shape:
+            self._received[name] = gates
+        else:
+            self._received[name] = known + gates
+
+    def discard(self) -> None:
+        super().discard()
+        self._received = {}

@@ -1,0 +1,88 @@
+"""The curvature of the loss at the model's output, as a square root: what flows back of it.
+
+With z_n the output of example n and H_n = ∂²L/∂z_n² = V_n V_nᵀ, the generalised Gauss-Newton
+matrix of any quantity θ that the output depends on is Σ_n J_nᵀ H_n J_n, J_n = ∂z_n/∂θ (Schraudolph
+2002). Its diagonal is Σ_n Σ_k (∂(z_n·v_nk)/∂θ)²: squares of what an ordinary backward pass from
+the output gives for column k of V. It is the Hessian's for a network that is piecewise linear in θ
+(ReLU, max pooling), and of it the part without the network's own second derivatives otherwise.
+The loss alone is differentiated twice, the model never.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Outputs per example of which H is formed: its square root costs their cube.
+MOST_OUTPUTS = 256
+#: Share of the curvature that may be negative, and is then left out: rounding, no more.
+_NEGLIGIBLE = 0.05
+
+
+def curvature_root(loss: Tensor, output: Tensor) -> Tensor:
+    """V [N, K, R] with V_n V_nᵀ = ∂²loss/∂output_n², K = output[0].numel(), R ≤ K its rank.
+
+    Raises:
+        ValueError: more outputs than `MOST_OUTPUTS`; a loss in which examples (dim 0 of the
+            output) meet, that does not depend on the output, or that curves downwards.
+    """
+    size = output[0].numel()
+    if size > MOST_OUTPUTS:
+        raise ValueError(
+            f"model: has {size} outputs per example, and this criterion forms the loss's Hessian "
+            f"for up to {MOST_OUTPUTS}; use taylor_so_bn, or taylor_fo_bn for first order"
+        )
+    hessian = _hessian(loss, output)
+    if not hessian.isfinite().all():
+        return hessian  # what is not finite reaches the scores
+    values, vectors = torch.linalg.eigh(hessian)
+    negative, total = values.clamp(max=0).abs().sum(), values.abs().sum()
+    if negative > _NEGLIGIBLE * total:
+        raise ValueError(
+            "closure: its loss is not convex in the model's output, so it has no square root of "
+            "curvature; use taylor_so_bn, which needs none"
+        )
+    share = values.clamp(min=0).sum(0)
+    kept = share > torch.finfo(values.dtype).eps * share.sum()  # softmax: one is 0 for certain
+    values, vectors = values[:, kept], vectors[:, :, kept]
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(1)
+
+
+def _hessian(loss: Tensor, output: Tensor) -> Tensor:
+    """[N, K, K] of the examples, in float32 at least."""
+    (slope,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True)
+    if slope is None:
+        raise ValueError("closure: its loss does not depend on what the model returned")
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    n, size = output.size(0), output[0].numel()
+    if not slope.requires_grad:
+        return output.new_zeros(n, size, size, dtype=dtype)
+
+    def rows(weights: Tensor) -> Tensor:
+        """[N, K]: Σ_m Σ_k weights[m, k] ∂²loss / ∂z[m, k] ∂z."""
+        (row,) = torch.autograd.grad(
+            slope, output, weights.view_as(slope), retain_graph=True, allow_unused=True
+        )
+        row = torch.zeros_like(output) if row is None else row.detach()
+        return row.reshape(n, size).to(dtype)
+
+    units = torch.eye(size, dtype=slope.dtype, device=slope.device)
+    hessian = torch.stack([rows(unit.expand(n, -1).contiguous()) for unit in units], 1)
+    # What flows from all examples into one is only its own if no other can flow in.
+    marks, mix = (torch.linspace(-1, 2, m, device=slope.device).to(dtype) for m in (n, size))
+    marked = rows(torch.outer(marks, mix).to(slope))
+    own = (hessian * mix[:, None]).sum(1) * marks[:, None]
+    tolerance = n * size * 8 * torch.finfo(slope.dtype).eps
+    if (marked - own).abs().max() > tolerance * hessian.abs().max():
+        raise ValueError(
+            "closure: its loss lets examples meet (dim 0 of the model's output), as a contrastive "
+            "loss does, so that they have no curvature each; use taylor_so_bn"
+        )
+    return (hessian + hessian.transpose(1, 2)) / 2
+
+
+def sign_probe(root: Tensor, generator: torch.Generator) -> Tensor:
+    """[N, K]: V_n ε_n with random signs ε; E of the outer product is ∂²loss/∂output_n²."""
+    n, _, rank = root.shape
+    signs = torch.randint(0, 2, (n, rank), generator=generator).to(root) * 2 - 1
+    return (root * signs.unsqueeze(1)).sum(2)
