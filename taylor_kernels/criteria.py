@@ -13,6 +13,7 @@ made by more layers.
 | taylor_abs | Σ abs(gw) | Molchanov et al. 2017 without the activation average |
 | taylor_fo_bn | s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch | 2019, section 3.2 |
 | taylor_fo_gate | mean over examples of s², s = Σ (y − b)·dy | the same gate, per example |
+| taylor_so_bn | q², q = s − ½ H1 over all gates | 2019, eq. 7, on gates |
 | taylor_so_diag | (s − ½h)², h the gate's curvature (Gauss-Newton) | 2019, section 3.1, on gates |
 | obd_bn | ½h | LeCun et al. 1989, optimal brain damage, on gates |
 | obd_fisher | ½ Σ w² · mean over examples of g² | OBD with the Fisher of 2019, section 3.1 |
@@ -41,6 +42,7 @@ SOURCES = (
     "gates",
     "example_gates",
     "gate_curvature",
+    "gate_products",
     "fisher",
     "fisher_probe",
     "magnitudes",
@@ -157,6 +159,7 @@ for _criterion in (
     Criterion("taylor_abs", "moments", _moment("abs_gw")),
     Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
     Criterion("taylor_fo_gate", "example_gates", Tensor.square),
+    Criterion("taylor_so_bn", "gate_products", lambda table: table[:, 0].square()),
     Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - t[:, 1] / 2).square()),
     Criterion("obd_bn", "gate_curvature", lambda table: table[:, 1] / 2),
     Criterion("obd_fisher", "fisher", lambda table: table[:, 0] / 2),

@@ -63,12 +63,13 @@ def test_a_step_under_the_meter_has_the_same_bits(criterion):
     assert not any(m._forward_hooks for m in metered.modules())
 
 
-@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
-def test_passes_without_gradients_are_not_seen(criterion):
+@pytest.mark.parametrize("caller", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
+def test_passes_without_gradients_are_not_seen(criterion, caller):
     model, data = nets.mixed(train=False), nets.batch()
     imp = tk.Importance(model, criterion)
     nets.backward(model, data)
-    with torch.no_grad():
+    with caller():
         model(nets.batch()[0])
     imp.update()
     other = tk.Importance(model, criterion)

@@ -129,3 +129,12 @@ def test_a_closure_where_none_is_taken_is_an_error(criterion):
     with pytest.raises(ValueError, match=f"closure: '{criterion}' takes none"):
         imp.update(closure=lambda: nets.loss_of(model, data))
     imp.update()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_taylor_so_bn_takes_the_row_sums_of_the_hessian_of_all_gates(train):
+    model, data = nets.mixed(train=train), nets.batch()
+    # The Hessian moves running statistics, which a net in train mode does not read.
+    slope, hessian = gate_expansion(model, nets.GATED, lambda: nets.loss_of(model, data))
+    got = scores(model, "taylor_so_bn", lambda: nets.loss_of(model, data))
+    close(got, (slope - hessian.sum(1) / 2).square())

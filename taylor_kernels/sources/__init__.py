@@ -8,6 +8,7 @@
 | gate_curvature | 2: the gate's gradient over the minibatch, its own curvature |
 | fisher | 1: Σ w² · mean over examples of g², each of its own loss |
 | fisher_probe | 1: the same, of a random square root of the loss's curvature at the output |
+| gate_products | 1: s − ½ H1 of all gates: their gradient, their Hessian's row sums |
 | magnitudes | 2: Σ abs(w), Σ w² |
 | bn_scale | 1: abs(γ) of the BatchNorm that follows, nan without one |
 | random | 1: uniform in [0, 1), drawn once |
@@ -30,6 +31,7 @@ from taylor_kernels.sources.base import (
 )
 from taylor_kernels.sources.fisher import Fisher, FisherProbe
 from taylor_kernels.sources.gate_curvature import GateCurvature
+from taylor_kernels.sources.gate_products import GateProducts
 from taylor_kernels.sources.gates import ExampleGates, Gates
 from taylor_kernels.sources.loss_change import LossChange
 from taylor_kernels.sources.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
@@ -52,6 +54,7 @@ _CLASSES: dict[str, type[Source]] = {
     "gate_curvature": GateCurvature,
     "fisher": Fisher,
     "fisher_probe": FisherProbe,
+    "gate_products": GateProducts,
     "magnitudes": Magnitudes,
     "bn_scale": BatchNormScale,
     "random": Random,

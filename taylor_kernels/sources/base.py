@@ -166,6 +166,16 @@ def filter_axis(layer: Layer) -> int:
     return 1 if isinstance(layer, _ConvTransposeNd) else 0
 
 
+def channel_dim(layer: Layer) -> int:
+    """The dimension of the layer's output that counts filters, from the end: batch or no batch."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts changes in place; those of tensors of torch.inference_mode() are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def filter_count(layer: Layer) -> int:
     """How many output filters, or neurons, a layer has."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

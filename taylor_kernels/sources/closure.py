@@ -10,21 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from taylor_kernels._scoring import scoring
 from taylor_kernels.sources.base import Closure, Layers
 from taylor_kernels.sources.passes import WatchesPasses, inside_backward
 
 
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """Inside, graphs are recorded, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def run_closure(closure: Closure) -> Tensor:
-    """The closure's loss with its graph, in whatever mode the caller is.
+    """The closure's loss with its graph; to be called inside `differentiating`.
 
     Raises:
         TypeError, ValueError: it returned no scalar, or one that depends on nothing.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        loss = closure()
+    loss = closure()
     if not isinstance(loss, Tensor):
         raise TypeError(f"closure: expected it to return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
@@ -50,26 +56,46 @@ class InClosure(WatchesPasses):
     needs_closure = True
     power = 0
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._edges: list[torch.autograd.graph.GradientEdge] = []
-
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         assert closure is not None
         self._watching = True
         try:
-            with scoring(self.model):  # to the end: a checkpoint runs the model again in backward
-                with _outputs_of(self.model) as outputs:
-                    loss = run_closure(closure)
-                tables = self._tables_of(loss, _only_output(outputs))
+            with (
+                differentiating(),
+                scoring(self.model),
+            ):  # to the end: a checkpoint runs the model again in backward
+                tables = self._tables_of(closure)
             self._check()
             return tables
         finally:
             self._watching = False
+
+    @abstractmethod
+    def _tables_of(self, closure: Closure) -> list[Tensor]:
+        """Run the closure, and make of it what collect() hands over."""
+
+    def _generator(self) -> torch.Generator:
+        """Of random numbers that are those of this update, whatever was drawn before."""
+        return torch.Generator().manual_seed(self.updates)
+
+
+class FromOutput(InClosure):
+    """Lets gradients of its own choice flow back from the model's output to the layers' outputs."""
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._edges: list[torch.autograd.graph.GradientEdge] = []
+
+    def _tables_of(self, closure: Closure) -> list[Tensor]:
+        try:
+            with _outputs_of(self.model) as outputs:
+                loss = run_closure(closure)
+            return self._tables_at(loss, _only_output(outputs))
+        finally:
             self._edges.clear()
 
     @abstractmethod
-    def _tables_of(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
         """What collect() hands over, from the loss and the model's output it was computed from."""
 
     def _backward(
@@ -79,10 +105,6 @@ class InClosure(WatchesPasses):
         if not self._edges:
             raise RuntimeError("closure: it called none of the layers that are to be scored")
         torch.autograd.grad(tensor, self._edges, gradient, retain_graph=keep, allow_unused=True)
-
-    def _generator(self) -> torch.Generator:
-        """Of random numbers that are those of this update, whatever was drawn before."""
-        return torch.Generator().manual_seed(self.updates)
 
     def _awaits_gradient(self, name: str, output: Tensor) -> bool:
         awaits = super()._awaits_gradient(name, output)
@@ -108,13 +130,22 @@ def check_examples(name: str, examples: int, batch: int) -> None:
 
 @contextmanager
 def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
-    """What the model returns, call by call."""
+    """What the model returns, call by call; half types are widened, for the loss's curvature."""
     outputs: list[Any] = []
-    handle = model.register_forward_hook(lambda _, __, output: outputs.append(output))
+
+    def keep(_: nn.Module, __: tuple, output: Any) -> Any:
+        outputs.append(tree_map_only(Tensor, _widened, output))
+        return outputs[-1]
+
+    handle = model.register_forward_hook(keep)
     try:
         yield outputs
     finally:
         handle.remove()
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _only_output(outputs: Sequence[Any]) -> Tensor:

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from taylor_kernels.sources.base import Closure, Hook, Layer, Layers, eval_mode, filter_count
-from taylor_kernels.sources.closure import InClosure, check_examples
+from taylor_kernels.sources.base import (
+    Closure,
+    Hook,
+    Layer,
+    Layers,
+    eval_mode,
+    filter_count,
+    version_of,
+)
+from taylor_kernels.sources.closure import FromOutput, check_examples
 from taylor_kernels.sources.layer_fisher import Use, example_count, layer_fisher
 from taylor_kernels.sources.output_curvature import curvature_root, sign_probe
 from taylor_kernels.sources.passes import (
@@ -30,7 +38,7 @@ class _Input:
     def __init__(self, name: str, tensor: Tensor) -> None:
         self._name = name
         self._tensor: Tensor | None = tensor.detach()
-        self._version = _version(tensor)
+        self._version = version_of(tensor)
         self.dy: Tensor | None = None
         self.freed = False  # no further gradient can come
 
@@ -48,7 +56,7 @@ class _Input:
         tensor, dy, self.dy = self._tensor, self.dy, None
         if self.freed:
             self._tensor = None
-        if _version(tensor) != self._version:
+        if version_of(tensor) != self._version:
             raise RuntimeError(
                 f"{self._name}: its input was changed in place between the forward and the "
                 "backward pass, and its values are gone; do that out of place (without "
@@ -182,7 +190,7 @@ class Fisher(_Fishers):
         return tables
 
 
-class FisherProbe(InClosure, _Fishers):
+class FisherProbe(FromOutput, _Fishers):
     """[F, 1] per layer: Σ_k w_k² h_k with E[h] the Gauss-Newton diagonal, from one random probe.
 
     For softmax and cross entropy that is the Fisher matrix with labels drawn from the model, here
@@ -193,7 +201,7 @@ class FisherProbe(InClosure, _Fishers):
         super().__init__(model, layers, backend)
         self._batch = 0
 
-    def _tables_of(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
         self._batch = output.size(0)
         probe = sign_probe(curvature_root(loss, output), self._generator())
         self._backward(output, probe.view_as(output).to(output), keep=False)
@@ -211,7 +219,3 @@ def _weight(layer: Layer) -> Tensor:
     assert isinstance(layer.parametrizations, nn.Module)
     with eval_mode(layer.parametrizations):
         return layer.weight.detach()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.sources.base import Hook, Layers, Source, remove_all
+from taylor_kernels.sources.base import Hook, Layers, Source, remove_all, version_of
 
 OnOutput = Callable[[str, Tensor], None]
 OnNorm = Callable[[str | None, _BatchNorm, Tensor, Tensor], None]
@@ -62,7 +62,7 @@ class FollowingNorms:
             )
         key, producers = id(output), self._producers
         known = weakref.ref(output, lambda _: producers.pop(key, None))
-        producers[key] = (known, output._version, name)
+        producers[key] = (known, version_of(output), name)
         if self._on_output and (on_output := self._on_output()):
             on_output(name, output)
 
@@ -70,7 +70,7 @@ class FollowingNorms:
         input: Tensor = inputs[0]
         known, version, producer = self._producers.get(id(input), (None, 0, ""))
         # Another version is another tensor: the sum of a residual stream, say, added in place.
-        follows = known is not None and known() is input and version == input._version
+        follows = known is not None and known() is input and version == version_of(input)
         name = producer if follows else None
         if name is not None and not any(norm is other for other in self._following[name]):
             self._following[name].append(norm)

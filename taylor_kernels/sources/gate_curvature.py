@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.sources.base import Layers, filter_count
-from taylor_kernels.sources.closure import InClosure, check_examples
+from taylor_kernels.sources.closure import FromOutput, check_examples
 from taylor_kernels.sources.gates import _Gates
-from taylor_kernels.sources.output_curvature import curvature_root, sign_probe
+from taylor_kernels.sources.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
 
-#: Up to so many columns of the curvature's root each has a backward pass of its own, and the result
-#: is exact; of more, `_PROBES` random combinations have one.
-_EXACT = 32
+#: Few columns of the curvature's root have a backward pass each, and the result is exact; of more,
+#: so many random combinations have one. A single one ranked filters nearly as all do.
 _PROBES = 8
 
 
-class GateCurvature(InClosure, _Gates):
+class GateCurvature(FromOutput, _Gates):
     """[F, 2] per layer: s = ∂L/∂gate and h, its diagonal element of the Gauss-Newton matrix.
 
     The gate multiplies the whole output, behind the layer's BatchNorm if it has one, so that 0
@@ -31,7 +30,7 @@ class GateCurvature(InClosure, _Gates):
         super().__init__(model, layers, backend)
         self._received: dict[str, Tensor] = {}  # [N, F], of one backward pass
 
-    def _tables_of(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
         root = curvature_root(loss, output)
         slopes = self._gates_of(loss, None, output)
         bends = [torch.zeros_like(slope[0]) for slope in slopes]
@@ -43,7 +42,7 @@ class GateCurvature(InClosure, _Gates):
 
     def _columns(self, root: Tensor) -> Iterator[Tensor]:
         """What is to flow back from the output, so that squares of gate gradients sum to h."""
-        if root.size(2) <= _EXACT:
+        if root.size(2) <= FEW_OUTPUTS:
             yield from root.unbind(2)
             return
         generator = self._generator()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Closure, eval_mode, filter_count
+from taylor_kernels.sources.base import Closure, channel_dim, eval_mode, filter_count
 from taylor_kernels.sources.following_norms import KnowsNorms
 
 #: A filter: the name of its layer and its number in it.
@@ -66,7 +66,7 @@ class LossChange(KnowsNorms):
         Before, the model must have run once, which shows what norm follows the layer.
         """
         layer = self.layers[name]
-        dim = -1 if isinstance(layer, nn.Linear) else -len(layer.kernel_size) - 1
+        dim = channel_dim(layer)
         channels = torch.as_tensor(numbers, device=layer.weight.device)
 
         def zero(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
