@@ -50,15 +50,16 @@ tk::Conv2dFisherArgs conv2d_fisher_args(const Integers& v) {
           static_cast<int32_t>(v[24])};
 }
 
-std::vector<tk::FilterMomentsItem> filter_moments_items(const Integers& values) {
-  constexpr size_t kMembers = 10;
-  if (values.size() % kMembers) throw std::invalid_argument("filter_moments: a torn table");
-  std::vector<tk::FilterMomentsItem> items;
+std::vector<tk::ParameterItem> parameter_items(const Integers& values) {
+  constexpr size_t kMembers = 12;
+  if (values.size() % kMembers) throw std::invalid_argument("parameters: a torn table");
+  std::vector<tk::ParameterItem> items;
   items.reserve(values.size() / kMembers);
   for (auto v = values.begin(); v != values.end(); v += kMembers)
-    items.push_back({pointer<void>(v[0]), pointer<void>(v[1]), v[2], v[3], v[4], v[5],
-                     pointer<void>(v[6]), pointer<void>(v[7]), static_cast<tk::DType>(v[8]),
-                     static_cast<int32_t>(v[9])});
+    items.push_back({pointer<void>(v[0]), pointer<void>(v[1]), pointer<void>(v[2]), v[3], v[4],
+                     v[5], v[6], pointer<void>(v[7]), pointer<void>(v[8]),
+                     static_cast<tk::DType>(v[9]), static_cast<int32_t>(v[10]),
+                     static_cast<uint32_t>(v[11])});
   return items;
 }
 
@@ -97,7 +98,7 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "filter_moments_cpu",
       [](const Integers& values, int threads) {
-        auto items = filter_moments_items(values);
+        auto items = parameter_items(values);
         tk::filter_moments_cpu(items.data(), items.size(), threads);
       },
       NoGil());
@@ -110,13 +111,13 @@ PYBIND11_MODULE(_native, m) {
 
 #if defined(TK_CUDA)
   m.def("filter_moments_cuda_workspace", [](const Integers& values) {
-    auto items = filter_moments_items(values);
+    auto items = parameter_items(values);
     return tk::filter_moments_cuda_workspace(items.data(), items.size());
   });
   m.def(
       "filter_moments_cuda",
       [](const Integers& values, int64_t workspace, int64_t stream) {
-        auto items = filter_moments_items(values);
+        auto items = parameter_items(values);
         tk::filter_moments_cuda(items.data(), items.size(), pointer<void>(workspace),
                                 pointer<void>(stream));
       },

@@ -74,7 +74,7 @@ void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads) {
   kernels().conv2d_fisher(args, threads);
 }
 
-void filter_moments_cpu(const FilterMomentsItem* items, int64_t count, int threads) {
+void filter_moments_cpu(const ParameterItem* items, int64_t count, int threads) {
   kernels().filter_moments(items, count, threads);
 }
 

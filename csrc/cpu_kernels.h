@@ -11,9 +11,9 @@
 #define TK_ISA baseline
 #endif
 
-#define TK_DECLARE_CPU_KERNELS(isa)                                                \
-  namespace isa {                                                                  \
-  void conv2d_fisher(const Conv2dFisherArgs& args, int threads);                   \
-  void filter_moments(const FilterMomentsItem* items, int64_t count, int threads); \
-  void gate_gradients(const GateGradientsArgs& args, int threads);                 \
+#define TK_DECLARE_CPU_KERNELS(isa)                                            \
+  namespace isa {                                                              \
+  void conv2d_fisher(const Conv2dFisherArgs& args, int threads);               \
+  void filter_moments(const ParameterItem* items, int64_t count, int threads); \
+  void gate_gradients(const GateGradientsArgs& args, int threads);             \
   }

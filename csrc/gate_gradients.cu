@@ -8,7 +8,7 @@ struct GateGradients {
   static constexpr const char* kName = "gate_gradients";
   static constexpr int kSums = 1;
   static constexpr bool kRows = false;
-  static constexpr bool kShifts = true;
+  static constexpr Third kThird = Third::shift;
   static constexpr bool kList = false;
 
   static __device__ void add(float (&sums)[kSums], float y, float dy, float bias) {
@@ -21,7 +21,7 @@ std::vector<Task> make_tasks(const GateGradientsArgs& args) {
   if (args.batch * args.outer * args.channels * args.inner == 0) return {};
   Task task = {};
   set_inputs(task, args.y, args.dy, args.dtype);
-  task.shift = args.bias;
+  task.c = args.bias;
   if (args.outer == 1) {
     task.rows = args.batch * args.channels;
     task.columns = args.inner;
@@ -46,7 +46,7 @@ int64_t gate_gradients_cuda_workspace(const GateGradientsArgs& args) {
 }
 
 void gate_gradients_cuda(const GateGradientsArgs& args, void* workspace, void* stream) {
-  run_tasks<GateGradients>(make_tasks(args), workspace, stream);
+  run_tasks(GateGradients(), make_tasks(args), workspace, stream);
 }
 
 }  // namespace tk

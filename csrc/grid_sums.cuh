@@ -94,7 +94,8 @@ __device__ void write_grid_cols(const Task& task, const float* cols_shared, int 
 }
 
 template <class Op, class E, int kSize>
-__device__ void sum_grid(const Task& task, uint32_t block, float* shared, float* workspace) {
+__device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* shared,
+                         float* workspace) {
   float* cols_shared = shared;
   float* rows_shared = shared + kThreads * kMaxVector;
 
@@ -111,14 +112,13 @@ __device__ void sum_grid(const Task& task, uint32_t block, float* shared, float*
   const int64_t length = period * task.repeat;
   const int64_t extent = period * task.rows;
   const int64_t position = tile * tile_width(task, kSize) + first;
-  const auto* a = static_cast<const typename E::Raw*>(task.a) + group * extent;
-  const auto* b = static_cast<const typename E::Raw*>(task.b) + group * extent;
+  const Inputs<Op, E> inputs(task, group * extent);
 
   float shift[kSize] = {};
-  if (Op::kShifts && task.shift && position < length) {
+  if (kShifts<Op> && task.c && position < length) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      shift[j] = load_element<E>(task.shift, column_of(task, position + j));
+      shift[j] = load_element<E>(task.c, column_of(task, position + j));
     }
   }
 
@@ -128,17 +128,19 @@ __device__ void sum_grid(const Task& task, uint32_t block, float* shared, float*
     const int64_t start = (int64_t{row_block} * task.block_rows + row) * length;
     if (start >= extent) break;
     const int64_t left = position < length ? extent - start - position : 0;
-    Vector<E, kSize> u[kStep];
-    Vector<E, kSize> v[kStep];
-    load_pairs<E>(u, v, a + start + position, b + start + position, length, left, task.aligned);
+    Vector<E, kSize> vectors[kStep][kTensors<Op>];
+    load_vectors<E>(vectors, (inputs + start + position).from, length, left, task.aligned,
+                    kEach<Op>);
     float rows[kStep][Op::kSums] = {};
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      if (Op::kShifts && i * length >= left) break;  // zeros, but a shift would make them terms
+      if (kShifts<Op> && i * length >= left) break;  // zeros, but a shift would make them terms
+      const Elements<Op, E, kSize> elements(op, task, vectors[i],
+                                            group * extent + start + position + i * length);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        Op::add(cols[j], u[i][j], v[i][j], shift[j]);
-        if constexpr (Op::kRows) Op::add(rows[i], u[i][j], v[i][j], shift[j]);
+        elements.add(cols[j], j, shift[j]);
+        if constexpr (Op::kRows) elements.add(rows[i], j, shift[j]);
       }
     }
     if constexpr (Op::kRows) {

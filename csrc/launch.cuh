@@ -1,7 +1,8 @@
 // Kernels and launches for a list of tasks of one op. The op is a struct:
-//   kSums, kRows (it can ask a grid for row sums), kShifts (it reads Task::shift), and
-//   add(sums, a, b, shift), which adds the terms of one element pair with explicitly rounded
-//   intrinsics, so that no compiler can fuse them differently in two of the loops.
+//   kSums, kRows (it can ask a grid for row sums), kThird (what it reads beside pairs), and
+//   add(sums, a, b, c), which adds the terms of one element pair and the third operand with
+//   explicitly rounded intrinsics, so that no compiler can fuse them differently in two of the
+//   loops. An op that takes random signs has signs(stream, element) too.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,36 +17,42 @@
 namespace tk {
 
 template <class Op, bool kGrid, class E>
-__device__ void run_task(const Task& task, uint32_t block, float* shared, float* workspace) {
+__device__ void run_task(const Op& op, const Task& task, uint32_t block, float* shared,
+                         float* workspace) {
   if constexpr (kGrid) {
     if (task.grid) {
       if (task.vectors) {
-        sum_grid<Op, E, kVectorSize<E>>(task, block, shared, workspace);
+        sum_grid<Op, E, kVectorSize<E>>(op, task, block, shared, workspace);
       } else {
-        sum_grid<Op, E, 1>(task, block, shared, workspace);
+        sum_grid<Op, E, 1>(op, task, block, shared, workspace);
       }
       return;
     }
   }
-  sum_rows<Op, E>(task, block, shared, workspace);
+  sum_rows<Op, E>(op, task, block, shared, workspace);
 }
 
+// Blocks of a multiprocessor at once, which bounds a kernel's registers. Two that read three
+// tensors have as many loads in flight as three that read two; random signs cost registers too.
+template <class Op, bool kGrid>
+constexpr int kBlocks = kGrid || Op::kThird == Third::tensor || Op::kThird == Third::sign ? 2 : 3;
+
 // The only pass over the inputs. A list without grid tasks gets a kernel without them: theirs
-// needs so many registers that half as many threads of it fit on a GPU.
+// needs so many registers that fewer threads of it fit on a GPU.
 template <class Op, bool kGrid, int kCapacity>
-__global__ void __launch_bounds__(kThreads, kGrid ? 2 : 3)
-    stream_kernel(const __grid_constant__ TaskTable<kCapacity> table, float* workspace) {
+__global__ void __launch_bounds__(kThreads, kBlocks<Op, kGrid>)
+    stream_kernel(const __grid_constant__ TaskTable<kCapacity> table, float* workspace, Op op) {
   constexpr int kScratch = kGrid ? kGridScratch<Op> : kRowScratch<Op>;
   alignas(16) __shared__ float shared[kScratch];
   const Task& task = table.find(blockIdx.x, &Task::first_block);
   const uint32_t block = blockIdx.x - task.first_block;
   switch (static_cast<DType>(task.dtype)) {
     case DType::f32:
-      return run_task<Op, kGrid, Element<DType::f32>>(task, block, shared, workspace);
+      return run_task<Op, kGrid, Element<DType::f32>>(op, task, block, shared, workspace);
     case DType::f16:
-      return run_task<Op, kGrid, Element<DType::f16>>(task, block, shared, workspace);
+      return run_task<Op, kGrid, Element<DType::f16>>(op, task, block, shared, workspace);
     default:
-      return run_task<Op, kGrid, Element<DType::bf16>>(task, block, shared, workspace);
+      return run_task<Op, kGrid, Element<DType::bf16>>(op, task, block, shared, workspace);
   }
 }
 
@@ -188,14 +195,14 @@ int64_t workspace_bytes(std::vector<Task> tasks) {
 }
 
 template <class Op, int kCapacity>
-void launch_batch(const Task* tasks, int64_t count, const Batch& batch, float* workspace,
-                  cudaStream_t stream) {
+void launch_batch(const Op& op, const Task* tasks, int64_t count, const Batch& batch,
+                  float* workspace, cudaStream_t stream) {
   TaskTable<kCapacity> table;
   table.count = static_cast<int32_t>(count);
   std::copy_n(tasks, count, table.tasks);
   launch(Op::kName, stream, batch.blocks,
          batch.grid ? stream_kernel<Op, true, kCapacity> : stream_kernel<Op, false, kCapacity>,
-         table, workspace);
+         table, workspace, op);
   if (batch.finish_blocks) {
     launch(Op::kName, stream, batch.finish_blocks, finish_kernel<Op, kCapacity>, table,
            static_cast<const float*>(workspace));
@@ -203,7 +210,7 @@ void launch_batch(const Task* tasks, int64_t count, const Batch& batch, float* w
 }
 
 template <class Op>
-void run_tasks(std::vector<Task> tasks, void* workspace, void* stream) {
+void run_tasks(const Op& op, std::vector<Task> tasks, void* workspace, void* stream) {
   auto* floats = static_cast<float*>(workspace);
   auto* on = static_cast<cudaStream_t>(stream);
   for (int64_t begin = 0; begin < static_cast<int64_t>(tasks.size());) {
@@ -211,10 +218,10 @@ void run_tasks(std::vector<Task> tasks, void* workspace, void* stream) {
     const int64_t count = batch.end - begin;
     if (Op::kList && count > kShortTable) {
       if constexpr (Op::kList) {
-        launch_batch<Op, kLongTable>(&tasks[begin], count, batch, floats, on);
+        launch_batch<Op, kLongTable>(op, &tasks[begin], count, batch, floats, on);
       }
     } else {
-      launch_batch<Op, Op::kList ? kShortTable : 1>(&tasks[begin], count, batch, floats, on);
+      launch_batch<Op, Op::kList ? kShortTable : 1>(op, &tasks[begin], count, batch, floats, on);
     }
     begin = batch.end;
   }

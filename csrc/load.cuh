@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "dtype.h"
 
@@ -82,31 +83,23 @@ struct Vector {
   }
 };
 
-// `Count` vector pairs, `stride` elements apart; those from `limit` elements on are zero. The
-// branches enclose all loads, so that they are in flight together.
-template <class E, int N, int Count>
-__device__ void load_pairs(Vector<E, N> (&a)[Count], Vector<E, N> (&b)[Count],
-                           const typename E::Raw* from_a, const typename E::Raw* from_b,
-                           int64_t stride, int64_t limit, bool aligned) {
+// `Count` vectors of each tensor T, `stride` elements apart; those from `limit` elements on are
+// zero. The branches enclose all loads, so that they are in flight together.
+template <class E, int N, int Count, size_t... T>
+__device__ void load_vectors(Vector<E, N> (&to)[Count][sizeof...(T)],
+                             const typename E::Raw* const (&from)[sizeof...(T)], int64_t stride,
+                             int64_t limit, bool aligned, std::index_sequence<T...>) {
   if (aligned) {
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
-      a[i].clear();
-      b[i].clear();
-      if (i * stride < limit) {
-        a[i].load_aligned(from_a + i * stride);
-        b[i].load_aligned(from_b + i * stride);
-      }
+      (to[i][T].clear(), ...);
+      if (i * stride < limit) (to[i][T].load_aligned(from[T] + i * stride), ...);
     }
   } else {
 #pragma unroll
     for (int i = 0; i < Count; ++i) {
-      a[i].clear();
-      b[i].clear();
-      if (i * stride < limit) {
-        a[i].load_elements(from_a + i * stride);
-        b[i].load_elements(from_b + i * stride);
-      }
+      (to[i][T].clear(), ...);
+      if (i * stride < limit) (to[i][T].load_elements(from[T] + i * stride), ...);
     }
   }
 }

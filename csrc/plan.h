@@ -49,6 +49,12 @@ inline void set_inputs(Task& task, const void* a, const void* b, DType dtype) {
   task.aligned = (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
 }
 
+inline void set_inputs(Task& task, const void* a, const void* b, const void* c, DType dtype) {
+  set_inputs(task, a, b, dtype);
+  task.c = c;
+  task.aligned = task.aligned && reinterpret_cast<uintptr_t>(c) % 16 == 0;
+}
+
 // Needs a, b, dtype, rows, columns.
 inline void plan_rows(Task& task) {
   const int64_t element = size_of(static_cast<DType>(task.dtype));

@@ -1,9 +1,9 @@
 // The rows of a task: teams of 1 to 256 lanes sum a row, or a segment of a long one, each.
 #pragma once
 
-#include "load.cuh"
 #include "plan.h"
 #include "reduce.cuh"
+#include "third.cuh"
 
 namespace tk {
 
@@ -17,17 +17,16 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
 template <class Op>
 constexpr int kRowScratch = 2 * kWarps * Op::kSums;
 
-// Vectors of either tensor that a lane has in flight.
+// Vectors of each tensor that a lane has in flight.
 constexpr int kInFlight = 4;
 
 // Adds the terms of elements [begin, begin + n) that belong to `lane` of `lanes` to `total`.
 // First the whole vectors, then what stands before the first and after the last.
 template <class Op, class E>
-__device__ void add_range(const Task& task, int64_t begin, int n, int lane, int lanes, float shift,
-                          float (&total)[Op::kSums]) {
+__device__ void add_range(const Op& op, const Task& task, int64_t begin, int n, int lane, int lanes,
+                          float shift, float (&total)[Op::kSums]) {
   constexpr int kSize = kVectorSize<E>;
-  const auto* a = static_cast<const typename E::Raw*>(task.a) + begin;
-  const auto* b = static_cast<const typename E::Raw*>(task.b) + begin;
+  const Inputs<Op, E> inputs(task, begin);
   int head = n;
   int body = 0;
   if (task.vectors) {
@@ -39,20 +38,22 @@ __device__ void add_range(const Task& task, int64_t begin, int n, int lane, int 
   const int step = lanes * kSize;
 #pragma unroll 1
   for (int at = lane * kSize; at < body; at += kInFlight * step) {
-    Vector<E, kSize> x[kInFlight];
-    Vector<E, kSize> y[kInFlight];
-    load_pairs<E>(x, y, a + head + at, b + head + at, step, body - at, task.aligned);
+    Vector<E, kSize> vectors[kInFlight][kTensors<Op>];
+    load_vectors<E>(vectors, (inputs + head + at).from, step, body - at, task.aligned, kEach<Op>);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (at + i * step >= body) break;  // zeros, but a shift would turn them into terms
+      const Elements<Op, E, kSize> elements(op, task, vectors[i], begin + head + at + i * step);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) Op::add(sums, x[i][j], y[i][j], shift);
+      for (int j = 0; j < kSize; ++j) elements.add(sums, j, shift);
     }
   }
 #pragma unroll 1
   for (int i = lane; i < n - body; i += lanes) {
     const int at = i < head ? i : i + body;
-    Op::add(sums, E::widen(__ldg(a + at)), E::widen(__ldg(b + at)), shift);
+    Vector<E, 1> element[1][kTensors<Op>];
+    load_vectors<E>(element, (inputs + at).from, 1, 1, true, kEach<Op>);
+    Elements<Op, E, 1>(op, task, element[0], begin + at).add(sums, 0, shift);
   }
 #pragma unroll
   for (int i = 0; i < Op::kSums; ++i) total[i] += sums[i];
@@ -70,7 +71,8 @@ __device__ void write_row(const Task& task, float* partials, uint32_t tile, int6
 }
 
 template <class Op, class E>
-__device__ void sum_rows(const Task& task, uint32_t block, float* shared, float* workspace) {
+__device__ void sum_rows(const Op& op, const Task& task, uint32_t block, float* shared,
+                         float* workspace) {
   constexpr int kChunk = kChunkBytes / int{sizeof(typename E::Raw)};
   float* partials = workspace + int64_t{task.row_partials} * kRegion;
 
@@ -87,7 +89,7 @@ __device__ void sum_rows(const Task& task, uint32_t block, float* shared, float*
   }
 
   uint32_t first_channel = 0;
-  if (Op::kShifts) first_channel = first_row - quotient(first_row, task.run) * task.run;
+  if (kShifts<Op>) first_channel = first_row - quotient(first_row, task.run) * task.run;
 
   const int lanes = 1 << task.width_log2;
   const int lane = threadIdx.x & (lanes - 1);
@@ -100,15 +102,15 @@ __device__ void sum_rows(const Task& task, uint32_t block, float* shared, float*
     float sums[Op::kSums] = {};
     if (row < end_row) {
       float shift = 0;
-      if (Op::kShifts && task.shift) {
+      if (kShifts<Op> && task.c) {
         const uint32_t channel = first_channel + static_cast<uint32_t>(row - first_row);
-        shift = load_element<E>(task.shift, channel % static_cast<uint32_t>(task.run));
+        shift = load_element<E>(task.c, channel % static_cast<uint32_t>(task.run));
       }
       // A sum of sums of chunks: a thread's serial sums stay short in the longest rows.
 #pragma unroll 1
       for (int64_t at = begin; at < end; at += kChunk) {
         const int n = static_cast<int>(min(int64_t{kChunk}, end - at));
-        add_range<Op, E>(task, row * task.columns + at, n, lane, lanes, shift, sums);
+        add_range<Op, E>(op, task, row * task.columns + at, n, lane, lanes, shift, sums);
       }
     }
     add_across_lanes(sums, min(lanes, kWarp));

@@ -137,6 +137,23 @@ inline Double16x abs(Double16x v) {
   return v;
 }
 
+// Lanes whose bit is set, lane 0 the lowest, with the other sign.
+inline Float16x negate(Float16x v, uint32_t bits) {
+  const Word16x lane = {1,   2,   4,    8,    16,   32,   64,    128,
+                        256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const Word16x flip = Word16x((bits & lane) != 0) & 0x80000000u;
+  Word16x words;
+  std::memcpy(&words, &v, sizeof(v));
+  words ^= flip;
+  std::memcpy(&v, &words, sizeof(v));
+  return v;
+}
+
+inline Double16x negate(Double16x v, uint32_t bits) {
+  for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? -v[i] : v[i];
+  return v;
+}
+
 template <typename V>
 inline V splat(double x) {
   V v;

@@ -1,7 +1,7 @@
 // What one launch works on: a table of tasks, passed by value as a kernel parameter. Nothing is
 // copied to the device beforehand, and a CUDA graph keeps the table with the launch.
 //
-// A task sums terms of the element pairs (a, b) of one tensor pair. Two shapes:
+// A task sums terms of the element pairs (a, b) of one tensor pair, or of triples. Two shapes:
 //   rows  the sums of each of `rows` rows of `columns` contiguous elements; `tiles` segments a row
 //   grid  `groups` matrices of `rows` rows with `columns * run` positions, summed along the
 //         rows (a block of them at a time), along the positions (a tile at a time), or both
@@ -12,21 +12,19 @@
 #include <cstdint>
 
 #include "dtype.h"
-
-#ifdef __CUDACC__
-#define TK_HOST_DEVICE __host__ __device__
-#else
-#define TK_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace tk {
 
 struct Task {
   const void* a;
   const void* b;
-  const void* shift;  // what is subtracted from a: one value per channel, or null
-  float* row_out;     // [groups * rows / row run, sums]; may be null
-  float* col_out;     // [groups * columns, sums]; a rows task writes its result to both
+  union {  // what the op reads beside them: its Third says which
+    const void* c;
+    uint32_t stream;
+  };
+  float* row_out;  // [groups * rows / row run, sums]; may be null
+  float* col_out;  // [groups * columns, sums]; a rows task writes its result to both
   int64_t rows;
   int64_t columns;
   int64_t run;  // rows task: the number of channels, row r has channel r % run
@@ -60,6 +58,7 @@ constexpr int kRegion = 64;  // floats: 256 bytes
 // table is its own kernel, since all of the parameter is copied at every launch.
 constexpr int kParameterBytes = 32764;
 constexpr int kLongTable = (kParameterBytes - 32) / int{sizeof(Task)};
+static_assert(kLongTable > 300, "the layers of all but the deepest networks");
 constexpr int kShortTable = 16;
 
 template <int kCapacity>

@@ -18,18 +18,20 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class FilterMomentsItem(NamedTuple):
-    """One parameter of a `filter_moments` call; mirrors the struct of the same name in csrc/."""
+class ParameterItem(NamedTuple):
+    """One parameter of a call; mirrors the struct of the same name in csrc/parameter.h."""
 
     weight: Tensor
-    grad: Tensor
+    grad: Tensor  # or what the op reads in its place
+    hvp: Tensor | None  # of second_order_moments
     rows: int
     channels: int
     kernel: int
     groups: int
+    row_out: Tensor | None  # [rows, sums]
+    col_out: Tensor | None  # [groups * channels, sums]
     channels_last: bool
-    row_out: Tensor | None  # [rows, 5]
-    col_out: Tensor | None  # [groups * channels, 5]
+    stream: int  # of random signs, for an op that draws some
 
 
 class GateGradientsArgs(NamedTuple):
@@ -73,8 +75,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def parameter_item(
-    weight: Tensor, grad: Tensor, groups: int, row_out: Tensor | None, col_out: Tensor | None
-) -> FilterMomentsItem:
+    weight: Tensor,
+    grad: Tensor,
+    hvp: Tensor | None,
+    groups: int,
+    row_out: Tensor | None,
+    col_out: Tensor | None,
+    stream: int = 0,
+) -> ParameterItem:
     """Describe a parameter of 1 to 5 dimensions, not empty, as rows x channels x kernel."""
     shape = weight.shape
     rows = shape[0]
@@ -85,10 +93,18 @@ def parameter_item(
         last = _channel_last(weight, 1)
         channels_last = last.is_contiguous()
         weight = last if channels_last else weight.contiguous()
-    if channels_last or not grad.is_contiguous():
-        grad = (_channel_last(grad, 1) if channels_last else grad).contiguous()
-    return FilterMomentsItem(
-        weight, grad, rows, channels, kernel, groups, channels_last, row_out, col_out
+    return ParameterItem(
+        weight,
+        _stored_like(grad, channels_last),
+        None if hvp is None else _stored_like(hvp, channels_last),
+        rows,
+        channels,
+        kernel,
+        groups,
+        row_out,
+        col_out,
+        channels_last,
+        stream,
     )
 
 
@@ -153,6 +169,10 @@ def conv2d_fisher_args(
         dy_last,
         tf32,
     )
+
+
+def _stored_like(tensor: Tensor, channels_last: bool) -> Tensor:
+    return (_channel_last(tensor, 1) if channels_last else tensor).contiguous()
 
 
 def _channel_last(tensor: Tensor, channel_dim: int) -> Tensor:

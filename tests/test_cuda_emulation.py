@@ -29,7 +29,7 @@ from cases import (
 )
 from torch import Tensor
 
-from taylor_kernels.layout import FilterMomentsItem, activation_args, parameter_item
+from taylor_kernels.layout import ParameterItem, activation_args, parameter_item
 
 ROOT = Path(__file__).parents[1]
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -63,6 +63,7 @@ class Item(ctypes.Structure):
     _fields_ = [
         ("w", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
+        ("h", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("channels", ctypes.c_int64),
         ("kernel", ctypes.c_int64),
@@ -71,6 +72,7 @@ class Item(ctypes.Structure):
         ("col_out", ctypes.c_void_p),
         ("dtype", ctypes.c_int32),
         ("channels_last", ctypes.c_int32),
+        ("stream", ctypes.c_uint32),
     ]
 
 
@@ -124,23 +126,25 @@ def moments(
         row_out = torch.full((weight.size(0), 5), float("nan")) if rows else None
         col_out = torch.full((columns, 5), float("nan")) if cols else None
         outputs.append((row_out, col_out))
-        items.append(parameter_item(weight, grad, groups, row_out, col_out))
+        items.append(parameter_item(weight, grad, None, groups, row_out, col_out))
     table = (Item * len(items))(*(_packed(item) for item in items))
     _, workspace = poisoned(lambda: kernels.moments_workspace(table, ctypes.c_int64(len(items))))
     kernels.moments(table, ctypes.c_int64(len(items)), ctypes.c_void_p(workspace))
     return outputs
 
 
-def _packed(item: FilterMomentsItem) -> Item:
+def _packed(item: ParameterItem) -> Item:
     pointers = [0 if t is None else t.data_ptr() for t in (item.row_out, item.col_out)]
     sizes = (item.rows, item.channels, item.kernel, item.groups)
     return Item(
         item.weight.data_ptr(),
         item.grad.data_ptr(),
+        0,
         *sizes,
         *pointers,
         CODES[item.weight.dtype],
         item.channels_last,
+        item.stream,
     )
 
 

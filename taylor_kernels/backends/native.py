@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.layout import Conv2dFisherArgs, FilterMomentsItem, GateGradientsArgs
+from taylor_kernels.layout import Conv2dFisherArgs, GateGradientsArgs, ParameterItem
 
 try:
     _native: Any = import_module("taylor_kernels._native")
@@ -24,21 +24,9 @@ except ImportError as error:
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
-def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
+def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items, which share a device, into their outputs."""
-    table = [
-        value
-        for item in items
-        for value in (
-            item.weight.data_ptr(),
-            item.grad.data_ptr(),
-            *item[2:6],
-            _pointer(item.row_out),
-            _pointer(item.col_out),
-            _DTYPE_CODES[item.weight.dtype],
-            item.channels_last,
-        )
-    ]
+    table = _parameter_table(items)
     device = items[0].weight.device
     if device.type == "cpu":
         _native.filter_moments_cpu(table, torch.get_num_threads())
@@ -103,6 +91,24 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
         workspace = _workspace(_native.conv2d_fisher_cuda_workspace(values), device)
         stream = torch.cuda.current_stream(device).cuda_stream
         _native.conv2d_fisher_cuda(values, _pointer(workspace), stream)
+
+
+def _parameter_table(items: Sequence[ParameterItem]) -> list[int]:
+    return [
+        value
+        for item in items
+        for value in (
+            item.weight.data_ptr(),
+            item.grad.data_ptr(),
+            _pointer(item.hvp),
+            *item[3:7],
+            _pointer(item.row_out),
+            _pointer(item.col_out),
+            _DTYPE_CODES[item.weight.dtype],
+            item.channels_last,
+            item.stream,
+        )
+    ]
 
 
 @cache

@@ -13,13 +13,13 @@ from torch.nn.grad import conv2d_weight
 
 from taylor_kernels.layout import (
     Conv2dFisherArgs,
-    FilterMomentsItem,
     GateGradientsArgs,
+    ParameterItem,
     accumulator,
 )
 
 
-def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
+def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items into their outputs."""
     for item in items:
         extents = (item.groups, item.rows // item.groups, item.channels, item.kernel)

@@ -232,7 +232,7 @@ def _run(
         weights, grads, groups, row_outs, col_outs, strict=True
     ):
         if weight.numel():
-            items.append(parameter_item(weight, grad, n, row_out, col_out))
+            items.append(parameter_item(weight, grad, None, n, row_out, col_out))
         else:  # sums over nothing
             for out in (row_out, col_out):
                 if out is not None:

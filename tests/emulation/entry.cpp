@@ -4,11 +4,11 @@
 
 extern "C" {
 
-int64_t moments_workspace(const tk::FilterMomentsItem* items, int64_t count) {
+int64_t moments_workspace(const tk::ParameterItem* items, int64_t count) {
   return tk::filter_moments_cuda_workspace(items, count);
 }
 
-void moments(const tk::FilterMomentsItem* items, int64_t count, void* workspace) {
+void moments(const tk::ParameterItem* items, int64_t count, void* workspace) {
   tk::filter_moments_cuda(items, count, workspace, nullptr);
 }
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from taylor_kernels.backends.triton.tables import device_table
-from taylor_kernels.layout import FilterMomentsItem
+from taylor_kernels.layout import ParameterItem
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WARPS = 4
@@ -269,7 +269,7 @@ def finish_kernel(table, count, row_out, col_out, workspace, P: tl.constexpr, E:
     tl.store(out + to, tl.sum(sums, 0), mask=entry < entries)
 
 
-def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
+def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items, which share a device, into their outputs."""
     for dtype in TYPES:
         part = [item for item in items if item.weight.dtype == dtype]
@@ -277,7 +277,7 @@ def filter_moments(items: Sequence[FilterMomentsItem]) -> None:
             _filter_moments(part, dtype)
 
 
-def _filter_moments(items: list[FilterMomentsItem], dtype: torch.dtype) -> None:
+def _filter_moments(items: list[ParameterItem], dtype: torch.dtype) -> None:
     device = items[0].weight.device
     row_base = next((item.row_out for item in items if item.row_out is not None), None)
     col_base = next((item.col_out for item in items if item.col_out is not None), None)
@@ -313,7 +313,7 @@ def _filter_moments(items: list[FilterMomentsItem], dtype: torch.dtype) -> None:
 
 
 def plan(
-    items: Iterable[FilterMomentsItem], row_base: Tensor | None, col_base: Tensor | None
+    items: Iterable[ParameterItem], row_base: Tensor | None, col_base: Tensor | None
 ) -> tuple[list[Task], list[Axis], int]:
     """The tasks, the axes to finish, and how many floats of partial sums lie between the two."""
     tasks: list[Task] = []
@@ -363,7 +363,7 @@ def plan(
     return tasks, axes, floats
 
 
-def _task(item: FilterMomentsItem, groups: int, rows: int, length: int) -> Task:
+def _task(item: ParameterItem, groups: int, rows: int, length: int) -> Task:
     pointers = item.weight.data_ptr(), item.grad.data_ptr()
     fast = all(p % 16 == 0 for p in pointers) and length % 8 == 0
     return Task(*pointers, rows, length, groups, 0, int(fast), 1, 1)
