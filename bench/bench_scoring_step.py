@@ -18,13 +18,12 @@ from torch.nn.functional import cross_entropy
 import taylor_kernels as tk
 from bench.harness import Provider
 from bench.models import resnet18
+from bench.reference import check_scores
 
 BATCH = 32
 #: side of the images: rounds
 SIDES = {32: 15, 64: 11}
-#: Largest distance of a layer's scores from float64's, relative, both as Euclidean norms. Most runs
-#: are within 1e-5, but where a float32 activation falls on the other side of a ReLU's kink than the
-#: float64 one, all layers before it move by some 1e-3.
+#: See `reference.check_scores`.
 TOLERANCE = 2e-2
 PLAIN = "forward + backward"
 BARE = "without weight gradients, no meter"
@@ -109,23 +108,13 @@ def providers(side: int, device: torch.device) -> list[Provider]:
     original = resnet18().to(device)
     expected = expected_scores(original, x, y)
 
-    def check(meter: tk.Importance, want: dict[str, Tensor]) -> float:
-        scores = meter.compute()
-        assert scores.keys() == want.keys(), "other layers than expected"
-        worst = max(
-            float((scores[name].double() - expected).norm() / expected.norm())
-            for name, expected in want.items()
-        )
-        assert worst <= TOLERANCE, f"off by {worst:.1e} of a layer's scores"
-        return worst
-
     def provider(label: str, criterion: str | None, scoring: bool) -> Provider:
         step = Step(copy.deepcopy(original), criterion, scoring)
-        meter = step.meter
+        meter, want = step.meter, expected.get(criterion or "", {})
         return Provider(
             label,
             lambda: step.run(x, y),
-            None if meter is None else lambda _: check(meter, expected[criterion or ""]),
+            None if meter is None else lambda _: check_scores(meter.compute(), want, TOLERANCE),
             "ours" if label == OURS else "peer" if label == PLAIN else "extra",
             before=step.before,
         )

@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+_STARTED = time.monotonic()
 # Compilation counts as cold: what an earlier run has compiled is out of reach. Set before torch
 # reads it.
 _COMPILED = tempfile.TemporaryDirectory(prefix="bench-compiled-")
@@ -24,6 +26,7 @@ from bench.harness import Provider, Result, copy_bandwidth, measure  # noqa: E40
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="few rounds: does it run, not how fast")
+    parser.addoption("--seconds", type=float, help="cases after so long are left out")
     parser.addoption("--device", default=None, help="cpu or cuda; default: cuda if there is one")
 
 
@@ -36,9 +39,18 @@ def pytest_configure(config: pytest.Config) -> None:
             setattr(dynamo, name, 4096)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A parameter `on` names the device that a case is for: the others' are not collected."""
+    here = _device(config).type
+    items[:] = [item for item in items if item.callspec.params.get("on", here) == here]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--seconds")
+    if limit is not None and time.monotonic() - _STARTED > limit:
+        pytest.skip(f"the {limit:.0f} s are over")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -66,7 +78,11 @@ CLOCK = ReplayClock()
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    name = pytestconfig.getoption("--device")
+    return _device(pytestconfig)
+
+
+def _device(config: pytest.Config) -> torch.device:
+    name = config.getoption("--device")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -79,6 +95,12 @@ def bandwidth(device: torch.device) -> float | None:
 @pytest.fixture(scope="session")
 def rounds(pytestconfig: pytest.Config) -> Callable[[int], int]:
     return lambda full: max(2, full // 8) if pytestconfig.getoption("--quick") else full
+
+
+@pytest.fixture(scope="session")
+def small(pytestconfig: pytest.Config, device: torch.device) -> bool:
+    """Whether to shrink what takes long on a CPU; a GPU has the time even for a quick run."""
+    return pytestconfig.getoption("--quick") and device.type == "cpu"
 
 
 class Measured:

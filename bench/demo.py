@@ -11,7 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from bench.report import rewrite, table
+from bench.markdown import table
+from bench.report import rewrite
 from taylor_kernels.demo.pages import result_table
 
 ROOT = Path(__file__).resolve().parent.parent

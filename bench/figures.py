@@ -101,7 +101,7 @@ class Target:
 
 
 def targets(results: Results) -> list[Target]:
-    """What the project set out to reach, from whatever cases the file holds."""
+    """Those of moments, gates and gate scores; fisher_report.py has the others."""
     found: list[Target] = []
     for case in results.of("filter_moments"):
         ours, axis = case.ours, case.name[2]

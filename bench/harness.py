@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ class Provider:
             `extra` (shown, but in no comparison).
         family: peers of one family are ways to use the same tool; targets name families.
         before: runs untimed before each call.
+        rounds: takes part in so many rounds at most; for those that take seconds.
     """
 
     label: str
@@ -41,6 +43,7 @@ class Provider:
     role: Literal["ours", "peer", "floor", "extra"] = "peer"
     family: str = ""
     before: Callable[[], object] = lambda: None
+    rounds: int | None = None
 
 
 @dataclass
@@ -81,6 +84,19 @@ class Progress:
             sys.stderr.write("\r\x1b[K")
 
 
+def or_reason(label: str, make: Callable[[], Provider]) -> Provider:
+    """The provider that `make` sets up; if it cannot, one whose call says why."""
+    try:
+        return make()
+    except Exception as error:
+        reason = error  # `error` itself is gone when the block ends
+
+        def run() -> None:
+            raise reason
+
+        return Provider(label, run)
+
+
 def measure(
     title: str, providers: Sequence[Provider], rounds: int, device: torch.device
 ) -> dict[str, Result]:
@@ -91,6 +107,7 @@ def measure(
     or gives a wrong answer is left out with the reason; ours failing is an error.
     """
     progress = Progress(title)
+    assert all(p.rounds is None or p.rounds > 0 for p in providers), "no round, no sample"
     results = {p.label: Result(p.label, p.role, p.family) for p in providers}
     for provider in providers:
         progress.say(f"{provider.label}: first call and check")
@@ -105,6 +122,8 @@ def measure(
         for turn in range(-1, rounds):  # the turn before the first only warms up
             progress.say(f"round {max(turn, 0) + 1} of {rounds}")
             for provider in shuffled.sample(able, len(able)):
+                if provider.rounds is not None and turn >= provider.rounds:
+                    continue
                 provider.before()
                 seconds = _time(provider.run, flush)
                 if turn >= 0:
@@ -114,7 +133,8 @@ def measure(
     del flush
     for provider in able:
         progress.say(f"{provider.label}: memory")
-        results[provider.label].peak_bytes = peak_memory(provider, device)
+        repeats = min(3, provider.rounds or 3)
+        results[provider.label].peak_bytes = peak_memory(provider, device, repeats)
     progress.done()
     return results
 
@@ -223,6 +243,23 @@ def copy_bandwidth(device: torch.device) -> float:
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
     times = [_time(lambda: target.copy_(source), flush) for _ in range(15)]
     return 2 * source.nbytes / statistics.median(times[3:])
+
+
+def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192) -> float:
+    """Operations a second of a square matmul: what the matrix units reach on dense data."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    times = [_time(lambda: a @ b, flush) for _ in range(9)]
+    return 2 * size**3 / statistics.median(times[3:])
+
+
+@contextmanager
+def use_threads(count: int | None) -> Iterator[None]:
+    """PyTorch's threads for a while; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)
 
 
 def synchronize(device: torch.device) -> None:

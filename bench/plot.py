@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,13 +34,18 @@ def _ratios(case: Case) -> dict[str, float]:
     return {name: entry.median / ours.median for name, entry in found.items() if entry}
 
 
-def draw(results: Results, path: Path) -> None:
-    """Write the bars of every op's cases as a PNG."""
+def pyplot() -> ModuleType:
+    """matplotlib's, for files only."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def draw(results: Results, path: Path) -> None:
+    """Write the bars of every op's cases as a PNG."""
     cases = [
         c
         for bench in ("filter_moments", "gate_gradients")
@@ -48,6 +54,7 @@ def draw(results: Results, path: Path) -> None:
     ]
     if not cases:
         return
+    plt = pyplot()
     ratios = [_ratios(case) for case in cases]
     bars = sum(len(each) for each in ratios)
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.2 * bars + 0.15 * len(cases)))

@@ -1,6 +1,6 @@
 """Turns a results file into a Markdown report, a plot, and the README's figures.
 
-    python -m bench.report bench/results/cpu/latest.json     # beside it: report.md, ratios.png
+    python -m bench.report bench/results/cpu/latest.json     # beside it: report.md, *.png
     python -m bench.report bench/results/cpu/latest.json --readme README.md
 
 The second also rewrites what stands between `<!-- bench:begin -->` and `<!-- bench:end -->`: no
@@ -11,29 +11,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench.figures import OPS, Case, Results, load, targets
+from bench import fisher_report
+from bench.figures import OPS, Case, Results, Target, load, targets
+from bench.markdown import ms, number, table
 from bench.plot import draw
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, [":--"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def ms(seconds: float) -> str:
-    """Three significant digits at least, in milliseconds."""
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def number(value: float | None, form: str = "{:.2f}") -> str:
-    return "–" if value is None else form.format(value)
 
 
 def _op_table(case: Case, on_gpu: bool) -> str:
@@ -92,6 +78,11 @@ def _step_table(case: Case) -> str:
     return table(head, rows)
 
 
+def all_targets(results: Results) -> list[Target]:
+    """What the project set out to reach, from whatever cases the file holds."""
+    return targets(results) + fisher_report.targets(results)
+
+
 def machine_line(results: Results) -> str:
     m = results.machine
     processor = m.get("gpu") or f"{m['cpu']['brand_raw']}, {m['isa']}, {m['threads']} threads"
@@ -106,7 +97,7 @@ def report(results: Results) -> str:
     on_gpu = "gpu" in results.machine
     parts = ["# Benches", machine_line(results) + ".", "## Targets"]
     parts.append(
-        table(["target", "limit", "measured", ""], [t.row() for t in targets(results)])
+        table(["target", "limit", "measured", ""], [t.row() for t in all_targets(results)])
         + "\n\n![speed-up of ours over each peer](ratios.png)"
     )
     how: dict[str, Callable[[Case], str]] = {
@@ -118,6 +109,7 @@ def report(results: Results) -> str:
     for bench, make in how.items():
         for case in results.of(bench):
             parts += [f"## {' · '.join(case.name)}", make(case)]
+    parts += fisher_report.parts(results)
     return "\n\n".join(parts) + "\n"
 
 
@@ -172,6 +164,7 @@ def readme_block(results: Results) -> str:
                 ],
             ),
         ]
+    parts += fisher_report.readme_parts(results)
     source = results.path.as_posix()
     parts.append(f"{machine_line(results)}. Source: `{source}`, written by `make bench`.")
     return "\n\n".join(parts)
@@ -199,10 +192,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = load(options.results)
     (options.results.parent / "report.md").write_text(report(results))
     draw(results, options.results.parent / "ratios.png")
+    fisher_report.draw_batches(results, options.results.parent / "batches.png")
     if options.readme:
         rewrite(options.readme, readme_block(results))
-    print(table(["target", "limit", "measured", ""], [t.row() for t in targets(results)]))
-    print(f"\nWrote {options.results.parent}/report.md and ratios.png")
+    print(table(["target", "limit", "measured", ""], [t.row() for t in all_targets(results)]))
+    print(f"\nWrote {options.results.parent}/report.md and its plots")
 
 
 if __name__ == "__main__":
