@@ -1,11 +1,13 @@
 """`python -m bench`: run all benches, then write the report and the README's figures.
 
-Results replace the last ones only when every bench has run. `--quick` runs a few rounds, into a
-folder of its own, to see that all works; other arguments go to pytest.
+Results replace the last ones only when every bench has run. With `-k` the cases that were not run
+keep theirs, and the report names every commit and day that it holds results of. `--quick` runs a
+few rounds, into a folder of its own, to see that all works; other arguments go to pytest.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import report
+from bench.figures import run_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,11 +30,24 @@ def main(arguments: list[str]) -> int:
     if code:
         (ROOT / part).unlink(missing_ok=True)
         return code
+    if "-k" in arguments and (ROOT / latest).exists():
+        keep_others(ROOT / latest, ROOT / part)
     (ROOT / part).replace(ROOT / latest)
     readme = ROOT / "README.md"
     figures = kind == "cpu" and readme.exists() and report.BEGIN in readme.read_text()
     report.main([str(latest), *(["--readme", str(readme)] if figures else [])])
     return 0
+
+
+def keep_others(latest: Path, part: Path) -> None:
+    """Add to a partial run's results the last ones of all cases that it did not measure."""
+    old, new = (json.loads(path.read_text()) for path in (latest, part))
+    measured = [bench["extra_info"]["case"] for bench in new["benchmarks"]]
+    others = [b for b in old["benchmarks"] if b["extra_info"]["case"] not in measured]
+    for bench in others:
+        bench["extra_info"].setdefault("run", run_of(old))
+    new["benchmarks"] = others + new["benchmarks"]
+    part.write_text(json.dumps(new, indent=4))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import taylor_kernels as tk  # noqa: E402
+from bench.figures import run_of  # noqa: E402
 from bench.harness import Provider, Result, copy_bandwidth, measure  # noqa: E402
 
 
@@ -219,8 +220,9 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(
     config: pytest.Config, benchmarks: list, output_json: dict
 ) -> None:
-    """Shorter samples; and no options that would hold an address of a function."""
+    """Shorter samples, no options that would hold an address of a function, and the run's name."""
     for bench in output_json["benchmarks"]:
+        bench["extra_info"]["run"] = run_of(output_json)
         bench.pop("options", None)
         bench["stats"]["data"] = [round(sample, 9) for sample in bench["stats"]["data"]]
 

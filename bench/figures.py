@@ -52,12 +52,18 @@ class Results:
 
     path: Path
     machine: dict[str, Any]
-    commit: str
-    date: str
+    runs: list[str]  # commits and days that the figures are of
     cases: list[Case]
 
     def of(self, bench: str) -> list[Case]:
         return [case for case in self.cases if case.name[0] == bench]
+
+
+def run_of(raw: dict[str, Any]) -> str:
+    """The commit (+: with changes on top) and the day of pytest-benchmark's file."""
+    commit = raw["commit_info"]
+    changed = "+" if commit.get("dirty") else ""
+    return f"commit {(commit.get('id') or 'unknown')[:10]}{changed}, {raw['datetime'][:10]}"
 
 
 def load(path: Path) -> Results:
@@ -66,12 +72,11 @@ def load(path: Path) -> Results:
     for bench in raw["benchmarks"]:
         entry = Entry(bench["stats"], bench["extra_info"])
         cases.setdefault(tuple(entry.info["case"]), []).append(entry)
-    commit = raw["commit_info"]
+    runs = dict.fromkeys(b["extra_info"].get("run", run_of(raw)) for b in raw["benchmarks"])
     return Results(
         path,
         raw["machine_info"],
-        (commit.get("id") or "unknown")[:10] + ("+" if commit.get("dirty") else ""),
-        raw["datetime"][:10],
+        list(runs),
         [Case(name, entries) for name, entries in cases.items()],
     )
 

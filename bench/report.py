@@ -88,7 +88,7 @@ def machine_line(results: Results) -> str:
     processor = m.get("gpu") or f"{m['cpu']['brand_raw']}, {m['isa']}, {m['threads']} threads"
     return (
         f"{processor}; PyTorch {m['torch']}, Python {m['python_version']}, {m['compiler']}; "
-        f"commit {results.commit}, {results.date}"
+        f"{'; '.join(results.runs)}"
     )
 
 

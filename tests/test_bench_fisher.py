@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import bench_conv2d_fisher, bench_fisher_step, fisher_report, fisher_steps, reference
+from bench.__main__ import keep_others
 from bench.figures import load
 from bench.harness import Provider, measure, or_reason
 from bench.models import ConvNet, ResNet, resnet18
@@ -205,3 +206,20 @@ def test_report_holds_tables_targets_and_a_plot(tmp_path):
     assert "| Torch-Pruning's loop | 30.00 (10) |" in readme_block(results)
     fisher_report.draw_batches(results, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_partial_run_keeps_the_results_of_other_cases(tmp_path):
+    latest, part = tmp_path / "latest.json", tmp_path / "part.json"
+    a_results_file(latest)
+    new = json.loads(latest.read_text())
+    new |= {"commit_info": {"id": "0123456789abc", "dirty": True}, "datetime": "2026-02-02T00:00"}
+    new["benchmarks"] = [b for b in new["benchmarks"] if b["extra_info"]["case"][2] == "conv"]
+    for bench in new["benchmarks"]:
+        bench["stats"]["median"] = 5.0
+        bench["extra_info"]["run"] = "commit 0123456789+, 2026-02-02"
+    part.write_text(json.dumps(new))
+    keep_others(latest, part)
+    before, after = load(latest), load(part)
+    assert sorted(case.name for case in after.cases) == sorted(case.name for case in before.cases)
+    assert {e.median for case in after.cases for e in case.entries if case.name[2] == "conv"} == {5}
+    assert after.runs == ["commit unknown, 2026-01-01", "commit 0123456789+, 2026-02-02"]
