@@ -4,7 +4,8 @@ Same arguments as `backends/native.py`. With TRITON_INTERPRET=1 in the environme
 imported, they run on CPU tensors, slowly.
 """
 
+from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
 from taylor_kernels.backends.triton.filter_moments import filter_moments
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
 
-__all__ = ["filter_moments", "gate_gradients"]
+__all__ = ["conv2d_fisher", "filter_moments", "gate_gradients"]
