@@ -8,18 +8,26 @@ import pytest
 import torch
 from cases import (
     DTYPES,
+    FisherCase,
     GateCase,
     MomentsCase,
     assert_close,
     filter_moments_cases,
+    fisher_cases,
+    fisher_reference64,
     gate_cases,
     gate_reference64,
     random_bias,
+    random_fisher_inputs,
     random_like_case,
     reference64,
 )
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from taylor_kernels.backends.triton import conv2d_fisher_plan
+from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 
@@ -36,6 +44,17 @@ GATE_CASES = [
     GateCase("segments", (1, 1, 33001)),
     GateCase("row_blocks", (1, 300, 9), channel_dim=2, bias=True),
     GateCase("outer_rows", (2, 3, 4, 40), channel_dim=2, bias=True),
+]
+_LAST = {"layout": "channels_last", "grad_layout": "channels_last"}
+FISHER_CASES = [
+    *fisher_cases(),
+    FisherCase("row_tiles", (2, 3, 4, 2), (131, 3, 1, 1)),
+    FisherCase("col_tiles", (2, 136, 3, 3), (5, 136, 3, 1), padding=(1, 0), **_LAST),
+    FisherCase("chunk", (2, 8, 8, 8), (20, 8, 1, 1)),
+    FisherCase("chunk_and_one", (2, 8, 5, 13), (20, 8, 1, 1), **_LAST),
+    FisherCase("chunks", (2, 5, 14, 14), (20, 5, 3, 3), padding=(1, 1)),
+    FisherCase("depthwise_chunks", (2, 5, 13, 13), (5, 1, 3, 3), padding=(1, 1), groups=5),
+    FisherCase("depthwise_rows", (2, 72, 5, 5), (72, 1, 5, 5), padding=(2, 2), groups=72, **_LAST),
 ]
 
 
@@ -80,6 +99,103 @@ def test_gates(at: int) -> None:
     got = gate_gradients(y, dy, **args)
     assert_close(got, *gate_reference64(y, dy, bias, case.channel_dim))
     assert same_bits(got, gate_gradients(y, dy, **args))
+
+
+def fisher(
+    case: FisherCase, x: Tensor, dy: Tensor, weight: Tensor | None, tf32: bool = False
+) -> Tensor:
+    with torch.backends.cudnn.flags(allow_tf32=tf32):  # only picks other tiles here
+        return conv2d_fisher(x, case.size, dy, *case.geometry, weight=weight, backend="triton")
+
+
+@pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
+def test_fisher(at: int) -> None:
+    case = FISHER_CASES[at]
+    x, dy, weight = random_fisher_inputs(case, DTYPES[at % len(DTYPES)])
+    for scaled in (None, weight):
+        got = fisher(case, x, dy, scaled, tf32=at % 2 == 0)
+        assert_close(got, *fisher_reference64(x, dy, case, scaled))
+
+
+@given(
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 20),
+    filters=st.integers(1, 20),
+    geometry=st.tuples(*4 * [st.tuples(st.integers(1, 3), st.integers(1, 3))]),
+    image=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last"])]),
+    dtype=st.sampled_from(DTYPES),
+    with_weight=st.booleans(),
+    tf32=st.booleans(),
+)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_fisher_of_any_geometry(
+    batch, groups, channels, filters, geometry, image, layouts, dtype, with_weight, tf32
+) -> None:
+    kernel, stride, (pad_h, pad_w), dilation = geometry
+    padding = pad_h - 1, pad_w - 1
+    assume(all(image[i] + 2 * padding[i] > dilation[i] * (kernel[i] - 1) for i in (0, 1)))
+    case = FisherCase(
+        "any",
+        (batch, groups * channels, *image),
+        (groups * filters, channels, *kernel),
+        stride,
+        padding,
+        dilation,
+        groups,
+        *layouts,
+    )
+    x, dy, weight = random_fisher_inputs(case, dtype)
+    scaled = weight if with_weight else None
+    assert_close(fisher(case, x, dy, scaled, tf32), *fisher_reference64(x, dy, case, scaled))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fisher_of_tokens(dtype: torch.dtype) -> None:
+    x, dy = torch.randn(3, 70, 40, dtype=dtype), torch.randn(3, 70, 24, dtype=dtype)
+    got = linear_fisher(x, dy, backend="triton")
+    terms = [torch.einsum("nti,nto->noi", a.double(), b.double()).square().sum(0)
+             for a, b in ((x, dy), (x.abs(), dy.abs()))]  # fmt: skip
+    assert_close(got, *terms)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("groups", [1, 6])
+def test_fisher_in_shares(groups: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FisherCase("shares", (7, 6, 4, 5), (6, 6 // groups, 3, 2), groups=groups)
+    x, dy, weight = random_fisher_inputs(case, torch.bfloat16)
+    for scaled in (None, weight):
+        results = 6 if scaled is not None else weight.numel()
+        monkeypatch.setattr(conv2d_fisher_plan, "WORKSPACE", splits * 4 * results)
+        got = fisher(case, x, dy, scaled)
+        assert_close(got, *fisher_reference64(x, dy, case, scaled))
+        assert same_bits(got, fisher(case, x, dy, scaled))
+
+
+@pytest.mark.parametrize("name", ["conv3x3_channels_last", "depthwise", "grouped", "tokens"])
+def test_fisher_by_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in FISHER_CASES if case.name == name)
+    x, dy, _ = random_fisher_inputs(case, torch.float32)
+    expected = fisher(case, x, dy, None)
+    monkeypatch.setattr(conv2d_fisher_plan, "WIDE", 0)
+    assert same_bits(fisher(case, x, dy, None), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 12])
+def test_fisher_keeps_nan_and_infinity_in_their_filter(groups: int) -> None:
+    case = FisherCase(
+        "bad", (2, 12, 6, 6), (12, 12 // groups, 3, 3), (1, 1), (1, 1), (1, 1), groups
+    )
+    x, dy, weight = random_fisher_inputs(case, torch.float32)
+    dy[0, 3, 2, 3], dy[1, 7, 3, 2] = float("inf"), float("nan")
+    for scaled in (None, weight):
+        got = fisher(case, x, dy, scaled)
+        assert_close(got, *fisher_reference64(x, dy, case, scaled))
+        bad = ~got.flatten(1).isfinite().all(1) if scaled is None else ~got.isfinite()
+        assert bad.nonzero().flatten().tolist() == [3, 7]
 
 
 def test_nan_and_infinity_stay_in_their_filter() -> None:

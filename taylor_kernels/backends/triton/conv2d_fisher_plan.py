@@ -35,6 +35,9 @@ DIRECT = 4
 #: 16 or 32 elements for each thread.
 DIRECT_ROWS, DIRECT_COLUMNS, DIRECT_POSITIONS, DIRECT_PRODUCTS = 64, 16, 128, 256
 
+#: Offsets in an example that need 64 bits; tiles reach a bit beyond the last.
+WIDE = 2**31 - 2**10
+
 #: What both kernels are told, in the order of their arguments.
 INTEGERS = (
     "batch", "groups", "filters", "channels", "height", "width", "out_width", "positions", "taps",
@@ -120,14 +123,13 @@ def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
     """What a kernel is compiled for."""
     x_last, dy_last, x_vector, dy_vector = _layouts(args)
     offsets = max(t.numel() // args.batch for t in (args.input, args.grad_output))
-    wide = max(offsets, _columns(args)) > 2**31 - 2**10  # tiles reach a bit beyond the last
     result: dict[str, object] = {
         "X_LAST": x_last,
         "DY_LAST": dy_last,
         "X_VECTOR": x_vector,
         "DY_VECTOR": dy_vector,
         "WEIGHT": args.weight is not None,
-        "INDEX": tl.int64 if wide else tl.int32,
+        "INDEX": tl.int64 if max(offsets, _columns(args)) > WIDE else tl.int32,
         "R": tile.rows,
         "C": tile.columns,
         "P": tile.positions,
