@@ -8,8 +8,13 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
+#: Loads and stores of it in machine code: registers that were spilled.
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 
 class Resources(NamedTuple):
@@ -77,10 +82,24 @@ def sass_of_functions(binary: Path, arch: int, tool: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
+class TritonKernel(NamedTuple):
+    """What became of a `@triton.jit` function."""
+
+    ptx: str
+    cubin: bytes
+    shared: int  # bytes of shared memory
+
+
 def compile_triton(
-    kernel: object, arguments: dict[str, str], constants: dict[str, object], arch: int
-) -> tuple[str, bytes]:
-    """PTX and machine code of a `@triton.jit` function.
+    kernel: object,
+    arguments: dict[str, str],
+    constants: dict[str, object],
+    arch: int,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+) -> TritonKernel:
+    """Compile a `@triton.jit` function.
 
     `arguments` maps a name to a type such as "*fp32" or "i64"; pointers are taken to be aligned and
     integers written "i32:16" to be multiples of 16, as Triton's own launcher finds out.
@@ -98,5 +117,16 @@ def compile_triton(
     }
     signature = {name: signature.get(name, "constexpr") for name in names}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
-    return compiled.asm["ptx"], compiled.asm["cubin"]
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return TritonKernel(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def uses_local_memory(cubin: bytes, arch: int, folder: Path) -> bool | None:
+    """Whether machine code spills registers; None without a tool to look with."""
+    tool = cuobjdump()
+    if tool is None:
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return any(LOCAL_MEMORY.search(sass) for sass in sass_of_functions(path, arch, tool).values())

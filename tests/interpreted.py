@@ -50,6 +50,7 @@ FISHER_CASES = [
     *fisher_cases(),
     FisherCase("row_tiles", (2, 3, 4, 2), (131, 3, 1, 1)),
     FisherCase("col_tiles", (2, 136, 3, 3), (5, 136, 3, 1), padding=(1, 0), **_LAST),
+    FisherCase("bands", (1, 72, 3, 3), (9, 8, 3, 3), padding=(1, 1), groups=9),
     FisherCase("chunk", (2, 8, 8, 8), (20, 8, 1, 1)),
     FisherCase("chunk_and_one", (2, 8, 5, 13), (20, 8, 1, 1), **_LAST),
     FisherCase("chunks", (2, 5, 14, 14), (20, 5, 3, 3), padding=(1, 1)),

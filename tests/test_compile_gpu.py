@@ -17,19 +17,19 @@ import pytest
 import torch
 from gpu_compile import (
     ARCHITECTURES,
+    LOCAL_MEMORY,
     ROOT,
+    TYPE_NAMES,
     compile_cuda,
     compile_triton,
     cuobjdump,
     sass_of_functions,
+    uses_local_memory,
 )
 
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 #: fp32, fp16 and bf16 each read two tensors by at least one vector load.
 MIN_VECTOR_LOADS = 6
-#: Loads and stores of it in machine code: registers that were spilled.
-LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
-TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
 not_interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
@@ -75,16 +75,11 @@ def check_triton(
     vectors: bool,
     architectures: tuple[int, ...] = ARCHITECTURES,
 ) -> None:
-    tool = cuobjdump()
     for arch in architectures:
-        ptx, cubin = compile_triton(kernel, arguments, constants, arch)
-        wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx))
+        compiled = compile_triton(kernel, arguments, constants, arch)
+        wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", compiled.ptx))
         assert wide >= 2 or not vectors, f"sm_{arch}: {wide} loads of 128 bits"
-        if tool:
-            path = folder / "kernel.cubin"
-            path.write_bytes(cubin)
-            for sass in sass_of_functions(path, arch, tool).values():
-                assert not LOCAL_MEMORY.findall(sass), f"sm_{arch}: local memory"
+        assert not uses_local_memory(compiled.cubin, arch, folder), f"sm_{arch}: local memory"
 
 
 @pytest.fixture(scope="module")

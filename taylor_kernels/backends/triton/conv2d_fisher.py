@@ -33,19 +33,23 @@ from taylor_kernels.layout import Conv2dFisherArgs
 
 #: The second launch adds up [parts, results] at once: where results are weights, there are many.
 FINISH_WEIGHTS = (4, 512)
+#: Tiles of rows that run side by side, so that what they read together stays in the L2 cache.
+BAND = tl.constexpr(8)
 #: The interpreter multiplies bfloat16 as if it were integers.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def _program(row_tiles, col_tiles, share, batch):
-    """Tile of columns, tile of rows, split, and the examples from `first` to before `last`."""
+    """Tile of rows, tile of columns, split, and the examples from `first` to before `last`."""
     block = tl.program_id(0).to(tl.int64)
-    col_tile = block % col_tiles
-    row_tile = block // col_tiles % row_tiles
-    split = block // col_tiles // row_tiles
+    split = block // row_tiles // col_tiles
+    tile = block % (row_tiles * col_tiles)
+    top = tile // (BAND * col_tiles) * BAND
+    band = tl.minimum(row_tiles - top, BAND)
+    place = tile % (BAND * col_tiles)
     first = split * share
-    return col_tile, row_tile, split, first, tl.minimum(first + share, batch)
+    return top + place % band, place // band, split, first, tl.minimum(first + share, batch)
 
 
 @triton.jit
@@ -98,7 +102,7 @@ def product_kernel(
     R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """R filters of a group times C columns, P positions at a time."""
-    col_tile, row_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
+    row_tile, col_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
     tiles = tl.cdiv(filters, R)
     group = row_tile // tiles
     # The compiler takes from these products how addresses are aligned.
@@ -170,7 +174,7 @@ def direct_kernel(
     R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """R filters, counted through the groups, times C columns, P positions at a time."""
-    col_tile, row_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
+    row_tile, col_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
     rows = groups * FILTERS
     if DY_LAST:
         rows = rows // DY_VECTOR * DY_VECTOR
