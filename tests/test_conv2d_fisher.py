@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import cases
 import pytest
 import torch
@@ -46,6 +49,30 @@ def test_float64_stays_float64(backend, case):
         got = tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend=backend)
         assert got.dtype == torch.float64
         torch.testing.assert_close(got, cases.fisher_reference64(x, dy, case, scaled)[0])
+
+
+# Shapes past the CPU kernel's limits, in both directions where there are two.
+BEYOND = [
+    cases.FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
+    cases.FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
+    cases.FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
+    cases.FisherCase("channels", (3, 600, 2, 2), (9, 600, 1, 1)),
+    cases.FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
+    cases.FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", BEYOND, ids=lambda case: case.name)
+def test_every_instruction_set_beyond_its_limits(case, each_isa, poisoned_memory):
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("image", [(150, 170), (1, 20000), (20000, 1)], ids=str)
+def test_long_sums_of_one_sign_keep_their_precision(image, each_isa):
+    case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
+    x, dy, _ = (t.abs() for t in cases.random_fisher_inputs(case, torch.float32))
+    got = tk.conv2d_fisher(x, case.size, dy, backend="cpu")
+    cases.assert_close(got, *cases.fisher_reference64(x, dy, case))
 
 
 def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
@@ -131,8 +158,7 @@ def test_of_a_linear_softmax_model_is_its_closed_form():
 
 
 def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
-    several = cases.FisherCase("several", (40, 64, 33, 9), (70, 64, 3, 3), padding=(1, 1))
-    for case in (several, *cases.fisher_cases()):
+    for case in (*BEYOND, *cases.fisher_cases()):
         x, dy, weight = cases.random_fisher_inputs(case, torch.float32)
         for scaled in (None, weight):
             runs = []
@@ -155,6 +181,28 @@ def test_non_finite_values_reach_their_filter_and_no_other(backend, groups):
         got = tk.conv2d_fisher(x, size, dy, 1, 1, groups=groups, weight=weight, backend=backend)
         bad = ~got.isfinite().flatten(1).all(1) if weight is None else ~got.isfinite()
         assert bad.nonzero().flatten().tolist() == [3, 7]
+
+
+def test_with_a_weight_nothing_of_its_size_is_allocated():
+    script = """
+import resource
+import torch
+import taylor_kernels as tk
+
+def growth(weight):  # of the most memory this process ever had, in MiB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tk.conv2d_fisher(x, (2048, 1024, 3, 3), dy, 1, 1, weight=weight, backend="cpu")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+x, dy, weight = torch.ones(3, 1024, 2, 2), torch.ones(3, 2048, 2, 2), torch.ones(2048, 1024, 3, 3)
+tk.conv2d_fisher(x[:, :4], (2048, 4, 3, 3), dy, 1, 1, backend="cpu")
+ballast = torch.ones(256, 2**18)  # more than was ever in use and then freed
+print(growth(weight), growth(None))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with_weight, without = map(int, run.stdout.split())
+    assert without >= 70  # the result has 72 MiB: this measurement would see them
+    assert with_weight <= 8
 
 
 def test_large_and_small_factors_do_not_overflow_apart():
