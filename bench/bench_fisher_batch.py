@@ -13,7 +13,6 @@ from bench.bench_fisher_step import (
     NETWORKS,
     OURS,
     PLAIN,
-    SLOWEST_ROUNDS,
     problem,
     provider,
     relative,
@@ -35,8 +34,8 @@ def expected_seconds(network: str, images: int) -> float:
 @pytest.mark.parametrize("way", [PLAIN, OURS, LOOP])
 @pytest.mark.parametrize("images", BATCHES)
 @pytest.mark.parametrize(("network", "on"), [("convnet", "cpu"), ("resnet18", "cpu")])
-def bench_fisher_batch(network, on, images, way, device, small, measured, record, rounds) -> None:
-    if small and images > BATCHES[1]:
+def bench_fisher_batch(network, on, images, way, device, quick, measured, record, rounds) -> None:
+    if quick and images > BATCHES[1]:
         pytest.skip("too large for a quick run")
     seconds = expected_seconds(network, images)
     if way == LOOP and seconds > LONGEST_S:
@@ -45,7 +44,7 @@ def bench_fisher_batch(network, on, images, way, device, small, measured, record
 
     def providers() -> list[Provider]:
         data = problem(network, images, NETWORKS[network][2], device)
-        return [provider(label, *data, SLOWEST_ROUNDS if label == LOOP else None) for label in ways]
+        return [provider(label, *data, quick=quick) for label in ways]
 
     case = ("fisher_batch", network, f"{images} images")
     results = measured.get(case, providers, rounds(ROUNDS))

@@ -37,11 +37,12 @@ PLAIN = "forward + backward"
 OURS = "ours, in tk.scoring"
 LOOP = "Torch-Pruning's loop"
 CHUNK = 8
-WAYS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Step], int]] = {
-    PLAIN: (fisher_steps.Plain, ROUNDS),
-    OURS: (partial(fisher_steps.Ours, scoring=True), ROUNDS),
-    "ours, with weight gradients": (partial(fisher_steps.Ours, scoring=False), ROUNDS),
-    "unfold + matmul hooks": (fisher_steps.UnfoldHooks, ROUNDS),
+#: label -> how to set it up, and the rounds it takes part in; None: all
+WAYS: dict[str, tuple[Callable[[nn.Module, Tensor, Tensor], Step], int | None]] = {
+    PLAIN: (fisher_steps.Plain, None),
+    OURS: (partial(fisher_steps.Ours, scoring=True), None),
+    "ours, with weight gradients": (partial(fisher_steps.Ours, scoring=False), None),
+    "unfold + matmul hooks": (fisher_steps.UnfoldHooks, None),
     "batch-1 loop": (fisher_steps.ExampleByExample, SLOW_ROUNDS),
     f"vmap(grad), {CHUNK} at a time": (
         partial(fisher_steps.Functorch, chunk=CHUNK),
@@ -81,10 +82,10 @@ def problem(
 
 
 def provider(
-    label: str, model: nn.Module, x: Tensor, y: Tensor, expected: Scores, rounds: int | None = None
+    label: str, model: nn.Module, x: Tensor, y: Tensor, expected: Scores, *, quick: bool = False
 ) -> Provider:
-    """One of `WAYS`, checked against the expected scores."""
-    make, most = WAYS[label]
+    """One of `WAYS`, checked against the expected scores; `quick` gives slow ones one round."""
+    make, rounds = WAYS[label]
     tolerance = TOLERANCE[x.device.type]
 
     def build() -> Provider:
@@ -96,10 +97,11 @@ def provider(
             "ours" if label == OURS else "extra" if label.startswith("ours") else "peer",
             step.family,
             step.before,
-            min(most, rounds or most),
+            1 if quick and rounds else rounds,
         )
 
-    return build() if label in (PLAIN, OURS) else or_reason(label, build)
+    ours = label.startswith("ours")
+    return build() if ours or label == PLAIN else or_reason(label, build)
 
 
 def relative(results: dict[str, Result], label: str) -> dict[str, float | None]:
@@ -115,16 +117,17 @@ def relative(results: dict[str, Result], label: str) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize(("network", "on", "threads", "way"), CASES)
-def bench_fisher_step(network, on, threads, way, device, small, measured, record, rounds) -> None:
+def bench_fisher_step(network, on, threads, way, device, quick, measured, record, rounds) -> None:
     _, images, side = NETWORKS[network]
-    images = 4 if small else images
+    if quick and on == "cpu":
+        images = 4
     where = on if threads is None else f"{threads} thread{'s' * (threads > 1)}"
     case = ("fisher_step", network, where)
-
     ways = WAYS if on == "cpu" else GPU_WAYS
 
     def providers() -> list[Provider]:
-        return [provider(label, *problem(network, images, side, device)) for label in ways]
+        data = problem(network, images, side, device)
+        return [provider(label, *data, quick=quick) for label in ways]
 
     with use_threads(threads):
         results = measured.get(case, providers, rounds(ROUNDS))

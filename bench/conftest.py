@@ -94,14 +94,13 @@ def bandwidth(device: torch.device) -> float | None:
 
 
 @pytest.fixture(scope="session")
-def rounds(pytestconfig: pytest.Config) -> Callable[[int], int]:
-    return lambda full: max(2, full // 8) if pytestconfig.getoption("--quick") else full
+def quick(pytestconfig: pytest.Config) -> bool:
+    return pytestconfig.getoption("--quick")
 
 
 @pytest.fixture(scope="session")
-def small(pytestconfig: pytest.Config, device: torch.device) -> bool:
-    """Whether to shrink what takes long on a CPU; a GPU has the time even for a quick run."""
-    return pytestconfig.getoption("--quick") and device.type == "cpu"
+def rounds(quick: bool) -> Callable[[int], int]:
+    return lambda full: max(2, full // 8) if quick else full
 
 
 class Measured:

@@ -34,7 +34,8 @@ class Provider:
             `extra` (shown, but in no comparison).
         family: peers of one family are ways to use the same tool; targets name families.
         before: runs untimed before each call.
-        rounds: takes part in so many rounds at most; for those that take seconds.
+        rounds: takes part in so many rounds at most, and not in the one to warm up; for those that
+            take seconds.
     """
 
     label: str
@@ -122,7 +123,7 @@ def measure(
         for turn in range(-1, rounds):  # the turn before the first only warms up
             progress.say(f"round {max(turn, 0) + 1} of {rounds}")
             for provider in shuffled.sample(able, len(able)):
-                if provider.rounds is not None and turn >= provider.rounds:
+                if provider.rounds is not None and not 0 <= turn < provider.rounds:
                     continue
                 provider.before()
                 seconds = _time(provider.run, flush)
