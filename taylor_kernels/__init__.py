@@ -8,6 +8,7 @@ from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available as backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
+from taylor_kernels.labels import draw_labels
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -23,6 +24,7 @@ __all__ = [
     "backends",
     "conv2d_fisher",
     "criterion_names",
+    "draw_labels",
     "filter_moments",
     "gate_gradients",
     "linear_fisher",

@@ -27,11 +27,11 @@ class _StartGraph(torch.autograd.Function):
 
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[nn.Module]:
-    """Score with `taylor_fo_gate` or `taylor_fo_bn` at two thirds of the cost of a training step.
+    """Score with `taylor_fo_gate`, `taylor_fo_bn` or `obd_fisher` without weight gradients.
 
     Inside, no parameter requires a gradient, so backward() computes none: neither the products
     for them nor their memory. Gradients of activations flow from the loss back to the output of
-    the first convolution or linear layer, which is all that gates need. On leaving, every
+    the first convolution or linear layer, which is all that they need. On leaving, every
     parameter's `requires_grad` is as it was; `.grad` is never touched.
 
         imp = tk.Importance(model, "taylor_fo_gate")

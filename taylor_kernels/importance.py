@@ -36,23 +36,38 @@ class Importance:
     The meter reads gradients and activations, and changes neither: a training step gives the same
     bits with it and without it. Forward passes under torch.no_grad() are not seen.
 
+    Criteria of second order that need more than one backward pass run the model themselves
+    (`needs_closure`), in place of backward():
+
+        imp = tk.Importance(model, "taylor_so_diag")
+        for x, y in batches:
+            imp.update(closure=lambda: loss_fn(model(x), y))
+
+    They leave what a forward pass leaves: `.grad`, `requires_grad` and the mode stay as they were.
+
     Defined behaviour, by example:
         layer used twice: its weights' gradients, and its gate's, add up over the uses.
         gradient accumulation: backward() several times, then update() once; weight criteria and
-            `taylor_fo_bn` see the summed gradient, `taylor_fo_gate` every example.
+            `taylor_fo_bn` see the summed gradient, `taylor_fo_gate` and `obd_fisher` every example.
         weights whose gradient is None (not reached): a gradient of zero; but if no layer has a
             gradient, update() raises.
         frozen weights: left out with a warning under criteria that read weight gradients, an error
             if named in `layers`. Gate criteria do not need them.
         frozen BatchNorm, or one without affine parameters: its gate is read off its output.
         BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
-            the scores are those of the network in that mode.
+            the scores are those of the network in that mode. In train mode it mixes examples; what
+            is squared example by example (`taylor_fo_gate`, `obd_*`, `taylor_so_diag`) is then the
+            gradient of the minibatch's loss in the example's own share of a gate or a weight, the
+            way through the batch's statistics included.
         in-place operations after a layer: detected; a copy is kept where it is needed.
+        two layers with one weight: weight criteria give both the score of the one parameter,
+            `obd_fisher` each that of its own use.
         several calls of the model before one backward(): the examples of each are examples of
             their own. Gradients taken by torch.autograd.grad() in between are counted too.
         activation checkpointing: as without, but inside scoring() only with use_reentrant=False.
-        torch.compile: make the meter first, then compile.
+        torch.compile: make the meter first, then compile; in a closure, call the model as it was.
         nn.DataParallel: not supported, its replicas are no part of the model.
+        DistributedDataParallel: hand over the module inside it, and call that in a closure.
 
     close() takes the hooks off the model; so does the end of the meter's life.
 

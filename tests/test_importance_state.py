@@ -121,3 +121,23 @@ def test_a_foreign_state_changes_nothing():
         with pytest.raises(ValueError, match=message):
             imp.load_state_dict(bad)
     assert all(score.equal(before[name]) for name, score in imp.compute().items())
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_gate", "obd_fisher", "obd_bn", "taylor_so_bn"])
+def test_a_layer_that_returns_no_tensor_is_named(criterion):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.head = Pair(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.pair(x)[0])
+
+    model, x = Net(), torch.randn(5, 4)
+    imp = tk.Importance(model, criterion)
+    with pytest.raises(TypeError, match="pair returned tuple, not a tensor"):
+        imp.update(closure=lambda: model(x).square().mean()) if imp.needs_closure else model(x)

@@ -16,9 +16,12 @@ import taylor_kernels as tk
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def scores(model: nn.Module, criterion: str, loss: Callable[[], Tensor], **options) -> dict:
+def scores(
+    model: nn.Module, criterion: str, loss: Callable[[], Tensor], *, updates: int = 1, **options
+) -> dict[str, Tensor]:
     imp = tk.Importance(model, criterion, **options)
-    imp.update(closure=loss)
+    for _ in range(updates):
+        imp.update(closure=loss)
     result = imp.compute()
     imp.close()
     return result
@@ -138,3 +141,269 @@ def test_taylor_so_bn_takes_the_row_sums_of_the_hessian_of_all_gates(train):
     slope, hessian = gate_expansion(model, nets.GATED, lambda: nets.loss_of(model, data))
     got = scores(model, "taylor_so_bn", lambda: nets.loss_of(model, data))
     close(got, (slope - hessian.sum(1) / 2).square())
+
+
+def weight_expansion(
+    model: nn.Module, names: list[str], loss: Callable[[], Tensor]
+) -> tuple[list[Tensor], Tensor, Tensor, Callable[[Tensor], list[Tensor]]]:
+    """Weights, gradient and Hessian of the loss in the weights of these layers, and how to split
+    what has the length of all of them into [filters, rest] per layer."""
+    layers = [model.get_submodule(name) for name in names]
+    weights = [layer.weight for layer in layers]
+    grads = torch.autograd.grad(loss(), weights, create_graph=True)
+    flat = torch.cat([g.flatten() for g in grads])
+    rows = [torch.autograd.grad(entry, weights, retain_graph=True) for entry in flat]
+    hessian = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+
+    def split(values: Tensor) -> list[Tensor]:
+        parts = values.split([w.numel() for w in weights])
+        return [
+            nets.filters_first(layer, part.view_as(layer.weight))
+            for layer, part in zip(layers, parts, strict=True)
+        ]
+
+    return [w.detach() for w in weights], flat.detach(), hessian, split
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh().square())
+
+
+ONCE = {
+    "once_differentiable": (Once.apply, "whose backward is marked once_differentiable"),
+    "cdist": (lambda x: torch.cdist(x[None], x[None])[0], "_cdist_backward.* is not implemented"),
+}
+
+
+@pytest.mark.parametrize("operation", ONCE)
+@pytest.mark.parametrize("criterion", ["taylor_so_bn"])
+def test_a_model_that_cannot_be_differentiated_twice_is_one_clear_error(criterion, operation):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.operation = ONCE[operation][0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.operation(self.a(x)))
+
+    model, x = Net(), torch.randn(5, 4)
+    message = rf"differentiated twice: .*{ONCE[operation][1]}.*use taylor_so_diag or obd_fisher"
+    with pytest.raises(RuntimeError, match=message):
+        scores(model, criterion, lambda: model(x).square().mean())
+    instead = scores(model, "taylor_so_diag", lambda: model(x).square().mean())
+    assert all(score.isfinite().all() for score in instead.values())
+
+
+@pytest.mark.parametrize("criterion", ["taylor_so_bn"])
+def test_fused_attention_is_no_obstacle(criterion):
+    class Attention(nn.Module):
+        def __init__(self, fused: bool) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 3)
+            self.fused = fused
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            if self.fused:
+                x = F.scaled_dot_product_attention(q, k, v)
+            else:
+                x = (q @ k.mT / 8**0.5).softmax(-1) @ v
+            return self.out(x.mean(1))
+
+    fused, plain = Attention(True).double(), Attention(False).double()
+    fused.load_state_dict(plain.state_dict())
+    x, y = torch.randn(4, 6, 8, dtype=torch.float64), torch.randint(0, 3, (4,))
+    expected = scores(plain, criterion, lambda: F.cross_entropy(plain(x), y))
+    got = scores(fused, criterion, lambda: F.cross_entropy(fused(x), y))
+    close(got, torch.cat(list(expected.values())).double())
+
+
+@pytest.mark.parametrize("classes", [33, 40])
+def test_many_outputs_are_probed_without_bias(classes):
+    """Above 32 outputs the curvature of gates comes from random combinations of its root."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, classes)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.randint(0, classes, (5,))
+
+    def closure() -> Tensor:
+        return F.cross_entropy(3 * model(x), y)
+
+    _, hessian = gate_expansion(model, {"0": "0", "2": "2"}, closure)
+    imp = tk.Importance(model, "obd_bn")
+    for _ in range(60):
+        imp.update(closure=closure)
+    got = torch.cat(list(imp.compute().values())).double()
+    error = torch.cat(list(imp.standard_error().values())).double()
+    live = error > 0  # a gate of a neuron that is off has no curvature at all
+    deviation = (got - hessian.diagonal() / 2)[live] / error[live]
+    assert deviation.abs().max() < 5
+    assert live.sum() > classes
+    spread = error[live] * 60**0.5 / got[live]
+    assert spread.median() < 1  # a probe alone tells the order of magnitude
+
+
+def test_obd_fisher_mc_is_the_gauss_newton_diagonal_without_bias():
+    model, (x, y) = nets.mixed(train=False), nets.batch(4)
+    names = ["stem", "fc"]
+    weights = [model.get_submodule(name).weight for name in names]
+
+    def closure() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    expected = [torch.zeros_like(w) for w in weights]
+    for one in x:
+        out = model(one[None])[0]
+        p = out.detach().softmax(0)
+        rows = [torch.autograd.grad(o, weights, retain_graph=True) for o in out]
+        for i in range(len(weights)):
+            jacobian = torch.stack([row[i] for row in rows])
+            mean = torch.tensordot(p, jacobian, 1)
+            expected[i] += (torch.tensordot(p, jacobian.square(), 1) - mean.square()) / len(x)
+    expected = torch.cat(
+        [
+            (e * w.detach().square()).flatten(1).sum(1) / 2
+            for e, w in zip(expected, weights, strict=True)
+        ]
+    )
+    imp = tk.Importance(model, "obd_fisher_mc", layers=names)
+    for _ in range(100):
+        imp.update(closure=closure)
+    got = torch.cat(list(imp.compute().values())).double()
+    deviation = (got - expected) / torch.cat(list(imp.standard_error().values())).double()
+    assert deviation.abs().max() < 5
+    assert 0.2 < deviation.square().mean() < 4
+
+
+def test_obd_fisher_with_drawn_labels_is_the_fisher_of_a_linear_softmax_model():
+    """In closed form: Σ_k w_k² mean_n p(1 − p) x_k²."""
+    model = nn.Linear(6, 4, bias=False).double()
+    x = torch.randn(30, 6, dtype=torch.float64)
+    p = model(x).softmax(1).detach()
+    diagonal = torch.einsum("no,ni->oi", p * (1 - p), x.square()) / len(x)
+    expected = (diagonal * model.weight.detach().square()).sum(1) / 2
+    generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+    imp = tk.Importance(model, "obd_fisher")
+    for _ in range(300):
+        out = model(x)
+        F.cross_entropy(out, tk.draw_labels(out, generator=generator)).backward()
+        imp.update()
+    deviation = (imp.compute()[""].double() - expected) / imp.standard_error()[""].double()
+    assert deviation.abs().max() < 5
+
+    probed = tk.Importance(model, "obd_fisher_mc")
+    for _ in range(300):
+        probed.update(closure=lambda: F.cross_entropy(model(x), torch.zeros(30, dtype=torch.int64)))
+    error = probed.standard_error()[""].double()
+    assert ((probed.compute()[""].double() - expected) / error).abs().max() < 5
+
+
+def test_draw_labels():
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(40, 50, 3)
+    generator = torch.Generator().manual_seed(1)
+    labels = tk.draw_labels(logits, generator=generator)
+    assert labels.shape == (40, 50)
+    assert labels.dtype == torch.int64
+    counts = torch.bincount(labels.flatten(), minlength=3) / 2000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), rtol=0, atol=0.06)
+    assert tk.draw_labels(logits, generator=generator.manual_seed(1)).equal(labels)
+    assert tk.draw_labels(logits.half().requires_grad_()).shape == (40, 50)
+    assert tk.draw_labels(torch.zeros(0, 4, 3)).shape == (0, 4)
+    for bad, error, message in (
+        (torch.zeros(3, dtype=torch.int64), TypeError, "logits: expected a floating tensor"),
+        ([1.0], TypeError, "logits: expected a floating tensor, got list"),
+        (torch.zeros(()), ValueError, r"logits: has shape \(\)"),
+        (torch.zeros(3, 0), ValueError, r"logits: has shape \(3, 0\)"),
+    ):
+        with pytest.raises(error, match=message):
+            tk.draw_labels(bad)
+
+
+def test_outputs_beyond_what_the_curvature_is_formed_of():
+    model = nn.Linear(3, 1025)
+    with pytest.raises(ValueError, match=r"1025 outputs per example.*use taylor_so_bn"):
+        scores(model, "obd_bn", lambda: model(torch.randn(2, 3)).square().mean())
+    model = nn.Linear(3, 200).double()  # images of classes, say: all of an example are its outputs
+    x = torch.randn(3, 3, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return model(x).view(3, 4, 50).logsumexp(1).sum()
+
+    weights, _, _, _ = weight_expansion(model, [""], closure)
+    imp = tk.Importance(model, "obd_bn")
+    for _ in range(40):
+        imp.update(closure=closure)
+    ones = torch.ones(200, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(
+        lambda g: (
+            (F.linear(x, weights[0], model.bias.detach()) * g).view(3, 4, 50).logsumexp(1).sum()
+        ),
+        ones,
+    )
+    expected = hessian.diagonal() / 2
+    error = imp.standard_error()[""].double() + 1e-6 * expected  # some are hit exactly
+    assert ((imp.compute()[""].double() - expected) / error).abs().max() < 6
+
+
+@pytest.mark.parametrize("criterion", ["obd_bn", "obd_fisher_mc"])
+def test_layers_whose_examples_are_not_those_of_the_output(criterion):
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.tokens(x.flatten(0, 1)).view(*x.shape[:2], 5).mean(1))
+
+    model, x = Flat(), torch.randn(3, 6, 4)
+    with pytest.raises(RuntimeError, match=r"tokens: was given 18 examples .* returned 3"):
+        scores(model, criterion, lambda: model(x).square().mean())
+    got = scores(model, criterion, lambda: model(x).square().mean(), layers=["head"])
+    assert (got["head"] > 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["obd_bn", "taylor_so_diag", "obd_fisher_mc"])
+def test_what_is_not_finite_reaches_the_scores(criterion):
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    x[2, 1] = float("nan")
+    got = scores(model, criterion, lambda: F.cross_entropy(model(x), torch.zeros(5).long()))
+    assert got[""].isnan().all()
+
+
+@pytest.mark.parametrize("criterion", ["obd_bn", "obd_fisher_mc"])
+def test_a_loss_without_curvature_at_the_output(criterion):
+    model = nn.Linear(4, 3)
+    got = scores(model, criterion, lambda: model(torch.randn(5, 4)).abs().sum())
+    assert got[""].equal(torch.zeros(3))
+
+
+CRITERIA = ["taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_bfloat16_autocast(criterion):
+    torch.manual_seed(0)
+    model, (x, y) = nets.mixed(train=False).float(), nets.batch(16)
+    x = x.float()
+
+    def closure(enabled: bool) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return F.cross_entropy(model(x), y)
+
+        return loss
+
+    updates = 100 if criterion == "obd_fisher_mc" else 1  # the root of H turns with rounding
+    exact, rounded = (scores(model, criterion, closure(b), updates=updates) for b in (False, True))
+    for name, expected in exact.items():
+        got = rounded[name]
+        assert got.dtype == torch.float32
+        assert (got - expected).norm() < 0.15 * expected.norm(), name

@@ -21,18 +21,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from taylor_kernels.sources.base import (
-    Closure,
-    Layers,
-    Source,
-    check_closure,
-    filter_count,
-    find_layers,
-)
+from taylor_kernels.sources.base import Closure, Source, check_closure
 from taylor_kernels.sources.fisher import Fisher, FisherProbe
 from taylor_kernels.sources.gate_curvature import GateCurvature
 from taylor_kernels.sources.gate_products import GateProducts
 from taylor_kernels.sources.gates import ExampleGates, Gates
+from taylor_kernels.sources.layers import Layers, filter_count, find_layers
 from taylor_kernels.sources.loss_change import LossChange
 from taylor_kernels.sources.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 
 from taylor_kernels._scoring import scoring
-from taylor_kernels.sources.base import Closure, Layers
+from taylor_kernels.sources.base import Closure
+from taylor_kernels.sources.layers import Layers
 from taylor_kernels.sources.passes import WatchesPasses, inside_backward
 
 
@@ -60,10 +61,8 @@ class InClosure(WatchesPasses):
         assert closure is not None
         self._watching = True
         try:
-            with (
-                differentiating(),
-                scoring(self.model),
-            ):  # to the end: a checkpoint runs the model again in backward
+            # Around the backward passes too: a checkpoint runs the model again in them.
+            with differentiating(), scoring(self.model):
                 tables = self._tables_of(closure)
             self._check()
             return tables
@@ -130,11 +129,11 @@ def check_examples(name: str, examples: int, batch: int) -> None:
 
 @contextmanager
 def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
-    """What the model returns, call by call; half types are widened, for the loss's curvature."""
+    """What the model returns, call by call."""
     outputs: list[Any] = []
 
     def keep(_: nn.Module, __: tuple, output: Any) -> Any:
-        outputs.append(tree_map_only(Tensor, _widened, output))
+        outputs.append(tree_map(_apart, output))
         return outputs[-1]
 
     handle = model.register_forward_hook(keep)
@@ -144,8 +143,20 @@ def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _apart(part: Any) -> Any:
+    """The same values behind the output of the last layer, whose tap must not see what flows back
+    to here; half types widened, so that the loss's curvature is not rounded to them."""
+    if isinstance(part, Tensor):
+        half = part.dtype in (torch.float16, torch.bfloat16)
+        return part.float() if half else part.view_as(part)
+    if not _is_record(part):
+        return part
+    fields = [field.name for field in dataclasses.fields(part) if field.init]
+    return dataclasses.replace(part, **{f: tree_map(_apart, getattr(part, f)) for f in fields})
+
+
+def _is_record(part: object) -> bool:
+    return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
 def _only_output(outputs: Sequence[Any]) -> Tensor:
@@ -158,7 +169,7 @@ def _only_output(outputs: Sequence[Any]) -> Tensor:
     found = [
         leaf
         for part in tree_leaves(outputs[0])
-        for leaf in tree_leaves(vars(part) if dataclasses.is_dataclass(part) else part)
+        for leaf in tree_leaves(vars(part) if _is_record(part) else part)
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() and leaf.numel()
     ]
     if len(found) != 1:

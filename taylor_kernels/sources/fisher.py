@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from taylor_kernels.sources.base import (
-    Closure,
-    Hook,
-    Layer,
-    Layers,
-    eval_mode,
-    filter_count,
-    version_of,
-)
+from taylor_kernels.sources.base import Closure, Hook, eval_mode, version_of
 from taylor_kernels.sources.closure import FromOutput, check_examples
 from taylor_kernels.sources.layer_fisher import Use, example_count, layer_fisher
+from taylor_kernels.sources.layers import Layer, Layers, check_output, filter_count
 from taylor_kernels.sources.output_curvature import curvature_root, sign_probe
 from taylor_kernels.sources.passes import (
     NOTHING_SEEN,
@@ -105,8 +98,9 @@ class _Fishers(WatchesPasses):
         ]
 
     def _on_layer(
-        self, name: str, layer: Layer, args: tuple, kwargs: dict[str, Any], output: Tensor
+        self, name: str, layer: Layer, args: tuple, kwargs: dict[str, Any], output: object
     ) -> None:
+        output = check_output(name, output)
         self._on_call()
         here = self._passes.get(name)
         if here is None or here.number != self._pass:

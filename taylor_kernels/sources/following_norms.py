@@ -13,7 +13,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.sources.base import Hook, Layers, Source, remove_all, version_of
+from taylor_kernels.sources.base import Hook, Source, remove_all, version_of
+from taylor_kernels.sources.layers import Layers, check_output
 
 OnOutput = Callable[[str, Tensor], None]
 OnNorm = Callable[[str | None, _BatchNorm, Tensor, Tensor], None]
@@ -55,11 +56,7 @@ class FollowingNorms:
         return self._following[name]
 
     def _after_layer(self, name: str, layer: nn.Module, inputs: tuple, output: object) -> None:
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{name} returned {type(output).__name__}, not a tensor, so its output cannot be "
-                "scored; leave it out with layers="
-            )
+        output = check_output(name, output)
         key, producers = id(output), self._producers
         known = weakref.ref(output, lambda _: producers.pop(key, None))
         producers[key] = (known, version_of(output), name)

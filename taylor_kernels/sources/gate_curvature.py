@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Layers, filter_count
 from taylor_kernels.sources.closure import FromOutput, check_examples
 from taylor_kernels.sources.gates import _Gates
+from taylor_kernels.sources.layers import Layers, filter_count
 from taylor_kernels.sources.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
 
 #: Few columns of the curvature's root have a backward pass each, and the result is exact; of more,
@@ -28,14 +28,16 @@ class GateCurvature(FromOutput, _Gates):
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
+        self._batch = 0
         self._received: dict[str, Tensor] = {}  # [N, F], of one backward pass
 
     def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+        self._batch = output.size(0)
         root = curvature_root(loss, output)
-        slopes = self._gates_of(loss, None, output)
+        slopes = self._gates_of(loss, None)
         bends = [torch.zeros_like(slope[0]) for slope in slopes]
         for column in self._columns(root):
-            gates = self._gates_of(output, column.view_as(output).to(output), output)
+            gates = self._gates_of(output, column.view_as(output).to(output))
             for bend, gate in zip(bends, gates, strict=True):
                 bend += gate.square().sum(0)
         return [torch.stack((s.sum(0), h), 1) for s, h in zip(slopes, bends, strict=True)]
@@ -49,26 +51,21 @@ class GateCurvature(FromOutput, _Gates):
         for _ in range(_PROBES):
             yield sign_probe(root, generator) / _PROBES**0.5
 
-    def _gates_of(self, tensor: Tensor, gradient: Tensor | None, output: Tensor) -> list[Tensor]:
+    def _gates_of(self, tensor: Tensor, gradient: Tensor | None) -> list[Tensor]:
         """[N, F] per layer: gate gradients of one backward pass."""
         self._received = {}
         self._backward(tensor, gradient)
-        n = output.size(0)
-        for name, gates in self._received.items():
-            check_examples(name, gates.size(0), n)
         return [
             self._received[name]
             if name in self._received
-            else layer.weight.new_zeros(n, filter_count(layer), dtype=torch.float32)
+            else layer.weight.new_zeros(self._batch, filter_count(layer), dtype=torch.float32)
             for name, layer in self.layers.items()
         ]
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        check_examples(name, gates.size(0), self._batch)
         known = self._received.get(name)
-        if known is None or known.shape != gates.shape:
-            self._received[name] = gates
-        else:
-            self._received[name] = known + gates
+        self._received[name] = gates if known is None else known + gates
 
     def discard(self) -> None:
         super().discard()

@@ -9,18 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from taylor_kernels.layout import accumulator
-from taylor_kernels.sources.base import (
-    Closure,
-    Hook,
-    Layer,
-    Layers,
-    channel_dim,
-    filter_count,
-    remove_all,
-)
+from taylor_kernels.sources.base import Closure, Hook, remove_all
 from taylor_kernels.sources.closure import InClosure, run_closure
 from taylor_kernels.sources.following_norms import FollowingNorms
 from taylor_kernels.sources.hessian_product import gradient_and_product, twice_differentiable
+from taylor_kernels.sources.layers import Layer, Layers, channel_dim, check_output, filter_count
 from taylor_kernels.sources.passes import inside_backward
 
 
@@ -75,8 +68,8 @@ class GateProducts(InClosure):
         self._norms.close()
         super().close()
 
-    def _gate_layer(self, name: str, layer: Layer, _: tuple, output: Tensor) -> Tensor | None:
-        return self._gated(name, output, channel_dim(layer))
+    def _gate_layer(self, name: str, layer: Layer, _: tuple, output: object) -> Tensor | None:
+        return self._gated(name, check_output(name, output), channel_dim(layer))
 
     def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
         known, number = self._by_output.get(id(input), (None, 0))

@@ -17,8 +17,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.sources.base import Closure, Hook, Layers, filter_count
+from taylor_kernels.sources.base import Closure, Hook
 from taylor_kernels.sources.following_norms import FollowingNorms
+from taylor_kernels.sources.layers import Layers, filter_count
 from taylor_kernels.sources.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.sources.taps import Taps
 

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
-from taylor_kernels.sources.base import Layer
+from taylor_kernels.sources.layers import Layer
 
 #: The input of one use of a layer, and the gradient of its output.
 Use = tuple[Tensor, Tensor]

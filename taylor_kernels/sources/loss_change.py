@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Closure, channel_dim, eval_mode, filter_count
+from taylor_kernels.sources.base import Closure, eval_mode
 from taylor_kernels.sources.following_norms import KnowsNorms
+from taylor_kernels.sources.layers import channel_dim, filter_count
 
 #: A filter: the name of its layer and its number in it.
 Filter = tuple[str, int]

@@ -41,7 +41,7 @@ def curvature_root(loss: Tensor, output: Tensor) -> Tensor:
     if not hessian.isfinite().all():
         return hessian  # what is not finite reaches the scores
     if size > FEW_OUTPUTS:
-        rounding = 8 * torch.finfo(torch.float32).eps * hessian.diagonal(0, 1, 2).amax(1)
+        rounding = 8 * torch.finfo(hessian.dtype).eps * hessian.diagonal(0, 1, 2).amax(1)
         shift = torch.eye(size).to(hessian) * (rounding + 1e-30)[:, None, None]
         root, failed = torch.linalg.cholesky_ex(hessian + shift)
         if not failed.any():

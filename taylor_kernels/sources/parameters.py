@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
-from taylor_kernels.sources.base import Closure, Layer, Layers, Source, filter_axis, filter_count
+from taylor_kernels.sources.base import Closure, Source
 from taylor_kernels.sources.following_norms import KnowsNorms
+from taylor_kernels.sources.layers import (
+    Layer,
+    Layers,
+    by_filter_axis,
+    check_leaf,
+    filter_count,
+    filter_groups,
+)
 
 
 class WeightMoments(Source):
@@ -30,13 +38,12 @@ class WeightMoments(Source):
         weights, grads = self._weights_and_grads()
         layers = list(self.layers.values())
         tables = [torch.empty(0)] * len(layers)
-        for axis in {filter_axis(layer) for layer in layers}:  # transposed convolutions apart
-            chosen = [i for i, layer in enumerate(layers) if filter_axis(layer) == axis]
+        for axis, chosen in by_filter_axis(layers):
             moments = filter_moments(
                 [weights[i] for i in chosen],
                 [grads[i] for i in chosen],
                 dim=axis,
-                groups=[getattr(layers[i], "groups", 1) for i in chosen],
+                groups=[filter_groups(layers[i]) for i in chosen],
                 backend=self.backend,
             )
             for i, table in zip(chosen, moments, strict=True):
@@ -56,12 +63,7 @@ class WeightMoments(Source):
                     f"{name}.weight requires no gradient, so this criterion has nothing to read; "
                     "inside tk.scoring() or with frozen layers use taylor_fo_gate or taylor_fo_bn"
                 )
-            if not weight.is_leaf:
-                raise RuntimeError(
-                    f"{name}.weight is computed from other parameters (a parametrization or a "
-                    "pruning mask), so it holds no gradient; use taylor_fo_gate, or make the "
-                    "parametrization permanent first"
-                )
+            check_leaf(name, weight)
             weights.append(weight.detach())
             grads.append(weight.grad)
         present = [grad for grad in grads if grad is not None]

@@ -9,7 +9,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.sources.base import Closure, Hook, Layers, Source, remove_all
+from taylor_kernels.sources.base import Closure, Hook, Source, remove_all
+from taylor_kernels.sources.layers import Layers
 
 
 class WatchesPasses(Source):

@@ -1,0 +1,131 @@
+"""The layers whose filters are scored, and where in their tensors the filters lie."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+#: A layer whose filters can be scored.
+Layer = _ConvNd | nn.Linear
+Layers = dict[str, Layer]
+
+
+def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:
+    """The convolution and linear layers of a model by name: all, or those that `names` match.
+
+    Args:
+        names: module names; * and ? match as in file names.
+        trainable_only: leave layers with a frozen weight out (with a warning).
+
+    Raises:
+        ValueError: a name matches no such layer; a named layer is frozen though
+            `trainable_only`; nothing is left.
+    """
+    candidates: Layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (_ConvNd, nn.Linear))
+    }
+    if names is None:
+        chosen = candidates
+    else:
+        if isinstance(names, str):
+            raise ValueError(f"layers: expected a sequence of names, got the string {names!r}")
+        chosen = {}
+        for pattern in names:
+            matches = {n: m for n, m in candidates.items() if fnmatchcase(n, pattern)}
+            if not matches:
+                raise ValueError(
+                    f"layers: {pattern!r} matches no convolution or linear layer; "
+                    f"there are {', '.join(candidates) or 'none'}"
+                )
+            chosen |= matches
+    frozen = [n for n, m in chosen.items() if not m.weight.requires_grad] if trainable_only else []
+    if frozen and names is not None:
+        raise ValueError(
+            f"layers: {', '.join(frozen)} have frozen weights, so this criterion has nothing to "
+            "read; unfreeze them or use taylor_fo_gate, which needs no weight gradient"
+        )
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} layers with frozen weights are left out: {', '.join(frozen)}; "
+            "taylor_fo_gate can score them",
+            stacklevel=3,
+        )
+    if names is not None and not chosen:
+        raise ValueError("layers: is empty; name a layer, or pass None for all")
+    for name, layer in chosen.items():
+        if isinstance(layer.weight, UninitializedParameter) or layer.weight.is_meta:
+            raise ValueError(
+                f"model: {name} has no values yet (a lazy module, or the meta device); run the "
+                "model once, or move it to a real device first"
+            )
+    chosen = {n: m for n, m in chosen.items() if n not in frozen}
+    if not chosen:
+        raise ValueError(
+            "model: has no convolution or linear layer"
+            + (" with a trainable weight" if frozen else "")
+            + ", so there is nothing to score"
+        )
+    return chosen
+
+
+def filter_axis(layer: Layer) -> int:
+    """The dimension of the weight that counts output filters: 1 for transposed convolutions."""
+    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+
+
+def channel_dim(layer: Layer) -> int:
+    """The dimension of the layer's output that counts filters, from the end: batch or no batch."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+
+
+def filter_count(layer: Layer) -> int:
+    """How many output filters, or neurons, a layer has."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def check_output(name: str, output: object) -> Tensor:
+    """What a layer returned is a tensor.
+
+    Raises:
+        TypeError: it is not, as in a subclass that returns more.
+    """
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name} returned {type(output).__name__}, not a tensor, so its output cannot be "
+            "scored; leave it out with layers="
+        )
+    return output
+
+
+def check_leaf(name: str, weight: Tensor) -> None:
+    """A layer's weight is a parameter of its own.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if not weight.is_leaf:
+        raise RuntimeError(
+            f"{name}.weight is computed from other parameters (a parametrization or a pruning "
+            "mask), so it holds no gradient; use taylor_fo_gate, or make the parametrization "
+            "permanent first"
+        )
+
+
+def by_filter_axis(layers: Sequence[Layer]) -> Iterator[tuple[int, list[int]]]:
+    """The dimension that counts filters, and the numbers of the layers whose weights have it."""
+    for axis in (0, 1):  # 1: transposed convolutions
+        chosen = [i for i, layer in enumerate(layers) if filter_axis(layer) == axis]
+        if chosen:
+            yield axis, chosen
+
+
+def filter_groups(layer: Layer) -> int:
+    """The groups of a convolution; a linear layer is one."""
+    return 1 if isinstance(layer, nn.Linear) else layer.groups

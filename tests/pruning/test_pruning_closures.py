@@ -1,0 +1,117 @@
+"""Pruning with criteria that run the model themselves."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import taylor_kernels as tk
+from taylor_kernels.criteria import get_criterion
+from taylor_kernels.pruning import Pruner
+from taylor_kernels.sources import make_source, needs_closure
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CLOSURES = [
+    name
+    for name in tk.criterion_names()
+    if name != "oracle" and needs_closure(get_criterion(name).source)
+]
+
+
+def step(pruner: Pruner, model: nn.Module, batch, **options):
+    """What a training loop does: its own pass, then the pruner's."""
+    model.zero_grad()
+    zoo.loss(model, batch).backward()
+    if pruner.needs_closure:
+        options["closure"] = lambda: zoo.loss(model, batch)
+    return pruner.step(**options)
+
+
+@pytest.mark.parametrize("criterion", [*CLOSURES, "obd_fisher"])
+@pytest.mark.parametrize("kind", ["resnet", "mobilenet"])
+def test_reaches_its_target_and_resumes_to_the_same_bits(kind, criterion):
+    model, inputs = zoo.build(kind)
+    twin = copy.deepcopy(model)
+    batches = [zoo.fresh(inputs) for _ in range(40)]
+    options = {"filters": 0.7, "every": 2, "per_step": 0.1}
+    pruner = Pruner(model, inputs, criterion, **options)
+    state = None
+    for number, batch in enumerate(batches):
+        step(pruner, model, batch)
+        if number == 2:
+            state = copy.deepcopy((pruner.state_dict(), model.state_dict()))
+        if pruner.done:
+            break
+    assert pruner.done
+    assert pruner.cost.filters <= 0.7 * pruner.whole.filters
+
+    resumed = Pruner(twin, inputs, criterion, **options)
+    resumed.load_state_dict(state[0])
+    twin.load_state_dict(state[1])
+    for batch in batches[3:]:
+        if resumed.done:
+            break
+        step(resumed, twin, batch)
+    assert [r.removed for r in resumed.history] == [r.removed for r in pruner.history]
+    assert [r.threshold for r in resumed.history] == [r.threshold for r in pruner.history]
+    zoo.loss(pruner.compact(), batches[0]).backward()
+
+
+@pytest.mark.parametrize("criterion", [*CLOSURES, "obd_fisher"])
+def test_tables_of_coupled_filters_add_up(criterion):
+    model, inputs = zoo.build("mobilenet", torch.float64)
+    model.eval()
+    pruner = Pruner(model, inputs, criterion, filters=0.9, every=1, per_step=2)
+    layers = {name: model.get_submodule(name) for name in pruner._plan.scored}
+    source = make_source(get_criterion(criterion).source, model, layers)
+    batch = zoo.fresh(inputs)
+    zoo.loss(model, batch).backward()
+    closure = (lambda: zoo.loss(model, batch)) if pruner.needs_closure else None
+    tables = dict(zip(layers, source.collect(closure=closure), strict=True))
+    groups = list(pruner._network.groups)
+    expected = [
+        get_criterion(criterion).score(
+            sum(tables[slot.owner][slot.index].sum(1) for slot in group.producers)
+        )
+        for group in groups
+    ]
+    pruner.step(closure=closure)
+    assert any(len(group.producers) > 1 for group in groups)
+    for group, want, dead in zip(groups, expected, pruner._network.dead, strict=True):
+        for slot in group.producers:
+            got = pruner.scores()[slot.owner][slot.index][~dead].double()
+            torch.testing.assert_close(
+                got, want[~dead][:, None].double().expand_as(got), rtol=1e-4, atol=1e-12
+            )
+
+
+def test_a_closure_is_given_where_it_is_needed_and_nowhere_else():
+    model, inputs = zoo.build("mlp")
+    closure = partial(zoo.loss, model, inputs)
+    plain, own = (Pruner(model, inputs, c, filters=0.8) for c in ("taylor_fo", "taylor_so_diag"))
+    assert (plain.needs_closure, own.needs_closure) == (False, True)
+    closure().backward()
+    with pytest.raises(ValueError, match="closure: 'taylor_fo' takes none"):
+        plain.step(closure=closure)
+    with pytest.raises(ValueError, match=r"closure: 'taylor_so_diag' runs .*step\(closure="):
+        own.step()
+    plain.step()
+    own.step(closure=closure)
+
+
+def test_the_loss_of_a_closure_is_taken_as_it_is():
+    found = []
+    inputs = zoo.fresh(zoo.build("mlp")[1])
+    for scale in (1.0, 1024.0):
+        model = zoo.build("mlp")[0].eval()
+        pruner = Pruner(model, inputs, "obd_bn", filters=0.95, every=1, per_step=1)
+        pruner.step(closure=partial(zoo.loss, model, inputs), loss_scale=scale)
+        pruner.close()
+        found.append(pruner.history[0].threshold)
+    assert found[0] == found[1] > 0
