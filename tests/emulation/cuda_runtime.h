@@ -3,6 +3,7 @@
 // logic: races, memory spaces and launch limits do not show.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -10,6 +11,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <stdexcept>
 #include <vector>
 
 #define __host__
@@ -36,54 +39,93 @@ inline dim3 blockIdx(0), threadIdx(0), blockDim(0);
 namespace emulation {
 
 constexpr size_t kStack = 128 << 10;
+constexpr size_t kGuard = 256;
+
+// A fiber outlives its block: it runs one kernel body after the other. Only its first turn costs a
+// system call.
+struct Fiber {
+  jmp_buf at;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool running = false;
+};
 
 struct Barrier {
   unsigned waiting = 0, turn = 0;
 };
 
-inline std::vector<ucontext_t> fibers;
-inline std::vector<char> stacks, finished;
-inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline jmp_buf scheduler;
+inline ucontext_t start;
 inline Barrier block_barrier;
 inline Barrier warp_barriers[32];
-inline uint32_t lanes[1024];
 inline std::function<void()> body;
+inline std::vector<char> dynamic_shared;
+
+inline void pass(jmp_buf& from, jmp_buf& to) {
+  if (_setjmp(from) == 0) _longjmp(to, 1);
+}
+
+inline void yield() { pass(fibers[threadIdx.x]->at, scheduler); }
 
 inline void wait(Barrier& barrier, unsigned threads) {
-  const unsigned turn = barrier.turn, self = threadIdx.x;
+  const unsigned turn = barrier.turn;
   if (++barrier.waiting == threads) {
     barrier.waiting = 0;
     ++barrier.turn;
   }
-  while (barrier.turn == turn) swapcontext(&fibers[self], &scheduler);
+  while (barrier.turn == turn) yield();
 }
 
 inline void run_fiber() {
-  const unsigned self = threadIdx.x;
-  body();
-  finished[self] = 1;
+  while (true) {
+    body();
+    fibers[threadIdx.x]->running = false;
+    yield();
+  }
 }
 
-inline void run_block(unsigned threads) {
-  fibers.resize(threads);
-  stacks.resize(threads * kStack);
-  finished.assign(threads, 0);
-  for (unsigned i = 0; i < threads; ++i) {
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks.data() + i * kStack;
-    fibers[i].uc_stack.ss_size = kStack;
-    fibers[i].uc_link = &scheduler;
-    makecontext(&fibers[i], run_fiber, 0);
-  }
+inline void turn_of(unsigned thread) {
+  threadIdx.x = thread;
+  if (thread < fibers.size()) return pass(scheduler, fibers[thread]->at);
+  fibers.push_back(std::make_unique<Fiber>());
+  Fiber& fiber = *fibers.back();
+  fiber.stack = std::make_unique<char[]>(kStack);
+  fiber.running = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  makecontext(&fiber.context, run_fiber, 0);
+  if (_setjmp(scheduler) == 0) setcontext(&fiber.context);
+}
+
+// Shared memory starts as NaN, and nothing may be written past its end.
+inline void run_block(unsigned threads, size_t shared) {
+  dynamic_shared.assign(shared + kGuard, '\xff');
+  for (size_t i = 0; i < fibers.size(); ++i) fibers[i]->running = i < threads;
   for (bool running = true; running;) {
     running = false;
     for (unsigned i = 0; i < threads; ++i) {
-      if (finished[i]) continue;
+      if (i < fibers.size() && !fibers[i]->running) continue;
+      turn_of(i);
       running = true;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i]);
     }
   }
+  for (size_t i = shared; i < dynamic_shared.size(); ++i) {
+    if (dynamic_shared[i] != '\xff') throw std::runtime_error("written past shared memory");
+  }
+}
+
+// What all lanes of the warp hand over. One barrier is enough: a lane is at most one exchange
+// ahead of another, and those two have different rooms.
+template <class T>
+const T* exchange(const T& value) {
+  static T rooms[32][2][32];
+  const unsigned warp = threadIdx.x / 32;
+  T* room = rooms[warp][warp_barriers[warp].turn % 2];
+  room[threadIdx.x % 32] = value;
+  wait(warp_barriers[warp], 32);
+  return room;
 }
 
 }  // namespace emulation
@@ -91,12 +133,7 @@ inline void run_block(unsigned threads) {
 inline void __syncthreads() { emulation::wait(emulation::block_barrier, blockDim.x); }
 
 inline float __shfl_xor_sync(unsigned, float value, int distance) {
-  emulation::Barrier& barrier = emulation::warp_barriers[threadIdx.x / 32];
-  std::memcpy(&emulation::lanes[threadIdx.x], &value, 4);
-  emulation::wait(barrier, 32);
-  std::memcpy(&value, &emulation::lanes[threadIdx.x ^ distance], 4);
-  emulation::wait(barrier, 32);
-  return value;
+  return emulation::exchange(value)[threadIdx.x % 32 ^ distance];
 }
 
 template <class T>
@@ -116,6 +153,12 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t{a} * b >> 32; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -128,8 +171,15 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -137,7 +187,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   emulation::body = [&] { kernel(arguments...); };
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
-    emulation::run_block(blockDim.x);
+    emulation::run_block(blockDim.x, config->dynamicSmemBytes);
   }
   return cudaSuccess;
 }
