@@ -132,5 +132,15 @@ PYBIND11_MODULE(_native, m) {
                                 pointer<void>(stream));
       },
       NoGil());
+  m.def("conv2d_fisher_cuda_workspace", [](const Integers& values) {
+    return tk::conv2d_fisher_cuda_workspace(conv2d_fisher_args(values));
+  });
+  m.def(
+      "conv2d_fisher_cuda",
+      [](const Integers& values, int64_t workspace, int64_t stream) {
+        tk::conv2d_fisher_cuda(conv2d_fisher_args(values), pointer<void>(workspace),
+                               pointer<void>(stream));
+      },
+      NoGil());
 #endif
 }

@@ -119,15 +119,27 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
+// `shared`: bytes that a block has beside what the kernel declares.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, cudaStream_t stream, int64_t blocks, void (*kernel)(Parameters...),
-            const Arguments&... arguments) {
+void launch_with_shared(const char* name, cudaStream_t stream, int64_t blocks, int shared,
+                        void (*kernel)(Parameters...), const Arguments&... arguments) {
+  constexpr int kUnasked = 48 << 10;  // what a launch may have without asking
+  if (shared > kUnasked) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
   check(cudaGetLastError(), name);
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const char* name, cudaStream_t stream, int64_t blocks, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  launch_with_shared(name, stream, blocks, 0, kernel, arguments...);
 }
 
 // The tasks of one launch, and the workspace they need.

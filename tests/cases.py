@@ -17,6 +17,9 @@ EPS32 = torch.finfo(torch.float32).eps
 #: |got - ref64| <= C * eps32 * Σ|terms|. A term carries up to 5 roundings; the longest serial sum
 #: of a kernel is a few dozen terms, whose roundings mostly cancel, then trees.
 C = 16.0
+#: The same for conv2d_fisher in TF32: each factor is off by up to 2^-11 of itself, so g by 2^-10 of
+#: Σ|terms| and g² by 2^-9 of its square, and a little.
+TF32_C = C + 1.001 * 2**-9 / EPS32
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

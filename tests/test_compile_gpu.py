@@ -30,6 +30,8 @@ from gpu_compile import (
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 #: fp32, fp16 and bf16 each read two tensors by at least one vector load.
 MIN_VECTOR_LOADS = 6
+#: Either side of conv2d_fisher's tiles, where its vectors are aligned.
+TILE_VECTOR_LOADS = 2
 
 not_interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
@@ -63,6 +65,10 @@ def test_cuda(source: Path, tmp_path: Path) -> None:
             if "stream_kernel" in name:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
                 assert wide >= MIN_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+            if "fisher_tile_kernel" in name:
+                wide = len(re.findall(r"\bLDG\.E\.128", sass))
+                assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+                assert bool(re.search(r"\bHMMA\.", sass)) == ("3Mma" in name), f"{name}: sm_{arch}"
             assert not LOCAL_MEMORY.findall(sass), f"{name} for sm_{arch}: local memory"
 
 

@@ -1,17 +1,11 @@
-"""The CUDA kernels on a CPU: csrc/*.cu compiled against tests/emulation and run fiber by fiber.
-
-What this proves is the logic: every element is read once, every output is written, and the bits
-depend on nothing but the shape. Speed, races and real launches are for tests/gpu.
-"""
+"""filter_moments.cu and gate_gradients.cu on a CPU: see emulated.py."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
+import emulated
 import pytest
 import torch
 from cases import (
@@ -27,12 +21,10 @@ from cases import (
     random_like_case,
     reference64,
 )
+from emulated import CODES, poisoned, same_bits
 from torch import Tensor
 
 from taylor_kernels.layout import ParameterItem, activation_args, parameter_item
-
-ROOT = Path(__file__).parents[1]
-CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 #: Shapes that cross a limit of csrc/plan.h: segments of rows, blocks of rows, tiles of positions.
 MOMENTS_CASES = [
@@ -91,30 +83,8 @@ class Args(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulation with")
-    folder = tmp_path_factory.mktemp("emulation")
-    sources = [
-        *(ROOT / "csrc" / f"{op}.cu" for op in ("filter_moments", "gate_gradients")),
-        ROOT / "tests" / "emulation" / "entry.cpp",
-    ]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off"]
-    flags += ["-Wno-unknown-pragmas"]
-    library = folder / "emulated.so"
-    command = [compiler, *flags, f"-I{ROOT / 'tests' / 'emulation'}", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([*command, "-x", "c++", *sources, "-o", library], check=True)
-    loaded = ctypes.CDLL(str(library))
-    loaded.moments_workspace.restype = ctypes.c_int64
-    loaded.gates_workspace.restype = ctypes.c_int64
-    return loaded
-
-
-def poisoned(size: Callable[[], int]) -> tuple[Tensor, int]:
-    """A workspace full of NaN; reading a partial sum that nothing wrote would show."""
-    workspace = torch.full((size() // 4,), float("nan"))
-    return workspace, workspace.data_ptr()
+def kernels() -> ctypes.CDLL:
+    return emulated.kernels()
 
 
 def moments(
@@ -128,8 +98,9 @@ def moments(
         outputs.append((row_out, col_out))
         items.append(parameter_item(weight, grad, None, groups, row_out, col_out))
     table = (Item * len(items))(*(_packed(item) for item in items))
-    _, workspace = poisoned(lambda: kernels.moments_workspace(table, ctypes.c_int64(len(items))))
-    kernels.moments(table, ctypes.c_int64(len(items)), ctypes.c_void_p(workspace))
+    count = ctypes.c_int64(len(items))
+    _workspace, pointer = poisoned(kernels.moments_workspace(table, count))
+    kernels.moments(table, count, pointer)
     return outputs
 
 
@@ -157,15 +128,9 @@ def gates(kernels: ctypes.CDLL, y: Tensor, dy: Tensor, bias: Tensor | None, dim:
     ]
     sizes = (args.batch, args.outer, args.channels, args.inner)
     packed = Args(*pointers, *sizes, CODES[args.output.dtype])
-    _, workspace = poisoned(lambda: kernels.gates_workspace(ctypes.byref(packed)))
-    kernels.gates(ctypes.byref(packed), ctypes.c_void_p(workspace))
+    _workspace, pointer = poisoned(kernels.gates_workspace(ctypes.byref(packed)))
+    kernels.gates(ctypes.byref(packed), pointer)
     return out
-
-
-def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,6 @@
 // The launchers with C linkage, for ctypes.
+#include "conv2d_fisher.h"
+#include "conv2d_fisher_plan.cuh"
 #include "filter_moments.h"
 #include "gate_gradients.h"
 
@@ -18,5 +20,20 @@ int64_t gates_workspace(const tk::GateGradientsArgs* args) {
 
 void gates(const tk::GateGradientsArgs* args, void* workspace) {
   tk::gate_gradients_cuda(*args, workspace, nullptr);
+}
+
+// Which kernel is chosen, and in how many splits of the examples it runs.
+void fisher_plan(const tk::Conv2dFisherArgs* args, int64_t workspace_bytes, int64_t (&plan)[2]) {
+  const tk::FisherPlan found = tk::plan_fisher(*args, workspace_bytes);
+  plan[0] = static_cast<int64_t>(found.kernel);
+  plan[1] = found.splits;
+}
+
+int64_t fisher_workspace(const tk::Conv2dFisherArgs* args) {
+  return tk::conv2d_fisher_cuda_workspace(*args);
+}
+
+void fisher(const tk::Conv2dFisherArgs* args, void* workspace) {
+  tk::conv2d_fisher_cuda(*args, workspace, nullptr);
 }
 }
