@@ -53,7 +53,7 @@ def test_help_does_not_import_what_only_commands_need():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["demo", "--criteria", "taylor_bn"], "did you mean 'taylor_fo_bn'"),
+        (["demo", "--criteria", "taylor_f0_bn"], "did you mean 'taylor_fo_bn'"),
         (["demo", "--criteria", "random", "--criteria", "zzzz"], "'zzzz' is not known"),
         (["demo", "--criteria", "oracle"], "a pass over the data per filter"),
         (["demo", "--flops", "1.5"], "not between 0 and 1"),
