@@ -1,15 +1,16 @@
 // The CPU kernel of conv2d_fisher; formula and layouts: conv2d_fisher.h. Compiled once per
 // instruction set (TK_ISA); cpu_dispatch.cpp picks one at run time.
 //
-// A chunk of examples is packed into panels, which bounds the memory and makes one layout of two;
-// then tiles of the weight run over it. A tile sums the products of one tap in registers over the
-// positions of an example, those alone for which the tap lies inside of the image, and adds the
-// squares to sums that stay in L1 for all of the chunk. Then they go to the output; or, as Σ w²·sum
-// is linear in them, to one partial sum for each filter and task, so that nothing of the weight's
-// size is written. Tasks are tiles, never examples: no two of them meet in a sum.
+// A chunk of examples (some megabytes of them, or one) is packed into panels, which bounds the
+// memory and makes one layout of two; then tiles of the weight run over it. A tile sums the
+// products of one tap in registers over the positions of an example, those alone for which the tap
+// lies inside of the image, and adds the squares to sums that stay in L1 for all of the chunk. Then
+// they go to the output; or, as Σ w²·sum is linear in them, to one partial sum for each filter and
+// task, so that nothing of the weight's size is written. Tasks are tiles, never examples: no two of
+// them meet in a sum.
 //
-// Measured (Zen 5, AVX-512, one thread): 3x3 layers of 64 to 256 channels run at 0.75 to 0.85 of
-// the processor's multiply-adds, about the time of PyTorch's weight gradient of the whole batch.
+// Measured (Zen 5, AVX-512, one thread): 3x3 layers of 64 to 256 channels run at 0.7 to 0.85 of
+// the processor's multiply-adds, in 0.6 to 1 of the time of PyTorch's weight gradient of the batch.
 // Stems and layers of few channels are bound by reading and packing x and dy, late layers of a
 // pixel or four by the squares and by writing the output, or reading the weight.
 #include "conv2d_fisher.h"
@@ -287,8 +288,8 @@ void run(const Conv2dFisherArgs& args, int threads) {
   const Plan<S> plan(args);
   threads = plan.threads(threads);
   const int64_t filters = args.groups * args.filters, slots = plan.slots();
-  // Both factors' panels in one piece, which the allocator keeps for the next call, and not
-  // cleared.
+  // In one piece and not cleared: of two the allocator gave the pages back after each call, and to
+  // fault them in anew took up to a tenth of the time.
   constexpr std::align_val_t kAlignment{kRegisterBytes};
   auto release = [](S* p) { ::operator delete(p, kAlignment); };
   const std::unique_ptr<S, decltype(release)> panels(
