@@ -99,7 +99,12 @@ def or_reason(label: str, make: Callable[[], Provider]) -> Provider:
 
 
 def measure(
-    title: str, providers: Sequence[Provider], rounds: int, device: torch.device
+    title: str,
+    providers: Sequence[Provider],
+    rounds: int,
+    device: torch.device,
+    *,
+    memory: bool = True,
 ) -> dict[str, Result]:
     """Check every provider, time them in turns, then watch their memory; results by label.
 
@@ -132,7 +137,7 @@ def measure(
     finally:
         gc.enable()
     del flush
-    for provider in able:
+    for provider in able if memory else ():
         progress.say(f"{provider.label}: memory")
         repeats = min(3, provider.rounds or 3)
         results[provider.label].peak_bytes = peak_memory(provider, device, repeats)
