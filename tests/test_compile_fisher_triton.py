@@ -139,6 +139,17 @@ def test_compiles_without_spills(case: FisherCase, kind: str, arch: int, tmp_pat
         assert len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", compiled.ptx)) >= 2
 
 
+def test_tensors_that_start_anywhere_are_not_loaded_by_16_bytes() -> None:
+    shape = (4, 64, 16, 16)
+    base = torch.empty(math.prod(shape) + 1, dtype=torch.bfloat16)
+    dy, out = base[:-1].view(shape), torch.empty(64, 64, 1, 1)
+    for start in (0, 1):
+        x = base[start:][: dy.numel()].view(shape)
+        geometry = [1, 1], [0, 0], [1, 1], 1
+        args = conv2d_fisher_args(x, dy, None, out.shape, *geometry, True, out)
+        assert plans.constants(args, plans.choose_tile(args))["X_VECTOR"] == 8 - 7 * start
+
+
 EXTENT = st.integers(1, 5000)
 
 

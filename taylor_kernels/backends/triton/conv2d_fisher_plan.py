@@ -1,4 +1,8 @@
-"""Tiles and splits of conv2d_fisher in Triton: from shapes and layouts alone, so that bits are."""
+"""Tiles and splits of conv2d_fisher in Triton.
+
+Bits depend on them, so they follow from shapes, layouts and whether tensors start at a 16-byte
+address; nothing is tuned at run time.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from taylor_kernels.layout import Conv2dFisherArgs
 
@@ -179,11 +184,15 @@ def _is_pointwise(args: Conv2dFisherArgs) -> bool:
 
 def _layouts(args: Conv2dFisherArgs) -> tuple[bool, bool, int, int]:
     """Whether channels of x and of dy lie innermost; how many values of each one load can take."""
-    most = 16 // args.input.element_size()
     positions = math.prod(args.out_image)
     x_last = args.input_channels_last or math.prod(args.image) == 1
     dy_last = args.grad_channels_last or positions == 1
     adjacent = args.groups if _is_direct(args) else 1  # groups in one tile
     x_run = adjacent * args.channels if x_last else positions if _is_pointwise(args) else 1
     dy_run = adjacent * args.filters if dy_last else positions
-    return x_last, dy_last, math.gcd(x_run, most), math.gcd(dy_run, most)
+    return x_last, dy_last, _vector(args.input, x_run), _vector(args.grad_output, dy_run)
+
+
+def _vector(tensor: Tensor, run: int) -> int:
+    """Values in a load of at most 16 bytes, out of runs of this length."""
+    return math.gcd(run, 16 // tensor.element_size()) if tensor.data_ptr() % 16 == 0 else 1
