@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taylor_kernels.ops.conv2d_fisher import conv2d_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 
@@ -29,6 +30,16 @@ ACTIVATIONS = (
     ((1, 2, 141, 129), 1),
     ((2, 150, 40), 2),
     ((2, 70, 3, 67), 2),
+)
+#: input, weight, (stride, padding, dilation, groups): every tile and team, vectors and elements,
+#: one span and several, splits of the examples.
+CONVOLUTIONS = (
+    ((2, 190, 5, 5), (250, 190, 1, 1), (1, 0, 1, 1)),
+    ((2, 16, 20, 16), (64, 16, 3, 3), (1, 1, 1, 1)),
+    ((3, 40, 9, 9), (11, 40, 2, 3), (2, 1, 1, 1)),
+    ((17, 64, 1, 1), (32, 64, 1, 1), (1, 0, 1, 1)),
+    ((3, 33, 19, 18), (33, 1, 3, 3), (1, 1, 1, 33)),
+    ((3, 50, 7, 6), (60, 5, 1, 1), (1, 0, 1, 10)),
 )
 
 
@@ -64,8 +75,33 @@ def main() -> None:
                     gate_gradients(y, dy, backend="cuda", **run),
                     gate_gradients(y, dy, backend="reference", **run),
                 )
+            for shape, size, geometry in CONVOLUTIONS:
+                check_fisher(shape, size, geometry, dtype, offset)
     torch.cuda.synchronize()
     print("every kernel ran and agrees with the reference")
+
+
+def check_fisher(
+    shape: tuple[int, ...],
+    size: tuple[int, ...],
+    geometry: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    offset: int,
+) -> None:
+    x, w = tensor(shape, dtype, offset), torch.randn(size, device="cuda")
+    y = torch.nn.functional.conv2d(x.to("meta"), w.to("meta", dtype), None, *geometry)
+    dy = tensor(y.shape, dtype, offset)
+    for order in (torch.contiguous_format, torch.channels_last)[: 2 - offset]:
+        x, dy = (t.contiguous(memory_format=order) for t in (x, dy))
+        for weight in (None, w):
+            cpu = (x.cpu(), size, dy.cpu(), *geometry)
+            expected = conv2d_fisher(*cpu, weight=None if weight is None else w.cpu())
+            for tf32 in (False, True)[: 1 + (dtype == torch.float32)]:
+                with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                    got = conv2d_fisher(x, size, dy, *geometry, weight=weight, backend="cuda")
+                rounding = 1e-2 if tf32 else 1e-3
+                atol = rounding * float(expected.max())
+                torch.testing.assert_close(got.cpu(), expected, rtol=rounding, atol=atol)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:

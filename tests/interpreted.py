@@ -21,6 +21,7 @@ from cases import (
     random_fisher_inputs,
     random_like_case,
     reference64,
+    same_bits,
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -74,10 +75,6 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def moments(weight: Tensor, grad: Tensor, case: MomentsCase, dim: object) -> tuple[Tensor, ...]:
     got = filter_moments(weight, grad, dim=dim, groups=case.groups, backend="triton")
     return got if isinstance(got, tuple) else (got,)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @pytest.mark.parametrize("at", range(len(MOMENTS_CASES)), ids=lambda i: MOMENTS_CASES[i].name)

@@ -20,8 +20,9 @@ from cases import (
     random_bias,
     random_like_case,
     reference64,
+    same_bits,
 )
-from emulated import CODES, poisoned, same_bits
+from emulated import CODES, poisoned
 from torch import Tensor
 
 from taylor_kernels.layout import ParameterItem, activation_args, parameter_item

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from cases import (
@@ -18,6 +16,7 @@ from cases import (
     random_bias,
     random_like_case,
     reference64,
+    same_bits,
 )
 from torch import Tensor
 
@@ -56,39 +55,11 @@ GATE_CASES = [
 ]
 
 
-@pytest.fixture(params=("cuda", "triton"))
-def backend(request: pytest.FixtureRequest) -> str:
-    status = backends.available()[request.param]
-    if not status:
-        pytest.skip(str(status))
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors start as NaN, so an output or a partial sum that nothing wrote shows."""
-    for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
-        make = getattr(owner, name)
-        monkeypatch.setattr(owner, name, _filling(make))
-
-
-def _filling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def filled(*args: object, **kwargs: object) -> Tensor:
-        tensor = make(*args, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
-
-    return filled
-
-
 def moments(
     weight: Tensor, grad: Tensor, dim: int | tuple[int, int], groups: int, backend: str
 ) -> tuple[Tensor, ...]:
     got = filter_moments(weight, grad, dim=dim, groups=groups, backend=backend)
     return got if isinstance(got, tuple) else (got,)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,35 @@
+"""Fixtures of the tests on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from taylor_kernels import backends
+
+
+@pytest.fixture(params=("cuda", "triton"))
+def backend(request: pytest.FixtureRequest) -> str:
+    status = backends.available()[request.param]
+    if not status:
+        pytest.skip(str(status))
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors start as NaN, so an output or a partial sum that nothing wrote shows."""
+    for owner, name in ((torch, "empty"), (Tensor, "new_empty")):
+        make = getattr(owner, name)
+        monkeypatch.setattr(owner, name, _filling(make))
+
+
+def _filling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def filled(*args: object, **kwargs: object) -> Tensor:
+        tensor = make(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 255)
+
+    return filled
