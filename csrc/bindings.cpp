@@ -5,15 +5,21 @@
 #include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "conv2d_fisher.h"
 #include "cpu_dispatch.h"
 #include "filter_moments.h"
 #include "gate_gradients.h"
+#include "hutchinson_moments.h"
+#include "rademacher.h"
+#include "second_order_moments.h"
 
 namespace {
 
+namespace py = pybind11;
+using NoGil = py::call_guard<py::gil_scoped_release>;
 using Integers = std::vector<int64_t>;
 
 template <typename T>
@@ -76,12 +82,51 @@ tk::GateGradientsArgs gate_gradients_args(const Integers& v) {
           static_cast<tk::DType>(v[8])};
 }
 
+std::vector<tk::RademacherItem> rademacher_items(const Integers& values) {
+  constexpr size_t kMembers = 4;
+  if (values.size() % kMembers) throw std::invalid_argument("rademacher: a torn table");
+  std::vector<tk::RademacherItem> items;
+  items.reserve(values.size() / kMembers);
+  for (auto v = values.begin(); v != values.end(); v += kMembers)
+    items.push_back(
+        {pointer<void>(v[0]), v[1], static_cast<tk::DType>(v[2]), static_cast<uint32_t>(v[3])});
+  return items;
+}
+
+// An op over parameters, on the CPU. `More` are its integers beyond their table.
+template <class... More>
+void define_cpu(py::module_& m, const char* name,
+                void (*run)(const tk::ParameterItem*, int64_t, int, More...)) {
+  m.def(
+      name,
+      [run](const Integers& values, int threads, More... more) {
+        auto items = parameter_items(values);
+        run(items.data(), items.size(), threads, more...);
+      },
+      NoGil());
+}
+
+// The same in CUDA.
+template <class... More>
+void define_cuda(py::module_& m, const char* name,
+                 int64_t (*workspace_size)(const tk::ParameterItem*, int64_t),
+                 void (*run)(const tk::ParameterItem*, int64_t, void*, void*, More...)) {
+  m.def((std::string(name) + "_workspace").c_str(), [workspace_size](const Integers& values) {
+    auto items = parameter_items(values);
+    return workspace_size(items.data(), items.size());
+  });
+  m.def(
+      name,
+      [run](const Integers& values, int64_t workspace, int64_t stream, More... more) {
+        auto items = parameter_items(values);
+        run(items.data(), items.size(), pointer<void>(workspace), pointer<void>(stream), more...);
+      },
+      NoGil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  namespace py = pybind11;
-  using NoGil = py::call_guard<py::gil_scoped_release>;
-
   m.attr("compiler") = TK_COMPILER;
   m.attr("cuda_version") = TK_CUDA_VERSION;  // empty: built without CUDA
   m.attr("cuda_architectures") = TK_CUDA_ARCHITECTURES;
@@ -95,33 +140,26 @@ PYBIND11_MODULE(_native, m) {
         tk::conv2d_fisher_cpu(conv2d_fisher_args(values), threads);
       },
       NoGil());
-  m.def(
-      "filter_moments_cpu",
-      [](const Integers& values, int threads) {
-        auto items = parameter_items(values);
-        tk::filter_moments_cpu(items.data(), items.size(), threads);
-      },
-      NoGil());
+  define_cpu(m, "filter_moments_cpu", &tk::filter_moments_cpu);
   m.def(
       "gate_gradients_cpu",
       [](const Integers& values, int threads) {
         tk::gate_gradients_cpu(gate_gradients_args(values), threads);
       },
       NoGil());
-
-#if defined(TK_CUDA)
-  m.def("filter_moments_cuda_workspace", [](const Integers& values) {
-    auto items = parameter_items(values);
-    return tk::filter_moments_cuda_workspace(items.data(), items.size());
-  });
+  define_cpu(m, "hutchinson_moments_cpu", &tk::hutchinson_moments_cpu);
   m.def(
-      "filter_moments_cuda",
-      [](const Integers& values, int64_t workspace, int64_t stream) {
-        auto items = parameter_items(values);
-        tk::filter_moments_cuda(items.data(), items.size(), pointer<void>(workspace),
-                                pointer<void>(stream));
+      "rademacher_cpu",
+      [](const Integers& values, int threads, uint64_t seed) {
+        auto items = rademacher_items(values);
+        tk::rademacher_cpu(items.data(), items.size(), threads, seed);
       },
       NoGil());
+  define_cpu(m, "second_order_moments_cpu", &tk::second_order_moments_cpu);
+
+#if defined(TK_CUDA)
+  define_cuda(m, "filter_moments_cuda", &tk::filter_moments_cuda_workspace,
+              &tk::filter_moments_cuda);
   m.def("gate_gradients_cuda_workspace", [](const Integers& values) {
     return tk::gate_gradients_cuda_workspace(gate_gradients_args(values));
   });
@@ -142,5 +180,16 @@ PYBIND11_MODULE(_native, m) {
                                pointer<void>(stream));
       },
       NoGil());
+  define_cuda(m, "hutchinson_moments_cuda", &tk::hutchinson_moments_cuda_workspace,
+              &tk::hutchinson_moments_cuda);
+  m.def(
+      "rademacher_cuda",
+      [](const Integers& values, int64_t stream, uint64_t seed) {
+        auto items = rademacher_items(values);
+        tk::rademacher_cuda(items.data(), items.size(), pointer<void>(stream), seed);
+      },
+      NoGil());
+  define_cuda(m, "second_order_moments_cuda", &tk::second_order_moments_cuda_workspace,
+              &tk::second_order_moments_cuda);
 #endif
 }

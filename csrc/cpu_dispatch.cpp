@@ -22,7 +22,16 @@ struct Kernels {
   decltype(&baseline::conv2d_fisher) conv2d_fisher;
   decltype(&baseline::filter_moments) filter_moments;
   decltype(&baseline::gate_gradients) gate_gradients;
+  decltype(&baseline::hutchinson_moments) hutchinson_moments;
+  decltype(&baseline::rademacher) rademacher;
+  decltype(&baseline::second_order_moments) second_order_moments;
 };
+
+#define TK_KERNELS(isa)                                                                          \
+  Kernels {                                                                                      \
+    #isa, isa::conv2d_fisher, isa::filter_moments, isa::gate_gradients, isa::hutchinson_moments, \
+        isa::rademacher, isa::second_order_moments                                               \
+  }
 
 std::vector<Kernels> supported() {
   std::vector<Kernels> sets;
@@ -32,13 +41,10 @@ std::vector<Kernels> supported() {
                         __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    sets.push_back(
-        {"avx512", avx512::conv2d_fisher, avx512::filter_moments, avx512::gate_gradients});
-  if (has_avx2)
-    sets.push_back({"avx2", avx2::conv2d_fisher, avx2::filter_moments, avx2::gate_gradients});
+    sets.push_back(TK_KERNELS(avx512));
+  if (has_avx2) sets.push_back(TK_KERNELS(avx2));
 #endif
-  sets.push_back(
-      {"baseline", baseline::conv2d_fisher, baseline::filter_moments, baseline::gate_gradients});
+  sets.push_back(TK_KERNELS(baseline));
   return sets;
 }
 
@@ -80,6 +86,18 @@ void filter_moments_cpu(const ParameterItem* items, int64_t count, int threads) 
 
 void gate_gradients_cpu(const GateGradientsArgs& args, int threads) {
   kernels().gate_gradients(args, threads);
+}
+
+void hutchinson_moments_cpu(const ParameterItem* items, int64_t count, int threads, uint64_t seed) {
+  kernels().hutchinson_moments(items, count, threads, seed);
+}
+
+void rademacher_cpu(const RademacherItem* items, int64_t count, int threads, uint64_t seed) {
+  kernels().rademacher(items, count, threads, seed);
+}
+
+void second_order_moments_cpu(const ParameterItem* items, int64_t count, int threads) {
+  kernels().second_order_moments(items, count, threads);
 }
 
 }  // namespace tk

@@ -6,14 +6,20 @@
 #include "conv2d_fisher.h"
 #include "filter_moments.h"
 #include "gate_gradients.h"
+#include "hutchinson_moments.h"
+#include "rademacher.h"
+#include "second_order_moments.h"
 
 #ifndef TK_ISA
 #define TK_ISA baseline
 #endif
 
-#define TK_DECLARE_CPU_KERNELS(isa)                                            \
-  namespace isa {                                                              \
-  void conv2d_fisher(const Conv2dFisherArgs& args, int threads);               \
-  void filter_moments(const ParameterItem* items, int64_t count, int threads); \
-  void gate_gradients(const GateGradientsArgs& args, int threads);             \
+#define TK_DECLARE_CPU_KERNELS(isa)                                                               \
+  namespace isa {                                                                                 \
+  void conv2d_fisher(const Conv2dFisherArgs& args, int threads);                                  \
+  void filter_moments(const ParameterItem* items, int64_t count, int threads);                    \
+  void gate_gradients(const GateGradientsArgs& args, int threads);                                \
+  void hutchinson_moments(const ParameterItem* items, int64_t count, int threads, uint64_t seed); \
+  void rademacher(const RademacherItem* items, int64_t count, int threads, uint64_t seed);        \
+  void second_order_moments(const ParameterItem* items, int64_t count, int threads);              \
   }

@@ -12,6 +12,9 @@ from taylor_kernels.labels import draw_labels
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
+from taylor_kernels.ops.rademacher import rademacher_like
+from taylor_kernels.ops.second_order_moments import second_order_moments
 from taylor_kernels.pruning import Pruner
 
 __version__ = "0.1.0"
@@ -27,7 +30,10 @@ __all__ = [
     "draw_labels",
     "filter_moments",
     "gate_gradients",
+    "hutchinson_moments",
     "linear_fisher",
+    "rademacher_like",
     "register_criterion",
     "scoring",
+    "second_order_moments",
 ]

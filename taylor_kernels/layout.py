@@ -34,6 +34,13 @@ class ParameterItem(NamedTuple):
     stream: int  # of random signs, for an op that draws some
 
 
+class RademacherItem(NamedTuple):
+    """One tensor of a `rademacher` call; mirrors the struct of the same name in csrc/."""
+
+    out: Tensor  # without gaps
+    stream: int
+
+
 class GateGradientsArgs(NamedTuple):
     """A `gate_gradients` call; mirrors the struct of the same name in csrc/."""
 
@@ -93,9 +100,11 @@ def parameter_item(
         last = _channel_last(weight, 1)
         channels_last = last.is_contiguous()
         weight = last if channels_last else weight.contiguous()
+    if channels_last or not grad.is_contiguous():
+        grad = _stored_like(grad, channels_last)
     return ParameterItem(
         weight,
-        _stored_like(grad, channels_last),
+        grad,
         None if hvp is None else _stored_like(hvp, channels_last),
         rows,
         channels,
@@ -106,6 +115,18 @@ def parameter_item(
         channels_last,
         stream,
     )
+
+
+def empty_in_order(tensor: Tensor) -> Tensor:
+    """Memory for as many elements, which the kernels number as they do those of `tensor`.
+
+    In its own strides if it is read in place (contiguous or channels_last), else contiguous.
+    """
+    if tensor.is_contiguous() or _channel_last(tensor, 1).is_contiguous():
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def activation_args(

@@ -91,7 +91,7 @@ def check_triton(
 @pytest.fixture(scope="module")
 def moments() -> ModuleType:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return importlib.import_module("taylor_kernels.backends.triton.filter_moments")
+    return importlib.import_module("taylor_kernels.backends.triton.moments")
 
 
 @pytest.fixture(scope="module")
@@ -107,20 +107,11 @@ def test_triton_moments(
     moments: ModuleType, dtype: torch.dtype, grids: bool, tmp_path: Path
 ) -> None:
     outputs = {"row_out": "*fp32", "col_out": "*fp32", "workspace": "*fp32"}
-    constants = {
-        "T": moments.TYPES[dtype],
-        "GRIDS": grids,
-        "WITH_ROWS": grids,
-        "TILES": tuple(tile[:2] for tile in moments.TILES),
-        "GRID_TILE": moments.GRID_TILE,
-        "SEGMENT": moments.SEGMENT,
-        "BLOCK_ROWS": moments.BLOCK_ROWS,
-    }
-    arguments = {"table": "*i64", "count": "i32", **outputs}
+    arguments = {"table": "*i64", "count": "i32", **outputs, "seed": "i64"}
     check_triton(
         moments.stream_kernel,
         arguments,
-        constants,
+        moments.constants(moments.FILTER, dtype, grids, grids),
         tmp_path,
         vectors=True,
         architectures=ARCHITECTURES if grids else (90,),  # the larger kernel holds the smaller
@@ -130,7 +121,7 @@ def test_triton_moments(
 @not_interpreted
 def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
     outputs = {"row_out": "*fp32", "col_out": "*fp32", "workspace": "*fp32"}
-    constants = dict(zip("PE", moments.FINISH_TILE, strict=True))
+    constants = {**dict(zip("PE", moments.FINISH_TILE, strict=True)), "SUMS": 5}
     arguments = {"table": "*i64", "count": "i32", **outputs}
     check_triton(moments.finish_kernel, arguments, constants, tmp_path, vectors=False)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.layout import Conv2dFisherArgs, GateGradientsArgs, ParameterItem
+from taylor_kernels.layout import Conv2dFisherArgs, GateGradientsArgs, ParameterItem, RademacherItem
 
 try:
     _native: Any = import_module("taylor_kernels._native")
@@ -26,15 +26,33 @@ _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.flo
 
 def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items, which share a device, into their outputs."""
-    table = _parameter_table(items)
-    device = items[0].weight.device
+    _run_parameters("filter_moments", items)
+
+
+def second_order_moments(items: Sequence[ParameterItem]) -> None:
+    """Write (Σ q, Σ q²) of all items, which share a device, into their outputs."""
+    _run_parameters("second_order_moments", items)
+
+
+def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
+    """Write Σ w² z (Hz) of all items, which share a device, into their outputs."""
+    _run_parameters("hutchinson_moments", items, seed % 2**64)
+
+
+def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
+    """Fill the outputs of all items, which share a device, with random signs."""
+    table = [
+        value
+        for out, stream in items
+        for value in (out.data_ptr(), out.numel(), _DTYPE_CODES[out.dtype], stream)
+    ]
+    device = items[0].out.device
     if device.type == "cpu":
-        _native.filter_moments_cpu(table, torch.get_num_threads())
+        _native.rademacher_cpu(table, torch.get_num_threads(), seed % 2**64)
         return
     with torch.cuda.device(device):
-        workspace = _workspace(_native.filter_moments_cuda_workspace(table), device)
         stream = torch.cuda.current_stream(device).cuda_stream
-        _native.filter_moments_cuda(table, _pointer(workspace), stream)
+        _native.rademacher_cuda(table, stream, seed % 2**64)
 
 
 def gate_gradients(args: GateGradientsArgs) -> None:
@@ -93,8 +111,9 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
         _native.conv2d_fisher_cuda(values, _pointer(workspace), stream)
 
 
-def _parameter_table(items: Sequence[ParameterItem]) -> list[int]:
-    return [
+def _run_parameters(op: str, items: Sequence[ParameterItem], *more: int) -> None:
+    """Call a kernel for a list of parameters; `more` are its last arguments."""
+    table = [
         value
         for item in items
         for value in (
@@ -109,6 +128,14 @@ def _parameter_table(items: Sequence[ParameterItem]) -> list[int]:
             item.stream,
         )
     ]
+    device = items[0].weight.device
+    if device.type == "cpu":
+        getattr(_native, f"{op}_cpu")(table, torch.get_num_threads(), *more)
+        return
+    with torch.cuda.device(device):
+        workspace = _workspace(getattr(_native, f"{op}_cuda_workspace")(table), device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(_native, f"{op}_cuda")(table, _pointer(workspace), stream, *more)
 
 
 @cache

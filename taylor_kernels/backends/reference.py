@@ -15,6 +15,7 @@ from taylor_kernels.layout import (
     Conv2dFisherArgs,
     GateGradientsArgs,
     ParameterItem,
+    RademacherItem,
     accumulator,
 )
 
@@ -22,19 +23,32 @@ from taylor_kernels.layout import (
 def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items into their outputs."""
     for item in items:
-        extents = (item.groups, item.rows // item.groups, item.channels, item.kernel)
-        if item.channels_last:
-            extents = (*extents[:2], item.kernel, item.channels)
-        dtype = accumulator(item.weight.dtype)
-        w = item.weight.to(dtype).reshape(extents)
-        g = item.grad.to(dtype).reshape(extents)
-        terms = _terms(w, g)
-        if item.channels_last:
-            terms = terms.transpose(3, 4)
-        if item.row_out is not None:
-            item.row_out.copy_(terms.sum((3, 4)).flatten(1).T)
-        if item.col_out is not None:
-            item.col_out.copy_(terms.sum((2, 4)).flatten(1).T)
+        w, g = _widened(item.weight, item.grad)
+        gw = g * w
+        _write_sums(item, gw, gw * gw, gw.abs(), w * w, g * g)
+
+
+def second_order_moments(items: Sequence[ParameterItem]) -> None:
+    """Write (Σ q, Σ q²), q = w·(g − ½h), of all items into their outputs."""
+    for item in items:
+        assert item.hvp is not None
+        w, g, h = _widened(item.weight, item.grad, item.hvp)
+        q = w * (g - h / 2)
+        _write_sums(item, q, q * q)
+
+
+def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
+    """Write Σ w² z (Hz), z the random signs of the seed, of all items into their outputs."""
+    for item in items:
+        w, g = _widened(item.weight, item.grad)
+        _write_sums(item, w * (w * random_signs(seed, item.stream, w) * g))
+
+
+def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
+    """Fill the outputs of all items with random signs, in the order they are stored."""
+    for out, stream in items:
+        in_memory = out.as_strided((out.numel(),), (1,))
+        in_memory.copy_(random_signs(seed, stream, in_memory))
 
 
 def gate_gradients(args: GateGradientsArgs) -> None:
@@ -60,7 +74,41 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     args.out.copy_(fisher)
 
 
-def _terms(w: Tensor, g: Tensor) -> Tensor:
-    """[5, ...]: what each moment sums, in the order of MOMENTS."""
-    gw = g * w
-    return torch.stack((gw, gw * gw, gw.abs(), w * w, g * g))
+def random_signs(seed: int, stream: int, like: Tensor) -> Tensor:
+    """1 and -1 for the elements of a vector `like`, as csrc/philox.h defines them."""
+    blocks = torch.arange(-(-len(like) // 128), device=like.device)
+    zeros = torch.zeros_like(blocks)
+    bits = philox4x32((blocks & 0xFFFFFFFF, blocks >> 32, zeros + stream, zeros), seed)
+    minus = bits[:, :, None] >> torch.arange(32, device=like.device) & 1
+    return 1 - 2 * minus.flatten()[: len(like)].to(like.dtype)
+
+
+def philox4x32(counter: Sequence[Tensor], key: int) -> Tensor:
+    """Philox4x32-10: four words [N] of 32 bits, held in int64, to as many random ones, [N, 4]."""
+    a, b, c, d = counter
+    low, high = key & 0xFFFFFFFF, key >> 32 & 0xFFFFFFFF
+    for _ in range(10):
+        p, q = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2**64: the bits of the product
+        a, b = q >> 32 & 0xFFFFFFFF ^ b ^ low, q & 0xFFFFFFFF
+        c, d = p >> 32 & 0xFFFFFFFF ^ d ^ high, p & 0xFFFFFFFF
+        low, high = low + 0x9E3779B9 & 0xFFFFFFFF, high + 0xBB67AE85 & 0xFFFFFFFF
+    return torch.stack((a, b, c, d), -1)
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """The elements in the order they are stored, in the dtype of their sums."""
+    return [t.to(accumulator(t.dtype)).reshape(-1) for t in tensors]
+
+
+def _write_sums(item: ParameterItem, *terms: Tensor) -> None:
+    """Sum what each sum adds, elements in the order they are stored, into the item's outputs."""
+    extents = (item.groups, item.rows // item.groups, item.channels, item.kernel)
+    if item.channels_last:
+        extents = (*extents[:2], item.kernel, item.channels)
+    blocks = torch.stack(terms).reshape(len(terms), *extents)
+    if item.channels_last:
+        blocks = blocks.transpose(3, 4)
+    if item.row_out is not None:
+        item.row_out.copy_(blocks.sum((3, 4)).flatten(1).T.reshape(item.row_out.shape))
+    if item.col_out is not None:
+        item.col_out.copy_(blocks.sum((2, 4)).flatten(1).T.reshape(item.col_out.shape))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,29 @@ def check_like(tensor: object, name: str, other: Tensor, other_name: str) -> Non
             raise ValueError(
                 f"{name}: {what} {got} does not match {other_name}, which has {what} {expected}"
             )
+
+
+def check_seed(seed: object) -> int:
+    """As a signed integer of 64 bits, or an error; the range is that of `torch.manual_seed`."""
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: {seed} does not fit into 64 bits")
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def check_streams(streams: object, count: int) -> Sequence[int]:
+    """A number for each tensor, by default its place in the list."""
+    if streams is None:
+        return range(count)
+    if not isinstance(streams, Sequence):
+        raise TypeError(f"streams: expected one int for each tensor, got {streams!r}")
+    if len(streams) != count:
+        raise ValueError(f"streams: {len(streams)} values for {count} tensors; pass one for each")
+    for stream in streams:
+        if not isinstance(stream, int) or not 0 <= stream < 2**32:
+            raise ValueError(f"streams: {stream!r} is not an integer from 0 to 2**32 - 1")
+    return streams
 
 
 def _hint(value: object) -> str:

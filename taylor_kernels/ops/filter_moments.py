@@ -17,10 +17,9 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
-from taylor_kernels.layout import accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
+from taylor_kernels.backends import select
 from taylor_kernels.ops._library import library
+from taylor_kernels.ops._lists import empty_tables, parameters, tables
 
 #: Names of the columns of a moments table.
 MOMENTS = ("gw", "gw2", "abs_gw", "w2", "g2")
@@ -94,122 +93,13 @@ def filter_moments(
             or `groups` that does not fit.
         RuntimeError: the named backend cannot run here.
     """
-    if isinstance(weights, Tensor):
-        if not isinstance(grads, Tensor):
-            raise TypeError(
-                f"grads: expected a torch.Tensor like weights, got {type(grads).__name__}"
-            )
-        table = _moments([weights], [grads], dim, groups, backend, ("weights", "grads"))
-        return (table[0][0], table[1][0]) if len(table) == 2 else table[0][0]
-    if isinstance(grads, Tensor):
-        raise TypeError(
-            "grads: got one tensor for a sequence of weights; pass a sequence of gradients"
-        )
-    for name, value in (("weights", weights), ("grads", grads)):
-        if not isinstance(value, Sequence):
-            raise TypeError(
-                f"{name}: expected a tensor or a sequence of tensors, got {type(value).__name__}"
-            )
-    weights, grads = list(weights), list(grads)
-    if len(weights) != len(grads):
-        raise ValueError(
-            f"grads: {len(grads)} gradients for {len(weights)} weights; pass one for each"
-        )
-    tables = _moments(weights, grads, dim, groups, backend, ("weights[{}]", "grads[{}]"))
-    return (tables[0], tables[1]) if len(tables) == 2 else tables[0]
 
+    def launch(
+        places: Sequence[int], lists: list[list[Tensor]], groups: list[int], rows: bool, cols: bool
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.taylor_kernels.filter_moments(*lists, groups, rows, cols, backend)
 
-def _moments(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    dim: int | tuple[int, int],
-    groups: int | Sequence[int],
-    backend: str | None,
-    names: tuple[str, str],
-) -> list[list[Tensor]]:
-    """One list of tables per axis asked for."""
-    check_name(backend)
-    axes = _axes(dim)
-    each_groups = _each_groups(groups, len(weights))
-    for i, (weight, grad, n) in enumerate(zip(weights, grads, each_groups, strict=True)):
-        if not is_pair(weight, grad):
-            check_tensor(weight, names[0].format(i))
-            check_like(grad, names[1].format(i), weight, names[0].format(i))
-        if n > 1 or not 1 < weight.dim() <= 5:
-            _check_shape(weight, n, axes, names[0].format(i))
-    if len({(w.device, w.dtype is torch.float64) for w in weights}) == 1:
-        return _packed_moments(weights, grads, each_groups, axes, backend)
-
-    # One table, and one launch, for each device and for float64.
-    parts: dict[tuple[torch.device, bool], list[int]] = {}
-    for i, weight in enumerate(weights):
-        parts.setdefault((weight.device, weight.dtype is torch.float64), []).append(i)
-    outputs: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
-    for part in parts.values():
-        tables = _packed_moments(
-            [weights[i] for i in part],
-            [grads[i] for i in part],
-            [each_groups[i] for i in part],
-            axes,
-            backend,
-        )
-        for output, axis_tables in zip(outputs, tables, strict=True):
-            for i, table in zip(part, axis_tables, strict=True):
-                output[i] = table
-    return outputs
-
-
-def _packed_moments(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    groups: list[int],
-    axes: tuple[int, ...],
-    backend: str | None,
-) -> list[list[Tensor]]:
-    with torch.no_grad():
-        packed = torch.ops.taylor_kernels.filter_moments(
-            weights, grads, groups, 0 in axes, 1 in axes, backend
-        )
-    return [list(packed[axis].split(_filters(weights, groups, axis))) for axis in axes]
-
-
-def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
-    axes = dim if isinstance(dim, tuple) else (dim,)
-    if axes not in ((0,), (1,), (0, 1)):
-        raise ValueError(f"dim: {dim!r} is not one of 0, 1 and (0, 1)")
-    return axes
-
-
-def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(groups, (int, Sequence)):
-        raise TypeError(f"groups: expected an int or one for each tensor, got {groups!r}")
-    each = [groups] * count if isinstance(groups, int) else list(groups)
-    if len(each) != count:
-        raise ValueError(
-            f"groups: {len(each)} values for {count} weights; pass an int or one for each"
-        )
-    for value in each:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"groups: {value!r} is not a positive integer")
-    return each
-
-
-def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) -> None:
-    if not 1 <= weight.dim() <= 5:
-        raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
-    if 1 in axes and weight.dim() == 1:
-        raise ValueError(
-            f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
-        )
-    if weight.size(0) % groups:
-        raise ValueError(f"groups: {groups} does not divide the {weight.size(0)} rows of {name}")
-
-
-def _filters(weights: Sequence[Tensor], groups: Sequence[int], axis: int) -> list[int]:
-    """Of each weight."""
-    if axis == 0:
-        return [w.size(0) for w in weights]
-    return [w.size(1) * n for w, n in zip(weights, groups, strict=True)]
+    return tables(launch, dim, groups, backend, weights, grads=grads)
 
 
 def _run(
@@ -221,29 +111,14 @@ def _run(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The op itself: two packed tables, empty where an axis was not asked for."""
-    tables = _empty_tables(weights, grads, groups, rows, cols, backend)
-    nothing = [None] * len(weights)
-    row_outs, col_outs = (
-        table.split(_filters(weights, groups, axis)) if wanted else nothing
-        for axis, (table, wanted) in enumerate(zip(tables, (rows, cols), strict=True))
-    )
-    items = []
-    for weight, grad, n, row_out, col_out in zip(
-        weights, grads, groups, row_outs, col_outs, strict=True
-    ):
-        if weight.numel():
-            items.append(parameter_item(weight, grad, None, n, row_out, col_out))
-        else:  # sums over nothing
-            for out in (row_out, col_out):
-                if out is not None:
-                    out.zero_()
+    out = _empty(weights, grads, groups, rows, cols, backend)
+    items = parameters(out, weights, grads, None, groups, rows, cols)
     if items:
-        run = select(items[0].weight.device, items[0].weight.dtype, backend)
-        run.filter_moments(items)
-    return tables
+        select(weights[0].device, weights[0].dtype, backend).filter_moments(items)
+    return out
 
 
-def _empty_tables(
+def _empty(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     groups: Sequence[int],
@@ -252,15 +127,7 @@ def _empty_tables(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The outputs' shapes; also the fake kernel, by which torch.compile and export trace the op."""
-    dtype = accumulator(weights[0].dtype)
-    rows_and_cols = (
-        sum(_filters(weights, groups, axis)) if wanted else 0
-        for axis, wanted in enumerate((rows, cols))
-    )
-    row_table, col_table = (
-        weights[0].new_empty((n, len(MOMENTS)), dtype=dtype) for n in rows_and_cols
-    )
-    return row_table, col_table
+    return empty_tables((len(MOMENTS),), weights, groups, rows, cols)
 
 
 library.define(
@@ -269,4 +136,4 @@ library.define(
 )
 library.impl("filter_moments", _run, "CPU")
 library.impl("filter_moments", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::filter_moments", _empty_tables, lib=library)
+torch.library.register_fake("taylor_kernels::filter_moments", _empty, lib=library)

@@ -27,8 +27,8 @@ from taylor_kernels.backends.triton.conv2d_fisher_plan import (
     integers,
     make_grid,
 )
-from taylor_kernels.backends.triton.filter_moments import FINISH_TILE, WARPS
 from taylor_kernels.backends.triton.gate_gradients import finish_kernel
+from taylor_kernels.backends.triton.moments import FINISH_TILE, WARPS
 from taylor_kernels.layout import Conv2dFisherArgs
 
 #: The second launch adds up [parts, results] at once: where results are weights, there are many.

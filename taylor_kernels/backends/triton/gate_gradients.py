@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from taylor_kernels.backends.triton.filter_moments import FINISH_TILE, TILES, WARPS
+from taylor_kernels.backends.triton.moments import FINISH_TILE, TILES, WARPS
 from taylor_kernels.layout import GateGradientsArgs
 
 SEGMENT = 16 * 2048

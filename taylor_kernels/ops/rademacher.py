@@ -1,0 +1,115 @@
+"""rademacher_like: random signs for weights, the same on every backend and device.
+
+Element e of a tensor gets −1 where a bit of Philox4x32-10 is set, else 1: bit e % 128 of what the
+generator makes of the counter (⌊e / 128⌋ in 64 bits, stream, 0) and the key `seed` (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC 2011). Elements are numbered as they lie in memory
+if the tensor is contiguous or channels_last, else in contiguous order. So a kernel that knows
+the seed draws them again where it needs them, and nothing depends on threads, devices or the list.
+
+They are the probes of `hutchinson_moments`. Kernels: csrc/rademacher.h, csrc/philox.h,
+backends/triton/rademacher.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.backends import check_name, select
+from taylor_kernels.layout import RademacherItem, empty_in_order
+from taylor_kernels.ops._checks import check_seed, check_streams, check_tensor
+from taylor_kernels.ops._library import library
+from taylor_kernels.ops._lists import by_kind
+
+
+@overload
+def rademacher_like(
+    tensors: Tensor,
+    *,
+    seed: int,
+    streams: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rademacher_like(
+    tensors: Sequence[Tensor],
+    *,
+    seed: int,
+    streams: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> list[Tensor]: ...
+def rademacher_like(
+    tensors: Tensor | Sequence[Tensor],
+    *,
+    seed: int,
+    streams: Sequence[int] | None = None,
+    backend: str | None = None,
+) -> Tensor | list[Tensor]:
+    """Tensors of 1 and −1, each with probability ½, for a tensor or for a list in one launch.
+
+    Args:
+        tensors: what the result resembles (float32, float16, bfloat16 or float64), any shape.
+        seed: 64 bits; equal seeds give equal signs on every backend and device.
+        streams: a number from 0 to 2**32 - 1 for each tensor, which tells tensors of one seed
+            apart; by default the place in the list.
+        backend: one of `taylor_kernels.backends()`; None picks by device.
+
+    Returns:
+        A tensor or a list of them, of the same shapes, dtypes and devices; in the same strides if
+        those are contiguous or channels_last, else contiguous.
+
+    Raises:
+        TypeError: not a tensor; integer, complex, sparse or meta tensors; a seed that is no int.
+        ValueError: a seed or stream out of range, or not as many streams as tensors.
+        RuntimeError: the named backend cannot run here.
+    """
+    check_name(backend)
+    seed = check_seed(seed)
+    single = isinstance(tensors, Tensor)
+    if not single and not isinstance(tensors, Sequence):
+        raise TypeError(
+            f"tensors: expected a tensor or a sequence of tensors, got {type(tensors).__name__}"
+        )
+    every = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for i, tensor in enumerate(every):
+        check_tensor(tensor, "tensors" if single else f"tensors[{i}]")
+    streams = check_streams(streams, len(every))
+    found = list(every)
+    for part in by_kind(every):
+        with torch.no_grad():
+            probes = torch.ops.taylor_kernels.rademacher(
+                [every[i] for i in part], seed, [streams[i] for i in part], backend
+            )
+        for i, probe in zip(part, probes, strict=True):
+            found[i] = probe
+    return found[0] if single else found
+
+
+def _run(
+    like: Sequence[Tensor], seed: int, streams: Sequence[int], backend: str | None
+) -> list[Tensor]:
+    out = _empty(like, seed, streams, backend)
+    items = [
+        RademacherItem(tensor, stream)
+        for tensor, stream in zip(out, streams, strict=True)
+        if tensor.numel()
+    ]
+    if items:
+        select(out[0].device, out[0].dtype, backend).rademacher(items, seed)
+    return out
+
+
+def _empty(
+    like: Sequence[Tensor], seed: int, streams: Sequence[int], backend: str | None
+) -> list[Tensor]:
+    """The outputs' shapes; also the fake kernel."""
+    return [empty_in_order(tensor) for tensor in like]
+
+
+library.define("rademacher(Tensor[] like, int seed, int[] streams, str? backend) -> Tensor[]")
+library.impl("rademacher", _run, "CPU")
+library.impl("rademacher", _run, "CUDA")
+torch.library.register_fake("taylor_kernels::rademacher", _empty, lib=library)
