@@ -7,6 +7,7 @@ package describes a layout shows here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -216,23 +217,23 @@ def random_like_case(
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     seed: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Two fresh tensors of a case: weight and gradient, or output and its gradient."""
+    count: int = 2,
+) -> tuple[Tensor, ...]:
+    """Fresh tensors of a case: weight and gradient, or output and its gradient, or more."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
     channel_dim = getattr(case, "channel_dim", 1)
-    first, second = (
+    return tuple(
         lay_out(
             torch.randn(case.shape, generator=generator).to(device=device, dtype=dtype),
             case.layout,
             channel_dim,
         )
-        for _ in range(2)
+        for _ in range(count)
     )
-    return first, second
 
 
 def random_bias(
@@ -245,16 +246,21 @@ def random_bias(
 def reference64(weight: Tensor, grad: Tensor, dim: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """[F, 5] float64 moments along one dim, and the bound Σ|terms| of each."""
     w, g = weight.double(), grad.double()
-    if dim == 0:
-        shape = (w.size(0), math.prod(w.shape[1:]))
-        w, g = w.reshape(shape), g.reshape(shape)
-    else:  # input channels of a grouped layer: group-major
-        rows, channels = w.shape[:2]
-        shape = (groups, rows // groups, channels, math.prod(w.shape[2:]))
-        w, g = (t.reshape(shape).transpose(1, 2).flatten(0, 1).flatten(1) for t in (w, g))
     gw = g * w
-    terms = torch.stack((gw, gw * gw, gw.abs(), w * w, g * g), dim=-1)
-    return terms.sum(1), terms.abs().sum(1)
+    return sums64((gw, gw * gw, gw.abs(), w * w, g * g), dim, groups)
+
+
+def sums64(terms: Sequence[Tensor], dim: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """[F, sums] of terms shaped like a weight along one dim, and the bound Σ|terms| of each."""
+    stacked = torch.stack(tuple(terms), dim=-1)
+    if dim == 0:
+        by_filter = stacked.reshape(len(stacked), math.prod(stacked.shape[1:-1]), len(terms))
+    else:  # input channels of a grouped layer: group-major
+        rows, channels = stacked.shape[:2]
+        kernel = math.prod(stacked.shape[2:-1])
+        shape = (groups, rows // groups, channels, kernel, len(terms))
+        by_filter = stacked.reshape(shape).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    return by_filter.sum(1), by_filter.abs().sum(1)
 
 
 def gate_reference64(

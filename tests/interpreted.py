@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import probes
 import pytest
 import torch
 from cases import (
@@ -25,18 +26,22 @@ from cases import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from parameter_ops import HUTCHINSON, SECOND_ORDER, ParameterOp
 from torch import Tensor
 
 from taylor_kernels.backends.triton import conv2d_fisher_plan
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.ops.rademacher import rademacher_like
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
 #: The interpreter is slow, so the cases take turns with the dtypes.
 MOMENTS_CASES = [
     *filter_moments_cases(),
+    MomentsCase("aligned_tails", (2, 2056)),
+    MomentsCase("grid_aligned", (20, 136)),
     MomentsCase("segments", (33001,)),
     MomentsCase("row_blocks", (260, 2)),
 ]
@@ -85,6 +90,25 @@ def test_moments(at: int) -> None:
         got = moments(weight, grad, case, dim)
         for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
             assert_close(table, *reference64(weight, grad, axis, case.groups))
+
+
+@pytest.mark.parametrize("op", [SECOND_ORDER, HUTCHINSON], ids=lambda op: op.name)
+@pytest.mark.parametrize("at", range(len(MOMENTS_CASES)), ids=lambda i: MOMENTS_CASES[i].name)
+def test_other_moments(op: ParameterOp, at: int) -> None:
+    case = MOMENTS_CASES[at]
+    tensors = random_like_case(case, DTYPES[(at + 1) % len(DTYPES)], count=op.lists)
+    for dim in case.dims[at % 2 :]:
+        op.check(tensors, dim, case.groups, "triton", stream=at)
+
+
+@pytest.mark.parametrize("seed", probes.SEEDS)
+def test_rademacher(seed: int) -> None:
+    counts = [1, 7, 8, 129, 4097, 9000, 0]
+    like = [torch.empty(n, dtype=DTYPES[i % len(DTYPES)]) for i, n in enumerate(counts)]
+    like.append(torch.empty(3, 8, 5, 5).to(memory_format=torch.channels_last))
+    found = rademacher_like(like, seed=seed, backend="triton")
+    for i, (tensor, signs) in enumerate(zip(like, found, strict=True)):
+        assert signs.double().equal(probes.signs(tensor, seed, i)), i
 
 
 @pytest.mark.parametrize("at", range(len(GATE_CASES)), ids=lambda i: GATE_CASES[i].name)

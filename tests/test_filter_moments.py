@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parameter_ops import assert_bits_do_not_depend_on_the_list, model_like_lists
 from torch import Tensor
 
 import taylor_kernels as tk
@@ -86,46 +87,26 @@ def test_error_is_at_most_twice_that_of_eager_sums():
     assert (ours <= 2 * eager).all(), (ours, eager)
 
 
-def model_like_list() -> tuple[list[Tensor], list[Tensor], list[int]]:
-    chosen = [case for case in cases.filter_moments_cases() if len(case.shape) > 1]
-    pairs = [
-        cases.random_like_case(case, cases.DTYPES[i % len(cases.DTYPES)])
-        for i, case in enumerate(chosen)
-    ]
-    large = torch.randn(2, 300, 3000)  # enough for several tasks and threads
-    weights = [large[0], *(w for w, _ in pairs)]
-    grads = [large[1], *(g for _, g in pairs)]
-    return weights, grads, [1, *(case.groups for case in chosen)]
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dim", [0, 1, (0, 1)])
 def test_bits_do_not_depend_on_the_list(backend, dim, poisoned_memory):
-    weights, grads, groups = model_like_list()
+    (weights, grads), groups = model_like_lists(2)
 
     def run(order):
-        tables = tk.filter_moments(
+        return tk.filter_moments(
             [weights[i] for i in order],
             [grads[i] for i in order],
             dim=dim,
             groups=[groups[i] for i in order],
             backend=backend,
         )
-        per_axis = tables if isinstance(tables, tuple) else (tables,)
-        return [dict(zip(order, axis, strict=True)) for axis in per_axis]
 
-    n = len(weights)
-    whole = run(range(n))
-    others = [run(range(n)), run(range(n - 1, -1, -1)), *(run([i]) for i in range(n))]
-    for other in others:
-        for axis, tables in zip(whole, other, strict=True):
-            for i, table in tables.items():
-                assert table.equal(axis[i]), f"tensor {i} of shape {tuple(weights[i].shape)}"
+    assert_bits_do_not_depend_on_the_list(run, [tuple(w.shape) for w in weights])
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_bits_do_not_depend_on_threads(dim, keep_threads):
-    weights, grads, groups = model_like_list()
+    (weights, grads), groups = model_like_lists(2)
     runs = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -137,7 +118,7 @@ def test_bits_do_not_depend_on_threads(dim, keep_threads):
 
 
 def test_a_list_comes_back_as_views_of_one_table():
-    weights, grads, _ = model_like_list()
+    (weights, grads), _ = model_like_lists(2)
     tables = tk.filter_moments(weights, grads)
     assert [len(t) for t in tables] == [w.size(0) for w in weights]
     assert len({t.untyped_storage().data_ptr() for t in tables}) == 1

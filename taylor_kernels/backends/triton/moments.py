@@ -51,9 +51,10 @@ WARPS = 4
 #: The second launch adds up [parts, results] at once.
 FINISH_TILE = (32, 16)
 
-#: The ops, by number, and how many sums each has.
+#: The ops, by number, how many sums each has, and its warps: draws need registers.
 FILTER, SECOND_ORDER, HUTCHINSON = (tl.constexpr(i) for i in range(3))
 SUMS = (5, 2, 1)
+OP_WARPS = (WARPS, WARPS, 2 * WARPS)
 
 
 @triton.jit
@@ -318,7 +319,7 @@ def _run_moments(
             workspace,
             seed,
             **constants(op, dtype, grids, row_base is not None),
-            num_warps=WARPS,
+            num_warps=OP_WARPS[op.value],
         )
         if axes:
             table = device_table([field for axis in axes for field in axis], device)
