@@ -234,6 +234,60 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(torch.compile(score, fullgraph=True)(x, dy), score(x, dy))
 
 
+@pytest.mark.parametrize("mode", ["export", "compile"])
+def test_traces_with_sizes_unknown(mode):
+    class Score(torch.nn.Module):
+        def forward(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+            return tk.conv2d_fisher(x, weight.shape, dy, padding=1, weight=weight)
+
+    def inputs(n: int, c: int, o: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(n, c, side, side), torch.randn(n, o, side, side), torch.randn(o, c, 3, 3)
+
+    first = inputs(2, 6, 4, 5)
+    if mode == "compile":
+        traced = torch.compile(Score(), fullgraph=True, dynamic=True)
+        traced(*first)
+    else:
+        auto = torch.export.Dim.AUTO
+        dims = ([auto] * 4, [auto] * 4, {0: auto, 1: auto})
+        traced = torch.export.export(Score(), first, dynamic_shapes=dims, strict=False).module()
+    others = inputs(3, 7, 5, 8)
+    torch.testing.assert_close(traced(*others), Score()(*others))
+
+
+PRECISIONS = """
+import os, torch, taylor_kernels as tk
+from unittest.mock import patch
+
+def asks():  # what a kernel is told of a convolution, then of a linear layer
+    with patch("taylor_kernels.backends.native.conv2d_fisher") as kernel:
+        tk.conv2d_fisher(torch.ones(1, 1, 1, 1), (1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+        tk.linear_fisher(torch.ones(1, 1), torch.ones(1, 1))
+    return [call.args[0].tf32 for call in kernel.call_args_list]
+
+def check(setting, *expected):  # in a process of its own: new words cannot be taken back in old
+    if os.fork() == 0:
+        exec("torch." + setting)
+        print("torch." + setting, asks())
+        os._exit(asks() != list(expected))
+    assert os.wait()[1] == 0, setting
+
+check("backends.cudnn.allow_tf32 = True", True, False)
+check("backends.cudnn.allow_tf32 = False", False, False)
+check("backends.cuda.matmul.allow_tf32 = True", True, True)
+check("set_float32_matmul_precision('high')", True, True)
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from PyTorch 2.9 on
+    check("backends.fp32_precision = 'tf32'", True, True)
+    check("backends.fp32_precision = 'ieee'", False, False)
+    check("backends.cudnn.conv.fp32_precision = 'ieee'", False, False)
+    check("backends.cuda.matmul.fp32_precision = 'tf32'", True, True)
+"""
+
+
+def test_tf32_is_asked_in_whichever_words_the_user_has():
+    subprocess.run([sys.executable, "-c", PRECISIONS], check=True, timeout=120)
+
+
 def test_result_is_not_differentiable():
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     assert not tk.conv2d_fisher(x, (5, 3, 1, 1), torch.randn(2, 5, 4, 4)).requires_grad

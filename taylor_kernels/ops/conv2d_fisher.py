@@ -14,6 +14,7 @@ over its tokens. Kernels: csrc/conv2d_fisher.h, backends/triton/conv2d_fisher.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ def conv2d_fisher(
 
     Returns:
         float32 (float64 for float64 input): `weight_size`, or [O] with `weight`. float32 products
-        are rounded to TF32 on a GPU where `torch.backends.cudnn.allow_tf32` says so. Not
-        differentiable: it has no grad_fn.
+        are rounded to TF32 on a GPU where `torch.backends.cudnn` (`allow_tf32`, or
+        `conv.fp32_precision`) says so. Not differentiable: it has no grad_fn.
 
     Raises:
         TypeError: not a tensor; integer, complex, sparse or meta tensors.
@@ -76,7 +77,7 @@ def conv2d_fisher(
     strides = _integers(stride, "stride", 2, 1)
     paddings = _integers(padding, "padding", 2, 0)
     dilations = _integers(dilation, "dilation", 2, 1)
-    if not isinstance(groups, int) or groups < 1 or size[0] % groups:
+    if not _is_integer(groups) or groups < 1 or size[0] % groups:
         raise ValueError(
             f"groups: {groups!r} is not a positive integer that divides the {size[0]} filters of "
             "weight_size"
@@ -103,9 +104,8 @@ def conv2d_fisher(
         )
     _check_weight(weight, size, input)
     return _fisher(
-        input, grad_output, weight, size, strides, paddings, dilations, groups,
-        torch.backends.cudnn.allow_tf32, backend,
-    )  # fmt: skip
+        input, grad_output, weight, size, strides, paddings, dilations, groups, False, backend
+    )
 
 
 def linear_fisher(
@@ -121,8 +121,8 @@ def linear_fisher(
 
     Returns:
         float32 (float64 for float64 input): [O, I], or [O] with `weight`. float32 products are
-        rounded to TF32 on a GPU where `torch.backends.cuda.matmul.allow_tf32` says so. Not
-        differentiable: it has no grad_fn.
+        rounded to TF32 on a GPU where `torch.backends.cuda.matmul` (`allow_tf32`, or
+        `fp32_precision`) says so. Not differentiable: it has no grad_fn.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `conv2d_fisher`.
@@ -147,7 +147,7 @@ def linear_fisher(
     x, dy = (_as_image(tensor) for tensor in (input, grad_output))
     fisher = _fisher(
         x, dy, None if weight is None else weight[:, :, None, None], [*size, 1, 1],
-        [1, 1], [0, 0], [1, 1], 1, torch.backends.cuda.matmul.allow_tf32, backend,
+        [1, 1], [0, 0], [1, 1], 1, True, backend,
     )  # fmt: skip
     return fisher if weight is not None else fisher[:, :, 0, 0]
 
@@ -178,6 +178,10 @@ def _check_weight(weight: Tensor | None, size: Sequence[int], input: Tensor) -> 
         )
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
 def _integers(value: int | Sequence[int], name: str, count: int, least: int) -> list[int]:
     """`count` integers, from a sequence or (of two) from one for both."""
     values: list[int] = []
@@ -185,7 +189,7 @@ def _integers(value: int | Sequence[int], name: str, count: int, least: int) -> 
         values = list(value)
     elif count == 2:
         values = [value, value]
-    if len(values) != count or any(type(v) is not int or v < least for v in values):
+    if len(values) != count or any(not _is_integer(v) or v < least for v in values):
         wanted = f"{count} integers" if count > 2 else "an integer or a pair of integers"
         hint = "; give the padding as numbers" if isinstance(value, str) else ""
         raise ValueError(f"{name}: expected {wanted} from {least} on, got {value!r}{hint}")
@@ -201,12 +205,12 @@ def _fisher(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    tf32: bool,
+    matmul: bool,
     backend: str | None,
 ) -> Tensor:
     with torch.no_grad():
         return torch.ops.taylor_kernels.conv2d_fisher(
-            input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32,
+            input, grad_output, weight, weight_size, stride, padding, dilation, groups, matmul,
             backend,
         )  # fmt: skip
 
@@ -220,19 +224,32 @@ def _run(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    tf32: bool,
+    matmul: bool,
     backend: str | None,
 ) -> Tensor:
     out = _empty(
-        input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32, backend
+        input, grad_output, weight, weight_size, stride, padding, dilation, groups, matmul, backend
     )
     if not (input.numel() and grad_output.numel()):
         return out.zero_()
     args = conv2d_fisher_args(
-        input, grad_output, weight, weight_size, stride, padding, dilation, groups, tf32, out
-    )
+        input, grad_output, weight, weight_size, stride, padding, dilation, groups,
+        _may_round(matmul), out,
+    )  # fmt: skip
     select(input.device, input.dtype, backend).conv2d_fisher(args)
     return out
+
+
+def _may_round(matmul: bool) -> bool:
+    """Whether PyTorch's matrix products, or its convolutions, may round float32 to TF32.
+
+    Asked inside of the op, since torch.compile cannot trace it and would keep the answer.
+    """
+    settings: Any = torch.backends.cuda.matmul if matmul else torch.backends.cudnn
+    operator = settings if matmul else getattr(settings, "conv", settings)
+    if hasattr(operator, "fp32_precision"):  # allow_tf32 raises where this was set to differ
+        return bool(operator.fp32_precision == "tf32")
+    return bool(settings.allow_tf32)  # before PyTorch 2.9
 
 
 def _empty(
@@ -244,7 +261,7 @@ def _empty(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    tf32: bool,
+    matmul: bool,
     backend: str | None,
 ) -> Tensor:
     """The output's shape; also the fake kernel."""
@@ -254,8 +271,8 @@ def _empty(
 
 library.define(
     "conv2d_fisher(Tensor input, Tensor grad_output, Tensor? weight, SymInt[] weight_size, "
-    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool tf32, str? backend) "
-    "-> Tensor"
+    "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool matmul, "
+    "str? backend) -> Tensor"
 )
 library.impl("conv2d_fisher", _run, "CPU")
 library.impl("conv2d_fisher", _run, "CUDA")
