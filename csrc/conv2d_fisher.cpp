@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "conv2d_fisher_panels.h"
@@ -90,6 +91,7 @@ class Summer {
     const int64_t filters = kMaxRows + kMaxVectors * Register<S>::kWidth;
     sums_.resize(kTiles * plan.tile_size + kLanes);
     gradients_.resize(kTiles * plan.tile_size);
+    bands_.resize(kTiles * plan.tile_size);
     runs_.resize(kTiles * plan.tile_size + filters * kLanes);
   }
 
@@ -124,10 +126,19 @@ class Summer {
   void sum_bands(int64_t n) {
     const Plan<S>& p = *plan_;
     std::fill_n(gradients_.begin(), used(), S(0));
+    std::fill_n(bands_.begin(), used(), S(0));
+    int64_t bands = 0;
     for (int64_t h = 0; h < p.args.out_height; h += p.band_rows)
-      for (int64_t w = 0; w < p.args.out_width; w += p.band_width)
-        sum(n, 1, {h, h + p.band_rows}, {w, w + p.band_width}, false, gradients_);
+      for (int64_t w = 0; w < p.args.out_width; w += p.band_width) {
+        sum(n, 1, {h, h + p.band_rows}, {w, w + p.band_width}, false, bands_);
+        if (++bands % kMaxBands == 0) end_bands();
+      }
+    end_bands();
     for (int64_t i = 0; i < used(); ++i) sums_[i] += gradients_[i] * gradients_[i];
+  }
+
+  void end_bands() {
+    for (int64_t i = 0; i < used(); ++i) gradients_[i] += std::exchange(bands_[i], S(0));
   }
 
   // All tiles over a window of the outputs of some examples.
@@ -277,7 +288,7 @@ class Summer {
   const Plan<S>* plan_;
   Chunk<S> chunk_;
   double* partials_;  // [filter][slot]
-  std::vector<S> sums_, gradients_, runs_;
+  std::vector<S> sums_, gradients_, bands_, runs_;
   Range rows_ = {}, taps_ = {};
   int64_t gang_ = 0, lanes_ = 0, slot_ = 0;
 };

@@ -16,6 +16,7 @@ constexpr int64_t kPanelBytes = 3 << 20;      // of a chunk: 2 to 4 MB were best
 constexpr int64_t kTileBytes = 64 << 10;      // of panels that stay near while all taps run past
 constexpr int64_t kMaxChunk = 256;            // examples whose squares are summed in a float
 constexpr int64_t kMaxRun = 256;              // positions whose products are
+constexpr int64_t kMaxBands = 256;            // of positions, whose sums are
 constexpr int64_t kTiles = 16;                // most tiles of sums that a task keeps: 16 KB
 constexpr int64_t kMinTasks = 8;              // for the threads; more of them cost a stem a tenth
 constexpr int64_t kSlots = 16;                // partial sums of a filter, where a task can run on

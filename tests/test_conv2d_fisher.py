@@ -75,7 +75,7 @@ def test_every_instruction_set_beyond_its_limits(case, each_isa, poisoned_memory
     check(case, torch.float32, "cpu")
 
 
-@pytest.mark.parametrize("image", [(150, 170), (1, 20000), (20000, 1)], ids=str)
+@pytest.mark.parametrize("image", [(150, 170), (1, 20000), (20000, 1), (1000, 1100)], ids=str)
 def test_long_sums_of_one_sign_keep_their_precision(image, each_isa):
     case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
     x, dy, _ = (t.abs() for t in cases.random_fisher_inputs(case, torch.float32))
