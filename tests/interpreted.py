@@ -206,6 +206,16 @@ def test_fisher_by_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch
     assert same_bits(fisher(case, x, dy, None), expected)
 
 
+def test_fisher_by_taps_and_corners_2_31_elements_from_the_image() -> None:
+    x, dy = torch.randn(1, 2, 1, 2**16), torch.randn(1, 3, 2, 1)
+    got = conv2d_fisher(
+        x, (3, 2, 2, 1), dy, (2**15, 2**16), (2**15, 0), (2**15, 1), backend="triton"
+    )
+    # The lower tap of the upper position and the upper tap of the lower one are at x[..., 0, 0].
+    expected = (dy[0].flip(1)[:, None] * x[0, :, 0, 0, None, None]).square()
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_fisher_keeps_nan_and_infinity_in_their_filter(groups: int) -> None:
     case = FisherCase(

@@ -127,7 +127,10 @@ def integers(args: Conv2dFisherArgs, grid: Grid) -> dict[str, int]:
 def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
     """What a kernel is compiled for."""
     x_last, dy_last, x_vector, dy_vector = _layouts(args)
-    offsets = max(t.numel() // args.batch for t in (args.input, args.grad_output))
+    # An offset into the image has two parts, of a first tap and of a tap; padding lengthens both.
+    rows = args.image[0] + 2 * args.padding[0]
+    padded = args.groups * args.channels * (rows * (args.image[1] + 2 * args.padding[1]))
+    offsets = max(padded, args.grad_output.numel() // args.batch)
     result: dict[str, object] = {
         "X_LAST": x_last,
         "DY_LAST": dy_last,
