@@ -13,11 +13,13 @@ made by more layers.
 | taylor_abs | Σ abs(gw) | Molchanov et al. 2017 without the activation average |
 | taylor_fo_bn | s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch | 2019, section 3.2 |
 | taylor_fo_gate | mean over examples of s², s = Σ (y − b)·dy | the same gate, per example |
-| taylor_so_bn | q², q = s − ½ H1 over all gates | 2019, eq. 7, on gates |
-| taylor_so_diag | (s − ½h)², h the gate's curvature (Gauss-Newton) | 2019, section 3.1, on gates |
+| taylor_so | Σ q² over its weights, q = g·w − ½·w·(HW) | 2019, the expansion to second order |
+| taylor_so_bn | q², q = s − ½ H1 over all gates | the same, on gates |
+| taylor_so_diag | (s − ½h)², h the gate's curvature (Gauss-Newton) | the same, one gate at a time |
 | obd_bn | ½h | LeCun et al. 1989, optimal brain damage, on gates |
-| obd_fisher | ½ Σ w² · mean over examples of g² | OBD with the Fisher of 2019, section 3.1 |
+| obd_fisher | ½ Σ w² · mean over examples of g² | OBD with the empirical Fisher matrix |
 | obd_fisher_mc | the same of the model's own Fisher, from one random probe | Schraudolph 2002 |
+| obd_hutchinson | ½ Σ w² diag H, by random probes | OBD with the estimator of Hutchinson 1990 |
 | magnitude_l1, magnitude_l2 | Σ abs(w), Σ w² | Li et al. 2017 |
 | bn_scale | abs(γ) | Liu et al. 2017, network slimming |
 | snip | Σ abs(gw), over its sum in the whole network | Lee et al. 2019 |
@@ -43,6 +45,8 @@ SOURCES = (
     "example_gates",
     "gate_curvature",
     "gate_products",
+    "weight_products",
+    "hutchinson",
     "fisher",
     "fisher_probe",
     "magnitudes",
@@ -159,11 +163,13 @@ for _criterion in (
     Criterion("taylor_abs", "moments", _moment("abs_gw")),
     Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
     Criterion("taylor_fo_gate", "example_gates", Tensor.square),
+    Criterion("taylor_so", "weight_products", lambda table: table[:, 1]),
     Criterion("taylor_so_bn", "gate_products", lambda table: table[:, 0].square()),
     Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - t[:, 1] / 2).square()),
     Criterion("obd_bn", "gate_curvature", lambda table: table[:, 1] / 2),
     Criterion("obd_fisher", "fisher", lambda table: table[:, 0] / 2),
     Criterion("obd_fisher_mc", "fisher_probe", lambda table: table[:, 0] / 2),
+    Criterion("obd_hutchinson", "hutchinson", lambda table: table[:, 0] / 2),
     Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0], "mean", False),
     Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1], "mean", False),
     Criterion("bn_scale", "bn_scale", lambda table: table[:, 0], "mean"),

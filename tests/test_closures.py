@@ -44,7 +44,10 @@ def same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5
 
 
 def test_there_are_such_criteria():
-    assert {"taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"} <= set(CLOSURES)
+    assert {"taylor_so", "taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"} <= set(
+        CLOSURES
+    )
+    assert "obd_hutchinson" in CLOSURES
 
 
 @pytest.mark.parametrize("caller", [torch.no_grad, torch.enable_grad, torch.inference_mode])

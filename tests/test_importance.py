@@ -16,7 +16,8 @@ import taylor_kernels as tk
 
 HOOKED = (
     "taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "bn_scale", "oracle",
-    "obd_fisher", "obd_fisher_mc", "taylor_so_diag", "obd_bn",
+    "obd_fisher", "obd_fisher_mc", "taylor_so_diag", "obd_bn", "taylor_so_bn", "taylor_so",
+    "obd_hutchinson",
 )  # fmt: skip
 
 

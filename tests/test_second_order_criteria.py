@@ -165,6 +165,71 @@ def weight_expansion(
     return [w.detach() for w in weights], flat.detach(), hessian, split
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_taylor_so_expands_the_loss_in_all_scored_weights(train):
+    model, data = nets.mixed(train=train), nets.batch()
+    names = ["stem", "up", "fc"]
+
+    def closure() -> Tensor:
+        return nets.loss_of(model, data)
+
+    weights, slope, hessian, split = weight_expansion(model, names, closure)
+    w = torch.cat([weight.flatten() for weight in weights])
+    q = split(slope * w - w * (hessian @ w) / 2)
+    close(
+        scores(model, "taylor_so", closure, layers=names),
+        torch.cat([part.square().sum(1) for part in q]),
+    )
+    joint = tk.Criterion("joint", "weight_products", lambda table: table[:, 0])
+    close(scores(model, joint, closure, layers=names), torch.cat([part.sum(1) for part in q]))
+
+
+def test_obd_hutchinson_estimates_the_diagonal_without_bias():
+    model, data = nets.mixed(train=False), nets.batch()
+    names = ["up", "fc"]
+
+    def closure() -> Tensor:
+        return nets.loss_of(model, data)
+
+    weights, _, hessian, split = weight_expansion(model, names, closure)
+    w = torch.cat([weight.flatten() for weight in weights])
+    expected = torch.cat([part.sum(1) for part in split(hessian.diagonal() * w.square() / 2)])
+    imp = tk.Importance(model, "obd_hutchinson", layers=names)
+    for _ in range(150):
+        imp.update(closure=closure)
+    got = torch.cat(list(imp.compute().values())).double()
+    error = torch.cat(list(imp.standard_error().values())).double()
+    deviation = (got - expected) / error
+    assert deviation.abs().max() < 5
+    assert 0.2 < deviation.square().mean() < 4  # neither a bias nor an error that is none
+
+
+def test_obd_hutchinson_is_exact_for_a_diagonal_hessian():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)).double()
+    curvature = torch.rand(4, 3, 1, 1, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        model(torch.randn(2, 3, 5, 5, dtype=torch.float64))
+        return (curvature * model[0].weight.square()).sum() / 2
+
+    expected = (curvature * model[0].weight.detach().square()).flatten(1).sum(1) / 2
+    close(scores(model, "obd_hutchinson", closure), expected)
+
+
+def test_layers_that_share_a_weight_have_one_parameter():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return model(x).square().mean()
+
+    _, slope, hessian, split = weight_expansion(model, ["0"], closure)
+    w = model[0].weight.detach().flatten()
+    (q,) = split(slope * w - w * (hessian @ w) / 2)
+    close(scores(model, "taylor_so", closure), torch.cat([q.square().sum(1)] * 2))
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -185,7 +250,7 @@ ONCE = {
 
 
 @pytest.mark.parametrize("operation", ONCE)
-@pytest.mark.parametrize("criterion", ["taylor_so_bn"])
+@pytest.mark.parametrize("criterion", ["taylor_so", "taylor_so_bn", "obd_hutchinson"])
 def test_a_model_that_cannot_be_differentiated_twice_is_one_clear_error(criterion, operation):
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -204,7 +269,7 @@ def test_a_model_that_cannot_be_differentiated_twice_is_one_clear_error(criterio
     assert all(score.isfinite().all() for score in instead.values())
 
 
-@pytest.mark.parametrize("criterion", ["taylor_so_bn"])
+@pytest.mark.parametrize("criterion", ["taylor_so", "taylor_so_bn"])
 def test_fused_attention_is_no_obstacle(criterion):
     class Attention(nn.Module):
         def __init__(self, fused: bool) -> None:
@@ -226,6 +291,12 @@ def test_fused_attention_is_no_obstacle(criterion):
     expected = scores(plain, criterion, lambda: F.cross_entropy(plain(x), y))
     got = scores(fused, criterion, lambda: F.cross_entropy(fused(x), y))
     close(got, torch.cat(list(expected.values())).double())
+
+
+def test_a_computed_weight_is_an_error_that_says_so():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    with pytest.raises(RuntimeError, match=r"0\.weight is computed from other parameters"):
+        scores(model, "taylor_so", lambda: model(torch.randn(2, 4)).sum())
 
 
 @pytest.mark.parametrize("classes", [33, 40])
@@ -385,7 +456,7 @@ def test_a_loss_without_curvature_at_the_output(criterion):
     assert got[""].equal(torch.zeros(3))
 
 
-CRITERIA = ["taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"]
+CRITERIA = ["taylor_so", "taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

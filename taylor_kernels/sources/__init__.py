@@ -6,6 +6,8 @@
 | gates | 1: the gate's gradient over the minibatch |
 | example_gates | N: the gate's gradient for each example |
 | gate_curvature | 2: the gate's gradient over the minibatch, its own curvature |
+| weight_products | 2: Σ q, Σ q² with q = g·w − ½·w·(HW), W all scored weights |
+| hutchinson | 1: Σ w² z (Hz), random signs z drawn anew at every update |
 | fisher | 1: Σ w² · mean over examples of g², each of its own loss |
 | fisher_probe | 1: the same, of a random square root of the loss's curvature at the output |
 | gate_products | 1: s − ½ H1 of all gates: their gradient, their Hessian's row sums |
@@ -29,6 +31,7 @@ from taylor_kernels.sources.gates import ExampleGates, Gates
 from taylor_kernels.sources.layers import Layers, filter_count, find_layers
 from taylor_kernels.sources.loss_change import LossChange
 from taylor_kernels.sources.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
+from taylor_kernels.sources.weight_products import Hutchinson, SecondOrder
 
 __all__ = [
     "Closure",
@@ -46,6 +49,8 @@ _CLASSES: dict[str, type[Source]] = {
     "gates": Gates,
     "example_gates": ExampleGates,
     "gate_curvature": GateCurvature,
+    "weight_products": SecondOrder,
+    "hutchinson": Hutchinson,
     "fisher": Fisher,
     "fisher_probe": FisherProbe,
     "gate_products": GateProducts,

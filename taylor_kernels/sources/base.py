@@ -29,7 +29,7 @@ class Source(ABC):
         self.model = model
         self.layers = layers
         self.backend = backend
-        self.updates = 0  # collect() so far: seeds what a source draws at random
+        self.updates = 0  # how often collect() drew something at random: the seed of the next
 
     @abstractmethod
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
