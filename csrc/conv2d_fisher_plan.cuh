@@ -1,5 +1,5 @@
-// How conv2d_fisher is cut into blocks of threads, from its shape and layout alone; only the two
-// `vectors` flags look at addresses, and they change how elements are loaded, not what is summed.
+// How conv2d_fisher is cut into blocks of threads, from its shape and layout alone; only what a
+// load takes at once depends on addresses too, and changes nothing of what is summed.
 //
 // Of one group and example, g = dy · xᵀ is a product of two matrices: dy has a row per filter, x a
 // row per column of the weight (a channel at a tap), and both are summed along the positions of
@@ -40,7 +40,7 @@ struct FisherSide {
   int64_t group;
   int64_t row;
   int64_t pixel;
-  bool vectors;  // rows (pixel = 1) or pixels (row = 1) consist of aligned 16-byte vectors
+  int32_t bytes;  // that a load takes at once: 16, 4, or the size of an element
 };
 
 struct FisherTask {
@@ -143,7 +143,6 @@ inline bool is_small_example(const Conv2dFisherArgs& args) {
 inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
   FisherTask& task = plan.task;
   const int64_t pixels = args.height * args.width;
-  const int64_t vector = 16 / size_of(args.dtype);
   bool x_last = args.x_channels_last;
   bool dy_last = args.dy_channels_last;
   // With one pixel or one channel both orders are the same memory.
@@ -153,16 +152,27 @@ inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
   if (dy_either) dy_last = x_last;
   plan.channels_inside = x_last && dy_last;
 
+  const int64_t element = size_of(args.dtype);
   const auto side = [&](const void* data, int64_t rows, int64_t extent, bool last) {
     const int64_t all = args.groups * rows;
-    FisherSide side = {data,           all * extent, rows * (last ? 1 : extent), last ? 1 : extent,
-                       last ? all : 1, false};
-    side.vectors = reinterpret_cast<uintptr_t>(data) % 16 == 0 && last == plan.channels_inside &&
-                   (last ? rows : extent) % vector == 0;
+    FisherSide side = {data,
+                       all * extent,
+                       rows * (last ? 1 : extent),
+                       last ? 1 : extent,
+                       last ? all : 1,
+                       static_cast<int32_t>(element)};
+    const int64_t run = (last ? rows : extent) * element;  // bytes side by side, in that order
+    for (const int32_t bytes : {16, 4}) {
+      if (last == plan.channels_inside && run % bytes == 0 &&
+          reinterpret_cast<uintptr_t>(data) % bytes == 0) {
+        side.bytes = bytes;
+        break;
+      }
+    }
     return side;
   };
   task.x = side(args.x, args.channels, pixels, x_last);
-  task.x.vectors &= plan.channels_inside || task.is_matrix;
+  if (!plan.channels_inside && !task.is_matrix) task.x.bytes = static_cast<int32_t>(element);
   task.dy = side(args.dy, args.filters, task.positions, dy_last);
 }
 

@@ -19,58 +19,61 @@ constexpr int kChunk = kRowBytes / int{sizeof(typename E::Raw)};
 // What fits 32 bits in every example that tiles are used for.
 __device__ inline int narrow(int64_t value) { return static_cast<int>(value); }
 
-// What both kinds of chunk keep in a thread: vectors of four words, or elements, which take a
-// register each until they have all come.
+// What both kinds of chunk keep in a thread: 16-byte vectors, or words, or the halves of words,
+// which take a register each until they have all come.
 template <class E, int kRows>
 class Fetched {
  protected:
   using Raw = typename E::Raw;
   static constexpr int kSize = kVectorSize<E>;
   static constexpr int kPerWord = 4 / int{sizeof(Raw)};
-  static constexpr int kElements = kRows * kChunk<E> / kThreads;
-  static constexpr int kVectors = kElements < kSize ? 1 : kElements / kSize;
+  static constexpr int kWords = kRows * kRowBytes / 4 / kThreads;
+  static constexpr int kVectors = kWords < 4 ? 1 : kWords / 4;
 
-  uint32_t words_[kVectors * kSize];
+  uint32_t loaded_[kVectors * kSize];
 
-  __device__ void load_vector(int i, const Raw* from, bool present) {
-    uint4 loaded = {0, 0, 0, 0};
-    if (present) loaded = __ldg(reinterpret_cast<const uint4*>(from));
-    words_[4 * i] = loaded.x;
-    words_[4 * i + 1] = loaded.y;
-    words_[4 * i + 2] = loaded.z;
-    words_[4 * i + 3] = loaded.w;
-  }
-
-  __device__ void load_element(int i, const Raw* from, bool present) {
-    words_[i] = 0;
-    if (present) words_[i] = __ldg(from);
-  }
-
-  template <class Product>
-  __device__ uint32_t word(int i, bool vectors) const {
-    if constexpr (kPerWord == 2) {
-      if (!vectors) return words_[2 * i] | words_[2 * i + 1] << 16;
+  // The i-th kCount elements of the thread: a vector, a word or one.
+  template <int kCount>
+  __device__ void load(int i, const Raw* from, bool present) {
+    if constexpr (kCount == kSize) {
+      uint4 vector = {0, 0, 0, 0};
+      if (present) vector = __ldg(reinterpret_cast<const uint4*>(from));
+      loaded_[4 * i] = vector.x;
+      loaded_[4 * i + 1] = vector.y;
+      loaded_[4 * i + 2] = vector.z;
+      loaded_[4 * i + 3] = vector.w;
+    } else {
+      using Type = std::conditional_t<kCount == 1, Raw, uint32_t>;
+      loaded_[i] = 0;
+      if (present) loaded_[i] = __ldg(reinterpret_cast<const Type*>(from));
     }
-    return Product::rounded(words_[i]);
   }
 
   template <class Product>
-  __device__ void store_vector(char* to, int i, bool vectors) const {
-    *reinterpret_cast<uint4*>(to) = {
-        word<Product>(4 * i, vectors), word<Product>(4 * i + 1, vectors),
-        word<Product>(4 * i + 2, vectors), word<Product>(4 * i + 3, vectors)};
+  __device__ uint32_t word(int i, bool whole) const {
+    if constexpr (kPerWord == 2) {
+      if (!whole) return loaded_[2 * i] | loaded_[2 * i + 1] << 16;
+    }
+    return Product::rounded(loaded_[i]);
+  }
+
+  template <class Product>
+  __device__ void store_vector(char* to, int i, bool whole) const {
+    *reinterpret_cast<uint4*>(to) = {word<Product>(4 * i, whole), word<Product>(4 * i + 1, whole),
+                                     word<Product>(4 * i + 2, whole),
+                                     word<Product>(4 * i + 3, whole)};
   }
 };
 
 template <class E, int kRows>
 class PositionsChunk : Fetched<E, kRows> {
   using Base = Fetched<E, kRows>;
-  using Base::kElements;
   using Base::kPerWord;
   using Base::kSize;
   using Base::kVectors;
+  using Base::kWords;
   using typename Base::Raw;
-  static constexpr int kWords = kRowBytes / 4;  // of a row
+  static constexpr int kRowWords = kRowBytes / 4;
 
  public:
   // The padding puts eight rows at one position into different banks.
@@ -91,16 +94,21 @@ class PositionsChunk : Fetched<E, kRows> {
     const Pixel<int> first(task, begin + word_position());
     const Pixel<int> last(task, begin + word_position() + kPerWord - 1);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      const Column<int> column = columns[word_row(i / kPerWord)];
-      const Pixel<int>& pixel = i % kPerWord ? last : first;
-      Base::load_element(i, from + pixel.offset + column.offset, pixel.inside(task, column));
+    for (int i = 0; i < kWords; ++i) {
+      const Column<int> column = columns[word_row(i)];
+#pragma unroll
+      for (int j = 0; j < kPerWord; ++j) {
+        const Pixel<int>& pixel = j ? last : first;
+        Base::template load<1>(i * kPerWord + j, from + pixel.offset + column.offset,
+                               pixel.inside(task, column));
+      }
     }
   }
 
+  // `bytes` as the chunk was fetched with.
   template <class Product>
-  __device__ void store(char* stage, bool vectors) const {
-    if (vectors) {
+  __device__ void store(char* stage, int bytes) const {
+    if (bytes == 16) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         if (vector_row(i) >= kRows) break;
@@ -109,9 +117,9 @@ class PositionsChunk : Fetched<E, kRows> {
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kElements / kPerWord; ++i) {
+      for (int i = 0; i < kWords; ++i) {
         char* to = stage + word_row(i) * kPitch + word_position() * int{sizeof(Raw)};
-        *reinterpret_cast<uint32_t*>(to) = Base::template word<Product>(i, false);
+        *reinterpret_cast<uint32_t*>(to) = Base::template word<Product>(i, bytes == 4);
       }
     }
   }
@@ -125,29 +133,41 @@ class PositionsChunk : Fetched<E, kRows> {
 
   // 16 lanes take a row's words, and the other 16 those of the fourth row on: the other 16 banks.
   static __device__ int word_row(int i) {
-    const int team = threadIdx.x / kWords;
-    return i * (kThreads / kWords) + team / 8 * 8 + team % 2 * 4 + team / 2 % 4;
+    const int team = threadIdx.x / kRowWords;
+    return i * (kThreads / kRowWords) + team / 8 * 8 + team % 2 * 4 + team / 2 % 4;
   }
-  static __device__ int word_position() { return threadIdx.x % kWords * kPerWord; }
+  static __device__ int word_position() { return threadIdx.x % kRowWords * kPerWord; }
 
   __device__ void fetch_matrix(const FisherSide& side, const Raw* from, int rows, int begin,
                                int positions) {
-    const auto row_step = narrow(side.row);
-    if (side.vectors) {
+    if (side.bytes == 16) {
       const int p = begin + vector_position();
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
         const int row = vector_row(i);
         const bool present = row < kRows && row < rows && p < positions;
-        Base::load_vector(i, from + row * row_step + p, present);
+        Base::template load<kSize>(i, from + row * narrow(side.row) + p, present);
       }
+    } else if (kPerWord > 1 && side.bytes == 4) {
+      fetch_words<kPerWord>(side, from, rows, begin + word_position(), positions);
     } else {
-      const auto step = narrow(side.pixel);
+      fetch_words<1>(side, from, rows, begin + word_position(), positions);
+    }
+  }
+
+  template <int kCount>
+  __device__ void fetch_words(const FisherSide& side, const Raw* from, int rows, int first,
+                              int positions) {
+    const int step = kCount == 1 ? narrow(side.pixel) : 1;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const int row = word_row(i / kPerWord);
-        const int p = begin + word_position() + i % kPerWord;
-        Base::load_element(i, from + row * row_step + p * step, row < rows && p < positions);
+    for (int i = 0; i < kWords; ++i) {
+      const int row = word_row(i);
+#pragma unroll
+      for (int j = 0; j < kPerWord; j += kCount) {
+        const int p = first + j;
+        Base::template load<kCount>((i * kPerWord + j) / kCount,
+                                    from + row * narrow(side.row) + p * step,
+                                    row < rows && p < positions);
       }
     }
   }
@@ -156,6 +176,7 @@ class PositionsChunk : Fetched<E, kRows> {
 template <class E, int kRows>
 class ChannelsChunk : Fetched<E, kRows> {
   using Base = Fetched<E, kRows>;
+  using Base::kPerWord;
   using Base::kSize;
   using Base::kVectors;
   using typename Base::Raw;
@@ -169,63 +190,70 @@ class ChannelsChunk : Fetched<E, kRows> {
   static constexpr int kBytes = kPitch * kChunk<E>;
 
   __device__ void fetch_dy(const FisherTask& task, const Raw* from, int rows, int begin) {
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int p = begin + position(i);
-      const bool present = position(i) < kChunk<E> && p < narrow(task.positions);
-      const Raw* at = from + p * narrow(task.dy.pixel) + row();
-      if (task.dy.vectors) {
-        Base::load_vector(i, at, present && row() < rows);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) {
-          Base::load_element(i * kSize + j, at + j, present && row() + j < rows);
-        }
-      }
+    if (task.dy.bytes == 16) return fetch_filters<kSize>(task, from, rows, begin);
+    if (kPerWord > 1 && task.dy.bytes == 4) {
+      return fetch_filters<kPerWord>(task, from, rows, begin);
     }
+    fetch_filters<1>(task, from, rows, begin);
   }
 
   __device__ void fetch_x(const FisherTask& task, const Raw* from, const Column<int>* columns, int,
                           int begin) {
-    Pixel<int> pixels[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const bool present = position(i) < kChunk<E>;
-      pixels[i] = Pixel<int>(task, present ? begin + position(i) : narrow(task.positions));
+    if (task.x.bytes == 16) return fetch_columns<kSize>(task, from, columns, begin);
+    if (kPerWord > 1 && task.x.bytes == 4) {
+      return fetch_columns<kPerWord>(task, from, columns, begin);
     }
-    if (task.x.vectors) {
-      const Column<int> column = columns[row()];
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        const Raw* at = from + pixels[i].offset + column.offset;
-        Base::load_vector(i, at, pixels[i].inside(task, column));
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        const Column<int> column = columns[row() + j];
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          const Raw* at = from + pixels[i].offset + column.offset;
-          Base::load_element(i * kSize + j, at, pixels[i].inside(task, column));
-        }
-      }
-    }
+    fetch_columns<1>(task, from, columns, begin);
   }
 
   template <class Product>
-  __device__ void store(char* stage, bool vectors) const {
+  __device__ void store(char* stage, int bytes) const {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (position(i) >= kChunk<E>) break;
       char* to = stage + position(i) * kPitch + row() * int{sizeof(Raw)};
-      Base::template store_vector<Product>(to, i, vectors);
+      Base::template store_vector<Product>(to, i, bytes >= 4);
     }
   }
 
  private:
   static __device__ int row() { return threadIdx.x % kAcross * kSize; }
   static __device__ int position(int i) { return i * (kThreads / kAcross) + threadIdx.x / kAcross; }
+
+  template <int kCount>
+  __device__ void fetch_filters(const FisherTask& task, const Raw* from, int rows, int begin) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int p = begin + position(i);
+      const bool present = position(i) < kChunk<E> && p < narrow(task.positions);
+      const Raw* at = from + p * narrow(task.dy.pixel) + row();
+#pragma unroll
+      for (int j = 0; j < kSize; j += kCount) {
+        Base::template load<kCount>((i * kSize + j) / kCount, at + j, present && row() + j < rows);
+      }
+    }
+  }
+
+  template <int kCount>
+  __device__ void fetch_columns(const FisherTask& task, const Raw* from, const Column<int>* columns,
+                                int begin) {
+    Pixel<int> pixels[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const bool present = position(i) < kChunk<E>;
+      pixels[i] = Pixel<int>(task, present ? begin + position(i) : narrow(task.positions));
+    }
+#pragma unroll
+    for (int j = 0; j < kSize; j += kCount) {
+      const Column<int> column = columns[row() + j];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        Base::template load<kCount>((i * kSize + j) / kCount,
+                                    from + pixels[i].offset + column.offset,
+                                    pixels[i].inside(task, column));
+      }
+    }
+  }
 };
 
 }  // namespace tk

@@ -136,8 +136,8 @@ __device__ void sum_examples(const FisherTask& task, const TilePlace& place,
   };
   const auto store = [&](int half) {
     char* to = memory + half * Memory::kHalf;
-    a.template store<Product>(to, task.dy.vectors);
-    b.template store<Product>(to + ChunkA::kBytes, task.x.vectors);
+    a.template store<Product>(to, task.dy.bytes);
+    b.template store<Product>(to + ChunkA::kBytes, task.x.bytes);
   };
 
   const int warp = threadIdx.x / kWarp;

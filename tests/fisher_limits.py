@@ -35,6 +35,7 @@ LIMITS = [
         Kernel.SMALL: [
             FisherCase("small_tiles", (2, 27, 6, 6), (70, 27, 3, 3)),
             FisherCase("small_vectors", (3, 128, 1, 17), (32, 128, 1, 1)),
+            FisherCase("words", (2, 42, 2, 15), (10, 42, 1, 1)),
             FisherCase("one_span", (2, 40, 16, 16), (9, 40, 1, 1)),
             FisherCase("spans", (3, 40, 23, 25), (9, 40, 1, 1)),
             FisherCase("chunk_less_one", (3, 40, 3, 5), (11, 40, 1, 1)),

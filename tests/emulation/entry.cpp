@@ -1,4 +1,6 @@
 // The launchers with C linkage, for ctypes.
+#include <cuda_runtime.h>
+
 #include "conv2d_fisher.h"
 #include "conv2d_fisher_plan.cuh"
 #include "filter_moments.h"
@@ -53,18 +55,30 @@ void gates(const tk::GateGradientsArgs* args, void* workspace) {
   tk::gate_gradients_cuda(*args, workspace, nullptr);
 }
 
-// Which kernel is chosen, and in how many splits of the examples it runs.
-void fisher_plan(const tk::Conv2dFisherArgs* args, int64_t workspace_bytes, int64_t (&plan)[2]) {
-  const tk::FisherPlan found = tk::plan_fisher(*args, workspace_bytes);
-  plan[0] = static_cast<int64_t>(found.kernel);
-  plan[1] = found.splits;
+// The kernel that is chosen, its splits of the examples, and the bytes of its workspace.
+void fisher_plan(const tk::Conv2dFisherArgs* args, int64_t workspace_bytes, int64_t (&found)[3]) {
+  const tk::FisherPlan plan = tk::plan_fisher(*args, workspace_bytes);
+  found[0] = static_cast<int64_t>(plan.kernel);
+  found[1] = plan.splits;
+  found[2] = plan.workspace_floats() * int64_t{sizeof(float)};
 }
 
 int64_t fisher_workspace(const tk::Conv2dFisherArgs* args) {
   return tk::conv2d_fisher_cuda_workspace(*args);
 }
 
-void fisher(const tk::Conv2dFisherArgs* args, void* workspace) {
+// Returns how many loads were misaligned or outside of the tensors.
+int fisher(const tk::Conv2dFisherArgs* args, void* workspace) {
+  const int64_t x = args->groups * args->channels * args->height * args->width;
+  const int64_t dy = args->groups * args->filters * args->out_height * args->out_width;
+  const int64_t weight = args->groups * args->filters * args->channels * args->kernel_h *
+                         args->kernel_w * tk::size_of(args->weight_dtype);
+  emulation::faults = 0;
+  emulation::readable = {{args->x, args->batch * x * tk::size_of(args->dtype)},
+                         {args->dy, args->batch * dy * tk::size_of(args->dtype)},
+                         {args->weight, args->weight ? weight : 0}};
   tk::conv2d_fisher_cuda(*args, workspace, nullptr);
+  emulation::readable.clear();
+  return emulation::faults;
 }
 }
