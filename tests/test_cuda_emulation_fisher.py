@@ -174,3 +174,12 @@ def test_non_finite_values_reach_their_filter_and_no_other(
         for scaled in (None, weight):
             bad = ~fisher(kernels, x, dy, case, scaled).view(dy.size(1), -1).isfinite().all(1)
             assert bad.nonzero().flatten().tolist() == [3, 7], case.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_pixels_reach_what_reads_them(kernels: ctypes.CDLL, dtype: torch.dtype) -> None:
+    for case in CASES:
+        x, dy, _ = random_fisher_inputs(case, dtype)
+        x[0, 0, -1, -1] = float("inf")  # next to what lies beyond the last position
+        x[-1, -1, 0, -1] = float("nan")
+        assert_close(fisher(kernels, x, dy, case), *fisher_reference64(x, dy, case))

@@ -48,16 +48,16 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool running = false;
+  bool waiting = false;  // for the rest of the block
 };
 
 struct Barrier {
-  unsigned waiting = 0, turn = 0;
+  unsigned arrived = 0, turn = 0;
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline jmp_buf scheduler;
-inline ucontext_t start;
-inline Barrier block_barrier;
+inline unsigned arrived;  // threads of the block, at its barrier
 inline Barrier warp_barriers[32];
 inline std::function<void()> body;
 inline std::vector<char> dynamic_shared;
@@ -68,10 +68,20 @@ inline void pass(jmp_buf& from, jmp_buf& to) {
 
 inline void yield() { pass(fibers[threadIdx.x]->at, scheduler); }
 
-inline void wait(Barrier& barrier, unsigned threads) {
+inline void wait_for_block() {
+  fibers[threadIdx.x]->waiting = true;
+  if (++arrived == blockDim.x) {
+    arrived = 0;
+    for (auto& fiber : fibers) fiber->waiting = false;
+  }
+  while (fibers[threadIdx.x]->waiting) yield();
+}
+
+inline void wait_for_warp() {
+  Barrier& barrier = warp_barriers[threadIdx.x / 32];
   const unsigned turn = barrier.turn;
-  if (++barrier.waiting == threads) {
-    barrier.waiting = 0;
+  if (++barrier.arrived == 32) {
+    barrier.arrived = 0;
     ++barrier.turn;
   }
   while (barrier.turn == turn) yield();
@@ -87,11 +97,9 @@ inline void run_fiber() {
 
 inline void turn_of(unsigned thread) {
   threadIdx.x = thread;
-  if (thread < fibers.size()) return pass(scheduler, fibers[thread]->at);
-  fibers.push_back(std::make_unique<Fiber>());
-  Fiber& fiber = *fibers.back();
+  Fiber& fiber = *fibers[thread];
+  if (fiber.stack) return pass(scheduler, fiber.at);
   fiber.stack = std::make_unique<char[]>(kStack);
-  fiber.running = true;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStack;
@@ -99,16 +107,31 @@ inline void turn_of(unsigned thread) {
   if (_setjmp(scheduler) == 0) setcontext(&fiber.context);
 }
 
+// A warp runs until it waits for the others, so that one which does not wait where it should meets
+// memory that they have not written, or still read. The first warp is ahead, or the last.
+inline bool run_warp(unsigned warp) {
+  bool ran = false;
+  for (bool runs = true; runs; ran |= runs) {
+    runs = false;
+    for (unsigned i = 32 * warp; i < 32 * warp + 32 && i < blockDim.x; ++i) {
+      if (!fibers[i]->running || fibers[i]->waiting) continue;
+      turn_of(i);
+      runs = true;
+    }
+  }
+  return ran;
+}
+
 // Shared memory starts as NaN, and nothing may be written past its end.
-inline void run_block(unsigned threads, size_t shared) {
+inline void run_block(size_t shared) {
   dynamic_shared.assign(shared + kGuard, '\xff');
-  for (size_t i = 0; i < fibers.size(); ++i) fibers[i]->running = i < threads;
+  while (fibers.size() < blockDim.x) fibers.push_back(std::make_unique<Fiber>());
+  for (unsigned i = 0; i < blockDim.x; ++i) fibers[i]->running = true;
+  const unsigned warps = (blockDim.x + 31) / 32;
   for (bool running = true; running;) {
     running = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      if (i < fibers.size() && !fibers[i]->running) continue;
-      turn_of(i);
-      running = true;
+    for (unsigned i = 0; i < warps; ++i) {
+      running |= run_warp(blockIdx.x % 2 ? warps - 1 - i : i);
     }
   }
   for (size_t i = shared; i < dynamic_shared.size(); ++i) {
@@ -124,7 +147,7 @@ const T* exchange(const T& value) {
   const unsigned warp = threadIdx.x / 32;
   T* room = rooms[warp][warp_barriers[warp].turn % 2];
   room[threadIdx.x % 32] = value;
-  wait(warp_barriers[warp], 32);
+  wait_for_warp();
   return room;
 }
 
@@ -150,7 +173,7 @@ inline bool may_read(const void* from, size_t bytes) {
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait(emulation::block_barrier, blockDim.x); }
+inline void __syncthreads() { emulation::wait_for_block(); }
 
 inline float __shfl_xor_sync(unsigned, float value, int distance) {
   return emulation::exchange(value)[threadIdx.x % 32 ^ distance];
@@ -207,7 +230,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   emulation::body = [&] { kernel(arguments...); };
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
-    emulation::run_block(blockDim.x, config->dynamicSmemBytes);
+    emulation::run_block(config->dynamicSmemBytes);
   }
   return cudaSuccess;
 }
