@@ -161,6 +161,14 @@ def test_sums_of_one_sign_stay_exact(kernels: ctypes.CDLL) -> None:
             assert_close(fisher(kernels, x, dy, case), *fisher_reference64(x, dy, case))
 
 
+def test_a_block_starts_afresh_with_each_example(kernels: ctypes.CDLL) -> None:
+    """Of several spans each: so many blocks that two of the examples are in one split."""
+    case = FisherCase("spans", (3, 256 * 16, 1, 257), (256 * 8, 16, 1, 1), groups=256)
+    assert plan(kernels, case, torch.bfloat16, False, ROOM)[:2] == (Kernel.SMALL, 2)
+    x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
+    assert_close(fisher(kernels, x, dy, case), *fisher_reference64(x, dy, case))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_non_finite_values_reach_their_filter_and_no_other(
     kernels: ctypes.CDLL, dtype: torch.dtype
