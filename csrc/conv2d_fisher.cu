@@ -14,8 +14,8 @@ struct Conv2dFisher {  // for finish_kernel
 template <class Product, class Tile>
 void launch_tiles(const FisherPlan& plan, cudaStream_t stream) {
   launch_with_shared(Conv2dFisher::kName, stream, plan.blocks,
-                     TileMemory<Product, Tile>::bytes(plan.task.spans),
-                     fisher_tile_kernel<Product, Tile>, plan.task);
+                     TileMemory<Product, Tile>::bytes(plan.task), fisher_tile_kernel<Product, Tile>,
+                     plan.task);
 }
 
 template <class Product>
@@ -88,7 +88,10 @@ int64_t conv2d_fisher_cuda_workspace(const Conv2dFisherArgs& args) {
 }
 
 void conv2d_fisher_cuda(const Conv2dFisherArgs& args, void* workspace, void* stream) {
-  FisherPlan plan = plan_fisher(args, kWorkspaceBytes);
+  run_fisher(plan_fisher(args, kWorkspaceBytes), args, workspace, stream);
+}
+
+void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
   auto* out = static_cast<float*>(args.out);
   auto* parts = static_cast<float*>(workspace);

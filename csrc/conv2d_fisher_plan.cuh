@@ -72,6 +72,7 @@ struct FisherTask {
   bool weight_is_f32;  // else it has the inputs' dtype
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
   bool spans;          // tiles: an example has more positions than kSpan
+  bool runs;           // tiles: or it has not, and a block has more examples than kRun
   uint8_t lanes_log2;  // teams: lanes of a warp, and warps, that share the positions
   uint8_t warps_log2;
 };
@@ -91,9 +92,11 @@ using WideTile = Tile<2, 4, 8>;   // 64 × 128
 using SmallTile = Tile<1, 8, 4>;  // 32 × 128
 
 // Positions whose products are summed one after the other; longer examples are sums of such sums.
-// Tensor cores cut off what does not fit their sums: over 256 positions (16 steps) that stays
-// within 8 units in the last place, over the 12,544 of an early layer it would be hundreds.
-constexpr int kSpan = 256;
+// Tensor cores cut off what does not fit their sums: where all terms have one sign, the 8 steps of
+// 128 positions lose a few units in the last place, the 784 of an early layer would lose hundreds.
+constexpr int kSpan = 128;
+// The same of examples whose squares are summed: more are split, or are sums of such sums.
+constexpr int kRun = 256;
 
 // Blocks should have this many chunks of positions to go through, so that a split is worth it.
 constexpr int kMinChunks = 8;
@@ -262,13 +265,17 @@ inline FisherPlan plan_fisher(const Conv2dFisherArgs& args, int64_t workspace_by
   const int64_t most =
       std::min({task.batch, divide_up(chunks, kMinChunks),
                 workspace_bytes / int64_t{sizeof(float)} / (parts * plan.results)});
-  const int64_t splits =
-      std::clamp<int64_t>(divide_up(kFillBlocks, blocks), 1, std::max<int64_t>(1, most));
+  const int64_t wanted = std::max(divide_up(kFillBlocks, blocks), divide_up(task.batch, kRun));
+  const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   task.split = divide_up(task.batch, splits);
+  task.runs = !task.spans && task.split > kRun;
   plan.splits = divide_up(task.batch, task.split);
   plan.parts = plan.splits * parts;
   plan.blocks = blocks * plan.splits;
   return plan;
 }
+
+// conv2d_fisher_cuda as planned.
+void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream);
 
 }  // namespace tk

@@ -18,17 +18,19 @@ struct TileMemory {
   static constexpr int kParked = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
   static constexpr int kSums = kLaneFilters * Tile::kLaneColumns;
 
-  static int bytes(bool spans) {
-    return kParked + (spans ? kThreads * kSums * int{sizeof(float)} : 0);
+  static int bytes(const FisherTask& task) {
+    return kParked + (task.spans || task.runs ? kThreads * kSums * int{sizeof(float)} : 0);
   }
 };
 
-// Σ over examples of squared sums. Where an example is a sum of spans, its squares give up their
-// registers to it, and are parked in shared memory until the next example ends.
+// Σ over examples of squared sums. Where an example is a sum of spans, the squares give up their
+// registers to it, and are parked in shared memory until it ends. Elsewhere the registers hold the
+// squares of a run of examples, and those of the runs before it are parked.
 template <class Memory, int kColumns>
 class Squares {
   float values_[kLaneFilters][kColumns] = {};
-  const bool parks_;
+  const bool spans_;
+  const bool runs_;
 
   static __device__ float& parked(int i, int j) {
     auto* all = reinterpret_cast<float*>(dynamic_shared() + Memory::kParked);
@@ -45,13 +47,13 @@ class Squares {
   }
 
  public:
-  __device__ explicit Squares(bool parks) : parks_(parks) {
-    if (parks_) for_each([](int i, int j) { parked(i, j) = 0; });
+  __device__ explicit Squares(const FisherTask& task) : spans_(task.spans), runs_(task.runs) {
+    if (spans_ || runs_) for_each([](int i, int j) { parked(i, j) = 0; });
   }
 
-  // Takes the sums of a span, and begins the next.
+  // Takes the sums of a span, or of an example, and begins the next.
   __device__ void add(float (&sums)[kLaneFilters][kColumns], bool example_ends) {
-    if (!parks_) {
+    if (!spans_) {
       for_each(
           [&](int i, int j) { values_[i][j] = __fmaf_rn(sums[i][j], sums[i][j], values_[i][j]); });
     } else if (!example_ends) {
@@ -66,9 +68,21 @@ class Squares {
     for_each([&](int i, int j) { sums[i][j] = 0; });
   }
 
+  __device__ void end_run() {
+    if (!runs_) return;
+    for_each([&](int i, int j) {
+      parked(i, j) = __fadd_rn(parked(i, j), values_[i][j]);
+      values_[i][j] = 0;
+    });
+  }
+
   // The squares, once all examples have ended.
   __device__ const float (&get()) [kLaneFilters][kColumns] {
-    if (parks_) for_each([&](int i, int j) { values_[i][j] = parked(i, j); });
+    if (spans_) {
+      for_each([&](int i, int j) { values_[i][j] = parked(i, j); });
+    } else if (runs_) {
+      for_each([&](int i, int j) { values_[i][j] = __fadd_rn(parked(i, j), values_[i][j]); });
+    }
     return values_;
   }
 };
@@ -154,6 +168,7 @@ __device__ void sum_examples(const FisherTask& task, const TilePlace& place,
       Product::template multiply<ChunkA::kPitch, ChunkB::kPitch>(
           sums, stage_a + half * Memory::kHalf, stage_b + half * Memory::kHalf);
       if (begin % kSpan == 0) squares.add(sums, begin == 0);
+      if (begin == 0 && examples % kRun == 0) squares.end_run();
       if (examples == 0) break;
     }
     half ^= 1;
@@ -244,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
 
-  Squares<Memory, Tile::kLaneColumns> squares(task.spans);
+  Squares<Memory, Tile::kLaneColumns> squares(task);
   sum_examples<Product, Tile>(task, place, columns, memory, squares);
   if (task.weight) {
     write_filters<Product, Tile>(task, place, columns, squares.get(),

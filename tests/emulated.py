@@ -91,7 +91,7 @@ def kernels() -> ctypes.CDLL:
             objects = list(pool.map(compiled, [*(f"{op}.cu" for op in OPS), "entry.cpp"]))
         subprocess.run([compiler, "-shared", *objects, "-o", "emulated.so"], check=True, cwd=folder)
         loaded = ctypes.CDLL(str(folder / "emulated.so"))
-    for op in (*OPS, "gates", "fisher"):
+    for op in (*OPS, "gates"):
         if hasattr(loaded, f"{op}_workspace"):
             getattr(loaded, f"{op}_workspace").restype = ctypes.c_int64
     return loaded

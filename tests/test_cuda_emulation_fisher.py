@@ -43,6 +43,13 @@ def kernels() -> ctypes.CDLL:
     return emulated.kernels()
 
 
+def planned(kernels: ctypes.CDLL, args: Args, room: int) -> tuple[Kernel, int, int]:
+    """The kernel, its splits of the examples, the bytes that it takes of a workspace."""
+    found = (3 * ctypes.c_int64)()
+    kernels.fisher_plan(ctypes.byref(args), ctypes.c_int64(room), found)
+    return Kernel(found[0]), found[1], found[2]
+
+
 def fisher(
     kernels: ctypes.CDLL,
     x: Tensor,
@@ -50,6 +57,7 @@ def fisher(
     case: FisherCase,
     weight: Tensor | None = None,
     tf32: bool = False,
+    room: int = ROOM,
 ) -> Tensor:
     out = torch.full(case.size if weight is None else case.size[:1], float("nan"))
     args = conv2d_fisher_args(x, dy, weight, case.size, *case.geometry, tf32, out)
@@ -59,24 +67,26 @@ def fisher(
     ]
     dtypes = [CODES[t.dtype] for t in (x, x if args.weight is None else args.weight)]
     packed = Args(*pointers, *args[4:14], *dtypes, *args[14:])
-    _workspace, pointer = poisoned(kernels.fisher_workspace(ctypes.byref(packed)))
-    assert kernels.fisher(ctypes.byref(packed), pointer) == 0
+    _workspace, pointer = poisoned(planned(kernels, packed, room)[2])
+    assert kernels.fisher(ctypes.byref(packed), ctypes.c_int64(room), pointer) == 0
     return out
 
 
 def plan(
-    kernels: ctypes.CDLL, case: FisherCase, dtype: torch.dtype, weighted: bool, room: int
+    kernels: ctypes.CDLL,
+    case: FisherCase,
+    dtype: torch.dtype,
+    weighted: bool = False,
+    room: int = ROOM,
 ) -> tuple[Kernel, int, int]:
-    """The kernel, its splits and bytes of workspace for tensors that nobody reads."""
+    """The same for tensors that nobody reads."""
     nothing = torch.empty(1, dtype=dtype)
     x, dy = (nothing.expand(shape) for shape in (case.shape, case.grad_shape))
     args = Args(16, 16, 16 if weighted else 0, 16, x.size(0), case.groups, case.size[1],
                 case.size[0] // case.groups, x.shape[2:], dy.shape[2:], case.size[2:],
                 case.stride, case.padding, case.dilation, CODES[dtype], 0,
                 case.layout == "channels_last", case.grad_layout == "channels_last", 1)  # fmt: skip
-    found = (3 * ctypes.c_int64)()
-    kernels.fisher_plan(ctypes.byref(args), ctypes.c_int64(room), found)
-    return Kernel(found[0]), found[1], found[2]
+    return planned(kernels, args, room)
 
 
 def nearest_tf32(tensor: Tensor) -> Tensor:
@@ -116,7 +126,7 @@ def test_tf32_rounds_factors_and_nothing_else(kernels: ctypes.CDLL, case: Fisher
     x, dy, _ = random_fisher_inputs(case, torch.float32)
     got = fisher(kernels, x, dy, case, tf32=True)
     assert_close(got, *fisher_reference64(x, dy, case), c=TF32_C)
-    kernel, _, _ = plan(kernels, case, torch.float32, False, ROOM)
+    kernel, _, _ = plan(kernels, case, torch.float32)
     if kernel <= Kernel.SMALL:
         x, dy = nearest_tf32(x), nearest_tf32(dy)
     assert_close(got, *fisher_reference64(x, dy, case))
@@ -137,17 +147,17 @@ def test_bits_do_not_depend_on_alignment(
 def test_limits_meet_the_kernel_they_are_for(
     kernels: ctypes.CDLL, case: FisherCase, kernel: Kernel
 ) -> None:
-    found, splits, _ = plan(kernels, case, torch.bfloat16, False, ROOM)
+    found, splits, _ = plan(kernels, case, torch.bfloat16)
     assert found == kernel
     assert splits > 1 or "splits" not in case.name
-    assert plan(kernels, case, torch.bfloat16, False, 1)[1:] == (1, 0)  # for want of workspace
+    assert plan(kernels, case, torch.bfloat16, room=1)[1:] == (1, 0)
 
 
 @pytest.mark.parametrize(("case", "kernel"), LAYERS.items(), ids=lambda value: value.name)
 def test_layers_get_their_kernel(kernels: ctypes.CDLL, case: FisherCase, kernel: Kernel) -> None:
     for layer in both_orders(case):
         for weighted in (False, True):
-            found, _, workspace = plan(kernels, layer, torch.bfloat16, weighted, ROOM)
+            found, _, workspace = plan(kernels, layer, torch.bfloat16, weighted)
             assert found == kernel
             assert workspace <= ROOM
 
@@ -161,12 +171,18 @@ def test_sums_of_one_sign_stay_exact(kernels: ctypes.CDLL) -> None:
             assert_close(fisher(kernels, x, dy, case), *fisher_reference64(x, dy, case))
 
 
-def test_a_block_starts_afresh_with_each_example(kernels: ctypes.CDLL) -> None:
-    """Of several spans each: so many blocks that two of the examples are in one split."""
-    case = FisherCase("spans", (3, 256 * 16, 1, 257), (256 * 8, 16, 1, 1), groups=256)
-    assert plan(kernels, case, torch.bfloat16, False, ROOM)[:2] == (Kernel.SMALL, 2)
+@pytest.mark.parametrize("case", LIMIT_CASES, ids=lambda case: case.name)
+def test_one_block_takes_all_examples(kernels: ctypes.CDLL, case: FisherCase) -> None:
     x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
-    assert_close(fisher(kernels, x, dy, case), *fisher_reference64(x, dy, case))
+    assert_close(fisher(kernels, x, dy, case, room=1), *fisher_reference64(x, dy, case))
+
+
+@pytest.mark.parametrize("batch", [256, 600])
+def test_runs_of_examples(kernels: ctypes.CDLL, batch: int) -> None:
+    case = FisherCase("runs", (batch, 40, 1, 1), (9, 40, 1, 1))
+    for dtype in DTYPES:
+        x, dy, _ = random_fisher_inputs(case, dtype)
+        assert_close(fisher(kernels, x, dy, case, room=1), *fisher_reference64(x, dy, case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,12 +63,9 @@ void fisher_plan(const tk::Conv2dFisherArgs* args, int64_t workspace_bytes, int6
   found[2] = plan.workspace_floats() * int64_t{sizeof(float)};
 }
 
-int64_t fisher_workspace(const tk::Conv2dFisherArgs* args) {
-  return tk::conv2d_fisher_cuda_workspace(*args);
-}
-
-// Returns how many loads were misaligned or outside of the tensors.
-int fisher(const tk::Conv2dFisherArgs* args, void* workspace) {
+// As planned for so much workspace. Returns how many loads were misaligned or outside of the
+// tensors.
+int fisher(const tk::Conv2dFisherArgs* args, int64_t workspace_bytes, void* workspace) {
   const int64_t x = args->groups * args->channels * args->height * args->width;
   const int64_t dy = args->groups * args->filters * args->out_height * args->out_width;
   const int64_t weight = args->groups * args->filters * args->channels * args->kernel_h *
@@ -77,7 +74,7 @@ int fisher(const tk::Conv2dFisherArgs* args, void* workspace) {
   emulation::readable = {{args->x, args->batch * x * tk::size_of(args->dtype)},
                          {args->dy, args->batch * dy * tk::size_of(args->dtype)},
                          {args->weight, args->weight ? weight : 0}};
-  tk::conv2d_fisher_cuda(*args, workspace, nullptr);
+  tk::run_fisher(tk::plan_fisher(*args, workspace_bytes), *args, workspace, nullptr);
   emulation::readable.clear();
   return emulation::faults;
 }
