@@ -71,8 +71,8 @@ struct FisherTask {
   uint32_t column_tiles;
   bool weight_is_f32;  // else it has the inputs' dtype
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
+  uint8_t rooms;       // tiles: parked sums of a lane's every sum
   bool spans;          // tiles: an example has more positions than kSpan
-  bool runs;           // tiles: or it has not, and a block has more examples than kRun
   uint8_t lanes_log2;  // teams: lanes of a warp, and warps, that share the positions
   uint8_t warps_log2;
 };
@@ -95,7 +95,8 @@ using SmallTile = Tile<1, 8, 4>;  // 32 × 128
 // Tensor cores cut off what does not fit their sums: where all terms have one sign, the 8 steps of
 // 128 positions lose a few units in the last place, the 784 of an early layer would lose hundreds.
 constexpr int kSpan = 128;
-// The same of examples whose squares are summed: more are split, or are sums of such sums.
+// Spans that are summed so, and examples whose squares are.
+constexpr int kSpans = 128;
 constexpr int kRun = 256;
 
 // Blocks should have this many chunks of positions to go through, so that a split is worth it.
@@ -238,12 +239,12 @@ inline int64_t choose_kernel(FisherPlan& plan, const Conv2dFisherArgs& args) {
   task.column_tiles = static_cast<uint32_t>(divide_up(task.columns, columns));
   const int64_t units = task.groups * task.filter_tiles * task.column_tiles;
   task.by_out_width = divider(args.out_width);
-  task.spans = task.positions > kSpan;
   if (!plan.teams()) return units;
 
   // Neighbouring lanes read neighbouring elements: positions, or channels of different groups.
-  const int64_t neighbours =
-      plan.channels_inside ? floor_log2(std::min<int64_t>(32, task.groups)) : 0;
+  // Eight of those are enough where positions are many.
+  const int64_t most = task.positions < kSpan * kSpans ? 32 : 8;
+  const int64_t neighbours = plan.channels_inside ? floor_log2(std::min(most, task.groups)) : 0;
   task.lanes_log2 = std::min<int64_t>(5 - neighbours, floor_log2(task.positions));
   const int64_t positions = task.positions >> task.lanes_log2;
   task.warps_log2 = std::clamp(floor_log2(std::max<int64_t>(1, positions / kLanePositions)), 0, 3);
@@ -268,7 +269,8 @@ inline FisherPlan plan_fisher(const Conv2dFisherArgs& args, int64_t workspace_by
   const int64_t wanted = std::max(divide_up(kFillBlocks, blocks), divide_up(task.batch, kRun));
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   task.split = divide_up(task.batch, splits);
-  task.runs = !task.spans && task.split > kRun;
+  task.spans = task.positions > kSpan;
+  task.rooms = task.positions > kSpan * kSpans ? 2 : task.spans || task.split > kRun ? 1 : 0;
   plan.splits = divide_up(task.batch, task.split);
   plan.parts = plan.splits * parts;
   plan.blocks = blocks * plan.splits;

@@ -14,27 +14,29 @@ struct TileMemory {
   using ChunkA = typename Product::template Chunk<Tile::kFilters>;
   using ChunkB = typename Product::template Chunk<Tile::kColumns>;
   static constexpr int kHalf = ChunkA::kBytes + ChunkB::kBytes;
-  static constexpr int kColumns = 2 * kHalf;  // where the columns lie, then the parked sums
-  static constexpr int kParked = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
+  static constexpr int kColumns = 2 * kHalf;  // where the columns lie, then the rooms of Squares
+  static constexpr int kRooms = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
   static constexpr int kSums = kLaneFilters * Tile::kLaneColumns;
 
   static int bytes(const FisherTask& task) {
-    return kParked + (task.spans || task.runs ? kThreads * kSums * int{sizeof(float)} : 0);
+    return kRooms + task.rooms * kThreads * kSums * int{sizeof(float)};
   }
 };
 
-// Σ over examples of squared sums. Where an example is a sum of spans, the squares give up their
-// registers to it, and are parked in shared memory until it ends. Elsewhere the registers hold the
-// squares of a run of examples, and those of the runs before it are parked.
+// Σ over examples of squared sums, in sums of sums where terms are many. The registers hold
+//   short examples  squares; room 0 has those of the runs of examples before
+//   spans           the sum of an example's spans; room 0 has the squares of the examples before,
+//                   room 1 the first kSpans spans, and the next, of a very long example
+// Rooms are shared memory, as many as the task says, one for each thread and sum.
 template <class Memory, int kColumns>
 class Squares {
   float values_[kLaneFilters][kColumns] = {};
   const bool spans_;
-  const bool runs_;
+  const int rooms_;
 
-  static __device__ float& parked(int i, int j) {
-    auto* all = reinterpret_cast<float*>(dynamic_shared() + Memory::kParked);
-    return all[(i * kColumns + j) * kThreads + threadIdx.x];
+  static __device__ float& room(int number, int i, int j) {
+    auto* rooms = reinterpret_cast<float*>(dynamic_shared() + Memory::kRooms);
+    return rooms[((number * kLaneFilters + i) * kColumns + j) * kThreads + threadIdx.x];
   }
 
   template <class Each>
@@ -46,43 +48,57 @@ class Squares {
     }
   }
 
- public:
-  __device__ explicit Squares(const FisherTask& task) : spans_(task.spans), runs_(task.runs) {
-    if (spans_ || runs_) for_each([](int i, int j) { parked(i, j) = 0; });
-  }
-
-  // Takes the sums of a span, or of an example, and begins the next.
-  __device__ void add(float (&sums)[kLaneFilters][kColumns], bool example_ends) {
-    if (!spans_) {
-      for_each(
-          [&](int i, int j) { values_[i][j] = __fmaf_rn(sums[i][j], sums[i][j], values_[i][j]); });
-    } else if (!example_ends) {
-      for_each([&](int i, int j) { values_[i][j] = __fadd_rn(values_[i][j], sums[i][j]); });
-    } else {
-      for_each([&](int i, int j) {
-        const float sum = __fadd_rn(values_[i][j], sums[i][j]);
-        parked(i, j) = __fmaf_rn(sum, sum, parked(i, j));
-        values_[i][j] = 0;
-      });
-    }
-    for_each([&](int i, int j) { sums[i][j] = 0; });
-  }
-
-  __device__ void end_run() {
-    if (!runs_) return;
+  __device__ void move_to(int number) {
     for_each([&](int i, int j) {
-      parked(i, j) = __fadd_rn(parked(i, j), values_[i][j]);
+      room(number, i, j) = __fadd_rn(room(number, i, j), values_[i][j]);
       values_[i][j] = 0;
     });
   }
 
+  __device__ void take_from(int number) {
+    for_each([&](int i, int j) {
+      values_[i][j] = __fadd_rn(room(number, i, j), values_[i][j]);
+      room(number, i, j) = 0;
+    });
+  }
+
+ public:
+  __device__ explicit Squares(const FisherTask& task) : spans_(task.spans), rooms_(task.rooms) {
+    for (int number = 0; number < rooms_; ++number) {
+      for_each([&](int i, int j) { room(number, i, j) = 0; });
+    }
+  }
+
+  // Takes the sums of a span, or of a short example, and begins the next.
+  __device__ void add(float (&sums)[kLaneFilters][kColumns]) {
+    if (spans_) {
+      for_each([&](int i, int j) { values_[i][j] = __fadd_rn(values_[i][j], sums[i][j]); });
+    } else {
+      for_each(
+          [&](int i, int j) { values_[i][j] = __fmaf_rn(sums[i][j], sums[i][j], values_[i][j]); });
+    }
+    for_each([&](int i, int j) { sums[i][j] = 0; });
+  }
+
+  // After the add() that ended kSpans spans, but not the example.
+  __device__ void end_spans() { move_to(1); }
+
+  // After every add() that ended an example; `left` are to come.
+  __device__ void end_example(int left) {
+    if (spans_) {
+      if (rooms_ > 1) take_from(1);
+      for_each([&](int i, int j) {
+        room(0, i, j) = __fmaf_rn(values_[i][j], values_[i][j], room(0, i, j));
+        values_[i][j] = 0;
+      });
+    } else if (rooms_ > 0 && left % kRun == 0) {
+      move_to(0);
+    }
+  }
+
   // The squares, once all examples have ended.
   __device__ const float (&get()) [kLaneFilters][kColumns] {
-    if (spans_) {
-      for_each([&](int i, int j) { values_[i][j] = parked(i, j); });
-    } else if (runs_) {
-      for_each([&](int i, int j) { values_[i][j] = __fadd_rn(parked(i, j), values_[i][j]); });
-    }
+    if (rooms_ > 0) take_from(0);
     return values_;
   }
 };
@@ -167,8 +183,12 @@ __device__ void sum_examples(const FisherTask& task, const TilePlace& place,
     if (staged) {
       Product::template multiply<ChunkA::kPitch, ChunkB::kPitch>(
           sums, stage_a + half * Memory::kHalf, stage_b + half * Memory::kHalf);
-      if (begin % kSpan == 0) squares.add(sums, begin == 0);
-      if (begin == 0 && examples % kRun == 0) squares.end_run();
+      if (begin % kSpan == 0) squares.add(sums);
+      if (begin == 0) {
+        squares.end_example(examples);
+      } else if (begin % (kSpan * kSpans) == 0) {
+        squares.end_spans();
+      }
       if (examples == 0) break;
     }
     half ^= 1;
