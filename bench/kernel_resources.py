@@ -1,0 +1,153 @@
+"""What the compilers say of the CUDA kernels, without a GPU: registers, occupancy, instructions.
+
+    python -m bench.kernel_resources      # writes bench/results/static/cuda.{json,md}
+
+Compiles csrc/*.cu for every architecture and reads ptxas and the machine code. Occupancy is the
+share of a multiprocessor's warps that registers and static shared memory allow; shared memory that
+a launch asks for comes on top. It says what a kernel could do, not how fast it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from gpu_compile import ARCHITECTURES, compile_cuda, cuobjdump, sass_of_functions  # noqa: E402
+
+RESULTS = ROOT / "bench" / "results" / "static"
+#: Of a multiprocessor, by architecture: warps, bytes of shared memory. All have 64 K registers.
+MULTIPROCESSOR = {80: (64, 164 << 10), 90: (64, 228 << 10), 100: (64, 228 << 10)}
+REGISTERS = 1 << 16
+#: Machine instructions that tell how memory is read and what multiplies.
+INSTRUCTIONS = {
+    "loads of 16 bytes": r"\bLDG\.E(?:\.\w+)*\.128\b|\bLDGSTS\.E(?:\.\w+)*\.128\b",
+    "of 8": r"\bLDG\.E(?:\.\w+)*\.64\b|\bLDGSTS\.E(?:\.\w+)*\.64\b",
+    "shorter": r"\bLDG\.E(?!\S*\.(?:128|64))\b|\bLDGSTS\.E(?!\S*\.(?:128|64))\b",
+    "tensor core": r"\b(?:HMMA|HGMMA|UTCHMMA)\b",
+    "spills": r"\b(?:LDL|STL)\b",
+}
+
+
+class Kernel(NamedTuple):
+    source: str
+    name: str
+    arch: int
+    registers: int
+    shared: int
+    threads: int
+    occupancy: float
+    instructions: dict[str, int]
+
+
+def occupancy(arch: int, threads: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's warps; registers go to warps in units of 256."""
+    warps = threads // 32
+    most, memory = MULTIPROCESSOR[arch]
+    per_warp = -(-registers * 32 // 256) * 256
+    blocks = min(most // warps, REGISTERS // (per_warp * warps), 32)
+    if shared:
+        blocks = min(blocks, memory // (shared + 1024))
+    return blocks * warps / most
+
+
+def kernels_of(source: Path, folder: Path) -> list[Kernel]:
+    """Every kernel of a source, for every architecture.
+
+    Raises:
+        RuntimeError: there is no cuobjdump.
+    """
+    tool = cuobjdump()
+    if tool is None:
+        raise RuntimeError("cuobjdump is neither on PATH nor in Triton's wheel")
+    binary, resources = compile_cuda(source, folder)
+    details = {arch: _details(binary, arch, tool) for arch in ARCHITECTURES}
+    machine_code = {arch: sass_of_functions(binary, arch, tool) for arch in ARCHITECTURES}
+    names = _demangled([r.kernel for r in resources])
+    found = []
+    for r in resources:
+        shared, threads = details[r.arch][r.kernel]
+        sass = machine_code[r.arch][r.kernel]
+        counts = {what: len(re.findall(how, sass)) for what, how in INSTRUCTIONS.items()}
+        share = occupancy(r.arch, threads, r.registers, shared)
+        found.append(
+            Kernel(
+                source.stem, names[r.kernel], r.arch, r.registers, shared, threads, share, counts
+            )
+        )
+    return found
+
+
+def _details(binary: Path, arch: int, tool: str) -> dict[str, tuple[int, int]]:
+    """Kernel -> bytes of static shared memory, and the threads it is compiled for."""
+    elf = subprocess.run(
+        [tool, "-elf", "-arch", f"sm_{arch}", str(binary)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    usage = subprocess.run(
+        [tool, "-res-usage", "-arch", f"sm_{arch}", str(binary)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    shared = dict(re.findall(r"Function (\w+):.*?SHARED:(\d+)", usage, re.DOTALL))
+    threads = dict(
+        re.findall(r"\.nv\.info\.(\w+)\n(?:(?!\.nv\.info\.).)*?EIATTR_MAX_THREADS"
+                   r".*?Value:\s*(0x[0-9a-f]+)", elf, re.DOTALL)
+    )  # fmt: skip
+    return {name: (int(size), int(threads.get(name, "0x400"), 16)) for name, size in shared.items()}
+
+
+def _demangled(names: list[str]) -> dict[str, str]:
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
+    shorter = (
+        re.sub(r"tk::|\(anonymous namespace\)::|^void |\(.*\)$", "", line)
+        for line in done.stdout.splitlines()
+    )
+    return dict(zip(names, shorter, strict=True))
+
+
+def markdown(kernels: list[Kernel]) -> str:
+    """A table per source, a row per kernel and architecture."""
+    columns = ["kernel", "sm", "registers", "occupancy", *INSTRUCTIONS]
+    lines = ["# CUDA kernels as compiled", "", *(__doc__ or "").strip().splitlines()[4:], ""]
+    for source in dict.fromkeys(k.source for k in kernels):
+        lines += [
+            f"## {source}",
+            "",
+            "| " + " | ".join(columns) + " |",
+            "|---" * len(columns) + "|",
+        ]
+        own = [k for k in kernels if k.source == source]
+        for k in sorted(own, key=lambda k: (k.name, k.arch)):
+            name = k.name.replace("|", "\\|")
+            cells = [f"`{name}`", k.arch, k.registers, f"{k.occupancy:.0%}"]
+            cells += list(k.instructions.values())
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    if not shutil.which("nvcc"):
+        sys.exit("error: nvcc is not on PATH")
+    kernels: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in sorted((ROOT / "csrc").glob("*.cu")):
+            print(f"compiling {source.name}", file=sys.stderr)
+            kernels += kernels_of(source, Path(folder))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = [k._asdict() for k in kernels]
+    (RESULTS / "cuda.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RESULTS / "cuda.md").write_text(markdown(kernels))
+    print(RESULTS / "cuda.md")
+
+
+if __name__ == "__main__":
+    main()
