@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import taylor_kernels as tk
-from taylor_kernels.criteria import get_criterion
 from taylor_kernels.demo.data import IMAGE_SHAPE
 from taylor_kernels.demo.model import DigitsResNet
+from taylor_kernels.options import check_seed, check_writable, find_criteria, find_device
 
 DEFAULT_CRITERIA = ("taylor_fo_bn", "magnitude_l2", "random")
 
@@ -83,23 +82,16 @@ class Settings:
             )
         if self.seeds < 1:
             raise ValueError(f"--seeds: {self.seeds} is below 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed: {self.seed} is not between 0 and 2**32 - 1")
-        if not self.criteria:
-            raise ValueError("--criteria: name at least one, for example taylor_fo_bn")
-        for name in self.criteria:
-            try:
-                source = get_criterion(name).source
-            except ValueError as error:
-                raise ValueError(f"--criteria: {str(error).removeprefix('criterion: ')}") from None
-            if source == "loss_change":
+        check_seed(self.seed)
+        for criterion in find_criteria(self.criteria):
+            if criterion.source == "loss_change":
                 raise ValueError(
-                    f"--criteria: {name!r} needs a pass over the data per filter, which the demo's "
-                    "loop does not do; choose another"
+                    f"--criteria: {criterion.name!r} needs a pass over the data per filter, which "
+                    "the demo's loop does not do; choose another"
                 )
         self.torch_device()
         _check_reachable(self)
-        _check_writable(self.out)
+        check_writable(self.out)
 
     def torch_device(self) -> torch.device:
         """The device of the run.
@@ -107,20 +99,7 @@ class Settings:
         Raises:
             ValueError: it is no device's name, or PyTorch does not see it.
         """
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in ("cpu", "cuda"):
-            raise ValueError(f"--device: {self.device!r} is not known; use auto, cpu or cuda")
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device: PyTorch sees {torch.cuda.device_count()} GPUs, so {self.device} is not "
-                "there; use --device cpu"
-            )
-        return device
+        return find_device(self.device)
 
     def dense_key(self, seed: int) -> str:
         """A name for the dense network of a seed, made of all that decides its weights."""
@@ -142,12 +121,3 @@ def _check_reachable(settings: Settings) -> None:
         tk.Pruner(model, image, settings.criteria[0], flops=settings.flops, verify=False).close()
     except ValueError as error:
         raise ValueError(f"--{error}") from None
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out: cannot write to {str(folder)!r}: {error.strerror}") from None

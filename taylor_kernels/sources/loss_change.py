@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.sources.base import Closure, eval_mode
 from taylor_kernels.sources.following_norms import KnowsNorms
-from taylor_kernels.sources.layers import channel_dim, filter_count
+from taylor_kernels.sources.layers import Layer, channel_dim, filter_count
 
 #: A filter: the name of its layer and its number in it.
 Filter = tuple[str, int]
@@ -55,28 +55,33 @@ class LossChange(KnowsNorms):
         """
         with eval_mode(self.model), torch.no_grad():
             base = float(closure())
-        for name, number in filters:
-            with eval_mode(self.model), torch.no_grad(), self.removed(name, number):
+        for filter_ in filters:
+            with eval_mode(self.model), torch.no_grad(), self.removed([filter_]):
                 change = float(closure()) - base
-            yield (name, number), change
+            yield filter_, change
 
     @contextmanager
-    def removed(self, name: str, numbers: int | Tensor) -> Iterator[None]:
-        """Inside, a filter of the layer, or several ([n] int64), are not there.
+    def removed(self, filters: Iterable[Filter]) -> Iterator[None]:
+        """Inside, these filters are not there, and nothing of them is trained.
 
-        Before, the model must have run once, which shows what norm follows the layer.
+        Before, the model must have run once, which shows what norm follows a layer.
         """
-        layer = self.layers[name]
-        dim = channel_dim(layer)
-        channels = torch.as_tensor(numbers, device=layer.weight.device)
-
-        def zero(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
-            return output.index_fill(dim, channels, 0)
-
-        gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
-        handles = [module.register_forward_hook(zero) for module in gated]
+        numbers: dict[str, list[int]] = {}
+        for name, number in filters:
+            numbers.setdefault(name, []).append(number)
+        handles = []
+        for name, gone in numbers.items():
+            layer = self.layers[name]
+            gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
+            handles += [module.register_forward_hook(_zeroing(layer, gone)) for module in gated]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _zeroing(layer: Layer, channels: list[int]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    dim = channel_dim(layer)
+    index = torch.tensor(channels, device=layer.weight.device)
+    return lambda module, inputs, output: output.index_fill(dim, index, 0)

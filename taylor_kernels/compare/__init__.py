@@ -1,0 +1,1 @@
+"""`taylor-kernels compare`: each criterion against the oracle, on digits or on a user's model."""
