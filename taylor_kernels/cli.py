@@ -6,9 +6,12 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from taylor_kernels.report import Table
 
 app = typer.Typer(
     help="Taylor importance of filters in fused kernels, and pruning with it.",
@@ -52,12 +55,9 @@ def demo(
 ) -> None:
     """Train a small ResNet on real digits, prune it by several criteria, write a report."""
     _require("demo", "sklearn", "matplotlib", "safetensors")
-    from rich.console import Console
-
     from taylor_kernels.demo.run import run
     from taylor_kernels.demo.settings import DEFAULT_CRITERIA, FULL, QUICK, Settings
     from taylor_kernels.progress import ProgressLog
-    from taylor_kernels.report import print_table
 
     settings = Settings(
         out=out,
@@ -74,12 +74,76 @@ def demo(
     except ValueError as error:
         _fail(str(error))
     _, table = run(settings, ProgressLog())
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)  # a file has no edge to wrap at
-    print_table(table, console)
-    for name in ("report.html", "result.json", "pruned.pt2"):
-        console.print(str(out / name), highlight=False, markup=False, soft_wrap=True)
+    _show([table], *(out / name for name in ("report.html", "result.json", "pruned.pt2")))
+
+
+@app.command(
+    epilog="Example: taylor-kernels compare --model mymodels:resnet --data mymodels:loader "
+    "--batches 40 --sample 200"
+)
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder for the report and what is finished.")] = Path(
+        "runs/compare"
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(help="Yours: package.module:name of a Module, or of what makes one."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="The same of a loader of (inputs, targets), or of what makes one."),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The same of loss(outputs, targets).  [default: cross_entropy]"),
+    ] = None,
+    criteria: Annotated[
+        list[str] | None,
+        typer.Option(help="A criterion; repeat for more.  [default: all that apply]"),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(help="How many filters to remove.  [default: all that fit the budget]"),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="How many minibatches to take from --data.")] = 20,
+    budget: Annotated[
+        float, typer.Option(help="Seconds for the oracle, and again for pruning curves.")
+    ] = 600,
+    seed: Annotated[int, typer.Option(help="Of the sample; of the digits study, the first.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Digits: one network, one seed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Forget what is finished.")] = False,
+) -> None:
+    """Compare every criterion with the oracle, which removes each filter and measures the loss.
+
+    Of your model, or, without --model, of networks trained on digits: correlation, pruning curves,
+    runtimes. A run that was stopped goes on where it was.
+    """
+    _require("demo", "scipy", "sklearn", "matplotlib", "safetensors")
+    from taylor_kernels.compare.run import run
+    from taylor_kernels.compare.settings import Settings
+    from taylor_kernels.options import Mistake
+    from taylor_kernels.progress import ProgressLog
+
+    settings = Settings(
+        out=out,
+        model=model,
+        data=data,
+        loss=loss,
+        criteria=tuple(dict.fromkeys(criteria)) if criteria else None,
+        sample=sample,
+        batches=batches,
+        budget=budget,
+        seed=seed,
+        device=device,
+        quick=quick,
+        force=force,
+    )
+    try:
+        _, tables = run(settings, ProgressLog())
+    except Mistake as error:
+        _fail(str(error))
+    _show(tables, out / "report.html", out / "result.json")
 
 
 @app.command(epilog="Example: taylor-kernels info --json")
@@ -117,6 +181,21 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _complain(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show(tables: list[Table], *files: Path) -> None:
+    """The results on standard output, and where they are."""
+    from rich.console import Console
+
+    from taylor_kernels.report import print_table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)  # a file has no edge to wrap at
+    for table in tables:
+        print_table(table, console)
+    for file in files:
+        console.print(str(file), highlight=False, markup=False, soft_wrap=True)
 
 
 def _require(extra: str, *modules: str) -> None:

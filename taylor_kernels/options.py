@@ -11,11 +11,15 @@ import torch
 from taylor_kernels.criteria import Criterion, get_criterion
 
 
+class Mistake(ValueError):
+    """The user's, who is told in one line and not by a traceback."""
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name; `auto` is a GPU where PyTorch sees one, else the CPU.
 
     Raises:
-        ValueError: it is no device's name, or PyTorch does not see it.
+        Mistake: it is no device's name, or PyTorch does not see it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -24,9 +28,9 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: {name!r} is not known; use auto, cpu or cuda")
+        raise Mistake(f"--device: {name!r} is not known; use auto, cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise Mistake(
             f"--device: PyTorch sees {torch.cuda.device_count()} GPUs, so {name} is not there; use "
             "--device cpu"
         )
@@ -37,33 +41,35 @@ def find_criteria(names: Sequence[str]) -> list[Criterion]:
     """The criteria of these names.
 
     Raises:
-        ValueError: there is none, or one is not known; the message has the nearest names.
+        Mistake: there is none, or one is not known; the message has the nearest names.
     """
     if not names:
-        raise ValueError("--criteria: name at least one, for example taylor_fo_bn")
+        raise Mistake("--criteria: name at least one, for example taylor_fo_bn")
     try:
         return [get_criterion(name) for name in names]
     except ValueError as error:
-        raise ValueError(f"--criteria: {str(error).removeprefix('criterion: ')}") from None
+        raise Mistake(f"--criteria: {str(error).removeprefix('criterion: ')}") from None
 
 
 def check_seed(seed: int) -> None:
-    """Raises:
-    ValueError: it is no seed of PyTorch's generators.
+    """See that PyTorch's generators take the seed.
+
+    Raises:
+        Mistake: they do not.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed: {seed} is not between 0 and 2**32 - 1")
+        raise Mistake(f"--seed: {seed} is not between 0 and 2**32 - 1")
 
 
 def check_writable(folder: Path) -> None:
     """Make the folder of --out.
 
     Raises:
-        ValueError: nothing can be written there.
+        Mistake: nothing can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--out: cannot write to {str(folder)!r}: {error.strerror}") from None
+        raise Mistake(f"--out: cannot write to {str(folder)!r}: {error.strerror}") from None

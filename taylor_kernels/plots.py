@@ -86,11 +86,11 @@ def accuracy_against_flops(series: Sequence[Series], dense: Sequence[float]) -> 
         left, right = drawing.subplots(1, 2, width_ratios=(2.3, 1))
         left.axhline(float(np.mean(dense)), color=theme.soft, lw=1, ls=":", label="dense")
         for number, one in enumerate(series):
-            look = _look(theme, number)
+            style = look(theme, number)
             for path in one.paths if len(one.paths) > 1 else ():
-                left.plot(*zip(*path, strict=True), color=look["color"], lw=0.8, alpha=0.4)
+                left.plot(*zip(*path, strict=True), color=style["color"], lw=0.8, alpha=0.4)
             x, y = _mean_path(one.paths)
-            left.plot(x, y, lw=2, markevery=0.13, ms=5, label=one.label, **look)
+            left.plot(x, y, lw=2, markevery=0.13, ms=5, label=one.label, **style)
         left.invert_xaxis()
         left.set(xlabel="FLOPs kept, % of the dense network", ylabel="test accuracy, %")
         left.set_title("While pruning, right after each step")
@@ -106,8 +106,8 @@ def _finals(panel: Axes, series: Sequence[Series], dense: Sequence[float], theme
     """A column of marks per network. What is far below is named at the edge, not to flatten all."""
     columns: list[tuple[str, Sequence[float], str, str]] = [("dense", dense, theme.soft, "o")]
     for number, one in enumerate(series):
-        look = _look(theme, number)
-        columns.append((one.label, one.final, look["color"], look["marker"]))
+        style = look(theme, number)
+        columns.append((one.label, one.final, style["color"], style["marker"]))
     floor = max(min(min(values) for _, values, *_ in columns), min(dense) - 3)
     top = max(max(values) for _, values, *_ in columns)
     margin = 0.1 * (top - floor) + 0.1
@@ -220,7 +220,8 @@ def _dots(
         panel.vlines(np.median(values), row - 0.4, row + 0.4, color=theme.ink, lw=1.4)
 
 
-def _look(theme: Theme, number: int) -> dict[str, Any]:
+def look(theme: Theme, number: int) -> dict[str, Any]:
+    """Colour, marker and line style of the series of that number, the same in every plot."""
     return {
         "color": theme.series[number % len(theme.series)],
         "marker": _MARKERS[number % len(_MARKERS)],

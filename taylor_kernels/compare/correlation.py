@@ -80,10 +80,12 @@ def bootstrap(score: Array, truth: Array, resamples: int = _RESAMPLES) -> dict[s
     chosen = np.random.default_rng(0).integers(len(score), size=(resamples, len(score)))
     x, y = score[chosen], truth[chosen]
     rows = {"pearson": (x, y), "spearman": (stats.rankdata(x, axis=1), stats.rankdata(y, axis=1))}
-    return {
-        name: np.nanpercentile(_pearson_rows(a, b), (2.5, 97.5)).tolist()
-        for name, (a, b) in rows.items()
-    }
+    result = {}
+    for name, (a, b) in rows.items():
+        found = _pearson_rows(a, b)
+        known = found[np.isfinite(found)]
+        result[name] = np.percentile(known, (2.5, 97.5)).tolist() if known.size else [math.nan] * 2
+    return result
 
 
 def _pearson_rows(x: Array, y: Array) -> Array:

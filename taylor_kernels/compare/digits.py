@@ -18,6 +18,9 @@ from taylor_kernels.demo.store import load_weights, save_weights
 from taylor_kernels.demo.training import evaluate, train
 from taylor_kernels.progress import ProgressLog
 
+#: Images that the oracle evaluates at once: few enough that activations stay in the cache.
+_CHUNK = 256
+
 
 class DigitsCnn(nn.Sequential):
     """Three 3x3 convolutions of 16, 32 and 48 filters with BatchNorm, and a linear classifier.
@@ -73,7 +76,9 @@ def digits_problem(
         model,
         layers,
         batches,
-        whole=[(data.train.images, data.train.labels)],
+        whole=list(
+            zip(data.train.images.split(_CHUNK), data.train.labels.split(_CHUNK), strict=True)
+        ),
         test=[(data.test.images, data.test.labels)],
         loss=F.cross_entropy,
         classifies=True,

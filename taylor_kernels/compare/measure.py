@@ -28,8 +28,12 @@ from taylor_kernels.progress import ProgressLog
 from taylor_kernels.pruning.tracing import tensors_in
 
 ORACLE = "oracle"
+#: Of `random` the mean of so many curves is shown.
+CURVE_DRAWS = 5
 #: With fewer points than this a curve is not worth its time.
 _LEAST_POINTS = 4
+#: A pass of scoring takes about as long as so many evaluations of the loss on the same data.
+_STEP_COST = 3
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def identity(problem: Problem) -> Json:
         ],
         "minibatches": len(problem.batches),
         "layers": list(problem.layers),
+        "origin": problem.origin,
         "code": [digest_package(), digest_source(model, problem.loss)],
         "torch": torch.__version__,
         "device": next(model.parameters()).device.type,
@@ -155,11 +160,14 @@ class _Measurement:
                 scores[name] = scores_of(self.problem, name, self.settings, self.pieces, self.log)
             except CannotScore as error:
                 if self.plan.strict:
-                    raise
+                    raise CannotScore(
+                        f"--criteria: {name} cannot score this model; {error}"
+                    ) from None
                 skipped[name] = str(error)
                 self.log.say(f"{self.problem.name}: {name} is left out; {error}")
         if not scores:
-            raise CannotScore(f"no criterion can score this model: {'; '.join(skipped.values())}")
+            why = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+            raise CannotScore(f"--model: no criterion can score it ({why})")
         return scores, skipped
 
     def _ranked(self, name: str, scores: np.ndarray) -> np.ndarray:
@@ -181,13 +189,17 @@ class _Measurement:
         """
         plan, name = self.plan, self.problem.name
         rankings = {one: values for one, values in rankings.items() if np.isfinite(values).all()}
-        evaluations = sum(map(len, rankings.values()))
+        evaluations = sum(min(len(values), CURVE_DRAWS) for values in rankings.values())
         points = min(plan.points, int(plan.budget / max(seconds * evaluations, 1e-9)))
         if points < _LEAST_POINTS:
             self.log.say(f"{name}: no pruning curves, the budget is too small for them")
             return {}
         counts = curves.counts(len(self.filters), points)
         chosen = [one for one in plan.rescored if one in rankings]
+        share = min(1.0, plan.minibatches / len(self.problem.batches))
+        if _STEP_COST * seconds * share * len(chosen) * points > plan.budget:
+            self.log.say(f"{name}: no re-scored pruning curves, the budget is too small for them")
+            chosen = []
         found: dict[str, Json] = {"one_shot": {}, "rescored": {}, "finetuned": {}}
         with self.log.task(f"{name}: one-shot pruning", len(rankings)) as advance:
             for one, ranking in rankings.items():
@@ -200,6 +212,9 @@ class _Measurement:
             label = "pruning, re-scored" if training is None else "pruning and training"
             with self.log.task(f"{name}: {label}", len(chosen) * len(counts[1:])) as advance:
                 for one in chosen:
+                    if get_criterion(one).source == "random" and training is None:
+                        found[kind][one] = found["one_shot"][one]  # nothing to score again
+                        continue
                     make = partial(self._rescored, one, counts[1:], training, advance)
                     more = {"minibatches": plan.minibatches}
                     more |= {} if training is None else training.settings
@@ -214,7 +229,7 @@ class _Measurement:
 
     def _one_shot(self, ranking: np.ndarray, counts: Sequence[int]) -> list[Json]:
         """One curve, of several draws their mean, point by point."""
-        orders = [curves.removal_order(score, self.filters) for score in ranking]
+        orders = [curves.removal_order(score, self.filters) for score in ranking[:CURVE_DRAWS]]
         each = [curves.one_shot(self.problem, order, counts) for order in orders]
         return [
             {key: sum(point[key] for point in points) / len(points) for key in points[0]}

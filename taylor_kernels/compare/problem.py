@@ -29,6 +29,7 @@ class Problem:
         test: what the pruning curves are measured on.
         loss: of (outputs, targets), a mean over the examples.
         classifies: the outputs are logits [N, C, ...] and the targets classes [N, ...].
+        origin: what tells this from another problem where weights, data and source files do not.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Problem:
     test: Sequence[Batch]
     loss: LossFunction
     classifies: bool
+    origin: str = ""
 
     @property
     def filters(self) -> list[Filter]:

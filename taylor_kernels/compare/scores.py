@@ -15,6 +15,7 @@ import taylor_kernels as tk
 from taylor_kernels.compare.pieces import Json, Pieces, digest
 from taylor_kernels.compare.problem import Batch, Problem
 from taylor_kernels.criteria import get_criterion
+from taylor_kernels.options import Mistake
 from taylor_kernels.progress import ProgressLog
 
 #: `random` is not one ranking but all of them: its figures are means over so many draws.
@@ -29,7 +30,7 @@ _READS_GATES = ("gates", "example_gates")
 PLAIN = "forward + backward"
 
 
-class CannotScore(ValueError):
+class CannotScore(Mistake):
     """A criterion does not apply to this model; the message says why."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from taylor_kernels.criteria import criterion_names, get_criterion
-from taylor_kernels.options import check_seed, check_writable, find_criteria, find_device
+from taylor_kernels.options import Mistake, check_seed, check_writable, find_criteria, find_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Recipe:
 
 
 FULL = Recipe()
-QUICK = Recipe(architectures=("cnn",), seeds=1, epochs=40, points=9, minibatches=4, timing_rounds=3)
+QUICK = Recipe(architectures=("cnn",), seeds=1, epochs=25, points=9, minibatches=4, timing_rounds=3)
 
 
 @dataclass(frozen=True)
@@ -97,34 +97,34 @@ class Settings:
         """See that the run can be done, without starting it; gives its device.
 
         Raises:
-            ValueError: an option cannot be right; the message names it and what is.
+            Mistake: an option cannot be right; the message names it and what is.
         """
         if (self.model is None) != (self.data is None):
             given, missing = ("--model", "--data") if self.model else ("--data", "--model")
-            raise ValueError(
+            raise Mistake(
                 f"{given}: needs {missing} beside it, as in --model package.module:make_model "
                 "--data package.module:make_loader"
             )
         if self.model is None and self.loss is not None:
-            raise ValueError("--loss: is for --model and --data; the digits study has its own")
+            raise Mistake("--loss: is for --model and --data; the digits study has its own")
         if self.model is not None and self.quick:
-            raise ValueError(
+            raise Mistake(
                 "--quick: shortens the digits study; for a model of yours use --sample and "
                 "--batches"
             )
         if self.criteria is not None:
             find_criteria(self.criteria)
             if not self.compared:
-                raise ValueError(
+                raise Mistake(
                     f"--criteria: {', '.join(self.criteria)} is what the others are compared with; "
                     "name another beside it"
                 )
         if self.sample is not None and self.sample < 1:
-            raise ValueError(f"--sample: {self.sample} is below 1")
+            raise Mistake(f"--sample: {self.sample} is below 1")
         if self.batches < 1:
-            raise ValueError(f"--batches: {self.batches} is below 1")
+            raise Mistake(f"--batches: {self.batches} is below 1")
         if not (math.isfinite(self.budget) and self.budget > 0):
-            raise ValueError(f"--budget: {self.budget:g} is not a positive number of seconds")
+            raise Mistake(f"--budget: {self.budget:g} is not a positive number of seconds")
         check_seed(self.seed)
         device = find_device(self.device)
         check_writable(self.out)

@@ -1,0 +1,303 @@
+"""What a result says: figures per architecture, targets, and what is confirmed or contradicted.
+
+Everything is computed from the result, so no sentence outlives the figures that it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+#: (criterion, least Spearman over all layers), a mean over seeds, for each architecture.
+SPEARMAN_TARGETS = (("taylor_fo_bn", 0.95), ("taylor_so_diag", 0.98))
+MOST_RANDOM = 0.1
+_PAPER = 0.93  # Molchanov et al. 2019, abstract: "correlation of > 93%"
+_POINT = 0.01  # of accuracy: less is no difference
+_SAME = 0.01  # of the filters: whole filters do not meet a fraction exactly
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that the study must reach.
+
+    Attributes:
+        what: with the architecture.
+        limit, measured: as they are to be read.
+    """
+
+    what: str
+    limit: str
+    measured: str
+    reached: bool
+
+    def row(self) -> list[str]:
+        return [self.what, self.limit, self.measured, "reached" if self.reached else "MISSED"]
+
+
+def groups(result: Json) -> dict[str, list[Json]]:
+    """Architecture -> its networks, a seed each."""
+    found: dict[str, list[Json]] = {}
+    for network in result["networks"]:
+        found.setdefault(network["architecture"], []).append(network)
+    return found
+
+
+def criteria(networks: Sequence[Json], statistic: str = "spearman") -> list[str]:
+    """The criteria that all networks have figures of, the best first."""
+    names = [name for name, one in networks[0]["criteria"].items() if "all" in one]
+    known = [name for name in names if values(networks, name, statistic)]
+    known.sort(key=lambda name: -mean(values(networks, name, statistic)))
+    return known + [name for name in names if name not in known]
+
+
+def values(
+    networks: Sequence[Json], criterion: str, statistic: str, scope: str = "all"
+) -> list[float]:
+    """A coefficient of each network that has it."""
+    found = [
+        network["criteria"][criterion][scope][statistic]
+        for network in networks
+        if "all" in network["criteria"].get(criterion, {})
+    ]
+    return [value for value in found if value is not None]
+
+
+def at(networks: Sequence[Json], criterion: str, kind: str, fraction: float) -> list[float]:
+    """Accuracy of each network with that fraction of its filters removed, on one kind of curve."""
+    found = []
+    for network in networks:
+        total = sum(network["widths"].values())
+        points = network["criteria"].get(criterion, {}).get(kind) or []
+        near = [
+            p for p in points if abs(p["removed"] / total - fraction) < _SAME and "accuracy" in p
+        ]
+        if near:
+            best = min(near, key=lambda point: abs(point["removed"] / total - fraction))
+            found.append(best["accuracy"])
+    return found
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def targets(result: Json) -> list[Target]:
+    """The targets of the study on digits; those whose criteria were not compared are left out."""
+    found = []
+    for name, networks in groups(result).items():
+        for criterion, least in SPEARMAN_TARGETS:
+            if seen := values(networks, criterion, "spearman"):
+                found.append(
+                    Target(
+                        f"{name}: Spearman of {criterion}, all layers",
+                        f"≥ {least}",
+                        _spread(seen),
+                        mean(seen) >= least,
+                    )
+                )
+        if seen := values(networks, "random", "spearman"):
+            found.append(
+                Target(
+                    f"{name}: Spearman of random, mean of draws and seeds",
+                    f"|ρ| ≤ {MOST_RANDOM}",
+                    _spread(seen),
+                    abs(mean(seen)) <= MOST_RANDOM,
+                )
+            )
+        floor = at(networks, "magnitude_l2", "rescored", 0.5)
+        for criterion, _ in SPEARMAN_TARGETS:
+            if floor and (seen := at(networks, criterion, "rescored", 0.5)):
+                found.append(
+                    Target(
+                        f"{name}: accuracy at half the filters, {criterion}",
+                        f"> {mean(floor):.1%} (magnitude_l2)",
+                        f"{mean(seen):.1%}",
+                        mean(seen) > mean(floor),
+                    )
+                )
+    return found
+
+
+def remarks(result: Json) -> Iterator[str]:
+    """Paragraphs on what the figures confirm and what they contradict, architecture by
+    architecture; each is left out where its criteria were not compared."""
+    for name, networks in groups(result).items():
+        for remark in (
+            _paper_figure,
+            _second_order,
+            _curvature_alone,
+            _row_sums,
+            _weights_or_gates,
+            _joint,
+            _norms,
+            _one_shot,
+            _order_of_the_oracle,
+            _after_training,
+        ):
+            if text := remark(networks):
+                yield f"**{name}.** {text}"
+
+
+def _paper_figure(networks: Sequence[Json]) -> str:
+    pearson = values(networks, "taylor_fo_bn", "pearson")
+    if not pearson:
+        return ""
+    top = mean([network["oracle"]["top_share"] for network in networks])
+    spearman = mean(values(networks, "taylor_fo_bn", "spearman"))
+    verdict = "Contradicted" if mean(pearson) < _PAPER else "Confirmed"
+    return (
+        f"{verdict}: a correlation above {_PAPER} between first order and the oracle, if Pearson's "
+        f"is meant: `taylor_fo_bn` has {mean(pearson):.2f}. Its rank correlation is "
+        f"{spearman:.3f}. Pearson's coefficient is decided by few filters here: a twentieth of "
+        f"them have {top:.0%} of the sum of all squared changes of the loss."
+    )
+
+
+def _second_order(networks: Sequence[Json]) -> str:
+    first, second = (
+        values(networks, name, "spearman") for name in ("taylor_fo_bn", "taylor_so_diag")
+    )
+    if not (first and second):
+        return ""
+    won = mean(second) > mean(first)
+    return (
+        f"{'Confirmed' if won else 'Contradicted'}: the second-order term adds to the first. "
+        f"Spearman {mean(first):.3f} → {mean(second):.3f}, Pearson "
+        f"{mean(values(networks, 'taylor_fo_bn', 'pearson')):.2f} → "
+        f"{mean(values(networks, 'taylor_so_diag', 'pearson')):.2f}."
+    )
+
+
+def _curvature_alone(networks: Sequence[Json]) -> str:
+    first, bend, both = (
+        values(networks, name, "spearman") for name in ("taylor_fo_bn", "obd_bn", "taylor_so_diag")
+    )
+    if not (first and bend and both) or mean(bend) <= mean(first):
+        return ""
+    beats = "as well as both together" if mean(bend) >= mean(both) else "nearly as well"
+    return (
+        "Contradicted: that curvature is a correction to the slope. In a trained network the "
+        f"slope is what is small: `obd_bn`, curvature alone, ranks {beats} "
+        f"({mean(bend):.3f} against {mean(both):.3f}) and better than the slope alone "
+        f"({mean(first):.3f})."
+    )
+
+
+def _row_sums(networks: Sequence[Json]) -> str:
+    rows, first = (values(networks, name, "spearman") for name in ("taylor_so_bn", "taylor_fo_bn"))
+    if not (rows and first) or mean(rows) >= mean(first):
+        return ""
+    return (
+        "Contradicted: that a Hessian-vector product over all gates, whose rows hold the "
+        "interactions of all filters, is the better second order for removing one filter: "
+        f"`taylor_so_bn` has {mean(rows):.3f}, less than first order ({mean(first):.3f}). One "
+        "filter's removal moves along the diagonal alone."
+    )
+
+
+def _weights_or_gates(networks: Sequence[Json]) -> str:
+    weights, gate = (values(networks, name, "spearman") for name in ("taylor_fo", "taylor_fo_bn"))
+    if not (weights and gate):
+        return ""
+    won = mean(gate) > mean(weights)
+    return (
+        f"{'Confirmed' if won else 'Contradicted'}: a gate behind BatchNorm is the better place "
+        f"than the weights before it ({mean(gate):.3f} against {mean(weights):.3f} of "
+        "`taylor_fo`)."
+    )
+
+
+def _joint(networks: Sequence[Json]) -> str:
+    joint = values(networks, "taylor_fo_joint", "spearman")
+    if not joint:
+        return ""
+    return (
+        f"`taylor_fo_joint`, (Σ g·w)² before the BatchNorm, has {mean(joint):.2f}: the networks "
+        "are in eval mode. In train mode BatchNorm makes the loss indifferent to the scale of a "
+        "filter, and that sum is 0 but for rounding."
+    )
+
+
+def _norms(networks: Sequence[Json]) -> str:
+    parts = []
+    for name in ("magnitude_l1", "magnitude_l2", "bn_scale"):
+        if seen := values(networks, name, "spearman"):
+            inside = mean(values(networks, name, "spearman", "within"))
+            parts.append(f"`{name}` {mean(seen):.2f} over all layers, {inside:.2f} within one")
+    if not parts:
+        return ""
+    return (
+        f"Norms know less: {'; '.join(parts)}. Those of weights are taken relative to their "
+        "layer's mean, as `tk.Pruner` ranks them; a layer's scale says nothing of its worth."
+    )
+
+
+def _one_shot(networks: Sequence[Json]) -> str:
+    once = at(networks, "oracle", "one_shot", 0.5)
+    if not once:
+        return ""
+    stepwise = at(networks, "oracle", "rescored", 0.5)
+    others = [
+        f"`{name}` {mean(seen):.0%}"
+        for name in ("taylor_fo_bn", "taylor_so_diag", "magnitude_l2", "random")
+        if (seen := at(networks, name, "one_shot", 0.5))
+    ]
+    again = f", and {mean(stepwise):.0%} when it is asked again at every step" if stepwise else ""
+    return (
+        f"Half of the filters removed in one shot: the oracle's own order leaves {mean(once):.0%} "
+        f"accuracy{again} ({', '.join(others)} in one shot). Contradicted: that what single "
+        "filters are worth adds up. The worth of a filter grows as its neighbours go, whole layers "
+        "are emptied, and no ranking made beforehand can know; so one-shot curves at such "
+        "fractions do not tell criteria apart."
+    )
+
+
+def _order_of_the_oracle(networks: Sequence[Json]) -> str:
+    oracle = at(networks, "oracle", "rescored", 0.5)
+    better = [
+        f"`{name}` {mean(seen):.0%}"
+        for name in ("taylor_fo_bn", "taylor_so_diag", "obd_bn")
+        if (seen := at(networks, name, "rescored", 0.5)) and mean(seen) > mean(oracle) + _POINT
+    ] if oracle else []  # fmt: skip
+    if not better:
+        return ""
+    return (
+        "Contradicted: that the oracle's order bounds all others. Asked again at every step, it "
+        f"leaves {mean(oracle):.0%} at half the filters; {', '.join(better)}. It is greedy: it "
+        "takes the filter that costs least now."
+    )
+
+
+def _after_training(networks: Sequence[Json]) -> str:
+    fractions = [step / 20 for step in range(1, 19)]
+    overtaken = [
+        fraction
+        for fraction in fractions
+        if (ours := at(networks, "taylor_fo_bn", "finetuned", fraction))
+        and (control := at(networks, "random", "finetuned", fraction))
+        and mean(control) > mean(ours) + _POINT
+    ]
+    half, control = (at(networks, name, "finetuned", 0.5) for name in ("taylor_fo_bn", "random"))
+    if not (half and control):
+        return ""
+    text = (
+        f"With training between steps random filters cost little: at half of them gone "
+        f"{mean(control):.1%} are left, with `taylor_fo_bn` {mean(half):.1%}. The network is "
+        "larger than its task; what a criterion is worth shows without training."
+    )
+    if overtaken:
+        text += (
+            f" Contradicted: that first order is never worse than random. From "
+            f"{min(overtaken):.0%} of the filters removed, random ones leave more: a global "
+            "ranking empties whole layers, a random one thins all alike."
+        )
+    return text
+
+
+def _spread(numbers: Sequence[float]) -> str:
+    if len(numbers) == 1:
+        return f"{numbers[0]:.3f}"
+    return f"{mean(numbers):.3f} ({min(numbers):.3f} to {max(numbers):.3f})"
