@@ -21,7 +21,7 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "info"])
+@pytest.mark.parametrize("command", ["demo", "compare", "info"])
 def test_help_shows_an_example_that_parses(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
@@ -41,9 +41,10 @@ def test_without_a_command_there_is_help(capsys):
 def test_help_does_not_import_what_only_commands_need():
     check = (
         "import sys, taylor_kernels.cli as cli\n"
-        "try: cli.main(['demo', '--help'])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'sklearn', 'matplotlib', 'torch_pruning', 'safetensors'}\n"
+        "for command in ('demo', 'compare'):\n"
+        "    try: cli.main([command, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'sklearn', 'scipy', 'matplotlib', 'torch_pruning', 'safetensors'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)

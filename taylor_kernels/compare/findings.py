@@ -224,9 +224,10 @@ def _joint(networks: Sequence[Json]) -> str:
 def _norms(networks: Sequence[Json]) -> str:
     parts = []
     for name in ("magnitude_l1", "magnitude_l2", "bn_scale"):
-        if seen := values(networks, name, "spearman"):
-            inside = mean(values(networks, name, "spearman", "within"))
-            parts.append(f"`{name}` {mean(seen):.2f} over all layers, {inside:.2f} within one")
+        seen, inside = (values(networks, name, "spearman", scope) for scope in ("all", "within"))
+        if seen and inside:
+            found = f"{mean(seen):.2f} over all layers, {mean(inside):.2f} within one"
+            parts.append(f"`{name}` {found}")
     if not parts:
         return ""
     return (

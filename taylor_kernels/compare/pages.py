@@ -1,50 +1,28 @@
-"""What a comparison shows of its result: tables, plots and the sections of the report."""
+"""What a comparison shows of its result: the plots and the sections of the report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from taylor_kernels import plots
 from taylor_kernels.compare import findings
-from taylor_kernels.compare.findings import Json, mean, values
+from taylor_kernels.compare.findings import Json, values
 from taylor_kernels.compare.measure import CURVE_DRAWS
 from taylor_kernels.compare.plots import Cloud, Curves, clouds, coefficients, pruning
+from taylor_kernels.compare.tables import (
+    KINDS,
+    STATISTICS,
+    coefficient_tables,
+    half_table,
+    number,
+    oracle_words,
+    target_table,
+)
 from taylor_kernels.report import Figure, Report, Section, Table, Text
 
-STATISTICS = {"spearman": "Spearman", "pearson": "Pearson", "kendall": "Kendall"}
-_KINDS = {
-    "one_shot": "in one shot",
-    "rescored": "scored again at each step",
-    "finetuned": "scored again and trained",
-}
 #: Shown in scatter plots and, where there are too many, in curves.
 _SHOWN = ("taylor_fo", "taylor_fo_bn", "taylor_so_diag", "obd_bn", "magnitude_l2", "random")
-
-
-def summary_table(result: Json) -> Table:
-    """A row per criterion: its coefficients and its cost, for every architecture."""
-    groups = findings.groups(result)
-    columns = ["criterion"]
-    for name in groups:
-        prefix = f"{name}: " if len(groups) > 1 else ""
-        columns += [f"{prefix}Spearman", "Pearson", "Kendall", "Spearman in a layer", "× step"]
-    order = findings.criteria([n for networks in groups.values() for n in networks])
-    rows = []
-    for criterion in order:
-        row = [criterion]
-        for networks in groups.values():
-            row += [_number(values(networks, criterion, name)) for name in STATISTICS]
-            row.append(_number(values(networks, criterion, "spearman", "within")))
-            row.append(_cost(networks, criterion))
-        rows.append(row)
-    return Table(columns, rows, caption=_summary_caption(result))
-
-
-def target_table(result: Json) -> Table:
-    rows = [target.row() for target in findings.targets(result)]
-    return Table(("target", "limit", "measured: mean (range of seeds)", ""), rows, numeric=(1, 2))
 
 
 def build_report(result: Json, folder: Path) -> Report:
@@ -60,14 +38,16 @@ def build_report(result: Json, folder: Path) -> Report:
 def sections(result: Json, folder: Path) -> list[Section]:
     """The comparison as sections of a report."""
     found = [
-        Section("Agreement with the oracle", [_coefficients(result, folder), *_tables(result)]),
+        Section(
+            "Agreement with the oracle",
+            [_coefficients(result, folder), *coefficient_tables(result)],
+        ),
         *_cloud_section(result, folder),
         *_curve_section(result, folder),
     ]
-    said = "\n\n".join(findings.remarks(result))
-    if said:
-        found.append(Section("What this confirms, and what it contradicts", [Text(said)]))
     if result["kind"] == "digits":
+        said = "\n\n".join(findings.remarks(result))
+        found.append(Section("What this confirms, and what it contradicts", [Text(said)]))
         found.append(Section("Targets", [target_table(result)]))
     return [*found, Section("How it was done", [Text(_method(result))])]
 
@@ -76,28 +56,16 @@ def _lead(result: Json) -> str:
     parts = []
     for name, networks in findings.groups(result).items():
         best, *_ = findings.criteria(networks)
-        said = [f"`{best}` {_number(values(networks, best, 'spearman'))}"]
+        said = [f"`{best}` {number(values(networks, best, 'spearman'))}"]
         said += [
-            f"`{other}` {_number(values(networks, other, 'spearman'))}"
+            f"`{other}` {number(values(networks, other, 'spearman'))}"
             for other in ("taylor_fo_bn", "magnitude_l2", "random")
             if other != best and values(networks, other, "spearman")
         ]
         parts.append(f"{name}: {', '.join(said)}")
     return (
-        f"Every criterion's scores beside the oracle: {_oracle_words(result)}. Rank correlation "
+        f"Every criterion's scores beside the oracle: {oracle_words(result)}. Rank correlation "
         f"(Spearman) over all layers, best criterion first: {'; '.join(parts)}."
-    )
-
-
-def _oracle_words(result: Json) -> str:
-    network = result["networks"][0]
-    oracle, data = network["oracle"], network["data"]
-    examples = f"{data['oracle_examples']:,} examples"
-    if oracle["filters"] == oracle["total"]:
-        return f"each filter really removed, one at a time, and the loss measured on {examples}"
-    return (
-        f"{oracle['filters']:,} of {oracle['total']:,} filters, chosen at random (seed "
-        f"{oracle['seed']}), really removed, one at a time, and the loss measured on {examples}"
     )
 
 
@@ -119,89 +87,6 @@ def _coefficients(result: Json, folder: Path) -> Figure:
     )
 
 
-def _tables(result: Json) -> list[Table]:
-    """All coefficients of an architecture, over all layers and within, and the cost."""
-    found = []
-    for name, networks in findings.groups(result).items():
-        rows = []
-        for criterion in findings.criteria(networks):
-            row = [criterion, _with_range(networks, criterion)]
-            row += [_number(values(networks, criterion, s)) for s in ("pearson", "kendall")]
-            row += [_number(values(networks, criterion, s, "within")) for s in STATISTICS]
-            rows.append([*row, *_runtime(networks, criterion)])
-        columns = ["criterion", "Spearman", "Pearson", "Kendall"]
-        columns += [f"{label} in a layer" for label in STATISTICS.values()]
-        caption = _table_caption(name, networks)
-        found.append(Table([*columns, "ms", "× step"], rows, caption=caption))
-    return found
-
-
-def _with_range(networks: Sequence[Json], criterion: str) -> str:
-    """Mean and range of the seeds; of one network the interval over its filters."""
-    seen = values(networks, criterion, "spearman")
-    if not seen:
-        return "–"
-    if len(seen) > 1:
-        return f"{mean(seen):.3f} ({min(seen):.3f} to {max(seen):.3f})"
-    low, high = networks[0]["criteria"][criterion].get("interval", {}).get("spearman", (None, None))
-    return f"{seen[0]:.3f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
-
-
-def _table_caption(name: str, networks: Sequence[Json]) -> str:
-    first = networks[0]
-    sizes = f"{first['oracle']['filters']:,} filters in {len(first['widths'])} layers"
-    spread = (
-        f"mean and range of {len(networks)} seeds"
-        if len(networks) > 1
-        else "in brackets a 95% bootstrap interval over filters"
-    )
-    layers = first["criteria"][findings.criteria(networks)[0]]["layers"]
-    caption = (
-        f"**{name}**: {sizes}; {spread}. In a layer: mean of the coefficients within each of "
-        f"{layers} layers. Kendall: tau-b."
-    )
-    if runtimes := first["runtimes"]:
-        plain = runtimes["forward + backward"]["ms"]
-        caption += (
-            f" Time: median of a minibatch of {first['data']['minibatch']}, interleaved; a step is "
-            f"a plain forward and backward pass, {plain:.2f} ms."
-        )
-    if first["skipped"]:
-        why = "; ".join(
-            f"`{criterion}`: {reason}" for criterion, reason in first["skipped"].items()
-        )
-        caption += f" Left out: {why}."
-    fewer = [
-        f"`{criterion}` has a score for {one['filters']:,} of them"
-        for criterion, one in first["criteria"].items()
-        if one.get("filters", first["oracle"]["filters"]) < first["oracle"]["filters"]
-    ]
-    return f"{caption} {'; '.join(fewer)}." if fewer else caption
-
-
-def _summary_caption(result: Json) -> str:
-    first = result["networks"][0]
-    count = max(len(networks) for networks in findings.groups(result).values())
-    seeds = f"means of {count} seeds, " if count > 1 else ""
-    return (
-        f"Correlation with the oracle, {seeds}{_oracle_words(result)}. Criteria over "
-        f"{first['data']['minibatches']} minibatches of {first['data']['minibatch']}, eval mode. "
-        "In a layer: mean within layers. × step: time of a minibatch over that of forward + "
-        "backward."
-    )
-
-
-def _runtime(networks: Sequence[Json], criterion: str) -> list[str]:
-    for network in networks:
-        if found := (network["runtimes"] or {}).get(criterion):
-            return [f"{found['ms']:.2f}", f"{found['ratio']:.2f}"]
-    return ["–", "–"]
-
-
-def _cost(networks: Sequence[Json], criterion: str) -> str:
-    return _runtime(networks, criterion)[1]
-
-
 def _cloud_section(result: Json, folder: Path) -> list[Section]:
     grid = []
     depth = 0
@@ -220,7 +105,7 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
             rho = first["criteria"][criterion]["all"]["spearman"]
             row.append(
                 Cloud(
-                    f"{name}, {criterion}\nSpearman {_number([rho] if rho is not None else [])}",
+                    f"{name}, {criterion}\nSpearman {number([rho] if rho is not None else [])}",
                     [math.nan if scores[n] is None else scores[n] for n in seen],
                     [changes[n] ** 2 for n in seen],
                     [layers[n] for n in seen],
@@ -244,7 +129,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
     for name, networks in findings.groups(result).items():
         total = sum(networks[0]["widths"].values())
         kinds = []
-        for kind, title in _KINDS.items():
+        for kind, title in KINDS.items():
             names = [c for c, one in networks[0]["criteria"].items() if one.get(kind)]
             if kind == "one_shot":
                 shown = [c for c in names if c in (*_SHOWN[1:], "oracle")]
@@ -273,9 +158,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
     )
     blocks: list[Figure | Table] = [figure]
     if key == "accuracy":
-        blocks += [
-            _half_table(name, networks) for name, networks in findings.groups(result).items()
-        ]
+        blocks.append(half_table(result))
     return [Section("Pruning curves", blocks)]
 
 
@@ -299,23 +182,6 @@ def _curve_caption(result: Json, key: str) -> str:
         "Filters go one by one as the oracle removes them, skip connections notwithstanding; "
         "`tk.Pruner` removes coupled ones together. `random`: mean of "
         f"{CURVE_DRAWS} draws, one where it is trained."
-    )
-
-
-def _half_table(name: str, networks: Sequence[Json]) -> Table:
-    names = list(networks[0]["criteria"])
-    kinds = [
-        kind for kind in _KINDS if any(one.get(kind) for one in networks[0]["criteria"].values())
-    ]
-    rows = []
-    for criterion in names:
-        found = [findings.at(networks, criterion, kind, 0.5) for kind in kinds]
-        rows.append([criterion, *(f"{mean(f):.1%}" if f else "–" for f in found)])
-    dense = mean([network["dense"]["accuracy"] for network in networks])
-    return Table(
-        ["criterion", *(_KINDS[kind] for kind in kinds)],
-        rows,
-        caption=f"**{name}**: accuracy with half of the filters removed; {dense:.1%} with all.",
     )
 
 
@@ -359,7 +225,3 @@ def _footer(result: Json) -> str:
 def _draws(result: Json) -> int:
     random = result["networks"][0]["criteria"].get("random")
     return len(random["draws"]) if random else 0
-
-
-def _number(found: Sequence[float]) -> str:
-    return f"{mean(found):.3f}" if found else "–"

@@ -26,7 +26,7 @@ _PACKAGE = Path(taylor_kernels.__file__).parent
 #: What of the package decides no figure.
 _BESIDE = (
     "demo/*", "pruning/*", "cli.py", "plots.py", "report.py", "options.py", "progress.py",
-    "system.py", "compare/findings.py", "compare/pages.py", "compare/plots.py",
+    "system.py", "compare/findings.py", "compare/pages.py", "compare/plots.py", "compare/tables.py",
 )  # fmt: skip
 
 

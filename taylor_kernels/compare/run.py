@@ -16,9 +16,10 @@ import torch
 from taylor_kernels.compare import findings
 from taylor_kernels.compare.digits import ARCHITECTURES, digits_problem, fine_tune
 from taylor_kernels.compare.measure import Plan, Training, measure
-from taylor_kernels.compare.pages import build_report, summary_table, target_table
+from taylor_kernels.compare.pages import build_report
 from taylor_kernels.compare.pieces import Pieces
 from taylor_kernels.compare.settings import FULL, Settings
+from taylor_kernels.compare.tables import summary_table, target_table
 from taylor_kernels.compare.yours import your_problem
 from taylor_kernels.progress import ProgressLog
 from taylor_kernels.report import Table, render

@@ -1,0 +1,82 @@
+"""The correlation study: are the scores right? Runs it, keeps its results, checks its targets.
+
+    python -m bench.study             # runs `taylor-kernels compare` into runs/compare, or goes on
+    python -m bench.study --check     # of the kept results: which targets are reached
+
+Results are kept in bench/results/study, and the README's block is made of them. Exit code 1 if a
+target is missed: then a score is wrong, or a network is under-trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.report import rewrite, table
+from taylor_kernels.compare.findings import Target, targets
+from taylor_kernels.compare.settings import Settings
+from taylor_kernels.compare.tables import half_table, summary_table
+from taylor_kernels.progress import ProgressLog
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = Path("bench/results/study")
+#: Of the criteria that have targets, for both architectures.
+TARGETS = 10
+
+
+def readme_block(result: dict) -> str:
+    """The study's two tables in Markdown, with their captions and source."""
+    parts = []
+    for made in (summary_table(result), half_table(result)):
+        parts += [table(made.columns, made.rows), made.caption]
+    parts[-1] += (
+        f" Curves: `{KEPT}/pruning_curves.png`. Source: `{KEPT}/result.json`, written by "
+        "`python -m bench.study`."
+    )
+    return "\n\n".join(parts)
+
+
+def missed(result: dict) -> list[Target]:
+    """The targets that are not reached.
+
+    Raises:
+        ValueError: the study is not whole: criteria or architectures that have targets are absent.
+    """
+    found = targets(result)
+    if len(found) != TARGETS:
+        raise ValueError(
+            f"result: has figures for {len(found)} of {TARGETS} targets; run the whole study"
+        )
+    return [target for target in found if not target.reached]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="check what is kept, run nothing")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where to run")
+    options = parser.parse_args(arguments)
+    kept = ROOT / KEPT
+    if not options.check:
+        from taylor_kernels.compare.run import run
+
+        run(Settings(out=options.out), ProgressLog())
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in (options.out / "result.json", *options.out.glob("*.png")):
+            shutil.copy(file, kept)
+    result = json.loads((kept / "result.json").read_text())
+    if not options.check:
+        block = readme_block(result)
+        rewrite(ROOT / "README.md", block, "<!-- study:begin -->", "<!-- study:end -->")
+    print(table(["target", "limit", "measured", ""], [t.row() for t in targets(result)]))
+    failed = missed(result)
+    for target in failed:
+        print(f"MISSED: {target.what}: {target.measured}, not {target.limit}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,281 @@
+"""`taylor-kernels compare` on a model and a loader of one's own, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+pytest.importorskip("scipy", reason="compare needs SciPy")
+pytest.importorskip("matplotlib", reason="compare needs matplotlib")
+
+from matplotlib.image import imread
+
+from taylor_kernels import cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODULE = """
+import torch
+from pathlib import Path
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 10, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x):
+        with open("calls", "a") as file:
+            file.write(".")
+        return self.head(self.two(self.one(x)).mean((2, 3)))
+
+def make_model():
+    model = Net()
+    model.one[0].weight.requires_grad_(False)  # frozen layers are compared too
+    return model
+
+def make_loader():
+    images, labels = torch.randn(60, 1, 6, 6), torch.randint(0, 4, (60,))
+    return DataLoader(TensorDataset(images, labels), batch_size=12, shuffle=True)
+
+model, pairs = make_model(), [(torch.randn(3, 1, 6, 6), torch.randint(0, 4, (3,)))]
+headless, number = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), 3
+nothing, single, triple = (lambda: []), (lambda: [torch.ones(3)]), (lambda: [(1, 2, 3)])
+broken_loader = lambda: (1 / 0 for _ in range(3))
+wide = lambda: [(torch.randn(3, 5, 6, 6), torch.randint(0, 4, (3,)))]
+floats = lambda: [(torch.randn(3, 1, 6, 6), torch.randn(3))]
+
+def regression(outputs, targets):
+    return nn.functional.mse_loss(outputs, nn.functional.one_hot(targets, 4).float())
+def vector(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")
+def detached(outputs, targets):
+    return nn.functional.cross_entropy(outputs.detach(), targets)
+def infinite(outputs, targets):
+    return nn.functional.cross_entropy(outputs, targets) / 0
+def needs_arguments(width):
+    return Net()
+def raises():
+    raise OSError("weights.pt is not there")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the user's module, imported anew for every test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "mynets.py").write_text(MODULE)
+    (tmp_path / "faulty.py").write_text("import torch\nraise RuntimeError('no licence')\n")
+    (tmp_path / "needy.py").write_text("import a_library_that_is_not_there\n")
+    yield tmp_path
+    for name in ("mynets", "faulty", "needy"):
+        sys.modules.pop(name, None)
+
+
+def compare(capsys, *arguments: str) -> tuple[int, str, str]:
+    sys.modules.pop("mynets", None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--device", "cpu", *arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+YOURS = ("--model", "mynets:make_model", "--data", "mynets:make_loader", "--batches", "3")
+FEW = ("--criteria", "taylor_fo_bn", "--criteria", "magnitude_l2", "--criteria", "random")
+
+
+def calls(folder) -> int:
+    return len((folder / "calls").read_text())
+
+
+@pytest.fixture
+def compared(folder, capsys):
+    """A whole run with every criterion: its result, its page and what it printed."""
+    code, out, err = compare(capsys, *YOURS, "--out", "out")
+    assert code == 0, err
+    result = json.loads((folder / "out/result.json").read_text())
+    return result, (folder / "out/report.html").read_text(), out, err
+
+
+def test_a_users_model_is_compared_whole(compared, folder):
+    result, page, out, err = compared
+    (network,) = result["networks"]
+    assert network["widths"] == {"one.0": 8, "two.0": 10}
+    assert result["settings"]["left_out"] == {"head": "its filters are the model's outputs"}
+    assert "layer head is left out: its filters are the model's outputs" in err
+    assert network["oracle"]["filters"] == network["oracle"]["total"] == 18
+    assert network["data"] == {
+        "minibatches": 3, "minibatch": 12, "oracle_examples": 36, "test_examples": 36
+    }  # fmt: skip
+    rows = [line.split() for line in out.splitlines() if line.split()]
+    for name in ("taylor_fo_bn", "taylor_so_diag", "obd_bn", "magnitude_l1", "random"):
+        found = network["criteria"][name]
+        assert -1 <= found["all"]["spearman"] <= 1
+        assert found["one_shot"][0]["accuracy"] == network["dense"]["accuracy"]
+        row = next(row for row in rows if row[0] == name)
+        assert row[1] == f"{found['all']['spearman']:.3f}"
+        assert f"<code>{name}</code>" in page or f">{name}<" in page
+    assert network["criteria"]["bn_scale"]["filters"] == 8  # where a BatchNorm follows
+    assert "`bn_scale`" not in page
+    assert "has a score for 8 of them" in page
+    assert network["runtimes"]["forward + backward"]["ratio"] == 1
+    assert "targets" not in result
+    assert "NaN" not in (folder / "out/result.json").read_text()
+
+
+def test_pages_and_plots_are_there_and_show_something(compared, folder):
+    _, page, _, _ = compared
+    for section in ("Agreement with the oracle", "Score against oracle", "Pruning curves"):
+        assert section in page
+    assert not re.search(r"https?://|url\(|@import", re.sub(r'"data:[^"]*"', "", page))
+    for name in ("correlation.png", "score_against_oracle.png", "pruning_curves.png"):
+        picture = imread(folder / "out" / name)[..., :3]
+        assert picture.std() > 0.02
+        drawn = (picture != picture[0, 0]).any(2)
+        assert drawn.mean() > 0.02
+        for half in (drawn[:, : drawn.shape[1] // 2], drawn[:, drawn.shape[1] // 2 :]):
+            assert half.any()
+
+
+def test_a_second_run_evaluates_next_to_nothing(folder, capsys):
+    compare(capsys, *YOURS, *FEW, "--out", "out")
+    before, first = calls(folder), json.loads((folder / "out/result.json").read_text())
+    compare(capsys, *YOURS, *FEW, "--out", "out")
+    # To try the model, to look for its outputs, and for the loss with all filters.
+    again = calls(folder) - before
+    assert again <= 10
+    second = json.loads((folder / "out/result.json").read_text())
+    assert first["networks"] == second["networks"]
+    compare(capsys, *YOURS, *FEW, "--out", "out", "--force")
+    assert calls(folder) - before - again > 18 * 3
+
+
+def test_another_loss_or_other_data_is_measured_anew(folder, capsys):
+    compare(capsys, *YOURS, *FEW, "--out", "out")
+    first = json.loads((folder / "out/result.json").read_text())["networks"][0]
+    for change in (["--loss", "mynets:regression"], ["--seed", "1"], ["--batches", "2"]):
+        compare(capsys, *YOURS, *FEW, "--out", "out", *change)
+        other = json.loads((folder / "out/result.json").read_text())["networks"][0]
+        assert other["oracle"]["changes"] != first["oracle"]["changes"], change
+
+
+def test_a_sample_says_how_many(folder, capsys):
+    code, out, err = compare(capsys, *YOURS, *FEW, "--sample", "7", "--seed", "5", "--out", "out")
+    assert code == 0
+    assert "the oracle removes 7 of 18 filters, chosen at random (seed 5)" in err
+    assert "7 of 18 filters, chosen at random (seed 5)" in " ".join(out.split())
+    assert "7 of 18 filters, chosen at random (seed 5)" in (folder / "out/report.html").read_text()
+    network = json.loads((folder / "out/result.json").read_text())["networks"][0]
+    known = [c for layer in network["oracle"]["changes"].values() for c in layer if c is not None]
+    assert len(known) == 7
+    assert "oracle" not in network["criteria"]  # it has no order of all filters
+
+
+def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys):
+    code, _, err = compare(capsys, *YOURS, *FEW, "--budget", "1e-6", "--out", "out")
+    assert code == 0
+    assert "2 of 18 filters" in err
+    assert "no pruning curves, the budget is too small" in err
+    assert "Pruning curves" not in (folder / "out/report.html").read_text()
+
+
+def test_models_and_loaders_that_are_there_already_and_losses_without_accuracy(folder, capsys):
+    code, _, err = compare(
+        capsys,
+        *("--model", "mynets:model", "--data", "mynets:pairs", "--loss", "mynets:regression"),
+        *(*FEW, "--out", "out"),
+    )
+    assert code == 0, err
+    network = json.loads((folder / "out/result.json").read_text())["networks"][0]
+    assert network["data"]["minibatches"] == 1
+
+
+MISTAKES = {
+    "no path": ("mynets", "mynets:make_loader", [], "is not an import path"),
+    "no module": ("mynet:model", "mynets:pairs", [], "there is no module 'mynet'"),
+    "no submodule": ("mynets.a:b", "mynets:pairs", [], "there is no module 'mynets.a'"),
+    "no attribute": ("mynets:make_mdel", "mynets:pairs", [], "did you mean 'make_model'"),
+    "import fails": ("faulty:model", "mynets:pairs", [], "no licence (", "faulty.py, line 2"),
+    "import needs": ("needy:model", "mynets:pairs", [], "No module named 'a_library_that_is_not"),
+    "no model": ("mynets:number", "mynets:pairs", [], "is a int, neither a torch.nn.Module"),
+    "makes none": ("mynets:nothing", "mynets:pairs", [], "gave a list, not a torch.nn.Module"),
+    "arguments": ("mynets:needs_arguments", "mynets:pairs", [], "missing 1 required"),
+    "raises": ("mynets:raises", "mynets:pairs", [], "OSError: weights.pt is not there"),
+    "no layers": ("mynets:headless", "mynets:pairs", [], "it has no layer whose filters can be"),
+    "no loader": ("mynets:model", "mynets:number", [], "--data: mynets:number gave a int"),
+    "empty": ("mynets:model", "mynets:nothing", [], "yields no minibatch"),
+    "no pair": ("mynets:model", "mynets:single", [], "minibatch 0 of mynets:single is a Tensor"),
+    "three": ("mynets:model", "mynets:triple", [], "is a tuple of 3, not a pair"),
+    "loader fails": ("mynets:model", "mynets:broken_loader", [], "ZeroDivisionError"),
+    "wrong shape": ("mynets:model", "mynets:wide", [], "--model: the model, on the first"),
+    "wrong loss": ("mynets:model", "mynets:floats", [], "cross_entropy; give another one with"),
+    "no scalar": ("mynets:model", "mynets:pairs", ["--loss", "mynets:vector"], "shape (3,)"),
+    "detached": ("mynets:model", "mynets:pairs", ["--loss", "mynets:detached"], "do not detach"),
+    "infinite": ("mynets:model", "mynets:pairs", ["--loss", "mynets:infinite"], "it is inf on"),
+    "no loss": ("mynets:model", "mynets:pairs", ["--loss", "mynets:number"], "not a function"),
+    "criterion": ("mynets:model", "mynets:pairs", ["--criteria", "taylor_bn"], "'taylor_fo_bn'"),
+    "oracle alone": ("mynets:model", "mynets:pairs", ["--criteria", "oracle"], "name another"),
+    "sample": ("mynets:model", "mynets:pairs", ["--sample", "0"], "--sample: 0 is below 1"),
+    "batches": ("mynets:model", "mynets:pairs", ["--batches", "0"], "--batches: 0 is below 1"),
+    "budget": ("mynets:model", "mynets:pairs", ["--budget", "nan"], "--budget: nan is not a"),
+    "device": ("mynets:model", "mynets:pairs", ["--device", "tpu"], "use auto, cpu or cuda"),
+    "quick": ("mynets:model", "mynets:pairs", ["--quick"], "use --sample and --batches"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(name, folder, capsys):
+    model, data, more, *says = MISTAKES[name]
+    code, out, err = compare(capsys, "--model", model, "--data", data, *more, "--out", "out")
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: --")
+    assert err.count("\n") == 1
+    assert all(part in err for part in says), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model", "mynets:model"], "--model: needs --data beside it"),
+        (["--data", "mynets:pairs"], "--data: needs --model beside it"),
+        (["--loss", "mynets:regression"], "--loss: is for --model and --data"),
+    ],
+)
+def test_options_that_belong_together_say_so(arguments, says, folder, capsys):
+    code, _, err = compare(capsys, *arguments, "--out", "out")
+    assert code == 2
+    assert says in err
+
+
+def test_a_named_criterion_that_does_not_apply_is_an_error_and_else_a_note(folder, capsys):
+    plain = ("--model", "mynets:plain", "--data", "mynets:pairs", "--out", "out")
+    with open(folder / "mynets.py", "a") as file:
+        file.write(
+            "plain = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))\n"
+        )
+    code, _, err = compare(capsys, *plain, "--criteria", "bn_scale")
+    assert code == 2
+    assert "error: --criteria: bn_scale cannot score this model; " in err
+    code, out, err = compare(capsys, *plain)
+    assert code == 0
+    assert "bn_scale is left out; " in err
+    assert not any(line.split()[:1] == ["bn_scale"] for line in out.splitlines())
+    assert "bn_scale" in (folder / "out/report.html").read_text()
+
+
+def test_what_compare_needs_is_named_if_it_is_missing(capsys, monkeypatch):
+    find = cli.importlib.util.find_spec
+    monkeypatch.setattr(
+        cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
+    )
+    code, _, err = compare(capsys)
+    assert code == 2
+    assert err == "error: scipy not installed; pip install 'taylor-kernels[demo]'\n"
