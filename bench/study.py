@@ -10,6 +10,7 @@ target is missed: then a score is wrong, or a network is under-trained.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import sys
@@ -40,6 +41,15 @@ def readme_block(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+def without_scores(result: dict) -> dict:
+    """The result without every single filter's scores, which are most of it."""
+    result = copy.deepcopy(result)
+    for network in result["networks"]:
+        for criterion in network["criteria"].values():
+            criterion.pop("scores", None)
+    return result
+
+
 def missed(result: dict) -> list[Target]:
     """The targets that are not reached.
 
@@ -61,12 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kept = ROOT / KEPT
     if not options.check:
-        from taylor_kernels.compare.run import run
+        from taylor_kernels.compare.run import readable, run
 
-        run(Settings(out=options.out), ProgressLog())
+        result, _ = run(Settings(out=options.out), ProgressLog())
         kept.mkdir(parents=True, exist_ok=True)
-        for file in (options.out / "result.json", *options.out.glob("*.png")):
+        for file in options.out.glob("*.png"):
             shutil.copy(file, kept)
+        (kept / "result.json").write_text(readable(without_scores(result)))
     result = json.loads((kept / "result.json").read_text())
     if not options.check:
         block = readme_block(result)

@@ -247,13 +247,20 @@ def _one_shot(networks: Sequence[Json]) -> str:
         if (seen := at(networks, name, "one_shot", 0.5))
     ]
     again = f", and {mean(stepwise):.0%} when it is asked again at every step" if stepwise else ""
-    return (
+    text = (
         f"Half of the filters removed in one shot: the oracle's own order leaves {mean(once):.0%} "
-        f"accuracy{again} ({', '.join(others)} in one shot). Contradicted: that what single "
-        "filters are worth adds up. The worth of a filter grows as its neighbours go, whole layers "
-        "are emptied, and no ranking made beforehand can know; so one-shot curves at such "
-        "fractions do not tell criteria apart."
+        f"accuracy{again} ({', '.join(others)} in one shot)."
     )
+    if stepwise and mean(stepwise) > mean(once) + _POINT:
+        text += (
+            " Contradicted: that what single filters are worth adds up. The worth of a filter "
+            "grows as its neighbours go, whole layers are emptied, and no ranking made beforehand "
+            "can know."
+        )
+    control = at(networks, "random", "one_shot", 0.5)
+    if control and mean(once) < mean(control) + 10 * _POINT:
+        text += " A one-shot curve at such a fraction does not tell criteria apart."
+    return text
 
 
 def _order_of_the_oracle(networks: Sequence[Json]) -> str:
@@ -290,10 +297,11 @@ def _after_training(networks: Sequence[Json]) -> str:
         "larger than its task; what a criterion is worth shows without training."
     )
     if overtaken:
+        where = ", ".join(f"{fraction:.0%}" for fraction in overtaken)
         text += (
-            f" Contradicted: that first order is never worse than random. From "
-            f"{min(overtaken):.0%} of the filters removed, random ones leave more: a global "
-            "ranking empties whole layers, a random one thins all alike."
+            f" Contradicted: that a better score is always the better pruning. With {where} of the "
+            "filters removed, random ones leave more: a ranking over all layers empties some of "
+            "them, a random one thins all alike."
         )
     return text
 

@@ -207,7 +207,7 @@ class _Measurement:
                 found["one_shot"][one] = self._curve("one_shot", one, counts, {}, make)
                 advance(one)
         for kind, training in (("rescored", None), ("finetuned", plan.training)):
-            if kind == "finetuned" and training is None:
+            if not chosen or (kind == "finetuned" and training is None):
                 continue
             label = "pruning, re-scored" if training is None else "pruning and training"
             with self.log.task(f"{name}: {label}", len(chosen) * len(counts[1:])) as advance:

@@ -89,15 +89,14 @@ def _coefficients(result: Json, folder: Path) -> Figure:
 
 def _cloud_section(result: Json, folder: Path) -> list[Section]:
     grid = []
-    depth = 0
     for name, networks in findings.groups(result).items():
         first = networks[0]
         chosen = [c for c in _SHOWN[:-1] if "scores" in first["criteria"].get(c, {})]
         if not chosen:
             chosen = [c for c in findings.criteria(networks) if "scores" in first["criteria"][c]]
         changes = [change for layer in first["oracle"]["changes"].values() for change in layer]
-        layers = [n for n, width in enumerate(first["widths"].values()) for _ in range(width)]
-        depth = max(depth, len(first["widths"]))
+        last = max(len(first["widths"]) - 1, 1)
+        depth = [n / last for n, width in enumerate(first["widths"].values()) for _ in range(width)]
         seen = [number for number, change in enumerate(changes) if change is not None]
         row = []
         for criterion in chosen[:5]:
@@ -108,12 +107,12 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
                     f"{name}, {criterion}\nSpearman {number([rho] if rho is not None else [])}",
                     [math.nan if scores[n] is None else scores[n] for n in seen],
                     [changes[n] ** 2 for n in seen],
-                    [layers[n] for n in seen],
+                    [depth[n] for n in seen],
                 )
             )
         grid.append(row)
     figure = plots.draw(
-        clouds(grid, depth),
+        clouds(grid),
         folder / "score_against_oracle.png",
         alt="Scores against the oracle on log axes, a dot per filter, a panel per criterion.",
         caption="A dot per filter of the first seed's network, coloured by the depth of its layer. "

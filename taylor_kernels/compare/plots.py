@@ -22,13 +22,13 @@ class Cloud:
     """Scores against the oracle of one network: filters as dots.
 
     Attributes:
-        depth: of each filter's layer, 0 for the first.
+        depth: of each filter's layer, 0 for the network's first to 1 for its last.
     """
 
     title: str
     scores: Sequence[float]
     oracle: Sequence[float]
-    depth: Sequence[int]
+    depth: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,14 @@ def _bars(panel: Axes, bars: Row, color: str, theme: Theme) -> None:
     panel.tick_params(axis="y", length=0)
 
 
-def clouds(grid: Sequence[Sequence[Cloud]], layers: int) -> Plot:
-    """Score against oracle on two log axes, a panel per criterion, a row per network.
-
-    Args:
-        layers: of the deepest network, for the colours.
-    """
+def clouds(grid: Sequence[Sequence[Cloud]]) -> Plot:
+    """Score against oracle on two log axes, a panel per criterion, a row per network."""
 
     def plot(theme: Theme) -> Drawing:
         across = max(map(len, grid))
         drawing = Drawing(figsize=(9.2, 2.35 * len(grid) + 0.35), layout="constrained")
         panels = drawing.subplots(len(grid), across, squeeze=False)
-        colours, scale = _depths(theme), Normalize(0, max(layers - 1, 1))
+        colours, scale = _depths(theme), Normalize(0, 1)
         for line, row in zip(panels, grid, strict=True):
             for panel in line[len(row) :]:
                 panel.set_axis_off()
@@ -101,7 +97,7 @@ def clouds(grid: Sequence[Sequence[Cloud]], layers: int) -> Plot:
         for panel in panels[-1]:
             panel.set_xlabel("score")
         bar = drawing.colorbar(ScalarMappable(scale, colours), ax=panels, shrink=0.6, aspect=30)
-        bar.set_ticks([0, max(layers - 1, 1)], labels=["first", "last"])
+        bar.set_ticks([0, 1], labels=["first", "last"])
         bar.set_label("layer")
         bar.outline.set_visible(False)
         return drawing
@@ -127,11 +123,11 @@ def _cloud(panel: Axes, cloud: Cloud, colours: Colormap, scale: Normalize) -> No
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Three or four powers of ten between two numbers; if there are fewer than two, the ends."""
+    """Two or three powers of ten between two numbers; if there are fewer, the ends."""
     first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(high)))
     if last <= first:
         return [low, high]
-    step = max(1, (last - first) // 3)
+    step = -(-(last - first) // 2)
     return [10.0**power for power in range(first, last + 1, step)]
 
 

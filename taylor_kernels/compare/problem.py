@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels._scoring import scoring
 from taylor_kernels.pruning.tracing import call, tensors_in
-from taylor_kernels.sources.base import Layers, filter_count, find_layers
+from taylor_kernels.sources.layers import Layers, filter_count, find_layers
 from taylor_kernels.sources.loss_change import Filter
 
 Batch = tuple[Any, Any]

@@ -57,7 +57,7 @@ def run(settings: Settings, log: ProgressLog) -> tuple[Json, list[Table]]:
     with log.task("report", 1) as advance:
         out = settings.out
         (out / "report.html").write_text(render(build_report(result, out)), encoding="utf-8")
-        (out / "result.json").write_text(_readable(result), encoding="utf-8")
+        (out / "result.json").write_text(readable(result), encoding="utf-8")
         advance()
     return result, tables
 
@@ -147,7 +147,7 @@ def _circumstances(settings: Settings, device: torch.device, seconds: float) -> 
     }
 
 
-def _readable(result: Json) -> str:
+def readable(result: Json) -> str:
     """JSON with a list of numbers on one line."""
     text = json.dumps(result, indent=1)
     flat = re.sub(r"\[\s+([^\[\]{}\"]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text)

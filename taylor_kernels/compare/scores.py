@@ -17,13 +17,13 @@ from taylor_kernels.compare.problem import Batch, Problem
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.options import Mistake
 from taylor_kernels.progress import ProgressLog
+from taylor_kernels.sources import reads_weight_gradients
 
 #: `random` is not one ranking but all of them: its figures are means over so many draws.
 DRAWS = 20
-#: What the sources of some criteria need in place of a step with weight gradients.
+#: What the sources of some criteria need in place of a forward and a backward pass.
 _READS_WEIGHTS = ("magnitudes", "random")
 _READS_FORWARD = ("bn_scale",)
-_READS_GATES = ("gates", "example_gates")
 
 
 #: The step that runtimes are compared with.
@@ -106,8 +106,8 @@ class _Step:
             with torch.no_grad():
                 problem.loss_of(batch)
         elif self.source not in _READS_WEIGHTS:
-            gates = self.source in _READS_GATES
-            mode: AbstractContextManager = tk.scoring(model) if gates else nullcontext()
+            full = self.meter is None or reads_weight_gradients(self.source)
+            mode: AbstractContextManager = nullcontext() if full else tk.scoring(model)
             with mode:
                 problem.loss_of(batch).backward()
         if self.meter is not None:

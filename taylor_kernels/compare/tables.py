@@ -31,7 +31,8 @@ def summary_table(result: Json) -> Table:
         for networks in groups.values():
             row += [number(values(networks, criterion, name)) for name in STATISTICS]
             row.append(number(values(networks, criterion, "spearman", "within")))
-            row.append(_cost(networks, criterion))
+            runtime = _runtime(networks, criterion)
+            row.append(f"{runtime['ratio']:.2f}" if runtime else "–")
         rows.append(row)
     return Table(columns, rows, caption=_summary_caption(result))
 
@@ -81,11 +82,13 @@ def coefficient_tables(result: Json) -> list[Table]:
             row = [criterion, _with_range(networks, criterion)]
             row += [number(values(networks, criterion, s)) for s in ("pearson", "kendall")]
             row += [number(values(networks, criterion, s, "within")) for s in STATISTICS]
-            rows.append([*row, *_runtime(networks, criterion)])
+            runtime = _runtime(networks, criterion)
+            row += [f"{runtime['ms']:.2f}", f"{runtime['ratio']:.2f}"] if runtime else ["–", "–"]
+            rows.append([*row, f"{runtime['peak_mib']:.0f}"] if "peak_mib" in runtime else row)
         columns = ["criterion", "Spearman", "Pearson", "Kendall"]
-        columns += [f"{label} in a layer" for label in STATISTICS.values()]
-        caption = _table_caption(name, networks)
-        found.append(Table([*columns, "ms", "× step"], rows, caption=caption))
+        columns += [f"{label} in a layer" for label in STATISTICS.values()] + ["ms", "× step"]
+        columns += ["peak MiB"] if len(rows[0]) > len(columns) else []
+        found.append(Table(columns, rows, caption=_table_caption(name, networks)))
     return found
 
 
@@ -144,15 +147,12 @@ def _summary_caption(result: Json) -> str:
     )
 
 
-def _runtime(networks: Sequence[Json], criterion: str) -> list[str]:
+def _runtime(networks: Sequence[Json], criterion: str) -> Json:
+    """Of the network whose runtimes were taken; empty if there is none."""
     for network in networks:
         if found := (network["runtimes"] or {}).get(criterion):
-            return [f"{found['ms']:.2f}", f"{found['ratio']:.2f}"]
-    return ["–", "–"]
-
-
-def _cost(networks: Sequence[Json], criterion: str) -> str:
-    return _runtime(networks, criterion)[1]
+            return found
+    return {}
 
 
 def oracle_words(result: Json) -> str:

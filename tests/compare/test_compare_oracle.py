@@ -31,7 +31,7 @@ def test_changes_squared_are_the_scores_of_the_oracle_criterion(pieces):
     problem = small_problem()
     changes = loss_changes(problem, problem.filters, identity(problem), pieces, quiet())
     imp = tk.Importance(problem.model, "oracle", layers=problem.layers)
-    imp.update(closure=lambda: torch.tensor(problem.mean_loss()))
+    imp.update(closure=lambda: torch.tensor(problem.mean_loss(), dtype=torch.float64))
     scores = imp.compute()
     assert {name: len(score) for name, score in scores.items()} == WIDTHS
     for (name, number), change in changes.items():

@@ -107,12 +107,12 @@ def test_what_is_said_follows_the_figures():
 
 def test_curves_that_cross_are_named():
     result = a_result(**GOOD)
-    assert "never worse than random" not in said(result)
+    assert "always the better pruning" not in said(result)
     assert "bounds all others" not in said(result)
     lower(result, "taylor_fo_bn", "finetuned", 0.05)
     lower(result, "oracle", "rescored", 0.05)
     text = said(result)
-    assert "From 25% of the filters removed, random ones leave more" in text
+    assert "With 25%, 50%, 75% of the filters removed, random ones leave more" in text
     assert "it leaves 45% at half the filters; `taylor_fo_bn` 50%" in text
 
 
