@@ -133,6 +133,7 @@ def remarks(result: Json) -> Iterator[str]:
             _weights_or_gates,
             _joint,
             _norms,
+            _control,
             _one_shot,
             _order_of_the_oracle,
             _after_training,
@@ -233,6 +234,18 @@ def _norms(networks: Sequence[Json]) -> str:
     return (
         f"Norms know less: {'; '.join(parts)}. Those of weights are taken relative to their "
         "layer's mean, as `tk.Pruner` ranks them; a layer's scale says nothing of its worth."
+    )
+
+
+def _control(networks: Sequence[Json]) -> str:
+    draws = [abs(d) for n in networks for d in n["criteria"].get("random", {}).get("draws", [])]
+    if not draws:
+        return ""
+    return (
+        f"`random` is the mean of {len(draws) // len(networks)} draws for each network "
+        f"({mean(values(networks, 'random', 'spearman')):.3f}). A single draw's coefficient is "
+        f"{mean(draws):.2f} on average, whatever its sign, and {max(draws):.2f} at most: no figure "
+        "of this size means anything."
     )
 
 
