@@ -11,6 +11,9 @@ from torch import Tensor
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
+from taylor_kernels.ops.rademacher import rademacher_like
+from taylor_kernels.ops.second_order_moments import second_order_moments
 
 #: shape, groups: rows by threads, warps, blocks and segments; grids of one and many blocks.
 PARAMETERS = (
@@ -67,6 +70,7 @@ def main() -> None:
                 expected = filter_moments(weights, grads, backend="reference", **run)
                 for a, b in zip(flat(got), flat(expected), strict=True):
                     check(a, b)
+                check_second_order(weights, grads, run)
             for shape, dim in ACTIVATIONS:
                 y, dy = (tensor(shape, dtype, offset) for _ in range(2))
                 bias = torch.randn(shape[dim], device="cuda")
@@ -79,6 +83,22 @@ def main() -> None:
                 check_fisher(shape, size, geometry, dtype, offset)
     torch.cuda.synchronize()
     print("every kernel ran and agrees with the reference")
+
+
+def check_second_order(weights: list[Tensor], grads: list[Tensor], run: dict) -> None:
+    signs = rademacher_like(weights, seed=1, backend="cuda")
+    same = rademacher_like(weights, seed=1, backend="reference")
+    for got, expected in zip(signs, same, strict=True):
+        check(got, expected)
+    found = [
+        (
+            second_order_moments(weights, grads, signs, backend=backend, **run),
+            hutchinson_moments(weights, grads, seed=1, backend=backend, **run),
+        )
+        for backend in ("cuda", "reference")
+    ]
+    for got, expected in zip(*(flat(tables) for tables in found), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1.0)
 
 
 def check_fisher(

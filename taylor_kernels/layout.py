@@ -35,9 +35,9 @@ class ParameterItem(NamedTuple):
 
 
 class RademacherItem(NamedTuple):
-    """One tensor of a `rademacher` call; mirrors the struct of the same name in csrc/."""
+    """One vector of a `rademacher` call; mirrors the struct of the same name in csrc/."""
 
-    out: Tensor  # without gaps
+    out: Tensor  # from a 16-byte address on
     stream: int
 
 
@@ -117,16 +117,16 @@ def parameter_item(
     )
 
 
-def empty_in_order(tensor: Tensor) -> Tensor:
-    """Memory for as many elements, which the kernels number as they do those of `tensor`.
+def in_order_of(tensor: Tensor, values: Tensor) -> Tensor:
+    """A vector in the shape of `tensor`, its elements in the order in which kernels number those.
 
-    In its own strides if it is read in place (contiguous or channels_last), else contiguous.
+    That is their order in memory if the tensor is contiguous or channels_last, else the contiguous.
     """
-    if tensor.is_contiguous() or _channel_last(tensor, 1).is_contiguous():
-        return torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if not tensor.is_contiguous():
+        last = _channel_last(tensor, 1)
+        if last.is_contiguous():
+            return values.view(last.shape).movedim(-1, 1)
+    return values.view(tensor.shape)
 
 
 def activation_args(

@@ -9,6 +9,7 @@ import probes
 import torch
 from cases import (
     DTYPES,
+    MomentsCase,
     assert_close,
     filter_moments_cases,
     random_like_case,
@@ -21,6 +22,21 @@ from taylor_kernels.ops.second_order_moments import second_order_sums
 
 #: The probes' in all tests that need but one.
 SEED = 2**63 + 11
+
+#: Larger than the CPU can emulate: every segment, block and tile of both backends' plans.
+GPU_CASES = [
+    *filter_moments_cases(),
+    MomentsCase("long_vector", (3_000_001,)),
+    MomentsCase("many_segments", (1, 20_000_003)),
+    MomentsCase("resnet_conv", (512, 512, 3, 3)),
+    MomentsCase("resnet_conv_channels_last", (256, 256, 3, 3), layout="channels_last"),
+    MomentsCase("resnext", (128, 4, 3, 3), groups=32),
+    MomentsCase("patches", (192, 3, 16, 16)),
+    MomentsCase("wide", (8, 70_000)),
+    MomentsCase("tall", (70_000, 24)),
+    MomentsCase("attention", (1024, 3072)),
+    MomentsCase("misaligned", (1024, 776), layout="misaligned"),
+]
 
 
 class ParameterOp(NamedTuple):

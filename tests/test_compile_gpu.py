@@ -149,8 +149,8 @@ def test_triton_rademacher(dtype: torch.dtype, arch: int, tmp_path: Path) -> Non
     pytest.importorskip("triton", reason="Triton is not installed")
     module = importlib.import_module("taylor_kernels.backends.triton.rademacher")
     draws, each = module.TILE
-    constants = {"T": module.TYPES[dtype], "DRAWS": draws, "EACH": each}
-    arguments = {"table": "*i64", "count": "i32", "seed": "i64"}
+    constants = {"DRAWS": draws, "EACH": each}
+    arguments = {"table": "*i64", "count": "i32", "out": TYPE_NAMES[dtype], "seed": "i64"}
     check_triton(
         module.fill_kernel, arguments, constants, tmp_path, vectors=False, architectures=(arch,)
     )

@@ -40,7 +40,7 @@ def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
 
 
 def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
-    """Fill the outputs of all items, which share a device, with random signs."""
+    """Fill the outputs of all items, which share a device and dtype, with random signs."""
     table = [
         value
         for out, stream in items

@@ -45,10 +45,9 @@ def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
 
 
 def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
-    """Fill the outputs of all items with random signs, in the order they are stored."""
+    """Fill the outputs of all items with random signs."""
     for out, stream in items:
-        in_memory = out.as_strided((out.numel(),), (1,))
-        in_memory.copy_(random_signs(seed, stream, in_memory))
+        out.copy_(random_signs(seed, stream, out))
 
 
 def gate_gradients(args: GateGradientsArgs) -> None:

@@ -100,7 +100,7 @@ def empty_tables(
     return row_table, col_table
 
 
-def by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:
+def _by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:
     """The places of those that share a device and are float64 or not: what one launch takes."""
     if len({(t.device, t.dtype is torch.float64) for t in tensors}) == 1:
         return [range(len(tensors))]
@@ -159,7 +159,7 @@ def _split_and_launch(
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
     weights = lists[0]
-    parts = by_kind(weights)
+    parts = _by_kind(weights)
     if len(parts) == 1:
         return _launch(launch, parts[0], lists, groups, axes)
     found: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, select
-from taylor_kernels.layout import RademacherItem, empty_in_order
+from taylor_kernels.layout import RademacherItem, in_order_of
 from taylor_kernels.ops._checks import check_seed, check_streams, check_tensor
 from taylor_kernels.ops._library import library
-from taylor_kernels.ops._lists import by_kind
 
 
 @overload
@@ -48,7 +47,7 @@ def rademacher_like(
     streams: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor | list[Tensor]:
-    """Tensors of 1 and −1, each with probability ½, for a tensor or for a list in one launch.
+    """Tensors of 1 and −1, each with probability ½, for a tensor or for a list.
 
     Args:
         tensors: what the result resembles (float32, float16, bfloat16 or float64), any shape.
@@ -59,7 +58,8 @@ def rademacher_like(
 
     Returns:
         A tensor or a list of them, of the same shapes, dtypes and devices; in the same strides if
-        those are contiguous or channels_last, else contiguous.
+        those are contiguous or channels_last, else contiguous. Views of one buffer per dtype, which
+        one launch fills.
 
     Raises:
         TypeError: not a tensor; integer, complex, sparse or meta tensors; a seed that is no int.
@@ -78,38 +78,55 @@ def rademacher_like(
         check_tensor(tensor, "tensors" if single else f"tensors[{i}]")
     streams = check_streams(streams, len(every))
     found = list(every)
-    for part in by_kind(every):
+    parts: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(every):
+        parts.setdefault((tensor.device, tensor.dtype), []).append(i)
+    for part in parts.values():
+        counts = [every[i].numel() for i in part]
         with torch.no_grad():
-            probes = torch.ops.taylor_kernels.rademacher(
-                [every[i] for i in part], seed, [streams[i] for i in part], backend
+            packed = torch.ops.taylor_kernels.rademacher(
+                every[part[0]], counts, seed, [streams[i] for i in part], backend
             )
-        for i, probe in zip(part, probes, strict=True):
-            found[i] = probe
+        for i, signs in zip(part, _pieces(packed, counts), strict=True):
+            found[i] = in_order_of(every[i], signs)
     return found[0] if single else found
 
 
 def _run(
-    like: Sequence[Tensor], seed: int, streams: Sequence[int], backend: str | None
-) -> list[Tensor]:
-    out = _empty(like, seed, streams, backend)
+    like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
+) -> Tensor:
+    """The op itself: vectors of so many signs in one buffer, each from a 128-byte address on."""
+    out = _empty(like, counts, seed, streams, backend)
     items = [
-        RademacherItem(tensor, stream)
-        for tensor, stream in zip(out, streams, strict=True)
-        if tensor.numel()
+        RademacherItem(signs, stream)
+        for signs, stream in zip(_pieces(out, counts), streams, strict=True)
+        if signs.numel()
     ]
     if items:
-        select(out[0].device, out[0].dtype, backend).rademacher(items, seed)
+        select(out.device, out.dtype, backend).rademacher(items, seed)
     return out
 
 
 def _empty(
-    like: Sequence[Tensor], seed: int, streams: Sequence[int], backend: str | None
-) -> list[Tensor]:
-    """The outputs' shapes; also the fake kernel."""
-    return [empty_in_order(tensor) for tensor in like]
+    like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
+) -> Tensor:
+    """The buffer's size; also the fake kernel."""
+    return like.new_empty(sum(_padded(counts)))
 
 
-library.define("rademacher(Tensor[] like, int seed, int[] streams, str? backend) -> Tensor[]")
+def _padded(counts: Sequence[int]) -> list[int]:
+    return [-(-count // 64) * 64 for count in counts]
+
+
+def _pieces(packed: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """The vectors without what stands between them."""
+    padded = packed.split(_padded(counts))
+    return [piece[:count] for piece, count in zip(padded, counts, strict=True)]
+
+
+library.define(
+    "rademacher(Tensor like, SymInt[] counts, int seed, int[] streams, str? backend) -> Tensor"
+)
 library.impl("rademacher", _run, "CPU")
 library.impl("rademacher", _run, "CUDA")
 torch.library.register_fake("taylor_kernels::rademacher", _empty, lib=library)

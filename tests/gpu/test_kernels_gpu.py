@@ -9,7 +9,6 @@ from cases import (
     GateCase,
     MomentsCase,
     assert_close,
-    filter_moments_cases,
     gate_cases,
     gate_reference64,
     lay_out,
@@ -18,6 +17,7 @@ from cases import (
     reference64,
     same_bits,
 )
+from parameter_ops import GPU_CASES as MOMENTS_CASES
 from torch import Tensor
 
 from taylor_kernels import backends
@@ -29,20 +29,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
 ]
 
-#: Larger than the CPU can emulate: every segment, block and tile of both backends' plans.
-MOMENTS_CASES = [
-    *filter_moments_cases(),
-    MomentsCase("long_vector", (3_000_001,)),
-    MomentsCase("many_segments", (1, 20_000_003)),
-    MomentsCase("resnet_conv", (512, 512, 3, 3)),
-    MomentsCase("resnet_conv_channels_last", (256, 256, 3, 3), layout="channels_last"),
-    MomentsCase("resnext", (128, 4, 3, 3), groups=32),
-    MomentsCase("patches", (192, 3, 16, 16)),
-    MomentsCase("wide", (8, 70_000)),
-    MomentsCase("tall", (70_000, 24)),
-    MomentsCase("attention", (1024, 3072)),
-    MomentsCase("misaligned", (1024, 776), layout="misaligned"),
-]
 GATE_CASES = [
     *gate_cases(),
     GateCase("resnet", (8, 64, 56, 56), bias=True),

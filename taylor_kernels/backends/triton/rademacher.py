@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from taylor_kernels.backends.triton.moments import TYPES, WARPS, find
+from taylor_kernels.backends.triton.moments import WARPS, find
 from taylor_kernels.backends.triton.philox import sign_bits, to_signs
 from taylor_kernels.backends.triton.tables import device_table
 from taylor_kernels.layout import RademacherItem
@@ -21,9 +21,7 @@ FIELDS = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=["count", "seed"])
-def fill_kernel(
-    table, count, seed: tl.int64, T: tl.constexpr, DRAWS: tl.constexpr, EACH: tl.constexpr
-):
+def fill_kernel(table, count, out, seed: tl.int64, DRAWS: tl.constexpr, EACH: tl.constexpr):
     item = find(table, count, FIELDS, FIRST)
     program = tl.program_id(0) - tl.load(item + FIRST)
     starts = (program * DRAWS + tl.arange(0, DRAWS)) * EACH
@@ -31,23 +29,20 @@ def fill_kernel(
     each = tl.arange(0, EACH)
     signs = to_signs(bits[:, None] >> each[None, :])
     at = starts[:, None] + each[None, :]
-    out = tl.load(item + OUT).to(tl.pointer_type(T))
-    tl.store(out + at, signs.to(T), mask=at < tl.load(item + COUNT))
+    to = out + tl.load(item + OUT) + at
+    tl.store(to, signs.to(out.dtype.element_ty), mask=at < tl.load(item + COUNT))
 
 
 def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
-    """Fill the outputs of all items, which share a device, with random signs."""
-    device = items[0].out.device
-    for dtype, element in TYPES.items():
-        fields: list[int] = []
-        programs = 0
-        for item in items:
-            if item.out.dtype == dtype:
-                fields += item.out.data_ptr(), item.out.numel(), item.stream, programs
-                programs += triton.cdiv(item.out.numel(), TILE[0] * TILE[1])
-        if not programs:
-            continue
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            table = device_table(fields, device)
-            count = len(fields) // FIELDS.value
-            fill_kernel[(programs,)](table, count, seed, element, *TILE, num_warps=WARPS)
+    """Fill the outputs of all items, which share a device and dtype, with random signs."""
+    base = items[0].out
+    fields: list[int] = []
+    programs = 0
+    for out, stream in items:
+        offset = (out.data_ptr() - base.data_ptr()) // base.element_size()
+        fields += offset, out.numel(), stream, programs
+        programs += triton.cdiv(out.numel(), TILE[0] * TILE[1])
+    device = base.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        table = device_table(fields, device)
+        fill_kernel[(programs,)](table, len(items), base, seed, *TILE, num_warps=WARPS)
