@@ -111,17 +111,17 @@ def check_fisher(
     x, w = tensor(shape, dtype, offset), torch.randn(size, device="cuda")
     y = torch.nn.functional.conv2d(x.to("meta"), w.to("meta", dtype), None, *geometry)
     dy = tensor(y.shape, dtype, offset)
-    for order in (torch.contiguous_format, torch.channels_last)[: 2 - offset]:
+    orders = (torch.contiguous_format, torch.channels_last)[: 2 - offset]
+    for order, weight in zip(orders, (None, w) if offset == 0 else (w,), strict=True):
         x, dy = (t.contiguous(memory_format=order) for t in (x, dy))
-        for weight in (None, w):
-            cpu = (x.cpu(), size, dy.cpu(), *geometry)
-            expected = conv2d_fisher(*cpu, weight=None if weight is None else w.cpu())
-            for tf32 in (False, True)[: 1 + (dtype == torch.float32)]:
-                with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-                    got = conv2d_fisher(x, size, dy, *geometry, weight=weight, backend="cuda")
-                rounding = 1e-2 if tf32 else 1e-3
-                atol = rounding * float(expected.max())
-                torch.testing.assert_close(got.cpu(), expected, rtol=rounding, atol=atol)
+        cpu = (x.cpu(), size, dy.cpu(), *geometry)
+        expected = conv2d_fisher(*cpu, weight=None if weight is None else w.cpu())
+        for tf32 in (False, True)[: 1 + (dtype == torch.float32)]:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+                got = conv2d_fisher(x, size, dy, *geometry, weight=weight, backend="cuda")
+            rounding = 1e-2 if tf32 else 1e-3
+            atol = rounding * float(expected.max())
+            torch.testing.assert_close(got.cpu(), expected, rtol=rounding, atol=atol)
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
