@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     latest, part = folder / "latest.json", folder / "part.json"
     command = [sys.executable, "-m", "pytest", "bench", f"--benchmark-json={part}", *arguments]
     code = subprocess.run(command, cwd=ROOT).returncode
-    if code:
+    if code or not (ROOT / part).stat().st_size:  # --help and the like measure nothing
         (ROOT / part).unlink(missing_ok=True)
         return code
     if "-k" in arguments and (ROOT / latest).exists():
