@@ -17,7 +17,7 @@ from torch import Tensor
 
 import taylor_kernels as tk
 from bench import peers, reference, shapes
-from bench.buffers import Pair, pair
+from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 from bench.models import resnet50
 
@@ -43,10 +43,10 @@ PROVIDERS = (
 
 
 @lru_cache(maxsize=1)
-def lists(network: str, device: torch.device) -> tuple[Pair, reference.Expected]:
+def lists(network: str, device: torch.device) -> tuple[Buffers, reference.Expected]:
     """Weights and gradients of a trained network's magnitudes, and their moments in float64."""
     make, dtype, _ = NETWORKS[network]
-    data = pair(make(), dtype, device, scales=(0.05, 0.001))
+    data = buffers(make(), dtype, device, scales=(0.05, 0.001))
     return data, reference.moments(data.first, data.second)
 
 
@@ -67,7 +67,7 @@ def providers(network: str, axis: str, device: torch.device) -> list[Provider]:
         every.append(Provider(label, run, check, role, family))
 
     def layers_by(function: Callable[..., list[Tensor]]) -> Callable[[], list[list[Tensor]]]:
-        return lambda: peers.per_layer(function, w3, g3, axes)
+        return lambda: peers.per_layer(function, axes, w3, g3)
 
     add("eager", layers_by(peers.two), peers.TWO, "eager")
     if data.first[0].dtype == torch.float32:
@@ -78,7 +78,7 @@ def providers(network: str, axis: str, device: torch.device) -> list[Provider]:
         five = layers_by(peers.dynamic(peers.five))
         add("torch.compile, all five moments", five, peers.FIVE, "compile")
     if network.startswith("resnet50") and axis != "cols" and device.type == "cpu":
-        graph = peers.static(lambda w, g: peers.per_layer(peers.two, w, g, axes))
+        graph = peers.static(lambda w, g: peers.per_layer(peers.two, axes, w, g))
         add("torch.compile, one graph", lambda: graph(w3, g3), peers.TWO, "compile-static")
     if network == "resnet50-fp32" and axis == "both":
         every += _torch_pruning(device)
@@ -86,7 +86,7 @@ def providers(network: str, axis: str, device: torch.device) -> list[Provider]:
 
 
 def _ours(
-    data: Pair, expected: reference.Expected, axis: str, device: torch.device
+    data: Buffers, expected: reference.Expected, axis: str, device: torch.device
 ) -> list[Provider]:
     dim = {"rows": 0, "cols": 1, "both": (0, 1)}[axis]
 

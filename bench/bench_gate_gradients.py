@@ -11,7 +11,7 @@ from torch import Tensor
 
 import taylor_kernels as tk
 from bench import peers, reference, shapes
-from bench.buffers import Pair, pair
+from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 
 LAYOUTS = {
@@ -37,10 +37,10 @@ ROUNDS = 15
 @lru_cache(maxsize=1)
 def activations(
     layout: str, dtype: str, device: torch.device
-) -> tuple[Pair, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Buffers, list[tuple[Tensor, Tensor]]]:
     """Outputs and their gradients, and what is expected of them per layer."""
     make, channel_dim, _, _ = LAYOUTS[layout]
-    data = pair(
+    data = buffers(
         make(),
         DTYPES[dtype],
         device,

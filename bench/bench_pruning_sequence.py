@@ -19,7 +19,7 @@ from torch._inductor.utils import fresh_inductor_cache
 
 import taylor_kernels as tk
 from bench import peers, reference, shapes
-from bench.buffers import Pair, pair
+from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 
 STEPS = 10
@@ -41,7 +41,7 @@ CASE = ("pruning_sequence", "resnet50-fp32", "rows")
 class Sequence:
     """A way to score one step, run over the steps; counts the graphs compiled on the way."""
 
-    def __init__(self, score: Callable[[Pair], object], steps: int) -> None:
+    def __init__(self, score: Callable[[Buffers], object], steps: int) -> None:
         self.score, self.steps, self.graphs = score, steps, 0
 
     def run(self) -> list[object]:
@@ -50,17 +50,17 @@ class Sequence:
         self.graphs += counters["stats"]["unique_graphs"] - before
         return answers
 
-    def data(self) -> list[Pair]:
+    def data(self) -> list[Buffers]:
         return self._steps[: self.steps]
 
-    _steps: list[Pair]
+    _steps: list[Buffers]
 
 
 @lru_cache(maxsize=1)
-def steps(device: torch.device) -> tuple[list[Pair], list[reference.Expected]]:
+def steps(device: torch.device) -> tuple[list[Buffers], list[reference.Expected]]:
     """Weights and gradients after 0, 1, ... steps of pruning, and their moments in float64."""
     each = [
-        pair(shapes.resnet50_weights(KEEP**i), torch.float32, device, scales=(0.05, 0.001))
+        buffers(shapes.resnet50_weights(KEEP**i), torch.float32, device, scales=(0.05, 0.001))
         for i in range(STEPS)
     ]
     return each, [reference.moments(step.first, step.second) for step in each]
@@ -73,12 +73,12 @@ def sequences(device: torch.device) -> dict[str, Sequence]:
     torch._dynamo.reset()
     counters.clear()
 
-    def layers_by(function: Callable[..., list[Tensor]]) -> Callable[[Pair], object]:
+    def layers_by(function: Callable[..., list[Tensor]]) -> Callable[[Buffers], object]:
         return lambda step: peers.per_layer(
-            function, peers.as_3d(step.first), peers.as_3d(step.second), axes
+            function, axes, peers.as_3d(step.first), peers.as_3d(step.second)
         )
 
-    graph = peers.static(lambda w, g: peers.per_layer(peers.two, w, g, axes))
+    graph = peers.static(lambda w, g: peers.per_layer(peers.two, axes, w, g))
     # A function of its own each, or one would profit from what the other compiled.
     dynamic = peers.dynamic(lambda w, g, axes: peers.two(w, g, axes))
     default = torch.compile(lambda w, g, axes: peers.two(w, g, axes))

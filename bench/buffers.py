@@ -1,4 +1,4 @@
-"""Two flat buffers of random values, tensors carved out of them, and the floors that read them."""
+"""Flat buffers of random values, tensors carved out of them, and the floors that read them."""
 
 from __future__ import annotations
 
@@ -18,59 +18,66 @@ _ALIGN = 64
 
 
 @dataclass
-class Pair:
+class Buffers:
     """Lists of tensors that lie one after another in a buffer each: w and g, or y and dy."""
 
-    first: list[Tensor]
-    second: list[Tensor]
-    flat: tuple[Tensor, Tensor]
+    lists: list[list[Tensor]]
+    flat: list[Tensor]  # of float32 words
+
+    @property
+    def first(self) -> list[Tensor]:
+        return self.lists[0]
+
+    @property
+    def second(self) -> list[Tensor]:
+        return self.lists[1]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.first, *self.second))
+        return sum(t.nbytes for tensors in self.lists for t in tensors)
 
     @property
     def elements(self) -> int:
         return sum(t.numel() for t in self.first)
 
     def floors(self) -> list[Provider]:
-        """Three ways to read every byte once; the fastest in a run is its floor."""
-        a, b = self.flat
-        on_cpu = a.device.type == "cpu"  # a GPU is held against its copy bandwidth besides
+        """Ways to read every byte once; the fastest in a run is its floor."""
+        flat = self.flat
         compiled = peers.static(peers.product_sum)
+        found = [Provider("floor: torch.sum", lambda: [t.sum() for t in flat], None, "floor")]
+        if len(flat) == 2:
+            dot = lambda: torch.dot(*flat)  # noqa: E731
+            found.append(Provider("floor: torch.dot", dot, self._check_product, "floor"))
+        if flat[0].device.type == "cpu":  # a GPU is held against its copy bandwidth besides
+            product = lambda: compiled(*flat)  # noqa: E731
+            found.append(Provider("floor: compiled dot", product, self._check_product, "floor"))
+        return found
 
-        def check(dot: Tensor) -> float:
-            blocks = zip(a.split(2**22), b.split(2**22), strict=True)
-            products = [x.double() * y.double() for x, y in blocks]
-            value, scale = sum(p.sum() for p in products), sum(p.abs().sum() for p in products)
-            error = float((dot.double() - value).abs() / (EPS32 * scale))
-            assert error < 1e4, f"off by {error:.0f} eps32 * sum of |terms|"  # it skipped some
-            return error
-
-        return [
-            Provider("floor: torch.dot", lambda: torch.dot(a, b), check, "floor"),
-            Provider("floor: torch.sum", lambda: (a.sum(), b.sum()), None, "floor"),
-            *([Provider("floor: compiled dot", lambda: compiled(a, b), check, "floor")] * on_cpu),
-        ]
+    def _check_product(self, got: Tensor) -> float:
+        blocks = zip(*(t.split(2**22) for t in self.flat), strict=True)
+        products = [peers.product([t.double() for t in block]) for block in blocks]
+        value, scale = sum(p.sum() for p in products), sum(p.abs().sum() for p in products)
+        error = float((got.double() - value).abs() / (EPS32 * scale))
+        assert error < 1e4, f"off by {error:.0f} eps32 * sum of |terms|"  # it skipped some
+        return error
 
 
-def pair(
+def buffers(
     shapes: Sequence[Shape],
     dtype: torch.dtype,
     device: torch.device,
     *,
-    scales: tuple[float, float],
+    scales: Sequence[float],
     channels_last: bool = False,
-) -> Pair:
+) -> Buffers:
     """Normal values of these standard deviations, in the tensors' shapes and memory order."""
     torch.manual_seed(0)
     step = _ALIGN // dtype.itemsize
     total = sum(-(-elements([shape]) // step) * step for shape in shapes)
     flats = [(torch.randn(total, device=device) * scale).to(dtype) for scale in scales]
-    first, second = ([*_carve(flat, shapes, step, channels_last)] for flat in flats)
+    lists = [[*_carve(flat, shapes, step, channels_last)] for flat in flats]
     # A half buffer is read as float32: the same bytes, and no conversion to pay for.
-    words = flats[0].view(torch.float32), flats[1].view(torch.float32)
-    return Pair(first, second, words)
+    return Buffers(lists, [flat.view(torch.float32) for flat in flats])
 
 
 def _carve(

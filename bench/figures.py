@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OPS = ("filter_moments", "gate_gradients")
+OPS = (
+    "filter_moments",
+    "second_order_moments",
+    "hutchinson_moments",
+    "rademacher_like",
+    "gate_gradients",
+)
 
 
 @dataclass

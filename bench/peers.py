@@ -6,6 +6,7 @@ for half inputs, since a product rounded to half is too far off to be called an 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,14 +41,24 @@ def five(w: Tensor, g: Tensor, axes: tuple[str, ...]) -> list[Tensor]:
     return [term.sum(DIMS[axis]) for axis in axes for term in terms]
 
 
+def second_order(w: Tensor, g: Tensor, h: Tensor, axes: tuple[str, ...]) -> list[Tensor]:
+    """Per axis (Σq)² and Σq², q = w·(g − ½h): all that second_order_moments computes."""
+    q = w.float() * (g.float() - 0.5 * h.float())
+    squares = q * q
+    return [s for axis in axes for s in (q.sum(DIMS[axis]) ** 2, squares.sum(DIMS[axis]))]
+
+
+def hutchinson(w: Tensor, h: Tensor, z: Tensor, axes: tuple[str, ...]) -> list[Tensor]:
+    """Per axis Σ w² z h; it reads the signs z that hutchinson_moments draws again."""
+    p = w.float() * w.float() * z.float() * h.float()
+    return [p.sum(DIMS[axis]) for axis in axes]
+
+
 def per_layer(
-    function: Callable[..., list[Tensor]],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    axes: tuple[str, ...],
+    function: Callable[..., list[Tensor]], axes: tuple[str, ...], *lists: Sequence[Tensor]
 ) -> list[list[Tensor]]:
-    """`function` on each layer; a list of its outputs per layer."""
-    return [function(w, g, axes) for w, g in zip(weights, grads, strict=True)]
+    """`function` on each layer's tensors; a list of its outputs per layer."""
+    return [function(*tensors, axes) for tensors in zip(*lists, strict=True)]
 
 
 def foreach_two(
@@ -84,9 +95,13 @@ def static(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def product_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Reads two buffers; compiled, it is a floor."""
-    return (a * b).sum()
+def product(tensors: Sequence[Tensor]) -> Tensor:
+    return math.prod(tensors[1:], start=tensors[0])
+
+
+def product_sum(*tensors: Tensor) -> Tensor:
+    """Reads two buffers or more; compiled, it is a floor."""
+    return product(tensors).sum()
 
 
 def eager_gates(output: Tensor, grad: Tensor, dims: tuple[int, ...]) -> Tensor:

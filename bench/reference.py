@@ -49,6 +49,43 @@ def moments(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> Expected:
     return expected
 
 
+def second_order(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], hvps: Sequence[Tensor]
+) -> Expected:
+    """`rows.*` and `cols.*` of every weight: joint = (Σq)² and q2 = Σq², q = w·(g − ½h)."""
+    terms = []
+    for w, g, h in zip(weights, grads, hvps, strict=True):
+        w, g, h = (t.double() for t in (w, g, h))
+        scale = w.abs() * (g.abs() + h.abs() / 2)
+        q = w * (g - h / 2)
+        terms.append((q, q.square(), scale, scale.square()))
+    expected: Expected = {}
+    for axis in ("rows", "cols"):
+        q, q2, scale, scale2 = _sums(terms, axis)
+        expected[f"{axis}.joint"] = (q.square(), 2 * q.abs() * scale + EPS32 * scale.square())
+        expected[f"{axis}.q2"] = (q2, scale2)
+    return expected
+
+
+def hutchinson(
+    weights: Sequence[Tensor], hvps: Sequence[Tensor], signs: Sequence[Tensor]
+) -> Expected:
+    """`rows.curvature` and `cols.curvature` of every weight: Σ w² z h."""
+    products = (
+        w.double().square() * z.double() * h.double()
+        for w, h, z in zip(weights, hvps, signs, strict=True)
+    )
+    terms = [(p, p.abs()) for p in products]
+    return {f"{axis}.curvature": (*_sums(terms, axis),) for axis in ("rows", "cols")}
+
+
+def _sums(terms: Sequence[tuple[Tensor, ...]], axis: str) -> list[Tensor]:
+    """Each term of all layers summed per filter."""
+    dims = {"rows": (1, 2), "cols": (0, 2)}[axis]
+    each = zip(*terms, strict=True)
+    return [torch.cat([t.reshape(*t.shape[:2], -1).sum(dims) for t in layers]) for layers in each]
+
+
 def gates(output: Tensor, grad: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Sum over positions of y * dy per example and channel, and of its magnitude: [N, C]."""
     p = (output.double() * grad.double()).movedim(channel_dim, 1).flatten(2)

@@ -101,9 +101,8 @@ def report(results: Results) -> str:
         + "\n\n![speed-up of ours over each peer](ratios.png)"
     )
     how: dict[str, Callable[[Case], str]] = {
-        "filter_moments": lambda case: _op_table(case, on_gpu),
+        **dict.fromkeys(OPS, lambda case: _op_table(case, on_gpu)),
         "pruning_sequence": _sequence_table,
-        "gate_gradients": lambda case: _op_table(case, on_gpu),
         "scoring_step": _step_table,
     }
     for bench, make in how.items():
