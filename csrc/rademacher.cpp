@@ -2,6 +2,7 @@
 #include "rademacher.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu_kernels.h"
@@ -39,7 +40,8 @@ class Worker {
  private:
   template <typename Bits>
   void fill(const RademacherItem& item, int64_t begin) const {
-    const auto one = static_cast<Bits>(bits_of_one(item.dtype));
+    using Word = std::conditional_t<sizeof(Bits) == 8, uint64_t, uint32_t>;  // what vectors shift
+    const auto one = static_cast<Word>(bits_of_one(item.dtype));
     const int64_t end = std::min(begin + kTaskElements, item.count);
     Bits* out = static_cast<Bits*>(item.out);
     SignWindow signs(seed_, item.stream);
@@ -48,7 +50,8 @@ class Worker {
       const uint32_t bits = signs.at(i);
       Bits elements[kLanes];
       for (int lane = 0; lane < kLanes; ++lane)
-        elements[lane] = one | static_cast<Bits>(bits >> lane & 1) << (8 * sizeof(Bits) - 1);
+        elements[lane] =
+            static_cast<Bits>(one | static_cast<Word>(bits >> lane & 1) << (8 * sizeof(Bits) - 1));
       std::copy_n(elements, std::min<int64_t>(kLanes, end - i), out + i);
     }
   }
