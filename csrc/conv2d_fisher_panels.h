@@ -16,18 +16,20 @@ inline namespace TK_ISA {
 
 // One of the two factors and its cut into panels. A gang is what shares panels: a group, or, where
 // the lanes of a vector are groups, as many of them. A panel holds `rows` channels of each group of
-// a gang, those of one row side by side.
+// a gang, those of one row side by side. Panels in place are not packed: tiles read the tensor.
 struct Factor {
   const void* data;
   bool channels_last;
   int64_t batch, groups, channels;  // channels of a group
   int64_t height, width;
   int64_t gang, rows;
+  bool in_place = false;
 
   int64_t positions() const { return height * width; }
   int64_t blocks() const { return (channels + rows - 1) / rows; }
   int64_t panel_width() const { return rows * gang; }
   int64_t panel_size() const { return positions() * panel_width(); }
+  int64_t position_step() const { return in_place ? groups * channels : panel_width(); }
 };
 
 // Exchanges the lanes of a whose index has bit kBit with those of b whose index has not.

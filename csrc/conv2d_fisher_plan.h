@@ -14,6 +14,7 @@ inline namespace TK_ISA {
 
 constexpr int64_t kPanelBytes = 3 << 20;      // of a chunk: 2 to 4 MB were best, L3 is slower
 constexpr int64_t kTileBytes = 64 << 10;      // of panels that stay near while all taps run past
+constexpr int64_t kReadableBytes = 2048;      // of a position, to be read without packing
 constexpr int64_t kMaxChunk = 256;            // examples whose squares are summed in a float
 constexpr int64_t kMaxRun = 256;              // positions whose products are
 constexpr int64_t kMaxBands = 256;            // of positions, whose sums are
@@ -89,6 +90,7 @@ template <typename S>
 struct Plan {
   Conv2dFisherArgs args;
   Mapping mapping;
+  int threads;  // as many as the work is worth
   Factor a, b;  // the rows and the lanes of tiles
   SumTile<S> sum_tile;
   int64_t gangs;      // of groups: see Factor
@@ -104,8 +106,8 @@ struct Plan {
   int64_t task_taps, task_rows, task_lanes;
   int64_t tap_parts, row_parts, lane_parts;
 
-  explicit Plan(const Conv2dFisherArgs& arguments)
-      : args(arguments), mapping(choose_mapping<S>(arguments)) {
+  Plan(const Conv2dFisherArgs& arguments, int most_threads)
+      : args(arguments), mapping(choose_mapping<S>(arguments)), threads(useful(most_threads)) {
     constexpr int64_t kWidth = Register<S>::kWidth;
     const bool lanewise = mapping.lanes == Lanes::groups;
     const int64_t gang = lanewise ? kWidth : 1;
@@ -129,6 +131,8 @@ struct Plan {
                  args.out_width,
                  gang,
                  swapped ? lanes : mapping.rows};
+    x.in_place = readable(x);
+    dy.in_place = readable(dy);
     a = swapped ? x : dy;
     b = swapped ? dy : x;
     sum_tile = sum_tile_of<S>(mapping.rows, mapping.vectors, lanewise);
@@ -148,22 +152,33 @@ struct Plan {
     const int64_t tiles = gangs * a.blocks() * b.blocks();
     task_taps = ceil_div(taps, std::max(ceil_div(taps, kTiles), std::min(taps, kMinTasks / tiles)));
     tap_parts = ceil_div(taps, task_taps);
-    task_rows = std::clamp<int64_t>(tiles * tap_parts / kMinTasks, 1, kTiles / task_taps);
+    // Partial sums follow the rows of a task where these are channels, and may not hang on threads.
+    const int64_t row_tasks = threads == 1 && !swapped ? 1 : kMinTasks;
+    task_rows = std::clamp<int64_t>(tiles * tap_parts / row_tasks, 1, kTiles / task_taps);
     row_parts = ceil_div(a.blocks(), task_rows);
     task_lanes = swapped ? 1 : ceil_div(b.blocks(), std::max<int64_t>(kSlots / tap_parts, 1));
     lane_parts = ceil_div(b.blocks(), task_lanes);
   }
 
+  // Whether tiles can read the tensor itself: narrow rows of the type of the sums, cut evenly.
+  bool readable(const Factor& f) const {
+    return size_of(args.dtype) == sizeof(S) && f.channels_last && f.gang == 1 &&
+           f.channels % f.rows == 0 && f.groups * f.channels * sizeof(S) <= kReadableBytes;
+  }
+
   bool filters_in_lanes() const { return mapping.lanes == Lanes::filters; }
   int64_t panels(const Factor& f) const { return gangs * f.blocks(); }
-  int64_t chunk_size(const Factor& f) const { return panels(f) * chunk * f.panel_size(); }
+  int64_t chunk_size(const Factor& f) const {
+    return f.in_place ? 0 : panels(f) * chunk * f.panel_size();
+  }
   int64_t tasks() const { return gangs * lane_parts * row_parts * tap_parts; }
 
   // Partial sums of a filter: one for each task that has channels or taps of it.
   int64_t slots() const { return tap_parts * (filters_in_lanes() ? row_parts : lane_parts); }
 
-  int threads(int most) const {
-    const int64_t weights = args.groups * args.filters * args.channels * taps;
+  int useful(int most) const {
+    const int64_t weights =
+        args.groups * args.filters * args.channels * args.kernel_h * args.kernel_w;
     const int64_t elements = args.batch * args.groups *
                                  (args.channels * args.height * args.width +
                                   args.filters * args.out_height * args.out_width) +
