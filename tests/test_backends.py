@@ -93,3 +93,19 @@ def test_importing_the_package_is_light():
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda: tk.filter_moments(torch.ones(0, 3), torch.ones(0, 3), backend="cuda"),
+        lambda: tk.second_order_moments(*[torch.ones(0, 3)] * 3, backend="cuda"),
+        lambda: tk.hutchinson_moments(*[torch.ones(0, 3)] * 2, seed=0, backend="cuda"),
+        lambda: tk.rademacher_like(torch.ones(0, 3), seed=0, backend="cuda"),
+        lambda: tk.gate_gradients(torch.ones(0, 3), torch.ones(0, 3), backend="cuda"),
+        lambda: tk.linear_fisher(torch.ones(0, 3), torch.ones(0, 3), backend="cuda"),
+    ],
+)
+def test_empty_tensors_do_not_hide_a_backend_that_cannot_run(op):
+    with pytest.raises(ValueError, match="'cuda' does not run on cpu tensors"):
+        op()

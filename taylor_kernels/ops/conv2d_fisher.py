@@ -227,6 +227,7 @@ def _run(
     matmul: bool,
     backend: str | None,
 ) -> Tensor:
+    kernels = select(input.device, input.dtype, backend)
     out = _empty(
         input, grad_output, weight, weight_size, stride, padding, dilation, groups, matmul, backend
     )
@@ -236,7 +237,7 @@ def _run(
         input, grad_output, weight, weight_size, stride, padding, dilation, groups,
         _may_round(matmul), out,
     )  # fmt: skip
-    select(input.device, input.dtype, backend).conv2d_fisher(args)
+    kernels.conv2d_fisher(args)
     return out
 
 

@@ -113,8 +113,9 @@ def _run(
     """The op itself: two packed tables, empty where an axis was not asked for."""
     out = _empty(weights, grads, groups, rows, cols, backend)
     items = parameters(out, weights, grads, None, groups, rows, cols)
+    kernels = select(weights[0].device, weights[0].dtype, backend)
     if items:
-        select(weights[0].device, weights[0].dtype, backend).filter_moments(items)
+        kernels.filter_moments(items)
     return out
 
 

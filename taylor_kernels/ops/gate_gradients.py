@@ -79,12 +79,13 @@ def gate_gradients(
 def _run(
     output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, backend: str | None
 ) -> Tensor:
+    kernels = select(output.device, output.dtype, backend)
     out = _empty(output, grad_output, bias, channel_dim, backend)
     if not output.numel():
         return out.zero_()
     bias = None if bias is None else bias.to(output.dtype)  # under autocast y is half, b float32
     args = activation_args(output, grad_output, bias, channel_dim, out)
-    select(output.device, output.dtype, backend).gate_gradients(args)
+    kernels.gate_gradients(args)
     return out
 
 

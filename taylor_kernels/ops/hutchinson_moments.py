@@ -132,8 +132,9 @@ def _run(
     """The op itself: two packed tables, empty where an axis was not asked for."""
     out = _empty(weights, hvps, groups, rows, cols, seed, streams, backend)
     items = parameters(out, weights, hvps, None, groups, rows, cols, streams)
+    kernels = select(weights[0].device, weights[0].dtype, backend)
     if items:
-        select(weights[0].device, weights[0].dtype, backend).hutchinson_moments(items, seed)
+        kernels.hutchinson_moments(items, seed)
     return out
 
 

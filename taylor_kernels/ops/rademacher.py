@@ -102,8 +102,9 @@ def _run(
         for signs, stream in zip(_pieces(out, counts), streams, strict=True)
         if signs.numel()
     ]
+    kernels = select(out.device, out.dtype, backend)
     if items:
-        select(out.device, out.dtype, backend).rademacher(items, seed)
+        kernels.rademacher(items, seed)
     return out
 
 

@@ -147,8 +147,9 @@ def _run(
     """The op itself: two packed tables of (Σ q, Σ q²), empty where an axis was not asked for."""
     out = _empty(weights, grads, hvps, groups, rows, cols, backend)
     items = parameters(out, weights, grads, hvps, groups, rows, cols)
+    kernels = select(weights[0].device, weights[0].dtype, backend)
     if items:
-        select(weights[0].device, weights[0].dtype, backend).second_order_moments(items)
+        kernels.second_order_moments(items)
     return out
 
 
