@@ -15,8 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bench.markdown import table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -105,33 +108,34 @@ def _details(binary: Path, arch: int, tool: str) -> dict[str, tuple[int, int]]:
 
 
 def _demangled(names: list[str]) -> dict[str, str]:
-    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    shorter = (
-        re.sub(r"tk::|\(anonymous namespace\)::|^void |\(.*\)$", "", line)
-        for line in done.stdout.splitlines()
-    )
-    return dict(zip(names, shorter, strict=True))
+    done = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True, check=True)
+    shorter = re.sub(r"tk::|\(anonymous namespace\)::|^void ", "", done.stdout, flags=re.MULTILINE)
+    for code, dtype in enumerate(("f32", "f16", "bf16", "f64")):  # csrc/dtype.h
+        shorter = shorter.replace(f"(DType){code}", dtype)
+    return dict(zip(names, shorter.splitlines(), strict=True))
 
 
 def markdown(kernels: list[Kernel]) -> str:
-    """A table per source, a row per kernel and architecture."""
-    columns = ["kernel", "sm", "registers", "occupancy", *INSTRUCTIONS]
-    lines = ["# CUDA kernels as compiled", "", *(__doc__ or "").strip().splitlines()[4:], ""]
+    """A table per source, a row per kernel; figures that differ stand side by side."""
+    head = ["kernel", "registers", "occupancy", *INSTRUCTIONS]
+    per_arch = "Figures by architecture, where they differ: " + ", ".join(
+        f"sm_{arch}" for arch in ARCHITECTURES
+    )
+    lines = ["# CUDA kernels as compiled", "", *(__doc__ or "").strip().splitlines()[4:]]
+    lines += [f"{per_arch}.", ""]
     for source in dict.fromkeys(k.source for k in kernels):
-        lines += [
-            f"## {source}",
-            "",
-            "| " + " | ".join(columns) + " |",
-            "|---" * len(columns) + "|",
-        ]
-        own = [k for k in kernels if k.source == source]
-        for k in sorted(own, key=lambda k: (k.name, k.arch)):
-            name = k.name.replace("|", "\\|")
-            cells = [f"`{name}`", k.arch, k.registers, f"{k.occupancy:.0%}"]
-            cells += list(k.instructions.values())
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
+        rows = []
+        for name in sorted({k.name for k in kernels if k.source == source}):
+            each = sorted((k for k in kernels if k.name == name), key=lambda k: k.arch)
+            figures = [[k.registers, f"{k.occupancy:.0%}", *k.instructions.values()] for k in each]
+            columns = zip(*figures, strict=True)
+            rows.append([f"`{name}`", *(_side_by_side(column) for column in columns)])
+        lines += [f"## {source}", "", table(head, rows), ""]
     return "\n".join(lines)
+
+
+def _side_by_side(figures: Sequence[object]) -> str:
+    return " ".join(map(str, figures if len(set(figures)) > 1 else figures[:1]))
 
 
 def main() -> None:
