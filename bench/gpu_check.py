@@ -1,20 +1,24 @@
 """What `make gpu-check` runs on a machine with an NVIDIA GPU: build, test, sanitize, bench.
 
-    python3 bench/gpu_check.py        # results in $OUT, or bench/results/gpu-check
+    python3 bench/gpu_check.py               # results in $OUT, or bench/results/gpu-check
+    python3 bench/gpu_check.py build tune    # these steps, with the time of the others
 
 Needs no network: the system's Python with torch, pybind11, cmake, ninja, pytest and
-pytest-benchmark, and the CUDA toolkit. Steps have a time limit each, and a failure does not stop
-the next; the exit code is 1 if any failed, 2 without a GPU.
+pytest-benchmark, and the CUDA toolkit; for the pruner's tests rich, torch-pruning and hypothesis.
+Steps have a time limit each, and a failure does not stop the next; the exit code is 1 if any
+failed, 2 without a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,42 +30,65 @@ BENCHES = {
         "(resnet50 or llama-bf16 or nchw or channels_last or scoring_step) and not fisher",
         120,
     ),
-    "fisher step": ("fisher_step", 50),
-    "fisher layers": ("conv2d_fisher", 70),
+    "fisher-step": ("fisher_step", 50),
+    "fisher-layers": ("conv2d_fisher", 70),
 }
 #: Seconds for all steps; what the first leave is what the last have.
 TOTAL = 560
+SANITIZERS = {"memcheck": 40, "racecheck": 50, "initcheck": 40, "synccheck": 40}
+#: Steps that run only where they are named.
+ON_DEMAND = ("initcheck", "synccheck", "tune")
 
 
 class Step(NamedTuple):
     name: str
-    command: list[str]
-    seconds: int
+    commands: list[list[str]]  # run at the same time
+    seconds: float
 
 
-def steps(out: Path) -> list[Step]:
+def steps(names: list[str], out: Path) -> list[Step]:
+    """The named steps; they share the time of all if they need not be done in their own."""
     python = sys.executable
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+    fisher = "tests/gpu/test_fisher_gpu.py"
     sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
     script = [python, str(ROOT / "bench" / "sanitize.py")]
-
-    def bench(name: str) -> Step:
-        cases, seconds = BENCHES[name]
-        command = [*tests, "bench", "--quick", "-k", cases, f"--seconds={seconds}"]
-        return Step(name, [*command, f"--benchmark-json={measured(out, name)}"], seconds + 30)
-
-    return [
-        Step("build", [python, "setup.py", "build_ext", "--inplace"], 100),
-        Step("tests", [*tests, "-m", "gpu", "tests/gpu"], 130),
-        Step("memcheck", [*sanitizer, "--tool", "memcheck", *script], 40),
-        Step("racecheck", [*sanitizer, "--tool", "racecheck", *script], 50),
-        *map(bench, BENCHES),
+    # Most of the time of the tests Triton compiles, on one core each.
+    parallel = [
+        [*tests, fisher, "-k", "triton"],
+        [*tests, fisher, "-k", "not triton"],
+        [*tests, "tests/gpu", f"--ignore={fisher}"],
     ]
+    every = {
+        "build": ([[python, "setup.py", "build_ext", "--inplace"]], 100.0),
+        "tests": (parallel, 130.0),
+        "pruning": ([[*tests, "tests/pruning/test_on_gpu.py"]], 60.0),
+    }
+    for tool, seconds in SANITIZERS.items():
+        every[tool] = ([[*sanitizer, "--tool", tool, *script]], seconds)
+    every |= {name: ([], seconds + 30.0) for name, (_, seconds) in BENCHES.items()}
+    every["tune"] = ([], 200.0)
+    wrong = sorted(set(names) - set(every))
+    if wrong:
+        raise SystemExit(f"gpu-check: {wrong[0]!r} is no step; there are {', '.join(every)}")
+    chosen = {n: step for n, step in every.items() if n in names or not names}
+    if not names:
+        chosen = {n: step for n, step in chosen.items() if n not in ON_DEMAND}
+    stretch = max(1.0, TOTAL / sum(seconds for _, seconds in chosen.values()))
+    for name in chosen.keys() & BENCHES.keys():
+        cases, seconds = BENCHES[name]
+        command = [*tests, "bench", "--quick", "-k", cases, f"--seconds={seconds * stretch:.0f}"]
+        chosen[name][0].append([*command, f"--benchmark-json={measured(out, name)}"])
+    if "tune" in chosen:
+        seconds = chosen["tune"][1] * stretch - 20
+        command = [python, "-m", "bench.tune_fisher", f"--seconds={seconds:.0f}"]
+        chosen["tune"][0].append([*command, f"--out={out / 'tune_fisher.json'}"])
+    return [Step(n, commands, seconds * stretch) for n, (commands, seconds) in chosen.items()]
 
 
 def measured(out: Path, name: str) -> Path:
     """Where a step of benches leaves its results."""
-    return out / f"{name.replace(' ', '-')}.json"
+    return out / f"{name}.json"
 
 
 def gather(out: Path) -> dict[str, object] | None:
@@ -77,14 +104,37 @@ def gather(out: Path) -> dict[str, object] | None:
 
 def run(step: Step, log: Path, left: float) -> dict[str, object]:
     """Runs one step; its output goes to the log, its end to the screen if it failed."""
-    seconds = max(1, min(step.seconds, int(left)))
+    seconds = max(1.0, min(step.seconds, left))
     environment = {**os.environ, "TAYLOR_KERNELS_CUDA": "on"}
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     started = time.monotonic()
+    with ThreadPoolExecutor(len(step.commands)) as pool:
+        done = list(pool.map(lambda command: finish(command, environment, seconds), step.commands))
+    took = round(time.monotonic() - started, 1)
+    ends = []
+    for command, (code, output) in zip(step.commands, done, strict=True):
+        with log.open("a") as file:
+            file.write(f"$ {' '.join(command)}\n{output}\n[exit code {code}, {took} s]\n\n")
+        lines = [line for line in output.splitlines() if line.strip()]
+        if code:
+            print("\n".join(lines[-25:]))
+        ends += lines[-1:]
+    worst = max(code for code, _ in done)
+    return {
+        "step": step.name,
+        "ok": worst == 0,
+        "code": worst,
+        "seconds": took,
+        "last_line": " | ".join(ends),
+    }
+
+
+def finish(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """A command's exit code and output; 124 if it was stopped, 127 if it could not begin."""
     try:
         done = subprocess.run(
-            step.command,
+            command,
             cwd=ROOT,
             env=environment,
             timeout=seconds,
@@ -93,25 +143,12 @@ def run(step: Step, log: Path, left: float) -> dict[str, object]:
             text=True,
             errors="replace",
         )
-        code, output = done.returncode, done.stdout
     except subprocess.TimeoutExpired as error:
-        code, output = 124, (error.stdout or b"").decode(errors="replace")
-        output += f"\nstopped after {seconds} s\n"
+        output = (error.stdout or b"").decode(errors="replace")
+        return 124, f"{output}\nstopped after {seconds:.0f} s\n"
     except OSError as error:
-        code, output = 127, f"{error}\n"
-    took = round(time.monotonic() - started, 1)
-    with log.open("a") as file:
-        file.write(f"$ {' '.join(step.command)}\n{output}\n[exit code {code}, {took} s]\n\n")
-    lines = [line for line in output.splitlines() if line.strip()]
-    if code:
-        print("\n".join(lines[-25:]))
-    return {
-        "step": step.name,
-        "ok": code == 0,
-        "code": code,
-        "seconds": took,
-        "last_line": lines[-1] if lines else "",
-    }
+        return 127, f"{error}\n"
+    return (done.returncode if done.returncode >= 0 else 128 - done.returncode), done.stdout
 
 
 def gpu() -> dict[str, str] | None:
@@ -130,7 +167,10 @@ def gpu() -> dict[str, str] | None:
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("steps", nargs="*", help="all but " + ", ".join(ON_DEMAND) + " if none")
+    names = parser.parse_args(arguments).steps
     machine = gpu()
     if machine is None:
         print(
@@ -139,13 +179,14 @@ def main() -> int:
         print("does, or name that Python: make gpu-check PYTHON=...")
         return 2
     out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu-check").resolve()
+    chosen = steps(names, out)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu-check.log"
     for old in (log, *(measured(out, name) for name in BENCHES)):
         old.unlink(missing_ok=True)
     results = []
     end = time.monotonic() + TOTAL
-    for step in steps(out):
+    for step in chosen:
         print(f"{step.name} ...", flush=True)
         results.append(run(step, log, end - time.monotonic()))
         report = {"machine": machine, "steps": results, "ok": all(r["ok"] for r in results)}
