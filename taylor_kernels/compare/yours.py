@@ -101,12 +101,12 @@ def find(option: str, path: str) -> Any:
                 f"{os.getcwd()}"
             ) from None
         raise Mistake(f"{option}: importing {module_name} failed: {_said(error)}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Mistake(f"{option}: importing {module_name} failed: {_said(error)}") from None
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, vars(found), n=2, cutoff=0.5)
+            near = difflib.get_close_matches(part, dir(found), n=2, cutoff=0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise Mistake(f"{option}: {module_name} has no {name!r}{hint}")
         found = getattr(found, part)
@@ -182,11 +182,11 @@ def _told(what: str) -> Iterator[None]:
         yield
     except Mistake:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Mistake(f"{what} raised {_said(error)}") from error
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """The error, and the line of the user's where it came from."""
     beside = (str(_PACKAGE), "site-packages", "<frozen")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

@@ -63,6 +63,8 @@ def needs_arguments(width):
     return Net()
 def raises():
     raise OSError("weights.pt is not there")
+def exits():
+    raise SystemExit(3)
 """
 
 
@@ -73,9 +75,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "mynets.py").write_text(MODULE)
     (tmp_path / "faulty.py").write_text("import torch\nraise RuntimeError('no licence')\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit('usage: script.py')\n")
     (tmp_path / "needy.py").write_text("import a_library_that_is_not_there\n")
     yield tmp_path
-    for name in ("mynets", "faulty", "needy"):
+    for name in ("mynets", "faulty", "script", "needy"):
         sys.modules.pop(name, None)
 
 
@@ -204,6 +207,9 @@ MISTAKES = {
     "no attribute": ("mynets:make_mdel", "mynets:pairs", [], "did you mean 'make_model'"),
     "import fails": ("faulty:model", "mynets:pairs", [], "no licence (", "faulty.py, line 2"),
     "import needs": ("needy:model", "mynets:pairs", [], "No module named 'a_library_that_is_not"),
+    "import exits": ("script:model", "mynets:pairs", [], "SystemExit: usage", "script.py, line 2"),
+    "no part": ("mynets:number.foo", "mynets:pairs", [], "mynets has no 'number.foo'"),
+    "exits": ("mynets:exits", "mynets:pairs", [], "mynets:exits() raised SystemExit: 3"),
     "no model": ("mynets:number", "mynets:pairs", [], "is a int, neither a torch.nn.Module"),
     "makes none": ("mynets:nothing", "mynets:pairs", [], "gave a list, not a torch.nn.Module"),
     "arguments": ("mynets:needs_arguments", "mynets:pairs", [], "missing 1 required"),
