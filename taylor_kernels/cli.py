@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 USER_ERROR = 2
+STOPPED = 130
 
 
 @app.callback()
@@ -173,13 +174,14 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments or ["--help"], prog_name="taylor-kernels", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-        code = 130
+        code = STOPPED
     except Exception as error:
         # Usage errors are click's or typer's own, by version; what they share is this method.
         if not hasattr(error, "format_message"):
             raise
         code = _complain(error.format_message())
+    if code == STOPPED:  # typer, by version, raises or returns it
+        print("stopped", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -119,6 +119,15 @@ def test_stopping_by_hand_is_quiet(monkeypatch, capsys):
     assert (code, err) == (130, "stopped\n")
 
 
+def test_a_command_that_is_stopped_says_so(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taylor_kernels.system.describe", interrupted)
+    code, _, err = call(capsys, "info")
+    assert (code, err) == (130, "stopped\n")
+
+
 def test_info_as_json_says_what_the_library_says(capsys):
     code, out, _ = call(capsys, "info", "--json")
     assert code == 0

@@ -52,9 +52,11 @@ def removal_order(score: Array, filters: Sequence[Filter]) -> list[Filter]:
     return [one for one in ascending if spared[one[0]] != one]
 
 
-def counts(total: int, points: int, last: float = 0.9) -> list[int]:
-    """How many filters are gone at each point: evenly from none to `last`, one half among them."""
-    return sorted({round(total * f) for f in np.linspace(0, last, points + 1)} | {total // 2})
+def counts(total: int, layers: int, points: int, last: float = 0.9) -> list[int]:
+    """How many filters are gone at each point: evenly from none to `last`, one half among them,
+    and no more than can go where one stays in each of the layers."""
+    steps = {round(total * f) for f in np.linspace(0, last, points + 1)} | {total // 2}
+    return sorted({min(step, total - layers) for step in steps})
 
 
 def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -> list[Json]:
@@ -97,11 +99,11 @@ def rescored(
     model, filters = problem.model, problem.filters
     layers = np.array([name for name, _ in filters])
     source = LossChange(model, problem.scored)
-    gone: list[Filter] = []
+    gone: set[Filter] = set()
     points = [{"removed": 0, **problem.judged()}]  # shows which norm follows which layer
     try:
         for count in counts:
-            alive = np.array([one not in set(gone) for one in filters])
+            alive = np.array([one not in gone for one in filters])
             with source.removed(gone):
                 if get_criterion(criterion).source == "loss_change":
                     left = [one for one, here in zip(filters, alive, strict=True) if here]
@@ -111,7 +113,7 @@ def rescored(
                     values = score(problem, criterion)
             values = ranked(get_criterion(criterion), values, layers, alive)
             values[~alive] = -np.inf  # what is gone goes first
-            gone = removal_order(values, filters)[:count]
+            gone = set(removal_order(values, filters)[:count])
             with source.removed(gone):
                 if train is not None:
                     train(model)

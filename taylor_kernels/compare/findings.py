@@ -71,8 +71,9 @@ def at(networks: Sequence[Json], criterion: str, kind: str, fraction: float) -> 
     for network in networks:
         total = sum(network["widths"].values())
         points = network["criteria"].get(criterion, {}).get(kind) or []
+        same = max(_SAME, 0.51 / total)
         near = [
-            p for p in points if abs(p["removed"] / total - fraction) < _SAME and "accuracy" in p
+            p for p in points if abs(p["removed"] / total - fraction) < same and "accuracy" in p
         ]
         if near:
             best = min(near, key=lambda point: abs(point["removed"] / total - fraction))

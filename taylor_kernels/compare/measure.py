@@ -92,7 +92,7 @@ def identity(problem: Problem) -> Json:
     """All that decides the figures of a network: what its pieces belong to."""
     model = problem.model
     return {
-        "weights": digest_tensors(model.state_dict().values()),
+        "weights": digest_tensors(tensors_in(model.state_dict())),
         "data": [
             digest_tensors(t for batch in batches for t in tensors_in(batch))
             for batches in (problem.batches, problem.whole, problem.test)
@@ -194,7 +194,7 @@ class _Measurement:
         if points < _LEAST_POINTS:
             self.log.say(f"{name}: no pruning curves, the budget is too small for them")
             return {}
-        counts = curves.counts(len(self.filters), points)
+        counts = curves.counts(len(self.filters), len(self.problem.layers), points)
         chosen = [one for one in plan.rescored if one in rankings]
         share = min(1.0, plan.minibatches / len(self.problem.batches))
         if _STEP_COST * seconds * share * len(chosen) * points > plan.budget:
@@ -256,6 +256,7 @@ class _Measurement:
         if not plan.rounds:
             return None
         settings = self.settings | {"criteria": list(criteria), "rounds": plan.rounds}
+        settings["threads"] = torch.get_num_threads()
         make = partial(
             timings, self.problem, criteria, self.log, rounds=plan.rounds, seconds=plan.seconds
         )

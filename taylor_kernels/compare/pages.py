@@ -156,7 +156,12 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
         caption=_curve_caption(result, key),
     )
     blocks: list[Figure | Table] = [figure]
-    if key == "accuracy":
+    halves = (
+        findings.at(networks, criterion, "one_shot", 0.5)
+        for networks in findings.groups(result).values()
+        for criterion in networks[0]["criteria"]
+    )
+    if any(halves):
         blocks.append(half_table(result))
     return [Section("Pruning curves", blocks)]
 

@@ -55,10 +55,7 @@ class Pieces:
             return None
 
     def save(self, name: str, settings: Mapping[str, Json], value: Json) -> None:
-        file = self.file(name, settings)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(value))
-        os.replace(part, file)
+        write_whole(self.file(name, settings), json.dumps(value))
 
     def made(self, name: str, settings: Mapping[str, Json], make: Callable[[], Json]) -> Json:
         """The piece, made now if it is not there."""
@@ -67,6 +64,16 @@ class Pieces:
             self.save(name, settings, make())
             piece = self.load(name, settings)
         return piece
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is there whole, or as it was before, whenever this is stopped."""
+    part = file.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def digest(*parts: str | bytes) -> str:
@@ -96,7 +103,7 @@ def digest_package() -> str:
         for file in _PACKAGE.rglob(kind)
         if not any(fnmatchcase(file.relative_to(_PACKAGE).as_posix(), one) for one in _BESIDE)
     }
-    return _digest_files(files)
+    return digest_files(files)
 
 
 def digest_source(*objects: object) -> str:
@@ -111,10 +118,11 @@ def digest_source(*objects: object) -> str:
             file = getattr(sys.modules.get(named.__module__), "__file__", None)
             if file is not None and named.__module__.partition(".")[0] != "torch":
                 files.add(Path(file))
-    return _digest_files(files)
+    return digest_files(files)
 
 
-def _digest_files(files: Iterable[Path]) -> str:
+def digest_files(files: Iterable[Path]) -> str:
+    """The same of what is in files."""
     return digest(*(file.read_bytes() for file in sorted(files)))
 
 

@@ -17,7 +17,7 @@ from taylor_kernels.compare import findings
 from taylor_kernels.compare.digits import ARCHITECTURES, digits_problem, fine_tune
 from taylor_kernels.compare.measure import Plan, Training, measure
 from taylor_kernels.compare.pages import build_report
-from taylor_kernels.compare.pieces import Pieces
+from taylor_kernels.compare.pieces import Pieces, write_whole
 from taylor_kernels.compare.settings import FULL, Settings
 from taylor_kernels.compare.tables import summary_table, target_table
 from taylor_kernels.compare.yours import your_problem
@@ -40,7 +40,7 @@ def run(settings: Settings, log: ProgressLog) -> tuple[Json, list[Table]]:
         Mistake: an option cannot be right, or what it names cannot be used.
     """
     device = settings.check()
-    pieces = Pieces(settings.out / "cache")
+    pieces = Pieces(settings.cache)
     if settings.force:
         pieces.clear()
     start = time.perf_counter()
@@ -56,8 +56,8 @@ def run(settings: Settings, log: ProgressLog) -> tuple[Json, list[Table]]:
         result["targets"] = [asdict(target) for target in findings.targets(result)]
     with log.task("report", 1) as advance:
         out = settings.out
-        (out / "report.html").write_text(render(build_report(result, out)), encoding="utf-8")
-        (out / "result.json").write_text(readable(result), encoding="utf-8")
+        write_whole(out / "report.html", render(build_report(result, out)))
+        write_whole(out / "result.json", readable(result))
         advance()
     return result, tables
 

@@ -81,6 +81,11 @@ class Settings:
     force: bool = False
 
     @property
+    def cache(self) -> Path:
+        """Where what is finished is kept."""
+        return self.out / "cache"
+
+    @property
     def recipe(self) -> Recipe:
         return QUICK if self.quick else FULL
 
@@ -128,6 +133,7 @@ class Settings:
         check_seed(self.seed)
         device = find_device(self.device)
         check_writable(self.out)
+        check_writable(self.cache)
         return device
 
     def command(self) -> str:

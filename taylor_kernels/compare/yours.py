@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taylor_kernels.compare.pieces import digest_files
 from taylor_kernels.compare.problem import (
     Batch,
     Problem,
@@ -55,7 +56,7 @@ def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dic
         loss = find("--loss", settings.loss)
         if not callable(loss):
             raise Mistake(f"--loss: {settings.loss} is a {type(loss).__name__}, not a function")
-    classifies = _try(model, batches[0], loss, settings.loss)
+    classifies, first = _try(model, batches[0], loss, settings.loss)
     try:
         layers, left_out = inner_layers(model, batches[0][0])
     except ValueError as error:
@@ -72,7 +73,7 @@ def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dic
         test=batches,
         loss=loss,
         classifies=classifies,
-        origin=f"{settings.model} {settings.loss}",
+        origin=f"{settings.model} {settings.loss} {_sources(settings)} {first:.4g}",
     )
     return problem, left_out
 
@@ -158,8 +159,8 @@ def _batches(path: str, count: int) -> list[Batch]:
 
 def _try(
     model: nn.Module, batch: Batch, loss_function: Callable[[Any, Any], Any], path: str | None
-) -> bool:
-    """See that a minibatch has a loss; whether it is a classifier's."""
+) -> tuple[bool, float]:
+    """See that a minibatch has a loss; whether it is a classifier's, and what it is."""
     with _told("--model: the model, on the first minibatch,"):
         outputs = call(model, batch[0])
     hint = "" if path else " (cross_entropy; give another one with --loss package.module:name)"
@@ -172,7 +173,16 @@ def _try(
         raise Mistake(f"--loss: it is {loss.item()} on the first minibatch")
     if not loss.requires_grad:
         raise Mistake("--loss: it does not depend on the model's parameters; do not detach it")
-    return is_classifier(outputs, batch[1])
+    return is_classifier(outputs, batch[1]), loss.item()
+
+
+def _sources(settings: Settings) -> str:
+    """Stands for the files of the user's modules: a loss made by functools.partial, or a setting
+    of the model that is no weight, is seen nowhere else."""
+    names = {path.partition(":")[0] for path in (settings.model, settings.loss) if path}
+    return digest_files(
+        Path(file) for name in names if (file := getattr(sys.modules[name], "__file__", None))
+    )
 
 
 @contextmanager

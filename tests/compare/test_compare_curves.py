@@ -60,13 +60,22 @@ def test_the_best_filter_of_each_layer_stays_and_ties_go_by_place():
 
 
 def test_counts_go_evenly_to_the_last_and_have_one_half():
-    assert curves.counts(96, 18)[:3] == [0, 5, 10]
-    assert curves.counts(96, 18)[-1] == round(0.9 * 96)
+    assert curves.counts(96, 3, 18)[:3] == [0, 5, 10]
+    assert curves.counts(96, 3, 18)[-1] == round(0.9 * 96)
     for total in (1, 7, 97, 336):
         for points in (1, 4, 18):
-            found = curves.counts(total, points)
+            found = curves.counts(total, 1, points)
             assert found == sorted(set(found))
             assert {0, total // 2} <= set(found)
+
+
+def test_no_point_of_a_curve_claims_filters_that_cannot_go():
+    problem = small_problem()
+    most = len(problem.filters) - len(WIDTHS)
+    counts = curves.counts(len(problem.filters), len(WIDTHS), 8, last=1.0)
+    order = order_of(problem, np.arange(len(problem.filters)))
+    assert counts[-1] == most == len(order)
+    assert curves.counts(40, 20, 10)[-1] == 20  # twenty layers of two
 
 
 def test_norms_are_ranked_relative_to_their_layer_and_taylor_scores_as_they_are():

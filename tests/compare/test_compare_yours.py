@@ -181,6 +181,50 @@ def test_a_sample_says_how_many(folder, capsys):
     assert "oracle" not in network["criteria"]  # it has no order of all filters
 
 
+def test_a_loss_is_known_by_its_settings_too(folder, capsys):
+    """Those of functools.partial and of loss modules are in the user's file alone, or beside it."""
+    arguments = (*YOURS, *FEW, "--loss", "mylosses:smooth", "--out", "out")
+    found = []
+    for amount in (0.1, 0.4):
+        (folder / "settings.py").write_text(f"amount = {amount}\n")
+        (folder / "mylosses.py").write_text(
+            "from settings import amount\nfrom torch import nn\n"
+            "smooth = nn.CrossEntropyLoss(label_smoothing=amount)\n"
+        )
+        code, _, err = compare(capsys, *arguments)
+        assert code == 0, err
+        network = json.loads((folder / "out/result.json").read_text())["networks"][0]
+        found.append(network["oracle"]["changes"])
+        for name in ("mylosses", "settings"):
+            sys.modules.pop(name)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("width", [1, 2, 15])
+def test_layers_of_any_width_have_a_report(width, folder, capsys):
+    with open(folder / "mynets.py", "a") as file:
+        file.write(
+            f"odd = nn.Sequential(nn.Flatten(), nn.Linear(36, {width}), nn.ReLU(), "
+            f"nn.Linear({width}, 4))\n"
+        )
+    code, _, err = compare(
+        capsys, "--model", "mynets:odd", "--data", "mynets:pairs", *FEW, "--out", "out"
+    )
+    assert code == 0, err
+    curve = json.loads((folder / "out/result.json").read_text())["networks"][0]["criteria"][
+        "magnitude_l2"
+    ]["one_shot"]
+    assert curve[-1]["removed"] == min(round(0.9 * width), width - 1)
+
+
+def test_what_is_finished_needs_a_folder(folder, capsys):
+    (folder / "out").mkdir()
+    (folder / "out/cache").write_text("")
+    code, _, err = compare(capsys, *YOURS, *FEW, "--out", "out")
+    assert code == 2
+    assert err.startswith("error: --out: cannot write to 'out/cache'")
+
+
 def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys):
     code, _, err = compare(capsys, *YOURS, *FEW, "--budget", "1e-6", "--out", "out")
     assert code == 0
