@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from taylor_kernels.compare.pieces import (
     digest_tensors,
     rounded,
 )
-from taylor_kernels.compare.problem import Problem
+from taylor_kernels.compare.problem import Problem, judge
 from taylor_kernels.compare.scores import CannotScore, scores_of, timings
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.progress import ProgressLog
@@ -117,6 +118,7 @@ class _Measurement:
 
     def result(self) -> Json:
         problem, plan = self.problem, self.plan
+        loss = self._loss()
         sample = draw_sample(
             problem,
             self.settings,
@@ -128,6 +130,12 @@ class _Measurement:
         self.log.say(f"{problem.name}: the oracle removes {sample}")
         changes = loss_changes(problem, sample.filters, self.settings, self.pieces, self.log)
         change = np.array([changes.get(one, np.nan) for one in self.filters])
+        unknown = len(sample.filters) - int(np.isfinite(change).sum())
+        if unknown:
+            self.log.say(
+                f"{problem.name}: without {unknown} of them, one at a time, the loss is not "
+                "finite; these are left out"
+            )
         scores, skipped = self._scores()
         criteria = self._agreements(scores, change**2)
         rankings = {name: self._ranked(name, values) for name, values in scores.items()}
@@ -146,11 +154,25 @@ class _Measurement:
             "classifies": problem.classifies,
             "data": problem.facts(),
             "dense": problem.judged(),
-            "oracle": self._oracle_facts(sample, change),
+            "oracle": self._oracle_facts(sample, change, loss),
             "criteria": criteria,
             "skipped": skipped,
             "runtimes": self._runtimes(list(scores)),
         }
+
+    def _loss(self) -> float:
+        """The loss that the oracle's changes are changes of.
+
+        Raises:
+            CannotScore: it is not finite; the message says where.
+        """
+        loss = self.problem.mean_loss()
+        if not math.isfinite(loss):
+            model, of = self.problem.model, self.problem.loss
+            each = (judge(model, [b], of, classifies=False)["loss"] for b in self.problem.whole)
+            where, value = next((n, one) for n, one in enumerate(each) if not math.isfinite(one))
+            raise CannotScore(f"--data: the loss is {value} on minibatch {where}, not a number")
+        return loss
 
     def _scores(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Criterion -> [draws, F]; and criterion -> why it has none."""
@@ -262,9 +284,10 @@ class _Measurement:
         )
         return self.pieces.made("runtimes", settings, make)
 
-    def _oracle_facts(self, sample: Sample, change: np.ndarray) -> Json:
-        """`falls`: the share of filters without which the loss is lower; `top_share`: how much of
-        the oracle's sum the top twentieth of the filters has."""
+    def _oracle_facts(self, sample: Sample, change: np.ndarray, loss: float) -> Json:
+        """`not_finite`: without how many filters the loss is none; `falls`: the share of filters
+        without which it is lower; `top_share`: how much of the oracle's sum the top twentieth of
+        the filters has."""
         known = change[np.isfinite(change)]
         squares = np.sort(known**2)[::-1]
         top = squares[: max(1, len(squares) // 20)].sum() / max(squares.sum(), 1e-300)
@@ -274,8 +297,9 @@ class _Measurement:
             "total": sample.total,
             "seed": sample.seed,
             "evaluation_ms": sample.evaluation_seconds * 1e3,
-            "loss": self.problem.mean_loss(),
-            "falls": float((known < 0).mean()),
+            "loss": loss,
+            "not_finite": len(sample.filters) - len(known),
+            "falls": float((known < 0).mean()) if len(known) else math.nan,
             "top_share": float(top),
             "changes": {
                 layer: [by_filter[layer, number] for number in range(width)]

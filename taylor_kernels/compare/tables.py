@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from taylor_kernels.compare import findings
+from taylor_kernels.compare.correlation import LEAST
 from taylor_kernels.compare.findings import Json, mean, values
 from taylor_kernels.report import Table
 
@@ -111,10 +112,11 @@ def _table_caption(name: str, networks: Sequence[Json]) -> str:
         if len(networks) > 1
         else "in brackets a 95% bootstrap interval over filters"
     )
-    layers = first["criteria"][findings.criteria(networks)[0]]["layers"]
+    layers = max(one["layers"] for one in first["criteria"].values() if "layers" in one)
     caption = (
         f"**{name}**: {sizes}; {spread}. In a layer: mean of the coefficients within each of "
-        f"{layers} layers. Kendall: tau-b."
+        f"{layers} layers, those with {LEAST} filters or more and no constant score. Kendall: "
+        "tau-b."
     )
     if runtimes := first["runtimes"]:
         plain = runtimes["forward + backward"]["ms"]
@@ -127,10 +129,13 @@ def _table_caption(name: str, networks: Sequence[Json]) -> str:
             f"`{criterion}`: {reason}" for criterion, reason in first["skipped"].items()
         )
         caption += f" Left out: {why}."
+    known = first["oracle"]["filters"] - first["oracle"].get("not_finite", 0)
+    if known < first["oracle"]["filters"]:
+        caption += f" Without some the loss is not finite: {known:,} are compared."
     fewer = [
-        f"`{criterion}` has a score for {one['filters']:,} of them"
+        f"`{criterion}` has a score for {one['filters']:,} of them, in {one['layers']} layers"
         for criterion, one in first["criteria"].items()
-        if one.get("filters", first["oracle"]["filters"]) < first["oracle"]["filters"]
+        if one.get("filters", known) < known
     ]
     return f"{caption} {'; '.join(fewer)}." if fewer else caption
 

@@ -49,6 +49,7 @@ headless, number = nn.Sequential(nn.Flatten(), nn.Linear(36, 4)), 3
 nothing, single, triple = (lambda: []), (lambda: [torch.ones(3)]), (lambda: [(1, 2, 3)])
 broken_loader = lambda: (1 / 0 for _ in range(3))
 wide = lambda: [(torch.randn(3, 5, 6, 6), torch.randint(0, 4, (3,)))]
+later_nan = lambda: pairs + [(pairs[0][0] * torch.nan, pairs[0][1])]
 floats = lambda: [(torch.randn(3, 1, 6, 6), torch.randn(3))]
 
 def regression(outputs, targets):
@@ -215,6 +216,33 @@ def test_layers_of_any_width_have_a_report(width, folder, capsys):
         "magnitude_l2"
     ]["one_shot"]
     assert curve[-1]["removed"] == min(round(0.9 * width), width - 1)
+
+
+def test_a_loss_that_is_no_number_later_on_says_where(folder, capsys):
+    arguments = ("--model", "mynets:model", "--data", "mynets:later_nan", *FEW, "--out", "out")
+    code, out, err = compare(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "error: --data: the loss is nan on minibatch 1" in err
+
+
+def test_filters_without_which_there_is_no_loss_are_counted(folder, capsys):
+    with open(folder / "mynets.py", "a") as file:
+        file.write(
+            "class Guarded(Net):\n"
+            "    def forward(self, x):\n"
+            "        y = self.one(x)\n"
+            "        return Net.forward(self, x) / (y[:, 0].abs().sum() > 0)\n"
+        )
+    guarded = ("--model", "mynets:Guarded", "--data", "mynets:pairs")
+    code, _, err = compare(capsys, *guarded, *FEW, "--out", "out")
+    assert code == 0, err
+    assert "without 1 of them, one at a time, the loss is not finite" in err
+    network = json.loads((folder / "out/result.json").read_text())["networks"][0]
+    assert network["oracle"]["changes"]["one.0"][0] is None
+    assert network["oracle"]["not_finite"] == 1
+    assert network["criteria"]["taylor_fo_bn"]["filters"] == 17
+    page = (folder / "out/report.html").read_text()
+    assert "Without some the loss is not finite: 17 are compared." in page
 
 
 def test_what_is_finished_needs_a_folder(folder, capsys):
