@@ -222,10 +222,11 @@ def _dots(
 
 def look(theme: Theme, number: int) -> dict[str, Any]:
     """Colour, marker and line style of the series of that number, the same in every plot."""
+    again = number // len(theme.series)  # the colours are used up: other lines and markers
     return {
         "color": theme.series[number % len(theme.series)],
-        "marker": _MARKERS[number % len(_MARKERS)],
-        "ls": _LINES[number % len(_LINES)],
+        "marker": _MARKERS[(number + again) % len(_MARKERS)],
+        "ls": _LINES[(number + again) % len(_LINES)],
     }
 
 

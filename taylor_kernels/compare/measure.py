@@ -13,6 +13,7 @@ from torch import nn
 
 from taylor_kernels.compare import curves
 from taylor_kernels.compare.correlation import agreement
+from taylor_kernels.compare.findings import UNSCALED
 from taylor_kernels.compare.oracle import Sample, draw_sample, loss_changes
 from taylor_kernels.compare.pieces import (
     Json,
@@ -137,8 +138,8 @@ class _Measurement:
                 "finite; these are left out"
             )
         scores, skipped = self._scores()
-        criteria = self._agreements(scores, change**2)
-        rankings = {name: self._ranked(name, values) for name, values in scores.items()}
+        rankings = self._rankings(scores)
+        criteria = self._agreements(rankings, change**2)
         if sample.full:
             rankings[ORACLE] = change[None] ** 2
             criteria[ORACLE] = {}
@@ -146,8 +147,8 @@ class _Measurement:
             for name, curve in curves_.items():
                 criteria[name][kind] = curve
         if plan.keep_scores:
-            for name, values in scores.items():
-                criteria[name]["scores"] = values[0].tolist()
+            for name in criteria.keys() - {ORACLE}:
+                criteria[name]["scores"] = rankings[name][0].tolist()
         return {
             "name": problem.name,
             "widths": problem.widths,
@@ -192,14 +193,21 @@ class _Measurement:
             raise CannotScore(f"--model: no criterion can score it ({why})")
         return scores, skipped
 
-    def _ranked(self, name: str, scores: np.ndarray) -> np.ndarray:
-        return curves.ranked(get_criterion(name), scores, self.layers)
+    def _rankings(self, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Scores as the pruner ranks them; those that it scales, also as they are."""
+        found = {}
+        for name, values in scores.items():
+            criterion = get_criterion(name)
+            found[name] = curves.ranked(criterion, values, self.layers)
+            if not criterion.across_layers:
+                found[UNSCALED.format(name)] = values
+        return found
 
-    def _agreements(self, scores: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, Json]:
+    def _agreements(self, rankings: dict[str, np.ndarray], truth: np.ndarray) -> dict[str, Json]:
         seen = np.isfinite(truth)
         return {
-            name: agreement(self._ranked(name, values)[:, seen], truth[seen], self.layers[seen])
-            for name, values in scores.items()
+            name: agreement(values[:, seen], truth[seen], self.layers[seen])
+            for name, values in rankings.items()
         }
 
     def _curves(self, rankings: dict[str, np.ndarray], seconds: float) -> dict[str, Json]:
@@ -237,6 +245,9 @@ class _Measurement:
                     if get_criterion(one).source == "random" and training is None:
                         found[kind][one] = found["one_shot"][one]  # nothing to score again
                         continue
+                    plain = UNSCALED.format(one)
+                    if get_criterion(one).source == "magnitudes" and training is None:
+                        found[kind][plain] = found["one_shot"][plain]  # weights stay as they are
                     make = partial(self._rescored, one, counts[1:], training, advance)
                     more = {"minibatches": plan.minibatches}
                     more |= {} if training is None else training.settings

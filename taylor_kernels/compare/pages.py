@@ -22,6 +22,7 @@ from taylor_kernels.compare.tables import (
 from taylor_kernels.report import Figure, Report, Section, Table, Text
 
 #: Shown in scatter plots and, where there are too many, in curves.
+_L2 = findings.UNSCALED.format("magnitude_l2")
 _SHOWN = ("taylor_fo", "taylor_fo_bn", "taylor_so_diag", "obd_bn", "magnitude_l2", "random")
 
 
@@ -131,7 +132,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
         for kind, title in KINDS.items():
             names = [c for c, one in networks[0]["criteria"].items() if one.get(kind)]
             if kind == "one_shot":
-                shown = [c for c in names if c in (*_SHOWN[1:], "oracle")]
+                shown = [c for c in names if c in (*_SHOWN[1:], _L2, "oracle")]
                 names = shown if len(shown) > 1 else names[:6]
             paths = {
                 c: [
@@ -197,8 +198,10 @@ def _method(result: Json) -> str:
         "it)²; without means that its output is 0 behind the BatchNorm. Criteria are averaged over "
         f"{first['data']['minibatches']} minibatches of {first['data']['minibatch']}. Where a "
         "criterion's scores mean nothing across layers (norms of weights), they are divided by "
-        "their layer's mean, as the pruner ranks them. Filters of the output layer are not "
-        "compared."
+        "their layer's mean, as the pruner ranks them; unscaled means that they are not. Filters "
+        "of the output layer are not compared. Pearson's coefficient is with the square of the "
+        "change: scores that estimate the change itself (`obd_bn`, `obd_fisher`, `taylor_abs`, "
+        "norms) are at a disadvantage in it, but not in the ranks."
     )
     if result["kind"] != "digits":
         return common

@@ -12,6 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure as Drawing
 
+from taylor_kernels.compare import findings
 from taylor_kernels.plots import Plot, Theme, look
 
 Row = Mapping[str, Sequence[float]]  # a label -> one figure per seed
@@ -127,7 +128,7 @@ def _decades(low: float, high: float) -> list[float]:
     first, last = int(np.ceil(np.log10(low))), int(np.floor(np.log10(high)))
     if last <= first:
         return [low, high]
-    step = -(-(last - first) // 2)
+    step = max(-(-(last - first) // 2), min(2, last - first))  # labels of neighbours would touch
     return [10.0**power for power in range(first, last + 1, step)]
 
 
@@ -163,7 +164,7 @@ def pruning(rows: Mapping[str, Sequence[Curves]], unit: str) -> Plot:
             handles |= dict(zip(names, found, strict=True))
         drawing.legend(
             [handles[n] for n in labels if n in handles], [n for n in labels if n in handles],
-            loc="outside lower center", ncols=min(6, len(labels)), fontsize=8.5,
+            loc="outside lower center", ncols=len(labels) if len(labels) <= 6 else 4, fontsize=8.5,
         )  # fmt: skip
         return drawing
 
@@ -181,6 +182,12 @@ def _path(
 
 
 def _styles(labels: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
-    others = [label for label in labels if label != "oracle"]
+    """A norm that is not scaled is drawn as the one that is, in dots with hollow markers."""
+    tail = findings.UNSCALED.format("")
+    others = [label for label in labels if label != "oracle" and not label.endswith(tail)]
     styles = {label: look(theme, number) for number, label in enumerate(others)}
+    for label in labels:
+        if label.endswith(tail):
+            plain = styles.get(label.removesuffix(tail)) or look(theme, len(styles))
+            styles[label] = plain | {"ls": (0, (1, 1)), "mfc": theme.page}
     return styles | {"oracle": {"color": theme.ink, "ls": "-", "marker": ""}}

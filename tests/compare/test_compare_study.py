@@ -72,8 +72,17 @@ def test_targets_are_reached_and_missed_by_their_figures():
         worse = copy.deepcopy(result)
         lower(worse, name, "rescored", 0.2)
         assert [target.what for target in study.missed(worse)] == [
-            f"{net}: accuracy at half the filters, {name}" for net in ("cnn", "resnet")
+            f"{net}: accuracy at half, re-scored, {name}" for net in ("cnn", "resnet")
         ]
+
+
+def test_magnitudes_are_the_bar_as_they_rank_best():
+    result = a_result(**GOOD, **{"magnitude_l2, unscaled": 0.8})
+    lower(result, "magnitude_l2", "rescored", 0.1)
+    assert len(study.missed(result)) == 4  # unscaled they lose as little as the others
+    lower(result, "magnitude_l2, unscaled", "rescored", 0.05)
+    assert study.missed(result) == []
+    assert any(t.limit == "> 45.0% (l2, unscaled)" for t in findings.targets(result))
 
 
 def test_a_study_that_is_not_whole_is_no_pass():
@@ -103,6 +112,23 @@ def test_what_is_said_follows_the_figures():
     assert "Contradicted: a gate behind BatchNorm is the better place" in text
     assert "curvature alone" not in text
     assert "less than first order" not in text
+
+
+def test_what_scaling_does_to_norms_is_said():
+    text = said(a_result(**GOOD, **{"magnitude_l2, unscaled": 0.8}))
+    assert "`magnitude_l2` 0.40 over all layers, 0.40 within one, unscaled 0.80 over all" in text
+    assert "Norms know less" in text
+    assert "Contradicted: that the scale of a layer says nothing" in text
+    text = said(a_result(**GOOD, **{"magnitude_l2, unscaled": 0.3}))
+    assert "scale of a layer" not in text
+    assert "know less" not in said(a_result(**GOOD | {"magnitude_l2": 0.97}))
+
+
+def test_training_that_does_not_make_up_for_the_choice_is_not_said_to():
+    result = a_result(**GOOD)
+    assert "Training makes up for the choice" in said(result)
+    lower(result, "random", "finetuned", 0.1)
+    assert "Training makes up for the choice" not in said(result)
 
 
 def test_curves_that_cross_are_named():

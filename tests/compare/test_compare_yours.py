@@ -6,12 +6,14 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy", reason="compare needs SciPy")
 pytest.importorskip("matplotlib", reason="compare needs matplotlib")
 
 from matplotlib.image import imread
+from scipy.stats import spearmanr
 
 from taylor_kernels import cli
 
@@ -126,6 +128,18 @@ def test_a_users_model_is_compared_whole(compared, folder):
         row = next(row for row in rows if row[0] == name)
         assert row[1] == f"{found['all']['spearman']:.3f}"
         assert f"<code>{name}</code>" in page or f">{name}<" in page
+    for name in ("magnitude_l1", "magnitude_l2"):
+        scaled, plain = (network["criteria"][n] for n in (name, f"{name}, unscaled"))
+        ratios = np.divide(plain["scores"], scaled["scores"])
+        assert np.ptp(ratios[:8]) < 1e-4 * ratios[0] > np.ptp(ratios[8:])  # two layers
+        assert scaled["within"]["spearman"] == pytest.approx(plain["within"]["spearman"])
+        assert abs(ratios[0] / ratios[8] - 1) > 1e-3
+        changes = np.square(np.concatenate(list(network["oracle"]["changes"].values())))
+        for one in (scaled, plain):  # the scores that are shown are those that are correlated
+            found = spearmanr(one["scores"], changes).statistic
+            assert found == pytest.approx(one["all"]["spearman"], abs=0.01)
+    l2 = network["criteria"]["magnitude_l2, unscaled"]
+    assert l2["rescored"] == l2["one_shot"]
     assert network["criteria"]["bn_scale"]["filters"] == 8  # where a BatchNorm follows
     assert "`bn_scale`" not in page
     assert "has a score for 8 of them" in page
