@@ -172,8 +172,8 @@ def _curve_caption(result: Json, key: str) -> str:
     where = "test images" if result["kind"] == "digits" else "examples, the same that were scored"
     lines = "Lines: mean of the seeds, bands: their range. " if len(result["networks"]) > 1 else ""
     again = (
-        f"Scored again: on the network as it is by then, over {settings['minibatches']} "
-        "minibatches. "
+        f"Scored again: on the network as it is by then, over "
+        f"{min(settings['minibatches'], data['minibatches'])} minibatches. "
     )
     trained = (
         f"Trained: {settings['finetune_epochs']} epoch at learning rate "
@@ -195,7 +195,8 @@ def _method(result: Json) -> str:
     first, settings = result["networks"][0], result["settings"]
     common = (
         "Everything is measured in eval mode. The oracle of a filter is (loss without − loss with "
-        "it)²; without means that its output is 0 behind the BatchNorm. Criteria are averaged over "
+        "it)²; without means that its output is 0, behind the BatchNorm if one follows at once "
+        "(any other layer sees the zeros). Criteria are averaged over "
         f"{first['data']['minibatches']} minibatches of {first['data']['minibatch']}. Where a "
         "criterion's scores mean nothing across layers (norms of weights), they are divided by "
         "their layer's mean, as the pruner ranks them; unscaled means that they are not. Filters "
@@ -204,7 +205,8 @@ def _method(result: Json) -> str:
         "norms) are at a disadvantage in it, but not in the ranks."
     )
     if result["kind"] != "digits":
-        return common
+        left = [f"`{layer}`: {why}" for layer, why in settings["left_out"].items()]
+        return f"{common}\n\nLayers left out: {'; '.join(left)}." if left else common
     return (
         f"{len(result['networks'])} networks, scikit-learn's digits: {settings['words']}. Each "
         f"seed has its own split, {first['data']['oracle_examples']:,} images to train on and "

@@ -47,9 +47,10 @@ def run(settings: Settings, log: ProgressLog) -> tuple[Json, list[Table]]:
     threads = torch.get_num_threads()
     try:
         result = (_digits if settings.model is None else _yours)(settings, device, pieces, log)
+        used = torch.get_num_threads()  # the user's module may have set it
     finally:
         torch.set_num_threads(threads)
-    result |= _circumstances(settings, device, time.perf_counter() - start)
+    result |= _circumstances(settings, device, used, time.perf_counter() - start)
     tables = [summary_table(result)]
     if result["kind"] == "digits":
         tables.append(target_table(result))
@@ -129,7 +130,7 @@ def _yours(settings: Settings, device: torch.device, pieces: Pieces, log: Progre
     }
 
 
-def _circumstances(settings: Settings, device: torch.device, seconds: float) -> Json:
+def _circumstances(settings: Settings, device: torch.device, threads: int, seconds: float) -> Json:
     names = ("taylor-kernels", "torch", "scipy", "scikit-learn", "numpy")
     return {
         "command": settings.command(),
@@ -140,9 +141,7 @@ def _circumstances(settings: Settings, device: torch.device, seconds: float) -> 
             "device": str(device),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "cpu": cpu_model(),
-            "threads": settings.recipe.threads
-            if settings.model is None
-            else torch.get_num_threads(),
+            "threads": threads,
         },
     }
 

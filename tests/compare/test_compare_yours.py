@@ -116,6 +116,8 @@ def test_a_users_model_is_compared_whole(compared, folder):
     assert network["widths"] == {"one.0": 8, "two.0": 10}
     assert result["settings"]["left_out"] == {"head": "its filters are the model's outputs"}
     assert "layer head is left out: its filters are the model's outputs" in err
+    assert "Layers left out: <code>head</code>: its filters" in page
+    assert "as it is by then, over 3 minibatches" in page
     assert network["oracle"]["filters"] == network["oracle"]["total"] == 18
     assert network["data"] == {
         "minibatches": 3, "minibatch": 12, "oracle_examples": 36, "test_examples": 36
@@ -257,6 +259,13 @@ def test_filters_without_which_there_is_no_loss_are_counted(folder, capsys):
     assert network["criteria"]["taylor_fo_bn"]["filters"] == 17
     page = (folder / "out/report.html").read_text()
     assert "Without some the loss is not finite: 17 are compared." in page
+
+
+def test_the_threads_are_those_that_the_users_module_set(folder, capsys):
+    with open(folder / "mynets.py", "a") as file:
+        file.write("torch.set_num_threads(2)\n")
+    compare(capsys, "--model", "mynets:model", "--data", "mynets:pairs", *FEW, "--out", "out")
+    assert json.loads((folder / "out/result.json").read_text())["machine"]["threads"] == 2
 
 
 def test_what_is_finished_needs_a_folder(folder, capsys):
