@@ -253,8 +253,8 @@ def _norms(networks: Sequence[Json]) -> str:
     )
     if risen:
         text += (
-            f" Contradicted: that the scale of a layer says nothing of its worth. To "
-            f"{', '.join(risen)} it is of use, and dividing it out does harm."
+            " Contradicted: that the scale of a layer says nothing of its worth. Dividing it out "
+            f"takes {', '.join(risen)} further from the oracle."
         )
     return text
 

@@ -17,7 +17,7 @@ import taylor_kernels as tk
 from taylor_kernels.compare import oracle
 from taylor_kernels.compare.measure import identity
 from taylor_kernels.compare.oracle import draw_sample, loss_changes, stratified
-from taylor_kernels.compare.pieces import Pieces
+from taylor_kernels.compare.pieces import Pieces, write_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,6 +123,30 @@ def test_a_damaged_piece_is_made_again(pieces):
     file.write_text(file.read_text()[:-20])
     assert loss_changes(problem, problem.filters, settings, pieces, quiet()) == before
     json.loads(file.read_text())
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    write_whole(file, "before")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("taylor_kernels.compare.pieces.os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(file, "after")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(file.name, "before")]
+
+
+def test_a_state_that_is_no_tensor_is_no_obstacle():
+    problem = small_problem()
+
+    class Noted(torch.nn.Identity):
+        def get_extra_state(self):
+            return {"version": 3, "scale": torch.ones(2)}
+
+    problem.model[7] = Noted()
+    assert len(identity(problem)["weights"]) == 16
 
 
 def test_the_budget_decides_how_many_filters_and_a_rerun_keeps_to_them(pieces, monkeypatch):
