@@ -59,6 +59,64 @@ def test_a_norm_behind_a_sum_in_place_follows_no_layer(criterion):
         torch.testing.assert_close(results[1][name], score, rtol=1e-5, atol=0)
 
 
+class OverTokens(nn.Module):
+    """A BatchNorm right behind a linear layer, of its tokens (dim 1) and not of its neurons."""
+
+    def __init__(self, neurons: int, seen: bool) -> None:
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(5, neurons), nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)  # [N, tokens, neurons]
+        if self.seen:
+            x = self.norm(x)
+        else:
+            n = self.norm
+            x = F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias)
+        return self.head(x.sigmoid().mean(2))
+
+
+@pytest.mark.parametrize("criterion", [*GATES, "taylor_so_bn", "obd_bn", "oracle"])
+@pytest.mark.parametrize("neurons", [4, 6])
+def test_a_norm_over_another_dimension_than_the_channels_follows_no_layer(criterion, neurons):
+    twins = [OverTokens(neurons, seen).double().eval() for seen in (False, True)]
+    nn.init.normal_(twins[0].norm.running_mean)
+    twins[1].load_state_dict(twins[0].state_dict())
+    inputs = [torch.randn(3, 4, 5, dtype=torch.float64)]
+    results = []
+    for model in twins:
+        closure = {"closure": lambda m=model: m(inputs[0]).square().sum()}
+        results.append(scores_over(model, criterion, inputs, **closure))
+    for name, score in results[0].items():
+        assert (score > 0).all()
+        torch.testing.assert_close(results[1][name], score, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("criterion", [*GATES, "taylor_so_bn", "obd_bn", "bn_scale", "oracle"])
+def test_modules_that_are_given_their_input_by_name(criterion):
+    class Net(nn.Module):
+        def __init__(self, by_name: bool) -> None:
+            super().__init__()
+            self.fc, self.norm, self.head = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+            self.by_name = by_name
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.by_name:
+                return self.head(input=self.norm(input=self.fc(input=x)).sigmoid())
+            return self.head(self.norm(self.fc(x)).sigmoid())
+
+    twins = [Net(by_name).double() for by_name in (False, True)]
+    twins[1].load_state_dict(twins[0].state_dict())
+    inputs = [torch.randn(7, 5, dtype=torch.float64)]
+    results = []
+    for model in twins:
+        closure = {"closure": lambda m=model: m(inputs[0]).square().sum()}
+        results.append(scores_over(model, criterion, inputs, **closure))
+    assert (results[0]["fc"] > 0).all()
+    assert results[1]["fc"].equal(results[0]["fc"])
+
+
 def test_an_identity_at_first_teaches_nothing_about_in_place_changes():
     """As in ReZero and LoRA: what is added in place is 0 in the first pass, and later is not."""
 

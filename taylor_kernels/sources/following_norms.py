@@ -2,19 +2,21 @@
 
 A norm follows a layer if it is handed the very tensor that the layer returned, unchanged. No trace
 of the model is needed, so any Python in its forward() is fine, and a layer used twice may have two
-norms.
+norms. A norm over another dimension than the layer's channels, as that of tokens behind a linear
+layer, does not follow: it has no scale of a channel.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from taylor_kernels.sources.base import Hook, Source, remove_all, version_of
-from taylor_kernels.sources.layers import Layers, check_output
+from taylor_kernels.sources.layers import Layer, Layers, channel_dim, check_output
 
 OnOutput = Callable[[str, Tensor], None]
 OnNorm = Callable[[str | None, _BatchNorm, Tensor, Tensor], None]
@@ -45,7 +47,7 @@ class FollowingNorms:
             for name, layer in layers.items()
         ]
         handles += [
-            module.register_forward_hook(Hook(self._after_norm))
+            module.register_forward_hook(Hook(self._after_norm), with_kwargs=True)
             for module in model.modules()
             if isinstance(module, _BatchNorm)
         ]
@@ -55,16 +57,19 @@ class FollowingNorms:
         """The norms seen to follow the layer of this name so far."""
         return self._following[name]
 
-    def _after_layer(self, name: str, layer: nn.Module, inputs: tuple, output: object) -> None:
+    def _after_layer(self, name: str, layer: Layer, inputs: tuple, output: object) -> None:
         output = check_output(name, output)
-        key, producers = id(output), self._producers
-        known = weakref.ref(output, lambda _: producers.pop(key, None))
-        producers[key] = (known, version_of(output), name)
+        if output.dim() + channel_dim(layer) == 1:
+            key, producers = id(output), self._producers
+            known = weakref.ref(output, lambda _: producers.pop(key, None))
+            producers[key] = (known, version_of(output), name)
         if self._on_output and (on_output := self._on_output()):
             on_output(name, output)
 
-    def _after_norm(self, norm: _BatchNorm, inputs: tuple, output: Tensor) -> None:
-        input: Tensor = inputs[0]
+    def _after_norm(
+        self, norm: _BatchNorm, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        input: Tensor = args[0] if args else kwargs["input"]
         known, version, producer = self._producers.get(id(input), (None, 0, ""))
         # Another version is another tensor: the sum of a residual stream, say, added in place.
         follows = known is not None and known() is input and version == version_of(input)
