@@ -197,6 +197,18 @@ def test_oracle_removes_each_filter_for_real_and_leaves_no_trace(train):
     close(scores, expected)
 
 
+@pytest.mark.parametrize(
+    "returned", [None, "0.3", torch.zeros(4), torch.tensor(1j)], ids=["none", "str", "4", "complex"]
+)
+def test_an_oracle_without_a_number_is_one_clear_error(returned):
+    model, data = nets.mixed(), nets.batch()
+    imp = tk.Importance(model, "oracle")
+    with pytest.raises(TypeError, match="closure: expected it to return the loss, a scalar tensor"):
+        imp.update(closure=lambda: returned)
+    imp.update(closure=lambda: float(nets.loss_of(model, data)))
+    assert model.training
+
+
 def test_random_is_seeded_and_leaves_the_global_generator_alone():
     model = nets.mixed()
     state = torch.get_rng_state()

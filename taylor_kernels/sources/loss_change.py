@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import SupportsFloat
 
 import torch
 from rich.console import Console
@@ -54,10 +55,10 @@ class LossChange(KnowsNorms):
         The loss with all is evaluated first, once. Between two filters the model is as it was.
         """
         with eval_mode(self.model), torch.no_grad():
-            base = float(closure())
+            base = _number(closure())
         for filter_ in filters:
             with eval_mode(self.model), torch.no_grad(), self.removed([filter_]):
-                change = float(closure()) - base
+                change = _number(closure()) - base
             yield filter_, change
 
     @contextmanager
@@ -79,6 +80,22 @@ class LossChange(KnowsNorms):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _number(loss: object) -> float:
+    """What a closure returned, as a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1 and not loss.is_complex():
+        return loss.item()
+    if isinstance(loss, SupportsFloat) and not isinstance(loss, Tensor):
+        return float(loss)
+    what = f"{tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else repr(loss)
+    raise TypeError(
+        f"closure: expected it to return the loss, a scalar tensor or a number, got {what}"
+    )
 
 
 def _zeroing(layer: Layer, channels: list[int]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
