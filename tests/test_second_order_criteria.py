@@ -238,6 +238,36 @@ def test_layers_that_share_a_weight_have_one_parameter():
     close(scores(model, "taylor_so", closure), torch.cat([q.square().sum(1)] * 2))
 
 
+def test_a_convolution_and_its_transpose_see_other_filters_in_one_weight():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 2), nn.ConvTranspose2d(4, 3, 2)
+            self.up.weight = self.down.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.down(x).sigmoid())
+
+    model, x = Tied().double(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+    def closure() -> Tensor:
+        return F.mse_loss(model(x), x)
+
+    weights, slope, hessian, _ = weight_expansion(model, ["down"], closure)
+    w = weights[0].flatten()
+    q = (slope * w - w * (hessian @ w) / 2).view_as(weights[0]).square()
+    close(
+        scores(model, "taylor_so", closure),
+        torch.cat([q.sum((1, 2, 3)), q.sum((0, 2, 3))]),
+    )
+    z = tk.rademacher_like(w.view_as(weights[0]), seed=0).flatten()
+    h = (w.square() * z * (hessian @ z) / 2).view_as(weights[0])
+    close(
+        scores(model, "obd_hutchinson", closure),
+        torch.cat([h.sum((1, 2, 3)), h.sum((0, 2, 3))]),
+    )
+
+
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -275,6 +305,15 @@ def test_a_model_that_cannot_be_differentiated_twice_is_one_clear_error(criterio
         scores(model, criterion, lambda: model(x).square().mean())
     instead = scores(model, "taylor_so_diag", lambda: model(x).square().mean())
     assert all(score.isfinite().all() for score in instead.values())
+
+
+def test_a_compiled_model_in_the_closure_is_one_clear_error():
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(5, 4)
+    imp = tk.Importance(model, "taylor_so")
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"twice: torch\.compile .*use taylor_so_diag or obd"):
+        imp.update(closure=lambda: compiled(x).square().mean())
 
 
 @pytest.mark.parametrize("criterion", ["taylor_so", "taylor_so_bn"])

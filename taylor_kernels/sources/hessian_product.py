@@ -34,8 +34,18 @@ def gradient_and_product(
 
     Raises:
         RuntimeError: an operation of the model cannot be differentiated twice.
+        ValueError: L, of a closure, depends on no leaf.
     """
-    slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    if all(slope is None for slope in found):
+        raise ValueError(
+            "closure: its loss depends on none of the layers that are to be scored; return the "
+            "tensor that loss_fn(model(x), y) gives, not detached on its way"
+        )
+    slopes = [
+        torch.zeros_like(leaf) if slope is None else slope
+        for slope, leaf in zip(found, leaves, strict=True)
+    ]
     bent = [(s, v) for s, v in zip(slopes, vectors, strict=True) if s.requires_grad]
     if not bent:
         return [s.detach() for s in slopes], [torch.zeros_like(leaf) for leaf in leaves]
@@ -45,7 +55,8 @@ def gradient_and_product(
             [s for s, _ in bent], leaves, [v for _, v in bent], materialize_grads=True
         )
     except RuntimeError as error:
-        if "not implemented" not in str(error):
+        # The latter is what torch.compile says.
+        if not any(part in str(error) for part in ("not implemented", "double backward")):
             raise
         raise RuntimeError(
             f"the model cannot be differentiated twice: {error}{_INSTEAD}"

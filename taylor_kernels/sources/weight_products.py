@@ -15,38 +15,45 @@ from taylor_kernels.ops.second_order_moments import second_order_sums
 from taylor_kernels.sources.base import Closure, Source
 from taylor_kernels.sources.closure import differentiating, run_closure
 from taylor_kernels.sources.hessian_product import gradient_and_product, twice_differentiable
-from taylor_kernels.sources.layers import Layer, by_filter_axis, check_leaf, filter_groups
+from taylor_kernels.sources.layers import check_leaf, filter_axis, filter_groups
 
 
 class _WeightProducts(Source):
     """Runs the closure, and takes ∂L/∂W and H·V over the weights of all layers.
 
     No other parameter requires a gradient meanwhile, and frozen weights do. A weight that several
-    layers share is one parameter, and all of them get its table.
+    layers share is one parameter, and each of them gets a table of its own filters in it.
     """
 
     needs_closure = True
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None
-        owners: dict[Tensor, Layer] = {}  # weight -> the first layer that has it
+        place: dict[Tensor, int] = {}  # of each weight, among all
         for name, layer in self.layers.items():
             check_leaf(name, layer.weight)
-            owners.setdefault(layer.weight, layer)
-        weights, layers = list(owners), list(owners.values())
+            place.setdefault(layer.weight, len(place))
+        weights = list(place)
         values = [weight.detach() for weight in weights]
         with differentiating(), _only_gradients_of(self.model, weights), twice_differentiable():
             loss = run_closure(closure)
             products = _Products(
                 values, *gradient_and_product(loss, weights, self._vectors(values))
             )
-        tables: dict[Tensor, Tensor] = {}
-        for axis, chosen in by_filter_axis(layers):
-            groups = [filter_groups(layers[i]) for i in chosen]
-            found = self._reduce(products.of(chosen), chosen, axis, groups)
-            tables |= {weights[i]: table for i, table in zip(chosen, found, strict=True)}
+        # A convolution and its transpose, as in a tied autoencoder, see other filters in a weight.
+        kinds = [
+            (place[layer.weight], filter_axis(layer), filter_groups(layer))
+            for layer in self.layers.values()
+        ]
+        tables: dict[tuple[int, int, int], Tensor] = {}
+        for axis in (0, 1):
+            chosen = [kind for kind in dict.fromkeys(kinds) if kind[1] == axis]
+            if chosen:
+                places, groups = [kind[0] for kind in chosen], [kind[2] for kind in chosen]
+                found = self._reduce(products.of(places), places, axis, groups)
+                tables |= zip(chosen, found, strict=True)
         self.updates += 1
-        return [tables[layer.weight] for layer in self.layers.values()]
+        return [tables[kind] for kind in kinds]
 
     @abstractmethod
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
