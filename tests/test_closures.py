@@ -124,6 +124,48 @@ def test_after_an_error_the_next_update_is_as_if_there_had_been_none(criterion):
 
 
 @pytest.mark.parametrize("criterion", CLOSURES)
+def test_gradients_that_a_closure_takes_are_not_scored(criterion):
+    model, (x, y) = nets.mixed(train=False), nets.batch()
+    expected = scores(model, criterion, lambda: nets.loss_of(model, (x, y)))
+    x.requires_grad_()
+
+    def closure() -> Tensor:
+        loss = nets.loss_of(model, (x, y))
+        torch.autograd.grad(loss, x, retain_graph=True)  # to weigh or to clip something by it
+        return loss
+
+    same(scores(model, criterion, closure), expected)
+
+
+@pytest.mark.parametrize("criterion", CLOSURES)
+def test_a_closure_as_an_optimizer_takes_it_is_one_clear_error(criterion):
+    model, data = nets.mixed(train=False), nets.batch()
+    imp = tk.Importance(model, criterion)
+    with pytest.raises(ValueError, match=r"closure: a backward pass in it .* without backward\(\)"):
+        imp.update(closure=lambda: nets.backward(model, data))
+    imp.update(closure=lambda: nets.loss_of(model, data))
+    same(imp.compute(), scores(model, criterion, lambda: nets.loss_of(model, data)))
+
+
+@pytest.mark.parametrize("criterion", CLOSURES)
+def test_a_loss_that_depends_on_no_layer_that_is_scored_is_one_clear_error(criterion):
+    model, (x, y) = nets.mixed(train=False), nets.batch()
+    with pytest.raises(ValueError, match=r"closure: its loss (depends on none|does not depend)"):
+        scores(model, criterion, lambda: F.cross_entropy(model(x).detach().requires_grad_(), y))
+
+
+@pytest.mark.parametrize("criterion", CLOSURES)
+def test_an_empty_batch_scores_zero_or_is_one_clear_error(criterion):
+    model, data = nets.mixed(train=False), nets.batch(0)
+    if criterion in AT_OUTPUT:
+        with pytest.raises(ValueError, match="closure: what the model returned is empty"):
+            scores(model, criterion, lambda: nets.loss_of(model, data))
+        return
+    for score in scores(model, criterion, lambda: nets.loss_of(model, data)).values():
+        assert not score.any()
+
+
+@pytest.mark.parametrize("criterion", CLOSURES)
 def test_same_bits_again_and_after_a_state_dict(criterion):
     model, data = nets.mixed(train=False), [nets.batch() for _ in range(3)]
     imp = tk.Importance(model, criterion)

@@ -347,6 +347,44 @@ def test_an_input_that_was_changed_in_place_is_reported():
     close(imp.compute(), metered(model, [batch], half_squares))
 
 
+@pytest.mark.parametrize("criterion", ["obd_fisher", "obd_fisher_mc"])
+def test_a_layer_whose_output_does_not_follow_from_its_input_is_named(criterion):
+    class Padding(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (1, 1, 1, 1)) if self.pads else x)
+
+    model, batch = (
+        nn.Sequential(Padding(3, 4, 3), nn.Conv2d(4, 2, 3)).double(),
+        random_batch(3, 6, 6),
+    )
+    imp = tk.Importance(model, criterion)
+
+    def update() -> None:
+        if imp.needs_closure:
+            imp.update(closure=lambda: half_squares(model, batch))
+        else:
+            half_squares(model, batch).backward()
+            imp.update()
+
+    model[0].pads = True
+    with pytest.raises(RuntimeError, match=r"^0: its output is not that of a Conv2d.*leave it out"):
+        update()
+    model[0].pads = False
+    update()
+    first = imp.compute()
+    imp.reset()
+    update()
+    close(imp.compute(), first)
+
+
+def test_an_empty_batch_scores_zero():
+    model = nn.Linear(4, 3)
+    imp = tk.Importance(model, "obd_fisher")
+    model(torch.zeros(0, 4)).sum().backward()
+    imp.update()
+    assert imp.compute()[""].equal(torch.zeros(3))
+
+
 def test_loss_scale_is_divided_out():
     model, batch = nets.mixed(train=False), nets.batch()
     imp = tk.Importance(model, "obd_fisher")

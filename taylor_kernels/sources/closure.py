@@ -20,9 +20,21 @@ from taylor_kernels.sources.passes import WatchesPasses, inside_backward
 
 @contextmanager
 def differentiating() -> Iterator[None]:
-    """Inside, graphs are recorded, whatever mode the caller is in."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
+    """Inside, graphs are recorded, whatever mode the caller is in, and a closure is run.
+
+    Raises:
+        ValueError: the closure's loss has no graph any more.
+    """
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ValueError(
+            "closure: a backward pass in it has freed the graph of its loss; return the loss of "
+            "loss_fn(model(x), y) alone, without backward() and zero_grad()"
+        ) from error
 
 
 def run_closure(closure: Closure) -> Tensor:
@@ -84,6 +96,7 @@ class FromOutput(InClosure):
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._edges: list[torch.autograd.graph.GradientEdge] = []
+        self._flowing = False
 
     def _tables_of(self, closure: Closure) -> list[Tensor]:
         try:
@@ -103,7 +116,14 @@ class FromOutput(InClosure):
         """Let `gradient` flow back from `tensor` to the outputs of all layers that are watched."""
         if not self._edges:
             raise RuntimeError("closure: it called none of the layers that are to be scored")
-        torch.autograd.grad(tensor, self._edges, gradient, retain_graph=keep, allow_unused=True)
+        self._flowing = True
+        try:
+            torch.autograd.grad(tensor, self._edges, gradient, retain_graph=keep, allow_unused=True)
+        finally:
+            self._flowing = False
+
+    def _takes_gradients(self) -> bool:
+        return self._flowing  # and not those that a closure takes, for a penalty on them, say
 
     def _awaits_gradient(self, name: str, output: Tensor) -> bool:
         awaits = super()._awaits_gradient(name, output)
@@ -170,8 +190,12 @@ def _only_output(outputs: Sequence[Any]) -> Tensor:
         leaf
         for part in tree_leaves(outputs[0])
         for leaf in tree_leaves(vars(part) if _is_record(part) else part)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() and leaf.numel()
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()
     ]
+    full = [leaf for leaf in found if leaf.numel()]
+    if found and not full:
+        raise ValueError("closure: what the model returned is empty; leave out empty batches")
+    found = full
     if len(found) != 1:
         raise ValueError(
             f"model: its output holds {len(found)} floating tensors, but this criterion takes the "

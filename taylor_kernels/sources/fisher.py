@@ -112,6 +112,8 @@ class _Fishers(WatchesPasses):
         x = _Input(name, args[0] if args else kwargs["input"])
 
         def on_gradient(dy: Tensor) -> None:
+            if not self._takes_gradients():
+                return
             self._in_backward = True
             if x.dy is None:
                 here.inputs.append(x)
@@ -138,7 +140,16 @@ class _Fishers(WatchesPasses):
         for use in uses:
             by_count.setdefault(example_count(layer, use[0]), []).append(use)
         for n, alike in by_count.items():
-            self._add(name, layer_fisher(layer, alike, _weight(layer), self.backend), n)
+            try:
+                fisher = layer_fisher(layer, alike, _weight(layer), self.backend)
+            except ValueError as error:
+                self.discard()
+                raise RuntimeError(
+                    f"{name}: its output is not that of a {_kind(layer)} of its input ({error}), "
+                    "as where a subclass pads in its own forward(); leave it out (layers= of "
+                    "Importance, ignore= of Pruner), or use taylor_fo_bn or taylor_so_diag"
+                ) from error
+            self._add(name, fisher, n)
 
     def _add(self, name: str, fisher: Tensor, examples: int) -> None:
         # dy carries 1/N of a mean over N examples: N² makes it that of each one's own loss.
@@ -154,7 +165,7 @@ class _Fishers(WatchesPasses):
         for here, name in waiting.items():
             self._reduce(name, here)
         return [
-            (self._sums[name] / self._examples[name])[:, None]
+            (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
             else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
             for name, layer in self.layers.items()
@@ -204,6 +215,11 @@ class FisherProbe(FromOutput, _Fishers):
     def _add(self, name: str, fisher: Tensor, examples: int) -> None:
         check_examples(name, examples, self._batch)
         self._accumulate(name, fisher, 1)
+
+
+def _kind(layer: Layer) -> str:
+    """The class of PyTorch's own that it is."""
+    return next(c for c in type(layer).__mro__ if c.__module__.startswith("torch.nn.")).__name__
 
 
 def _weight(layer: Layer) -> Tensor:

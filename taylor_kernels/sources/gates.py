@@ -76,6 +76,8 @@ class _Gates(WatchesPasses):
         unbatched = isinstance(module, _ConvNd) and output.dim() == len(module.kernel_size) + 1
 
         def receive(y: Tensor, dy: Tensor) -> None:
+            if not self._takes_gradients():
+                return
             self._in_backward = True
             if unbatched or y.dim() == 1:
                 y, dy = y.unsqueeze(0), dy.unsqueeze(0)

@@ -65,7 +65,10 @@ def _hessian(loss: Tensor, output: Tensor) -> Tensor:
     """[N, K, K] of the examples, in float32 at least."""
     (slope,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True)
     if slope is None:
-        raise ValueError("closure: its loss does not depend on what the model returned")
+        raise ValueError(
+            "closure: its loss does not depend on what the model returned; compute it from that, "
+            "or use taylor_so_bn, which takes any loss"
+        )
     dtype = torch.promote_types(output.dtype, torch.float32)
     n, size = output.size(0), output[0].numel()
     if not slope.requires_grad:

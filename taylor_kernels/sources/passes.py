@@ -79,6 +79,10 @@ class WatchesPasses(Source):
                 stacklevel=5,
             )
 
+    def _takes_gradients(self) -> bool:
+        """Whether what flows back just now is to be scored."""
+        return True
+
     def _on_model(self, *_: object) -> None:
         self._begin_pass()
 
