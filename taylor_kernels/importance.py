@@ -43,7 +43,8 @@ class Importance:
         for x, y in batches:
             imp.update(closure=lambda: loss_fn(model(x), y))
 
-    They leave what a forward pass leaves: `.grad`, `requires_grad` and the mode stay as they were.
+    They leave what a forward pass leaves: `.grad`, `requires_grad` and the mode stay as they were;
+    other meters on the model do not count these passes.
 
     Defined behaviour, by example:
         layer used twice: its weights' gradients, and its gate's, add up over the uses.

@@ -105,6 +105,29 @@ def test_scores_do_not_depend_on_what_is_frozen_or_on_other_passes(criterion):
     same(scores(model, criterion, closure), expected)
 
 
+@pytest.mark.parametrize("other", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
+@pytest.mark.parametrize("criterion", CLOSURES)
+def test_another_meter_on_the_model_does_not_count_the_closures_passes(criterion, other):
+    model, data = nets.mixed(train=False), [nets.batch() for _ in range(2)]
+    results = []
+    for beside in (False, True):
+        imp, meter = tk.Importance(model, other), tk.Importance(model, criterion)
+        for d in data:
+            model.zero_grad()
+            for step in ("forward", "backward", "update"):
+                if beside:
+                    meter.update(closure=lambda d=d: nets.loss_of(model, d))
+                if step == "forward":
+                    loss = nets.loss_of(model, d)
+                elif step == "backward":
+                    loss.backward()
+            imp.update()
+        results.append(imp.compute())
+        imp.close()
+    for name, score in results[0].items():
+        assert results[1][name].equal(score)
+
+
 @pytest.mark.parametrize("criterion", CLOSURES)
 def test_after_an_error_the_next_update_is_as_if_there_had_been_none(criterion):
     model, data = nets.mixed(train=False), nets.batch()

@@ -25,6 +25,7 @@ def differentiating() -> Iterator[None]:
     Raises:
         ValueError: the closure's loss has no graph any more.
     """
+    WatchesPasses.closures += 1
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
@@ -35,6 +36,8 @@ def differentiating() -> Iterator[None]:
             "closure: a backward pass in it has freed the graph of its loss; return the loss of "
             "loss_fn(model(x), y) alone, without backward() and zero_grad()"
         ) from error
+    finally:
+        WatchesPasses.closures -= 1
 
 
 def run_closure(closure: Closure) -> Tensor:
@@ -69,6 +72,10 @@ class InClosure(WatchesPasses):
     needs_closure = True
     power = 0
 
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._watching = False
+
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         assert closure is not None
         self._watching = True
@@ -80,6 +87,9 @@ class InClosure(WatchesPasses):
             return tables
         finally:
             self._watching = False
+
+    def _watches(self) -> bool:
+        return torch.is_grad_enabled() and self._watching
 
     @abstractmethod
     def _tables_of(self, closure: Closure) -> list[Tensor]:

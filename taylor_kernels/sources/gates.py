@@ -65,7 +65,7 @@ class _Gates(WatchesPasses):
         self._unreached.discard(name)
         if wanted:
             self._tap(name, norm, output)
-        elif torch.is_grad_enabled():
+        elif self._watches():
             self._called.add(name)
 
     def _tap(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
@@ -148,7 +148,7 @@ class Gates(_Gates):
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
-        if not torch.is_grad_enabled():
+        if not self._watches():
             return False
         last_pass, last_name = self._last_run.get(norm, (-1, name))
         if last_pass == self._pass and inside_backward():

@@ -22,12 +22,13 @@ class WatchesPasses(Source):
 
     #: Raising the loss by a factor raises the tables by this power of it.
     power = 1
+    #: How many closures are running; their passes are those of the meter that runs them, alone.
+    closures = 0
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
-        self._watching = not self.needs_closure  # else in the closure's passes alone
         self._pass = 0
         self._in_backward = False
         self._unreached: set[str] = set()
@@ -79,6 +80,10 @@ class WatchesPasses(Source):
                 stacklevel=5,
             )
 
+    def _watches(self) -> bool:
+        """Whether a pass that is running is one to be scored."""
+        return torch.is_grad_enabled() and not WatchesPasses.closures
+
     def _takes_gradients(self) -> bool:
         """Whether what flows back just now is to be scored."""
         return True
@@ -98,7 +103,7 @@ class WatchesPasses(Source):
 
     def _awaits_gradient(self, name: str, output: Tensor) -> bool:
         """Whether a backward pass is to be expected at an output of this layer, or of its norm."""
-        if not (torch.is_grad_enabled() and self._watching):
+        if not self._watches():
             return False
         self._called.add(name)
         if not output.requires_grad:
