@@ -104,6 +104,7 @@ class Importance:
         self._sum_squares: Tensor
         self._counts: list[int]
         self._updates: int
+        self._closed = False
         self._zero()
 
     def update(
@@ -122,12 +123,18 @@ class Importance:
                 `loss_scale`: return it unscaled.
 
         Raises:
-            RuntimeError: there is nothing to read (the message says why and what to do).
+            RuntimeError: there is nothing to read (the message says why and what to do); the meter
+                is closed.
             ValueError: `loss_scale` is not a positive number; a closure is missing, or given to a
                 criterion that takes none, or returned no scalar that depends on the model.
         """
         if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < math.inf:
             raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
+        if self._closed:
+            raise RuntimeError(
+                "update: the meter is closed; make a new one, whose load_state_dict() goes on from "
+                "this one's state_dict()"
+            )
         check_closure(self._source, closure, self.criterion.name, "update")
         tables = self._source.collect(loss_scale=loss_scale, closure=closure)
         device = tables[0].device
@@ -178,7 +185,8 @@ class Importance:
         self._zero()
 
     def close(self) -> None:
-        """Take every hook off the model; the scores stay."""
+        """Take every hook off the model; the scores stay, and none is added."""
+        self._closed = True
         self._source.close()
 
     def state_dict(self) -> dict[str, Any]:

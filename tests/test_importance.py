@@ -345,3 +345,18 @@ def test_outputs_without_gradient_point_to_scoring():
         nets.loss_of(model, nets.batch()).backward()
     imp.update()
     assert (imp.compute()["stem"] > 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_so_bn", "oracle"])
+def test_a_closed_meter_keeps_its_scores_and_takes_no_more(criterion):
+    model, data = nets.mixed(train=False), nets.batch()
+    imp = tk.Importance(model, criterion)
+    closure = {"closure": lambda: nets.loss_of(model, data)} if imp.needs_closure else {}
+    nets.backward(model, data)
+    imp.update(**closure)
+    before = imp.compute()
+    imp.close()
+    nets.backward(model, data)
+    with pytest.raises(RuntimeError, match="update: the meter is closed; make a new one"):
+        imp.update(**closure)
+    assert all(score.equal(before[name]) for name, score in imp.compute().items())
