@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import taylor_kernels as tk
 
@@ -344,6 +345,21 @@ def test_a_computed_weight_is_an_error_that_says_so():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
     with pytest.raises(RuntimeError, match=r"0\.weight is computed from other parameters"):
         scores(model, "taylor_so", lambda: model(torch.randn(2, 4)).sum())
+
+
+@pytest.mark.parametrize("criterion", ["taylor_so", "obd_hutchinson", "taylor_fo"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_computed_by_a_hook_is_an_error_whatever_ran_before(criterion):
+    masked = nn.Linear(4, 3)
+    prune.random_unstructured(masked, "weight", 0.5)
+    for layer in (masked, nn.utils.weight_norm(nn.Linear(4, 3))):
+        model = nn.Sequential(layer)
+        imp = tk.Importance(model, criterion)
+        with torch.no_grad():
+            model(torch.randn(2, 4))  # leaves a weight without a graph
+        closure = {"closure": lambda m=model: m(torch.randn(2, 4)).sum()}
+        with pytest.raises(RuntimeError, match=r"0\.weight is computed from other parameters"):
+            imp.update(**(closure if imp.needs_closure else {}))
 
 
 @pytest.mark.parametrize("classes", [33, 40])

@@ -110,7 +110,8 @@ def check_leaf(name: str, weight: Tensor) -> None:
     Raises:
         RuntimeError: it is not.
     """
-    if not weight.is_leaf:
+    # One that was computed while nothing required a gradient is a leaf too.
+    if not (weight.is_leaf and isinstance(weight, nn.Parameter)):
         raise RuntimeError(
             f"{name}.weight is computed from other parameters (a parametrization or a pruning "
             "mask), so it holds no gradient; use taylor_fo_gate, or make the parametrization "

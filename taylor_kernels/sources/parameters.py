@@ -58,12 +58,12 @@ class WeightMoments(Source):
         grads: list[Tensor | None] = []
         for name, layer in self.layers.items():
             weight = layer.weight
+            check_leaf(name, weight)
             if not weight.requires_grad:
                 raise RuntimeError(
                     f"{name}.weight requires no gradient, so this criterion has nothing to read; "
                     "inside tk.scoring() or with frozen layers use taylor_fo_gate or taylor_fo_bn"
                 )
-            check_leaf(name, weight)
             weights.append(weight.detach())
             grads.append(weight.grad)
         present = [grad for grad in grads if grad is not None]
