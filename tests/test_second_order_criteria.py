@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import nets
@@ -502,10 +503,25 @@ def test_what_is_not_finite_reaches_the_scores(criterion):
 
 
 @pytest.mark.parametrize("criterion", ["obd_bn", "obd_fisher_mc"])
+@pytest.mark.filterwarnings("ignore:closure. its loss is linear")
 def test_a_loss_without_curvature_at_the_output(criterion):
     model = nn.Linear(4, 3)
     got = scores(model, criterion, lambda: model(torch.randn(5, 4)).abs().sum())
     assert got[""].equal(torch.zeros(3))
+
+
+@pytest.mark.parametrize("criterion", ["obd_bn", "taylor_so_diag", "obd_fisher_mc"])
+def test_a_loss_that_is_linear_in_the_output_is_warned_of(criterion):
+    model, x = nn.Linear(4, 3), torch.randn(5, 4)
+    labels = torch.zeros(5, dtype=torch.int64)
+    ended = nn.Sequential(model, nn.LogSoftmax(1))
+    with pytest.warns(UserWarning, match=r"linear in what the model returned.*log_softmax") as seen:
+        scores(ended, criterion, lambda: F.nll_loss(ended(x), labels))
+    assert seen[0].filename == __file__
+    sure = x.new_tensor([300.0, 0.0, 0.0])  # has lost its curvature to rounding
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores(model, criterion, lambda: F.cross_entropy(model(x) + sure, labels))
 
 
 CRITERIA = ["taylor_so", "taylor_so_bn", "taylor_so_diag", "obd_bn", "obd_fisher_mc"]

@@ -10,6 +10,7 @@ The loss alone is differentiated twice, the model never.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -71,8 +72,6 @@ def _hessian(loss: Tensor, output: Tensor) -> Tensor:
         )
     dtype = torch.promote_types(output.dtype, torch.float32)
     n, size = output.size(0), output[0].numel()
-    if not slope.requires_grad:
-        return output.new_zeros(n, size, size, dtype=dtype)
 
     def rows(weights: Tensor) -> Tensor:
         """[N, K]: Σ_m Σ_k weights[m, k] ∂²loss / ∂z[m, k] ∂z."""
@@ -82,12 +81,21 @@ def _hessian(loss: Tensor, output: Tensor) -> Tensor:
         row = torch.zeros_like(output) if row is None else row.detach()
         return row.reshape(n, size).to(dtype)
 
-    units = torch.eye(size, dtype=slope.dtype, device=slope.device)
-    hessian = torch.stack([rows(unit.expand(n, -1).contiguous()) for unit in units], 1)
-    if hessian.isfinite().all() and _examples_meet(rows, n, size, slope):
-        raise ValueError(
-            "closure: its loss lets examples meet (dim 0 of the model's output), as a contrastive "
-            "loss does, so that they have no curvature each; use taylor_so_bn"
+    hessian = output.new_zeros(n, size, size, dtype=dtype)
+    if slope.requires_grad:
+        units = torch.eye(size, dtype=slope.dtype, device=slope.device)
+        hessian = torch.stack([rows(unit.expand(n, -1).contiguous()) for unit in units], 1)
+        if hessian.isfinite().all() and _examples_meet(rows, n, size, slope):
+            raise ValueError(
+                "closure: its loss lets examples meet (dim 0 of the model's output), as a "
+                "contrastive loss does, so that they have no curvature each; use taylor_so_bn"
+            )
+    if slope.any() and not hessian.any():
+        warnings.warn(
+            "closure: its loss is linear in what the model returned (as l1_loss is, or nll_loss "
+            "behind a log_softmax in the model), so this criterion finds no curvature; let the "
+            "model return logits and take their cross_entropy, or use taylor_so_bn",
+            stacklevel=8,
         )
     return (hessian + hessian.transpose(1, 2)) / 2
 
