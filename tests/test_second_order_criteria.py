@@ -309,6 +309,37 @@ def test_a_model_that_cannot_be_differentiated_twice_is_one_clear_error(criterio
     assert all(score.isfinite().all() for score in instead.values())
 
 
+class OnceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * 2 * x / x.numel()
+
+
+ONCE_LOSSES = {
+    "once_differentiable": OnceLoss.apply,
+    "ctc": lambda x: F.ctc_loss(
+        x.log_softmax(2).transpose(0, 1), torch.tensor([[1, 2]] * 5), [4] * 5, [2] * 5
+    ),
+    "behind a sum": lambda x: Once.apply(x).sum(),
+}
+
+
+@pytest.mark.parametrize("loss", ONCE_LOSSES)
+@pytest.mark.parametrize("criterion", ["taylor_so", "taylor_so_bn", "obd_bn", "obd_fisher_mc"])
+def test_a_loss_that_cannot_be_differentiated_twice_is_one_clear_error(criterion, loss):
+    """Also where the gradient that its last function is given needs none itself."""
+    model, x = nn.Linear(6, 3), torch.randn(5, 4, 6)
+    with pytest.raises(RuntimeError, match=r"be differentiated twice: .*; use .*obd_fisher"):
+        scores(model, criterion, lambda: ONCE_LOSSES[loss](model(x)))
+
+
 def test_a_compiled_model_in_the_closure_is_one_clear_error():
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(5, 4)
     imp = tk.Importance(model, "taylor_so")

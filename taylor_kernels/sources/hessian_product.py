@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_INSTEAD = "; use taylor_so_diag or obd_fisher, which differentiate the model once"
+_OF_MODEL = (
+    "the model or its loss cannot be differentiated twice: {}; use taylor_so_diag or obd_fisher, "
+    "which differentiate the model once"
+)
 
 
 @contextmanager
@@ -36,7 +39,7 @@ def gradient_and_product(
         RuntimeError: an operation of the model cannot be differentiated twice.
         ValueError: L, of a closure, depends on no leaf.
     """
-    found = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    found = slopes_with_graph(loss, leaves)
     if all(slope is None for slope in found):
         raise ValueError(
             "closure: its loss depends on none of the layers that are to be scored; return the "
@@ -49,22 +52,35 @@ def gradient_and_product(
     bent = [(s, v) for s, v in zip(slopes, vectors, strict=True) if s.requires_grad]
     if not bent:
         return [s.detach() for s in slopes], [torch.zeros_like(leaf) for leaf in leaves]
-    _check_graph(s for s, _ in bent)
-    try:
+    check_graph([s for s, _ in bent], _OF_MODEL)
+    with second_derivatives(_OF_MODEL):
         products = torch.autograd.grad(
             [s for s, _ in bent], leaves, [v for _, v in bent], materialize_grads=True
         )
+    return [s.detach() for s in slopes], list(products)
+
+
+def slopes_with_graph(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """∂L/∂leaves to be differentiated once more; None where L does not depend on a leaf."""
+    # A function that is marked as once differentiable says so in the graph only if the gradient
+    # that it is given has one, which that of the loss, and of sums, has not by itself.
+    one = torch.ones_like(loss).requires_grad_()
+    return torch.autograd.grad(loss, leaves, one, create_graph=True, allow_unused=True)
+
+
+@contextmanager
+def second_derivatives(message: str) -> Iterator[None]:
+    """Inside, an operation without a double backward is an error with its name in `message`."""
+    try:
+        yield
     except RuntimeError as error:
         # The latter is what torch.compile says.
         if not any(part in str(error) for part in ("not implemented", "double backward")):
             raise
-        raise RuntimeError(
-            f"the model cannot be differentiated twice: {error}{_INSTEAD}"
-        ) from error
-    return [s.detach() for s in slopes], list(products)
+        raise RuntimeError(message.format(error)) from error
 
 
-def _check_graph(tensors: Iterator[Tensor]) -> None:
+def check_graph(tensors: Sequence[Tensor], message: str) -> None:
     """That no gradient came out of a function that is marked as once differentiable.
 
     torch.autograd.grad would not meet the error that such a function leaves in the graph, and
@@ -78,8 +94,10 @@ def _check_graph(tensors: Iterator[Tensor]) -> None:
             continue
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
-                "the model cannot be differentiated twice: it holds a torch.autograd.Function "
-                f"whose backward is marked once_differentiable{_INSTEAD}"
+                message.format(
+                    "it holds a torch.autograd.Function whose backward is marked "
+                    "once_differentiable"
+                )
             )
         seen.add(node)
         stack.extend(after for after, _ in node.next_functions)

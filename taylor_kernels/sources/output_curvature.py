@@ -16,11 +16,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from taylor_kernels.sources.hessian_product import (
+    check_graph,
+    second_derivatives,
+    slopes_with_graph,
+)
+
 #: Outputs per example of which H is formed, [N, K, K].
 MOST_OUTPUTS = 1024
 #: Up to so many the root is made of eigenvectors, none of which is 0; of more, by Cholesky, which
 #: took an eighth of the time (K = 1000, CPU).
 FEW_OUTPUTS = 32
+_OF_LOSS = "closure: its loss cannot be differentiated twice: {}; use obd_fisher or taylor_fo_bn"
 #: Share of the curvature that may be negative, and is then left out: rounding, no more.
 _NEGLIGIBLE = 0.05
 
@@ -64,7 +71,7 @@ def curvature_root(loss: Tensor, output: Tensor) -> Tensor:
 
 def _hessian(loss: Tensor, output: Tensor) -> Tensor:
     """[N, K, K] of the examples, in float32 at least."""
-    (slope,) = torch.autograd.grad(loss, output, create_graph=True, allow_unused=True)
+    (slope,) = slopes_with_graph(loss, [output])
     if slope is None:
         raise ValueError(
             "closure: its loss does not depend on what the model returned; compute it from that, "
@@ -81,15 +88,15 @@ def _hessian(loss: Tensor, output: Tensor) -> Tensor:
         row = torch.zeros_like(output) if row is None else row.detach()
         return row.reshape(n, size).to(dtype)
 
-    hessian = output.new_zeros(n, size, size, dtype=dtype)
-    if slope.requires_grad:
-        units = torch.eye(size, dtype=slope.dtype, device=slope.device)
+    check_graph([slope], _OF_LOSS)
+    units = torch.eye(size, dtype=slope.dtype, device=slope.device)
+    with second_derivatives(_OF_LOSS):
         hessian = torch.stack([rows(unit.expand(n, -1).contiguous()) for unit in units], 1)
-        if hessian.isfinite().all() and _examples_meet(rows, n, size, slope):
-            raise ValueError(
-                "closure: its loss lets examples meet (dim 0 of the model's output), as a "
-                "contrastive loss does, so that they have no curvature each; use taylor_so_bn"
-            )
+    if hessian.isfinite().all() and _examples_meet(rows, n, size, slope):
+        raise ValueError(
+            "closure: its loss lets examples meet (dim 0 of the model's output), as a contrastive "
+            "loss does, so that they have no curvature each; use taylor_so_bn"
+        )
     if slope.any() and not hessian.any():
         warnings.warn(
             "closure: its loss is linear in what the model returned (as l1_loss is, or nll_loss "
