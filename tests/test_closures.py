@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import nets
@@ -126,6 +127,25 @@ def test_another_meter_on_the_model_does_not_count_the_closures_passes(criterion
         imp.close()
     for name, score in results[0].items():
         assert results[1][name].equal(score)
+
+
+@pytest.mark.parametrize("criterion", CLOSURES)
+def test_another_thread_trains_and_scores_while_a_closure_runs(criterion):
+    model, other, data = nets.mixed(train=False), nets.mixed(train=False), nets.batch()
+    imp, meter = tk.Importance(model, criterion), tk.Importance(other, "taylor_fo_gate")
+
+    def closure() -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: nets.loss_of(other, data).backward()).result()
+        return nets.loss_of(model, data)
+
+    imp.update(closure=closure)
+    meter.update()
+    alone = tk.Importance(other, "taylor_fo_gate")
+    nets.loss_of(other, data).backward()
+    alone.update()
+    for name, score in alone.compute().items():
+        assert meter.compute()[name].equal(score)
 
 
 @pytest.mark.parametrize("criterion", CLOSURES)

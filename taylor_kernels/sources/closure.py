@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ def differentiating() -> Iterator[None]:
     Raises:
         ValueError: the closure's loss has no graph any more.
     """
-    WatchesPasses.closures += 1
+    thread = threading.get_ident()
+    WatchesPasses.in_closure.append(thread)
     try:
         with torch.inference_mode(False), torch.enable_grad():
             yield
@@ -37,7 +39,7 @@ def differentiating() -> Iterator[None]:
             "loss_fn(model(x), y) alone, without backward() and zero_grad()"
         ) from error
     finally:
-        WatchesPasses.closures -= 1
+        WatchesPasses.in_closure.remove(thread)
 
 
 def run_closure(closure: Closure) -> Tensor:

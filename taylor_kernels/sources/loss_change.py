@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import SupportsFloat
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from taylor_kernels.sources.base import Closure, eval_mode
@@ -35,6 +33,9 @@ class LossChange(KnowsNorms):
             for name, layer in self.layers.items()
         }
         filters = [(name, number) for name, table in tables.items() for number in range(len(table))]
+        from rich.console import Console  # nothing else that a score needs is not PyTorch
+        from rich.progress import track
+
         console = Console(stderr=True)
         for (name, number), change in track(
             self.changes(closure, filters),

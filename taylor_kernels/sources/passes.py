@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ class WatchesPasses(Source):
 
     #: Raising the loss by a factor raises the tables by this power of it.
     power = 1
-    #: How many closures are running; their passes are those of the meter that runs them, alone.
-    closures = 0
+    #: Threads that run a closure; its passes are those of the meter that runs it, alone.
+    in_closure: ClassVar[list[int]] = []
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -82,7 +84,10 @@ class WatchesPasses(Source):
 
     def _watches(self) -> bool:
         """Whether a pass that is running is one to be scored."""
-        return torch.is_grad_enabled() and not WatchesPasses.closures
+        # A checkpoint may run in a thread of autograd's own.
+        threads = WatchesPasses.in_closure
+        elsewhere = threading.get_ident() not in threads and not (threads and inside_backward())
+        return torch.is_grad_enabled() and elsewhere
 
     def _takes_gradients(self) -> bool:
         """Whether what flows back just now is to be scored."""
