@@ -157,6 +157,11 @@ def _share_of_sum(table: Tensor) -> Tensor:
     return saliency / saliency.sum().clamp_min(torch.finfo(saliency.dtype).tiny)
 
 
+def _curvature(table: Tensor) -> Tensor:
+    """h of gates, [F]; of coupled ones that of their shared gate, since its square comes last."""
+    return table[:, 1:].square().sum(1)
+
+
 for _criterion in (
     Criterion("taylor_fo", "moments", _moment("gw2")),
     Criterion("taylor_fo_joint", "moments", lambda table: _moment("gw")(table).square()),
@@ -165,8 +170,8 @@ for _criterion in (
     Criterion("taylor_fo_gate", "example_gates", Tensor.square),
     Criterion("taylor_so", "weight_products", lambda table: table[:, 1]),
     Criterion("taylor_so_bn", "gate_products", lambda table: table[:, 0].square()),
-    Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - t[:, 1] / 2).square()),
-    Criterion("obd_bn", "gate_curvature", lambda table: table[:, 1] / 2),
+    Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - _curvature(t) / 2).square()),
+    Criterion("obd_bn", "gate_curvature", lambda table: _curvature(table) / 2),
     Criterion("obd_fisher", "fisher", lambda table: table[:, 0] / 2),
     Criterion("obd_fisher_mc", "fisher_probe", lambda table: table[:, 0] / 2),
     Criterion("obd_hutchinson", "hutchinson", lambda table: table[:, 0] / 2),

@@ -5,7 +5,7 @@
 | moments | the five of `MOMENTS`, from weight and gradient |
 | gates | 1: the gate's gradient over the minibatch |
 | example_gates | N: the gate's gradient for each example |
-| gate_curvature | 2: the gate's gradient over the minibatch, its own curvature |
+| gate_curvature | 1 + n: the gate's gradient; numbers whose squares sum to its curvature |
 | weight_products | 2: Σ q, Σ q² with q = g·w − ½·w·(HW), W all scored weights |
 | hutchinson | 1: Σ w² z (Hz), random signs z drawn anew at every update |
 | fisher | 1: Σ w² · mean over examples of g², each of its own loss |

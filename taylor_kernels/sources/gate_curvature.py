@@ -18,12 +18,15 @@ _PROBES = 8
 
 
 class GateCurvature(FromOutput, _Gates):
-    """[F, 2] per layer: s = ∂L/∂gate and h, its diagonal element of the Gauss-Newton matrix.
+    """[F, 1 + N·K] per layer: s = ∂L/∂gate, then ∂/∂gate of N·K numbers whose squares sum to h.
 
     The gate multiplies the whole output, behind the layer's BatchNorm if it has one, so that 0
-    removes the filter, as the oracle does: L changes by −s + ½h. A layer used twice has one gate.
-    Exact in eval mode; a BatchNorm in train mode behind a gate mixes examples, and h is then made
-    of what each example's gate does to the outputs of all.
+    removes the filter, as the oracle does: L changes by −s + ½h, h the gate's diagonal element of
+    the Gauss-Newton matrix. The numbers are K combinations of an example's
+    outputs, weighed by the loss; of gates that are turned together they add up, as s does, which
+    their curvatures do not. A layer used twice has one gate. Exact in eval mode; a BatchNorm in
+    train mode behind a gate mixes examples, and h is then made of what each example's gate does
+    to the outputs of all.
     """
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
@@ -35,12 +38,12 @@ class GateCurvature(FromOutput, _Gates):
         self._batch = output.size(0)
         root = curvature_root(loss, output)
         slopes = self._gates_of(loss, None)
-        bends = [torch.zeros_like(slope[0]) for slope in slopes]
+        tables = [[slope.sum(0)[None]] for slope in slopes]
         for column in self._columns(root):
             gates = self._gates_of(output, column.view_as(output).to(output))
-            for bend, gate in zip(bends, gates, strict=True):
-                bend += gate.square().sum(0)
-        return [torch.stack((s.sum(0), h), 1) for s, h in zip(slopes, bends, strict=True)]
+            for table, gate in zip(tables, gates, strict=True):
+                table.append(gate)
+        return [torch.cat(table).T for table in tables]
 
     def _columns(self, root: Tensor) -> Iterator[Tensor]:
         """What is to flow back from the output, so that squares of gate gradients sum to h."""

@@ -91,6 +91,55 @@ def test_tables_of_coupled_filters_add_up(criterion):
             )
 
 
+class Residual(nn.Module):
+    """Three layers that make the channels of one residual stream, of ReLUs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.skip = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 1)
+        self.first, self.second = nn.Conv2d(6, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = (self.norms[0](self.skip(x)) + self.norms[1](self.first(x))).relu()
+        x = (x + self.norms[2](self.second(x))).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", ["obd_bn", "taylor_so_diag"])
+def test_coupled_gates_have_the_gauss_newton_curvature_of_one_that_they_share(criterion):
+    model = Residual().double().eval()
+    for norm in model.norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, y = torch.randn(7, 3, 6, 6, dtype=torch.float64), torch.randint(0, 5, (7,))
+
+    def outputs_of(gates):
+        hooks = [
+            norm.register_forward_hook(lambda *of: of[2] * gates[:, None, None])
+            for norm in model.norms
+        ]
+        outputs = model(x)
+        for hook in hooks:
+            hook.remove()
+        return outputs
+
+    ones = torch.ones(8, dtype=torch.float64)
+    rows = torch.autograd.functional.jacobian(outputs_of, ones)  # [N, K, 8]
+    p = model(x).detach().softmax(1)
+    hessian = (p.diag_embed() - p[:, :, None] * p[:, None, :]) / len(x)  # of the cross entropy
+    bend = torch.einsum("nku,nkl,nlu->u", rows, hessian, rows)
+    slope = torch.einsum("nku,nk->u", rows, (p - nn.functional.one_hot(y, 5)) / len(x))
+    expected = bend / 2 if criterion == "obd_bn" else (slope - bend / 2).square()
+    pruner = Pruner(model, x, criterion, filters=0.9, every=1, per_step=1, ignore=("stem",))
+    pruner.step(closure=lambda: nn.functional.cross_entropy(model(x), y))
+    for layer in ("skip", "first", "second"):
+        got = pruner.scores()[layer].double()
+        assert got.isnan().sum() <= 1
+        torch.testing.assert_close(got, torch.where(got.isnan(), got, expected), equal_nan=True)
+
+
 def test_a_closure_is_given_where_it_is_needed_and_nowhere_else():
     model, inputs = zoo.build("mlp")
     closure = partial(zoo.loss, model, inputs)
