@@ -60,6 +60,9 @@ FISHER_CASES = [
     FisherCase("chunk", (2, 8, 8, 8), (20, 8, 1, 1)),
     FisherCase("chunk_and_one", (2, 8, 5, 13), (20, 8, 1, 1), **_LAST),
     FisherCase("chunks", (2, 5, 14, 14), (20, 5, 3, 3), padding=(1, 1)),
+    FisherCase("span", (3, 5, 16, 16), (20, 5, 1, 1)),
+    FisherCase("span_and_one", (2, 20, 257, 1), (5, 20, 1, 1), **_LAST),
+    FisherCase("spans", (3, 5, 24, 24), (9, 5, 3, 3), padding=(1, 1)),
     FisherCase("depthwise_chunks", (2, 5, 13, 13), (5, 1, 3, 3), padding=(1, 1), groups=5),
     FisherCase("depthwise_rows", (2, 72, 5, 5), (72, 1, 5, 5), padding=(2, 2), groups=72, **_LAST),
 ]
@@ -128,6 +131,12 @@ def fisher(
 ) -> Tensor:
     with torch.backends.cudnn.flags(allow_tf32=tf32):  # only picks other tiles here
         return conv2d_fisher(x, case.size, dy, *case.geometry, weight=weight, backend="triton")
+
+
+def test_long_sums_of_one_sign_keep_their_precision() -> None:
+    case = FisherCase("long", (1, 16, 256, 256), (16, 16, 1, 1))
+    x, dy, _ = (t.abs() for t in random_fisher_inputs(case, torch.float32))
+    assert_close(fisher(case, x, dy, None, tf32=True), *fisher_reference64(x, dy, case))
 
 
 @pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)

@@ -6,6 +6,9 @@ matrix and a share of the examples. It gathers columns from the image as it goes
 square of each finished product to a second tile of registers, so no gradient leaves them. A second
 launch adds the shares in order.
 
+Sums over an example are in two levels, of spans of 256 positions and of spans: up to 2^16 positions
+of one sign keep the bound of 16 units (tests/cases.py); beyond, they may pass it by a little.
+
 Groups too small for a matrix product, such as those of a depthwise layer, are multiplied element by
 element. Bits depend on shapes, layouts and on whether tensors start at a 16-byte address.
 """
@@ -99,9 +102,12 @@ def product_kernel(
     kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, row_tiles, col_tiles, share,
     X_LAST: tl.constexpr, DY_LAST: tl.constexpr, X_VECTOR: tl.constexpr, DY_VECTOR: tl.constexpr,
     POINTWISE: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    SPAN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """R filters of a group times C columns, P positions at a time."""
+    """R filters of a group times C columns, P positions at a time.
+
+    Sums of at most SPAN positions are added to that of an example; 0: it has no more.
+    """
     row_tile, col_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
     tiles = tl.cdiv(filters, R)
     group = row_tile // tiles
@@ -131,34 +137,48 @@ def product_kernel(
     dy += group * filters * dy_filter
 
     fisher = tl.zeros((R, C), tl.float32)
-    for n in tl.range(first, last, flatten=True):
+    gradient = tl.zeros((R, C), tl.float32)
+    product = tl.zeros((R, C), tl.float32)
+    n = first
+    start = tl.full((), 0, INDEX)
+    # One loop over all positions of all examples, so that loads run ahead from one into the next.
+    for _ in tl.range((last - first) * tl.cdiv(positions, P)):
         x_n = x + n * groups * channels * pixels
         dy_n = dy + n * groups * filters * positions
-        product = tl.zeros((R, C), tl.float32)
-        for start in range(0, positions, P):
-            p = start + tl.arange(0, P).to(INDEX)
-            a_at = dy_n + row[:, None] * dy_filter + (p * dy_position)[None, :]
-            a = tl.load(a_at, mask=(row < filters)[:, None] & (p < positions)[None, :], other=0)
-            if POINTWISE:
-                b_at = x_n + (p * x_pixel)[:, None] + col[None, :]
-                b = tl.load(b_at, mask=(p < positions)[:, None] & (k < columns)[None, :], other=0)
-            else:
-                top, left = _corners(
-                    p, positions, height, out_width, stride_h, stride_w, pad_h, pad_w
-                )
-                b_at = x_n + ((top * width + left) * x_pixel)[:, None] + col[None, :]
-                h = top[:, None] + down[None, :]
-                w = left[:, None] + right[None, :]
-                inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                b = tl.load(b_at, mask=inside, other=0)
-            if INTERPRETED or P == 1:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            if P == 1:
-                product += a * b
-            else:
-                product = tl.dot(a, b, product, input_precision=PRECISION)
-        fisher += product * product
+        p = start + tl.arange(0, P)
+        a_at = dy_n + row[:, None] * dy_filter + (p * dy_position)[None, :]
+        a = tl.load(a_at, mask=(row < filters)[:, None] & (p < positions)[None, :], other=0)
+        if POINTWISE:
+            b_at = x_n + (p * x_pixel)[:, None] + col[None, :]
+            b = tl.load(b_at, mask=(p < positions)[:, None] & (k < columns)[None, :], other=0)
+        else:
+            top, left = _corners(p, positions, height, out_width, stride_h, stride_w, pad_h, pad_w)
+            b_at = x_n + ((top * width + left) * x_pixel)[:, None] + col[None, :]
+            h = top[:, None] + down[None, :]
+            w = left[:, None] + right[None, :]
+            inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            b = tl.load(b_at, mask=inside, other=0)
+        if INTERPRETED or P == 1:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if P == 1:
+            product += a * b
+        else:
+            product = tl.dot(a, b, product, input_precision=PRECISION)
+        start += P
+        ends = start >= positions
+        if SPAN and start % SPAN == 0:
+            gradient += product
+            product = tl.zeros((R, C), tl.float32)
+        if ends:
+            if SPAN:
+                product += gradient
+                gradient = tl.zeros((R, C), tl.float32)
+            fisher += product * product
+            product = tl.zeros((R, C), tl.float32)
+        # Not in the branch, which waits for the product: the next loads need it now.
+        n += ends.to(tl.int64)
+        start = tl.where(ends, 0, start)
     _store(
         fisher, weight, to, split, col_tile, col_tiles, group * filters + row, groups * filters, at,
         columns, row < filters, k < columns, WEIGHT,

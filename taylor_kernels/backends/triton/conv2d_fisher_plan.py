@@ -31,6 +31,9 @@ LEAST_SIDE, LEAST_TILE = 16, 32 * 32
 #: Most positions multiplied at once: 128 bytes of each filter and column; less without tensor
 #: cores, where all of them are in registers.
 CHUNK = {"half": 64, "tf32": 32, "ieee": 16}
+#: Positions whose products are summed at once: tensor cores cut off what does not fit, so that a
+#: long sum of one sign would lose a little with every step.
+SPAN = 256
 #: More padding than this share of the positions is worth a smaller chunk.
 PADDING = 0.15
 #: Groups of at most this many filters times channels are multiplied element by element: a tile of a
@@ -75,7 +78,7 @@ class Grid(NamedTuple):
 def choose_tile(args: Conv2dFisherArgs) -> Tile:
     """The tile by which `conv2d_fisher` runs."""
     kind, positions, columns = _kind(args), math.prod(args.out_image), _columns(args)
-    x_last, _, x_vector, dy_vector = _layouts(args)
+    x_last, dy_last, x_vector, dy_vector = _layouts(args)
     if _is_direct(args):
         if x_last:
             rows = min(DIRECT_ROWS, triton.next_power_of_2(args.groups * args.filters))
@@ -90,6 +93,8 @@ def choose_tile(args: Conv2dFisherArgs) -> Tile:
             (x_vector, triton.next_power_of_2(columns)),
         )
     )
+    if positions > SPAN and rows * width == SIDE * SIDE and not (x_last and dy_last):
+        width = SHORT_SIDE  # a third tile of sums, and addresses of rows, would not fit registers
     tile = Tile(False, rows, width, _chunk(positions, kind), 4)
     while tile.rows * tile.columns > LEAST_TILE:
         row_tiles, col_tiles = _tiles(args, tile)
@@ -144,8 +149,11 @@ def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
     }
     if tile.direct:
         return result | {"FILTERS": args.filters, "CHANNELS": args.channels}
-    precision = "tf32" if args.tf32 else "ieee"
-    return result | {"POINTWISE": _is_pointwise(args), "PRECISION": precision}
+    return result | {
+        "POINTWISE": _is_pointwise(args),
+        "PRECISION": "tf32" if args.tf32 else "ieee",
+        "SPAN": SPAN if math.prod(args.out_image) > SPAN else 0,
+    }
 
 
 def _chunk(positions: int, kind: str) -> int:
