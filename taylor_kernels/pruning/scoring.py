@@ -12,6 +12,10 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.units import Group
 from taylor_kernels.sources import filter_count
 
+#: Elements gathered at a time. The index is padded to the widest unit of the network, so that all
+#: rows at once may be many times the tables, which themselves hold columns for every example.
+_GATHERED = 1 << 24
+
 
 class UnitScores:
     """Running scores of all units, group after group.
@@ -158,7 +162,8 @@ class UnitScores:
         """[U, K] from the rows of each unit; the padding's are zero and come last."""
         if self._criterion.coupled == "first":
             return rows[index[:, 0]]
-        total = rows[index].sum(1)
+        units = max(_GATHERED // max(index.size(1) * rows.size(1), 1), 1)
+        total = torch.cat([rows[part].sum(1) for part in index.split(units)])
         if self._criterion.coupled == "mean":
             return total / (index < len(rows) - 1).sum(1, keepdim=True)
         return total

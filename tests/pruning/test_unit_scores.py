@@ -7,9 +7,12 @@ import copy
 import pytest
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.scoring import UnitScores
+from taylor_kernels.pruning.units import OUT, Group, Slot
 from taylor_kernels.sources import make_source
 
 
@@ -106,6 +109,35 @@ def test_per_example_scores_and_layers_with_other_batches():
         zoo.loss(model, torch.randn(5, 12)).backward()
         pruner.step()
     assert set(pruner.widths) == {"a", "b", "c"}
+
+
+def test_one_group_of_many_layers_does_not_widen_what_is_gathered_of_all():
+    """Twenty layers make eight units of a stream, one has 4096 units of a filter each."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    names = [f"stream.{i}" for i in range(20)]
+    index = {name: torch.randperm(8)[:, None] for name in names}
+    groups = [
+        Group(tuple(Slot(name, OUT, index[name], True) for name in names), (), torch.arange(8)),
+        Group((Slot("wide", OUT, torch.arange(4096)[:, None], True),), (), torch.arange(4096)),
+    ]
+    tables = [*(torch.randn(8, 400) for _ in names), torch.randn(4096, 400)]
+    scores = UnitScores(get_criterion("obd_bn"), groups, [*names, "wide"])
+    with Largest() as largest:
+        scores.add(tables)
+    assert largest.elements <= 1 << 24
+    coupled = sum(table[index[name][:, 0]] for name, table in zip(names, tables[:-1], strict=True))
+    expected = torch.cat((coupled, tables[-1]))[:, 1:].double().square().sum(1) / 2
+    got = scores.close_period(0.9, [torch.zeros(group.size, dtype=torch.bool) for group in groups])
+    torch.testing.assert_close(torch.cat(got), expected, rtol=1e-4, atol=0)
 
 
 def test_loss_scale_is_divided_out():
