@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-#: step -> its cases, and the seconds after which no further one begins. Those of `bench` fit the
-#: time with torch.compile's cold start; `python -m bench` runs all.
+#: step -> its cases, and the seconds in which cases begin. Those of `bench` fit the time with
+#: torch.compile's cold start; `python -m bench` runs all.
 BENCHES = {
     "bench": (
         "(resnet50 or llama-bf16 or nchw or channels_last or scoring_step) and not fisher",
@@ -44,6 +45,7 @@ class Step(NamedTuple):
     name: str
     commands: list[list[str]]  # run at the same time
     seconds: float
+    spare: float = 0.0  # of them, for the last case to end; the commands are told the others
 
 
 def steps(names: list[str], out: Path) -> list[Step]:
@@ -53,37 +55,32 @@ def steps(names: list[str], out: Path) -> list[Step]:
     fisher = "tests/gpu/test_fisher_gpu.py"
     sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
     script = [python, str(ROOT / "bench" / "sanitize.py")]
+    bench = [*tests, "bench", "--quick"]
     # Most of the time of the tests Triton compiles, on one core each.
     parallel = [
         [*tests, fisher, "-k", "triton"],
         [*tests, fisher, "-k", "not triton"],
         [*tests, "tests/gpu", f"--ignore={fisher}"],
     ]
-    every = {
-        "build": ([[python, "setup.py", "build_ext", "--inplace"]], 100.0),
-        "tests": (parallel, 130.0),
-        "pruning": ([[*tests, "tests/pruning/test_on_gpu.py"]], 60.0),
-    }
+    every = [
+        Step("build", [[python, "setup.py", "build_ext", "--inplace"]], 100.0),
+        Step("tests", parallel, 130.0),
+        Step("pruning", [[*tests, "tests/pruning/test_on_gpu.py"]], 60.0),
+    ]
     for tool, seconds in SANITIZERS.items():
-        every[tool] = ([[*sanitizer, "--tool", tool, *script]], seconds)
-    every |= {name: ([], seconds + 30.0) for name, (_, seconds) in BENCHES.items()}
-    every["tune"] = ([], 200.0)
-    wrong = sorted(set(names) - set(every))
+        every.append(Step(tool, [[*sanitizer, "--tool", tool, *script]], seconds))
+    for name, (cases, seconds) in BENCHES.items():
+        command = [*bench, "-k", cases, f"--benchmark-json={measured(out, name)}"]
+        every.append(Step(name, [command], seconds + 30.0, 30.0))
+    tune = [python, "-m", "bench.tune_fisher", f"--out={out / 'tune_fisher.json'}"]
+    every.append(Step("tune", [tune], 200.0, 20.0))
+    there = [step.name for step in every]
+    wrong = sorted(set(names) - set(there))
     if wrong:
-        raise SystemExit(f"gpu-check: {wrong[0]!r} is no step; there are {', '.join(every)}")
-    chosen = {n: step for n, step in every.items() if n in names or not names}
-    if not names:
-        chosen = {n: step for n, step in chosen.items() if n not in ON_DEMAND}
-    stretch = max(1.0, TOTAL / sum(seconds for _, seconds in chosen.values()))
-    for name in chosen.keys() & BENCHES.keys():
-        cases, seconds = BENCHES[name]
-        command = [*tests, "bench", "--quick", "-k", cases, f"--seconds={seconds * stretch:.0f}"]
-        chosen[name][0].append([*command, f"--benchmark-json={measured(out, name)}"])
-    if "tune" in chosen:
-        seconds = chosen["tune"][1] * stretch - 20
-        command = [python, "-m", "bench.tune_fisher", f"--seconds={seconds:.0f}"]
-        chosen["tune"][0].append([*command, f"--out={out / 'tune_fisher.json'}"])
-    return [Step(n, commands, seconds * stretch) for n, (commands, seconds) in chosen.items()]
+        raise SystemExit(f"gpu-check: {wrong[0]!r} is no step; there are {', '.join(there)}")
+    chosen = [s for s in every if (s.name in names if names else s.name not in ON_DEMAND)]
+    stretch = max(1.0, TOTAL / sum(step.seconds for step in chosen))
+    return [step._replace(seconds=step.seconds * stretch) for step in chosen]
 
 
 def measured(out: Path, name: str) -> Path:
@@ -104,16 +101,26 @@ def gather(out: Path) -> dict[str, object] | None:
 
 def run(step: Step, log: Path, left: float) -> dict[str, object]:
     """Runs one step; its output goes to the log, its end to the screen if it failed."""
-    seconds = max(1.0, min(step.seconds, left))
+    seconds = min(step.seconds, left)
+    if seconds <= step.spare:
+        return {"step": step.name, "ok": False, "code": 124, "seconds": 0, "last_line": "no time"}
+    commands = step.commands
+    if step.spare:
+        commands = [[*command, f"--seconds={seconds - step.spare:.0f}"] for command in commands]
     environment = {**os.environ, "TAYLOR_KERNELS_CUDA": "on"}
     paths = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     started = time.monotonic()
-    with ThreadPoolExecutor(len(step.commands)) as pool:
-        done = list(pool.map(lambda command: finish(command, environment, seconds), step.commands))
+    running: list[subprocess.Popen[str]] = []
+    with ThreadPoolExecutor(len(commands)) as pool:
+        try:
+            done = list(pool.map(lambda c: finish(c, environment, seconds, running), commands))
+        finally:  # an interrupt reaches no process of another session
+            for process in running:
+                stop(process)
     took = round(time.monotonic() - started, 1)
     ends = []
-    for command, (code, output) in zip(step.commands, done, strict=True):
+    for command, (code, output) in zip(commands, done, strict=True):
         with log.open("a") as file:
             file.write(f"$ {' '.join(command)}\n{output}\n[exit code {code}, {took} s]\n\n")
         lines = [line for line in output.splitlines() if line.strip()]
@@ -130,25 +137,43 @@ def run(step: Step, log: Path, left: float) -> dict[str, object]:
     }
 
 
-def finish(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+def finish(
+    command: list[str],
+    environment: dict[str, str],
+    seconds: float,
+    running: list[subprocess.Popen[str]],
+) -> tuple[int, str]:
     """A command's exit code and output; 124 if it was stopped, 127 if it could not begin."""
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=environment,
-            timeout=seconds,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace")
-        return 124, f"{output}\nstopped after {seconds:.0f} s\n"
     except OSError as error:
         return 127, f"{error}\n"
-    return (done.returncode if done.returncode >= 0 else 128 - done.returncode), done.stdout
+    running.append(process)
+    code, end = 0, ""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        stop(process)
+        output, _ = process.communicate()
+        code, end = 124, f"\nstopped after {seconds:.0f} s\n"
+    return (code if code >= 0 else 128 - code), output + end
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a command with all that it started: a compiler or a test that ran on would take the next
+    step's time, and the GPU."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def gpu() -> dict[str, str] | None:
@@ -182,8 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = steps(names, out)
     out.mkdir(parents=True, exist_ok=True)
     log = out / "gpu-check.log"
-    for old in (log, *(measured(out, name) for name in BENCHES)):
+    for old in (log, out / "tune_fisher.json", *(measured(out, name) for name in BENCHES)):
         old.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = []
     end = time.monotonic() + TOTAL
     for step in chosen:
