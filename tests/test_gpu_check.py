@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+import taylor_kernels as tk
 from bench.gpu_check import TOTAL, Step, finish, run, steps
 
 
@@ -42,6 +45,19 @@ def test_exit_codes(tmp_path):
         result = run(Step("some", [["true"], ["bash", "-c", script]], 9.0), log, 9.0)
         assert (result["ok"], result["code"]) == (code == 0, code)
     assert run(Step("none", [["/no/such/command"]], 9.0), log, 9.0)["code"] == 127
+
+
+@pytest.mark.parametrize("asked", ["on", "auto"])
+def test_tests_of_a_backend_that_was_not_built_fail_where_it_is_asked_for(tmp_path, asked):
+    """Skipped, they would let gpu-check pass."""
+    shutil.copy(Path(__file__).parent / "gpu" / "conftest.py", tmp_path)
+    (tmp_path / "test_some.py").write_text("def test(backend): pass")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
+    environment = {**os.environ, "TAYLOR_KERNELS_CUDA": asked}
+    code, output = finish([*command, str(tmp_path)], environment, 60.0, [])
+    fails = asked == "on" and not tk.backends()["cuda"]
+    assert code == fails
+    assert ("backend 'cuda' is asked for, but not available" in output) == fails
 
 
 def test_benches_are_told_the_time_that_is_left(tmp_path):

@@ -19,7 +19,7 @@ from cases import (
 from fisher_limits import LIMIT_CASES, both_orders
 from torch import Tensor
 
-from taylor_kernels import backends
+import taylor_kernels as tk
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 
 pytestmark = [
@@ -208,7 +208,7 @@ def test_more_than_2_to_31_elements(backend: str) -> None:
 
 
 def test_backends_agree() -> None:
-    missing = [name for name in ("cuda", "triton") if not backends.available()[name]]
+    missing = [name for name in ("cuda", "triton") if not tk.backends()[name]]
     if missing:
         pytest.skip(f"no {missing[0]} backend here")
     for case in LAYERS:

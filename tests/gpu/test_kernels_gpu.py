@@ -20,7 +20,7 @@ from cases import (
 from parameter_ops import GPU_CASES as MOMENTS_CASES
 from torch import Tensor
 
-from taylor_kernels import backends
+import taylor_kernels as tk
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 
@@ -189,7 +189,7 @@ def test_more_than_2_to_31_elements(backend: str) -> None:
 
 
 def test_backends_agree() -> None:
-    missing = [name for name in ("cuda", "triton") if not backends.available()[name]]
+    missing = [name for name in ("cuda", "triton") if not tk.backends()[name]]
     if missing:
         pytest.skip(f"no {missing[0]} backend here")
     for case in MOMENTS_CASES:
