@@ -128,18 +128,17 @@ def test_scored_again_is_scored_on_the_network_as_it_is_by_then(criterion):
     assert point["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_the_oracle_takes_what_costs_least_and_does_no_worse_than_random():
+def test_the_oracle_removes_what_changes_the_loss_least_time_and_again():
     problem = small_problem()
-    counts = [4, 8, 12]
-    ours = curves.rescored(problem, "oracle", counts)
-    draws = np.random.default_rng().random((10, len(problem.filters)))
-    control = [curves.one_shot(problem, order_of(problem, draw), counts) for draw in draws]
-    for number, point in enumerate(ours[1:]):
-        assert point["loss"] <= np.mean([curve[number]["loss"] for curve in control])
-    first = curves.rescored(problem, "oracle", [1])[-1]["loss"] - problem.mean_loss()
-    single = {one: really_without(problem, [one])["loss"] - problem.mean_loss() for one in
-              problem.filters}  # fmt: skip
-    assert first**2 == pytest.approx(min(v**2 for v in single.values()), rel=1e-2, abs=1e-9)
+    gone: list = []
+    before = problem.mean_loss()
+    for point in curves.rescored(problem, "oracle", [1, 2, 3])[1:]:
+        left = [one for one in problem.filters if one not in gone]
+        losses = {one: really_without(problem, [*gone, one])["loss"] for one in left}
+        least = min((loss - before) ** 2 for loss in losses.values())
+        assert (point["loss"] - before) ** 2 == pytest.approx(least, rel=1e-2, abs=1e-9)
+        gone.append(min(left, key=lambda one: abs(losses[one] - point["loss"])))
+        before = point["loss"]
 
 
 def test_training_between_steps_leaves_the_removed_away_and_the_problem_alone():
