@@ -144,7 +144,7 @@ def test_the_oracle_removes_what_changes_the_loss_least_time_and_again():
 def test_training_between_steps_leaves_the_removed_away_and_the_problem_alone():
     problem = small_problem()
     before = {name: value.clone() for name, value in problem.model.state_dict().items()}
-    gone, trained = [], []
+    gone, trained, losses = [], [], []
 
     def train(model) -> None:
         trained.append(model)
@@ -164,13 +164,18 @@ def test_training_between_steps_leaves_the_removed_away_and_the_problem_alone():
             handle.remove()
         channels = [y.transpose(0, 1).flatten(1) for y in outputs.values()]
         gone.append(sum(int((y == 0).all(1).sum()) for y in channels))
+        model.eval()
+        with torch.no_grad():
+            each = [problem.loss(model(x), y).item() for x, y in problem.batches]
+        losses.append(sum(each) / len(each))
 
     points = curves.rescored(problem, "magnitude_l2", [6, 12], train=train)
     assert gone == [6, 12]
     assert len(points) == 3
     assert all(model is trained[0] is not problem.model for model in trained)
+    assert [point["loss"] for point in points[1:]] == pytest.approx(losses, rel=1e-5)
     untrained = curves.rescored(problem, "magnitude_l2", [6, 12])
-    assert points[-1]["loss"] < untrained[-1]["loss"]
+    assert points[-1]["loss"] != pytest.approx(untrained[-1]["loss"], rel=1e-5)
     assert all(v.equal(before[name]) for name, v in problem.model.state_dict().items())
     assert not problem.model.training
 
