@@ -1,5 +1,6 @@
 // How conv2d_fisher on the CPU cuts a convolution: which channels are lanes, how many examples make
-// a chunk, what a task is. All of it follows from the shape, and with it the order of every sum.
+// a chunk, what a task is. The order of every sum follows from the shape; of the threads, only how
+// many tiles a task takes.
 #pragma once
 
 #include <algorithm>

@@ -68,6 +68,17 @@ class ParameterOp(NamedTuple):
         for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
             assert_close(table, *self.reference64(tensors, axis, groups, stream))
 
+    def check_float64(self, case: MomentsCase, backend: str) -> None:
+        """float64 is summed in float64."""
+        tensors = random_like_case(case, torch.float64, count=self.lists)
+        dim = case.dims[-1]
+        got = self.run(tensors, dim, case.groups, backend)
+        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
+            ref, bound = self.reference64(tensors, axis, case.groups)
+            assert table.dtype == torch.float64
+            scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
+            torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
+
     def run(
         self,
         tensors: Sequence[Tensor],

@@ -48,15 +48,7 @@ def test_signs_hold_across_windows_strips_and_tasks(shape, each_isa):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_float64_is_summed_in_float64(case, backend, poisoned_memory):
-    tensors = cases.random_like_case(case, torch.float64)
-    dim = case.dims[-1]
-    axes = dim if isinstance(dim, tuple) else (dim,)
-    tables = HUTCHINSON.run(tensors, dim, case.groups, backend)
-    for axis, table in zip(axes, tables, strict=True):
-        ref, bound = HUTCHINSON.reference64(tensors, axis, case.groups)
-        assert table.dtype == torch.float64
-        scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
-        torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
+    HUTCHINSON.check_float64(case, backend)
 
 
 @given(

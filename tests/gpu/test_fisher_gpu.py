@@ -17,6 +17,7 @@ from cases import (
     same_bits,
 )
 from fisher_limits import LIMIT_CASES, both_orders
+from graphs import check_replay
 from torch import Tensor
 
 import taylor_kernels as tk
@@ -145,20 +146,7 @@ def test_graph_replay_sees_new_gradients(backend: str, monkeypatch: pytest.Monke
             for scaled in (None, weight)
         ]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for _ in range(3):
-        for _x, dy, _weight in inputs:
-            dy.normal_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(same_bits(*both) for both in zip(captured, run(), strict=True))
+    check_replay(run, [dy for _, dy, _ in inputs])
 
 
 def test_runs_on_the_current_stream(backend: str) -> None:

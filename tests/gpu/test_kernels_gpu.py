@@ -17,6 +17,7 @@ from cases import (
     reference64,
     same_bits,
 )
+from graphs import check_replay
 from parameter_ops import GPU_CASES as MOMENTS_CASES
 from torch import Tensor
 
@@ -124,25 +125,11 @@ def test_graph_replay_sees_new_gradients(backend: str, monkeypatch: pytest.Monke
     weights, grads = ([torch.randn(s, device="cuda") for s in shapes] for _ in range(2))
     y, dy = torch.randn(2, 8, 600, 64, device="cuda")
 
-    def run() -> tuple:
-        tables = filter_moments(weights, grads, dim=(0, 1), backend=backend)
-        return *tables, [gate_gradients(y, dy, channel_dim=2, backend=backend)]
+    def run() -> list[Tensor]:
+        rows, cols = filter_moments(weights, grads, dim=(0, 1), backend=backend)
+        return [*rows, *cols, gate_gradients(y, dy, channel_dim=2, backend=backend)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for _ in range(3):
-        for tensor in (*grads, dy):
-            tensor.normal_()
-        graph.replay()
-        torch.cuda.synchronize()
-        for replayed, eager in zip(captured, run(), strict=True):
-            assert all(same_bits(*both) for both in zip(replayed, eager, strict=True))
+    check_replay(run, [*grads, dy])
 
 
 def test_runs_on_the_current_stream(backend: str) -> None:

@@ -6,6 +6,7 @@ import probes
 import pytest
 import torch
 from cases import DTYPES, MomentsCase, assert_close, lay_out, random_like_case, same_bits
+from graphs import check_replay
 from parameter_ops import GPU_CASES, HUTCHINSON, SECOND_ORDER, SEED, ParameterOp
 
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
@@ -103,17 +104,4 @@ def test_graph_replay_sees_new_values(backend: str, monkeypatch: pytest.MonkeyPa
             *z,
         ]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for _ in range(3):
-        for tensor in (*grads, *hvps):
-            tensor.normal_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert all(same_bits(*both) for both in zip(captured, run(), strict=True))
+    check_replay(run, [*grads, *hvps])
