@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.markdown import table
 from bench.report import rewrite
-from taylor_kernels.demo.pages import result_table
+from taylor_kernels.studies.pruning.pages import result_table
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/demo/result.json")

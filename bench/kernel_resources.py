@@ -24,7 +24,7 @@ from bench.markdown import table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from gpu_compile import ARCHITECTURES, compile_cuda, cuobjdump, sass_of_functions  # noqa: E402
+from tests.helpers.gpu_compile import ARCHITECTURES, compile_cuda, cuobjdump, sass_of_functions  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "static"
 #: Of a multiprocessor, by architecture: warps, bytes of shared memory. All have 64 K registers.
@@ -110,7 +110,7 @@ def _details(binary: Path, arch: int, tool: str) -> dict[str, tuple[int, int]]:
 def _demangled(names: list[str]) -> dict[str, str]:
     done = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True, check=True)
     shorter = re.sub(r"tk::|\(anonymous namespace\)::|^void ", "", done.stdout, flags=re.MULTILINE)
-    for code, dtype in enumerate(("f32", "f16", "bf16", "f64")):  # csrc/dtype.h
+    for code, dtype in enumerate(("f32", "f16", "bf16", "f64")):  # csrc/common/dtype.h
         shorter = shorter.replace(f"(DType){code}", dtype)
     return dict(zip(names, shorter.splitlines(), strict=True))
 
@@ -143,7 +143,7 @@ def main() -> None:
         sys.exit("error: nvcc is not on PATH")
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc").glob("*.cu")):
+        for source in sorted((ROOT / "csrc").rglob("*.cu")):
             print(f"compiling {source.name}", file=sys.stderr)
             kernels += kernels_of(source, Path(folder))
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report import rewrite, table
-from taylor_kernels.compare.findings import Target, targets
-from taylor_kernels.compare.settings import Settings
-from taylor_kernels.compare.tables import half_table, summary_table
 from taylor_kernels.progress import ProgressLog
+from taylor_kernels.studies.oracle.findings import Target, targets
+from taylor_kernels.studies.oracle.settings import Settings
+from taylor_kernels.studies.oracle.tables import half_table, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/study")
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kept = ROOT / KEPT
     if not options.check:
-        from taylor_kernels.compare.run import readable, run
+        from taylor_kernels.studies.oracle.run import readable, run
 
         result, _ = run(Settings(out=options.out), ProgressLog())
         kept.mkdir(parents=True, exist_ok=True)

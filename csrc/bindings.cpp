@@ -8,13 +8,13 @@
 #include <string>
 #include <vector>
 
-#include "conv2d_fisher.h"
-#include "cpu_dispatch.h"
-#include "filter_moments.h"
-#include "gate_gradients.h"
-#include "hutchinson_moments.h"
-#include "rademacher.h"
-#include "second_order_moments.h"
+#include "common/conv2d_fisher.h"
+#include "common/filter_moments.h"
+#include "common/gate_gradients.h"
+#include "common/hutchinson_moments.h"
+#include "common/rademacher.h"
+#include "common/second_order_moments.h"
+#include "cpu/dispatch.h"
 
 namespace {
 

@@ -56,9 +56,9 @@ def demo(
 ) -> None:
     """Train a small ResNet on real digits, prune it by several criteria, write a report."""
     _require("demo", "sklearn", "matplotlib", "safetensors")
-    from taylor_kernels.demo.run import run
-    from taylor_kernels.demo.settings import DEFAULT_CRITERIA, FULL, QUICK, Settings
     from taylor_kernels.progress import ProgressLog
+    from taylor_kernels.studies.pruning.run import run
+    from taylor_kernels.studies.pruning.settings import DEFAULT_CRITERIA, FULL, QUICK, Settings
 
     settings = Settings(
         out=out,
@@ -121,10 +121,10 @@ def compare(
     runtimes. A run that was stopped goes on where it was.
     """
     _require("demo", "scipy", "sklearn", "matplotlib", "safetensors")
-    from taylor_kernels.compare.run import run
-    from taylor_kernels.compare.settings import Settings
     from taylor_kernels.options import Mistake
     from taylor_kernels.progress import ProgressLog
+    from taylor_kernels.studies.oracle.run import run
+    from taylor_kernels.studies.oracle.settings import Settings
 
     settings = Settings(
         out=out,

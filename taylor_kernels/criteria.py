@@ -1,10 +1,10 @@
 """Criteria: how a filter's raw statistics become its score. Arithmetic only, no kernel is called.
 
-A criterion names the source of its statistics (taylor_kernels/sources) and a function from a table
-of them, [filters, columns], to scores: [filters], or [filters, examples] from example_gates. Of
-coupled filters the pruner first makes one row, then a score: Taylor statistics add up (the shared
-gate of Molchanov et al.), magnitudes are averaged, since a channel does not matter more for being
-made by more layers.
+A criterion names the source of its statistics (taylor_kernels/statistics) and a function from a
+table of them, [filters, columns], to scores: [filters], or [filters, examples] from example_gates.
+Of coupled filters the pruner first makes one row, then a score: Taylor statistics add up (the
+shared gate of Molchanov et al.), magnitudes are averaged, since a channel does not matter more for
+being made by more layers.
 
 | name | score of a filter | from |
 |---|---|---|
@@ -38,7 +38,7 @@ from torch import Tensor
 
 from taylor_kernels.ops.filter_moments import MOMENTS
 
-#: What a criterion can be computed from; taylor_kernels/sources says what each table holds.
+#: What a criterion can be computed from; taylor_kernels/statistics says what each table holds.
 SOURCES = (
     "moments",
     "gates",

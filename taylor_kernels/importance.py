@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
-from taylor_kernels.sources import (
+from taylor_kernels.statistics import (
     check_closure,
     filter_count,
     find_layers,

@@ -1,7 +1,7 @@
 """How a tensor looks to a kernel: a dense block with named extents.
 
-The kernels know two orders of a parameter and one of an activation (csrc/filter_moments.h,
-csrc/gate_gradients.h). Tensors in those orders are passed as they are; any other strides are
+The kernels know two orders of a parameter and one of an activation (csrc/common/filter_moments.h,
+csrc/common/gate_gradients.h). Tensors in those orders are passed as they are; any other strides are
 copied into one first, so a kernel never meets them.
 """
 
@@ -19,7 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ParameterItem(NamedTuple):
-    """One parameter of a call; mirrors the struct of the same name in csrc/parameter.h."""
+    """One parameter of a call; mirrors the struct of the same name in csrc/common/parameter.h."""
 
     weight: Tensor
     grad: Tensor  # or what the op reads in its place

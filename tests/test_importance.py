@@ -6,13 +6,13 @@ import copy
 import gc
 import weakref
 
-import nets
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_kernels as tk
+from tests.helpers import nets
 
 HOOKED = (
     "taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "bn_scale", "oracle",

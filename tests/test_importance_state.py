@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import io
 
-import nets
 import pytest
 import torch
 from torch import nn
 
 import taylor_kernels as tk
+from tests.helpers import nets
 
 
 def test_a_criterion_must_score_filters():

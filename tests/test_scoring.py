@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import nets
 import pytest
 import torch
 from torch import nn
 
 import taylor_kernels as tk
+from tests.helpers import nets
 
 
 @pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_fo_bn"])

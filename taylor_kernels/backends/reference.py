@@ -74,7 +74,7 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
 
 
 def random_signs(seed: int, stream: int, like: Tensor) -> Tensor:
-    """1 and -1 for the elements of a vector `like`, as csrc/philox.h defines them."""
+    """1 and -1 for the elements of a vector `like`, as csrc/common/philox.h defines them."""
     blocks = torch.arange(-(-len(like) // 128), device=like.device)
     zeros = torch.zeros_like(blocks)
     bits = philox4x32((blocks & 0xFFFFFFFF, blocks >> 32, zeros + stream, zeros), seed)

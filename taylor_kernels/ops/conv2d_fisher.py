@@ -8,7 +8,7 @@ If the loss is a mean over N examples, dy carries 1/N, so N·fisher is the mean 
 squared gradient of each example's own loss: the diagonal of the empirical Fisher matrix, which OBD
 (LeCun et al. 1989) and Molchanov et al. (CVPR 2019, section 3.1) take for that of the Hessian.
 Squares are of each example's gradient, not of the minibatch's. A linear layer is a 1x1 convolution
-over its tokens. Kernels: csrc/conv2d_fisher.h, backends/triton/conv2d_fisher.py.
+over its tokens. Kernels: csrc/common/conv2d_fisher.h, backends/triton/conv2d_fisher.py.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A gate z_c = 1 multiplies channel c of the output y. With dy = ∂L/∂y,
 
 which, with b the layer's bias, is also Σ_j g_{n,c,j} w_{c,j} over the weights of filter c: a linear
 or convolution layer is linear in its weights, so the per-example weight gradients g_{n} need not
-exist. Gates: Molchanov et al. (CVPR 2019), section 3.2. Kernels: csrc/gate_gradients.h,
+exist. Gates: Molchanov et al. (CVPR 2019), section 3.2. Kernels: csrc/common/gate_gradients.h,
 backends/triton/gate_gradients.py.
 """
 

@@ -6,8 +6,8 @@ generator makes of the counter (⌊e / 128⌋ in 64 bits, stream, 0) and the key
 if the tensor is contiguous or channels_last, else in contiguous order. So a kernel that knows
 the seed draws them again where it needs them, and nothing depends on threads, devices or the list.
 
-They are the probes of `hutchinson_moments`. Kernels: csrc/rademacher.h, csrc/philox.h,
-backends/triton/rademacher.py.
+They are the probes of `hutchinson_moments`. Kernels:
+csrc/common/rademacher.h, csrc/common/philox.h, backends/triton/rademacher.py.
 """
 
 from __future__ import annotations

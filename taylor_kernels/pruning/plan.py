@@ -15,7 +15,7 @@ from taylor_kernels.pruning.flops import Meter, count_flops
 from taylor_kernels.pruning.groups import find_groups
 from taylor_kernels.pruning.tracing import matching, preserved_rng
 from taylor_kernels.pruning.units import Group
-from taylor_kernels.sources import filter_count
+from taylor_kernels.statistics import filter_count
 
 _NOT_CALLED = (
     "is not called as a module in a forward pass (as inside MultiheadAttention), or not reached on "

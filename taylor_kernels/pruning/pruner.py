@@ -32,7 +32,7 @@ from taylor_kernels.pruning.plan import make_plan
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.scoring import UnitScores
 from taylor_kernels.pruning.selection import check_reachable, met, select
-from taylor_kernels.sources import (
+from taylor_kernels.statistics import (
     Closure,
     Source,
     check_closure,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.units import Group
-from taylor_kernels.sources import filter_count
+from taylor_kernels.statistics import filter_count
 
 #: Elements gathered at a time. The index is padded to the widest unit of the network, so that all
 #: rows at once may be many times the tables, which themselves hold columns for every example.

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+import taylor_kernels as tk
+from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
+from tests.helpers.cases import (
     DTYPES,
     TF32_C,
     FisherCase,
@@ -16,12 +20,8 @@ from cases import (
     random_fisher_inputs,
     same_bits,
 )
-from fisher_limits import LIMIT_CASES, both_orders
-from graphs import check_replay
-from torch import Tensor
-
-import taylor_kernels as tk
-from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
+from tests.helpers.fisher_limits import LIMIT_CASES, both_orders
+from tests.helpers.graphs import check_replay
 
 pytestmark = [
     pytest.mark.gpu,

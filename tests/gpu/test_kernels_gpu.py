@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+import taylor_kernels as tk
+from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.gate_gradients import gate_gradients
+from tests.helpers.cases import (
     DTYPES,
     GateCase,
     MomentsCase,
@@ -17,13 +22,8 @@ from cases import (
     reference64,
     same_bits,
 )
-from graphs import check_replay
-from parameter_ops import GPU_CASES as MOMENTS_CASES
-from torch import Tensor
-
-import taylor_kernels as tk
-from taylor_kernels.ops.filter_moments import filter_moments
-from taylor_kernels.ops.gate_gradients import gate_gradients
+from tests.helpers.graphs import check_replay
+from tests.helpers.parameter_ops import GPU_CASES as MOMENTS_CASES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import probes
 import pytest
 import torch
-from cases import DTYPES, MomentsCase, assert_close, lay_out, random_like_case, same_bits
-from graphs import check_replay
-from parameter_ops import GPU_CASES, HUTCHINSON, SECOND_ORDER, SEED, ParameterOp
 
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
+from tests.helpers import probes
+from tests.helpers.cases import (
+    DTYPES,
+    MomentsCase,
+    assert_close,
+    lay_out,
+    random_like_case,
+    same_bits,
+)
+from tests.helpers.graphs import check_replay
+from tests.helpers.parameter_ops import GPU_CASES, HUTCHINSON, SECOND_ORDER, SEED, ParameterOp
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import zoo
-
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from tests.helpers import zoo
 
 STEPS = 36
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
 
 WRONG = {
     "no target": ({"params": None}, ValueError, "flops, params, filters: none is given"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
 
 
 class Skip(nn.Module):

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
 
 
 class Model(nn.Module):

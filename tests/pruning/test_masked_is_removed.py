@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9, weight_decay=1e-2, nesterov=True),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import zoo
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from tests.helpers import zoo
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-import zoo
 from torch import nn
 
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.sources import make_source, needs_closure
+from taylor_kernels.statistics import make_source, needs_closure
+from tests.helpers import zoo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

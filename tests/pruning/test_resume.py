@@ -13,13 +13,13 @@ import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
 
-import killable
 import pytest
 import torch
-import zoo
 from torch import nn
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from tests.helpers import zoo
+from tests.pruning import killable
 
 
 def same(one, other):

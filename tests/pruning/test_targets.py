@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-import zoo
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
 
 CRITERIA = [
     "taylor_fo", "taylor_fo_joint", "taylor_abs", "taylor_fo_bn", "taylor_fo_gate",

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-import zoo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.scoring import UnitScores
 from taylor_kernels.pruning.units import OUT, Group, Slot
-from taylor_kernels.sources import make_source
+from taylor_kernels.statistics import make_source
+from tests.helpers import zoo
 
 
 def batches(inputs, count):

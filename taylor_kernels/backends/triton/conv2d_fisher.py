@@ -1,4 +1,4 @@
-"""conv2d_fisher in Triton: csrc/conv2d_fisher.h says what it computes.
+"""conv2d_fisher in Triton: csrc/common/conv2d_fisher.h says what it computes.
 
 The weight gradient of one example is a matrix product over its output positions: filters of a group
 times columns, a column being an input channel at a tap of the kernel. A program has a tile of that
@@ -7,7 +7,8 @@ square of each finished product to a second tile of registers, so no gradient le
 launch adds the shares in order.
 
 Sums over an example are in two levels, of spans of 256 positions and of spans: up to 2^16 positions
-of one sign keep the bound of 16 units (tests/cases.py); beyond, they may pass it by a little.
+of one sign keep the bound of 16 units (tests/helpers/cases.py); beyond, they may pass it by a
+little.
 
 Groups too small for a matrix product, such as those of a depthwise layer, are multiplied element by
 element. Bits depend on shapes, layouts and on whether tensors start at a 16-byte address.

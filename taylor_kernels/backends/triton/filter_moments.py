@@ -1,4 +1,4 @@
-"""filter_moments in Triton: csrc/filter_moments.h says what it computes, moments.py how."""
+"""filter_moments in Triton: csrc/common/filter_moments.h says what it computes, moments.py how."""
 
 from __future__ import annotations
 

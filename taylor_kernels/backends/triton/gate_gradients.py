@@ -1,4 +1,4 @@
-"""gate_gradients in Triton: csrc/gate_gradients.h says what it computes.
+"""gate_gradients in Triton: csrc/common/gate_gradients.h says what it computes.
 
 Where a channel's positions are contiguous, a program sums some rows of them, or a segment of a long
 one; else an example is a matrix [outer, channels * inner], and a program sums the columns of a

@@ -1,4 +1,4 @@
-"""hutchinson_moments in Triton: csrc/hutchinson_moments.h says what, moments.py how."""
+"""hutchinson_moments in Triton: csrc/common/hutchinson_moments.h says what, moments.py how."""
 
 from __future__ import annotations
 

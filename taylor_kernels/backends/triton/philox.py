@@ -1,4 +1,4 @@
-"""Random signs in Triton: csrc/philox.h says which, and they are the same."""
+"""Random signs in Triton: csrc/common/philox.h says which, and they are the same."""
 
 from __future__ import annotations
 

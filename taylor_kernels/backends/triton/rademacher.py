@@ -1,4 +1,4 @@
-"""rademacher in Triton: csrc/rademacher.h says what it fills tensors with."""
+"""rademacher in Triton: csrc/common/rademacher.h says what it fills tensors with."""
 
 from __future__ import annotations
 

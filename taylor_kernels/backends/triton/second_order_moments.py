@@ -1,4 +1,4 @@
-"""second_order_moments in Triton: csrc/second_order_moments.h says what, moments.py how."""
+"""second_order_moments in Triton: csrc/common/second_order_moments.h says what, moments.py how."""
 
 from __future__ import annotations
 

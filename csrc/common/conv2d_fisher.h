@@ -1,0 +1,60 @@
+// conv2d_fisher: the sum over examples of squared per-example weight gradients of a convolution,
+//   g[n, o, c, i, j] = Σ_{h, w} dy[n, o, h, w] · x[n, c', h·stride_h − pad_h + i·dilation_h,
+//                                                         w·stride_w − pad_w + j·dilation_w]
+//   fisher[o, c, i, j] = Σ_n g[n, o, c, i, j]²
+// with c' = c + channels of the groups before o's, and x = 0 outside of the image. With a weight,
+//   out[o] = Σ_{c, i, j} weight[o, c, i, j]² · fisher[o, c, i, j]
+// and no fisher is written. A linear layer over tokens is a 1×1 convolution whose positions they
+// are: height = tokens, width = 1, channels last.
+//
+// x is [batch, groups·channels, height, width] and dy [batch, groups·filters, out_height,
+// out_width], dense; the flags say whose channels lie innermost in memory. weight is contiguous
+// [groups·filters, channels, kernel_h, kernel_w] and may have another dtype than x and dy.
+// out is float32 (float64 for f64): the weight's shape, contiguous, or [groups·filters].
+// No extent is zero. Sums run in float32 at least, in an order that depends on the shape and the
+// layout alone. No tensor of batch times the weight's size exists anywhere.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace tk {
+
+struct Conv2dFisherArgs {
+  const void* x;
+  const void* dy;
+  const void* weight;  // or null
+  void* out;
+  int64_t batch;
+  int64_t groups;
+  int64_t channels;  // of x, per group
+  int64_t filters;   // of dy, per group
+  int64_t height;
+  int64_t width;
+  int64_t out_height;
+  int64_t out_width;
+  int64_t kernel_h;
+  int64_t kernel_w;
+  int64_t stride_h;
+  int64_t stride_w;
+  int64_t pad_h;
+  int64_t pad_w;
+  int64_t dilation_h;
+  int64_t dilation_w;
+  DType dtype;         // of x and dy
+  DType weight_dtype;  // that of x and dy, or f32
+  int32_t x_channels_last;
+  int32_t dy_channels_last;
+  int32_t tf32;  // f32 products may be rounded to TF32: what PyTorch's own setting allows
+};
+
+void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads);
+
+// Bytes of device memory that conv2d_fisher_cuda needs beside inputs and outputs.
+int64_t conv2d_fisher_cuda_workspace(const Conv2dFisherArgs& args);
+
+// As filter_moments_cuda: launches on `stream` of the current device, no wait, no f64.
+void conv2d_fisher_cuda(const Conv2dFisherArgs& args, void* workspace, void* stream);
+
+}  // namespace tk

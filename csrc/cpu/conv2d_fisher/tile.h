@@ -1,0 +1,113 @@
+// The inner loop of conv2d_fisher on the CPU: a tile of products, summed over positions in
+// registers, then squared (or not yet) and added to a tile of sums.
+//
+// Both factors lie in panels, [position][elements], widened to the scalar of the sums. A tile is
+// kRows elements of the one times kVectors vectors of the other: every row meets all lanes; or,
+// lane by lane ("lanewise"), a row is a vector itself.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd.h"
+
+namespace tk {
+inline namespace TK_ISA {
+
+// Vectors as wide as the registers: of wider ones the compiler keeps no sums in registers. The sums
+// of the largest tile take half of those of AVX-512, three quarters of the others'.
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+constexpr int kMaxRows = 8;
+#elif defined(__AVX__)
+constexpr int kRegisterBytes = 32;
+constexpr int kMaxRows = 6;
+#else
+constexpr int kRegisterBytes = 16;
+constexpr int kMaxRows = 6;
+#endif
+constexpr int kMaxVectors = 2;
+constexpr int kMaxLanewiseRows = 4;
+
+template <typename S>
+struct Register {
+  typedef S Vector __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int kWidth = kRegisterBytes / sizeof(S);
+
+  static Vector load(const S* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static Vector broadcast(const S* p) { return *p - Vector{}; }
+};
+
+// Where the products of a tile lie: rows × columns positions of each example, as steps through the
+// panels.
+struct Walk {
+  int64_t examples, rows, columns;
+  int64_t a_example, a_row, a_column;
+  int64_t b_example, b_row, b_column;
+};
+
+// sums[r][v] += (Σ over positions of a[r]·b[v])² for each example; without the square if !square.
+template <typename S, int kRows, int kVectors, bool kLanewise>
+void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
+  using R = Register<S>;
+  using V = typename R::Vector;
+  // Positions side by side: about eight independent sums hide the latency of an addition.
+  constexpr int kTile = kRows * kVectors;
+  constexpr int kSplit = kTile >= 8 ? 1 : kTile >= 3 ? 2 : 4;
+  V total[kRows][kVectors];
+  std::memcpy(&total, sums, sizeof(total));
+  for (int64_t n = 0; n < walk.examples; ++n) {
+    V sum[kSplit][kRows][kVectors] = {};
+    for (int64_t row = 0; row < walk.rows; ++row) {
+      const S* pa = a + n * walk.a_example + row * walk.a_row;
+      const S* pb = b + n * walk.b_example + row * walk.b_row;
+      auto step = [&](int split) {
+        V lanes[kVectors];
+        for (int v = 0; v < kVectors; ++v) lanes[v] = R::load(pb + v * R::kWidth);
+        for (int r = 0; r < kRows; ++r) {
+          const V factor = kLanewise ? R::load(pa + r * R::kWidth) : R::broadcast(pa + r);
+          for (int v = 0; v < kVectors; ++v) sum[split][r][v] += factor * lanes[v];
+        }
+        pa += walk.a_column;
+        pb += walk.b_column;
+      };
+      int64_t column = 0;
+      for (; column + kSplit <= walk.columns; column += kSplit)
+        for (int split = 0; split < kSplit; ++split) step(split);
+      if (kSplit > 1)
+        for (; column < walk.columns; ++column) step(0);
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) {
+        for (int split = 1; split < kSplit; ++split) sum[0][r][v] += sum[split][r][v];
+        total[r][v] += square ? sum[0][r][v] * sum[0][r][v] : sum[0][r][v];
+      }
+  }
+  std::memcpy(sums, &total, sizeof(total));
+}
+
+template <typename S>
+using SumTile = void (*)(const S* a, const S* b, const Walk& walk, bool square, S* sums);
+
+template <typename S, int kVectors, bool kLanewise, int kRows>
+SumTile<S> sum_tile_of(int64_t rows) {
+  if constexpr (kRows > 1)
+    if (rows < kRows) return sum_tile_of<S, kVectors, kLanewise, kRows - 1>(rows);
+  return sum_tile<S, kRows, kVectors, kLanewise>;
+}
+
+template <typename S>
+SumTile<S> sum_tile_of(int64_t rows, int64_t vectors, bool lanewise) {
+  if (lanewise)
+    return vectors == 1 ? sum_tile_of<S, 1, true, kMaxLanewiseRows>(rows)
+                        : sum_tile_of<S, 2, true, kMaxLanewiseRows>(rows);
+  return vectors == 1 ? sum_tile_of<S, 1, false, kMaxRows>(rows)
+                      : sum_tile_of<S, 2, false, kMaxRows>(rows);
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

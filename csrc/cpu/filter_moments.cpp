@@ -1,0 +1,50 @@
+// The CPU kernel of filter_moments (filter_moments.h). Compiled once per instruction set (TK_ISA);
+// cpu_dispatch.cpp picks one at run time.
+#include "common/filter_moments.h"
+
+#include "cpu/kernels.h"
+#include "cpu/moment_sums.h"
+
+namespace tk {
+inline namespace TK_ISA {
+namespace {
+
+template <typename T>
+struct Gradient {
+  const T* g;
+
+  void expect(int64_t, int64_t) {}
+  template <typename V, class Load>
+  V of(V, int64_t i, Load load) const {
+    return load(g + i);
+  }
+  void prefetch(int64_t i) const { __builtin_prefetch(g + i); }
+};
+
+struct FilterMoments {
+  static constexpr int kSums = kMoments;
+
+  template <typename V>
+  static void terms(V w, V g, V (&terms)[kSums]) {
+    const V gw = g * w;
+    terms[0] = gw;
+    terms[1] = gw * gw;
+    terms[2] = abs(gw);
+    terms[3] = w * w;
+    terms[4] = g * g;
+  }
+
+  template <typename T>
+  Gradient<T> gradient(const ParameterItem& item, int64_t at) const {
+    return {static_cast<const T*>(item.g) + at};
+  }
+};
+
+}  // namespace
+
+void filter_moments(const ParameterItem* items, int64_t count, int threads) {
+  sum_moments(FilterMoments(), items, count, threads);
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

@@ -1,0 +1,49 @@
+// The CPU kernel of hutchinson_moments (hutchinson_moments.h).
+#include "common/hutchinson_moments.h"
+
+#include "cpu/kernels.h"
+#include "cpu/moment_sums.h"
+#include "cpu/sign_window.h"
+
+namespace tk {
+inline namespace TK_ISA {
+namespace {
+
+template <typename T>
+struct Gradient {
+  const T* g;
+  int64_t first;  // the number of the element that g points to
+  SignWindow signs;
+
+  void expect(int64_t begin, int64_t end) { signs.cover(first + begin, first + end); }
+  template <typename V, class Load>
+  V of(V w, int64_t i, Load load) const {
+    return w * negate(load(g + i), signs.at(first + i));
+  }
+  void prefetch(int64_t i) const { __builtin_prefetch(g + i); }
+};
+
+struct HutchinsonMoments {
+  static constexpr int kSums = 1;
+
+  uint64_t seed;
+
+  template <typename V>
+  static void terms(V w, V g, V (&terms)[kSums]) {
+    terms[0] = g * w;
+  }
+
+  template <typename T>
+  Gradient<T> gradient(const ParameterItem& item, int64_t at) const {
+    return {static_cast<const T*>(item.g) + at, at, SignWindow(seed, item.stream)};
+  }
+};
+
+}  // namespace
+
+void hutchinson_moments(const ParameterItem* items, int64_t count, int threads, uint64_t seed) {
+  sum_moments(HutchinsonMoments{seed}, items, count, threads);
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

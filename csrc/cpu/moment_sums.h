@@ -1,0 +1,209 @@
+// Sums of an op's terms per filter of a list of parameters (parameter.h), on the CPU.
+//
+// A parameter is a matrix of rows × positions. A task is a block of rows × a tile of positions. Row
+// sums stay in registers along a row; column sums stay in a strip of accumulators in L1 while the
+// block's rows run past it, and are folded from positions to channels once per block. So the inputs
+// are read once for either axis or both.
+//
+// The op is a struct:
+//   kSums                  how many sums a filter has
+//   terms(w, g, terms)     what they add, for a vector of weights and one of gradients
+//   gradient<T>(item, at)  what stands for the gradient of the elements from `at` on:
+//     expect(begin, end)     these come next
+//     of(w, i, load)         a vector of them, from i on; w are their weights, load(p) reads
+//     prefetch(i)
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/moment_loops.h"
+#include "cpu/moment_plan.h"
+#include "cpu/parallel.h"
+
+namespace tk {
+inline namespace TK_ISA {
+
+template <class Op>
+struct Scratch {
+  std::vector<double> values;
+  explicit Scratch(int64_t filters) : values(filters * Op::kSums) {}
+  Sums<Op>* get() { return reinterpret_cast<Sums<Op>*>(values.data()); }
+  void clear(int64_t filters) { std::fill_n(values.begin(), filters * Op::kSums, 0.0); }
+};
+
+// Scratch shared by all threads: whole sums of the rows and columns being committed.
+template <class Op>
+struct Totals {
+  Scratch<Op> rows, cols;
+};
+
+struct Sizes {
+  int64_t rows = 0, cols = 0, tile_cols = 0;
+};
+
+template <class Op>
+class MomentWorker {
+ public:
+  MomentWorker(const Op& op, const std::vector<Plan>& plans, Totals<Op>& totals, const Sizes& sizes)
+      : op_(op), plans_(&plans), totals_(&totals), rows_(sizes.rows), cols_(sizes.tile_cols) {}
+
+  void run(int64_t task) {
+    const Plan& plan = find(task);
+    switch (plan.item.dtype) {
+      case DType::f32:
+        return run<float>(plan, task);
+      case DType::f16:
+        return run<Half>(plan, task);
+      case DType::bf16:
+        return run<BFloat16>(plan, task);
+      case DType::f64:
+        return run<double>(plan, task);
+    }
+  }
+
+  int64_t turn(int64_t task) const {
+    const Plan& plan = find(task);
+    return plan.commits() ? plan.first_turn + task - plan.first_task : -1;
+  }
+
+  void commit(int64_t task) {
+    const Plan& plan = find(task);
+    if (plan.item.dtype == DType::f64)
+      commit<double>(plan, task);
+    else
+      commit<float>(plan, task);
+  }
+
+ private:
+  const Plan& find(int64_t task) const {
+    auto after = [](int64_t t, const Plan& plan) { return t < plan.first_task; };
+    return *(std::upper_bound(plans_->begin(), plans_->end(), task, after) - 1);
+  }
+
+  template <typename T>
+  void run(const Plan& plan, int64_t task) {
+    using S = typename Sum<T>::Scalar;
+    const ParameterItem& item = plan.item;
+    const Block block(plan, task - plan.first_task);
+    const int64_t first = block.row * plan.positions + block.begin;
+    const T* w = static_cast<const T*>(item.w) + first;
+    const auto gradient = op_.template gradient<T>(item, first);
+    if (plan.positions == 1 && !item.col_out) {
+      S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;
+      return run_vector<Op>(w, gradient, block.rows, out);
+    }
+    if (item.row_out) rows_.clear(block.rows);
+    if (item.col_out) {
+      std::tie(first_col_, col_count_) = columns_of(plan, block);
+      cols_.clear(col_count_);
+    }
+    if (!item.col_out) {
+      sum_rows<Op>(w, gradient, item.rows * plan.positions - first, plan.positions, block.rows,
+                   block.end - block.begin, rows_.get());
+      if (!plan.commits()) write<S>(rows_, block.rows, item.row_out, block.row);
+    } else if (item.row_out)
+      sum_columns<T, true>(plan, block);
+    else
+      sum_columns<T, false>(plan, block);
+  }
+
+  template <typename T, bool kRows>
+  void sum_columns(const Plan& plan, const Block& block) {
+    using V = typename Sum<T>::Vector;
+    Strip<Op, V> strip;
+    for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
+      const int64_t width = std::min(kStrip, block.end - begin);
+      const int64_t first = block.row * plan.positions + begin;
+      std::fill_n(strip, (width + kLanes - 1) / kLanes, Registers<Op, V>());
+      run_strip<Op, kRows>(static_cast<const T*>(plan.item.w) + first,
+                           op_.template gradient<T>(plan.item, first), plan.positions, block.rows,
+                           width, rows_.get(), strip);
+      fold(plan.item, begin, width, strip);
+    }
+  }
+
+  // From positions to channels.
+  template <typename V>
+  void fold(const ParameterItem& item, int64_t begin, int64_t width, const Strip<Op, V>& strip) {
+    Sums<Op>* sums = cols_.get() - first_col_;
+    int64_t channel = item.channels_last ? begin % item.channels : begin / item.kernel;
+    int64_t element = begin % item.kernel;
+    for (int64_t i = 0; i < width; ++i) {
+      const Registers<Op, V>& column = strip[i / kLanes];
+      for (int m = 0; m < Op::kSums; ++m) sums[channel][m] += column.of[m][i % kLanes];
+      if (item.channels_last)
+        channel = channel + 1 == item.channels ? 0 : channel + 1;
+      else if (++element == item.kernel)
+        element = 0, ++channel;
+    }
+  }
+
+  static std::pair<int64_t, int64_t> columns_of(const Plan& plan, const Block& block) {
+    if (plan.item.channels_last) return {0, plan.item.channels};
+    const int64_t first = block.begin / plan.item.kernel;
+    return {first, (block.end - 1) / plan.item.kernel + 1 - first};
+  }
+
+  template <typename S>
+  void commit(const Plan& plan, int64_t task) {
+    const ParameterItem& item = plan.item;
+    const Block block(plan, task - plan.first_task);
+    if (item.row_out) {
+      if (block.first_tile) totals_->rows.clear(block.rows);
+      add(rows_.get(), block.rows, totals_->rows.get());
+      if (block.last_tile) write<S>(totals_->rows, block.rows, item.row_out, block.row);
+    }
+    if (item.col_out) {
+      if (block.first_of_group) totals_->cols.clear(item.channels);
+      add(cols_.get(), col_count_, totals_->cols.get() + first_col_);
+      if (block.last_of_group)
+        write<S>(totals_->cols, item.channels, item.col_out, block.group * item.channels);
+    }
+  }
+
+  static void add(const Sums<Op>* from, int64_t count, Sums<Op>* to) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int m = 0; m < Op::kSums; ++m) to[i][m] += from[i][m];
+  }
+
+  template <typename S>
+  static void write(const Scratch<Op>& sums, int64_t filters, void* out, int64_t first) {
+    std::copy_n(sums.values.begin(), filters * Op::kSums, static_cast<S*>(out) + first * Op::kSums);
+  }
+
+  Op op_;
+  const std::vector<Plan>* plans_;
+  Totals<Op>* totals_;
+  Scratch<Op> rows_, cols_;
+  int64_t first_col_ = 0, col_count_ = 0;
+};
+
+template <class Op>
+void sum_moments(const Op& op, const ParameterItem* items, int64_t count, int threads) {
+  std::vector<Plan> plans;
+  plans.reserve(count);
+  Sizes sizes;
+  int64_t tasks = 0, turns = 0, elements = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Plan& plan = plans.emplace_back(items[i], tasks, turns);
+    tasks = plan.end_task();
+    turns = plan.end_turn();
+    elements += plan.item.rows * plan.positions;
+    if (plan.item.row_out) sizes.rows = std::max(sizes.rows, plan.block_rows);
+    if (plan.item.col_out) {
+      sizes.cols = std::max(sizes.cols, plan.item.channels);
+      const int64_t in_tile = plan.item.channels_last ? plan.item.channels : kTile;
+      sizes.tile_cols = std::max(sizes.tile_cols, std::min(plan.item.channels, in_tile));
+    }
+  }
+  Totals<Op> totals{Scratch<Op>(sizes.rows), Scratch<Op>(sizes.cols)};
+  threads = static_cast<int>(std::min<int64_t>(threads, elements / kThreadElements + 1));
+  ordered_tasks(tasks, threads, [&] { return MomentWorker<Op>(op, plans, totals, sizes); });
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

@@ -1,0 +1,109 @@
+#include "common/conv2d_fisher.h"
+#include "cuda/conv2d_fisher/teams.cuh"
+#include "cuda/conv2d_fisher/tiles.cuh"
+#include "cuda/launch.cuh"
+
+namespace tk {
+namespace {
+
+struct Conv2dFisher {  // for finish_kernel
+  static constexpr const char* kName = "conv2d_fisher";
+  static constexpr int kSums = 1;
+};
+
+template <class Product, class Tile>
+void launch_tiles(const FisherPlan& plan, cudaStream_t stream) {
+  launch_with_shared(Conv2dFisher::kName, stream, plan.blocks,
+                     TileMemory<Product, Tile>::bytes(plan.task), fisher_tile_kernel<Product, Tile>,
+                     plan.task);
+}
+
+template <class Product>
+void launch_tiles(const FisherPlan& plan, cudaStream_t stream) {
+  switch (plan.kernel) {
+    case FisherKernel::tall:
+      return launch_tiles<Product, TallTile>(plan, stream);
+    case FisherKernel::wide:
+      return launch_tiles<Product, WideTile>(plan, stream);
+    default:
+      return launch_tiles<Product, SmallTile>(plan, stream);
+  }
+}
+
+template <bool kChannelsInside>
+void launch_tiles(const FisherPlan& plan, DType dtype, bool tf32, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::f16:
+      return launch_tiles<Mma<DType::f16, kChannelsInside>>(plan, stream);
+    case DType::bf16:
+      return launch_tiles<Mma<DType::bf16, kChannelsInside>>(plan, stream);
+    default:
+      if (tf32) return launch_tiles<Mma<DType::f32, kChannelsInside>>(plan, stream);
+      return launch_tiles<Fma<kChannelsInside>>(plan, stream);
+  }
+}
+
+template <class E>
+void launch_teams(const FisherPlan& plan, cudaStream_t stream) {
+  const auto start = [&](auto* kernel) {
+    launch(Conv2dFisher::kName, stream, plan.blocks, kernel, plan.task);
+  };
+  switch (plan.kernel) {
+    case FisherKernel::depthwise:
+      return start(fisher_team_kernel<E, 1, kTeamColumns, int32_t>);
+    case FisherKernel::square:
+      return start(fisher_team_kernel<E, kTeamSquare, kTeamSquare, int32_t>);
+    default:
+      return start(fisher_team_kernel<E, kTeamSquare, kTeamSquare, int64_t>);
+  }
+}
+
+void launch_teams(const FisherPlan& plan, DType dtype, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::f32:
+      return launch_teams<Element<DType::f32>>(plan, stream);
+    case DType::f16:
+      return launch_teams<Element<DType::f16>>(plan, stream);
+    default:
+      return launch_teams<Element<DType::bf16>>(plan, stream);
+  }
+}
+
+// The results' parts are a table whose rows finish_kernel adds.
+void finish(const FisherPlan& plan, const float* parts, float* out, cudaStream_t stream) {
+  TaskTable<1> table = {};
+  table.count = 1;
+  Task& task = table.tasks[0];
+  task.rows = plan.results;
+  task.tiles = static_cast<uint32_t>(plan.parts);
+  task.row_out = out;
+  launch(Conv2dFisher::kName, stream, row_axis(task).blocks(Conv2dFisher::kSums),
+         finish_kernel<Conv2dFisher, 1>, table, parts);
+}
+
+}  // namespace
+
+int64_t conv2d_fisher_cuda_workspace(const Conv2dFisherArgs& args) {
+  return plan_fisher(args, kWorkspaceBytes).workspace_floats() * int64_t{sizeof(float)};
+}
+
+void conv2d_fisher_cuda(const Conv2dFisherArgs& args, void* workspace, void* stream) {
+  run_fisher(plan_fisher(args, kWorkspaceBytes), args, workspace, stream);
+}
+
+void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream) {
+  auto* on = static_cast<cudaStream_t>(stream);
+  auto* out = static_cast<float*>(args.out);
+  auto* parts = static_cast<float*>(workspace);
+  plan.task.out = plan.parts > 1 ? parts : out;
+  if (plan.teams()) {
+    launch_teams(plan, args.dtype, on);
+  } else if (plan.channels_inside) {
+    launch_tiles<true>(plan, args.dtype, args.tf32, on);
+  } else {
+    launch_tiles<false>(plan, args.dtype, args.tf32, on);
+  }
+  if (plan.parts > 1) finish(plan, parts, out, on);
+}
+
+}  // namespace tk

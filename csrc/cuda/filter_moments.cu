@@ -1,0 +1,38 @@
+#include "common/filter_moments.h"
+#include "cuda/moments.cuh"
+
+namespace tk {
+namespace {
+
+struct FilterMoments {
+  static constexpr const char* kName = "filter_moments";
+  static constexpr int kSums = kMoments;
+  static constexpr bool kRows = true;
+  static constexpr Third kThird = Third::none;
+  static constexpr bool kList = true;
+
+  static void set_inputs(Task& task, const ParameterItem& item) {
+    tk::set_inputs(task, item.w, item.g, item.dtype);
+  }
+
+  static __device__ void add(float (&sums)[kSums], float w, float g, float) {
+    const float gw = __fmul_rn(g, w);
+    sums[0] = __fadd_rn(sums[0], gw);
+    sums[1] = __fmaf_rn(gw, gw, sums[1]);
+    sums[2] = __fadd_rn(sums[2], fabsf(gw));
+    sums[3] = __fmaf_rn(w, w, sums[3]);
+    sums[4] = __fmaf_rn(g, g, sums[4]);
+  }
+};
+
+}  // namespace
+
+int64_t filter_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
+  return moments_workspace<FilterMoments>(items, count);
+}
+
+void filter_moments_cuda(const ParameterItem* items, int64_t count, void* workspace, void* stream) {
+  run_moments(FilterMoments(), items, count, workspace, stream);
+}
+
+}  // namespace tk

@@ -1,0 +1,42 @@
+#include "common/hutchinson_moments.h"
+#include "common/philox.h"
+#include "cuda/moments.cuh"
+
+namespace tk {
+namespace {
+
+struct HutchinsonMoments {
+  static constexpr const char* kName = "hutchinson_moments";
+  static constexpr int kSums = 1;
+  static constexpr bool kRows = true;
+  static constexpr Third kThird = Third::sign;
+  static constexpr bool kList = true;
+
+  uint64_t seed;
+
+  static void set_inputs(Task& task, const ParameterItem& item) {
+    tk::set_inputs(task, item.w, item.g, item.dtype);
+    task.stream = item.stream;
+  }
+
+  __device__ uint32_t signs(uint32_t stream, int64_t element) const {
+    return random_signs_at(seed, stream, element);
+  }
+
+  static __device__ void add(float (&sums)[kSums], float w, float g, float z) {
+    sums[0] = __fmaf_rn(w, __fmul_rn(w, __fmul_rn(z, g)), sums[0]);
+  }
+};
+
+}  // namespace
+
+int64_t hutchinson_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
+  return moments_workspace<HutchinsonMoments>(items, count);
+}
+
+void hutchinson_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
+                             void* stream, uint64_t seed) {
+  run_moments(HutchinsonMoments{seed}, items, count, workspace, stream);
+}
+
+}  // namespace tk

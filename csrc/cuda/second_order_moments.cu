@@ -1,0 +1,36 @@
+#include "common/second_order_moments.h"
+#include "cuda/moments.cuh"
+
+namespace tk {
+namespace {
+
+struct SecondOrderMoments {
+  static constexpr const char* kName = "second_order_moments";
+  static constexpr int kSums = kSecondOrderSums;
+  static constexpr bool kRows = true;
+  static constexpr Third kThird = Third::tensor;
+  static constexpr bool kList = true;
+
+  static void set_inputs(Task& task, const ParameterItem& item) {
+    tk::set_inputs(task, item.w, item.g, item.h, item.dtype);
+  }
+
+  static __device__ void add(float (&sums)[kSums], float w, float g, float h) {
+    const float q = __fmul_rn(w, __fmaf_rn(-0.5f, h, g));
+    sums[0] = __fadd_rn(sums[0], q);
+    sums[1] = __fmaf_rn(q, q, sums[1]);
+  }
+};
+
+}  // namespace
+
+int64_t second_order_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
+  return moments_workspace<SecondOrderMoments>(items, count);
+}
+
+void second_order_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
+                               void* stream) {
+  run_moments(SecondOrderMoments(), items, count, workspace, stream);
+}
+
+}  // namespace tk

@@ -1,0 +1,231 @@
+"""The diagonal of the Fisher matrix, from per-example weight gradients that are never stored.
+
+A layer's input x is met in its forward pass, the gradient dy of its output in the backward pass;
+as soon as both are there they are reduced to a number per filter, and let go.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from taylor_kernels.statistics.base import Closure, Hook, eval_mode, version_of
+from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
+from taylor_kernels.statistics.hooks.passes import (
+    NOTHING_SEEN,
+    WatchesPasses,
+    graph_is_kept,
+    inside_backward,
+)
+from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
+from taylor_kernels.statistics.layers import Layer, Layers, check_output, filter_count
+from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
+
+
+class _Input:
+    """The input of one use of a layer, waiting for the gradient of its output."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        self._name = name
+        self._tensor: Tensor | None = tensor.detach()
+        self._version = version_of(tensor)
+        self.dy: Tensor | None = None
+        self.freed = False  # no further gradient can come
+
+    def add(self, dy: Tensor) -> None:
+        """Gradients of several backward passes over a graph that is kept add up."""
+        if self._tensor is None:
+            raise RuntimeError(f"{self._name}: backward() ran twice over a graph it had freed")
+        self.dy = dy.detach() if self.dy is None else self.dy + dy.detach()
+        self.freed = not graph_is_kept()
+
+    def take(self) -> Use:
+        """The input and its gradient so far."""
+        assert self._tensor is not None
+        assert self.dy is not None
+        tensor, dy, self.dy = self._tensor, self.dy, None
+        if self.freed:
+            self._tensor = None
+        if version_of(tensor) != self._version:
+            raise RuntimeError(
+                f"{self._name}: its input was changed in place between the forward and the "
+                "backward pass, and its values are gone; do that out of place (without "
+                "inplace=True)"
+            )
+        return tensor, dy
+
+
+class _Pass:
+    """The uses of a layer in one pass of the model."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.calls = 0
+        self.inputs: list[_Input] = []  # those that have a gradient
+
+    @property
+    def complete(self) -> bool:
+        return sum(x.freed for x in self.inputs) >= self.calls
+
+    def discard(self) -> None:
+        for x in self.inputs:
+            x.dy = None
+        self.inputs = []
+
+
+class _Fishers(WatchesPasses):
+    """What the sources of Fisher diagonals share: the inputs and output gradients of all uses.
+
+    A layer that was called once in the pass is reduced when its gradient arrives. Of several calls
+    the gradients of an example add up before they are squared, so all must be there; so must those
+    of all backward passes over a graph that is kept.
+    """
+
+    power = 2
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._passes: dict[str, _Pass] = {}  # the last of each layer
+        self._waiting: dict[_Pass, str] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._examples: dict[str, int] = {}
+        self._handles += [
+            layer.register_forward_hook(Hook(self._on_layer, name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+
+    def _on_layer(
+        self, name: str, layer: Layer, args: tuple, kwargs: dict[str, Any], output: object
+    ) -> None:
+        output = check_output(name, output)
+        self._on_call()
+        here = self._passes.get(name)
+        if here is None or here.number != self._pass:
+            here = self._passes[name] = _Pass(self._pass)
+        # What a checkpoint runs again in backward() was counted the first time.
+        here.calls += not inside_backward()
+        if not self._awaits_gradient(name, output):
+            return
+        x = _Input(name, args[0] if args else kwargs["input"])
+
+        def on_gradient(dy: Tensor) -> None:
+            if not self._takes_gradients():
+                return
+            self._in_backward = True
+            if x.dy is None:
+                here.inputs.append(x)
+            x.add(dy)
+            if here.complete:
+                self._waiting.pop(here, None)
+                self._reduce(name, here)
+            else:
+                self._waiting[here] = name
+
+        output.register_hook(on_gradient)
+
+    @torch.no_grad()
+    def _reduce(self, name: str, here: _Pass) -> None:
+        """Σ_k w_k² Σ_n g_nk² of a layer over what there is of a pass."""
+        layer = self.layers[name]
+        try:
+            uses = [x.take() for x in here.inputs]
+        except RuntimeError:
+            self.discard()
+            raise
+        here.inputs = []
+        by_count: dict[int, list[Use]] = {}
+        for use in uses:
+            by_count.setdefault(example_count(layer, use[0]), []).append(use)
+        for n, alike in by_count.items():
+            try:
+                fisher = layer_fisher(layer, alike, _weight(layer), self.backend)
+            except ValueError as error:
+                self.discard()
+                raise RuntimeError(
+                    f"{name}: its output is not that of a {_kind(layer)} of its input ({error}), "
+                    "as where a subclass pads in its own forward(); leave it out (layers= of "
+                    "Importance, ignore= of Pruner), or use taylor_fo_bn or taylor_so_diag"
+                ) from error
+            self._add(name, fisher, n)
+
+    def _add(self, name: str, fisher: Tensor, examples: int) -> None:
+        # dy carries 1/N of a mean over N examples: N² makes it that of each one's own loss.
+        self._accumulate(name, fisher * examples**2, examples)
+
+    def _accumulate(self, name: str, fisher: Tensor, examples: int) -> None:
+        self._sums[name] = self._sums[name] + fisher if name in self._sums else fisher
+        self._examples[name] = self._examples.get(name, 0) + examples
+
+    def _means(self) -> list[Tensor]:
+        """[F, 1] per layer, over all examples."""
+        waiting, self._waiting = self._waiting, {}
+        for here, name in waiting.items():
+            self._reduce(name, here)
+        return [
+            (self._sums[name] / max(self._examples[name], 1))[:, None]
+            if name in self._sums
+            else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            for name, layer in self.layers.items()
+        ]
+
+    def discard(self) -> None:
+        super().discard()
+        for here in self._waiting:
+            here.discard()
+        self._waiting, self._sums, self._examples = {}, {}, {}
+
+
+class Fisher(_Fishers):
+    """[F, 1] per layer: Σ_k w_k² · mean over examples of (gradient of the example's own loss)².
+
+    The loss is taken for a mean over the examples of its pass (dim 0 of a layer's input), so over
+    passes of N_i examples: Σ_i N_i² Σ_n g_n² / Σ_i N_i. No weight gradient is read. Of a weight
+    that two modules share each has its own use; a module that is called twice has one gradient
+    per example, the sum over its calls.
+    """
+
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
+        tables = self._means()
+        if not self._sums:
+            raise RuntimeError(NOTHING_SEEN)
+        return tables
+
+
+class FisherProbe(FromOutput, _Fishers):
+    """[F, 1] per layer: Σ_k w_k² h_k with E[h] the Gauss-Newton diagonal, from one random probe.
+
+    For softmax and cross entropy that is the Fisher matrix with labels drawn from the model, here
+    without drawing: signs in place of labels have the same mean and far less variance.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._batch = 0
+
+    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
+        self._batch = output.size(0)
+        probe = sign_probe(curvature_root(loss, output), self._generator())
+        self._backward(output, probe.view_as(output).to(output), keep=False)
+        return self._means()
+
+    def _add(self, name: str, fisher: Tensor, examples: int) -> None:
+        check_examples(name, examples, self._batch)
+        self._accumulate(name, fisher, 1)
+
+
+def _kind(layer: Layer) -> str:
+    """The class of PyTorch's own that it is."""
+    return next(c for c in type(layer).__mro__ if c.__module__.startswith("torch.nn.")).__name__
+
+
+def _weight(layer: Layer) -> Tensor:
+    """The weight that the layer used: reading that of a spectral norm in train mode moves it."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight.detach()
+    assert isinstance(layer.parametrizations, nn.Module)
+    with eval_mode(layer.parametrizations):
+        return layer.weight.detach()

@@ -1,0 +1,96 @@
+"""The Hessian of all gates at once: how the loss bends when every channel is turned down."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from taylor_kernels.layout import accumulator
+from taylor_kernels.statistics.base import Closure, Hook, remove_all
+from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
+from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
+from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.passes import inside_backward
+from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output, filter_count
+
+
+class GateProducts(InClosure):
+    """[F, 1] per layer: q = s − ½ H1, with s and H the loss's gradient and Hessian in all gates.
+
+    Gates are factors of 1 in the closure's passes, behind the layer's BatchNorm if it has one.
+    Over coupled filters, which share a gate, q adds up.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._norms = FollowingNorms(model, layers, None, self._on_norm)
+        self._gates: list[tuple[str, Tensor]] = []  # of all uses of layers, in order
+        self._by_output: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # where they are
+        self._replaced: set[int] = set()  # by one behind a norm
+        self._followed: str | None = None  # the layer before the norm that has just run
+
+    def _tables_of(self, closure: Closure) -> list[Tensor]:
+        # Before all other hooks, so that a norm and they are handed what is multiplied.
+        handles = [
+            layer.register_forward_hook(Hook(self._gate_layer, name), prepend=True)
+            for name, layer in self.layers.items()
+        ]
+        handles += [
+            module.register_forward_hook(Hook(self._gate_norm))
+            for module in self.model.modules()
+            if isinstance(module, _BatchNorm)
+        ]
+        try:
+            with twice_differentiable():
+                loss = run_closure(closure)
+                used = [use for i, use in enumerate(self._gates) if i not in self._replaced]
+                if not used:
+                    raise RuntimeError("closure: it called none of the layers to be scored")
+                gates = [gate for _, gate in used]
+                slopes, products = gradient_and_product(
+                    loss, gates, [torch.ones_like(gate) for gate in gates]
+                )
+        finally:
+            remove_all(handles)
+            self._gates, self._by_output, self._replaced = [], {}, set()
+        tables = {
+            name: layer.weight.new_zeros(filter_count(layer), dtype=accumulator(layer.weight.dtype))
+            for name, layer in self.layers.items()
+        }
+        for (name, _), s, h in zip(used, slopes, products, strict=True):
+            tables[name] = tables[name] + (s - h / 2)
+        return [table[:, None] for table in tables.values()]
+
+    def close(self) -> None:
+        self._norms.close()
+        super().close()
+
+    def _gate_layer(self, name: str, layer: Layer, _: tuple, output: object) -> Tensor | None:
+        return self._gated(name, check_output(name, output), channel_dim(layer))
+
+    def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
+        known, number = self._by_output.get(id(input), (None, 0))
+        if known is not None and known() is input and name is not None:
+            self._replaced.add(number)
+        self._followed = name
+
+    def _gate_norm(self, norm: nn.Module, _: tuple, output: Tensor) -> Tensor | None:
+        return None if self._followed is None else self._gated(self._followed, output, 1)
+
+    def _gated(self, name: str, output: Tensor, dim: int) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        extents = [1] * output.dim()
+        extents[dim] = -1
+        gate = torch.ones(
+            output.size(dim), dtype=accumulator(output.dtype), device=output.device
+        ).requires_grad_()
+        gated = output * gate.to(output.dtype).view(extents)
+        self._awaits_gradient(name, gated)
+        if not inside_backward():  # where a checkpoint computes the same use again
+            self._by_output[id(gated)] = (weakref.ref(gated), len(self._gates))
+            self._gates.append((name, gate))
+        return gated

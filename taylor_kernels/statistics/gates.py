@@ -1,0 +1,231 @@
+"""Statistics of gates: a factor of 1 on every channel, behind the layer's BatchNorm if it has one.
+
+The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy, which behind a BatchNorm
+with scale γ and shift β equals γ g_γ + β g_β: then nothing is read but four vectors. Otherwise y is
+met in a forward hook and dy in the backward pass, and `gate_gradients` reduces them as soon as
+both are there. An output is kept until then, also where autograd itself would not need it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.statistics.base import Closure, Hook
+from taylor_kernels.statistics.hooks.captures import Taps
+from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
+from taylor_kernels.statistics.layers import Layers, filter_count
+
+
+class _Gates(WatchesPasses):
+    """What all sources of gates share: when outputs are tapped."""
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
+        self._taps = Taps()
+
+    @abstractmethod
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        """Take the gate gradients [N, C] of one use of a layer, met at the output of `module`."""
+
+    def _bias(self, module: nn.Module) -> Tensor | None:
+        """What is subtracted from the output of a tapped module."""
+        return None
+
+    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
+        """Whether the output of this norm is to be tapped; asked after each of its runs."""
+        return True
+
+    def close(self) -> None:
+        self._norms.close()
+        super().close()
+
+    def _begin_pass(self) -> None:
+        super()._begin_pass()
+        self._taps.forget()
+
+    def _on_output(self, name: str, output: Tensor) -> None:
+        self._on_call()
+        # A tap that a norm takes over a moment later: only the norm can tell that it follows.
+        self._tap(name, self.layers[name], output, copy=not self._norms.of(name))
+
+    def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
+        wanted = self._wants_tap(name, norm)
+        if name is None:
+            return
+        self._taps.cancel(input)
+        self._unreached.discard(name)
+        if wanted:
+            self._tap(name, norm, output)
+        elif self._watches():
+            self._called.add(name)
+
+    def _tap(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
+        if not self._awaits_gradient(name, output):
+            return
+        pass_ = self._pass
+        channel_dim = -1 if isinstance(module, nn.Linear) else 1
+        unbatched = isinstance(module, _ConvNd) and output.dim() == len(module.kernel_size) + 1
+
+        def receive(y: Tensor, dy: Tensor) -> None:
+            if not self._takes_gradients():
+                return
+            self._in_backward = True
+            if unbatched or y.dim() == 1:
+                y, dy = y.unsqueeze(0), dy.unsqueeze(0)
+            gates = gate_gradients(
+                y, dy, bias=self._bias(module), channel_dim=channel_dim, backend=self.backend
+            )
+            self._receive(name, module, gates, pass_)
+
+        self._taps.add(name, module, output, receive, self.discard, copy=copy)
+
+
+class ExampleGates(_Gates):
+    """[F, N] per layer: s[n, c] = Σ_positions (y − b)·dy for every example since the last update.
+
+    Behind a BatchNorm y is its whole output. Where there is none, b is the layer's own bias, and
+    s is exactly Σ_j g_{n,c,j} w_{c,j} over the weights of filter c. Uses of a layer in one call of
+    the model add up per example (its gate is one and the same); further calls bring further
+    examples.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._received: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in layers}
+
+    def _bias(self, module: nn.Module) -> Tensor | None:
+        return module.bias if isinstance(module, (_ConvNd, nn.Linear)) else None
+
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        key = (pass_, gates.size(0))
+        received = self._received[name]
+        received[key] = received[key] + gates if key in received else gates
+
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
+        if not any(self._received.values()):
+            raise RuntimeError(NOTHING_SEEN)
+        examples = max(sum(n for _, n in received) for received in self._received.values())
+        return [
+            torch.cat(list(received.values())).T.contiguous()
+            if (received := self._received[name])
+            else layer.weight.new_zeros(filter_count(layer), examples, dtype=torch.float32)
+            for name, layer in self.layers.items()
+        ]
+
+    def discard(self) -> None:
+        super().discard()
+        self._received = {name: {} for name in self.layers}
+
+
+class Gates(_Gates):
+    """[F, 1] per layer: the gate's gradient over everything since the last update.
+
+    The gradients of γ and β are taken as backward() hands them over, like those of outputs: what
+    is done to `.grad` later (unscaling, clipping) changes neither. They are those of a gate if the
+    norm ran once in the pass, behind one layer; of a norm that runs more often the outputs are
+    tapped. The first pass does both, since only its end tells which is right.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._received: dict[str, Tensor] = {}
+        self._last_run: dict[_BatchNorm, tuple[int, str | None]] = {}  # its pass and its layer
+        self._shared: set[_BatchNorm] = set()  # run more than once in a pass, or behind two layers
+        self._read: dict[_BatchNorm, str] = {}
+        self._tapped: dict[_BatchNorm, list[tuple[str, Tensor]]] = {}  # beside being read
+        self._spoiled: set[str] = set()
+        self._hooked: set[nn.Parameter] = set()
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
+        if not self._watches():
+            return False
+        last_pass, last_name = self._last_run.get(norm, (-1, name))
+        if last_pass == self._pass and inside_backward():
+            return norm not in self._read  # a checkpoint computes the same run again
+        if last_pass == self._pass or last_name != name:
+            self._shared.add(norm)
+            if norm in self._read and norm not in self._tapped:
+                self._spoiled.add(self._read[norm])
+        self._last_run[norm] = (self._pass, name)
+        trains = norm.affine and norm.weight.requires_grad and norm.bias.requires_grad
+        if norm in self._shared or name is None or not trains:
+            return True
+        self._read[norm] = name
+        for parameter in (norm.weight, norm.bias):
+            if parameter not in self._hooked:
+                self._hooked.add(parameter)
+                self._handles.append(parameter.register_hook(Hook(self._on_gradient, parameter)))
+        if last_pass == -1:
+            self._tapped[norm] = []
+        else:
+            self._tapped.pop(norm, None)  # no longer all of its runs
+        return last_pass == -1
+
+    def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        self._in_backward = True
+        grad = grad.detach().clone()  # autograd may make the original .grad itself
+        known = self._gradients.get(parameter)
+        self._gradients[parameter] = grad if known is None else known + grad
+
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        total = gates.sum(0)
+        if isinstance(module, _BatchNorm) and module in self._tapped:
+            self._tapped[module].append((name, total))
+        else:
+            self._add(name, total)
+
+    def _add(self, name: str, total: Tensor) -> None:
+        self._received[name] = self._received[name] + total if name in self._received else total
+
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
+        if self._spoiled:
+            raise RuntimeError(
+                f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
+                "pass, or behind more layers, than before; run the pass again"
+            )
+        for norm, tapped in self._tapped.items():
+            for name, total in tapped if norm in self._shared else ():
+                self._add(name, total)
+        norms = [
+            (name, norm)
+            for norm, name in self._read.items()
+            if norm not in self._shared
+            and norm.weight in self._gradients
+            and norm.bias in self._gradients
+        ]
+        if norms:
+            parameters = [p for _, norm in norms for p in (norm.weight, norm.bias)]
+            moments = filter_moments(
+                [p.detach() for p in parameters],
+                [self._gradients[p] for p in parameters],
+                backend=self.backend,
+            )
+            for (name, _), of_scale, of_shift in zip(
+                norms, moments[::2], moments[1::2], strict=True
+            ):
+                self._add(name, of_scale[:, 0] + of_shift[:, 0])
+        if not self._received:
+            raise RuntimeError(NOTHING_SEEN)
+        return [
+            self._received[name][:, None]
+            if name in self._received
+            else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            for name, layer in self.layers.items()
+        ]
+
+    def discard(self) -> None:
+        super().discard()
+        self._received, self._gradients = {}, {}
+        self._read, self._tapped, self._spoiled = {}, {}, set()

@@ -1,0 +1,95 @@
+"""Taps: both sides of a module's output, y from the forward pass and dy from the backward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from taylor_kernels.statistics.hooks.passes import graph_is_kept
+
+# What becomes of a module's output between its forward and its backward, from harmless to worse;
+# learned on first sight, and only ever for the worse.
+_UNTOUCHED = 0
+_HARMLESS = 1  # changed in place, but only where dy is 0, as by a ReLU
+_OVERWRITTEN = 2
+
+
+class Taps:
+    """Registers taps on outputs, and keeps a copy of those that are overwritten before backward().
+
+    The first pass copies every output and compares. A ReLU in place zeroes outputs whose gradient
+    is zero too, so the overwritten tensor serves as well, for ever after; a sum in place does not.
+    """
+
+    def __init__(self) -> None:
+        self._fate: dict[nn.Module, int] = {}
+        self._open: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+
+    def add(
+        self,
+        name: str,
+        module: nn.Module,
+        output: Tensor,
+        receive: Callable[[Tensor, Tensor], None],
+        lost: Callable[[], None],
+        *,
+        copy: bool = True,
+    ) -> None:
+        """Call receive(y, dy) when the gradient of `output` is there, y as it is now.
+
+        Args:
+            lost: called before the error that y was changed in place and is gone.
+            copy: keep a copy while the output's fate is unknown. False where the tap will most
+                likely be cancelled.
+        """
+        fate = self._fate.get(module)
+        keep = copy if fate is None else fate == _OVERWRITTEN
+        kept = output.detach().clone() if keep else None
+        alias: Tensor | None = output.detach()
+        version = output._version
+
+        def on_gradient(dy: Tensor) -> None:
+            nonlocal alias, kept
+            if alias is None:
+                raise RuntimeError(f"{name}: backward() ran twice over a graph it had freed")
+            changed = alias._version != version
+            if kept is not None:
+                self._learn(module, alias, kept, dy, changed)
+            elif changed and self._fate.get(module) != _HARMLESS:
+                self._fate[module] = _OVERWRITTEN
+                lost()
+                raise RuntimeError(
+                    f"{name}: its output was changed in place in this pass, though not in those "
+                    "before, and its values are gone; run the pass again (a copy is kept from now "
+                    "on)"
+                )
+            receive(alias if kept is None else kept, dy)
+            if not graph_is_kept():
+                alias = kept = None  # the graph may outlive this pass; the activation must not
+
+        self._open[id(output)] = (weakref.ref(output), output.register_hook(on_gradient))
+
+    def cancel(self, output: Tensor) -> None:
+        """Take the tap off an output, if there is one."""
+        known = self._open.pop(id(output), None)
+        if known is not None and known[0]() is output:
+            known[1].remove()
+
+    def forget(self) -> None:
+        """Taps of earlier passes cannot be cancelled any more."""
+        self._open.clear()
+
+    def _learn(
+        self, module: nn.Module, alias: Tensor, kept: Tensor, dy: Tensor, changed: bool
+    ) -> None:
+        """Take one use of a module into its fate; a use that could not have shown it does not."""
+        fate = _UNTOUCHED
+        if changed:
+            moved = alias != kept
+            if not moved.any() or not dy.any():
+                return
+            fate = _OVERWRITTEN if dy[moved].any() else _HARMLESS
+        self._fate[module] = max(fate, self._fate.get(module, _UNTOUCHED))

@@ -1,0 +1,133 @@
+"""Passes: what sources share that look at activations and at the gradients that come back."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.statistics.base import Closure, Hook, Source, remove_all
+from taylor_kernels.statistics.layers import Layers
+
+
+class WatchesPasses(Source):
+    """Counts the model's passes, and knows the layers that were called and that gradients reach.
+
+    A call of the model begins a pass, and so does the first call of a part of it after a backward
+    pass.
+    """
+
+    #: Raising the loss by a factor raises the tables by this power of it.
+    power = 1
+    #: Threads that run a closure; its passes are those of the meter that runs it, alone.
+    in_closure: ClassVar[list[int]] = []
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
+        self._close = weakref.finalize(self, remove_all, self._handles)
+        self._pass = 0
+        self._in_backward = False
+        self._unreached: set[str] = set()
+        self._called: set[str] = set()
+        self._warned = False
+
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        try:
+            tables = self._tables(closure)
+        finally:
+            self.discard()
+        self.updates += 1
+        scale = loss_scale**self.power
+        return [table / scale for table in tables] if scale != 1.0 else tables
+
+    @abstractmethod
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        """What collect() hands over, before the loss scale is divided out; _check() comes first."""
+
+    def discard(self) -> None:
+        self._unreached.clear()
+
+    def close(self) -> None:
+        self._close()
+        self.discard()
+
+    def _check(self) -> None:
+        """That no layer is about to be scored 0 for want of a look at it."""
+        if self._unreached:
+            raise RuntimeError(
+                f"no gradient reaches the output of {', '.join(sorted(self._unreached))}, because "
+                "everything before is frozen; run the pass inside tk.scoring(model), or leave "
+                "these layers out (layers= of Importance, ignore= of Pruner)"
+            )
+        missing = [name for name in self.layers if name not in self._called]
+        for name in missing:
+            grad = self.layers[name].weight.grad
+            if grad is not None and grad.any():
+                raise RuntimeError(
+                    f"{name} has a weight gradient but was never called: its weight is used by "
+                    "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "
+                    "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion"
+                )
+        if missing and len(missing) < len(self.layers) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{', '.join(missing)}: not called in any pass with gradients so far, and scored "
+                "0 (not used, used by other code, or inside a checkpoint with use_reentrant=True?)",
+                stacklevel=5,
+            )
+
+    def _watches(self) -> bool:
+        """Whether a pass that is running is one to be scored."""
+        # A checkpoint may run in a thread of autograd's own.
+        threads = WatchesPasses.in_closure
+        elsewhere = threading.get_ident() not in threads and not (threads and inside_backward())
+        return torch.is_grad_enabled() and elsewhere
+
+    def _takes_gradients(self) -> bool:
+        """Whether what flows back just now is to be scored."""
+        return True
+
+    def _on_model(self, *_: object) -> None:
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._pass += 1
+        self._in_backward = False
+
+    def _on_call(self) -> None:
+        """To be called first when a layer has run."""
+        # Parts of the model may be called alone. A checkpoint computes anew inside backward().
+        if self._in_backward and not inside_backward():
+            self._begin_pass()
+
+    def _awaits_gradient(self, name: str, output: Tensor) -> bool:
+        """Whether a backward pass is to be expected at an output of this layer, or of its norm."""
+        if not self._watches():
+            return False
+        self._called.add(name)
+        if not output.requires_grad:
+            self._unreached.add(name)
+        return output.requires_grad
+
+
+def inside_backward() -> bool:
+    """Whether autograd is running, so that a forward pass is one of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that is running leaves its graph for another one."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+NOTHING_SEEN = (
+    "no forward and backward pass has been seen since the last update; call it once after each "
+    "loss.backward(), on the model that was handed over (not a copy, and compiled, if at all, only "
+    "after the meter was made)"
+)

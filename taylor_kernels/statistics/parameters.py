@@ -1,0 +1,143 @@
+"""Statistics read off the parameters alone: no hook is put on the model."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.statistics.base import Closure, Source
+from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
+from taylor_kernels.statistics.layers import (
+    Layer,
+    Layers,
+    by_filter_axis,
+    check_leaf,
+    filter_count,
+    filter_groups,
+)
+
+
+class WeightMoments(Source):
+    """The moments of every layer's weight and its gradient, all layers in one launch.
+
+    A layer that the backward pass did not reach has no gradient: its moments are those of a
+    gradient of zero in every column but w2.
+    """
+
+    needs_weight_grad = True
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        self._scored: list[tuple[weakref.ref[Tensor], int]] = []
+
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        weights, grads = self._weights_and_grads()
+        layers = list(self.layers.values())
+        tables = [torch.empty(0)] * len(layers)
+        for axis, chosen in by_filter_axis(layers):
+            moments = filter_moments(
+                [weights[i] for i in chosen],
+                [grads[i] for i in chosen],
+                dim=axis,
+                groups=[filter_groups(layers[i]) for i in chosen],
+                backend=self.backend,
+            )
+            for i, table in zip(chosen, moments, strict=True):
+                tables[i] = table
+        if loss_scale != 1.0:
+            power = torch.tensor([1.0, 2.0, 1.0, 0.0, 2.0])
+            tables = [t / loss_scale ** power.to(t) for t in tables]
+        return tables
+
+    def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
+        weights: list[Tensor] = []
+        grads: list[Tensor | None] = []
+        for name, layer in self.layers.items():
+            weight = layer.weight
+            check_leaf(name, weight)
+            if not weight.requires_grad:
+                raise RuntimeError(
+                    f"{name}.weight requires no gradient, so this criterion has nothing to read; "
+                    "inside tk.scoring() or with frozen layers use taylor_fo_gate or taylor_fo_bn"
+                )
+            weights.append(weight.detach())
+            grads.append(weight.grad)
+        present = [grad for grad in grads if grad is not None]
+        if not present:
+            raise RuntimeError(
+                "no layer has a gradient; score after loss.backward() and before "
+                "optimizer.step() and zero_grad()"
+            )
+        if self._scored and all(
+            reference() is grad and version == grad._version
+            for grad, (reference, version) in zip(present, self._scored, strict=False)
+        ):
+            raise RuntimeError(
+                "the gradients are those that were scored last; score once after each "
+                "loss.backward()"
+            )
+        self._scored = [(weakref.ref(grad), grad._version) for grad in present]
+        filled = [
+            torch.zeros_like(w) if grad is None else grad.detach()
+            for w, grad in zip(weights, grads, strict=True)
+        ]
+        return weights, filled
+
+
+class Magnitudes(Source):
+    """Σ abs(w) and Σ w² of every filter."""
+
+    @torch.no_grad()
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        return [self._table(layer) for layer in self.layers.values()]
+
+    @staticmethod
+    def _table(layer: Layer) -> Tensor:
+        weight = layer.weight
+        if isinstance(layer, _ConvTransposeNd):  # [in, out / groups, ...] -> filters first
+            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        rows = weight.flatten(1)
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(rows, p, dim=1, dtype=dtype) for p in (1, 2)]
+        return torch.stack((norms[0], norms[1].square()), 1)
+
+
+class BatchNormScale(KnowsNorms):
+    """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
+
+    @torch.no_grad()
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        tables = [self._table(name, layer) for name, layer in self.layers.items()]
+        if all(table.isnan().all() for table in tables):
+            raise RuntimeError(
+                "bn_scale: no BatchNorm with a scale was seen to follow a layer in a forward pass; "
+                "run one first, or use another criterion if the model has none"
+            )
+        return tables
+
+    def _table(self, name: str, layer: Layer) -> Tensor:
+        scales = [n.weight.abs().float() for n in self._norms.of(name) if n.weight is not None]
+        if not scales:
+            return layer.weight.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
+        return torch.stack(scales, 1).sum(1, keepdim=True)
+
+
+class Random(Source):
+    """A fixed uniform draw per filter, from a generator of its own: PyTorch's stays untouched."""
+
+    seed = 0
+
+    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+        super().__init__(model, layers, backend)
+        generator = torch.Generator().manual_seed(self.seed)
+        self._draws = [
+            torch.rand(filter_count(layer), 1, generator=generator).to(layer.weight.device)
+            for layer in layers.values()
+        ]
+
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        return self._draws

@@ -1,0 +1,128 @@
+"""The Hessian of all scored weights times one vector, and what is made of it per filter."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
+from taylor_kernels.ops.rademacher import rademacher_like
+from taylor_kernels.ops.second_order_moments import second_order_sums
+from taylor_kernels.statistics.base import Closure, Source
+from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
+from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
+from taylor_kernels.statistics.layers import check_leaf, filter_axis, filter_groups
+
+
+class _WeightProducts(Source):
+    """Runs the closure, and takes ∂L/∂W and H·V over the weights of all layers.
+
+    No other parameter requires a gradient meanwhile, and frozen weights do. A weight that several
+    layers share is one parameter, and each of them gets a table of its own filters in it.
+    """
+
+    needs_closure = True
+
+    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
+        assert closure is not None
+        place: dict[Tensor, int] = {}  # of each weight, among all
+        for name, layer in self.layers.items():
+            check_leaf(name, layer.weight)
+            place.setdefault(layer.weight, len(place))
+        weights = list(place)
+        values = [weight.detach() for weight in weights]
+        with differentiating(), _only_gradients_of(self.model, weights), twice_differentiable():
+            loss = run_closure(closure)
+            products = _Products(
+                values, *gradient_and_product(loss, weights, self._vectors(values))
+            )
+        # A convolution and its transpose, as in a tied autoencoder, see other filters in a weight.
+        kinds = [
+            (place[layer.weight], filter_axis(layer), filter_groups(layer))
+            for layer in self.layers.values()
+        ]
+        tables: dict[tuple[int, int, int], Tensor] = {}
+        for axis in (0, 1):
+            chosen = [kind for kind in dict.fromkeys(kinds) if kind[1] == axis]
+            if chosen:
+                places, groups = [kind[0] for kind in chosen], [kind[2] for kind in chosen]
+                found = self._reduce(products.of(places), places, axis, groups)
+                tables |= zip(chosen, found, strict=True)
+        self.updates += 1
+        return [tables[kind] for kind in kinds]
+
+    @abstractmethod
+    def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
+        """What the Hessian is multiplied by."""
+
+    @abstractmethod
+    def _reduce(
+        self, products: _Products, places: list[int], axis: int, groups: list[int]
+    ) -> list[Tensor]:
+        """[F, K] tables of those weights; `places` are theirs among all weights."""
+
+
+class _Products(NamedTuple):
+    """Of each weight: its values, ∂L/∂W, H·V."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    hvps: list[Tensor]
+
+    def of(self, places: list[int]) -> _Products:
+        return _Products(*([tensors[i] for i in places] for tensors in self))
+
+
+class SecondOrder(_WeightProducts):
+    """[F, 2] per layer: Σ q and Σ q² over weights, q = g·w − ½·w·(HW) with W all scored weights."""
+
+    def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
+        return weights
+
+    def _reduce(
+        self, products: _Products, places: list[int], axis: int, groups: list[int]
+    ) -> list[Tensor]:
+        return second_order_sums(*products, dim=axis, groups=groups, backend=self.backend)
+
+
+class Hutchinson(_WeightProducts):
+    """[F, 1] per layer: Σ w² z (Hz), random signs z; its mean over updates is Σ_k w_k² H_kk.
+
+    The signs are those of the update's number, so they need no memory and a resumed meter draws
+    the ones it would have drawn.
+    """
+
+    def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
+        return rademacher_like(weights, seed=self.updates, backend=self.backend)
+
+    def _reduce(
+        self, products: _Products, places: list[int], axis: int, groups: list[int]
+    ) -> list[Tensor]:
+        tables = hutchinson_moments(
+            products.weights,
+            products.hvps,
+            seed=self.updates,
+            streams=places,
+            dim=axis,
+            groups=groups,
+            backend=self.backend,
+        )
+        return [table[:, None] for table in tables]
+
+
+@contextmanager
+def _only_gradients_of(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

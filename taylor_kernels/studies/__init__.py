@@ -1,0 +1,1 @@
+"""Tables, plots and pages that compare networks: one folder a study."""

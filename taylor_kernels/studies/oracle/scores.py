@@ -1,0 +1,177 @@
+"""What each criterion says of the filters, and what it costs beside a plain training step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import numpy as np
+import torch
+
+import taylor_kernels as tk
+from taylor_kernels.criteria import get_criterion
+from taylor_kernels.options import Mistake
+from taylor_kernels.progress import ProgressLog
+from taylor_kernels.statistics import reads_weight_gradients
+from taylor_kernels.studies.oracle.pieces import Json, Pieces, digest
+from taylor_kernels.studies.oracle.problem import Batch, Problem
+
+#: `random` is not one ranking but all of them: its figures are means over so many draws.
+DRAWS = 20
+#: What the sources of some criteria need in place of a forward and a backward pass.
+_READS_WEIGHTS = ("magnitudes", "random")
+_READS_FORWARD = ("bn_scale",)
+
+
+#: The step that runtimes are compared with.
+PLAIN = "forward + backward"
+
+
+class CannotScore(Mistake):
+    """A criterion does not apply to this model; the message says why."""
+
+
+def scores_of(
+    problem: Problem, criterion: str, settings: Json, pieces: Pieces, log: ProgressLog
+) -> np.ndarray:
+    """[draws, F] float64: one row, of `random` several; nan for filters that have no score.
+
+    Raises:
+        CannotScore: the criterion has nothing to read here.
+    """
+    if get_criterion(criterion).source == "random":
+        return _draws(problem)
+    settings = settings | {"criterion": criterion}
+    values = pieces.load("scores", settings)
+    if values is None:
+        with log.task(f"{problem.name}: {criterion}", len(problem.batches)) as advance:
+            values = score(problem, criterion, advance).tolist()
+        pieces.save("scores", settings, values)
+    return np.asarray([values], dtype=np.float64)
+
+
+def score(
+    problem: Problem, criterion: str, advance: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """[F] float64: the scores over one pass of `problem.batches`; of `random` the first draw.
+
+    Raises:
+        CannotScore: the criterion has nothing to read here.
+    """
+    if get_criterion(criterion).source == "random":
+        return _draws(problem)[0]
+    try:
+        step = _Step(problem, criterion)
+        try:
+            for batch in problem.batches:
+                step(batch)
+                advance()
+            assert step.meter is not None
+            scores = step.meter.compute()
+        finally:
+            step.close()
+    except (ValueError, RuntimeError) as error:
+        raise CannotScore(str(error)) from error
+    return torch.cat([scores[name] for name in problem.layers]).double().cpu().numpy()
+
+
+def _draws(problem: Problem) -> np.ndarray:
+    """[DRAWS, F], other ones for every network."""
+    generator = np.random.default_rng(int(digest(problem.name), 16))
+    return generator.random((DRAWS, len(problem.filters)))
+
+
+class _Step:
+    """One minibatch: passes as far as a criterion needs them, then its update().
+
+    Without a criterion it is the plain step that all are compared with: forward and backward.
+    """
+
+    def __init__(self, problem: Problem, criterion: str | None) -> None:
+        self.problem = problem
+        self.source = "" if criterion is None else get_criterion(criterion).source
+        self.meter: tk.Importance | None = None
+        if criterion is not None:
+            self.meter = tk.Importance(problem.model, criterion, layers=problem.layers)
+
+    def __call__(self, batch: Batch) -> None:
+        problem, model = self.problem, self.problem.model
+        closure = None
+        if self.meter is not None and self.meter.needs_closure:
+            closure = partial(problem.loss_of, batch)
+        elif self.source in _READS_FORWARD:
+            with torch.no_grad():
+                problem.loss_of(batch)
+        elif self.source not in _READS_WEIGHTS:
+            full = self.meter is None or reads_weight_gradients(self.source)
+            mode: AbstractContextManager = nullcontext() if full else tk.scoring(model)
+            with mode:
+                problem.loss_of(batch).backward()
+        if self.meter is not None:
+            self.meter.update(closure=closure)
+        model.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        if self.meter is not None:
+            self.meter.close()
+        self.problem.model.zero_grad(set_to_none=True)
+
+
+def timings(
+    problem: Problem, criteria: Sequence[str], log: ProgressLog, *, rounds: int, seconds: float
+) -> dict[str, Json]:
+    """What a minibatch costs under each criterion, and under PLAIN, the plain step.
+
+    Medians over rounds; in a round everyone has its turn, one minibatch to warm up and two that
+    count, in an order that turns around every time, so that a machine that slows down slows all.
+
+    Args:
+        rounds: at most so many, of which one is done whatever it takes.
+        seconds: no further round is begun after this.
+
+    Returns:
+        Name -> {"ms": median, "ratio": to the plain step}, on a GPU "peak_mib" too.
+    """
+    times: dict[str, list[float]] = {name: [] for name in (PLAIN, *criteria)}
+    peaks = dict.fromkeys(times, 0.0)
+    start = time.perf_counter()
+    with log.task(f"{problem.name}: runtimes", rounds) as advance:
+        for number in range(rounds):
+            for name in list(times)[:: 1 if number % 2 == 0 else -1]:
+                for taken, peak in _turn(problem, None if name == PLAIN else name, number):
+                    times[name].append(taken)
+                    peaks[name] = max(peaks[name], peak)
+            advance()
+            if time.perf_counter() - start > seconds:
+                break
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        name: {"ms": value * 1e3, "ratio": value / median[PLAIN]}
+        | ({"peak_mib": peaks[name] / 2**20} if peaks[name] else {})
+        for name, value in median.items()
+    }
+
+
+def _turn(problem: Problem, criterion: str | None, number: int) -> Iterator[tuple[float, float]]:
+    """Seconds and peak bytes (0 on the CPU, which does not tell) of two minibatches."""
+    device = next(problem.model.parameters()).device
+    step = _Step(problem, criterion)
+    try:
+        for repeat in range(3):
+            batch = problem.batches[(2 * number + repeat) % len(problem.batches)]
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            step(batch)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken = time.perf_counter() - start
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            if repeat:
+                yield taken, float(peak)
+    finally:
+        step.close()

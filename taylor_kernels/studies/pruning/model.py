@@ -1,0 +1,64 @@
+"""A small residual network for 8x8 images: what a pruner must cope with, and trains fast.
+
+Every stage's blocks add to one shared stream, so their output filters can only go together; stages
+two and three change the stream's width and size through a 1x1 convolution.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taylor_kernels.studies.pruning.data import CLASSES, IMAGE_SHAPE
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with BatchNorm, added to the input or to a 1x1 projection of it."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsResNet(nn.Module):
+    """Three stages of `width`, 2·`width` and 4·`width` channels, `blocks` residual blocks each.
+
+    Takes [N, 1, 8, 8] and gives logits [N, 10].
+
+    Raises:
+        ValueError: `width` or `blocks` is below 1.
+    """
+
+    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        if width < 1 or blocks < 1:
+            raise ValueError(f"width, blocks: must be at least 1, got {width} and {blocks}")
+        self.stem = nn.Sequential(
+            nn.Conv2d(IMAGE_SHAPE[0], width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+        stages, channels = [], width
+        for stage in range(3):
+            out, stride = width << stage, 1 if stage == 0 else 2
+            for block in range(blocks):
+                stages.append(Block(channels, out, stride if block == 0 else 1))
+                channels = out
+        self.blocks = nn.Sequential(*stages)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))

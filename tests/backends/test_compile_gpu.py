@@ -1,0 +1,188 @@
+"""Every GPU kernel compiles for every architecture, spills nothing and loads 16 bytes at a time.
+
+No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests.helpers.gpu_compile import (
+    ARCHITECTURES,
+    LOCAL_MEMORY,
+    ROOT,
+    TYPE_NAMES,
+    compile_cuda,
+    compile_triton,
+    cuobjdump,
+    sass_of_functions,
+    uses_local_memory,
+)
+
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+#: fp32, fp16 and bf16 each read every tensor, two but for one op, by at least one vector load.
+VECTOR_LOADS = {"second_order_moments.cu": 9}
+MIN_VECTOR_LOADS = 6
+#: Either side of conv2d_fisher's tiles, where its vectors are aligned.
+TILE_VECTOR_LOADS = 2
+
+MOMENTS_ARGUMENTS = {"table": "*i64", "count": "i32"} | dict.fromkeys(
+    ("row_out", "col_out", "workspace"), "*fp32"
+)
+
+not_interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: nothing is compiled"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Triton keeps what it compiled; a cache hit would prove nothing about today's source."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    yield
+    if before is None:
+        del os.environ["TRITON_CACHE_DIR"]
+    else:
+        os.environ["TRITON_CACHE_DIR"] = before
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_cuda(source: Path, tmp_path: Path) -> None:
+    binary, kernels = compile_cuda(source, tmp_path)
+    assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert (kernel.stack, kernel.spills) == (0, 0), kernel
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("compiled without spills; no cuobjdump to look for vector loads with")
+    for arch in ARCHITECTURES:
+        for name, sass in sass_of_functions(binary, arch, tool).items():
+            if "stream_kernel" in name:
+                wide = len(re.findall(r"\bLDG\.E\.128", sass))
+                least = VECTOR_LOADS.get(source.name, MIN_VECTOR_LOADS)
+                assert wide >= least, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+            if "rademacher_kernel" in name:
+                assert re.search(r"\bSTG\.E\.128", sass), f"{name} for sm_{arch}"
+            if "fisher_tile_kernel" in name:
+                wide = len(re.findall(r"\bLDG\.E\.128", sass))
+                assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+                assert bool(re.search(r"\bHMMA\.", sass)) == ("3Mma" in name), f"{name}: sm_{arch}"
+            assert not LOCAL_MEMORY.findall(sass), f"{name} for sm_{arch}: local memory"
+
+
+def check_triton(
+    kernel: object,
+    arguments: dict[str, str],
+    constants: dict[str, object],
+    folder: Path,
+    *,
+    vectors: bool,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    warps: int = 4,
+) -> None:
+    for arch in architectures:
+        compiled = compile_triton(kernel, arguments, constants, arch, warps=warps)
+        wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", compiled.ptx))
+        assert wide >= 2 or not vectors, f"sm_{arch}: {wide} loads of 128 bits"
+        assert not uses_local_memory(compiled.cubin, arch, folder), f"sm_{arch}: local memory"
+
+
+@pytest.fixture(scope="module")
+def moments() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("taylor_kernels.backends.triton.moments")
+
+
+@pytest.fixture(scope="module")
+def gates() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return importlib.import_module("taylor_kernels.backends.triton.gate_gradients")
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
+@pytest.mark.parametrize("grids", [False, True], ids=("rows", "grids"))
+def test_triton_moments(
+    moments: ModuleType, dtype: torch.dtype, grids: bool, tmp_path: Path
+) -> None:
+    check_triton(
+        moments.stream_kernel,
+        {**MOMENTS_ARGUMENTS, "seed": "i64"},
+        moments.constants(moments.FILTER, dtype, grids, grids),
+        tmp_path,
+        vectors=True,
+        architectures=ARCHITECTURES if grids else (90,),  # the larger kernel holds the smaller
+    )
+
+
+@not_interpreted
+@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize("op", ["SECOND_ORDER", "HUTCHINSON"])
+def test_triton_other_moments(
+    moments: ModuleType, op: str, dtype: torch.dtype, arch: int, tmp_path: Path
+) -> None:
+    number = getattr(moments, op)
+    check_triton(
+        moments.stream_kernel,
+        {**MOMENTS_ARGUMENTS, "seed": "i64"},
+        moments.constants(number, dtype, True, True),
+        tmp_path,
+        vectors=True,
+        architectures=(arch,),
+        warps=moments.OP_WARPS[number.value],
+    )
+
+
+@not_interpreted
+@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+def test_triton_rademacher(dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    module = importlib.import_module("taylor_kernels.backends.triton.rademacher")
+    draws, each = module.TILE
+    constants = {"DRAWS": draws, "EACH": each}
+    arguments = {"table": "*i64", "count": "i32", "out": TYPE_NAMES[dtype], "seed": "i64"}
+    check_triton(
+        module.fill_kernel, arguments, constants, tmp_path, vectors=False, architectures=(arch,)
+    )
+
+
+@not_interpreted
+def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
+    constants = {**dict(zip("PE", moments.FINISH_TILE, strict=True)), "SUMS": 5}
+    check_triton(moments.finish_kernel, MOMENTS_ARGUMENTS, constants, tmp_path, vectors=False)
+
+
+@not_interpreted
+@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
+def test_triton_gates(gates: ModuleType, dtype: torch.dtype, tmp_path: Path) -> None:
+    name = TYPE_NAMES[dtype]
+    tensors = {"y": name, "dy": name, "bias": name, "out": "*fp32"}
+    rows = {"rows": "i32", "length": "i32:16", "channels": "i32", "tiles": "i32"}
+    for r, c, _ in gates.TILES[:3]:
+        constants = {"BIAS": True, "R": r, "C": c, "SEGMENT": gates.SEGMENT}
+        check_triton(gates.rows_kernel, {**tensors, **rows}, constants, tmp_path, vectors=True)
+    r, c = gates.MATRIX_TILE
+    cols = {
+        "rows": "i32",
+        "length": "i32:16",
+        "inner": "i32",
+        "tiles": "i32",
+        "row_blocks": "i32",
+    }
+    constants = {"BIAS": True, "R": r, "C": c, "BLOCK_ROWS": gates.BLOCK_ROWS}
+    check_triton(gates.cols_kernel, {**tensors, **cols}, constants, tmp_path, vectors=True)
+    counts = dict.fromkeys(("tiles", "batch", "parts", "channels", "run"), "i32")
+    constants = dict(zip("PE", gates.FINISH_TILE, strict=True))
+    arguments = {"partials": "*fp32", "out": "*fp32", **counts}
+    check_triton(gates.finish_kernel, arguments, constants, tmp_path, vectors=False)

@@ -1,0 +1,133 @@
+"""Compiles the GPU kernels without a GPU, and reads what the compilers say of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tests.helpers import ROOT
+
+ARCHITECTURES = (80, 90, 100)
+#: Loads and stores of it in machine code: registers that were spilled.
+LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
+TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+
+
+class Resources(NamedTuple):
+    """What ptxas says of one kernel for one architecture."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int  # bytes stored and loaded
+
+
+def compile_cuda(source: Path, folder: Path) -> tuple[Path, list[Resources]]:
+    """The object file with machine code for every architecture, and each kernel's resources."""
+    target = folder / f"{source.stem}.o"
+    nvcc = shutil.which("nvcc")
+    assert nvcc, "nvcc is not on PATH"
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    command = [nvcc, f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *codes]
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, f"{source.name} does not compile:\n{log[-4000:]}"
+    assert "warning" not in log, log[-4000:]
+    return target, parse_ptxas(log)
+
+
+def parse_ptxas(log: str) -> list[Resources]:
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)\w*'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        log,
+        re.DOTALL,
+    )
+    return [
+        Resources(name, int(arch), int(registers), int(stack), int(stores) + int(loads))
+        for name, arch, stack, stores, loads, registers in found
+    ]
+
+
+def cuobjdump() -> str | None:
+    """From PATH, or the one in Triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    try:
+        import triton
+    except ImportError:
+        return None
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(bundled) if bundled.exists() else None
+
+
+def sass_of_functions(binary: Path, arch: int, tool: str) -> dict[str, str]:
+    """Function name -> disassembly."""
+    done = subprocess.run(
+        [tool, "-sass", "-arch", f"sm_{arch}", str(binary)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    parts = re.split(r"Function : (\w+)", done.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+class TritonKernel(NamedTuple):
+    """What became of a `@triton.jit` function."""
+
+    ptx: str
+    cubin: bytes
+    shared: int  # bytes of shared memory
+
+
+def compile_triton(
+    kernel: object,
+    arguments: dict[str, str],
+    constants: dict[str, object],
+    arch: int,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+) -> TritonKernel:
+    """Compile a `@triton.jit` function.
+
+    `arguments` maps a name to a type such as "*fp32" or "i64"; pointers are taken to be aligned and
+    integers written "i32:16" to be multiples of 16, as Triton's own launcher finds out.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: kind.split(":")[0] for name, kind in arguments.items()}
+    names = list(kernel.arg_names)
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in arguments.items()
+        if kind.startswith("*") or kind.endswith(":16")
+    }
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return TritonKernel(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def uses_local_memory(cubin: bytes, arch: int, folder: Path) -> bool | None:
+    """Whether machine code spills registers; None without a tool to look with."""
+    tool = cuobjdump()
+    if tool is None:
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    return any(LOCAL_MEMORY.search(sass) for sass in sass_of_functions(path, arch, tool).values())

@@ -1,0 +1,145 @@
+"""The ops over lists of parameters, as their tests see them, and the promises that all make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import taylor_kernels as tk
+from taylor_kernels.ops.second_order_moments import second_order_sums
+from tests.helpers import probes
+from tests.helpers.cases import (
+    DTYPES,
+    MomentsCase,
+    assert_close,
+    filter_moments_cases,
+    random_like_case,
+    sums64,
+)
+
+#: The probes' in all tests that need but one.
+SEED = 2**63 + 11
+
+#: Larger than the CPU can emulate: every segment, block and tile of both backends' plans.
+GPU_CASES = [
+    *filter_moments_cases(),
+    MomentsCase("long_vector", (3_000_001,)),
+    MomentsCase("many_segments", (1, 20_000_003)),
+    MomentsCase("resnet_conv", (512, 512, 3, 3)),
+    MomentsCase("resnet_conv_channels_last", (256, 256, 3, 3), layout="channels_last"),
+    MomentsCase("resnext", (128, 4, 3, 3), groups=32),
+    MomentsCase("patches", (192, 3, 16, 16)),
+    MomentsCase("wide", (8, 70_000)),
+    MomentsCase("tall", (70_000, 24)),
+    MomentsCase("attention", (1024, 3072)),
+    MomentsCase("misaligned", (1024, 776), layout="misaligned"),
+]
+
+
+class ParameterOp(NamedTuple):
+    """One of the ops; `call(lists, streams, **keywords)` is the function under test."""
+
+    name: str
+    lists: int  # of tensors that it takes: weights, gradients, ...
+    sums: int
+    call: Callable[..., Any]
+    terms: Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]  # of float64 tensors and signs
+
+    def reference64(
+        self, tensors: Sequence[Tensor], dim: int, groups: int = 1, stream: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """[F, sums] in float64 by other code, and its bound."""
+        z = probes.signs(tensors[0], SEED, stream).to(tensors[0].device)
+        return sums64(self.terms([t.double() for t in tensors], z), dim, groups)
+
+    def check(
+        self,
+        tensors: Sequence[Tensor],
+        dim: int | tuple[int, int],
+        groups: int = 1,
+        backend: str | None = None,
+        stream: int = 0,
+    ) -> None:
+        """One parameter against float64."""
+        got = self.run(tensors, dim, groups, backend, stream)
+        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
+            assert_close(table, *self.reference64(tensors, axis, groups, stream))
+
+    def check_float64(self, case: MomentsCase, backend: str) -> None:
+        """float64 is summed in float64."""
+        tensors = random_like_case(case, torch.float64, count=self.lists)
+        dim = case.dims[-1]
+        got = self.run(tensors, dim, case.groups, backend)
+        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
+            ref, bound = self.reference64(tensors, axis, case.groups)
+            assert table.dtype == torch.float64
+            scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
+            torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
+
+    def run(
+        self,
+        tensors: Sequence[Tensor],
+        dim: int | tuple[int, int],
+        groups: int = 1,
+        backend: str | None = None,
+        stream: int = 0,
+    ) -> tuple[Tensor, ...]:
+        """A [F, sums] table for each dim."""
+        got = self.call(tensors, [stream], dim=dim, groups=groups, backend=backend)
+        tables = got if isinstance(got, tuple) else (got,)
+        return tuple(table.view(len(table), self.sums) for table in tables)
+
+
+def _second_order_terms(tensors: Sequence[Tensor], z: Tensor) -> Sequence[Tensor]:
+    w, g, h = tensors
+    q = w * g - 0.5 * w * h
+    return q, q * q
+
+
+def _hutchinson(lists: Sequence[Any], streams: Sequence[int], **keywords: Any) -> Any:
+    return tk.hutchinson_moments(*lists, seed=SEED, streams=streams, **keywords)
+
+
+SECOND_ORDER = ParameterOp(
+    "second_order_moments",
+    3,
+    2,
+    lambda lists, streams, **keywords: second_order_sums(*lists, **keywords),
+    _second_order_terms,
+)
+HUTCHINSON = ParameterOp(
+    "hutchinson_moments", 2, 1, _hutchinson, lambda t, z: [t[0] ** 2 * z * t[1]]
+)
+
+
+def model_like_lists(count: int) -> tuple[list[list[Tensor]], list[int]]:
+    """`count` lists of parameters of every kind, dtypes mixed, and their groups."""
+    chosen = [case for case in filter_moments_cases() if len(case.shape) > 1]
+    each = [
+        random_like_case(case, DTYPES[i % len(DTYPES)], count=count)
+        for i, case in enumerate(chosen)
+    ]
+    large = tuple(torch.randn(count, 300, 3000))  # enough for several tasks and threads
+    lists = [list(tensors) for tensors in zip(large, *each, strict=True)]
+    return lists, [1, *(case.groups for case in chosen)]
+
+
+def assert_bits_do_not_depend_on_the_list(
+    run: Callable[[Sequence[int]], Any], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """run(places) hands those parameters over in that order; a table for each, or a pair."""
+
+    def tables(order: Sequence[int]) -> list[dict[int, Tensor]]:
+        found = run(order)
+        per_axis = found if isinstance(found, tuple) else (found,)
+        return [dict(zip(order, axis, strict=True)) for axis in per_axis]
+
+    n = len(shapes)
+    whole = tables(range(n))
+    for order in (range(n), range(n - 1, -1, -1), *([i] for i in range(n))):
+        for axis, others in zip(whole, tables(order), strict=True):
+            for i, table in others.items():
+                assert table.equal(axis[i]), f"tensor {i} of shape {shapes[i]}"

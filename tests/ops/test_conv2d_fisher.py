@@ -1,0 +1,354 @@
+"""conv2d_fisher and linear_fisher on the CPU: every backend against float64 and a batch-1 loop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import taylor_kernels as tk
+from tests.helpers import cases
+
+BACKENDS = ("cpu", "reference")
+
+
+def check(
+    case: cases.FisherCase, dtype: torch.dtype, backend: str | None, seed: int | None = None
+) -> None:
+    x, dy, weight = cases.random_fisher_inputs(case, dtype, seed=seed)
+    for scaled in (None, weight):
+        got = tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend=backend)
+        assert got.dtype == torch.float32
+        cases.assert_close(got, *cases.fisher_reference64(x, dy, case, scaled))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_float64(backend, case, dtype, poisoned_memory):
+    check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
+    for dtype in cases.DTYPES:
+        check(case, dtype, "cpu")
+
+
+def check_float64(case: cases.FisherCase, backend: str) -> None:
+    x, dy, weight = (t.double() for t in cases.random_fisher_inputs(case, torch.float64))
+    for scaled in (None, weight):
+        got = tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend=backend)
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, cases.fisher_reference64(x, dy, case, scaled)[0])
+
+
+@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+def test_float64_stays_float64(case):
+    check_float64(case, "reference")
+
+
+@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+def test_every_instruction_set_keeps_float64(case, each_isa):
+    check_float64(case, "cpu")
+
+
+# Shapes past the CPU kernel's limits, in both directions where there are two.
+BEYOND = [
+    cases.FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
+    cases.FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
+    cases.FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
+    cases.FisherCase("channels", (3, 600, 2, 2), (9, 600, 1, 1)),
+    cases.FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
+    cases.FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", BEYOND, ids=lambda case: case.name)
+def test_every_instruction_set_beyond_its_limits(case, each_isa, poisoned_memory):
+    check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("image", [(150, 170), (1, 20000), (20000, 1), (1000, 1100)], ids=str)
+def test_long_sums_of_one_sign_keep_their_precision(image, each_isa):
+    case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
+    x, dy, _ = (t.abs() for t in cases.random_fisher_inputs(case, torch.float32))
+    got = tk.conv2d_fisher(x, case.size, dy, backend="cpu")
+    cases.assert_close(got, *cases.fisher_reference64(x, dy, case))
+
+
+def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
+    return st.tuples(st.integers(least, most), st.integers(least, most))
+
+
+@given(
+    batch=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    channels=st.integers(1, 36),
+    filters=st.integers(1, 36),
+    image=pairs(13),
+    kernel=pairs(5),
+    stride=pairs(6),
+    padding=pairs(6, 0),
+    dilation=pairs(3),
+    layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last", "strided"])]),
+    dtype=st.sampled_from(cases.DTYPES),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=200, deadline=None)
+def test_any_geometry_matches_float64(
+    batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts, dtype, seed
+):
+    case = cases.FisherCase(
+        "any",
+        (batch, groups * channels, *image),
+        (groups * filters, channels, *kernel),
+        stride,
+        padding,
+        dilation,
+        groups,
+        *layouts,
+    )
+    assume(all(image[i] + 2 * padding[i] > dilation[i] * (kernel[i] - 1) for i in (0, 1)))
+    check(case, dtype, None, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_is_what_autograd_gives_example_by_example(backend):
+    conv = torch.nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2, bias=False).double()
+    x, target = torch.randn(5, 6, 9, 9).double(), torch.randn(5, 8, 5, 5).double()
+    expected = torch.zeros_like(conv.weight)
+    for one, wanted in zip(x, target, strict=True):
+        loss = F.mse_loss(conv(one[None]), wanted[None], reduction="sum")
+        expected += torch.autograd.grad(loss, conv.weight)[0].square()
+    y = conv(x)
+    (dy,) = torch.autograd.grad(F.mse_loss(y, target, reduction="sum"), y)
+    got = tk.conv2d_fisher(x, conv.weight.shape, dy, 2, 1, groups=2, backend=backend)
+    torch.testing.assert_close(got, expected)
+    reduced = tk.conv2d_fisher(
+        x, conv.weight.shape, dy, 2, 1, groups=2, weight=conv.weight, backend=backend
+    )
+    torch.testing.assert_close(reduced, (expected * conv.weight.square()).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(7,), (1,), (4, 9), (2, 1, 13), (3, 4, 5, 11)], ids=str)
+def test_linear_sums_tokens_inside_the_example(backend, shape):
+    x, dy = torch.randn(*shape, 21), torch.randn(*shape, 18)
+    if len(shape) == 2:
+        x = torch.randn(4, 21, 9).transpose(1, 2)  # strides of another order are read right
+    weight = torch.randn(18, 21)
+    tokens = (t.double().reshape(shape[0], -1, t.size(-1)) for t in (x, dy))
+    expected = torch.einsum("nti,nto->noi", *tokens).square().sum(0)
+    got = tk.linear_fisher(x, dy, backend=backend)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    got = tk.linear_fisher(x, dy, weight=weight, backend=backend)
+    expected = (expected * weight.double().square()).sum(1)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_a_linear_softmax_model_is_its_closed_form():
+    x, weight = torch.randn(40, 12).double(), torch.randn(7, 12).double()
+    p = (x @ weight.T).softmax(1)
+    # Drawn from the model, label y has probability p_y and gradient (p − onehot(y)) xᵀ.
+    expected = torch.einsum("no,ni->oi", p * (1 - p), x.square())
+    got = torch.zeros_like(expected)
+    for label in range(7):
+        dy = p - F.one_hot(torch.tensor(label), 7)
+        got += tk.linear_fisher(x, dy * p[:, label, None].sqrt())
+    torch.testing.assert_close(got, expected)
+
+
+def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
+    for case in (*BEYOND, *cases.fisher_cases()):
+        x, dy, weight = cases.random_fisher_inputs(case, torch.float32)
+        for scaled in (None, weight):
+            runs = []
+            for threads in (1, 2, 5, 2):
+                torch.set_num_threads(threads)
+                runs.append(
+                    tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend="cpu")
+                )
+            assert all(run.equal(runs[0]) for run in runs), case.name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("groups", [1, 2, 12])
+def test_non_finite_values_reach_their_filter_and_no_other(backend, groups):
+    x, dy = torch.randn(2, 12, 6, 6), torch.randn(2, 12, 6, 6)
+    dy[0, 3, 2, 3] = float("inf")
+    dy[1, 7, 3, 2] = float("nan")
+    size = (12, 12 // groups, 3, 3)
+    for weight in (None, torch.randn(size)):
+        got = tk.conv2d_fisher(x, size, dy, 1, 1, groups=groups, weight=weight, backend=backend)
+        bad = ~got.isfinite().flatten(1).all(1) if weight is None else ~got.isfinite()
+        assert bad.nonzero().flatten().tolist() == [3, 7]
+
+
+def test_with_a_weight_nothing_of_its_size_is_allocated():
+    script = """
+import torch
+import taylor_kernels as tk
+
+def peak():  # in MiB; ru_maxrss would begin at the peak of the process that starts this one
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) // 1024
+
+def growth(weight):
+    before = peak()
+    tk.conv2d_fisher(x, (2048, 1024, 3, 3), dy, 1, 1, weight=weight, backend="cpu")
+    return peak() - before
+
+x, dy, weight = torch.ones(3, 1024, 2, 2), torch.ones(3, 2048, 2, 2), torch.ones(2048, 1024, 3, 3)
+tk.conv2d_fisher(x[:, :4], (2048, 4, 3, 3), dy, 1, 1, backend="cpu")
+ballast = torch.ones(256, 2**18)  # more than was ever in use and then freed
+print(growth(weight), growth(None))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    with_weight, without = map(int, run.stdout.split())
+    assert without >= 70  # the result has 72 MiB: this measurement would see them
+    assert with_weight <= 8
+
+
+def test_large_and_small_factors_do_not_overflow_apart():
+    x, dy = torch.full((2, 3, 1, 1), 1e25), torch.full((2, 4, 1, 1), 1e-25)
+    torch.testing.assert_close(tk.conv2d_fisher(x, (4, 3, 1, 1), dy), torch.full((4, 3, 1, 1), 2.0))
+
+
+def test_op_contract():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dy, weight = torch.randn(2, 6, 5, 5), torch.randn(2, 4, 3, 3), torch.randn(4, 3, 3, 3)
+        for scaled in (None, weight):
+            args = (x.to(dtype), dy.to(dtype), scaled, [4, 3, 3, 3], [2, 2], [1, 1], [1, 1], 2)
+            torch.library.opcheck(torch.ops.taylor_kernels.conv2d_fisher, (*args, False, None))
+
+
+def test_compiles_without_graph_breaks():
+    def score(x: Tensor, dy: Tensor) -> Tensor:
+        return tk.conv2d_fisher(x, (4, 6, 3, 3), dy, padding=1).sum(0) * 2
+
+    x, dy = torch.randn(2, 6, 5, 5), torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(torch.compile(score, fullgraph=True)(x, dy), score(x, dy))
+
+
+@pytest.mark.parametrize("mode", ["export", "compile"])
+def test_traces_with_sizes_unknown(mode):
+    class Score(torch.nn.Module):
+        def forward(self, x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+            return tk.conv2d_fisher(x, weight.shape, dy, padding=1, weight=weight)
+
+    def inputs(n: int, c: int, o: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(n, c, side, side), torch.randn(n, o, side, side), torch.randn(o, c, 3, 3)
+
+    first = inputs(2, 6, 4, 5)
+    if mode == "compile":
+        traced = torch.compile(Score(), fullgraph=True, dynamic=True)
+        traced(*first)
+    else:
+        auto = torch.export.Dim.AUTO
+        dims = ([auto] * 4, [auto] * 4, {0: auto, 1: auto})
+        traced = torch.export.export(Score(), first, dynamic_shapes=dims, strict=False).module()
+    others = inputs(3, 7, 5, 8)
+    torch.testing.assert_close(traced(*others), Score()(*others))
+
+
+PRECISIONS = """
+import os, torch, taylor_kernels as tk
+from unittest.mock import patch
+
+def asks():  # what a kernel is told of a convolution, then of a linear layer
+    with patch("taylor_kernels.backends.native.conv2d_fisher") as kernel:
+        tk.conv2d_fisher(torch.ones(1, 1, 1, 1), (1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+        tk.linear_fisher(torch.ones(1, 1), torch.ones(1, 1))
+    return [call.args[0].tf32 for call in kernel.call_args_list]
+
+def check(setting, *expected):  # in a process of its own: new words cannot be taken back in old
+    if os.fork() == 0:
+        exec("torch." + setting)
+        print("torch." + setting, asks())
+        os._exit(asks() != list(expected))
+    assert os.wait()[1] == 0, setting
+
+check("backends.cudnn.allow_tf32 = True", True, False)
+check("backends.cudnn.allow_tf32 = False", False, False)
+check("backends.cuda.matmul.allow_tf32 = True", True, True)
+check("set_float32_matmul_precision('high')", True, True)
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from PyTorch 2.9 on
+    check("backends.fp32_precision = 'tf32'", True, True)
+    check("backends.fp32_precision = 'ieee'", False, False)
+    check("backends.cudnn.conv.fp32_precision = 'ieee'", False, False)
+    check("backends.cuda.matmul.fp32_precision = 'tf32'", True, True)
+"""
+
+
+def test_tf32_is_asked_in_whichever_words_the_user_has():
+    subprocess.run([sys.executable, "-c", PRECISIONS], check=True, timeout=120)
+
+
+def test_result_is_not_differentiable():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    assert not tk.conv2d_fisher(x, (5, 3, 1, 1), torch.randn(2, 5, 4, 4)).requires_grad
+
+
+X, DY, SIZE = torch.randn(2, 6, 8, 8), torch.randn(2, 4, 8, 8), (4, 6, 3, 3)
+GOOD = {"input": X, "weight_size": SIZE, "grad_output": DY, "padding": 1}
+BAD_INPUTS = {
+    "grad_size": ({"padding": 0}, ValueError, r"give an output of \(2, 4, 6, 6\)"),
+    "grad_filters": ({"weight_size": (5, 6, 3, 3)}, ValueError, r"output of \(2, 5, 8, 8\)"),
+    "grad_batch": ({"grad_output": DY[:1]}, ValueError, r"output of \(2, 4, 8, 8\)"),
+    "channels": ({"groups": 2}, ValueError, "input: has 6 channels, but .* takes 12"),
+    "groups": ({"groups": 3}, ValueError, "groups: 3 is not a positive integer that divides the 4"),
+    "kernel": ({"weight_size": (4, 6, 11, 3)}, ValueError, "weight_size: a kernel of .*not fit"),
+    "size": ({"weight_size": (4, 6, 3)}, ValueError, "weight_size: expected 4 integers from 1"),
+    "size_int": ({"weight_size": 4}, ValueError, "weight_size: expected 4 integers"),
+    "stride": ({"stride": 0}, ValueError, "stride: expected an integer or a pair"),
+    "stride_float": ({"stride": 1.5}, ValueError, "stride: expected an integer"),
+    "padding": ({"padding": -1}, ValueError, "padding: expected .* from 0 on"),
+    "padding_same": ({"padding": "same"}, ValueError, "padding: .*as numbers"),
+    "dilation": ({"dilation": (1, 2, 3)}, ValueError, "dilation: expected"),
+    "unbatched": ({"input": X[0]}, ValueError, r"input: .*single example as \[1, C, H, W\]"),
+    "grad_unbatched": ({"grad_output": DY[0]}, ValueError, "grad_output: has shape"),
+    "dtype": ({"grad_output": DY.half()}, ValueError, "grad_output: dtype torch.float16"),
+    "integers": ({"input": X.int()}, TypeError, "input: dtype torch.int32"),
+    "sparse": ({"input": X.to_sparse()}, TypeError, "input: layout"),
+    "meta": ({"input": X.to("meta")}, TypeError, "input: a meta tensor"),
+    "none": ({"grad_output": None}, TypeError, "grad_output: .*NoneType"),
+    "weight": ({"weight": torch.randn(4, 6, 3, 2)}, ValueError, r"weight: shape .*expected \(4, 6"),
+    "weight_type": ({"weight": 3}, TypeError, "weight: expected a torch.Tensor"),
+    "backend": ({"backend": "trition"}, ValueError, "'trition' is not one of"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_bad_input_is_one_clear_error(bad):
+    changed, error, message = BAD_INPUTS[bad]
+    with pytest.raises(error, match=message):
+        tk.conv2d_fisher(**{**GOOD, **changed})
+
+
+BAD_LINEAR = {
+    "tokens": (
+        (torch.randn(2, 3, 4), torch.randn(2, 4, 5)),
+        {},
+        r"gives an output of \(2, 3, 'out",
+    ),
+    "vector": ((torch.randn(4), torch.randn(5)), {}, r"input: has shape \(4,\)"),
+    "weight": (
+        (torch.randn(2, 4), torch.randn(2, 5)),
+        {"weight": torch.randn(4, 5)},
+        r"weight: shape \(4, 5\) .*expected \(5, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINEAR)
+def test_bad_linear_input_is_one_clear_error(bad):
+    args, kwargs, message = BAD_LINEAR[bad]
+    with pytest.raises(ValueError, match=message):
+        tk.linear_fisher(*args, **kwargs)

@@ -1,0 +1,229 @@
+"""hutchinson_moments on the CPU: every backend against float64, its bits, and Hessians known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import taylor_kernels as tk
+from tests.helpers import cases
+from tests.helpers.parameter_ops import (
+    HUTCHINSON,
+    SEED,
+    assert_bits_do_not_depend_on_the_list,
+    model_like_lists,
+)
+
+BACKENDS = ("cpu", "reference")
+CASES = cases.filter_moments_cases()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_float64(backend, case, dtype, poisoned_memory):
+    tensors = cases.random_like_case(case, dtype)
+    for stream, dim in enumerate(case.dims):
+        HUTCHINSON.check(tensors, dim, case.groups, backend, stream)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
+    for dtype in cases.DTYPES:
+        tensors = cases.random_like_case(case, dtype)
+        HUTCHINSON.check(tensors, case.dims[-1], case.groups, "cpu", 2**32 - 1)
+        HUTCHINSON.check(tensors, 0, case.groups, "cpu")
+
+
+@pytest.mark.parametrize("shape", [(3, 9001), (70, 1500), (520, 13, 3, 3), (5000,)], ids=str)
+def test_signs_hold_across_windows_strips_and_tasks(shape, each_isa):
+    tensors = [torch.randn(shape) for _ in range(2)]
+    for dim in (0,) if len(shape) == 1 else (0, 1, (0, 1)):
+        HUTCHINSON.check(tensors, dim, 1, "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_float64_is_summed_in_float64(case, backend, poisoned_memory):
+    HUTCHINSON.check_float64(case, backend)
+
+
+@given(
+    rows=st.integers(1, 70),
+    channels=st.integers(1, 40),
+    kernel=st.sampled_from([(), (1,), (3,), (3, 3), (2, 2, 2)]),
+    groups=st.integers(1, 6),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=75, deadline=None)
+def test_any_shape_matches_float64(rows, channels, kernel, groups, channels_last, seed):
+    layout = "channels_last" if channels_last else "contiguous"
+    case = cases.MomentsCase("any", (rows * groups, channels, *kernel), groups, layout)
+    tensors = cases.random_like_case(case, torch.float32, seed=seed)
+    HUTCHINSON.check(tensors, (0, 1), groups, None, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_its_signs_are_those_of_rademacher_like(backend, layout):
+    """With Hz = z the sum is Σ w², whatever the signs are: one wrong sign shows."""
+    weights = [
+        cases.lay_out(torch.randn(shape), layout if len(shape) > 1 else "contiguous")
+        for shape in ((9, 5, 3, 3), (200,), (40, 70), (3, 2, 8, 8))
+    ]
+    z = tk.rademacher_like(weights, seed=17)
+    for weight, got in zip(
+        weights, tk.hutchinson_moments(weights, z, seed=17, backend=backend), strict=True
+    ):
+        squares = weight.double().square().reshape(len(weight), -1).sum(1, keepdim=True)
+        cases.assert_close(got[:, None], squares, squares)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_probe_is_exact_for_a_diagonal_hessian(backend):
+    """L(w) = ½ Σ h_k w_k²: Hz by autograd, and half a moment is OBD's saliency."""
+    weights = [torch.randn(shape, requires_grad=True) for shape in ((6, 4, 3, 3), (5, 30))]
+    diagonals = [torch.randn_like(w) for w in weights]
+    loss = sum((h * w.square()).sum() / 2 for h, w in zip(diagonals, weights, strict=True))
+    grads = torch.autograd.grad(loss, weights, create_graph=True)
+    z = tk.rademacher_like(weights, seed=0)
+    hvps = torch.autograd.grad(grads, weights, z)
+    moments = tk.hutchinson_moments(weights, hvps, seed=0, backend=backend)
+    for got, w, h in zip(moments, weights, diagonals, strict=True):
+        terms = h.double() * w.detach().double().square()
+        cases.assert_close(got[:, None], *cases.sums64([terms], 0))
+
+
+def test_the_mean_over_probes_is_the_curvature():
+    """A full Hessian: the mean of N probes within six of its known standard deviations.
+
+    A moment is zᵀAz with A_kj = w_k² H_kj for the filter's k, so its variance is 2 Σ_{j≠k} S_jk²,
+    S = (A + Aᵀ)/2.
+    """
+    filters, size, probes = 4, 24, 500
+    root = torch.randn(size, size, dtype=torch.float64)
+    hessian, weight = root @ root.T, torch.randn(filters, size // filters, dtype=torch.float64)
+    total = torch.zeros(filters, dtype=torch.float64)
+    for seed in range(probes):
+        z = tk.rademacher_like(weight, seed=seed)
+        hvp = (hessian @ z.flatten()).view_as(weight)
+        total += tk.hutchinson_moments(weight, hvp, seed=seed)
+    for f in range(filters):
+        kept = torch.zeros_like(weight)
+        kept[f] = weight[f].square()
+        a = kept.flatten()[:, None] * hessian
+        s = (a + a.T) / 2
+        variance = 2 * (s - s.diag().diag()).square().sum()
+        assert (total[f] / probes - a.trace()).abs() < 6 * (variance / probes).sqrt()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+def test_bits_do_not_depend_on_the_list(backend, dim, poisoned_memory):
+    lists, groups = model_like_lists(2)
+
+    def run(order):
+        picked = ([tensors[i] for i in order] for tensors in lists)
+        some = [groups[i] for i in order]
+        return tk.hutchinson_moments(
+            *picked, seed=SEED, streams=list(order), dim=dim, groups=some, backend=backend
+        )
+
+    assert_bits_do_not_depend_on_the_list(run, [tuple(w.shape) for w in lists[0]])
+
+
+def test_streams_are_places_in_the_callers_list():
+    """Also where dtypes split the list into launches."""
+    weights = [torch.randn(3, 40, dtype=dtype) for dtype in (torch.float32, torch.float64) * 2]
+    z = tk.rademacher_like(weights, seed=5)
+    for weight, got in zip(weights, tk.hutchinson_moments(weights, z, seed=5), strict=True):
+        expected = weight.double().square().sum(1)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_bits_do_not_depend_on_threads(dim, keep_threads):
+    lists, groups = model_like_lists(2)
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        arguments = dict(seed=SEED, groups=groups, backend="cpu")
+        one = tk.hutchinson_moments(*lists, dim=dim, **arguments)
+        both = tk.hutchinson_moments(*lists, dim=(0, 1), **arguments)
+        runs.append(torch.cat([*one, *both[0], *both[1]]))
+    assert runs[0].equal(runs[1])
+    assert runs[0].equal(runs[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_values_reach_their_filters_and_no_others(backend, value):
+    for which in range(2):
+        tensors = torch.randn(2, 40, 21, 3, 3)
+        tensors[which, 7, 5, 1, 2] = value
+        rows, cols = HUTCHINSON.run(list(tensors), (0, 1), 1, backend)
+        for table, bad in ((rows, 7), (cols, 5)):
+            assert not table[bad].isfinite().any()
+            assert table[torch.arange(len(table)) != bad].isfinite().all()
+
+
+def test_a_product_in_another_layout_is_paired_element_by_element():
+    """Signs follow the weight's order in memory."""
+    w, h = torch.randn(2, 8, 6, 3, 3)
+    last = torch.channels_last
+    for weight, hvp in ((w.to(memory_format=last), h), (w, h.to(memory_format=last))):
+        for axis, got in enumerate(HUTCHINSON.run([weight, hvp], (0, 1))):
+            cases.assert_close(got, *HUTCHINSON.reference64([weight, hvp], axis))
+
+
+def test_scores_are_not_differentiable():
+    weight = torch.randn(4, 5, requires_grad=True)
+    moments: Tensor = tk.hutchinson_moments(weight, torch.randn(4, 5), seed=0)
+    assert not moments.requires_grad
+    assert moments.shape == (4,)
+
+
+def test_the_op_passes_torch_opcheck():
+    lists = [list(tensors) for tensors in torch.randn(2, 3, 4, 5)]
+    op = torch.ops.taylor_kernels.hutchinson_moments.default
+    torch.library.opcheck(op, (*lists, [1, 1, 1], True, True, 3, [0, 1, 2], None))
+
+
+def test_the_op_runs_inside_torch_compile():
+    def total(weight, hvp):
+        return tk.hutchinson_moments(weight, hvp, seed=9).sum() * 2
+
+    tensors = torch.randn(2, 6, 7)
+    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
+    assert compiled(*tensors).equal(total(*tensors))
+
+
+W = torch.randn(4, 6, 3, 3)
+BAD_INPUTS = {
+    "shape": (dict(hvps=W[:3]), ValueError, r"hvps: shape \(3, 6, 3, 3\).*weights"),
+    "dtype": (dict(hvps=W.half()), ValueError, "hvps: dtype torch.float16 does not match"),
+    "none": (dict(hvps=None), TypeError, "hvps: expected a torch.Tensor like weights"),
+    "nothing": (dict(weights=None), TypeError, "weights: expected a tensor or a sequence"),
+    "length": (
+        dict(weights=[W, W], hvps=[W]),
+        ValueError,
+        "hvps: 1 Hessian-vector products for 2 weights",
+    ),
+    "seed": (dict(seed=0.5), TypeError, "seed: expected an int, got float"),
+    "large_seed": (dict(seed=2**64), ValueError, "seed: 18446744073709551616 does not fit"),
+    "streams": (dict(streams=[0, 1]), ValueError, "streams: 2 values for 1 tensors"),
+    "dim": (dict(dim=2), ValueError, "dim: 2 is not one of"),
+    "groups": (dict(dim=1, groups=3), ValueError, "groups: 3 does not divide"),
+    "backend": (dict(backend="cuda"), ValueError, "does not run on cpu"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_bad_input_is_one_clear_error(bad):
+    arguments, error, message = BAD_INPUTS[bad]
+    with pytest.raises(error, match=message):
+        tk.hutchinson_moments(**{**dict(weights=W, hvps=W, seed=0), **arguments})
