@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning import checkpoint
 from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, find_criterion
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network
@@ -32,6 +31,7 @@ from taylor_kernels.pruning.plan import make_plan
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.scoring import UnitScores
 from taylor_kernels.pruning.selection import check_reachable, met, select
+from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
 from taylor_kernels.statistics import (
     Closure,
     Source,
@@ -278,8 +278,8 @@ class Pruner:
         Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
         """
         return {
-            "format": checkpoint.PRUNER_FORMAT,
-            "version": checkpoint.VERSION,
+            "format": PRUNER_FORMAT,
+            "version": VERSION,
             "criterion": self.criterion.name,
             "structure": self._plan.structure,
             **self._network.state(),
@@ -318,7 +318,7 @@ class Pruner:
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
-        state = checkpoint.check_pruner_state(state, self._plan.structure, self.criterion.name)
+        state = check_pruner_state(state, self._plan.structure, self.criterion.name)
         self._network.stale(state["compacted"])
         return state
 
