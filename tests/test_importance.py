@@ -182,7 +182,7 @@ def test_in_place_operations_after_a_layer(criterion, in_place):
 
     imp = tk.Importance(model, criterion)
     reference = tk.Importance(copy.deepcopy(model), criterion)
-    twin = reference._source.model
+    twin = reference._statistic.model
     for _ in range(3):  # the first pass learns, the others rely on it
         x = torch.randn(4, 3, 7, 7)
         model.zero_grad()

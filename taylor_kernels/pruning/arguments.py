@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,25 @@ from torch.optim import LBFGS, Optimizer
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.statistics import get_statistic
 
 
-def find_criterion(importance: Any) -> Criterion:
-    """The criterion of that name, or an error that names the argument."""
-    if not isinstance(importance, (str, Criterion)):
-        raise TypeError(
-            "importance: expected a criterion's name or a tk.Criterion, got "
-            f"{type(importance).__name__}"
+def one_criterion(
+    criterion: str | Criterion | None, importance: str | Criterion | None
+) -> Criterion:
+    """What was given under the name `criterion`, or under `importance`, its old one."""
+    if importance is not None:
+        if criterion is not None:
+            raise TypeError(
+                "importance: is the old name of criterion, which is given too; leave it out"
+            )
+        warnings.warn(
+            "Pruner(importance=...) is deprecated; call it criterion",
+            DeprecationWarning,
+            stacklevel=3,
         )
-    try:
-        return get_criterion(importance)
-    except ValueError as error:
-        raise ValueError(f"importance: {str(error).removeprefix('criterion: ')}") from None
+        criterion = importance
+    return get_criterion("taylor_fo_bn" if criterion is None else criterion)
 
 
 def check_arguments(
@@ -46,11 +53,11 @@ def check_arguments(
             raise ValueError(
                 f"model: its parameter {name} is on the meta device; materialise it first"
             )
-    if criterion.source == "loss_change":
+    if not get_statistic(criterion.statistic).prunable:
         raise ValueError(
-            f"importance: {criterion.name!r} removes every filter in turn to see what the loss "
-            "does, which is for judging other criteria (tk.Importance); prune with taylor_fo_bn "
-            "or taylor_fo_gate"
+            f"criterion: {criterion.name!r} says nothing of filters that are removed together; it "
+            "is for judging other criteria (tk.Importance). Prune with taylor_fo_bn or "
+            "taylor_fo_gate"
         )
     given = {name: _fraction(name, value) for name, value in targets.items() if value is not None}
     if not given:

@@ -49,7 +49,7 @@ def make_plan(
     *,
     round_to: int,
     min_filters: int,
-    needs_weight_grad: bool,
+    trainable_only: bool,
     verify: bool,
 ) -> Plan:
     """Find, check and cost the groups. The model itself is not run.
@@ -61,7 +61,7 @@ def make_plan(
     ignored = matching(model, ignore)
     modules = dict(model.named_modules())
     layers = {n: m for n, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
-    frozen = {n for n, m in layers.items() if needs_weight_grad and not m.weight.requires_grad}
+    frozen = {n for n, m in layers.items() if trainable_only and not m.weight.requires_grad}
     plain = _copied(model)
     with preserved_rng():
         try:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, find_criterion
+from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, one_criterion
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.plan import make_plan
@@ -34,11 +34,9 @@ from taylor_kernels.pruning.selection import check_reachable, met, select
 from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
 from taylor_kernels.statistics import (
     Closure,
-    Source,
+    Statistic,
     check_closure,
-    make_source,
-    needs_closure,
-    reads_weight_gradients,
+    get_statistic,
 )
 
 
@@ -49,7 +47,7 @@ class Pruner:
         model: pruned in place. Filters of its output layers are never removed.
         example_inputs: what to trace and count FLOPs on: a tensor, a tuple or list of arguments,
             or a dict of keyword arguments; on the model's device.
-        importance: a criterion's name, or a `Criterion`.
+        criterion: its name, or a `Criterion`; None stands for taylor_fo_bn.
         flops, params, filters: the fractions to keep, in (0, 1]; at least one. All that are given
             are met. `filters` is of the output filters of the layers that can be pruned.
         every: minibatches between two prunings.
@@ -65,6 +63,7 @@ class Pruner:
         backend: of the kernels; see `tk.backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
             model's memory is needed once less and mistakes of the tracing go unseen.
+        importance: deprecated, the old name of `criterion`.
 
     Raises:
         ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
@@ -77,7 +76,7 @@ class Pruner:
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: str | Criterion = "taylor_fo_bn",
+        criterion: str | Criterion | None = None,
         *,
         flops: float | None = None,
         params: float | None = None,
@@ -91,8 +90,9 @@ class Pruner:
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
+        importance: str | Criterion | None = None,
     ) -> None:
-        self.criterion = find_criterion(importance)
+        self.criterion = one_criterion(criterion, importance)
         targets = check_arguments(
             model,
             self.criterion,
@@ -107,6 +107,7 @@ class Pruner:
         )
         self.model = model
         self.optimizer = optimizer
+        self._reads = get_statistic(self.criterion.statistic).reads
         self.targets = targets
         self._every, self._momentum = every, momentum
         self._backend = backend
@@ -116,7 +117,7 @@ class Pruner:
             ignore,
             round_to=round_to,
             min_filters=min_filters,
-            needs_weight_grad=reads_weight_gradients(self.criterion.source),
+            trainable_only=self._reads == "weight gradients",
             verify=verify,
         )
         self._plan = plan
@@ -129,7 +130,7 @@ class Pruner:
         self._scores = UnitScores(self.criterion, plan.groups, plan.scored)
         self._steps = 0
         self._history: list[PruneRecord] = []
-        self._source: Source | None = None
+        self._statistic: Statistic | None = None
         self._closed = False
         self._watch()
 
@@ -157,10 +158,10 @@ class Pruner:
         self._check_open()
         if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
-        if self._source is None:
+        if self._statistic is None:
             return None
-        check_closure(self._source, closure, self.criterion.name, "step")
-        self._scores.add(self._source.collect(loss_scale=loss_scale, closure=closure))
+        check_closure(self._statistic, closure, self.criterion.name, "step")
+        self._scores.add(self._statistic.collect(loss_scale=loss_scale, closure=closure))
         self._steps += 1
         return self._prune() if self._scores.count >= self._every else None
 
@@ -194,7 +195,7 @@ class Pruner:
     @property
     def needs_closure(self) -> bool:
         """Whether step() is to be called with a closure; otherwise it takes none."""
-        return needs_closure(self.criterion.source)
+        return self._reads == "closure"
 
     @property
     def done(self) -> bool:
@@ -268,9 +269,9 @@ class Pruner:
         """
         self._closed = True
         self._network.close()
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._statistic is not None:
+            self._statistic.close()
+            self._statistic = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the pruner needs to go on, as tensors and plain Python.
@@ -328,11 +329,13 @@ class Pruner:
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._statistic is not None:
+            self._statistic.close()
+            self._statistic = None
         if not self.done and not self._closed:
             modules = dict(self.model.named_modules())
             layers = {name: modules[name] for name in self._plan.scored}
-            self._source = make_source(self.criterion.source, self.model, layers, self._backend)
-            self._source.updates = self._steps
+            self._statistic = get_statistic(self.criterion.statistic)(
+                self.model, layers, self._backend
+            )
+            self._statistic.updates = self._steps

@@ -40,7 +40,7 @@ def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str,
     if state.get("criterion") != criterion:
         raise ValueError(
             f"state: its scores are by {state.get('criterion')!r}, this pruner's by {criterion!r}; "
-            "build the pruner with the same importance"
+            "build the pruner with the same one"
         )
     if state.get("structure") != structure:
         raise ValueError(

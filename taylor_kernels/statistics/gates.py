@@ -17,15 +17,17 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.statistics.base import Closure, Hook
+from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.captures import Taps
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.hook import Hook
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.statistics.layers import Layers, filter_count
+from taylor_kernels.statistics.registry import register_statistic
 
 
 class _Gates(WatchesPasses):
-    """What all sources of gates share: when outputs are tapped."""
+    """What all statistics of gates share: when outputs are tapped."""
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -89,6 +91,7 @@ class _Gates(WatchesPasses):
         self._taps.add(name, module, output, receive, self.discard, copy=copy)
 
 
+@register_statistic
 class ExampleGates(_Gates):
     """[F, N] per layer: s[n, c] = Σ_positions (y − b)·dy for every example since the last update.
 
@@ -97,6 +100,11 @@ class ExampleGates(_Gates):
     the model add up per example (its gate is one and the same); further calls bring further
     examples.
     """
+
+    name = "example_gates"
+    columns = "N: the gate's gradient for each example"
+    reads = "activations"
+    per_example = True
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -127,6 +135,7 @@ class ExampleGates(_Gates):
         self._received = {name: {} for name in self.layers}
 
 
+@register_statistic
 class Gates(_Gates):
     """[F, 1] per layer: the gate's gradient over everything since the last update.
 
@@ -135,6 +144,10 @@ class Gates(_Gates):
     norm ran once in the pass, behind one layer; of a norm that runs more often the outputs are
     tapped. The first pass does both, since only its end tells which is right.
     """
+
+    name = "gates"
+    columns = "1: the gate's gradient over the minibatch"
+    reads = "activations"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

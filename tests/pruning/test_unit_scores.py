@@ -12,7 +12,7 @@ from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.scoring import UnitScores
 from taylor_kernels.pruning.units import OUT, Group, Slot
-from taylor_kernels.statistics import make_source
+from taylor_kernels.statistics import get_statistic
 from tests.helpers import zoo
 
 
@@ -28,7 +28,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
     pruner = Pruner(model, inputs, criterion, filters=0.7, every=3, per_step=4, momentum=0.8)
     reference = get_criterion(criterion)
     layers = {name: model.get_submodule(name) for name in pruner.original_widths}
-    source = make_source(reference.source, model, layers)
+    statistic = get_statistic(reference.statistic)(model, layers)
     names = list(layers)
     alive = {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in pruner._network.groups
@@ -39,7 +39,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
         for batch in batches(inputs, 3):
             model.zero_grad()
             zoo.loss(model, batch).backward()
-            tables = source.collect()
+            tables = statistic.collect()
             units = torch.cat([
                 sum(tables[names.index(slot.owner)][slot.index].sum(1) for slot in group.producers)
                 for group in pruner._network.groups
@@ -66,7 +66,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
         assert record.threshold == pytest.approx(gone.max().item(), rel=1e-5)
         for group, dead in zip(pruner._network.groups, pruner._network.dead, strict=True):
             alive[group.name] = ~dead
-    source.close()
+    statistic.close()
 
 
 def test_lots_go_by_their_mean():

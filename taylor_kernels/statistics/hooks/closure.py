@@ -1,4 +1,4 @@
-"""Sources that run the closure themselves: one forward pass, and backward passes of their own."""
+"""Statistics that run the closure: one forward pass, and backward passes of their own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ class InClosure(WatchesPasses):
     and it is taken by torch.autograd.grad, which leaves every `.grad` alone.
     """
 
-    needs_closure = True
     power = 0
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:

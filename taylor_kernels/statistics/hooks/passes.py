@@ -1,4 +1,4 @@
-"""Passes: what sources share that look at activations and at the gradients that come back."""
+"""Passes: what statistics share that look at activations and at the gradients that come back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.statistics.base import Closure, Hook, Source, remove_all
+from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.hook import Hook, remove_all
 from taylor_kernels.statistics.layers import Layers
 
 
-class WatchesPasses(Source):
+class WatchesPasses(Statistic):
     """Counts the model's passes, and knows the layers that were called and that gradients reach.
 
     A call of the model begins a pass, and so does the first call of a part of it after a backward
