@@ -24,13 +24,7 @@ _STATE_VERSION = 1
 class Importance:
     """Scores every filter of a model's convolution and linear layers under one criterion.
 
-        imp = tk.Importance(model, "taylor_fo_bn")
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss_fn(model(x), y).backward()
-            imp.update()
-            optimizer.step()
-        scores = imp.compute()          # {"layer1.0.conv1": tensor of [filters], ...}
+    Call update() after every backward() of a training loop, and compute() for the scores.
 
     The meter reads gradients and activations, and changes neither: a training step gives the same
     bits with it and without it. Forward passes under torch.no_grad() are not seen.
@@ -80,6 +74,18 @@ class Importance:
     Raises:
         ValueError: an unknown criterion (the message names the nearest), a layer name that
             matches nothing, a model without a layer to score.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> imp = tk.Importance(model, "taylor_fo")
+        >>> for _ in range(5):
+        ...     model.zero_grad()
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     imp.update()
+        >>> {name: tuple(scores.shape) for name, scores in imp.compute().items()}
+        {'0': (3,), '2': (2,)}
     """
 
     def __init__(

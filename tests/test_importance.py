@@ -189,7 +189,7 @@ def test_in_place_operations_after_a_layer(criterion, in_place):
         forward(in_place, x).backward()
         imp.update()
         twin.zero_grad()
-        y = in_place(twin[0](x) * 1)  # out of reach of the tap
+        y = in_place(twin[0](x) * 1)  # out of reach of the capture
         twin[2](twin[1](y)).square().sum().backward()
         reference.update()
     for name, score in reference.compute().items():

@@ -1,9 +1,10 @@
-"""The checks on `Pruner`'s arguments that need no look at the model's inside."""
+"""The checks on `Pruner`'s arguments that do not need the model to be run."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -81,9 +82,41 @@ def check_arguments(
     return given
 
 
-def filters_per_step(per_step: int | float, filters: int) -> int:
-    """How many filters go at a pruning."""
-    return per_step if isinstance(per_step, int) else max(1, round(per_step * filters))
+def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:
+    """The names of the modules that the argument `ignore` names, and of all modules inside them.
+
+    Raises:
+        ValueError: an entry matches nothing.
+        TypeError: `patterns`, or an entry, is something else.
+    """
+    if isinstance(patterns, (str, nn.Module)):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            "ignore: expected a sequence of module names, patterns or modules, () for none, got "
+            f"{patterns!r}"
+        )
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            found = [name for name in names if fnmatchcase(name, pattern)]
+        elif isinstance(pattern, nn.Module):
+            found = [name for name, module in names.items() if module is pattern]
+        else:
+            raise TypeError(
+                f"ignore: entries are module names, patterns or modules, got {pattern!r}"
+            )
+        if not found:
+            shown = pattern if isinstance(pattern, str) else type(pattern).__name__
+            raise ValueError(
+                f"ignore: {shown!r} matches no module of the model; there are "
+                f"{', '.join(list(names)[:20])}{', ...' if len(names) > 20 else ''}"
+            )
+        chosen |= {n for n in names if any(n == f or n.startswith(f + ".") for f in found)}
+    # A shared module goes by its first name everywhere else.
+    first = {module: name for name, module in model.named_modules()}
+    return {first[names[name]] for name in chosen}
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:

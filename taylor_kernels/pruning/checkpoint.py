@@ -42,6 +42,14 @@ def save_checkpoint(
     Raises:
         TypeError: a part is something else, or an extra is what `load_checkpoint` would refuse.
         FileNotFoundError: there is no such folder.
+
+    Example:
+        >>> import os, tempfile, torch, taylor_kernels as tk
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tk.save_checkpoint(os.path.join(folder, "run.pt"), model=model, epoch=3)
+        ...     os.listdir(folder)
+        ['run.pt']
     """
     _check_parts(model, optimizer)
     for name, value in extra.items():
@@ -79,6 +87,22 @@ def load_checkpoint(
             criterion or set of parts; or the pruner is not of this model and optimizer. Nothing
             has changed.
         RuntimeError: the pruner is closed. Nothing has changed.
+
+    Example:
+        >>> import os, tempfile, torch, taylor_kernels as tk
+        >>> def start():
+        ...     model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+        ...     return model, tk.Pruner(model, torch.randn(1, 3), "magnitude_l2", filters=0.5)
+        >>> (model, pruner), (again, its_pruner) = start(), start()
+        >>> while not pruner.done:
+        ...     _ = pruner.step()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "run.pt")
+        ...     tk.save_checkpoint(path, model=model, pruner=pruner, epoch=3)
+        ...     tk.load_checkpoint(path, model=again, pruner=its_pruner)
+        {'epoch': 3}
+        >>> its_pruner.done, torch.equal(again[0].weight, model[0].weight)
+        (True, True)
     """
     _check_parts(model, optimizer)
     if pruner is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.pruning.tracing import call
+from taylor_kernels.pruning.model_run import call
 from taylor_kernels.pruning.units import Group
 
 

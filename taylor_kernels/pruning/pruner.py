@@ -1,13 +1,5 @@
 """`Pruner`: the standard iterative loop over Taylor scores.
 
-    pruner = tk.Pruner(model, example_inputs, flops=0.5, optimizer=optimizer)
-    for x, y in loader:
-        optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
-        pruner.step()
-        optimizer.step()
-    pruner.compact()
-
 Molchanov et al. 2019: statistics of coupled filters are summed and scored every minibatch, the
 scores averaged over the minibatches between two prunings and then, with `momentum`, over the
 prunings; the cheapest units of the whole network go.
@@ -24,14 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, one_criterion
+from taylor_kernels.pruning.arguments import check_arguments, one_criterion
+from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network
-from taylor_kernels.pruning.plan import make_plan
+from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.scoring import UnitScores
-from taylor_kernels.pruning.selection import check_reachable, met, select
+from taylor_kernels.pruning.selection import select
 from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
+from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import (
     Closure,
     Statistic,
@@ -70,6 +63,25 @@ class Pruner:
             pruned. The model is as it was.
         RuntimeError: the backend is not available here.
         ImportError: Torch-Pruning is not installed.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+        ... )
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = tk.Pruner(
+        ...     model, torch.randn(1, 4), filters=0.5, every=2, per_step=4, optimizer=optimizer
+        ... )
+        >>> while not pruner.done:
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     record = pruner.step()
+        ...     optimizer.step()
+        >>> record.filters, record.filters_fraction
+        (8, 0.5)
+        >>> pruner.compact()[0]
+        Linear(in_features=4, out_features=8, bias=True)
     """
 
     def __init__(
@@ -111,7 +123,7 @@ class Pruner:
         self.targets = targets
         self._every, self._momentum = every, momentum
         self._backend = backend
-        plan = make_plan(
+        prunable = find_prunable(
             model,
             example_inputs,
             ignore,
@@ -120,14 +132,10 @@ class Pruner:
             trainable_only=self._reads == "weight gradients",
             verify=verify,
         )
-        self._plan = plan
-        self._whole: Cost = plan.meter.cost
-        check_reachable(plan.meter, plan.groups, targets)
-        self._limits = {name: kept * getattr(self._whole, name) for name, kept in targets.items()}
-        self._per_step = filters_per_step(per_step, self._whole.filters)
-
-        self._network = Network(model, plan, optimizer)
-        self._scores = UnitScores(self.criterion, plan.groups, plan.scored)
+        self._prunable = prunable
+        self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
+        self._network = Network(model, prunable, optimizer)
+        self._scores = UnitScores(self.criterion, prunable.groups, prunable.scored)
         self._steps = 0
         self._history: list[PruneRecord] = []
         self._statistic: Statistic | None = None
@@ -168,23 +176,18 @@ class Pruner:
     def _prune(self) -> PruneRecord:
         net = self._network
         scores = self._scores.close_period(self._momentum, net.dead)
-        taken = select(net.groups, net.dead, scores, net.meter, self._limits, self._per_step)
-        cost = net.meter.cost
-        left = cost.over(self._whole)
-        record = PruneRecord(
+        taken = select(net.groups, net.dead, scores, net.meter, self._budget)
+        threshold = max(
+            score[units].max().item()
+            for score, units in zip(scores, taken, strict=True)
+            if units.numel()
+        )
+        record = PruneRecord.of(
+            net.meter.cost,
+            self.whole,
             step=self._steps,
             removed=net.mask(taken),
-            filters=cost.filters,
-            params=cost.params,
-            flops=cost.flops,
-            filters_fraction=left["filters"],
-            params_fraction=left["params"],
-            flops_fraction=left["flops"],
-            threshold=max(
-                score[units].max().item()
-                for score, units in zip(scores, taken, strict=True)
-                if units.numel()
-            ),
+            threshold=threshold,
             done=self.done,
         )
         self._history.append(record)
@@ -200,7 +203,7 @@ class Pruner:
     @property
     def done(self) -> bool:
         """All targets are met; step() does nothing more, and what is masked stays off."""
-        return met(self._network.meter, self._limits)
+        return self._budget.met(self._network.meter)
 
     @property
     def history(self) -> tuple[PruneRecord, ...]:
@@ -210,7 +213,7 @@ class Pruner:
     @property
     def skipped(self) -> dict[str, str]:
         """Layers whose filters are never removed -> the reason."""
-        return dict(self._plan.skipped)
+        return dict(self._prunable.skipped)
 
     @property
     def cost(self) -> Cost:
@@ -220,7 +223,7 @@ class Pruner:
     @property
     def whole(self) -> Cost:
         """The same of the original model."""
-        return self._whole
+        return self._budget.whole
 
     @property
     def widths(self) -> dict[str, int]:
@@ -230,7 +233,7 @@ class Pruner:
     @property
     def original_widths(self) -> dict[str, int]:
         """Layers that can be pruned -> filters at the start."""
-        return dict(self._plan.widths)
+        return dict(self._prunable.widths)
 
     def scores(self) -> dict[str, Tensor]:
         """Layer -> [F] moving averages of its present filters' scores as of the last pruning.
@@ -282,7 +285,7 @@ class Pruner:
             "format": PRUNER_FORMAT,
             "version": VERSION,
             "criterion": self.criterion.name,
-            "structure": self._plan.structure,
+            "structure": self._prunable.structure,
             **self._network.state(),
             "scores": self._scores.state_dict(),
             "steps": self._steps,
@@ -303,7 +306,7 @@ class Pruner:
         """
         state = self._checked(state)
         self._network.restore(state["removed"], state["compacted"])
-        self._scores = UnitScores(self.criterion, self._network.groups, self._plan.scored)
+        self._scores = UnitScores(self.criterion, self._network.groups, self._prunable.scored)
         self._scores.load_state_dict(state["scores"])
         self._steps = state["steps"]
         self._history = [PruneRecord(**record) for record in state["history"]]
@@ -319,7 +322,7 @@ class Pruner:
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
-        state = check_pruner_state(state, self._plan.structure, self.criterion.name)
+        state = check_pruner_state(state, self._prunable.structure, self.criterion.name)
         self._network.stale(state["compacted"])
         return state
 
@@ -334,7 +337,7 @@ class Pruner:
             self._statistic = None
         if not self.done and not self._closed:
             modules = dict(self.model.named_modules())
-            layers = {name: modules[name] for name in self._plan.scored}
+            layers = {name: modules[name] for name in self._prunable.scored}
             self._statistic = get_statistic(self.criterion.statistic)(
                 self.model, layers, self._backend
             )

@@ -17,6 +17,27 @@ def register_statistic(statistic: _S) -> _S:
     Raises:
         TypeError: it is no class of a statistic, or has no collect().
         ValueError: its name is missing or taken, or it reads something unknown.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> @tk.register_statistic
+        ... class GreatestWeight(tk.Statistic):
+        ...     name = "greatest_weight"
+        ...     columns = "1: max abs(w)"
+        ...     reads = "weights"
+        ...
+        ...     def collect(self, *, loss_scale=1.0, closure=None):
+        ...         weights = [layer.weight.detach() for layer in self.layers.values()]
+        ...         return [weight.abs().flatten(1).amax(1, keepdim=True) for weight in weights]
+        >>> criterion = tk.Criterion(
+        ...     "greatest_weight", "greatest_weight", lambda table: table[:, 0], coupled="mean"
+        ... )
+        >>> model = torch.nn.Linear(2, 2)
+        >>> _ = model.weight.data.copy_(torch.tensor([[1.0, -3.0], [2.0, 0.5]]))
+        >>> imp = tk.Importance(model, criterion)
+        >>> imp.update()
+        >>> imp.compute()
+        {'': tensor([3., 2.])}
     """
     if not (isinstance(statistic, type) and issubclass(statistic, Statistic)):
         raise TypeError(f"statistic: expected a subclass of tk.Statistic, got {statistic!r}")

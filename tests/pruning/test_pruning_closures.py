@@ -68,7 +68,7 @@ def test_tables_of_coupled_filters_add_up(criterion):
     model, inputs = zoo.build("mobilenet", torch.float64)
     model.eval()
     pruner = Pruner(model, inputs, criterion, filters=0.9, every=1, per_step=2)
-    layers = {name: model.get_submodule(name) for name in pruner._plan.scored}
+    layers = {name: model.get_submodule(name) for name in pruner._prunable.scored}
     statistic = get_statistic(get_criterion(criterion).statistic)(model, layers)
     batch = zoo.fresh(inputs)
     zoo.loss(model, batch).backward()

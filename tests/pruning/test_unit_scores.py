@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.scoring import UnitScores
+from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.pruning.units import OUT, Group, Slot
 from taylor_kernels.statistics import get_statistic
 from tests.helpers import zoo
@@ -82,7 +82,7 @@ def test_lots_go_by_their_mean():
     while not pruner.done:
         zoo.loss(model, inputs).backward()
         pruner.step()
-    # Ten go down to nine by the cheapest one, at 5; then lots of three by their means: 3, then
+    # Ten go down to nine by the cheapest one, at 5; then three at a time by their means: 3, then
     # (5 + 5 + 9) / 3, then 7. By their sums the one at 5 would go first.
     assert [record.removed for record in pruner.history] == [
         {"2": (0, 1, 2)}, {"0": (4,)}, {"0": (1, 5, 6)}, {"2": (3, 4, 5)}, {"0": (2, 3, 7)},

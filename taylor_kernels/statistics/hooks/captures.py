@@ -1,4 +1,4 @@
-"""Taps: both sides of a module's output, y from the forward pass and dy from the backward pass."""
+"""Both sides of a module's output: y from the forward pass and dy from the backward pass."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _HARMLESS = 1  # changed in place, but only where dy is 0, as by a ReLU
 _OVERWRITTEN = 2
 
 
-class Taps:
-    """Registers taps on outputs, and keeps a copy of those that are overwritten before backward().
+class Captures:
+    """Captures outputs and their gradients; an output that is overwritten before backward() is
+    copied.
 
     The first pass copies every output and compares. A ReLU in place zeroes outputs whose gradient
     is zero too, so the overwritten tensor serves as well, for ever after; a sum in place does not.
@@ -42,7 +43,7 @@ class Taps:
 
         Args:
             lost: called before the error that y was changed in place and is gone.
-            copy: keep a copy while the output's fate is unknown. False where the tap will most
+            copy: keep a copy while the output's fate is unknown. False where the capture will most
                 likely be cancelled.
         """
         fate = self._fate.get(module)
@@ -73,13 +74,13 @@ class Taps:
         self._open[id(output)] = (weakref.ref(output), output.register_hook(on_gradient))
 
     def cancel(self, output: Tensor) -> None:
-        """Take the tap off an output, if there is one."""
+        """Cancel the capture of an output, if there is one."""
         known = self._open.pop(id(output), None)
         if known is not None and known[0]() is output:
             known[1].remove()
 
     def forget(self) -> None:
-        """Taps of earlier passes cannot be cancelled any more."""
+        """Captures of earlier passes cannot be cancelled any more."""
         self._open.clear()
 
     def _learn(

@@ -175,8 +175,8 @@ def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
 
 
 def _apart(part: Any) -> Any:
-    """The same values behind the output of the last layer, whose tap must not see what flows back
-    to here; half types widened, so that the loss's curvature is not rounded to them."""
+    """The same values behind the output of the last layer, whose capture must not see what flows
+    back to here; half types widened, so that the loss's curvature is not rounded to them."""
     if isinstance(part, Tensor):
         half = part.dtype in (torch.float16, torch.bfloat16)
         return part.float() if half else part.view_as(part)

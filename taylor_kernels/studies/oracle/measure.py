@@ -13,7 +13,7 @@ from torch import nn
 
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.progress import ProgressLog
-from taylor_kernels.pruning.tracing import tensors_in
+from taylor_kernels.pruning.model_run import tensors_in
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.studies.oracle import curves
 from taylor_kernels.studies.oracle.correlation import agreement
