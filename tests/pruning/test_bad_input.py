@@ -77,6 +77,15 @@ def test_wrong_argument(case):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_the_old_name_of_criterion():
+    model, inputs = zoo.build("mlp")
+    with pytest.warns(DeprecationWarning, match="call it criterion") as caught:
+        pruner = Pruner(model, inputs, importance="taylor_fo", params=0.5)
+    assert caught[0].filename == __file__
+    assert pruner.criterion.name == "taylor_fo"
+    assert Pruner(zoo.build("mlp")[0], inputs, params=0.5).criterion.name == "taylor_fo_bn"
+
+
 def test_wrong_model():
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got function"):
         Pruner(lambda x: x, torch.zeros(1), params=0.5)
