@@ -40,7 +40,7 @@ class Cost:
 
 
 class Meter:
-    """Costs of a model with some units gone, kept up incrementally.
+    """The cost of a model with some units gone; `take()` updates it.
 
     Args:
         model: the whole model.

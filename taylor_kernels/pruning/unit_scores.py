@@ -12,8 +12,8 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.units import Group
 from taylor_kernels.statistics import filter_count, get_statistic
 
-#: Elements gathered at a time. The index is padded to the widest unit of the network, so that all
-#: rows at once may be many times the tables, which themselves hold columns for every example.
+#: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows
+#: together may be many times as large as the tables, and those have a column for every example.
 _GATHERED = 1 << 24
 
 

@@ -21,7 +21,7 @@ OUT, IN, BOTH = "out", "in", "both"
 
 @dataclass(frozen=True)
 class Slot:
-    """One side of one module (or a bare parameter) that the units of a group run through.
+    """One side of a module (or a bare parameter) that holds channels of a group's units.
 
     Attributes:
         owner: module name; the full name of the parameter for a bare one.
@@ -52,7 +52,7 @@ class Group:
     """Units of one kind, in the order of their channels.
 
     Attributes:
-        slots: where they run through; `Slot.index` has one row per unit.
+        slots: the sides of modules that hold the units' channels; `Slot.index` has a row per unit.
         axes: the slices of parameters and buffers that go with a unit.
         units: [U] int64, the number of each unit in the group as it was at first.
         multiple: so many units go together; the units that remain are a multiple of it, or all of

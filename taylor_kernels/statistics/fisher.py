@@ -81,9 +81,9 @@ class _Pass:
 class _Fishers(WatchesPasses):
     """What the statistics of Fisher diagonals share: the inputs and output gradients of all uses.
 
-    A layer that was called once in the pass is reduced when its gradient arrives. Of several calls
-    the gradients of an example add up before they are squared, so all must be there; so must those
-    of all backward passes over a graph that is kept.
+    A layer that was called once in the pass is reduced when its gradient arrives. If it was called
+    several times, the gradients of an example add up before they are squared, so the layer waits
+    until all of them are there. The same holds for several backward passes over one graph.
     """
 
     power = 2

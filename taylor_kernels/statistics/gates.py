@@ -1,9 +1,9 @@
 """Statistics of gates: a factor of 1 on every channel, behind the layer's BatchNorm if it has one.
 
-The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy, which behind a BatchNorm
-with scale γ and shift β equals γ g_γ + β g_β: then nothing is read but four vectors. Otherwise y is
-met in a forward hook and dy in the backward pass, and `gate_gradients` reduces them as soon as
-both are there. An output is kept until then, also where autograd itself would not need it.
+The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy. Behind a BatchNorm with
+scale γ and shift β it equals γ g_γ + β g_β, for which four vectors are read. Otherwise a forward
+hook keeps y, a hook on its gradient receives dy, and `gate_gradients` reduces both at once. Until
+then the output stays in memory, even where autograd itself would not need it.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ class ExampleGates(_Gates):
 class Gates(_Gates):
     """[F, 1] per layer: the gate's gradient over everything since the last update.
 
-    The gradients of γ and β are taken as backward() hands them over, like those of outputs: what
-    is done to `.grad` later (unscaling, clipping) changes neither. They are those of a gate if the
-    norm ran once in the pass, behind one layer; of a norm that runs more often the outputs are
-    captured. The first pass does both, since only its end tells which is right.
+    The gradients of γ and β are read in backward() itself, like those of outputs, so what is done
+    to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
+    norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
+    are captured instead. In the first pass both are done, since only its end tells which is right.
     """
 
     name = "gates"

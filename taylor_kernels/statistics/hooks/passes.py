@@ -85,7 +85,8 @@ class WatchesPasses(Statistic):
 
     def _watches(self) -> bool:
         """Whether a pass that is running is one to be scored."""
-        # A checkpoint may run in a thread of autograd's own.
+        # A closure's passes belong to the meter that runs it. A checkpoint inside backward() may
+        # run in a thread of autograd, which says nothing of whose pass it is.
         threads = WatchesPasses.in_closure
         elsewhere = threading.get_ident() not in threads and not (threads and inside_backward())
         return torch.is_grad_enabled() and elsewhere
@@ -103,7 +104,8 @@ class WatchesPasses(Statistic):
 
     def _on_call(self) -> None:
         """To be called first when a layer has run."""
-        # Parts of the model may be called alone. A checkpoint computes anew inside backward().
+        # A call after a backward pass begins a new pass, also where only a part of the model is
+        # called. Inside backward() a checkpoint runs the old pass again.
         if self._in_backward and not inside_backward():
             self._begin_pass()
 
