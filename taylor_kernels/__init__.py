@@ -15,7 +15,8 @@ from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
-from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "Criterion",
     "Importance",
     "Pruner",
+    "Statistic",
     "backends",
     "conv2d_fisher",
     "criterion_names",
@@ -32,8 +34,12 @@ __all__ = [
     "gate_gradients",
     "hutchinson_moments",
     "linear_fisher",
+    "load_checkpoint",
     "rademacher_like",
     "register_criterion",
+    "register_statistic",
+    "save_checkpoint",
     "scoring",
     "second_order_moments",
+    "statistic_names",
 ]

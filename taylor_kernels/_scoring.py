@@ -34,14 +34,21 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
     the first convolution or linear layer, which is all that they need. On leaving, every
     parameter's `requires_grad` is as it was; `.grad` is never touched.
 
-        imp = tk.Importance(model, "taylor_fo_gate")
-        with tk.scoring(model):
-            for x, y in batches:
-                loss_fn(model(x), y).backward()
-                imp.update()
-
     The model's mode is yours to choose: eval() scores the network as it will be used, train()
     normalises by the batch and moves BatchNorm's running statistics as any forward pass does.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> imp = tk.Importance(model, "taylor_fo_gate")
+        >>> with tk.scoring(model):
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     imp.update()
+        >>> {name: tuple(scores.shape) for name, scores in imp.compute().items()}
+        {'0': (3,), '2': (2,)}
+        >>> model[0].weight.grad is None
+        True
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
     root = torch.empty(0, requires_grad=True)

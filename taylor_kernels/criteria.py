@@ -1,30 +1,9 @@
 """Criteria: how a filter's raw statistics become its score. Arithmetic only, no kernel is called.
 
-A criterion names the source of its statistics (taylor_kernels/statistics) and a function from a
-table of them, [filters, columns], to scores: [filters], or [filters, examples] from example_gates.
-Of coupled filters the pruner first makes one row, then a score: Taylor statistics add up (the
-shared gate of Molchanov et al.), magnitudes are averaged, since a channel does not matter more for
-being made by more layers.
-
-| name | score of a filter | from |
-|---|---|---|
-| taylor_fo | Σ (gw)² over its weights, per minibatch | Molchanov et al. 2019, eq. 8 |
-| taylor_fo_joint | (Σ gw)² | ibid., the joint form |
-| taylor_abs | Σ abs(gw) | Molchanov et al. 2017 without the activation average |
-| taylor_fo_bn | s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch | 2019, section 3.2 |
-| taylor_fo_gate | mean over examples of s², s = Σ (y − b)·dy | the same gate, per example |
-| taylor_so | Σ q² over its weights, q = g·w − ½·w·(HW) | 2019, the expansion to second order |
-| taylor_so_bn | q², q = s − ½ H1 over all gates | the same, on gates |
-| taylor_so_diag | (s − ½h)², h the gate's curvature (Gauss-Newton) | the same, one gate at a time |
-| obd_bn | ½h | LeCun et al. 1989, optimal brain damage, on gates |
-| obd_fisher | ½ Σ w² · mean over examples of g² | OBD with the empirical Fisher matrix |
-| obd_fisher_mc | the same of the model's own Fisher, from one random probe | Schraudolph 2002 |
-| obd_hutchinson | ½ Σ w² diag H, by random probes | OBD with the estimator of Hutchinson 1990 |
-| magnitude_l1, magnitude_l2 | Σ abs(w), Σ w² | Li et al. 2017 |
-| bn_scale | abs(γ) | Liu et al. 2017, network slimming |
-| snip | Σ abs(gw), over its sum in the whole network | Lee et al. 2019 |
-| random | a fixed uniform draw | the control |
-| oracle | (L(W) − L(W with the filter removed))² | Molchanov et al. 2019, eq. 3 |
+A criterion names its statistic (taylor_kernels/statistics) and a function from a table of that,
+[filters, columns], to scores. Of coupled filters the pruner first makes one row, then a score:
+Taylor statistics add up (the shared gate of Molchanov et al.), magnitudes are averaged, since a
+channel does not matter more for being made by more layers.
 """
 
 from __future__ import annotations
@@ -37,23 +16,15 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.ops.filter_moments import MOMENTS
+from taylor_kernels.statistics import Reads, get_statistic
 
-#: What a criterion can be computed from; taylor_kernels/statistics says what each table holds.
-SOURCES = (
-    "moments",
-    "gates",
-    "example_gates",
-    "gate_curvature",
-    "gate_products",
-    "weight_products",
-    "hutchinson",
-    "fisher",
-    "fisher_probe",
-    "magnitudes",
-    "bn_scale",
-    "random",
-    "loss_change",
-)
+_NEEDS: dict[Reads, str] = {
+    "weights": "nothing but the weights",
+    "forward": "a forward pass",
+    "activations": "a forward and a backward pass, which `scoring` makes cheaper",
+    "weight gradients": "a forward and a backward pass",
+    "closure": "a closure, with which it runs the model itself",
+}
 
 
 @dataclass(frozen=True)
@@ -61,30 +32,52 @@ class Criterion:
     """A rule for scoring filters.
 
     Attributes:
-        name: what `tk.Importance(model, name)` and `tk.Pruner(importance=name)` look up.
-        source: one of `SOURCES`.
-        score: from a [F, K] table of the source's statistics to [F] scores; from example_gates
-            to [F, K], a score per example. Greater means more important.
+        name: what `tk.Importance(model, name)` and `tk.Pruner(criterion=name)` look up.
+        statistic: the name of what it is computed from, one of `tk.statistic_names()`.
+        score: from a [F, K] table of the statistic to [F] scores; of a statistic per example also
+            to [F, K], a score for each. Greater means more important.
         coupled: how the rows of coupled filters become one: "sum", "mean", or "first", which
             takes the row of the first.
         across_layers: whether scores of different layers can be ranked against each other. The
             Taylor scores all estimate a change of the same loss; norms depend on a layer's size
             and initialisation, so the pruner divides them by their mean in the group.
+        formula: the score of a filter, for people to read.
+        reference: who proposed it, and where.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> gradient_norm = tk.Criterion(
+        ...     "gradient_norm", "moments", lambda table: table[:, 4], formula="Σ g²"
+        ... )
+        >>> gradient_norm.needs
+        'a forward and a backward pass'
+        >>> model = torch.nn.Linear(3, 2, bias=False)
+        >>> imp = tk.Importance(model, gradient_norm)
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> imp.update()
+        >>> imp.compute()
+        {'': tensor([3., 3.])}
     """
 
     name: str
-    source: str
+    statistic: str
     score: Callable[[Tensor], Tensor]
     coupled: str = "sum"
     across_layers: bool = True
+    formula: str = ""
+    reference: str = ""
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"source: {self.source!r} is not one of {', '.join(SOURCES)}")
+        get_statistic(self.statistic)
         if not callable(self.score):
             raise TypeError(f"score: expected a function, got {type(self.score).__name__}")
         if self.coupled not in ("sum", "mean", "first"):
             raise ValueError(f"coupled: {self.coupled!r} is not one of sum, mean, first")
+
+    @property
+    def needs(self) -> str:
+        """What there must be before a score: passes of the model, or a closure."""
+        return _NEEDS[get_statistic(self.statistic).reads]
 
     def observations(self, table: Tensor) -> Tensor:
         """[F, n] scores of n observations: of each example, or of the table as a whole (n = 1).
@@ -93,7 +86,7 @@ class Criterion:
             ValueError: `score` did not give one number per filter, or per filter and example.
         """
         scores = self.score(table)
-        per_example = self.source == "example_gates" and scores.shape == table.shape
+        per_example = get_statistic(self.statistic).per_example and scores.shape == table.shape
         if not per_example and scores.shape != table.shape[:1]:
             raise ValueError(
                 f"criterion {self.name!r}: its score function gave shape {tuple(scores.shape)} for "
@@ -110,6 +103,14 @@ def register_criterion(criterion: Criterion) -> Criterion:
 
     Raises:
         ValueError: the name is taken.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> criterion = tk.Criterion("weight_sum", "magnitudes", lambda table: table[:, 0])
+        >>> tk.register_criterion(criterion) is criterion
+        True
+        >>> "weight_sum" in tk.criterion_names()
+        True
     """
     if criterion.name in _CRITERIA:
         raise ValueError(
@@ -120,7 +121,13 @@ def register_criterion(criterion: Criterion) -> Criterion:
 
 
 def criterion_names() -> list[str]:
-    """The names of all registered criteria."""
+    """The names of all registered criteria.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> tk.criterion_names()[:3]
+        ['taylor_fo', 'taylor_fo_joint', 'taylor_abs']
+    """
     return list(_CRITERIA)
 
 
@@ -162,24 +169,106 @@ def _curvature(table: Tensor) -> Tensor:
     return table[:, 1:].square().sum(1)
 
 
+def _first(table: Tensor) -> Tensor:
+    return table[:, 0]
+
+
+_MOLCHANOV_2019 = "Molchanov et al. 2019, Importance estimation for neural network pruning"
+_OBD = "LeCun et al. 1989, Optimal brain damage"
+
 for _criterion in (
-    Criterion("taylor_fo", "moments", _moment("gw2")),
-    Criterion("taylor_fo_joint", "moments", lambda table: _moment("gw")(table).square()),
-    Criterion("taylor_abs", "moments", _moment("abs_gw")),
-    Criterion("taylor_fo_bn", "gates", lambda table: table[:, 0].square()),
-    Criterion("taylor_fo_gate", "example_gates", Tensor.square),
-    Criterion("taylor_so", "weight_products", lambda table: table[:, 1]),
-    Criterion("taylor_so_bn", "gate_products", lambda table: table[:, 0].square()),
-    Criterion("taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - _curvature(t) / 2).square()),
-    Criterion("obd_bn", "gate_curvature", lambda table: _curvature(table) / 2),
-    Criterion("obd_fisher", "fisher", lambda table: table[:, 0] / 2),
-    Criterion("obd_fisher_mc", "fisher_probe", lambda table: table[:, 0] / 2),
-    Criterion("obd_hutchinson", "hutchinson", lambda table: table[:, 0] / 2),
-    Criterion("magnitude_l1", "magnitudes", lambda table: table[:, 0], "mean", False),
-    Criterion("magnitude_l2", "magnitudes", lambda table: table[:, 1], "mean", False),
-    Criterion("bn_scale", "bn_scale", lambda table: table[:, 0], "mean"),
-    Criterion("snip", "moments", _share_of_sum),
-    Criterion("random", "random", lambda table: table[:, 0], "first"),
-    Criterion("oracle", "loss_change", lambda table: table[:, 0].square()),
-):
+    Criterion(
+        "taylor_fo", "moments", _moment("gw2"),
+        formula="Σ (gw)² over its weights, per minibatch",
+        reference=f"{_MOLCHANOV_2019}, eq. 8",
+    ),
+    Criterion(
+        "taylor_fo_joint", "moments", lambda table: _moment("gw")(table).square(),
+        formula="(Σ gw)²",
+        reference=f"{_MOLCHANOV_2019}, the joint form of eq. 8",
+    ),
+    Criterion(
+        "taylor_abs", "moments", _moment("abs_gw"),
+        formula="Σ abs(gw)",
+        reference="Molchanov et al. 2017, Pruning convolutional neural networks for resource "
+        "efficient inference, without the average over activations",
+    ),
+    Criterion(
+        "taylor_fo_bn", "gates", lambda table: table[:, 0].square(),
+        formula="s², s = γ g_γ + β g_β: a gate after BatchNorm, per minibatch",
+        reference=f"{_MOLCHANOV_2019}, section 3.2",
+    ),
+    Criterion(
+        "taylor_fo_gate", "example_gates", Tensor.square,
+        formula="mean over examples of s², s = Σ (y − b)·dy",
+        reference=f"{_MOLCHANOV_2019}, section 3.2, per example",
+    ),
+    Criterion(
+        "taylor_so", "weight_products", lambda table: table[:, 1],
+        formula="Σ q² over its weights, q = g·w − ½·w·(HW)",
+        reference=f"{_MOLCHANOV_2019}, the expansion to second order",
+    ),
+    Criterion(
+        "taylor_so_bn", "gate_products", lambda table: table[:, 0].square(),
+        formula="q², q = s − ½ H1 over all gates",
+        reference=f"{_MOLCHANOV_2019}, the expansion to second order, on gates",
+    ),
+    Criterion(
+        "taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - _curvature(t) / 2).square(),
+        formula="(s − ½h)², h the gate's curvature (Gauss-Newton)",
+        reference=f"{_MOLCHANOV_2019}, the expansion to second order, one gate at a time",
+    ),
+    Criterion(
+        "obd_bn", "gate_curvature", lambda table: _curvature(table) / 2,
+        formula="½h, h the gate's curvature (Gauss-Newton)",
+        reference=f"{_OBD}, on gates",
+    ),
+    Criterion(
+        "obd_fisher", "fisher", lambda table: table[:, 0] / 2,
+        formula="½ Σ w² · mean over examples of g²",
+        reference=f"{_OBD}, with the empirical Fisher matrix",
+    ),
+    Criterion(
+        "obd_fisher_mc", "fisher_probe", lambda table: table[:, 0] / 2,
+        formula="½ Σ w² · E g², of the model's own Fisher matrix, from one random probe",
+        reference=f"{_OBD}, with the matrix of Schraudolph 2002, Fast curvature matrix-vector "
+        "products",
+    ),
+    Criterion(
+        "obd_hutchinson", "hutchinson", lambda table: table[:, 0] / 2,
+        formula="½ Σ w² diag H, by random probes",
+        reference=f"{_OBD}, with the estimator of Hutchinson 1990",
+    ),
+    Criterion(
+        "magnitude_l1", "magnitudes", _first, "mean", False,
+        formula="Σ abs(w)",
+        reference="Li et al. 2017, Pruning filters for efficient ConvNets",
+    ),
+    Criterion(
+        "magnitude_l2", "magnitudes", lambda table: table[:, 1], "mean", False,
+        formula="Σ w²",
+        reference="Li et al. 2017, Pruning filters for efficient ConvNets",
+    ),
+    Criterion(
+        "bn_scale", "bn_scale", _first, "mean",
+        formula="abs(γ) of the BatchNorm behind it",
+        reference="Liu et al. 2017, Learning efficient convolutional networks through network "
+        "slimming",
+    ),
+    Criterion(
+        "snip", "moments", _share_of_sum,
+        formula="Σ abs(gw), over its sum in the whole network",
+        reference="Lee et al. 2019, SNIP: single-shot network pruning",
+    ),
+    Criterion(
+        "random", "random", _first, "first",
+        formula="a fixed uniform draw",
+        reference="the control",
+    ),
+    Criterion(
+        "oracle", "loss_change", lambda table: table[:, 0].square(),
+        formula="(L(W) − L(W with the filter removed))²",
+        reference=f"{_MOLCHANOV_2019}, eq. 3",
+    ),
+):  # fmt: skip
     register_criterion(_criterion)

@@ -15,8 +15,7 @@ from taylor_kernels.statistics import (
     check_closure,
     filter_count,
     find_layers,
-    make_source,
-    reads_weight_gradients,
+    get_statistic,
 )
 
 _STATE_VERSION = 1
@@ -25,13 +24,7 @@ _STATE_VERSION = 1
 class Importance:
     """Scores every filter of a model's convolution and linear layers under one criterion.
 
-        imp = tk.Importance(model, "taylor_fo_bn")
-        for x, y in batches:
-            optimizer.zero_grad()
-            loss_fn(model(x), y).backward()
-            imp.update()
-            optimizer.step()
-        scores = imp.compute()          # {"layer1.0.conv1": tensor of [filters], ...}
+    Call update() after every backward() of a training loop, and compute() for the scores.
 
     The meter reads gradients and activations, and changes neither: a training step gives the same
     bits with it and without it. Forward passes under torch.no_grad() are not seen.
@@ -81,6 +74,18 @@ class Importance:
     Raises:
         ValueError: an unknown criterion (the message names the nearest), a layer name that
             matches nothing, a model without a layer to score.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> imp = tk.Importance(model, "taylor_fo")
+        >>> for _ in range(5):
+        ...     model.zero_grad()
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     imp.update()
+        >>> {name: tuple(scores.shape) for name, scores in imp.compute().items()}
+        {'0': (3,), '2': (2,)}
     """
 
     def __init__(
@@ -94,12 +99,13 @@ class Importance:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.criterion = get_criterion(criterion)
-        trainable_only = reads_weight_gradients(self.criterion.source)
+        statistic = get_statistic(self.criterion.statistic)
+        trainable_only = statistic.reads == "weight gradients"
         self._layers = find_layers(model, layers, trainable_only=trainable_only)
         for layer in self._layers.values():
             select(layer.weight.device, layer.weight.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
-        self._source = make_source(self.criterion.source, model, self._layers, backend)
+        self._statistic = statistic(model, self._layers, backend)
         self._sum: Tensor
         self._sum_squares: Tensor
         self._counts: list[int]
@@ -135,8 +141,8 @@ class Importance:
                 "update: the meter is closed; make a new one, whose load_state_dict() goes on from "
                 "this one's state_dict()"
             )
-        check_closure(self._source, closure, self.criterion.name, "update")
-        tables = self._source.collect(loss_scale=loss_scale, closure=closure)
+        check_closure(self._statistic, closure, self.criterion.name, "update")
+        tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
@@ -155,7 +161,7 @@ class Importance:
     @property
     def needs_closure(self) -> bool:
         """Whether update() is to be called with a closure; otherwise it takes none."""
-        return self._source.needs_closure
+        return self._statistic.reads == "closure"
 
     def compute(self) -> dict[str, Tensor]:
         """{layer name: [filters] float32}: the mean score over observations, larger matters more.
@@ -181,13 +187,13 @@ class Importance:
 
     def reset(self) -> None:
         """Forget all updates, and what was gathered since the last."""
-        self._source.discard()
+        self._statistic.discard()
         self._zero()
 
     def close(self) -> None:
         """Take every hook off the model; the scores stay, and none is added."""
         self._closed = True
-        self._source.close()
+        self._statistic.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What load_state_dict() needs to go on: sums, counts, and what they belong to."""
@@ -224,18 +230,18 @@ class Importance:
             raise ValueError("state: counts does not hold one number per layer")
         if any(type(n) is not int or n < 0 for n in (*counts, updates)):
             raise ValueError("state: counts and updates are not whole numbers from 0 on")
-        self._source.discard()
+        self._statistic.discard()
         self._sum = state["sum"].double().clone()
         self._sum_squares = state["sum_squares"].double().clone()
         self._counts = list(counts)
-        self._updates = self._source.updates = updates
+        self._updates = self._statistic.updates = updates
 
     def _zero(self) -> None:
         total = sum(self._sizes.values())
         self._sum = torch.zeros(total, dtype=torch.float64)
         self._sum_squares = torch.zeros(total, dtype=torch.float64)
         self._counts = [0] * len(self._sizes)
-        self._updates = self._source.updates = 0
+        self._updates = self._statistic.updates = 0
 
     def _counts_per_filter(self) -> Tensor:
         counts = torch.tensor(self._counts, dtype=torch.float64)

@@ -11,12 +11,7 @@ def draw_labels(logits: Tensor, *, generator: torch.Generator | None = None) -> 
     """One label for each row of logits, drawn from their softmax.
 
     With them in place of the true labels `obd_fisher` scores with the Fisher matrix of the model
-    itself, whose expectation for softmax and cross entropy is the Gauss-Newton matrix:
-
-        out = model(x)
-        loss_fn(out, tk.draw_labels(out)).backward()
-        imp.update()
-
+    itself, whose expectation for softmax and cross entropy is the Gauss-Newton matrix.
     `obd_fisher_mc` has the same expectation with far less variance: prefer it where the model can
     be called from a closure.
 
@@ -31,6 +26,16 @@ def draw_labels(logits: Tensor, *, generator: torch.Generator | None = None) -> 
     Raises:
         TypeError: no floating tensor.
         ValueError: no dimension of classes, or none in it.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> model = torch.nn.Linear(4, 3)
+        >>> imp = tk.Importance(model, "obd_fisher")
+        >>> logits = model(torch.randn(8, 4))
+        >>> torch.nn.functional.cross_entropy(logits, tk.draw_labels(logits)).backward()
+        >>> imp.update()
+        >>> tk.draw_labels(torch.tensor([[0.0, 99.0], [99.0, 0.0]]))
+        tensor([1, 0])
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__

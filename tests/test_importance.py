@@ -182,14 +182,14 @@ def test_in_place_operations_after_a_layer(criterion, in_place):
 
     imp = tk.Importance(model, criterion)
     reference = tk.Importance(copy.deepcopy(model), criterion)
-    twin = reference._source.model
+    twin = reference._statistic.model
     for _ in range(3):  # the first pass learns, the others rely on it
         x = torch.randn(4, 3, 7, 7)
         model.zero_grad()
         forward(in_place, x).backward()
         imp.update()
         twin.zero_grad()
-        y = in_place(twin[0](x) * 1)  # out of reach of the tap
+        y = in_place(twin[0](x) * 1)  # out of reach of the capture
         twin[2](twin[1](y)).square().sum().backward()
         reference.update()
     for name, score in reference.compute().items():

@@ -1,8 +1,10 @@
-"""The checks on `Pruner`'s arguments that need no look at the model's inside."""
+"""The checks on `Pruner`'s arguments that do not need the model to be run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -10,19 +12,25 @@ from torch.optim import LBFGS, Optimizer
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.statistics import get_statistic
 
 
-def find_criterion(importance: Any) -> Criterion:
-    """The criterion of that name, or an error that names the argument."""
-    if not isinstance(importance, (str, Criterion)):
-        raise TypeError(
-            "importance: expected a criterion's name or a tk.Criterion, got "
-            f"{type(importance).__name__}"
+def one_criterion(
+    criterion: str | Criterion | None, importance: str | Criterion | None
+) -> Criterion:
+    """What was given under the name `criterion`, or under `importance`, its old one."""
+    if importance is not None:
+        if criterion is not None:
+            raise TypeError(
+                "importance: is the old name of criterion, which is given too; leave it out"
+            )
+        warnings.warn(
+            "Pruner(importance=...) is deprecated; call it criterion",
+            DeprecationWarning,
+            stacklevel=3,
         )
-    try:
-        return get_criterion(importance)
-    except ValueError as error:
-        raise ValueError(f"importance: {str(error).removeprefix('criterion: ')}") from None
+        criterion = importance
+    return get_criterion("taylor_fo_bn" if criterion is None else criterion)
 
 
 def check_arguments(
@@ -46,11 +54,11 @@ def check_arguments(
             raise ValueError(
                 f"model: its parameter {name} is on the meta device; materialise it first"
             )
-    if criterion.source == "loss_change":
+    if not get_statistic(criterion.statistic).prunable:
         raise ValueError(
-            f"importance: {criterion.name!r} removes every filter in turn to see what the loss "
-            "does, which is for judging other criteria (tk.Importance); prune with taylor_fo_bn "
-            "or taylor_fo_gate"
+            f"criterion: {criterion.name!r} says nothing of filters that are removed together; it "
+            "is for judging other criteria (tk.Importance). Prune with taylor_fo_bn or "
+            "taylor_fo_gate"
         )
     given = {name: _fraction(name, value) for name, value in targets.items() if value is not None}
     if not given:
@@ -74,9 +82,41 @@ def check_arguments(
     return given
 
 
-def filters_per_step(per_step: int | float, filters: int) -> int:
-    """How many filters go at a pruning."""
-    return per_step if isinstance(per_step, int) else max(1, round(per_step * filters))
+def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:
+    """The names of the modules that the argument `ignore` names, and of all modules inside them.
+
+    Raises:
+        ValueError: an entry matches nothing.
+        TypeError: `patterns`, or an entry, is something else.
+    """
+    if isinstance(patterns, (str, nn.Module)):
+        patterns = (patterns,)
+    if not isinstance(patterns, Iterable):
+        raise TypeError(
+            "ignore: expected a sequence of module names, patterns or modules, () for none, got "
+            f"{patterns!r}"
+        )
+    names = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            found = [name for name in names if fnmatchcase(name, pattern)]
+        elif isinstance(pattern, nn.Module):
+            found = [name for name, module in names.items() if module is pattern]
+        else:
+            raise TypeError(
+                f"ignore: entries are module names, patterns or modules, got {pattern!r}"
+            )
+        if not found:
+            shown = pattern if isinstance(pattern, str) else type(pattern).__name__
+            raise ValueError(
+                f"ignore: {shown!r} matches no module of the model; there are "
+                f"{', '.join(list(names)[:20])}{', ...' if len(names) > 20 else ''}"
+            )
+        chosen |= {n for n in names if any(n == f or n.startswith(f + ".") for f in found)}
+    # A shared module goes by its first name everywhere else.
+    first = {module: name for name, module in model.named_modules()}
+    return {first[names[name]] for name in chosen}
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.masking import write
+from taylor_kernels.pruning.model_run import call, preserved_rng, tensors_in
 from taylor_kernels.pruning.removal import remove
-from taylor_kernels.pruning.tracing import call, preserved_rng, tensors_in
 from taylor_kernels.pruning.units import Group, removed_entries
 
 #: Relative to the greatest output, in float64 and in lower precision. Rounding stays far below;
@@ -105,8 +105,10 @@ class _Trial:
         for group in groups:
             gone = torch.zeros(group.size, dtype=torch.bool)
             count, alive = 0, group.size
-            while (lot := group.next_lot(alive)) and (not count or count + lot <= group.size // 2):
-                count, alive = count + lot, alive - lot
+            while (more := group.next_to_go(alive)) and (
+                not count or count + more <= group.size // 2
+            ):
+                count, alive = count + more, alive - more
             gone[draw.sample(range(group.size), count)] = True
             dead.append(gone)
         model = copy.deepcopy(self._model)

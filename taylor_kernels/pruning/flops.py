@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.pruning.tracing import call
+from taylor_kernels.pruning.model_run import call
 from taylor_kernels.pruning.units import Group
 
 
@@ -40,7 +40,7 @@ class Cost:
 
 
 class Meter:
-    """Costs of a model with some units gone, kept up incrementally.
+    """The cost of a model with some units gone; `take()` updates it.
 
     Args:
         model: the whole model.

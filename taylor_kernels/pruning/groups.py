@@ -267,15 +267,15 @@ class _Components:
         min_filters: int,
     ) -> tuple[Group, str]:
         producers = [slot for slot in slots if slot.producer]
-        lot = lcm(*(round_to // gcd(round_to, slot.index.size(1)) for slot in producers))
+        multiple = lcm(*(round_to // gcd(round_to, slot.index.size(1)) for slot in producers))
         least = max(-(-min_filters // slot.index.size(1)) for slot in producers)
-        minimum = -(-least // lot) * lot
+        minimum = -(-least // multiple) * multiple
         axes: list[Axis] = [axis for slot in slots for axis in axes_of(self.modules, slot)]
         size = producers[0].index.size(0)
-        group = Group(slots, tuple(axes), torch.arange(size), lot, minimum)
+        group = Group(slots, tuple(axes), torch.arange(size), multiple, minimum)
         if not reason and all(slot.owner in frozen for slot in producers):
             reason = "its weights are frozen and this criterion reads their gradients"
-        if not reason and not group.next_lot(size):
+        if not reason and not group.next_to_go(size):
             least = minimum * min(slot.index.size(1) for slot in producers)
             reason = f"it must keep all its filters (at least {least}, in units that go together)"
         return group, reason

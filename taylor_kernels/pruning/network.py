@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.pruning.masking import Masks
-from taylor_kernels.pruning.plan import Plan
+from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.pruning.units import Group, removed_entries, renumber
 
@@ -23,13 +23,13 @@ class Network:
         meter: counts masked and removed units as gone.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, optimizer: Optimizer | None) -> None:
+    def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
         self.model = model
-        self.groups: list[Group] = plan.groups
-        self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in plan.groups]
-        self.meter = plan.meter
-        self._first = plan.groups
-        self._original_widths = plan.widths
+        self.groups: list[Group] = prunable.groups
+        self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in prunable.groups]
+        self.meter = prunable.meter
+        self._first = prunable.groups
+        self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
 

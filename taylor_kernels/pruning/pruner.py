@@ -1,13 +1,5 @@
 """`Pruner`: the standard iterative loop over Taylor scores.
 
-    pruner = tk.Pruner(model, example_inputs, flops=0.5, optimizer=optimizer)
-    for x, y in loader:
-        optimizer.zero_grad()
-        loss_fn(model(x), y).backward()
-        pruner.step()
-        optimizer.step()
-    pruner.compact()
-
 Molchanov et al. 2019: statistics of coupled filters are summed and scored every minibatch, the
 scores averaged over the minibatches between two prunings and then, with `momentum`, over the
 prunings; the cheapest units of the whole network go.
@@ -24,21 +16,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning import checkpoint
-from taylor_kernels.pruning.arguments import check_arguments, filters_per_step, find_criterion
+from taylor_kernels.pruning.arguments import check_arguments, one_criterion
+from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network
-from taylor_kernels.pruning.plan import make_plan
+from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.scoring import UnitScores
-from taylor_kernels.pruning.selection import check_reachable, met, select
+from taylor_kernels.pruning.selection import select
+from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
+from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import (
     Closure,
-    Source,
+    Statistic,
     check_closure,
-    make_source,
-    needs_closure,
-    reads_weight_gradients,
+    get_statistic,
 )
 
 
@@ -49,7 +40,7 @@ class Pruner:
         model: pruned in place. Filters of its output layers are never removed.
         example_inputs: what to trace and count FLOPs on: a tensor, a tuple or list of arguments,
             or a dict of keyword arguments; on the model's device.
-        importance: a criterion's name, or a `Criterion`.
+        criterion: its name, or a `Criterion`; None stands for taylor_fo_bn.
         flops, params, filters: the fractions to keep, in (0, 1]; at least one. All that are given
             are met. `filters` is of the output filters of the layers that can be pruned.
         every: minibatches between two prunings.
@@ -65,19 +56,39 @@ class Pruner:
         backend: of the kernels; see `tk.backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
             model's memory is needed once less and mistakes of the tracing go unseen.
+        importance: deprecated, the old name of `criterion`.
 
     Raises:
         ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
             pruned. The model is as it was.
         RuntimeError: the backend is not available here.
         ImportError: Torch-Pruning is not installed.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
+        ... )
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = tk.Pruner(
+        ...     model, torch.randn(1, 4), filters=0.5, every=2, per_step=4, optimizer=optimizer
+        ... )
+        >>> while not pruner.done:
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     record = pruner.step()
+        ...     optimizer.step()
+        >>> record.filters, record.filters_fraction
+        (8, 0.5)
+        >>> pruner.compact()[0]
+        Linear(in_features=4, out_features=8, bias=True)
     """
 
     def __init__(
         self,
         model: nn.Module,
         example_inputs: Any,
-        importance: str | Criterion = "taylor_fo_bn",
+        criterion: str | Criterion | None = None,
         *,
         flops: float | None = None,
         params: float | None = None,
@@ -91,8 +102,9 @@ class Pruner:
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
+        importance: str | Criterion | None = None,
     ) -> None:
-        self.criterion = find_criterion(importance)
+        self.criterion = one_criterion(criterion, importance)
         targets = check_arguments(
             model,
             self.criterion,
@@ -107,29 +119,26 @@ class Pruner:
         )
         self.model = model
         self.optimizer = optimizer
+        self._reads = get_statistic(self.criterion.statistic).reads
         self.targets = targets
         self._every, self._momentum = every, momentum
         self._backend = backend
-        plan = make_plan(
+        prunable = find_prunable(
             model,
             example_inputs,
             ignore,
             round_to=round_to,
             min_filters=min_filters,
-            needs_weight_grad=reads_weight_gradients(self.criterion.source),
+            trainable_only=self._reads == "weight gradients",
             verify=verify,
         )
-        self._plan = plan
-        self._whole: Cost = plan.meter.cost
-        check_reachable(plan.meter, plan.groups, targets)
-        self._limits = {name: kept * getattr(self._whole, name) for name, kept in targets.items()}
-        self._per_step = filters_per_step(per_step, self._whole.filters)
-
-        self._network = Network(model, plan, optimizer)
-        self._scores = UnitScores(self.criterion, plan.groups, plan.scored)
+        self._prunable = prunable
+        self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
+        self._network = Network(model, prunable, optimizer)
+        self._scores = UnitScores(self.criterion, prunable.groups, prunable.scored)
         self._steps = 0
         self._history: list[PruneRecord] = []
-        self._source: Source | None = None
+        self._statistic: Statistic | None = None
         self._closed = False
         self._watch()
 
@@ -157,33 +166,28 @@ class Pruner:
         self._check_open()
         if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
             raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
-        if self._source is None:
+        if self._statistic is None:
             return None
-        check_closure(self._source, closure, self.criterion.name, "step")
-        self._scores.add(self._source.collect(loss_scale=loss_scale, closure=closure))
+        check_closure(self._statistic, closure, self.criterion.name, "step")
+        self._scores.add(self._statistic.collect(loss_scale=loss_scale, closure=closure))
         self._steps += 1
         return self._prune() if self._scores.count >= self._every else None
 
     def _prune(self) -> PruneRecord:
         net = self._network
         scores = self._scores.close_period(self._momentum, net.dead)
-        taken = select(net.groups, net.dead, scores, net.meter, self._limits, self._per_step)
-        cost = net.meter.cost
-        left = cost.over(self._whole)
-        record = PruneRecord(
+        taken = select(net.groups, net.dead, scores, net.meter, self._budget)
+        threshold = max(
+            score[units].max().item()
+            for score, units in zip(scores, taken, strict=True)
+            if units.numel()
+        )
+        record = PruneRecord.of(
+            net.meter.cost,
+            self.whole,
             step=self._steps,
             removed=net.mask(taken),
-            filters=cost.filters,
-            params=cost.params,
-            flops=cost.flops,
-            filters_fraction=left["filters"],
-            params_fraction=left["params"],
-            flops_fraction=left["flops"],
-            threshold=max(
-                score[units].max().item()
-                for score, units in zip(scores, taken, strict=True)
-                if units.numel()
-            ),
+            threshold=threshold,
             done=self.done,
         )
         self._history.append(record)
@@ -194,12 +198,12 @@ class Pruner:
     @property
     def needs_closure(self) -> bool:
         """Whether step() is to be called with a closure; otherwise it takes none."""
-        return needs_closure(self.criterion.source)
+        return self._reads == "closure"
 
     @property
     def done(self) -> bool:
         """All targets are met; step() does nothing more, and what is masked stays off."""
-        return met(self._network.meter, self._limits)
+        return self._budget.met(self._network.meter)
 
     @property
     def history(self) -> tuple[PruneRecord, ...]:
@@ -209,7 +213,7 @@ class Pruner:
     @property
     def skipped(self) -> dict[str, str]:
         """Layers whose filters are never removed -> the reason."""
-        return dict(self._plan.skipped)
+        return dict(self._prunable.skipped)
 
     @property
     def cost(self) -> Cost:
@@ -219,7 +223,7 @@ class Pruner:
     @property
     def whole(self) -> Cost:
         """The same of the original model."""
-        return self._whole
+        return self._budget.whole
 
     @property
     def widths(self) -> dict[str, int]:
@@ -229,7 +233,7 @@ class Pruner:
     @property
     def original_widths(self) -> dict[str, int]:
         """Layers that can be pruned -> filters at the start."""
-        return dict(self._plan.widths)
+        return dict(self._prunable.widths)
 
     def scores(self) -> dict[str, Tensor]:
         """Layer -> [F] moving averages of its present filters' scores as of the last pruning.
@@ -268,9 +272,9 @@ class Pruner:
         """
         self._closed = True
         self._network.close()
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._statistic is not None:
+            self._statistic.close()
+            self._statistic = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the pruner needs to go on, as tensors and plain Python.
@@ -278,10 +282,10 @@ class Pruner:
         Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
         """
         return {
-            "format": checkpoint.PRUNER_FORMAT,
-            "version": checkpoint.VERSION,
+            "format": PRUNER_FORMAT,
+            "version": VERSION,
             "criterion": self.criterion.name,
-            "structure": self._plan.structure,
+            "structure": self._prunable.structure,
             **self._network.state(),
             "scores": self._scores.state_dict(),
             "steps": self._steps,
@@ -302,7 +306,7 @@ class Pruner:
         """
         state = self._checked(state)
         self._network.restore(state["removed"], state["compacted"])
-        self._scores = UnitScores(self.criterion, self._network.groups, self._plan.scored)
+        self._scores = UnitScores(self.criterion, self._network.groups, self._prunable.scored)
         self._scores.load_state_dict(state["scores"])
         self._steps = state["steps"]
         self._history = [PruneRecord(**record) for record in state["history"]]
@@ -318,7 +322,7 @@ class Pruner:
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
-        state = checkpoint.check_pruner_state(state, self._plan.structure, self.criterion.name)
+        state = check_pruner_state(state, self._prunable.structure, self.criterion.name)
         self._network.stale(state["compacted"])
         return state
 
@@ -328,11 +332,13 @@ class Pruner:
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        if self._statistic is not None:
+            self._statistic.close()
+            self._statistic = None
         if not self.done and not self._closed:
             modules = dict(self.model.named_modules())
-            layers = {name: modules[name] for name in self._plan.scored}
-            self._source = make_source(self.criterion.source, self.model, layers, self._backend)
-            self._source.updates = self._steps
+            layers = {name: modules[name] for name in self._prunable.scored}
+            self._statistic = get_statistic(self.criterion.statistic)(
+                self.model, layers, self._backend
+            )
+            self._statistic.updates = self._steps

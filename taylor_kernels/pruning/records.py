@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from taylor_kernels.pruning.flops import Cost
+
 
 @dataclass(frozen=True)
 class PruneRecord:
@@ -29,3 +31,29 @@ class PruneRecord:
     flops_fraction: float
     threshold: float
     done: bool
+
+    @classmethod
+    def of(
+        cls,
+        cost: Cost,
+        whole: Cost,
+        *,
+        step: int,
+        removed: dict[str, tuple[int, ...]],
+        threshold: float,
+        done: bool,
+    ) -> PruneRecord:
+        """The record of a pruning that left `cost` of a model that cost `whole`."""
+        left = cost.over(whole)
+        return cls(
+            step=step,
+            removed=removed,
+            filters=cost.filters,
+            params=cost.params,
+            flops=cost.flops,
+            filters_fraction=left["filters"],
+            params_fraction=left["params"],
+            flops_fraction=left["flops"],
+            threshold=threshold,
+            done=done,
+        )

@@ -21,7 +21,7 @@ OUT, IN, BOTH = "out", "in", "both"
 
 @dataclass(frozen=True)
 class Slot:
-    """One side of one module (or a bare parameter) that the units of a group run through.
+    """One side of a module (or a bare parameter) that holds channels of a group's units.
 
     Attributes:
         owner: module name; the full name of the parameter for a bare one.
@@ -52,18 +52,18 @@ class Group:
     """Units of one kind, in the order of their channels.
 
     Attributes:
-        slots: where they run through; `Slot.index` has one row per unit.
+        slots: the sides of modules that hold the units' channels; `Slot.index` has a row per unit.
         axes: the slices of parameters and buffers that go with a unit.
         units: [U] int64, the number of each unit in the group as it was at first.
-        lot: so many units go together, to keep widths at multiples; the units that remain are a
-            multiple of it, or all of those there were.
+        multiple: so many units go together; the units that remain are a multiple of it, or all of
+            those there were.
         minimum: so many remain at least.
     """
 
     slots: tuple[Slot, ...]
     axes: tuple[Axis, ...]
     units: Tensor
-    lot: int = 1
+    multiple: int = 1
     minimum: int = 1
 
     @property
@@ -83,17 +83,17 @@ class Group:
     def filters_per_unit(self) -> int:
         return sum(slot.index.size(1) for slot in self.producers)
 
-    def next_lot(self, alive: int) -> int:
+    def next_to_go(self, alive: int) -> int:
         """How many units go next where `alive` are left; 0 at the minimum."""
-        lot = alive % self.lot or self.lot
-        return lot if alive - lot >= self.minimum else 0
+        count = alive % self.multiple or self.multiple
+        return count if alive - count >= self.minimum else 0
 
     def most_removable(self) -> int:
-        """How many units go at most, in lots."""
-        first = self.next_lot(self.size)
+        """How many units go at most."""
+        first = self.next_to_go(self.size)
         if not first:
             return 0
-        return first + (self.size - first - self.minimum) // self.lot * self.lot
+        return first + (self.size - first - self.minimum) // self.multiple * self.multiple
 
 
 def removed_channels(

@@ -1,29 +1,53 @@
-"""What every source is: a meter on some layers of a model that hands over one table per layer."""
+"""What every statistic is: a meter on some layers of a model that gives a table per layer."""
 
 from __future__ import annotations
 
-import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.statistics.layers import Layers
 
 #: Runs the model and returns the loss, a scalar.
 Closure = Callable[[], Tensor]
 
+#: What must be there before a statistic is collected, from the least to the most:
+#: the weights alone; a forward pass; a forward and a backward pass, which scoring() may spare the
+#: weight gradients; the same with weight gradients; nothing, since the statistic runs the model
+#: itself through a closure.
+Reads = Literal["weights", "forward", "activations", "weight gradients", "closure"]
+READS = get_args(Reads)
 
-class Source(ABC):
-    """A meter on `layers` (name -> convolution or linear module) of `model`."""
 
-    #: Layers whose weight is frozen cannot be read by this source.
-    needs_weight_grad = False
-    #: collect() runs the model itself, through a closure; otherwise it takes none.
-    needs_closure = False
+class Statistic(ABC):
+    """A meter on `layers` (name -> convolution or linear module) of `model`.
+
+    A subclass says what it is in the class attributes, and `collect()` gives its tables. Over
+    coupled filters, which share a gate, the pruner adds rows up before it scores them (or takes
+    their mean, or the first: `Criterion.coupled`), so columns should be of a kind that adds up.
+
+    Attributes:
+        name: what a `Criterion` calls it by.
+        columns: what the columns of a layer's table are, in a few words.
+        reads: one of `READS`. Layers whose weight is frozen are left out of a statistic that
+            reads weight gradients.
+        per_example: each column is an observation of its own, as of an example; a criterion's
+            score may then give one number for each.
+        prunable: it says something of filters that are removed together, so a pruner can use it.
+        drawn: it is one random draw; a study takes the mean over many.
+        nan_means: what nan in a table means and what to do about it, if it has a meaning.
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[str]
+    reads: ClassVar[Reads]
+    per_example: ClassVar[bool] = False
+    prunable: ClassVar[bool] = True
+    drawn: ClassVar[bool] = False
+    nan_means: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         self.model = model
@@ -38,67 +62,35 @@ class Source(ABC):
         Args:
             loss_scale: what the loss was multiplied by before backward(); divided out. A closure's
                 loss is taken as it is.
-            closure: computes the loss of the model as it stands; given if `needs_closure`.
+            closure: computes the loss of the model as it stands; given if it `reads` "closure".
         """
 
-    def discard(self) -> None:  # noqa: B027 - most sources gather nothing between updates
+    def discard(self) -> None:  # noqa: B027 - most statistics gather nothing between updates
         """Forget what was gathered since the last collect()."""
 
     def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
 
 
-def check_closure(source: Source, closure: object, criterion: str, method: str) -> None:
-    """A closure is there where the criterion's source needs one, and nowhere else.
+def check_closure(statistic: Statistic, closure: object, criterion: str, method: str) -> None:
+    """A closure is there where the criterion's statistic needs one, and nowhere else.
 
     Raises:
         ValueError, TypeError: it is not so; `method` is what was called.
     """
-    if source.needs_closure and closure is None:
+    needed = statistic.reads == "closure"
+    if needed and closure is None:
         raise ValueError(
             f"closure: {criterion!r} runs the model itself; call "
             f"{method}(closure=lambda: loss_fn(model(x), y))"
         )
-    if closure is not None and not source.needs_closure:
+    if closure is not None and not needed:
         raise ValueError(
             f"closure: {criterion!r} takes none, it reads what loss.backward() has left; call "
             f"{method}() without"
         )
     if closure is not None and not callable(closure):
         raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
-
-
-class Hook:
-    """A hook that stays with its module and does not keep its owner alive.
-
-    In a copied or saved model it does nothing, and so it does once the object is gone whose method
-    it calls.
-
-    Args:
-        method: a bound method, called with `arguments` before those of the hook.
-    """
-
-    def __init__(self, method: Callable[..., Any] | None = None, *arguments: Any) -> None:
-        self._method = None if method is None else weakref.WeakMethod(method)
-        self._arguments = arguments
-
-    def __call__(self, *arguments: Any) -> Any:
-        method = self._method() if self._method is not None else None
-        return None if method is None else method(*self._arguments, *arguments)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
-
-
-def remove_all(handles: Sequence[RemovableHandle]) -> None:
-    """Take hooks off; those that are off already do not matter."""
-    for handle in handles:
-        handle.remove()
-
-
-def version_of(tensor: Tensor) -> int:
-    """Counts changes in place; those of tensors of torch.inference_mode() are not counted."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

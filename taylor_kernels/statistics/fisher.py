@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from taylor_kernels.statistics.base import Closure, Hook, eval_mode, version_of
+from taylor_kernels.statistics.base import Closure, eval_mode
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
+from taylor_kernels.statistics.hooks.hook import Hook, version_of
 from taylor_kernels.statistics.hooks.passes import (
     NOTHING_SEEN,
     WatchesPasses,
@@ -23,6 +24,7 @@ from taylor_kernels.statistics.hooks.passes import (
 from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
 from taylor_kernels.statistics.layers import Layer, Layers, check_output, filter_count
 from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
+from taylor_kernels.statistics.registry import register_statistic
 
 
 class _Input:
@@ -77,11 +79,11 @@ class _Pass:
 
 
 class _Fishers(WatchesPasses):
-    """What the sources of Fisher diagonals share: the inputs and output gradients of all uses.
+    """What the statistics of Fisher diagonals share: the inputs and output gradients of all uses.
 
-    A layer that was called once in the pass is reduced when its gradient arrives. Of several calls
-    the gradients of an example add up before they are squared, so all must be there; so must those
-    of all backward passes over a graph that is kept.
+    A layer that was called once in the pass is reduced when its gradient arrives. If it was called
+    several times, the gradients of an example add up before they are squared, so the layer waits
+    until all of them are there. The same holds for several backward passes over one graph.
     """
 
     power = 2
@@ -178,6 +180,7 @@ class _Fishers(WatchesPasses):
         self._waiting, self._sums, self._examples = {}, {}, {}
 
 
+@register_statistic
 class Fisher(_Fishers):
     """[F, 1] per layer: Σ_k w_k² · mean over examples of (gradient of the example's own loss)².
 
@@ -187,6 +190,10 @@ class Fisher(_Fishers):
     per example, the sum over its calls.
     """
 
+    name = "fisher"
+    columns = "1: Σ w² · mean over examples of g², each of its own loss"
+    reads = "activations"
+
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         self._check()
         tables = self._means()
@@ -195,12 +202,17 @@ class Fisher(_Fishers):
         return tables
 
 
+@register_statistic
 class FisherProbe(FromOutput, _Fishers):
     """[F, 1] per layer: Σ_k w_k² h_k with E[h] the Gauss-Newton diagonal, from one random probe.
 
     For softmax and cross entropy that is the Fisher matrix with labels drawn from the model, here
     without drawing: signs in place of labels have the same mean and far less variance.
     """
+
+    name = "fisher_probe"
+    columns = "1: the same, of a random square root of the loss's curvature at the output"
+    reads = "closure"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

@@ -11,12 +11,14 @@ from taylor_kernels.statistics.gates import _Gates
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.layers import Layers, filter_count
 from taylor_kernels.statistics.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
+from taylor_kernels.statistics.registry import register_statistic
 
 #: Few columns of the curvature's root have a backward pass each, and the result is exact; of more,
 #: so many random combinations have one. A single one ranked filters nearly as all do.
 _PROBES = 8
 
 
+@register_statistic
 class GateCurvature(FromOutput, _Gates):
     """[F, 1 + N·K] per layer: s = ∂L/∂gate, then ∂/∂gate of N·K numbers whose squares sum to h.
 
@@ -28,6 +30,10 @@ class GateCurvature(FromOutput, _Gates):
     train mode behind a gate mixes examples, and h is then made of what each example's gate does
     to the outputs of all.
     """
+
+    name = "gate_curvature"
+    columns = "1 + n: the gate's gradient; numbers whose squares sum to its curvature"
+    reads = "closure"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

@@ -9,20 +9,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from taylor_kernels.layout import accumulator
-from taylor_kernels.statistics.base import Closure, Hook, remove_all
+from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
 from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.hook import Hook, remove_all
 from taylor_kernels.statistics.hooks.passes import inside_backward
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output, filter_count
+from taylor_kernels.statistics.registry import register_statistic
 
 
+@register_statistic
 class GateProducts(InClosure):
     """[F, 1] per layer: q = s − ½ H1, with s and H the loss's gradient and Hessian in all gates.
 
     Gates are factors of 1 in the closure's passes, behind the layer's BatchNorm if it has one.
     Over coupled filters, which share a gate, q adds up.
     """
+
+    name = "gate_products"
+    columns = "1: s − ½ H1 of all gates: their gradient, their Hessian's row sums"
+    reads = "closure"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

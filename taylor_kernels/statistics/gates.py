@@ -1,9 +1,9 @@
 """Statistics of gates: a factor of 1 on every channel, behind the layer's BatchNorm if it has one.
 
-The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy, which behind a BatchNorm
-with scale γ and shift β equals γ g_γ + β g_β: then nothing is read but four vectors. Otherwise y is
-met in a forward hook and dy in the backward pass, and `gate_gradients` reduces them as soon as
-both are there. An output is kept until then, also where autograd itself would not need it.
+The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy. Behind a BatchNorm with
+scale γ and shift β it equals γ g_γ + β g_β, for which four vectors are read. Otherwise a forward
+hook keeps y, a hook on its gradient receives dy, and `gate_gradients` reduces both at once. Until
+then the output stays in memory, even where autograd itself would not need it.
 """
 
 from __future__ import annotations
@@ -17,31 +17,33 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.statistics.base import Closure, Hook
-from taylor_kernels.statistics.hooks.captures import Taps
+from taylor_kernels.statistics.base import Closure
+from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.hook import Hook
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.statistics.layers import Layers, filter_count
+from taylor_kernels.statistics.registry import register_statistic
 
 
 class _Gates(WatchesPasses):
-    """What all sources of gates share: when outputs are tapped."""
+    """What all statistics of gates share: when outputs are captured."""
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
-        self._taps = Taps()
+        self._captures = Captures()
 
     @abstractmethod
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         """Take the gate gradients [N, C] of one use of a layer, met at the output of `module`."""
 
     def _bias(self, module: nn.Module) -> Tensor | None:
-        """What is subtracted from the output of a tapped module."""
+        """What is subtracted from the output of a captured module."""
         return None
 
-    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
-        """Whether the output of this norm is to be tapped; asked after each of its runs."""
+    def _wants_capture(self, name: str | None, norm: _BatchNorm) -> bool:
+        """Whether the output of this norm is to be captured; asked after each of its runs."""
         return True
 
     def close(self) -> None:
@@ -50,25 +52,25 @@ class _Gates(WatchesPasses):
 
     def _begin_pass(self) -> None:
         super()._begin_pass()
-        self._taps.forget()
+        self._captures.forget()
 
     def _on_output(self, name: str, output: Tensor) -> None:
         self._on_call()
-        # A tap that a norm takes over a moment later: only the norm can tell that it follows.
-        self._tap(name, self.layers[name], output, copy=not self._norms.of(name))
+        # A norm may cancel this capture a moment later: only the norm can tell that it follows.
+        self._capture(name, self.layers[name], output, copy=not self._norms.of(name))
 
     def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
-        wanted = self._wants_tap(name, norm)
+        wanted = self._wants_capture(name, norm)
         if name is None:
             return
-        self._taps.cancel(input)
+        self._captures.cancel(input)
         self._unreached.discard(name)
         if wanted:
-            self._tap(name, norm, output)
+            self._capture(name, norm, output)
         elif self._watches():
             self._called.add(name)
 
-    def _tap(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
+    def _capture(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
         if not self._awaits_gradient(name, output):
             return
         pass_ = self._pass
@@ -86,9 +88,10 @@ class _Gates(WatchesPasses):
             )
             self._receive(name, module, gates, pass_)
 
-        self._taps.add(name, module, output, receive, self.discard, copy=copy)
+        self._captures.add(name, module, output, receive, self.discard, copy=copy)
 
 
+@register_statistic
 class ExampleGates(_Gates):
     """[F, N] per layer: s[n, c] = Σ_positions (y − b)·dy for every example since the last update.
 
@@ -97,6 +100,11 @@ class ExampleGates(_Gates):
     the model add up per example (its gate is one and the same); further calls bring further
     examples.
     """
+
+    name = "example_gates"
+    columns = "N: the gate's gradient for each example"
+    reads = "activations"
+    per_example = True
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -127,14 +135,19 @@ class ExampleGates(_Gates):
         self._received = {name: {} for name in self.layers}
 
 
+@register_statistic
 class Gates(_Gates):
     """[F, 1] per layer: the gate's gradient over everything since the last update.
 
-    The gradients of γ and β are taken as backward() hands them over, like those of outputs: what
-    is done to `.grad` later (unscaling, clipping) changes neither. They are those of a gate if the
-    norm ran once in the pass, behind one layer; of a norm that runs more often the outputs are
-    tapped. The first pass does both, since only its end tells which is right.
+    The gradients of γ and β are read in backward() itself, like those of outputs, so what is done
+    to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
+    norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
+    are captured instead. In the first pass both are done, since only its end tells which is right.
     """
+
+    name = "gates"
+    columns = "1: the gate's gradient over the minibatch"
+    reads = "activations"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -142,12 +155,12 @@ class Gates(_Gates):
         self._last_run: dict[_BatchNorm, tuple[int, str | None]] = {}  # its pass and its layer
         self._shared: set[_BatchNorm] = set()  # run more than once in a pass, or behind two layers
         self._read: dict[_BatchNorm, str] = {}
-        self._tapped: dict[_BatchNorm, list[tuple[str, Tensor]]] = {}  # beside being read
+        self._captured: dict[_BatchNorm, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._hooked: set[nn.Parameter] = set()
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
-    def _wants_tap(self, name: str | None, norm: _BatchNorm) -> bool:
+    def _wants_capture(self, name: str | None, norm: _BatchNorm) -> bool:
         if not self._watches():
             return False
         last_pass, last_name = self._last_run.get(norm, (-1, name))
@@ -155,7 +168,7 @@ class Gates(_Gates):
             return norm not in self._read  # a checkpoint computes the same run again
         if last_pass == self._pass or last_name != name:
             self._shared.add(norm)
-            if norm in self._read and norm not in self._tapped:
+            if norm in self._read and norm not in self._captured:
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
         trains = norm.affine and norm.weight.requires_grad and norm.bias.requires_grad
@@ -167,9 +180,9 @@ class Gates(_Gates):
                 self._hooked.add(parameter)
                 self._handles.append(parameter.register_hook(Hook(self._on_gradient, parameter)))
         if last_pass == -1:
-            self._tapped[norm] = []
+            self._captured[norm] = []
         else:
-            self._tapped.pop(norm, None)  # no longer all of its runs
+            self._captured.pop(norm, None)  # no longer all of its runs
         return last_pass == -1
 
     def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
@@ -180,8 +193,8 @@ class Gates(_Gates):
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         total = gates.sum(0)
-        if isinstance(module, _BatchNorm) and module in self._tapped:
-            self._tapped[module].append((name, total))
+        if isinstance(module, _BatchNorm) and module in self._captured:
+            self._captured[module].append((name, total))
         else:
             self._add(name, total)
 
@@ -195,8 +208,8 @@ class Gates(_Gates):
                 f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
                 "pass, or behind more layers, than before; run the pass again"
             )
-        for norm, tapped in self._tapped.items():
-            for name, total in tapped if norm in self._shared else ():
+        for norm, captured in self._captured.items():
+            for name, total in captured if norm in self._shared else ():
                 self._add(name, total)
         norms = [
             (name, norm)
@@ -228,4 +241,4 @@ class Gates(_Gates):
     def discard(self) -> None:
         super().discard()
         self._received, self._gradients = {}, {}
-        self._read, self._tapped, self._spoiled = {}, {}, set()
+        self._read, self._captured, self._spoiled = {}, {}, set()

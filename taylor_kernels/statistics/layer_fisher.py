@@ -1,9 +1,9 @@
 """The Fisher diagonal of one layer, per filter: Σ_k w_k² Σ_n g_{n,k}² from its inputs and dy.
 
-`conv2d_fisher` and `linear_fisher` do the common layers. Here is what makes the others like them: a
-1-D convolution is a 2-D one of height 1; padding that the op does not know is put on the input; a
-transposed convolution is a convolution of its output gradient, whose weight gradient needs `x` for
-an output gradient. Three dimensions, and several uses of one layer, go example by example.
+`conv2d_fisher` and `linear_fisher` compute the common layers. The others are brought to their form:
+a 1-D convolution is a 2-D one of height 1; padding that the op does not know is added to the input;
+a transposed convolution is a convolution of dy, so that x takes the place of its output gradient.
+3-D convolutions, and several uses of one layer, are computed example by example.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from taylor_kernels.statistics.base import Closure, eval_mode
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.layers import Layer, channel_dim, filter_count
+from taylor_kernels.statistics.registry import register_statistic
 
 #: A filter: the name of its layer and its number in it.
 Filter = tuple[str, int]
 
 
+@register_statistic
 class LossChange(KnowsNorms):
     """[F, 1] per layer: loss without the filter − loss with it, one evaluation per filter.
 
@@ -24,7 +26,10 @@ class LossChange(KnowsNorms):
     with the model in eval mode, so that no running statistic moves; the mode is restored.
     """
 
-    needs_closure = True
+    name = "loss_change"
+    columns = "1: loss without the filter − loss with it"
+    reads = "closure"
+    prunable = False
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None

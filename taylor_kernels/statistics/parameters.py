@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
-from taylor_kernels.statistics.base import Closure, Source
+from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.layers import (
     Layer,
@@ -19,16 +19,20 @@ from taylor_kernels.statistics.layers import (
     filter_count,
     filter_groups,
 )
+from taylor_kernels.statistics.registry import register_statistic
 
 
-class WeightMoments(Source):
+@register_statistic
+class WeightMoments(Statistic):
     """The moments of every layer's weight and its gradient, all layers in one launch.
 
     A layer that the backward pass did not reach has no gradient: its moments are those of a
     gradient of zero in every column but w2.
     """
 
-    needs_weight_grad = True
+    name = "moments"
+    columns = "5, those of `MOMENTS`: Σ gw, Σ (gw)², Σ abs(gw), Σ w², Σ g²"
+    reads = "weight gradients"
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -88,8 +92,13 @@ class WeightMoments(Source):
         return weights, filled
 
 
-class Magnitudes(Source):
+@register_statistic
+class Magnitudes(Statistic):
     """Σ abs(w) and Σ w² of every filter."""
+
+    name = "magnitudes"
+    columns = "2: Σ abs(w), Σ w²"
+    reads = "weights"
 
     @torch.no_grad()
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
@@ -106,8 +115,17 @@ class Magnitudes(Source):
         return torch.stack((norms[0], norms[1].square()), 1)
 
 
+@register_statistic
 class BatchNormScale(KnowsNorms):
     """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
+
+    name = "bn_scale"
+    columns = "1: abs(γ) of the BatchNorm that follows, nan without one"
+    reads = "forward"
+    nan_means = (
+        "a layer that no BatchNorm with a scale was seen to follow has no such score: ignore it, "
+        "or use another criterion"
+    )
 
     @torch.no_grad()
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
@@ -126,8 +144,14 @@ class BatchNormScale(KnowsNorms):
         return torch.stack(scales, 1).sum(1, keepdim=True)
 
 
-class Random(Source):
+@register_statistic
+class Random(Statistic):
     """A fixed uniform draw per filter, from a generator of its own: PyTorch's stays untouched."""
+
+    name = "random"
+    columns = "1: uniform in [0, 1), drawn once"
+    reads = "weights"
+    drawn = True
 
     seed = 0
 

@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_sums
-from taylor_kernels.statistics.base import Closure, Source
+from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
 from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
 from taylor_kernels.statistics.layers import check_leaf, filter_axis, filter_groups
+from taylor_kernels.statistics.registry import register_statistic
 
 
-class _WeightProducts(Source):
+class _WeightProducts(Statistic):
     """Runs the closure, and takes ∂L/∂W and H·V over the weights of all layers.
 
     No other parameter requires a gradient meanwhile, and frozen weights do. A weight that several
     layers share is one parameter, and each of them gets a table of its own filters in it.
     """
-
-    needs_closure = True
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None
@@ -77,8 +76,13 @@ class _Products(NamedTuple):
         return _Products(*([tensors[i] for i in places] for tensors in self))
 
 
+@register_statistic
 class SecondOrder(_WeightProducts):
     """[F, 2] per layer: Σ q and Σ q² over weights, q = g·w − ½·w·(HW) with W all scored weights."""
+
+    name = "weight_products"
+    columns = "2: Σ q, Σ q² with q = g·w − ½·w·(HW), W all scored weights"
+    reads = "closure"
 
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
         return weights
@@ -89,12 +93,17 @@ class SecondOrder(_WeightProducts):
         return second_order_sums(*products, dim=axis, groups=groups, backend=self.backend)
 
 
+@register_statistic
 class Hutchinson(_WeightProducts):
     """[F, 1] per layer: Σ w² z (Hz), random signs z; its mean over updates is Σ_k w_k² H_kk.
 
     The signs are those of the update's number, so they need no memory and a resumed meter draws
     the ones it would have drawn.
     """
+
+    name = "hutchinson"
+    columns = "1: Σ w² z (Hz), random signs z drawn anew at every update"
+    reads = "closure"
 
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
         return rademacher_like(weights, seed=self.updates, backend=self.backend)

@@ -236,7 +236,7 @@ def test_a_criterion_of_the_users_own():
     torch.testing.assert_close(
         scores["fc"].double(), model.fc.weight.grad.square().sum(1), rtol=1e-5, atol=0
     )
-    with pytest.raises(ValueError, match="source: 'hessian' is not one of"):
+    with pytest.raises(ValueError, match="statistic: 'hessian' is not one of"):
         tk.Criterion("x", "hessian", lambda t: t)
 
 

@@ -29,9 +29,13 @@ WRONG = {
     "momentum text": ({"momentum": "no"}, ValueError, "momentum: expected"),
     "round_to": ({"round_to": -8}, ValueError, "round_to: expected"),
     "min_filters": ({"min_filters": 0}, ValueError, "min_filters: expected"),
-    "importance": ({"importance": "taylor_f0"}, ValueError, "importance: 'taylor_f0' is not known"),
-    "importance number": ({"importance": 3}, TypeError, "importance: expected a criterion.*int"),
-    "oracle": ({"importance": "oracle"}, ValueError, "importance: 'oracle' removes every filter"),
+    "criterion": ({"criterion": "taylor_f0"}, ValueError, "criterion: 'taylor_f0' is not known"),
+    "criterion number": ({"criterion": 3}, TypeError, "criterion: expected a name.*int"),
+    "oracle": ({"criterion": "oracle"}, ValueError, "criterion: 'oracle' says nothing of filters"),
+    "criterion under two names": (
+        {"criterion": "taylor_fo", "importance": "taylor_fo"}, TypeError,
+        "importance: is the old name of criterion",
+    ),
     "ignore": ({"ignore": ["stem", "layer9"]}, ValueError, "ignore: 'layer9' matches no module"),
     "ignore module": ({"ignore": [nn.Linear(2, 2)]}, ValueError, "ignore: 'Linear' matches no"),
     "ignore number": ({"ignore": [3]}, TypeError, "ignore: entries are module names.*got 3"),
@@ -71,6 +75,15 @@ def test_wrong_argument(case):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_old_name_of_criterion():
+    model, inputs = zoo.build("mlp")
+    with pytest.warns(DeprecationWarning, match="call it criterion") as caught:
+        pruner = Pruner(model, inputs, importance="taylor_fo", params=0.5)
+    assert caught[0].filename == __file__
+    assert pruner.criterion.name == "taylor_fo"
+    assert Pruner(zoo.build("mlp")[0], inputs, params=0.5).criterion.name == "taylor_fo_bn"
 
 
 def test_wrong_model():

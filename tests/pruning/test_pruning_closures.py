@@ -12,7 +12,7 @@ from torch import nn
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.statistics import make_source, needs_closure
+from taylor_kernels.statistics import get_statistic
 from tests.helpers import zoo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSURES = [
     name
     for name in tk.criterion_names()
-    if name != "oracle" and needs_closure(get_criterion(name).source)
+    if name != "oracle" and get_statistic(get_criterion(name).statistic).reads == "closure"
 ]
 
 
@@ -68,12 +68,12 @@ def test_tables_of_coupled_filters_add_up(criterion):
     model, inputs = zoo.build("mobilenet", torch.float64)
     model.eval()
     pruner = Pruner(model, inputs, criterion, filters=0.9, every=1, per_step=2)
-    layers = {name: model.get_submodule(name) for name in pruner._plan.scored}
-    source = make_source(get_criterion(criterion).source, model, layers)
+    layers = {name: model.get_submodule(name) for name in pruner._prunable.scored}
+    statistic = get_statistic(get_criterion(criterion).statistic)(model, layers)
     batch = zoo.fresh(inputs)
     zoo.loss(model, batch).backward()
     closure = (lambda: zoo.loss(model, batch)) if pruner.needs_closure else None
-    tables = dict(zip(layers, source.collect(closure=closure), strict=True))
+    tables = dict(zip(layers, statistic.collect(closure=closure), strict=True))
     groups = list(pruner._network.groups)
     expected = [
         get_criterion(criterion).score(

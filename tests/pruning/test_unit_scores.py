@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.scoring import UnitScores
+from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.pruning.units import OUT, Group, Slot
-from taylor_kernels.statistics import make_source
+from taylor_kernels.statistics import get_statistic
 from tests.helpers import zoo
 
 
@@ -28,7 +28,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
     pruner = Pruner(model, inputs, criterion, filters=0.7, every=3, per_step=4, momentum=0.8)
     reference = get_criterion(criterion)
     layers = {name: model.get_submodule(name) for name in pruner.original_widths}
-    source = make_source(reference.source, model, layers)
+    statistic = get_statistic(reference.statistic)(model, layers)
     names = list(layers)
     alive = {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in pruner._network.groups
@@ -39,7 +39,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
         for batch in batches(inputs, 3):
             model.zero_grad()
             zoo.loss(model, batch).backward()
-            tables = source.collect()
+            tables = statistic.collect()
             units = torch.cat([
                 sum(tables[names.index(slot.owner)][slot.index].sum(1) for slot in group.producers)
                 for group in pruner._network.groups
@@ -66,7 +66,7 @@ def test_average_over_minibatches_then_over_prunings(criterion):
         assert record.threshold == pytest.approx(gone.max().item(), rel=1e-5)
         for group, dead in zip(pruner._network.groups, pruner._network.dead, strict=True):
             alive[group.name] = ~dead
-    source.close()
+    statistic.close()
 
 
 def test_lots_go_by_their_mean():
@@ -82,7 +82,7 @@ def test_lots_go_by_their_mean():
     while not pruner.done:
         zoo.loss(model, inputs).backward()
         pruner.step()
-    # Ten go down to nine by the cheapest one, at 5; then lots of three by their means: 3, then
+    # Ten go down to nine by the cheapest one, at 5; then three at a time by their means: 3, then
     # (5 + 5 + 9) / 3, then 7. By their sums the one at 5 would go first.
     assert [record.removed for record in pruner.history] == [
         {"2": (0, 1, 2)}, {"0": (4,)}, {"0": (1, 5, 6)}, {"2": (3, 4, 5)}, {"0": (2, 3, 7)},

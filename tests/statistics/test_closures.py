@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.statistics import needs_closure
+from taylor_kernels.statistics import get_statistic
 from tests.helpers import nets
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLOSURES = [
     name
     for name in tk.criterion_names()
-    if name != "oracle" and needs_closure(get_criterion(name).source)
+    if name != "oracle" and get_statistic(get_criterion(name).statistic).reads == "closure"
 ]
 AT_OUTPUT = ["taylor_so_diag", "obd_bn", "obd_fisher_mc"]
 

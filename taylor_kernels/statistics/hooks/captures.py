@@ -1,4 +1,4 @@
-"""Taps: both sides of a module's output, y from the forward pass and dy from the backward pass."""
+"""Both sides of a module's output: y from the forward pass and dy from the backward pass."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.statistics.hooks.passes import graph_is_kept
 
-# What becomes of a module's output between its forward and its backward, from harmless to worse;
-# learned on first sight, and only ever for the worse.
+# What later code does to a module's output before backward() comes. The first pass finds it out; a
+# later pass may raise the number, never lower it.
 _UNTOUCHED = 0
-_HARMLESS = 1  # changed in place, but only where dy is 0, as by a ReLU
-_OVERWRITTEN = 2
+_HARMLESS = 1  # the output is changed in place, but only where dy is 0, as by a ReLU
+_OVERWRITTEN = 2  # its values are gone by the time of backward(), so a copy is needed
 
 
-class Taps:
-    """Registers taps on outputs, and keeps a copy of those that are overwritten before backward().
+class Captures:
+    """Captures outputs and their gradients.
 
-    The first pass copies every output and compares. A ReLU in place zeroes outputs whose gradient
-    is zero too, so the overwritten tensor serves as well, for ever after; a sum in place does not.
+    An output that later code overwrites before backward() must be copied. To find out which, the
+    first pass copies every output and compares it in backward(). A ReLU in place sets outputs to
+    zero, but their gradients are zero too, so y·dy is the same without a copy; after a sum in place
+    it is not.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ class Taps:
 
         Args:
             lost: called before the error that y was changed in place and is gone.
-            copy: keep a copy while the output's fate is unknown. False where the tap will most
+            copy: keep a copy while the output's fate is unknown. False where the capture will most
                 likely be cancelled.
         """
         fate = self._fate.get(module)
@@ -73,19 +75,19 @@ class Taps:
         self._open[id(output)] = (weakref.ref(output), output.register_hook(on_gradient))
 
     def cancel(self, output: Tensor) -> None:
-        """Take the tap off an output, if there is one."""
+        """Cancel the capture of an output, if there is one."""
         known = self._open.pop(id(output), None)
         if known is not None and known[0]() is output:
             known[1].remove()
 
     def forget(self) -> None:
-        """Taps of earlier passes cannot be cancelled any more."""
+        """Captures of earlier passes cannot be cancelled any more."""
         self._open.clear()
 
     def _learn(
         self, module: nn.Module, alias: Tensor, kept: Tensor, dy: Tensor, changed: bool
     ) -> None:
-        """Take one use of a module into its fate; a use that could not have shown it does not."""
+        """Note what became of one output of a module, if this use of it could show that."""
         fate = _UNTOUCHED
         if changed:
             moved = alias != kept

@@ -1,4 +1,4 @@
-"""Sources that run the closure themselves: one forward pass, and backward passes of their own."""
+"""Statistics that run the closure: one forward pass, and backward passes of their own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ class InClosure(WatchesPasses):
     and it is taken by torch.autograd.grad, which leaves every `.grad` alone.
     """
 
-    needs_closure = True
     power = 0
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
@@ -82,7 +81,7 @@ class InClosure(WatchesPasses):
         assert closure is not None
         self._watching = True
         try:
-            # Around the backward passes too: a checkpoint runs the model again in them.
+            # The backward passes run inside too, since a checkpoint calls the model again there.
             with differentiating(), scoring(self.model):
                 tables = self._tables_of(closure)
             self._check()
@@ -98,7 +97,7 @@ class InClosure(WatchesPasses):
         """Run the closure, and make of it what collect() hands over."""
 
     def _generator(self) -> torch.Generator:
-        """Of random numbers that are those of this update, whatever was drawn before."""
+        """Seeded by the number of this update, so that a resumed meter draws the same numbers."""
         return torch.Generator().manual_seed(self.updates)
 
 
@@ -176,8 +175,11 @@ def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
 
 
 def _apart(part: Any) -> Any:
-    """The same values behind the output of the last layer, whose tap must not see what flows back
-    to here; half types widened, so that the loss's curvature is not rounded to them."""
+    """A tensor with the same values, of which the model's output is an input of the graph.
+
+    The output of the last layer has hooks of its own, which must not see the gradients that are
+    sent back from here. Half types are widened, so that the loss's curvature is not rounded.
+    """
     if isinstance(part, Tensor):
         half = part.dtype in (torch.float16, torch.bfloat16)
         return part.float() if half else part.view_as(part)

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.statistics.base import Hook, Source, remove_all, version_of
+from taylor_kernels.statistics.base import Statistic
+from taylor_kernels.statistics.hooks.hook import Hook, remove_all, version_of
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 
 OnOutput = Callable[[str, Tensor], None]
@@ -80,8 +81,8 @@ class FollowingNorms:
             on_norm(name, norm, input, output)
 
 
-class KnowsNorms(Source):
-    """A source that needs to know which norm follows which layer, and nothing else of a pass."""
+class KnowsNorms(Statistic):
+    """A statistic that needs to know which norm follows which layer, and nothing else of a pass."""
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

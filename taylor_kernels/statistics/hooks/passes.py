@@ -1,4 +1,4 @@
-"""Passes: what sources share that look at activations and at the gradients that come back."""
+"""Passes: what statistics share that look at activations and at the gradients that come back."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.statistics.base import Closure, Hook, Source, remove_all
+from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.hook import Hook, remove_all
 from taylor_kernels.statistics.layers import Layers
 
 
-class WatchesPasses(Source):
+class WatchesPasses(Statistic):
     """Counts the model's passes, and knows the layers that were called and that gradients reach.
 
     A call of the model begins a pass, and so does the first call of a part of it after a backward
@@ -84,7 +85,8 @@ class WatchesPasses(Source):
 
     def _watches(self) -> bool:
         """Whether a pass that is running is one to be scored."""
-        # A checkpoint may run in a thread of autograd's own.
+        # A closure's passes belong to the meter that runs it. A checkpoint inside backward() may
+        # run in a thread of autograd, which says nothing of whose pass it is.
         threads = WatchesPasses.in_closure
         elsewhere = threading.get_ident() not in threads and not (threads and inside_backward())
         return torch.is_grad_enabled() and elsewhere
@@ -102,7 +104,8 @@ class WatchesPasses(Source):
 
     def _on_call(self) -> None:
         """To be called first when a layer has run."""
-        # Parts of the model may be called alone. A checkpoint computes anew inside backward().
+        # A call after a backward pass begins a new pass, also where only a part of the model is
+        # called. Inside backward() a checkpoint runs the old pass again.
         if self._in_backward and not inside_backward():
             self._begin_pass()
 

@@ -105,7 +105,7 @@ def rescored(
         for count in counts:
             alive = np.array([one not in gone for one in filters])
             with source.removed(gone):
-                if get_criterion(criterion).source == "loss_change":
+                if get_criterion(criterion).statistic == "loss_change":
                     left = [one for one, here in zip(filters, alive, strict=True) if here]
                     changes = dict(source.changes(problem.mean_loss, left))
                     values = np.array([changes.get(one, 0.0) for one in filters]) ** 2

@@ -13,7 +13,8 @@ from torch import nn
 
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.progress import ProgressLog
-from taylor_kernels.pruning.tracing import tensors_in
+from taylor_kernels.pruning.model_run import tensors_in
+from taylor_kernels.statistics import get_statistic
 from taylor_kernels.studies.oracle import curves
 from taylor_kernels.studies.oracle.correlation import agreement
 from taylor_kernels.studies.oracle.findings import UNSCALED
@@ -242,11 +243,14 @@ class _Measurement:
             label = "pruning, re-scored" if training is None else "pruning and training"
             with self.log.task(f"{name}: {label}", len(chosen) * len(counts[1:])) as advance:
                 for one in chosen:
-                    if get_criterion(one).source == "random" and training is None:
+                    criterion = get_criterion(one)
+                    statistic = get_statistic(criterion.statistic)
+                    if statistic.drawn and training is None:
                         found[kind][one] = found["one_shot"][one]  # nothing to score again
                         continue
                     plain = UNSCALED.format(one)
-                    if get_criterion(one).source == "magnitudes" and training is None:
+                    unscaled = statistic.reads == "weights" and not criterion.across_layers
+                    if unscaled and training is None:
                         found[kind][plain] = found["one_shot"][plain]  # weights stay as they are
                     make = partial(self._rescored, one, counts[1:], training, advance)
                     more = {"minibatches": plan.minibatches}

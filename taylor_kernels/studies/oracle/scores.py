@@ -15,17 +15,12 @@ import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.options import Mistake
 from taylor_kernels.progress import ProgressLog
-from taylor_kernels.statistics import reads_weight_gradients
+from taylor_kernels.statistics import Statistic, get_statistic
 from taylor_kernels.studies.oracle.pieces import Json, Pieces, digest
 from taylor_kernels.studies.oracle.problem import Batch, Problem
 
 #: `random` is not one ranking but all of them: its figures are means over so many draws.
 DRAWS = 20
-#: What the sources of some criteria need in place of a forward and a backward pass.
-_READS_WEIGHTS = ("magnitudes", "random")
-_READS_FORWARD = ("bn_scale",)
-
-
 #: The step that runtimes are compared with.
 PLAIN = "forward + backward"
 
@@ -42,7 +37,7 @@ def scores_of(
     Raises:
         CannotScore: the criterion has nothing to read here.
     """
-    if get_criterion(criterion).source == "random":
+    if _statistic(criterion).drawn:
         return _draws(problem)
     settings = settings | {"criterion": criterion}
     values = pieces.load("scores", settings)
@@ -61,7 +56,7 @@ def score(
     Raises:
         CannotScore: the criterion has nothing to read here.
     """
-    if get_criterion(criterion).source == "random":
+    if _statistic(criterion).drawn:
         return _draws(problem)[0]
     try:
         step = _Step(problem, criterion)
@@ -78,6 +73,10 @@ def score(
     return torch.cat([scores[name] for name in problem.layers]).double().cpu().numpy()
 
 
+def _statistic(criterion: str) -> type[Statistic]:
+    return get_statistic(get_criterion(criterion).statistic)
+
+
 def _draws(problem: Problem) -> np.ndarray:
     """[DRAWS, F], other ones for every network."""
     generator = np.random.default_rng(int(digest(problem.name), 16))
@@ -92,7 +91,8 @@ class _Step:
 
     def __init__(self, problem: Problem, criterion: str | None) -> None:
         self.problem = problem
-        self.source = "" if criterion is None else get_criterion(criterion).source
+        # The plain step computes what the most demanding pass does.
+        self.reads = "weight gradients" if criterion is None else _statistic(criterion).reads
         self.meter: tk.Importance | None = None
         if criterion is not None:
             self.meter = tk.Importance(problem.model, criterion, layers=problem.layers)
@@ -100,13 +100,13 @@ class _Step:
     def __call__(self, batch: Batch) -> None:
         problem, model = self.problem, self.problem.model
         closure = None
-        if self.meter is not None and self.meter.needs_closure:
+        if self.reads == "closure":
             closure = partial(problem.loss_of, batch)
-        elif self.source in _READS_FORWARD:
+        elif self.reads == "forward":
             with torch.no_grad():
                 problem.loss_of(batch)
-        elif self.source not in _READS_WEIGHTS:
-            full = self.meter is None or reads_weight_gradients(self.source)
+        elif self.reads != "weights":
+            full = self.reads == "weight gradients"
             mode: AbstractContextManager = nullcontext() if full else tk.scoring(model)
             with mode:
                 problem.loss_of(batch).backward()

@@ -95,7 +95,7 @@ class Settings:
         return [
             name
             for name in self.criteria or criterion_names()
-            if get_criterion(name).source != "loss_change"
+            if get_criterion(name).statistic != "loss_change"
         ]
 
     def check(self) -> torch.device:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taylor_kernels.options import Mistake
-from taylor_kernels.pruning.tracing import call
+from taylor_kernels.pruning.model_run import call
 from taylor_kernels.studies.oracle.pieces import digest_files
 from taylor_kernels.studies.oracle.problem import (
     Batch,

@@ -159,7 +159,7 @@ def prune(
     pruner = tk.Pruner(
         model,
         data.train.images[:1],
-        importance=criterion,
+        criterion=criterion,
         flops=settings.flops,
         every=recipe.every,
         per_step=recipe.per_step,

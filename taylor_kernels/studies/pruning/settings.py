@@ -12,6 +12,7 @@ import torch
 
 import taylor_kernels as tk
 from taylor_kernels.options import check_seed, check_writable, find_criteria, find_device
+from taylor_kernels.statistics import get_statistic
 from taylor_kernels.studies.pruning.data import IMAGE_SHAPE
 from taylor_kernels.studies.pruning.model import DigitsResNet
 
@@ -84,7 +85,7 @@ class Settings:
             raise ValueError(f"--seeds: {self.seeds} is below 1")
         check_seed(self.seed)
         for criterion in find_criteria(self.criteria):
-            if criterion.source == "loss_change":
+            if not get_statistic(criterion.statistic).prunable:
                 raise ValueError(
                     f"--criteria: {criterion.name!r} needs a pass over the data per filter, which "
                     "the demo's loop does not do; choose another"

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.units import Group
-from taylor_kernels.statistics import filter_count
+from taylor_kernels.statistics import filter_count, get_statistic
 
-#: Elements gathered at a time. The index is padded to the widest unit of the network, so that all
-#: rows at once may be many times the tables, which themselves hold columns for every example.
+#: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows
+#: together may be many times as large as the tables, and those have a column for every example.
 _GATHERED = 1 << 24
 
 
@@ -67,11 +67,8 @@ class UnitScores:
                     "look for inf or nan in the loss, and leave step() out for minibatches that a "
                     "GradScaler skips"
                 )
-                if self._criterion.source == "bn_scale" and score[bad].isnan().any():
-                    remedy = (
-                        "a layer that no BatchNorm with a scale was seen to follow has no such "
-                        "score: ignore it, or use another criterion"
-                    )
+                if score[bad].isnan().any():
+                    remedy = get_statistic(self._criterion.statistic).nan_means or remedy
                 raise RuntimeError(
                     f"{layers}: {int(bad.sum())} of {group.size} units have scores that are not "
                     "finite, so nothing was pruned and the minibatches since the last pruning "

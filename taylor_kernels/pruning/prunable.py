@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
 from taylor_kernels.pruning.flops import Meter, count_flops
 from taylor_kernels.pruning.groups import find_groups
-from taylor_kernels.pruning.tracing import matching, preserved_rng
+from taylor_kernels.pruning.model_run import preserved_rng
 from taylor_kernels.pruning.units import Group
 from taylor_kernels.statistics import filter_count
 
@@ -24,7 +25,7 @@ _NOT_CALLED = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class Prunable:
     """A model's groups and costs before anything is pruned.
 
     Attributes:
@@ -42,26 +43,26 @@ class Plan:
     structure: list[list[list[Any]]]
 
 
-def make_plan(
+def find_prunable(
     model: nn.Module,
     example_inputs: Any,
     ignore: Sequence[str | nn.Module],
     *,
     round_to: int,
     min_filters: int,
-    needs_weight_grad: bool,
+    trainable_only: bool,
     verify: bool,
-) -> Plan:
+) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
     Raises:
         ValueError: the model does not run on the example inputs, cannot be copied or traced, an
             ignore entry matches nothing, or nothing can be pruned.
     """
-    ignored = matching(model, ignore)
+    ignored = ignored_modules(model, ignore)
     modules = dict(model.named_modules())
     layers = {n: m for n, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
-    frozen = {n for n, m in layers.items() if needs_weight_grad and not m.weight.requires_grad}
+    frozen = {n for n, m in layers.items() if trainable_only and not m.weight.requires_grad}
     plain = _copied(model)
     with preserved_rng():
         try:
@@ -98,7 +99,7 @@ def make_plan(
         raise ValueError(f"model: has nothing to prune ({reasons})")
 
     owners = {slot.owner for group in groups for slot in group.producers}
-    return Plan(
+    return Prunable(
         groups=groups,
         meter=meter,
         scored=[name for name in layers if name in owners and name not in frozen],

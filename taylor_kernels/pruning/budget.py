@@ -1,0 +1,69 @@
+"""What a pruner is to keep of a model, and how much it may take at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from taylor_kernels.pruning.flops import Cost, Meter
+from taylor_kernels.pruning.units import Group
+
+
+class Budget:
+    """Targets as absolute counts, checked to be in reach.
+
+    Args:
+        meter: of the whole model; it is left as it was.
+        targets: the fractions to keep of "flops", "params" or "filters".
+        per_step: filters that go at a pruning: a count, or a fraction of those of the whole model.
+
+    Attributes:
+        whole: the cost of the model as it was at first.
+        filters: how many filters go at a pruning.
+
+    Raises:
+        ValueError: a target is not met with every group at its minimum; the message has the least
+            fraction that is.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        groups: Sequence[Group],
+        targets: Mapping[str, float],
+        per_step: int | float,
+    ) -> None:
+        self.whole: Cost = meter.cost
+        _check_reachable(meter, groups, targets)
+        self._limits = {name: kept * getattr(self.whole, name) for name, kept in targets.items()}
+        self.filters = (
+            per_step if isinstance(per_step, int) else max(1, round(per_step * self.whole.filters))
+        )
+
+    def met(self, meter: Meter) -> bool:
+        """Whether every cost is within its limit."""
+        cost = meter.cost
+        return all(getattr(cost, name) <= limit for name, limit in self._limits.items())
+
+
+def _check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str, float]) -> None:
+    whole = meter.cost
+    if "flops" in targets and not whole.flops:
+        raise ValueError(
+            "example_inputs: the model does no FLOPs on them, so a fraction of its FLOPs says "
+            "nothing; give them a batch of at least one"
+        )
+    most = [group.most_removable() for group in groups]
+    for group, units in zip(groups, most, strict=True):
+        meter.take(group, units)
+    least = meter.cost.over(whole)
+    for group, units in zip(groups, most, strict=True):
+        meter.take(group, -units)
+    for name, target in targets.items():
+        if least[name] > target:
+            # Rounded up, so that the fraction in the message is one that can be reached.
+            reachable = -(-least[name] * 1e4 // 1) / 1e4
+            raise ValueError(
+                f"{name}: {target} cannot be reached; with every layer at its minimum "
+                f"{reachable:.4f} of the {name} remain. Raise the target, or lower round_to or "
+                "min_filters, or ignore fewer layers"
+            )

@@ -1,0 +1,185 @@
+"""What a saved state must be before anything takes it on: a pruner's, a model's, an optimizer's.
+
+Every check raises a ValueError that says what is wrong, and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from taylor_kernels.pruning.records import PruneRecord
+
+PRUNER_FORMAT = "taylor_kernels.Pruner"
+#: Of the format of pruners' states and of checkpoint files.
+VERSION = 1
+#: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.
+_FILLED_IN = {
+    "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
+}  # fmt: skip
+
+
+def check_version(content: Mapping[str, Any], what: str) -> None:
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{what}: has version {content.get('version')!r} of the format, this release reads "
+            f"{VERSION}"
+        )
+
+
+def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str, Any]:
+    """A state_dict that a pruner with this structure and criterion wrote, or a ValueError."""
+    if not isinstance(state, Mapping) or state.get("format") != PRUNER_FORMAT:
+        raise ValueError("state: it is not the state_dict of a tk.Pruner")
+    check_version(state, "state")
+    if state.get("criterion") != criterion:
+        raise ValueError(
+            f"state: its scores are by {state.get('criterion')!r}, this pruner's by {criterion!r}; "
+            "build the pruner with the same one"
+        )
+    if state.get("structure") != structure:
+        raise ValueError(
+            "state: it is of another model, or of other prunable layers; build the pruner of the "
+            "same model, as it was at first, with the same arguments"
+        )
+    damage = _damage(state, [group[0][2] for group in structure])
+    if damage:
+        raise ValueError(f"state: it is damaged ({damage})")
+    return dict(state)
+
+
+def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
+    for name in ("removed", "compacted"):
+        masks = state.get(name)
+        if not isinstance(masks, list) or len(masks) != len(sizes):
+            return f"{name!r} is not a list of {len(sizes)} masks"
+        for mask, size in zip(masks, sizes, strict=True):
+            if not _is_tensor(mask, torch.bool, size) or mask.all():
+                return f"a mask in {name!r} does not fit its group"
+    for off, cut in zip(state["removed"], state["compacted"], strict=True):
+        if (cut & ~off).any():
+            return "units are compacted that were never removed"
+    remaining = sum(int((~mask).sum()) for mask in state["compacted"])
+    scores = state.get("scores")
+    if not isinstance(scores, dict) or not _is_count(scores.get("count")):
+        return "the running scores are missing"
+    for name in ("sum", "average"):
+        values = scores.get(name)
+        if values is not None and not _is_tensor(values, torch.float64, remaining):
+            return f"the {name} of the scores does not fit the units"
+    if (scores["count"] > 0) != (scores.get("sum") is not None):
+        return "the sum of the scores does not fit their count"
+    if not _is_count(state.get("steps")):
+        return "'steps' is not a count"
+    history = state.get("history")
+    if not isinstance(history, list) or not all(map(_is_record, history)):
+        return "'history' does not hold records"
+    return ""
+
+
+def check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError("model: its state in the file is damaged")
+    differing = sorted(state.keys() ^ shapes.keys())
+    differing += [
+        name
+        for name in state.keys() & shapes.keys()
+        if (tuple(state[name].shape) if isinstance(state[name], Tensor) else None) != shapes[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"model: the file is of another model; {len(differing)} entries differ, among them "
+            f"{', '.join(differing[:3])}"
+        )
+
+
+def check_optimizer_state(state: Any, optimizer: Optimizer) -> None:
+    own = [len(group["params"]) for group in optimizer.param_groups]
+    try:
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        numbers = {number for group in state["param_groups"] for number in group["params"]}
+        sound = state["state"].keys() <= numbers and all(
+            isinstance(entry, Mapping) for entry in state["state"].values()
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError("optimizer: its state in the file is damaged") from error
+    if own != saved:
+        raise ValueError(
+            f"optimizer: the file is of another one, with {saved} parameters in its groups where "
+            f"this one has {own}"
+        )
+    if not sound:
+        raise ValueError("optimizer: its state in the file is damaged")
+    for group in state["param_groups"]:
+        if lacking := optimizer.defaults.keys() - group.keys() - _FILLED_IN:
+            raise ValueError(
+                f"optimizer: the file is of another one than {type(optimizer).__name__}, without "
+                f"{', '.join(sorted(lacking))}"
+            )
+    # What else an optimizer needs, it alone knows: a double of it, with the same parameters, tries.
+    double = object.__new__(type(optimizer))
+    double.__dict__.update(optimizer.__dict__)
+    try:
+        double.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} does not take its state in the file "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def check_optimizer_shapes(
+    state: Any, optimizer: Optimizer, shapes: Mapping[Any, tuple[int, ...]]
+) -> None:
+    """State tensors must follow their parameters, or they could not have been cut with them."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, value in state["state"].get(number, {}).items():
+            if parameter not in shapes or not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            shape = shapes[parameter]
+            if value.dim() != len(shape) and shape == parameter.shape:
+                continue  # some optimizers keep tables of their own beside what follows the shape
+            if value.dim() != len(shape) or any(
+                mine not in (1, theirs) for mine, theirs in zip(value.shape, shape, strict=True)
+            ):
+                raise ValueError(
+                    f"optimizer: its state in the file is damaged ({key!r} of parameter {number} "
+                    f"has shape {tuple(value.shape)}, the parameter {shape})"
+                )
+
+
+def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype and value.shape == (size,)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or record.keys() != {f.name for f in fields(PruneRecord)}:
+        return False
+    fits: dict[Any, Callable[[object], bool]] = {
+        "int": _is_count,
+        "float": lambda value: isinstance(value, float),
+        "bool": lambda value: isinstance(value, bool),
+    }
+    return all(fits.get(f.type, _is_removed)(record[f.name]) for f in fields(PruneRecord))
+
+
+def _is_removed(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(layer, str) and isinstance(filters, tuple) and all(map(_is_count, filters))
+        for layer, filters in value.items()
+    )
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
