@@ -1,0 +1,339 @@
+"""From what a run wrote down to classes of atoms that go together, and why the others stay.
+
+A reshape leaves a choice: of a dimension cut into heads and positions either whole heads go, or
+the same positions of every head. Each table of cells may have one axis along which it shrinks; the
+other axes are kept whole. Axes that are one (the heads of queries, keys and values) are chosen
+together. Some orders of choosing are tried, and for each set of tables that hang together the one
+that leaves most output channels free is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from taylor_kernels.tracing.forest import Forest
+from taylor_kernels.tracing.record import Cut, Reason, Record, Table, Vector
+
+#: More than the number of any reason: nothing keeps this atom.
+FREE = np.iinfo(np.int64).max
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a reshape was resolved.
+
+    Attributes:
+        module, operation: where it ran.
+        shape: the grid.
+        axis: the axis along which it can shrink, None if it has to stay as it is.
+    """
+
+    module: str
+    operation: str
+    shape: tuple[int, ...]
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Classes of atoms.
+
+    Attributes:
+        label: for each atom its class.
+        why: for each atom the number of the reason that keeps it, or FREE.
+        reasons: by number.
+        choices: one for each reshape that cut or joined channels.
+    """
+
+    label: Vector
+    why: Vector
+    reasons: list[Reason]
+    choices: list[Choice]
+
+
+def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
+    """Work out the classes.
+
+    Args:
+        lifted: kinds of mixers (`Reason.mixer`) that keep nothing.
+    """
+    forest = Forest(record.count)
+    reasons = [Reason("is no parameter's")]
+    why = np.full(record.count, FREE)
+    why[0] = 0
+    pairs = list(record.edges)
+    for vector, reason in [*record.fixed, *_cuts(record, pairs)]:
+        if reason.mixer not in lifted or not reason.mixer:
+            np.minimum.at(why, vector, len(reasons))
+            reasons.append(reason)
+    forest.unite(pairs)
+    _close(record.tables, forest)
+    if not record.tables:
+        return Resolution(forest.label, _settle([], forest, why), reasons, [])
+    return _Chooser(record, forest, why, reasons).resolution()
+
+
+def _cuts(record: Record, pairs: list[tuple[Vector, Vector]]) -> list[tuple[Vector, Reason]]:
+    """Unions that keep the parts of cut dimensions in proportion, and what cannot be cut so."""
+    sources: dict[tuple[int, int], list[Cut]] = {}
+    for cut in record.cuts:
+        sources.setdefault(cut.source, []).append(cut)
+    fixed = []
+    for cuts in sources.values():
+        vector = cuts[0].vector
+        bounds = {0, vector.size, *(end for cut in cuts for part in cut.parts for end in part)}
+        ordered = sorted(bounds)
+        sizes = [stop - start for start, stop in zip(ordered, ordered[1:], strict=False)]
+        tied = all(cut.tied for cut in cuts)
+        natural = all(_apart(record, vector[end - 1], vector[end]) for end in ordered[1:-1])
+        if len(set(sizes)) > 1 and not any(cut.equal for cut in cuts) and (tied or natural):
+            continue
+        units = gcd(*sizes)
+        if any(cut.equal for cut in cuts) and len(set(sizes)) > 1:
+            units = 1
+        module, operation = cuts[0].where
+        if units == 1:
+            text = f"is cut at a fixed place ({operation} in {module!r})"
+            fixed.append((vector[vector != 0], Reason(text, module, operation)))
+            continue
+        rows = np.concatenate(
+            [
+                vector[start:stop].reshape(units, -1)
+                for start, stop in zip(ordered, ordered[1:], strict=False)
+            ],
+            axis=1,
+        )
+        first = np.broadcast_to(rows[:, :1], rows.shape)
+        both = (first != 0) & (rows != 0)
+        pairs.append((first[both], rows[both]))
+        lone = rows[(rows == 0).any(axis=1)]
+        if lone.any():
+            text = f"belongs to a part that meets a fixed one ({operation} in {module!r})"
+            fixed.append((lone[lone != 0], Reason(text, module, operation)))
+    return fixed
+
+
+def _apart(record: Record, before: np.int64, after: np.int64) -> bool:
+    """Whether two neighbours come from different tensors, as in a concatenation."""
+    starts = np.array([start for start, *_ in record.starts])
+    return bool(
+        np.searchsorted(starts, before, "right") != np.searchsorted(starts, after, "right")
+    )
+
+
+def _close(tables: Sequence[Table], forest: Forest) -> None:
+    """Cells with the same axes are one; axes of the same cells are one."""
+    for _ in range(_ROUNDS):
+        pairs: list[tuple[Vector, Vector]] = []
+        seen: dict[tuple, Table] = {}
+        rows: dict[int, list[tuple[Vector, Vector]]] = {}
+        for table in tables:
+            shape = tuple(axis.size for axis in table.axes)
+            other = seen.setdefault((shape, forest.label[table.cells].tobytes()), table)
+            if other is not table:
+                pairs.extend(zip(table.axes, other.axes, strict=True))
+            grids = np.meshgrid(*(forest.label[axis] for axis in table.axes), indexing="ij")
+            key = np.sort(np.stack([grid.ravel() for grid in grids], 1), axis=1)
+            rows.setdefault(len(shape), []).append((key, table.cells))
+        for parts in rows.values():
+            if len(parts) > 1:
+                keys = np.concatenate([key for key, _ in parts])
+                cells = np.concatenate([cell for _, cell in parts])
+                _, first, inverse = np.unique(
+                    keys, axis=0, return_index=True, return_inverse=True
+                )
+                same = cells[first][inverse.ravel()]
+                both = (cells != 0) & (same != 0)
+                pairs.append((cells[both], same[both]))
+        if not forest.unite(pairs):
+            return
+
+
+def _settle(tables: Sequence[Table], forest: Forest, why: Vector) -> Vector:
+    """Reasons spread over classes, and between cells and axes."""
+    label = forest.label
+    by_class = np.full(why.size, FREE)
+    np.minimum.at(by_class, label, why)
+    for _ in range(_ROUNDS * 4):
+        before = by_class.copy()
+        for table in tables:
+            shape = [axis.size for axis in table.axes]
+            cells = by_class[label[table.cells]].reshape(shape)
+            axes = [by_class[label[axis]] for axis in table.axes]
+            most = np.max(np.stack(np.broadcast_arrays(*np.ix_(*axes))), axis=0)
+            np.minimum.at(by_class, label[table.cells], most.ravel())
+            for dim, axis in enumerate(table.axes):
+                least = cells.min(axis=tuple(i for i in range(len(shape)) if i != dim))
+                np.minimum.at(by_class, label[axis], least)
+        if np.array_equal(before, by_class):
+            break
+    return by_class[label]
+
+
+class _Chooser:
+    """Chooses the axes along which tables shrink."""
+
+    def __init__(
+        self, record: Record, forest: Forest, why: Vector, reasons: list[Reason]
+    ) -> None:
+        self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
+        self.tables = record.tables
+        settled = _settle(self.tables, forest, why)
+        self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
+        self.family = self._families()
+        label = forest.label
+        heads = {int(a) for vector in record.heads for a in label[vector]}
+        self.uses: dict[int, list[tuple[int, int]]] = {}
+        self.width: dict[int, int] = {}
+        self.head: dict[int, bool] = {}
+        dead: set[int] = set()
+        for number, table in enumerate(self.tables):
+            for dim, axis in enumerate(table.axes):
+                kind = self.kinds[number][dim]
+                self.uses.setdefault(kind, []).append((number, dim))
+                free = np.unique(label[axis][settled[axis] == FREE])
+                self.width[kind] = max(self.width.get(kind, 0), len(free))
+                here = not heads.isdisjoint(label[axis].tolist())
+                self.head[kind] = self.head.get(kind, False) or here
+                if not len(free) or len(np.unique(label[axis])) < 2:
+                    dead.add(kind)
+        self.candidates = [kind for kind in self.uses if kind not in dead]
+
+    def _kinds(self) -> list[list[int]]:
+        """Axes that share an atom are of one kind."""
+        names = [(n, d) for n, table in enumerate(self.tables) for d in range(len(table.axes))]
+        number = {name: i for i, name in enumerate(names)}
+        groups = Forest(len(names))
+        owner: dict[int, int] = {}
+        pairs = []
+        for (n, d), i in number.items():
+            for atom in np.unique(self.forest.label[self.tables[n].axes[d]]).tolist():
+                pairs.append((owner.setdefault(atom, i), i))
+        groups.unite([(np.array([a]), np.array([b])) for a, b in pairs])
+        return [
+            [int(groups.label[number[n, d]]) for d in range(len(table.axes))]
+            for n, table in enumerate(self.tables)
+        ]
+
+    def _families(self) -> list[int]:
+        """Tables that share an atom, of cells or axes, are of one family."""
+        groups = Forest(len(self.tables))
+        owner: dict[int, int] = {}
+        pairs = []
+        for number, table in enumerate(self.tables):
+            every = np.unique(self.forest.label[np.concatenate([table.cells, *table.axes])])
+            for atom in every[every != 0].tolist():
+                pairs.append((owner.setdefault(atom, number), number))
+        self.owner = owner
+        groups.unite([(np.array([a]), np.array([b])) for a, b in pairs])
+        return groups.label.tolist()
+
+    def resolution(self) -> Resolution:
+        orders: list[Callable[[int], tuple]] = [
+            lambda kind: (-self.head[kind], -len(self.uses[kind]), -self.width[kind], kind),
+            lambda kind: (-self.width[kind], kind),
+            lambda kind: (self.head[kind], -self.width[kind], -kind),
+            lambda kind: (-len(self.uses[kind]), kind),
+            lambda kind: (kind,),
+        ]
+        chosen = [self._pick(sorted(self.candidates, key=order)) for order in orders]
+        results = [self._apply(kinds) for kinds in chosen]
+        scores = [self._score(*result) for result in results]
+        with_heads = {
+            self.family[number]
+            for kind, uses in self.uses.items()
+            if self.head[kind]
+            for number, _ in uses
+        }
+        best: set[int] = set()
+        for family in set(self.family):
+
+            def value(option: int, family: int = family) -> tuple[int, int]:
+                filters, units = scores[option].get(family, (0, 0))
+                return (filters, 0 if family in with_heads else units)
+
+            option = max(range(len(orders)), key=lambda o: (value(o), -o))
+            best |= {
+                kind
+                for kind in chosen[option]
+                if self.family[self.uses[kind][0][0]] == family
+            }
+        forest, why = self._apply(best)
+        choices = [
+            Choice(
+                *table.where,
+                tuple(axis.size for axis in table.axes),
+                next((d for d, kind in enumerate(self.kinds[n]) if kind in best), None),
+            )
+            for n, table in enumerate(self.tables)
+        ]
+        return Resolution(forest.label, why, self.reasons, choices)
+
+    def _pick(self, ordered: Sequence[int]) -> set[int]:
+        taken: set[int] = set()
+        busy: set[int] = set()
+        for kind in ordered:
+            tables = [number for number, _ in self.uses[kind]]
+            if len(tables) == len(set(tables)) and busy.isdisjoint(tables):
+                taken.add(kind)
+                busy.update(tables)
+        return taken
+
+    def _apply(self, kinds: Collection[int]) -> tuple[Forest, Vector]:
+        """Classes and reasons with these kinds of axes shrinking."""
+        forest, why = self.forest.copy(), self.why.copy()
+        pairs = []
+        for number, table in enumerate(self.tables):
+            shape = [axis.size for axis in table.axes]
+            live = next((d for d, kind in enumerate(self.kinds[number]) if kind in kinds), None)
+            kept = self._kept(table, live)
+            for dim, axis in enumerate(table.axes):
+                if dim != live:
+                    np.minimum.at(why, axis, kept)
+            if live is not None:
+                spread = [-1 if dim == live else 1 for dim in range(len(shape))]
+                cells = np.broadcast_to(table.axes[live].reshape(spread), shape).ravel()
+                both = (cells != 0) & (table.cells != 0)
+                pairs.append((cells[both], table.cells[both]))
+        forest.unite(pairs)
+        return forest, _settle(self.tables, forest, why)
+
+    def _kept(self, table: Table, live: int | None) -> int:
+        """The number of the reason that keeps a table's other axes."""
+        module, operation = table.where
+        shape = " x ".join(str(axis.size) for axis in table.axes)
+        text = (
+            f"is cut into {shape} by {operation} in {module!r}, "
+            + ("which has to stay so" if live is None else f"of which only dimension {live} shrinks")
+        )
+        reason = Reason(text, module, operation)
+        if reason not in self._numbers:
+            self._numbers[reason] = len(self.reasons)
+            self.reasons.append(reason)
+        return self._numbers[reason]
+
+    @property
+    def _numbers(self) -> dict[Reason, int]:
+        if not hasattr(self, "_known"):
+            self._known: dict[Reason, int] = {}
+        return self._known
+
+    def _score(self, forest: Forest, why: Vector) -> dict[int, tuple[int, int]]:
+        """Free output channels, and units of them, for each family of tables."""
+        filters: dict[int, int] = {}
+        units: dict[int, set[int]] = {}
+        before = self.forest.label
+        for product in self.record.products:
+            owners = {self.owner[a] for a in before[product.outputs].tolist() if a in self.owner}
+            free = why[product.outputs] == FREE
+            classes = np.unique(forest.label[product.outputs][free])
+            if owners and len(classes) + (not free.all()) >= 2:
+                family = self.family[min(owners)]
+                filters[family] = filters.get(family, 0) + int(free.sum())
+                units.setdefault(family, set()).update(classes.tolist())
+        return {family: (count, len(units[family])) for family, count in filters.items()}
