@@ -219,10 +219,10 @@ class Record:
         if len(on) == 1:
             axis: Any = axes[on[0]]
             view = axis.reshape([-1 if dim == on[0] else 1 for dim in range(len(shape))])
-            return np.broadcast_to(view, shape).reshape(-1)
+            return np.broadcast_to(view, shape).flatten()
         core = [axes[dim] for dim in on]
         small = tuple(shape[dim] for dim in on)
         cells = self.fresh(int(np.prod(small)))
         self.tables.append(Table(cells, tuple(a for a in core if a is not None), "reshape", (), where))
         spread = [shape[dim] if dim in on else 1 for dim in range(len(shape))]
-        return np.broadcast_to(cells.reshape(spread), shape).reshape(-1)
+        return np.broadcast_to(cells.reshape(spread), shape).flatten()

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from math import gcd
 
 import numpy as np
 
+from taylor_kernels.tracing.cuts import match, proportional
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Cut, Reason, Record, Table, Vector
+from taylor_kernels.tracing.record import Reason, Record, Table, Vector
 
 #: More than the number of any reason: nothing keeps this atom.
 FREE = np.iinfo(np.int64).max
@@ -66,64 +66,13 @@ def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
     reasons = [Reason("is no parameter's")]
     why = np.full(record.count, FREE)
     why[0] = 0
-    pairs = list(record.edges)
-    for vector, reason in [*record.fixed, *_cuts(record, pairs)]:
+    for vector, reason in record.fixed:
         if reason.mixer not in lifted or not reason.mixer:
             np.minimum.at(why, vector, len(reasons))
             reasons.append(reason)
-    forest.unite(pairs)
+    forest.unite(record.edges)
     _close(record.tables, forest)
-    if not record.tables:
-        return Resolution(forest.label, _settle([], forest, why), reasons, [])
     return _Chooser(record, forest, why, reasons).resolution()
-
-
-def _cuts(record: Record, pairs: list[tuple[Vector, Vector]]) -> list[tuple[Vector, Reason]]:
-    """Unions that keep the parts of cut dimensions in proportion, and what cannot be cut so."""
-    sources: dict[tuple[int, int], list[Cut]] = {}
-    for cut in record.cuts:
-        sources.setdefault(cut.source, []).append(cut)
-    fixed = []
-    for cuts in sources.values():
-        vector = cuts[0].vector
-        bounds = {0, vector.size, *(end for cut in cuts for part in cut.parts for end in part)}
-        ordered = sorted(bounds)
-        sizes = [stop - start for start, stop in zip(ordered, ordered[1:], strict=False)]
-        tied = all(cut.tied for cut in cuts)
-        natural = all(_apart(record, vector[end - 1], vector[end]) for end in ordered[1:-1])
-        if len(set(sizes)) > 1 and not any(cut.equal for cut in cuts) and (tied or natural):
-            continue
-        units = gcd(*sizes)
-        if any(cut.equal for cut in cuts) and len(set(sizes)) > 1:
-            units = 1
-        module, operation = cuts[0].where
-        if units == 1:
-            text = f"is cut at a fixed place ({operation} in {module!r})"
-            fixed.append((vector[vector != 0], Reason(text, module, operation)))
-            continue
-        rows = np.concatenate(
-            [
-                vector[start:stop].reshape(units, -1)
-                for start, stop in zip(ordered, ordered[1:], strict=False)
-            ],
-            axis=1,
-        )
-        first = np.broadcast_to(rows[:, :1], rows.shape)
-        both = (first != 0) & (rows != 0)
-        pairs.append((first[both], rows[both]))
-        lone = rows[(rows == 0).any(axis=1)]
-        if lone.any():
-            text = f"belongs to a part that meets a fixed one ({operation} in {module!r})"
-            fixed.append((lone[lone != 0], Reason(text, module, operation)))
-    return fixed
-
-
-def _apart(record: Record, before: np.int64, after: np.int64) -> bool:
-    """Whether two neighbours come from different tensors, as in a concatenation."""
-    starts = np.array([start for start, *_ in record.starts])
-    return bool(
-        np.searchsorted(starts, before, "right") != np.searchsorted(starts, after, "right")
-    )
 
 
 def _close(tables: Sequence[Table], forest: Forest) -> None:
@@ -175,6 +124,13 @@ def _settle(tables: Sequence[Table], forest: Forest, why: Vector) -> Vector:
     return by_class[label]
 
 
+def _spread(forest: Forest, why: Vector) -> Vector:
+    """A reason for one atom of a class is a reason for all."""
+    by_class = np.full(why.size, FREE)
+    np.minimum.at(by_class, forest.label, why)
+    return by_class[forest.label]
+
+
 class _Chooser:
     """Chooses the axes along which tables shrink."""
 
@@ -183,6 +139,8 @@ class _Chooser:
     ) -> None:
         self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
         self.tables = record.tables
+        self.parts = proportional(record)
+        self.numbers: dict[Reason, int] = {}
         settled = _settle(self.tables, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
@@ -241,7 +199,13 @@ class _Chooser:
             lambda kind: (-len(self.uses[kind]), kind),
             lambda kind: (kind,),
         ]
-        chosen = [self._pick(sorted(self.candidates, key=order)) for order in orders]
+        chosen: list[set[int]] = []
+        for order in orders:
+            picked = self._pick(sorted(self.candidates, key=order))
+            if picked not in chosen:
+                chosen.append(picked)
+        if len(chosen) == 1:
+            return self._result(*self._apply(chosen[0]), chosen[0])
         results = [self._apply(kinds) for kinds in chosen]
         scores = [self._score(*result) for result in results]
         with_heads = {
@@ -257,13 +221,15 @@ class _Chooser:
                 filters, units = scores[option].get(family, (0, 0))
                 return (filters, 0 if family in with_heads else units)
 
-            option = max(range(len(orders)), key=lambda o: (value(o), -o))
+            option = max(range(len(chosen)), key=lambda o: (value(o), -o))
             best |= {
                 kind
                 for kind in chosen[option]
                 if self.family[self.uses[kind][0][0]] == family
             }
-        forest, why = self._apply(best)
+        return self._result(*self._apply(best), best)
+
+    def _result(self, forest: Forest, why: Vector, best: set[int]) -> Resolution:
         choices = [
             Choice(
                 *table.where,
@@ -295,13 +261,20 @@ class _Chooser:
             for dim, axis in enumerate(table.axes):
                 if dim != live:
                     np.minimum.at(why, axis, kept)
-            if live is not None:
+            if live is None:
+                np.minimum.at(why, table.cells, kept)
+            else:
                 spread = [-1 if dim == live else 1 for dim in range(len(shape))]
                 cells = np.broadcast_to(table.axes[live].reshape(spread), shape).ravel()
                 both = (cells != 0) & (table.cells != 0)
                 pairs.append((cells[both], table.cells[both]))
         forest.unite(pairs)
-        return forest, _settle(self.tables, forest, why)
+        why = _spread(forest, why)
+        for parts in self.parts:
+            if (alone := match(parts, forest, why == FREE)).size:
+                np.minimum.at(why, alone, self._number(parts.reason))
+            why = _spread(forest, why)
+        return forest, why
 
     def _kept(self, table: Table, live: int | None) -> int:
         """The number of the reason that keeps a table's other axes."""
@@ -311,17 +284,13 @@ class _Chooser:
             f"is cut into {shape} by {operation} in {module!r}, "
             + ("which has to stay so" if live is None else f"of which only dimension {live} shrinks")
         )
-        reason = Reason(text, module, operation)
-        if reason not in self._numbers:
-            self._numbers[reason] = len(self.reasons)
-            self.reasons.append(reason)
-        return self._numbers[reason]
+        return self._number(Reason(text, module, operation))
 
-    @property
-    def _numbers(self) -> dict[Reason, int]:
-        if not hasattr(self, "_known"):
-            self._known: dict[Reason, int] = {}
-        return self._known
+    def _number(self, reason: Reason) -> int:
+        if reason not in self.numbers:
+            self.numbers[reason] = len(self.reasons)
+            self.reasons.append(reason)
+        return self.numbers[reason]
 
     def _score(self, forest: Forest, why: Vector) -> dict[int, tuple[int, int]]:
         """Free output channels, and units of them, for each family of tables."""

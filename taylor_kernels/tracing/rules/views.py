@@ -181,6 +181,8 @@ def reshaped(
         return new
     if old.shape == new.shape:
         new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
+        for dim in old.labelled:
+            tie(call, new.shape[dim], new.dims[dim], index=dim)
         return new
     if old.uniform:
         new.dims = [np.zeros(size, np.int64) for size in new.shape]
@@ -193,6 +195,7 @@ def reshaped(
         zero = all(old.zero[i] for i in labelled)
         if len(ours) == 1 and len(theirs) == 1:
             new.dims[theirs[0]], new.zero[theirs[0]] = old.dims[ours[0]], zero
+            tie(call, new.shape[theirs[0]], old.dims[ours[0]], index=theirs[0])
             continue
         sizes = [old.shape[i] for i in ours]
         flat = call.record.merge(sizes, [old.dims[i] for i in ours], call.where)
