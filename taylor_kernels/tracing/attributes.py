@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: "inputs", "outputs" and "groups" of the layer, or a tensor's name and dimension.
 Counted = str | tuple[str, int]
 
-_RULES: dict[type[nn.Module], dict[str, Counted]] = {
+_RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     _ConvNd: {"in_channels": "inputs", "out_channels": "outputs", "groups": "groups"},
     nn.Linear: {"in_features": "inputs", "out_features": "outputs"},
     _NormBase: {"num_features": "norm"},
@@ -35,6 +35,7 @@ _RULES: dict[type[nn.Module], dict[str, Counted]] = {
     nn.PReLU: {"num_parameters": ("weight", 0)},
     nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
+    "transformers.pytorch_utils.Conv1D": {"nx": "inputs", "nf": "outputs"},
 }
 #: Integers that modules keep and that count no channels.
 _NO_COUNT = re.compile(
@@ -45,11 +46,12 @@ _NO_COUNT = re.compile(
 _WIDTH = re.compile(r"dim|size|width|channels|planes|features|hidden")
 
 
-def register_attributes(module_class: type[nn.Module], **counted: Counted) -> None:
+def register_attributes(module_class: type[nn.Module] | str, **counted: Counted) -> None:
     """Say which attributes of a module class count channels.
 
     Args:
-        module_class: it and its subclasses; a rule for a subclass comes before its parents'.
+        module_class: it and its subclasses; a rule for a subclass comes before its parents'. Its
+            full dotted name serves as well, and need not be imported.
         counted: attribute -> what it counts: ("weight", 0) for the first dimension of the
             module's parameter `weight`, or "inputs", "outputs", "groups" of a layer that multiplies
             by its weight. An attribute that is a tuple gets a tuple.
@@ -66,7 +68,9 @@ def register_attributes(module_class: type[nn.Module], **counted: Counted) -> No
         ...         self.width, self.gain = width, torch.nn.Parameter(torch.ones(width))
         >>> register_attributes(Scale, width=("gain", 0))
     """
-    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+    if not isinstance(module_class, str) and not (
+        isinstance(module_class, type) and issubclass(module_class, nn.Module)
+    ):
         raise TypeError(f"module_class: expected a subclass of nn.Module, got {module_class!r}")
     for name, what in counted.items():
         pair = isinstance(what, tuple) and len(what) == 2 and isinstance(what[0], str)
@@ -82,14 +86,16 @@ def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     found: dict[str, Counted] = {}
     for parent in reversed(type(module).__mro__):
         found.update(_RULES.get(parent, {}))
+        found.update(_RULES.get(f"{parent.__module__}.{parent.__qualname__}", {}))
     return found
 
 
-def tie(call: Call, size: int, vector: Vector, index: int = 0) -> bool:
+def tie(call: Call, size: int, vector: Vector, index: int = 0, weak: bool = False) -> bool:
     """Find the attribute of the running module that counts these atoms.
 
     Args:
         index: which part of the new shape it is; the first parts are counts, the last widths.
+        weak: the dimension stays as it is, so that the size may be another's by chance.
     """
     if size < 2 or not call.recorder.stack:
         return False
@@ -110,7 +116,7 @@ def tie(call: Call, size: int, vector: Vector, index: int = 0) -> bool:
         counts = [attribute for attribute in names if attribute not in widths]
         names = (counts or names) if index == 0 else (widths or names)
     for attribute in names:
-        call.record.sizes.append(Size(name, attribute, vector.copy()))
+        call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
     return bool(names)
 
 

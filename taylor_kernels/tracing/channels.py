@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing import attributes
 from taylor_kernels.tracing.record import Reason, Record, Vector
-from taylor_kernels.tracing.resolve import FREE, Choice, resolve
+from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
 
@@ -29,7 +29,8 @@ class Channels:
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
-        fills: tensor -> what its masked entries hold, where that is not zero.
+        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero; they
+            are to be filled before those that are zeroed.
     """
 
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
@@ -78,22 +79,27 @@ class Channels:
         places += [((name, IN), self._layers[name][0]) for name in ordered]
         places += list(self._classes.items())
         free = produced & (self._why == FREE)
-        norms = [(norm.module, set(self._label[norm.atoms].tolist())) for norm in self._record.norms]
-        for classes, table in collect(places, free):
-            if len(classes) < 2:
-                continue
+        made = [item for item in collect(places, free) if len(item[0]) > 1]
+        group_of = np.full(self._why.size, -1)
+        for number, (classes, _) in enumerate(made):
+            group_of[classes] = number
+        norms: list[dict[str, None]] = [{} for _ in made]
+        for norm in self._record.norms:
+            for number in np.unique(group_of[self._label[norm.atoms]]).tolist():
+                if number >= 0:
+                    norms[number][norm.module] = None
+        for (classes, table), behind in zip(made, norms, strict=True):
             slots = [
                 Slot(owner, side, index(rows))
                 for (owner, side), rows in table.items()
                 if isinstance(side, str)
             ]
             entries = [
-                Entry(tensor, dim, index(rows), self.fills.get(tensor, 0.0))
+                Entry(tensor, dim, index(rows), self.fills.get(tensor, {}).get(dim, 0.0))
                 for (tensor, dim), rows in table.items()
                 if isinstance(dim, int)
             ]
             slots.sort(key=lambda slot: self._order.get(slot.owner, -1))
-            behind = dict.fromkeys(name for name, of in norms if not of.isdisjoint(classes.tolist()))
             group = Group(tuple(slots), tuple(entries), index(classes), tuple(behind))
             self.groups.append(group)
         self.groups.sort(key=lambda group: self._order.get(group.name, -1))
@@ -207,7 +213,7 @@ class Channels:
                 old = getattr(module, attribute, None)
                 if vector is not None and old is not None:
                     found.append((name, attribute, old, vector))
-        for size in self._record.sizes:
+        for size in counted(self._record.sizes):
             found.append((size.module, size.attribute, 0, self._label[size.atoms]))
         return found
 

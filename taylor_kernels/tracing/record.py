@@ -117,11 +117,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Size:
-    """An attribute of a module that counts these atoms."""
+    """An attribute of a module that counts these atoms.
+
+    Attributes:
+        weak: it may be another's size by chance; others for this attribute come before.
+    """
 
     module: str
     attribute: str
     atoms: Vector
+    weak: bool
 
 
 @dataclass
@@ -138,7 +143,7 @@ class Record:
     products: list[Product] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
-    fills: dict[str, float] = field(default_factory=dict)
+    fills: dict[str, dict[int, float]] = field(default_factory=dict)
     step: int = 0
 
     def fresh(self, size: int) -> Vector:

@@ -16,7 +16,7 @@ import numpy as np
 
 from taylor_kernels.tracing.cuts import match, proportional
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Reason, Record, Table, Vector
+from taylor_kernels.tracing.record import Reason, Record, Size, Table, Vector
 
 #: More than the number of any reason: nothing keeps this atom.
 FREE = np.iinfo(np.int64).max
@@ -71,8 +71,31 @@ def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
             np.minimum.at(why, vector, len(reasons))
             reasons.append(reason)
     forest.unite(record.edges)
+    # One attribute counts the same number wherever it is used.
+    firsts: dict[tuple[str, str], Size] = {}
+    for size in counted(record.sizes):
+        first = firsts.setdefault((size.module, size.attribute), size)
+        both = (first.atoms != 0) & (size.atoms != 0)
+        forest.unite([(first.atoms[both], size.atoms[both])])
     _close(record.tables, forest)
     return _Chooser(record, forest, why, reasons).resolution()
+
+
+def counted(sizes: Sequence[Size]) -> list[Size]:
+    """What attributes count, without weak evidence where there is better or where it disagrees."""
+    strong = {(size.module, size.attribute) for size in sizes if not size.weak}
+    first: dict[tuple[str, str], Vector] = {}
+    differ = set()
+    for size in sizes:
+        key = (size.module, size.attribute)
+        if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
+            differ.add(key)
+    kept = []
+    for size in sizes:
+        key = (size.module, size.attribute)
+        if not size.weak or (key not in strong and key not in differ):
+            kept.append(size)
+    return kept
 
 
 def _close(tables: Sequence[Table], forest: Forest) -> None:
@@ -131,6 +154,19 @@ def _spread(forest: Forest, why: Vector) -> Vector:
     return by_class[forest.label]
 
 
+def _sharing(vectors: Sequence[Vector]) -> Vector:
+    """For each vector the number of the first one that it shares atoms with, by any detour."""
+    groups = Forest(len(vectors))
+    if vectors:
+        atoms = np.concatenate(vectors)
+        owner = np.repeat(np.arange(len(vectors)), [vector.size for vector in vectors])
+        owner, atoms = owner[atoms != 0], atoms[atoms != 0]
+        order = np.argsort(atoms, kind="stable")
+        same = np.diff(atoms[order]) == 0
+        groups.unite([(owner[order][:-1][same], owner[order][1:][same])])
+    return groups.label
+
+
 class _Chooser:
     """Chooses the axes along which tables shrink."""
 
@@ -166,30 +202,21 @@ class _Chooser:
         """Axes that share an atom are of one kind."""
         names = [(n, d) for n, table in enumerate(self.tables) for d in range(len(table.axes))]
         number = {name: i for i, name in enumerate(names)}
-        groups = Forest(len(names))
-        owner: dict[int, int] = {}
-        pairs = []
-        for (n, d), i in number.items():
-            for atom in np.unique(self.forest.label[self.tables[n].axes[d]]).tolist():
-                pairs.append((owner.setdefault(atom, i), i))
-        groups.unite([(np.array([a]), np.array([b])) for a, b in pairs])
+        groups = _sharing([self.forest.label[self.tables[n].axes[d]] for n, d in names])
         return [
-            [int(groups.label[number[n, d]]) for d in range(len(table.axes))]
+            [int(groups[number[n, d]]) for d in range(len(table.axes))]
             for n, table in enumerate(self.tables)
         ]
 
     def _families(self) -> list[int]:
         """Tables that share an atom, of cells or axes, are of one family."""
-        groups = Forest(len(self.tables))
-        owner: dict[int, int] = {}
-        pairs = []
-        for number, table in enumerate(self.tables):
-            every = np.unique(self.forest.label[np.concatenate([table.cells, *table.axes])])
-            for atom in every[every != 0].tolist():
-                pairs.append((owner.setdefault(atom, number), number))
-        self.owner = owner
-        groups.unite([(np.array([a]), np.array([b])) for a, b in pairs])
-        return groups.label.tolist()
+        label = self.forest.label
+        every = [label[np.concatenate([table.cells, *table.axes])] for table in self.tables]
+        self.owner = np.full(label.size, -1)
+        for number, atoms in enumerate(every):
+            self.owner[atoms] = number
+        self.owner[0] = -1
+        return _sharing(every).tolist()
 
     def resolution(self) -> Resolution:
         orders: list[Callable[[int], tuple]] = [
@@ -298,11 +325,11 @@ class _Chooser:
         units: dict[int, set[int]] = {}
         before = self.forest.label
         for product in self.record.products:
-            owners = {self.owner[a] for a in before[product.outputs].tolist() if a in self.owner}
+            owners = self.owner[before[product.outputs]]
             free = why[product.outputs] == FREE
             classes = np.unique(forest.label[product.outputs][free])
-            if owners and len(classes) + (not free.all()) >= 2:
-                family = self.family[min(owners)]
+            if owners.size and owners.max() >= 0 and len(classes) + (not free.all()) >= 2:
+                family = self.family[int(owners.max())]
                 filters[family] = filters.get(family, 0) + int(free.sum())
                 units.setdefault(family, set()).update(classes.tolist())
         return {family: (count, len(units[family])) for family, count in filters.items()}

@@ -105,26 +105,24 @@ def collect(
     sums = np.zeros((free.size, 2), np.int64)
     np.add.at(sums, unit, draw[owner])
     present = np.unique(unit)
-    _, make = np.unique(sums[present], axis=0, return_inverse=True)
+    _, kinds = np.unique(sums[present], axis=0, return_inverse=True)
     # Units are in the order of their first places.
     first = np.full(free.size, owner.size)
     np.minimum.at(first, unit, np.arange(owner.size))
-    found = []
-    make = make.ravel()
-    for number in np.unique(make):
-        members = present[make == number]
-        members = members[np.argsort(first[members], kind="stable")]
-        rank = np.full(free.size, -1)
-        rank[members] = np.arange(members.size)
-        mine = rank[unit] >= 0
-        table: dict[tuple[str, str | int], Vector] = {}
-        for i in np.unique(owner[mine]):
-            here = mine & (owner == i)
-            order = np.argsort(rank[unit[here]], kind="stable")
-            table[places[i][0]] = where[here][order].reshape(members.size, -1)
-        found.append((members, table))
-    found.sort(key=lambda item: first[item[0][0]])
-    return found
+    order = np.lexsort((first[present], kinds.ravel()))
+    present, kinds = present[order], kinds.ravel()[order]
+    begins = np.flatnonzero(np.diff(kinds, prepend=-1))
+    rank, make = np.zeros(free.size, np.int64), np.zeros(free.size, np.int64)
+    rank[present], make[present] = np.arange(present.size), kinds
+    order = np.lexsort((where, rank[unit], owner, make[unit]))
+    owner, where, makes = owner[order], where[order], make[unit][order]
+    tables: list[dict[tuple[str, str | int], Vector]] = [{} for _ in begins]
+    members = np.split(present, begins[1:])
+    starts = np.flatnonzero((np.diff(makes, prepend=-1) != 0) | (np.diff(owner, prepend=-1) != 0))
+    for start, rows in zip(starts.tolist(), np.split(where, starts[1:]), strict=True):
+        kind = makes[start]
+        tables[kind][places[owner[start]][0]] = rows.reshape(members[kind].size, -1)
+    return sorted(zip(members, tables, strict=True), key=lambda item: first[item[0][0]])
 
 
 def index(values: Vector) -> Tensor:

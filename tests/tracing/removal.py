@@ -25,8 +25,9 @@ def masked(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> nn.M
     model = copy.deepcopy(model)
     for name, dims in channels.entries(dead).items():
         module, leaf = lookup(model, name)
-        for dim, index in dims.items():
-            getattr(module, leaf).data.index_fill_(dim, index, channels.fills.get(name, 0.0))
+        fills = {dim: channels.fills.get(name, {}).get(dim, 0.0) for dim in dims}
+        for dim in sorted(dims, key=lambda dim: -fills[dim]):
+            getattr(module, leaf).data.index_fill_(dim, dims[dim], fills[dim])
     return model
 
 

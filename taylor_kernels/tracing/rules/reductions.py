@@ -138,7 +138,7 @@ def batch_norm(call: Call) -> list[Labels | None]:
         if name == "running_var":
             own = call.recorder.origin(labels.dims[0])
             if own:
-                record.fills[own] = 1.0
+                record.fills[own] = {0: 1.0}
         result.dims[1] = vector = labels.dims[0] if vector is None else vector
     for later in old.dims[2:]:
         call.mix(later)
@@ -196,6 +196,9 @@ def weight_norm(call: Call) -> list[Labels | None]:
     direction, scale = call.of(call.args["v"]), call.of(call.args["g"])
     dim = call.args.get("dim", 0) % len(direction.shape)
     call.join(direction.dims[dim], scale.dims[dim])
+    # A filter of zeros has no direction; its length is what masks it.
+    if direction.name:
+        call.record.fills[direction.name] = {dim: 1.0}
     return [Labels(direction.shape, list(direction.dims), list(direction.zero))]
 
 

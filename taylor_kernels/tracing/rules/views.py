@@ -182,7 +182,8 @@ def reshaped(
     if old.shape == new.shape:
         new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
         for dim in old.labelled:
-            tie(call, new.shape[dim], new.dims[dim], index=dim)
+            if dim not in inferred:
+                tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)
         return new
     if old.uniform:
         new.dims = [np.zeros(size, np.int64) for size in new.shape]
@@ -195,7 +196,8 @@ def reshaped(
         zero = all(old.zero[i] for i in labelled)
         if len(ours) == 1 and len(theirs) == 1:
             new.dims[theirs[0]], new.zero[theirs[0]] = old.dims[ours[0]], zero
-            tie(call, new.shape[theirs[0]], old.dims[ours[0]], index=theirs[0])
+            if theirs[0] not in inferred:
+                tie(call, new.shape[theirs[0]], old.dims[ours[0]], index=1, weak=True)
             continue
         sizes = [old.shape[i] for i in ours]
         flat = call.record.merge(sizes, [old.dims[i] for i in ours], call.where)
@@ -212,7 +214,8 @@ def reshaped(
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
                 new.dims[i], new.zero[i] = axis, zero
-                tie(call, new.shape[i], axis, index=theirs.index(i))
+                if i not in inferred:
+                    tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
     return new
 
 
