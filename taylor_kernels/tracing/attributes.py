@@ -1,0 +1,130 @@
+"""Module attributes that count channels, and what they become once some are gone.
+
+PyTorch's own classes are in a table that `register_attributes` extends. For other modules the run
+itself shows candidates: where a module cuts a dimension into parts of a size that one of its
+integer attributes has, that attribute counts them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from taylor_kernels.tracing.record import Size, Vector
+
+if TYPE_CHECKING:
+    from taylor_kernels.tracing.recorder import Call
+
+#: "inputs", "outputs" and "groups" of the layer, or a tensor's name and dimension.
+Counted = str | tuple[str, int]
+
+_RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
+    _ConvNd: {"in_channels": "inputs", "out_channels": "outputs", "groups": "groups"},
+    nn.Linear: {"in_features": "inputs", "out_features": "outputs"},
+    _NormBase: {"num_features": "norm"},
+    nn.Embedding: {"embedding_dim": ("weight", 1)},
+    nn.EmbeddingBag: {"embedding_dim": ("weight", 1)},
+    nn.LayerNorm: {"normalized_shape": ("weight", 0)},
+    nn.GroupNorm: {"num_channels": ("weight", 0)},
+    nn.RMSNorm: {"normalized_shape": ("weight", 0)},
+    nn.PReLU: {"num_parameters": ("weight", 0)},
+    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
+    nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
+    "transformers.pytorch_utils.Conv1D": {"nx": "inputs", "nf": "outputs"},
+}
+#: Integers that modules keep and that count no channels.
+_NO_COUNT = re.compile(
+    r"(stride|kernel|padding|dilation|axis|layers?|depth|eps|id|idx|index|count|calls|step)s?$"
+    r"|^dim$|kernel_size|^start_|^end_|^max_"
+)
+#: Of two attributes with one value, this one is the width of a part and not how many there are.
+_WIDTH = re.compile(r"dim|size|width|channels|planes|features|hidden")
+
+
+def register_attributes(module_class: type[nn.Module] | str, **counted: Counted) -> None:
+    """Say which attributes of a module class count channels.
+
+    Args:
+        module_class: it and its subclasses; a rule for a subclass comes before its parents'. Its
+            full dotted name serves as well, and need not be imported.
+        counted: attribute -> what it counts: ("weight", 0) for the first dimension of the
+            module's parameter `weight`, or "inputs", "outputs", "groups" of a layer that multiplies
+            by its weight. An attribute that is a tuple gets a tuple.
+
+    Raises:
+        TypeError: the class is not a module class, or a rule is something else.
+
+    Example:
+        >>> import torch
+        >>> from taylor_kernels.tracing import register_attributes
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.width, self.gain = width, torch.nn.Parameter(torch.ones(width))
+        >>> register_attributes(Scale, width=("gain", 0))
+    """
+    if not isinstance(module_class, str) and not (
+        isinstance(module_class, type) and issubclass(module_class, nn.Module)
+    ):
+        raise TypeError(f"module_class: expected a subclass of nn.Module, got {module_class!r}")
+    for name, what in counted.items():
+        pair = isinstance(what, tuple) and len(what) == 2 and isinstance(what[0], str)
+        if not pair and what not in ("inputs", "outputs", "groups", "norm"):
+            raise TypeError(
+                f"{name}: expected ('weight', 0), 'inputs', 'outputs' or 'groups', got {what!r}"
+            )
+    _RULES.setdefault(module_class, {}).update(counted)
+
+
+def rules_of(module: nn.Module) -> Mapping[str, Counted]:
+    """The registered attributes of a module."""
+    found: dict[str, Counted] = {}
+    for parent in reversed(type(module).__mro__):
+        found.update(_RULES.get(parent, {}))
+        found.update(_RULES.get(f"{parent.__module__}.{parent.__qualname__}", {}))
+    return found
+
+
+def tie(call: Call, size: int, vector: Vector, index: int = 0, weak: bool = False) -> bool:
+    """Find the attribute of the running module that counts these atoms.
+
+    Args:
+        index: which part of the new shape it is; the first parts are counts, the last widths.
+        weak: the dimension stays as it is, so that the size may be another's by chance.
+    """
+    if size < 2 or not call.recorder.stack:
+        return False
+    name, module = call.recorder.stack[-1]
+    if type(module).__module__.startswith("torch.nn."):
+        return False
+    known = rules_of(module)
+    names = [
+        attribute
+        for attribute, value in vars(module).items()
+        if type(value) is int
+        and value == size
+        and attribute not in known
+        and not _NO_COUNT.search(attribute)
+    ]
+    if len(names) > 1:
+        widths = [attribute for attribute in names if _WIDTH.search(attribute)]
+        counts = [attribute for attribute in names if attribute not in widths]
+        names = (counts or names) if index == 0 else (widths or names)
+    for attribute in names:
+        call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
+    return bool(names)
+
+
+#: Classes that compute one width from another, and the dimensions that therefore stay.
+WHOLE: dict[type[nn.Module], tuple[str, tuple[tuple[str, int], ...]]] = {
+    nn.MultiheadAttention: (
+        "belongs to nn.MultiheadAttention, which computes the width of a head from embed_dim",
+        (("in_proj_weight", 0), ("q_proj_weight", 0), ("k_proj_weight", 0), ("v_proj_weight", 0),
+         ("out_proj.weight", 1)),
+    ),
+}  # fmt: skip

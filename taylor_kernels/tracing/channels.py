@@ -1,0 +1,241 @@
+"""`Channels`: what a trace says about a model, and the recipe for masking and removal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
+from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
+
+
+class Channels:
+    """Which channels of a model go together, and why the others stay.
+
+    It speaks in names, so it holds for the model and its copies alike.
+
+    Attributes:
+        groups: groups of interchangeable units, in the order of the model's layers.
+        skipped: layer -> why none of its output channels can go.
+        classes: parameter or buffer -> for each dimension [size] int64, the class of each index.
+            Two places of one class go together. A shared tensor goes by its first name.
+        layers: layer -> the classes of its input and output channels, as the layer counts them.
+        norms: [(module, classes)] of every norm that works channel by channel, in running order.
+        mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
+        choices: how each reshape that cuts channels was resolved.
+        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero; they
+            are to be filled before those that are zeroed.
+    """
+
+    def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
+        self._record, self._lifted = record, frozenset(lifted)
+        resolution = resolve(record, self._lifted)
+        roots, label = np.unique(resolution.label, return_inverse=True)
+        self._label = label.ravel().astype(np.int64)
+        self._why = resolution.why[roots]
+        self._reasons = resolution.reasons
+        self.choices: list[Choice] = resolution.choices
+        self.fills = dict(record.fills)
+        self.classes: dict[str, tuple[Tensor, ...]] = {}
+        self._classes: dict[tuple[str, int], Vector] = {}
+        for start, name, dim, size in record.starts:
+            vector = self._label[start : start + size]
+            self._classes[name, dim] = vector
+            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+        order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+        self._order = order
+        self.layers: dict[str, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[str, tuple[Vector, Vector]] = {}
+        for product in record.products:
+            if product.module not in self._layers:
+                sides = self._label[product.inputs], self._label[product.outputs]
+                self._layers[product.module] = sides
+                self.layers[product.module] = index(sides[0]), index(sides[1])
+        self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
+        self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
+        for atoms, reason in record.fixed:
+            if reason.mixer:
+                entry = (reason, index(np.unique(self._label[atoms])))
+                self.mixers.setdefault(reason.mixer, []).append(entry)
+        self._sizes = self._counted(model)
+        self.groups: list[Group] = []
+        self.skipped: dict[str, str] = {}
+        self._make_groups()
+
+    # Groups
+
+    def _make_groups(self) -> None:
+        ordered = sorted(self._layers, key=lambda name: self._order.get(name, -1))
+        places: list[Place] = [((name, OUT), self._layers[name][1]) for name in ordered]
+        produced = np.zeros(self._why.size, bool)
+        for _, vector in places:
+            produced[vector] = True
+        places += [((name, IN), self._layers[name][0]) for name in ordered]
+        places += list(self._classes.items())
+        free = produced & (self._why == FREE)
+        made = [item for item in collect(places, free) if len(item[0]) > 1]
+        group_of = np.full(self._why.size, -1)
+        for number, (classes, _) in enumerate(made):
+            group_of[classes] = number
+        norms: list[dict[str, None]] = [{} for _ in made]
+        for norm in self._record.norms:
+            for number in np.unique(group_of[self._label[norm.atoms]]).tolist():
+                if number >= 0:
+                    norms[number][norm.module] = None
+        for (classes, table), behind in zip(made, norms, strict=True):
+            slots = [
+                Slot(owner, side, index(rows))
+                for (owner, side), rows in table.items()
+                if isinstance(side, str)
+            ]
+            entries = [
+                Entry(tensor, dim, index(rows), self.fills.get(tensor, {}).get(dim, 0.0))
+                for (tensor, dim), rows in table.items()
+                if isinstance(dim, int)
+            ]
+            slots.sort(key=lambda slot: self._order.get(slot.owner, -1))
+            group = Group(tuple(slots), tuple(entries), index(classes), tuple(behind))
+            self.groups.append(group)
+        self.groups.sort(key=lambda group: self._order.get(group.name, -1))
+        offered = {slot.owner for group in self.groups for slot in group.producers}
+        for name in ordered:
+            if name not in offered:
+                self.skipped[name] = self._why_not(self._layers[name][1])
+
+    def _why_not(self, classes: Vector) -> str:
+        if not classes.size:
+            return "its weight is computed in a way that cannot be followed"
+        kept = self._why[classes]
+        first = int(kept.min())
+        if first == FREE:
+            return "its channels all go together, and one has to stay"
+        return str(self._reasons[first])
+
+    def reason(self, number: int) -> Reason | None:
+        """Why the channels of a class cannot go; None if they can."""
+        why = int(self._why[number])
+        return None if why == FREE else self._reasons[why]
+
+    def lifting(self, *kinds: str, model: nn.Module) -> Channels:
+        """The channels if these kinds of mixers kept nothing.
+
+        For callers that know what to do with a mixer's channels: the width of a LayerNorm, say.
+
+        Args:
+            kinds: keys of `mixers`.
+            model: the traced model or a copy of it.
+        """
+        unknown = sorted(set(kinds) - self.mixers.keys())
+        if unknown:
+            raise ValueError(
+                f"kinds: this model has no mixer {unknown[0]!r}; there are "
+                f"{', '.join(sorted(self.mixers)) or 'none'}"
+            )
+        return Channels(self._record, model, {*self._lifted, *kinds})
+
+    # The recipe
+
+    def entries(self, dead: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
+        """What goes with the dead units: tensor -> dimension -> indices [n] ascending.
+
+        Masking fills these with zeros (with `fills` where a tensor is named there); removal
+        deletes them, from the tensor, its gradient and optimizer state of its shape.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+        """
+        gone = self._gone(dead)
+        found: dict[str, dict[int, Tensor]] = {}
+        for (name, dim), vector in self._classes.items():
+            places = np.flatnonzero(gone[vector])
+            if places.size:
+                found.setdefault(name, {})[dim] = index(places)
+        return found
+
+    def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, int | tuple[int, ...]]]:
+        """What removing the dead units makes of module attributes: module -> attribute -> value.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+        """
+        gone = self._gone(dead)
+        found: dict[str, dict[str, int | tuple[int, ...]]] = {}
+        for module, attribute, old, vector in self._sizes:
+            left = int(vector.size - gone[vector].sum())
+            if left != vector.size:
+                value = (*old[:-1], left) if isinstance(old, tuple) else left
+                found.setdefault(module, {})[attribute] = value
+        return found
+
+    def _gone(self, dead: Sequence[Tensor]) -> Vector:
+        if len(dead) != len(self.groups):
+            raise ValueError(f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}")
+        gone = np.zeros(self._why.size, bool)
+        for group, mask in zip(self.groups, dead, strict=True):
+            if mask.shape != group.classes.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
+                    f"{mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            gone[group.classes[mask.cpu()].numpy()] = True
+        return gone
+
+    def _counted(self, model: nn.Module) -> list[tuple[str, str, Any, Vector]]:
+        """Attributes that count channels: module, attribute, value, classes counted."""
+        found: list[tuple[str, str, Any, Vector]] = []
+        firsts: dict[int, str] = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            firsts.setdefault(id(tensor), name)
+        groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
+        norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
+        for name, module in model.named_modules():
+            for attribute, what in attributes.rules_of(module).items():
+                vector = None
+                if isinstance(what, tuple):
+                    tensor = getattr(module, what[0], None)
+                    first = firsts.get(id(tensor), "")
+                    vector = self._classes.get((first, what[1]))
+                elif what == "groups":
+                    vector = self._label[groups[name]] if name in groups else None
+                elif what == "norm":
+                    # Its vectors first: an InstanceNorm is run on channels repeated by example.
+                    own = [firsts.get(id(t), "") for t in (module.weight, module.running_mean)]
+                    vectors = [self._classes[o, 0] for o in own if (o, 0) in self._classes]
+                    vector = (vectors or [norms.get(name)])[0]
+                elif name in self._layers:
+                    vector = self._layers[name][what == "outputs"]
+                old = getattr(module, attribute, None)
+                if vector is not None and old is not None:
+                    found.append((name, attribute, old, vector))
+        for size in counted(self._record.sizes):
+            found.append((size.module, size.attribute, 0, self._label[size.atoms]))
+        return found
+
+    # For people
+
+    def table(self) -> str:
+        """One line for each group, then one for each layer that is left out."""
+        lines = []
+        for group in self.groups:
+            per = sum(slot.index.size(1) for slot in group.producers)
+            through = ", ".join(
+                f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots
+            )
+            lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
+        lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        units = sum(group.size for group in self.groups)
+        return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
+
+

@@ -1,0 +1,111 @@
+"""Parts sliced off a dimension: what has to go together so that they stay in proportion.
+
+Where code cuts a dimension in halves, quarters or thirds it works out the places from the width, so
+each part must lose its share. Which channel of one part goes with which of another is open: classes
+that are in proportion already need nothing, the others are matched in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from taylor_kernels.tracing.forest import Forest
+from taylor_kernels.tracing.record import Cut, Reason, Record, Vector
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A dimension and the bounds at which it was cut."""
+
+    vector: Vector
+    bounds: tuple[int, ...]
+    reason: Reason
+
+
+def proportional(record: Record) -> list[Parts]:
+    """The cuts whose parts have to stay in proportion, in running order."""
+    sources: dict[tuple[int, int], list[Cut]] = {}
+    for cut in record.cuts:
+        sources.setdefault(cut.source, []).append(cut)
+    found = []
+    starts = np.array([start for start, *_ in record.starts])
+    for cuts in sources.values():
+        vector = cuts[0].vector
+        ends = {end for cut in cuts for part in cut.parts for end in part}
+        bounds = tuple(sorted({0, vector.size, *ends}))
+        sizes = set(np.diff(bounds).tolist())
+        equal = any(cut.equal for cut in cuts)
+        if len(sizes) > 1 and not equal:
+            # Sizes in attributes follow, and so do those of what was put side by side.
+            inner = np.array(bounds[1:-1])
+            origin = np.searchsorted(starts, [vector[inner - 1], vector[inner]], "right")
+            if all(cut.tied for cut in cuts) or (origin[0] != origin[1]).all():
+                continue
+        module, operation = cuts[0].where
+        place = f"{operation} in {module!r}" if module else operation
+        reason = Reason(f"is cut at a place that would move ({place})", module, operation)
+        found.append(Parts(vector, bounds, reason))
+    return found
+
+
+def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
+    """Make classes that together are in proportion one.
+
+    Args:
+        free: [atoms] bool, atoms of classes that can go.
+
+    Returns:
+        The atoms that find no match.
+    """
+    sizes = np.diff(parts.bounds)
+    ratio = sizes // np.gcd.reduce(sizes)
+    vector = parts.vector
+    part = np.repeat(np.arange(sizes.size), sizes)
+    chosen = (vector != 0) & free[vector]
+    if not chosen.any():
+        return vector[:0]
+    label = forest.label[vector[chosen]]
+    classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    counts = np.zeros((classes.size, sizes.size), np.int64)
+    np.add.at(counts, (inverse.ravel(), part[chosen]), 1)
+    # In proportion, each part lost the same multiple of its ratio.
+    shares = counts / ratio
+    open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
+    if not open_.size:
+        return vector[:0]
+    order = open_[np.lexsort((first[open_], -counts[open_].max(axis=1)))]
+    sets, left = _together(shares[order])
+    pairs = []
+    for members in sets:
+        mine = classes[order[members]]
+        pairs.append((np.full(mine.size, mine[0]), mine))
+    forest.unite(pairs)
+    return classes[order[left]]
+
+
+def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
+    """Sets of rows whose sums are the same in every column, and the rows that are left."""
+    columns = shares.shape[1]
+    waiting: list[list[int]] = [[] for _ in range(columns)]
+    mixed: list[int] = []
+    for row in range(len(shares)):
+        filled = np.flatnonzero(shares[row])
+        (waiting[filled[0]] if filled.size == 1 else mixed).append(row)
+    for queue in waiting:
+        queue.reverse()
+    sets: list[list[int]] = []
+    current: list[int] = list(mixed)
+    total = shares[mixed].sum(axis=0) if mixed else np.zeros(columns)
+    while True:
+        if np.ptp(total) == 0 and current:
+            sets.append(current)
+            current, total = [], np.zeros(columns)
+        least = int(np.argmin(total)) if np.ptp(total) else 0
+        if not waiting[least]:
+            break
+        row = waiting[least].pop()
+        current.append(row)
+        total = total + shares[row]
+    return sets, current + [row for queue in waiting for row in queue]

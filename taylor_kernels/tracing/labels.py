@@ -1,0 +1,92 @@
+"""Labels of tensors: for each dimension the atoms of its places, kept for as long as the tensor.
+
+A label tensor that is constant along all dimensions but one is stored as the vector along that
+one. Views of a tensor hold views of its vectors, so that what is written through a view is seen in
+the base without further rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from taylor_kernels.tracing.record import Vector
+
+
+@dataclass
+class Memory:
+    """What holds for all views of one tensor.
+
+    Attributes:
+        spoiled: something was written that is not zero where the atoms are masked.
+    """
+
+    spoiled: bool = False
+
+
+@dataclass
+class Labels:
+    """The labels of one tensor.
+
+    Attributes:
+        shape: the tensor's.
+        dims: a vector of atoms for each dimension; None where all places are fixed.
+        zero: for each dimension, whether the values at a place are zero where its atom is masked.
+        uniform: all values are one constant that code made: its places can follow any width.
+        name: the parameter or buffer that this is, or is a transpose or slice of.
+    """
+
+    shape: tuple[int, ...]
+    dims: list[Vector | None]
+    zero: list[bool]
+    uniform: bool = False
+    name: str = ""
+    memory: Memory = field(default_factory=Memory)
+
+    @classmethod
+    def fixed(cls, shape: Sequence[int]) -> Labels:
+        """The labels of a tensor that no parameter has made."""
+        return cls(tuple(shape), [None] * len(shape), [False] * len(shape))
+
+    def is_zero(self, dim: int) -> bool:
+        return self.zero[dim] and not self.memory.spoiled
+
+    @property
+    def labelled(self) -> list[int]:
+        """The dimensions that have atoms."""
+        return [i for i, dim in enumerate(self.dims) if dim is not None and dim.any()]
+
+    def vectors(self) -> list[Vector]:
+        return [dim for dim in self.dims if dim is not None and dim.any()]
+
+
+class Store:
+    """The labels of all tensors that are alive."""
+
+    def __init__(self) -> None:
+        self._labels = WeakIdKeyDictionary()
+        self._owners: dict[int, ref[Tensor]] = {}
+
+    def get(self, tensor: Tensor) -> Labels | None:
+        """A tensor's labels, also where it is another Python object for a labelled one."""
+        found = self._labels.get(tensor)
+        if found is None and tensor.layout == torch.strided and tensor.numel():
+            owner = self._owners.get(tensor.data_ptr(), lambda: None)()
+            if (
+                owner is not None
+                and owner.shape == tensor.shape
+                and owner.stride() == tensor.stride()
+                and owner.dtype == tensor.dtype
+            ):
+                found = self._labels.get(owner)
+        return found
+
+    def set(self, tensor: Tensor, labels: Labels) -> None:
+        self._labels[tensor] = labels
+        if labels.labelled and tensor.layout == torch.strided and tensor.numel():
+            self._owners[tensor.data_ptr()] = ref(tensor)

@@ -1,0 +1,267 @@
+"""The dispatch mode that runs every operation as it is and hands its labels to a rule."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from taylor_kernels.tracing.labels import Labels, Store
+from taylor_kernels.tracing.record import Reason, Record, Vector
+
+
+class Call:
+    """One operation that has run.
+
+    Attributes:
+        name: the operation's, without namespace, overload and the underscore of in-place forms.
+        args: its arguments by name, defaults included.
+        out: its result, as PyTorch returned it.
+        labels: of each tensor among the arguments, by id, as they were before.
+    """
+
+    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: Mapping) -> None:
+        self.recorder = recorder
+        self.record = recorder.record
+        self.func = func
+        self.name = plain_name(func)
+        schema = func._schema.arguments
+        self.args: dict[str, Any] = {
+            argument.name: argument.default_value
+            for argument in schema
+            if argument.has_default_value()
+        }
+        self.args.update(zip((argument.name for argument in schema), args, strict=False))
+        self.args.update(kwargs)
+        self.out: Any = None
+        self.labels: dict[int, Labels] = {}
+        self.tensors: list[Tensor] = []
+        for value in self.args.values():
+            self._collect(value)
+
+    def _collect(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            if id(value) not in self.labels:
+                self.tensors.append(value)
+                self.labels[id(value)] = self.recorder.labels(value)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                self._collect(item)
+
+    def of(self, tensor: Tensor) -> Labels:
+        return self.labels[id(tensor)]
+
+    def arg(self, *names: str) -> Any:
+        """The first of these arguments that the operation has."""
+        return next((self.args[name] for name in names if name in self.args), None)
+
+    @property
+    def where(self) -> tuple[str, str]:
+        return self.recorder.module, self.name
+
+    def reason(self, text: str, *, mixer: bool = False) -> Reason:
+        """A reason that names where this happens."""
+        module, name = self.where
+        place = f"{name} in {module!r}" if module else name
+        kind = self.name.lstrip("_") if mixer else ""
+        return Reason(f"{text} ({place})", module, name, kind)
+
+    def join(self, one: Vector | None, other: Vector | None) -> None:
+        self.record.join(one, other, self.reason("meets a tensor of fixed width"))
+
+    def mix(self, vector: Vector | None) -> None:
+        """The operation mixes these atoms."""
+        self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
+
+    def refuse(self, vector: Vector | None, text: str) -> None:
+        self.record.fix(vector, self.reason(text))
+
+
+Rule = Callable[[Call], Any]
+RULES: dict[str, Rule] = {}
+#: The name of the rule for operations that have none.
+OTHER = "*"
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule for operations of these names.
+
+    A rule returns the labels of its results in the order of the tensors in them: one `Labels`, or
+    a list; None, or an entry that is None, for a tensor that no atom has made.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def plain_name(func: Any) -> str:
+    name = func._schema.name.rpartition("::")[2]
+    inplace = name.endswith("_") and not name.endswith("__")
+    return name.rstrip("_") if inplace else name
+
+
+def is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    )
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an operation's result."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations and writes down what they do with labels.
+
+    Attributes:
+        record: what was written down.
+        touched: called with a tensor before something is written into it.
+    """
+
+    def __init__(
+        self, names: Mapping[nn.Module, str], touched: Callable[[Tensor], None], seconds: float
+    ) -> None:
+        super().__init__()
+        self.record = Record()
+        self.store = Store()
+        self.stack: list[tuple[str, nn.Module]] = []
+        self.touched = touched
+        self._names = names
+        self._until, self._seconds = time.monotonic() + seconds, seconds
+        self._depth = 0
+
+    # What module runs
+
+    def enter(self, module: nn.Module) -> None:
+        self.stack.append((self._names.get(module, ""), module))
+
+    def leave(self, module: nn.Module) -> None:
+        while self.stack and self.stack.pop()[1] is not module:
+            pass
+
+    @property
+    def module(self) -> str:
+        return self.stack[-1][0] if self.stack else ""
+
+    # Labels
+
+    def labels(self, tensor: Tensor) -> Labels:
+        found = self.store.get(tensor)
+        if found is None or len(found.shape) != tensor.dim():
+            found = Labels.fixed(tensor.shape)
+            self.store.set(tensor, found)
+        return found
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Give a parameter or buffer its atoms."""
+        if self.store.get(tensor) is None:
+            vectors = self.record.tensor(name, tensor.shape)
+            labels = Labels(tuple(tensor.shape), list(vectors), [True] * tensor.dim(), name=name)
+            self.store.set(tensor, labels)
+
+    def origin(self, vector: Vector | None) -> str:
+        """The name of the parameter or buffer that the first of these atoms belongs to."""
+        named = [] if vector is None else vector[vector != 0].tolist()
+        place = bisect_right(self.record.starts, named[0], key=lambda s: s[0]) if named else 0
+        if not place:
+            return ""
+        start, name, _, size = self.record.starts[place - 1]
+        return name if named[0] < start + size else ""
+
+    # Operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if time.monotonic() > self._until:
+            raise TimeoutError(
+                f"model: tracing it takes more than {self._seconds:g} seconds; pass a smaller "
+                "example (fewer entries, steps or pixels), or a greater seconds="
+            )
+        name = plain_name(func)
+        if name not in RULES and is_composite(func):
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        call = Call(self, func, args, kwargs)
+        written = self._written(call)
+        for tensor in written:
+            self.touched(tensor)
+        call.out = func(*args, **kwargs)
+        self.record.step += 1
+        self._apply(call, written)
+        return call.out
+
+    def _written(self, call: Call) -> list[Tensor]:
+        """The arguments that the operation writes into."""
+        found: list[Tensor] = []
+        for argument in call.func._schema.arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found.extend(tensors_of(call.args.get(argument.name)))
+        return found
+
+    def _apply(self, call: Call, written: list[Tensor]) -> None:
+        outs = tensors_of(call.out)
+        try:
+            result = RULES.get(call.name, RULES[OTHER])(call)
+        except Unforeseen:
+            result = RULES[OTHER](call)
+        labels = result if isinstance(result, list) else [result]
+        labels += [None] * (len(outs) - len(labels))
+        for tensor, new in zip(outs, labels, strict=False):
+            new = new or Labels.fixed(tensor.shape)
+            moved = torch.Tag.inplace_view in call.func.tags
+            if any(tensor is other for other in written) and not moved:
+                self._write(call, tensor, new)
+            else:
+                new.shape = tuple(tensor.shape)
+                self.store.set(tensor, new)
+        if not outs and written:
+            for tensor, new in zip(written, labels, strict=False):
+                self._write(call, tensor, new or Labels.fixed(tensor.shape))
+
+    def _write(self, call: Call, tensor: Tensor, new: Labels) -> None:
+        """Labels of values that were written into a tensor, seen by all its views."""
+        old = call.labels.get(id(tensor))
+        if old is None or old.shape != tuple(tensor.shape):
+            new.shape = tuple(tensor.shape)
+            self.store.set(tensor, new)
+            return
+        for dim, vector in enumerate(new.dims):
+            mine = old.dims[dim]
+            if vector is mine:
+                pass
+            elif mine is not None and old.uniform:
+                if vector is not None:
+                    blank = mine == 0
+                    call.join(mine[~blank], vector[~blank])
+                    mine[blank] = vector[blank]
+            else:
+                call.join(mine, vector)
+        old.uniform = old.uniform and new.uniform
+        if not all(
+            new.is_zero(dim) or vector is None or not vector.any()
+            for dim, vector in enumerate(old.dims)
+        ):
+            old.memory.spoiled = True
+
+
+class Unforeseen(Exception):
+    """A rule met arguments that it does not know."""
+
+

@@ -1,0 +1,10 @@
+"""What each kind of operation does with labels; importing a module registers its rules."""
+
+from taylor_kernels.tracing.rules import (  # noqa: F401
+    constants,
+    elementwise,
+    joining,
+    products,
+    reductions,
+    views,
+)

@@ -1,0 +1,139 @@
+"""Operations on elements: the labels that meet are one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.recorder import OTHER, Call, rule, tensors_of
+
+#: Elementwise operations without PyTorch's tag for them.
+_UNTAGGED = {
+    "_prelu_kernel", "_to_copy", "clone", "copy", "fill", "zero", "where", "masked_fill",
+    "native_dropout", "bernoulli", "uniform", "contiguous", "to", "lift_fresh",
+    "rrelu_with_noise", "hardswish", "_fused_dropout", "celu", "selu", "threshold", "rrelu",
+    "fake_quantize_per_tensor_affine", "dropout", "alpha_dropout", "feature_dropout", "exponential",
+    "random", "_conj", "conj", "resolve_conj", "resolve_neg", "type_as", "nan_to_num",
+}  # fmt: skip
+#: f(0) = 0, whatever the other arguments are.
+_KEEP_ZERO = {
+    "relu", "relu6", "gelu", "silu", "tanh", "neg", "abs", "clone", "_to_copy", "to", "contiguous",
+    "hardswish", "leaky_relu", "elu", "celu", "selu", "sqrt", "square", "sin", "sinh", "tan", "erf",
+    "sign", "mish", "prelu", "_prelu_kernel", "dropout", "native_dropout", "hardshrink", "asin",
+    "softshrink", "trunc", "round", "floor", "ceil", "atan", "asinh", "atanh", "expm1", "log1p",
+    "feature_dropout", "rrelu", "rrelu_with_noise", "zero", "_conj", "conj", "resolve_conj",
+    "resolve_neg", "type_as", "isnan", "isinf", "nan_to_num", "positive",
+}  # fmt: skip
+#: Zero where one operand is.
+_PRODUCTS = {"mul", "logical_and", "bitwise_and"}
+#: Zero where all operands are.
+_SUMS = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "logical_or", "hypot"}
+#: The operands after the first do not matter where the first is zero.
+_QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
+
+
+def is_elementwise(call: Call) -> bool:
+    return torch.Tag.pointwise in call.func.tags or call.name in _UNTAGGED
+
+
+@rule(*_UNTAGGED)
+def elementwise(call: Call) -> Labels | list[Labels | None]:
+    shapes = [out.shape for out in tensors_of(call.out)] or [call.tensors[0].shape]
+    operands = call.tensors
+    if call.name in ("copy", "fill", "zero", "type_as", "bernoulli", "normal", "uniform"):
+        operands = operands[1:] if call.name in ("copy", "fill") else operands[:1]
+    labels = meet(call, operands, shapes[0])
+    return labels if len(shapes) == 1 else [labels] * len(shapes)
+
+
+def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels:
+    """Unite the labels of operands that broadcast to a shape."""
+    parts = [call.of(tensor) for tensor in operands]
+    fixed = [part for part in parts if not part.uniform]
+    result = Labels.fixed(shape)
+    result.uniform = bool(parts) and not fixed
+    if result.uniform:
+        result.dims = [np.zeros(size, np.int64) for size in shape]
+        if call.name in _KEEP_ZERO or call.name in _PRODUCTS or call.name in _SUMS:
+            result.zero = [all(all(p.zero) for p in parts)] * len(shape)
+        return result
+    for dim in range(-len(shape), 0):
+        size = shape[dim]
+        # Scalars in a tensor, and tensors with fewer dimensions, broadcast too.
+        here = [part for part in fixed if len(part.shape) >= -dim]
+        wide = [part for part in here if part.shape[dim] == size]
+        for part in here:
+            if part.shape[dim] != size:
+                call.refuse(part.dims[dim], "is a single channel that is broadcast")
+        merged = merged_vector(call, [part.dims[dim] for part in wide])
+        result.dims[dim] = merged
+        if merged is not None:
+            result.zero[dim] = _zero(call, parts, wide, dim)
+    if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
+        result.name = parts[0].name
+    return result
+
+
+def merged_vector(call: Call, vectors: Sequence[Vector | None]) -> Vector | None:
+    """One vector for several that meet place by place."""
+    if not vectors:
+        return None
+    first = vectors[0]
+    for other in vectors[1:]:
+        if other is first:
+            continue
+        call.join(first, other)
+        if first is None or other is None:
+            first = first if other is None else other
+        elif not first.all():
+            first = np.where(first == 0, other, first)
+    return first
+
+
+def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int) -> bool:
+    """Whether the result is zero along this dimension where the operands' atoms are masked."""
+    zero = [part.is_zero(dim) for part in wide]
+    if call.name == "where":
+        parts = [call.of(v) for v in map(call.args.get, ("self", "other")) if isinstance(v, Tensor)]
+        wide = [part for part in wide if any(part is other for other in parts)]
+        zero = [part.is_zero(dim) for part in wide]
+    scalars = any(
+        isinstance(call.args.get(name), (int, float)) and call.args[name] != 0
+        for name in ("self", "other", "value")
+    )
+    if call.name in _KEEP_ZERO:
+        return bool(zero) and zero[0]
+    if call.name in _PRODUCTS:
+        return any(zero)
+    if call.name in _QUOTIENTS:
+        return call.of(call.args["self"]) in wide and zero[0]
+    if call.name in _SUMS:
+        # A broadcast operand, or a scalar, adds something everywhere.
+        return all(zero) and len(wide) == len(parts) and not scalars
+    if call.name == "pow":
+        exponent = call.args.get("exponent")
+        return isinstance(exponent, (int, float)) and exponent > 0 and all(zero)
+    if call.name in ("hardtanh", "clamp"):
+        low, high = call.arg("min_val", "min"), call.arg("max_val", "max")
+        return all(zero) and (low is None or low <= 0) and (high is None or high >= 0)
+    if call.name == "masked_fill":
+        return bool(zero) and zero[0] and call.args.get("value") == 0
+    if call.name in ("addcmul", "copy"):
+        return all(zero) and len(wide) == len(parts)
+    return False
+
+
+@rule(OTHER)
+def other(call: Call) -> Labels | list[Labels | None] | None:
+    """An operation without a rule: elementwise by its tag, else its channels stay."""
+    if is_elementwise(call):
+        return elementwise(call)
+    for labels in call.labels.values():
+        for vector in labels.vectors():
+            call.refuse(vector, "goes through an operation that is not known")
+    return None

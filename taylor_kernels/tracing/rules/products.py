@@ -1,0 +1,241 @@
+"""Products: the contracted dimension joins its operands, the others are carried along."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import Product, Vector
+from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+
+
+def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:
+    """Join the dimensions that a product sums over."""
+    left, right = one.dims[dim], other.dims[other_dim]
+    call.join(left, right)
+    if left is None or right is None:
+        return
+    if not one.is_zero(dim) and not other.is_zero(other_dim):
+        text = "is multiplied with another activation and is not zero where it is masked"
+        call.record.fix(left, call.reason(text, mixer=True))
+
+
+def layer(
+    call: Call, weight: Labels, inputs: Vector | None, outputs: Vector | None,
+    groups: Vector | None = None,
+) -> None:  # fmt: skip
+    """Write down that a parameter was used as a layer's weight."""
+    name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
+    if not name:
+        return
+    owner = name.rpartition(".")[0].split(".parametrizations.")[0]
+    owner = "" if owner.startswith("parametrizations.") else owner
+    zeros = np.zeros(0, np.int64)
+    call.record.products.append(
+        Product(
+            name, owner, zeros if inputs is None else inputs.copy(),
+            zeros if outputs is None else outputs.copy(), groups, call.record.step,
+        )
+    )  # fmt: skip
+
+
+def add_bias(call: Call, bias: Tensor | None, result: Labels, dim: int) -> None:
+    """A vector that is added along one dimension of a product."""
+    if bias is None:
+        return
+    labels = call.of(bias)
+    vector = labels.dims[-1] if labels.dims else None
+    call.join(result.dims[dim], vector)
+    if vector is None or not labels.is_zero(-1):
+        result.zero[dim] = False
+    if result.dims[dim] is None:
+        result.dims[dim] = vector
+
+
+@rule("linear")
+def linear(call: Call) -> Labels:
+    source, weight = call.of(call.args["input"]), call.of(call.args["weight"])
+    result = Labels.fixed(call.out.shape)
+    if len(weight.shape) == 1:
+        contract(call, source, -1, weight, -1)
+        return result
+    contract(call, source, -1, weight, 1)
+    result.dims = [*source.dims[:-1], weight.dims[0]]
+    result.zero = [*source.zero[:-1], weight.zero[0]]
+    layer(call, weight, weight.dims[1], weight.dims[0])
+    for dim in range(len(source.dims) - 1):
+        result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
+    add_bias(call, call.args.get("bias"), result, -1)
+    return result
+
+
+@rule("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner")
+def matmul(call: Call) -> Labels:
+    return multiplied(call, *list(call.args.values())[:2], call.out.shape)
+
+
+@rule("addmm", "baddbmm", "addmv")
+def added(call: Call) -> Labels:
+    names = ("mat1", "mat2") if "mat1" in call.args else ("batch1", "batch2")
+    if "vec" in call.args:
+        names = ("mat", "vec")
+    product = multiplied(call, *[call.args[name] for name in names], call.out.shape)
+    added = call.of(call.args["self"])
+    for dim in range(-len(added.shape), 0):
+        if added.shape[dim] == product.shape[dim] and (added.shape[dim] > 1 or added.dims[dim] is not None):
+            call.join(product.dims[dim], added.dims[dim])
+    for dim, vector in enumerate(product.dims):
+        back = dim - len(product.dims)
+        shared = len(added.shape) >= -back and added.shape[back] == product.shape[dim]
+        if not shared or not added.is_zero(back):
+            product.zero[dim] = False
+        if vector is None and shared:
+            product.dims[dim] = added.dims[back]
+    return product
+
+
+def multiplied(call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Labels:
+    """The labels of a matrix product, with or without batch dimensions."""
+    one, other = call.of(left), call.of(right)
+    result = Labels.fixed(shape)
+    vector = len(other.shape) == 1
+    contract(call, one, -1, other, -1 if vector else -2)
+    rows = list(zip(one.dims[:-1], one.zero[:-1], strict=True))[-1:] if len(one.shape) > 1 else []
+    columns = [] if vector else [(other.dims[-1], other.zero[-1])]
+    for place, (dim, zero) in zip(range(-len(rows) - len(columns), 0), rows + columns, strict=True):
+        result.dims[place], result.zero[place] = dim, zero
+    for place in range(-len(shape), -2):
+        batch = [
+            labels for labels in (one, other)
+            if len(labels.shape) >= -place and labels.shape[place] == shape[place]
+        ]  # fmt: skip
+        result.dims[place] = merged_vector(call, [labels.dims[place] for labels in batch])
+        result.zero[place] = any(labels.is_zero(place) for labels in batch)
+        if result.dims[place] is not None:
+            call.record.heads.append(result.dims[place])
+    if not vector and len(other.shape) == 2 and other.name:
+        layer(call, other, other.dims[0], other.dims[1])
+    elif len(one.shape) == 2 and one.name:
+        layer(call, one, one.dims[1], one.dims[0])
+    if one.memory.spoiled or other.memory.spoiled:
+        result.zero = [False] * len(shape)
+    return result
+
+
+@rule(
+    "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "_convolution", "convolution_overrideable", "mkldnn_convolution",
+    "conv_depthwise3d", "_conv_depthwise2d", "thnn_conv2d", "slow_conv3d",
+)  # fmt: skip
+def convolution(call: Call) -> Labels:
+    """Grouped ones see their channels as a grid: groups by channels of a group."""
+    source, weight = call.of(call.arg("input", "self")), call.of(call.args["weight"])
+    transposed = bool(call.args.get("transposed")) or "transpose" in call.name
+    spatial = len(weight.shape) - 2
+    groups = call.args.get("groups", 1)
+    result = Labels.fixed(call.out.shape)
+    for dim in range(-spatial, 0):
+        call.refuse(weight.dims[dim], "is a place of a kernel")
+        call.mix(source.dims[dim])
+    batched = len(source.shape) == spatial + 2
+    if batched:
+        result.dims[0], result.zero[0] = source.dims[0], False
+    channels = source.dims[-spatial - 1]
+    rows, columns = weight.dims[0], weight.dims[1]
+    if groups == 1:
+        inputs, outputs, axis = (rows, columns, None) if transposed else (columns, rows, None)
+    else:
+        inputs, outputs, axis = _grouped(call, rows, columns, groups, transposed)
+    call.join(channels, inputs)
+    layer(call, weight, inputs, outputs, axis)
+    result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
+    add_bias(call, call.args.get("bias"), result, -spatial - 1)
+    return result
+
+
+def _grouped(
+    call: Call, rows: Vector | None, columns: Vector | None, groups: int, transposed: bool
+) -> tuple[Vector | None, Vector | None, Vector | None]:
+    """The input channels, the output channels and the groups of a grouped convolution."""
+    record, where = call.record, call.where
+    if rows is None or columns is None:
+        for vector in (rows, columns):
+            call.refuse(vector, "belongs to a grouped weight that is computed")
+        return None, None, None
+    axis, _ = record.grid(rows.reshape(groups, -1), where, "groups")
+    if axis is None:
+        axis = record.fresh(groups)
+        record.fix(axis, call.reason("is a group whose channels are shared"))
+    # The weight's second dimension counts within a group, on the side that its first does not.
+    other = axis if columns.size == 1 else None
+    if columns.size == 1:
+        call.refuse(columns, "is the only channel of each group")
+    else:
+        other = record.fresh(groups * columns.size)
+        axis_again, inside_again = record.grid(other.reshape(groups, -1), where, "groups")
+        record.join(axis_again, axis, call.reason("meets a tensor of fixed width"))
+        record.join(inside_again, columns, call.reason("meets a tensor of fixed width"))
+    inputs, outputs = (rows, other) if transposed else (other, rows)
+    return inputs, outputs, axis
+
+
+@rule("embedding", "embedding_renorm")
+def embedding(call: Call) -> Labels:
+    weight, index = call.of(call.args["weight"]), call.of(call.args["indices"])
+    call.refuse(weight.dims[0], "is a row of an embedding")
+    for vector in index.vectors():
+        call.refuse(vector, "is used as an index")
+    layer(call, weight, None, weight.dims[1])
+    result = Labels.fixed(call.out.shape)
+    result.dims[-1], result.zero[-1] = weight.dims[1], weight.zero[1]
+    return result
+
+
+@rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[Labels | None]:
+    weight = call.of(call.args["weight"])
+    call.refuse(weight.dims[0], "is a row of an embedding")
+    layer(call, weight, None, weight.dims[1])
+    first = tensors_of(call.out)[0]
+    result = Labels.fixed(first.shape)
+    result.dims[-1], result.zero[-1] = weight.dims[1], weight.zero[1]
+    return [result]
+
+
+@rule("scaled_dot_product_attention")
+def attention(call: Call) -> Labels:
+    """softmax(q kᵀ · scale) v; without a given scale it is computed from the width of a head."""
+    query, key, value = (call.of(call.args[name]) for name in ("query", "key", "value"))
+    result = Labels.fixed(call.out.shape)
+    contract(call, query, -1, key, -1)
+    if call.args.get("scale") is None:
+        for vector in (query.dims[-1], key.dims[-1]):
+            call.mix(vector)
+    call.join(key.dims[-2], value.dims[-2])
+    call.mix(key.dims[-2])
+    call.mix(value.dims[-2])
+    for dim in range(-len(result.shape), -2):
+        heads = query.dims[dim] if len(query.shape) >= -dim else None
+        for other in (key, value):
+            theirs = other.dims[dim] if len(other.shape) >= -dim else None
+            if theirs is not None and other.shape[dim] != result.shape[dim]:
+                theirs = np.repeat(theirs, result.shape[dim] // other.shape[dim])
+            call.join(heads, theirs)
+        result.dims[dim] = heads
+        result.zero[dim] = value.is_zero(dim) if len(value.shape) >= -dim else False
+        if heads is not None:
+            call.record.heads.append(heads)
+    result.dims[-2], result.dims[-1] = query.dims[-2], value.dims[-1]
+    result.zero[-1] = value.is_zero(-1)
+    mask = call.args.get("attn_mask")
+    if mask is not None:
+        scores = [*result.shape[:-1], key.shape[-2]]
+        labels = meet(call, [mask], scores) if mask.dim() <= len(scores) else None
+        for dim in range(-len(scores), 0):
+            mine = result.dims[dim] if dim < -1 else key.dims[-2]
+            theirs = labels.dims[dim] if labels is not None else None
+            if len(mask.shape) >= -dim and mask.shape[dim] > 1:
+                call.join(mine, theirs)
+    return result

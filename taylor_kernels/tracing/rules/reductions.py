@@ -1,0 +1,248 @@
+"""What mixes the places of a dimension: reductions, softmax, norms, sorts, pooling, transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import Norm
+from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+
+
+def dimensions(dims: Any, count: int) -> list[int]:
+    """The dimensions that an argument names; all of them for None."""
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return list(range(count))
+    return [dim % max(count, 1) for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+@rule(
+    "sum", "mean", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "argmax",
+    "argmin", "prod", "norm", "linalg_vector_norm", "logsumexp", "any", "all", "median", "mode",
+    "nansum", "nanmean", "nanmedian", "aminmax", "count_nonzero", "kthvalue", "quantile",
+)  # fmt: skip
+def reduction(call: Call) -> Any:
+    """The sum of what is zero where it is masked is the sum without it; nothing else is."""
+    if isinstance(call.args.get("other"), Tensor):
+        from taylor_kernels.tracing.rules.elementwise import elementwise
+
+        return elementwise(call)
+    source = call.arg("self", "input", "x")
+    old = call.of(source)
+    along = set(dimensions(call.arg("dim", "axis"), len(old.shape)))
+    keep = bool(call.args.get("keepdim"))
+    for dim in along:
+        vector = old.dims[dim] if old.dims else None
+        harmless = call.name in ("sum", "nansum", "any", "count_nonzero")
+        harmless |= call.name in ("norm", "linalg_vector_norm")
+        if not (harmless and old.is_zero(dim)):
+            call.mix(vector)
+    result: list[Labels | None] = []
+    for out in tensors_of(call.out):
+        new = Labels.fixed(out.shape)
+        places = [dim for dim in range(len(old.shape)) if keep or dim not in along]
+        if len(places) == out.dim():
+            for place, dim in enumerate(places):
+                if dim not in along:
+                    new.dims[place] = old.dims[dim]
+                    new.zero[place] = old.is_zero(dim) and call.name not in ("argmax", "argmin")
+        result.append(new)
+    return result
+
+
+@rule(
+    "_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp",
+    "sort", "argsort", "topk", "cummax", "cummin", "_safe_softmax", "_fft_r2c", "_fft_c2r",
+    "_fft_c2c", "msort", "renorm", "diff",
+)  # fmt: skip
+def along_dimension(call: Call) -> Any:
+    old = call.of(call.arg("self", "input"))
+    along = dimensions(call.args.get("dim", 0), len(old.shape))
+    for dim in along:
+        call.mix(old.dims[dim] if old.dims else None)
+    result: list[Labels | None] = []
+    for out in tensors_of(call.out):
+        new = Labels.fixed(out.shape)
+        for dim in range(len(old.shape)):
+            if dim not in along and len(old.shape) == out.dim():
+                new.dims[dim] = old.dims[dim]
+                new.zero[dim] = old.is_zero(dim) and call.name not in ("_softmax", "softmax")
+        result.append(new)
+    return result
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(call: Call) -> list[Labels | None]:
+    old = call.of(call.args["input"])
+    shape: Sequence[int] = call.args["normalized_shape"]
+    result = Labels(old.shape, list(old.dims), [False] * len(old.shape), memory=old.memory)
+    result.memory = type(old.memory)()
+    for back in range(1, len(shape) + 1):
+        vector = old.dims[-back]
+        call.mix(vector)
+        for name in ("weight", "bias"):
+            if isinstance(call.args.get(name), Tensor):
+                affine = call.of(call.args[name]).dims[-back]
+                call.join(vector, affine)
+                call.mix(affine)
+        weight = call.args.get("weight")
+        # Scaled by zero and shifted by zero.
+        result.zero[-back] = isinstance(weight, Tensor)
+    return [result]
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(call: Call) -> list[Labels | None]:
+    old = call.of(call.args["input"])
+    vector = old.dims[1]
+    call.mix(vector)
+    for name in ("weight", "bias"):
+        if isinstance(call.args.get(name), Tensor):
+            affine = call.of(call.args[name]).dims[0]
+            call.join(vector, affine)
+            call.mix(affine)
+    for later in old.dims[2:]:
+        call.mix(later)
+    result = Labels(old.shape, list(old.dims), [False] * len(old.shape))
+    result.zero[1] = isinstance(call.args.get("weight"), Tensor)
+    return [result]
+
+
+@rule(
+    "batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm",
+    "_native_batch_norm_legit_no_training", "_batch_norm_impl_index", "miopen_batch_norm",
+    "_batch_norm_with_update", "_batch_norm_no_update", "_native_batch_norm_legit_functional",
+)  # fmt: skip
+def batch_norm(call: Call) -> list[Labels | None]:
+    """Channel by channel: its vectors are the channels', and it stands behind them."""
+    old = call.of(call.args["input"])
+    record, vector = call.record, old.dims[1]
+    weight = call.args.get("weight")
+    result = Labels(old.shape, list(old.dims), [False] * len(old.shape))
+    result.zero[1] = isinstance(weight, Tensor) or old.is_zero(1)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = call.args.get(name)
+        if not isinstance(tensor, Tensor):
+            continue
+        labels = call.of(tensor)
+        if labels.dims[0] is None:
+            # Made by code: of any width if of one value.
+            if not labels.uniform:
+                call.refuse(vector, "meets a tensor of fixed width")
+            continue
+        call.join(vector, labels.dims[0])
+        if name == "running_var":
+            own = call.recorder.origin(labels.dims[0])
+            if own:
+                record.fills[own] = {0: 1.0}
+        result.dims[1] = vector = labels.dims[0] if vector is None else vector
+    for later in old.dims[2:]:
+        call.mix(later)
+    if vector is not None:
+        name = call.of(weight).name if isinstance(weight, Tensor) else ""
+        record.norms.append(Norm(call.recorder.module, vector.copy(), name, record.step))
+    return [result]
+
+
+def _spatial(call: Call, old: Labels, trailing: int) -> list[Labels | None]:
+    """Space is mixed, batch and channels go along."""
+    lead = len(old.shape) - trailing
+    for vector in old.dims[lead:]:
+        call.mix(vector)
+    result: list[Labels | None] = []
+    for out in tensors_of(call.out):
+        new = Labels.fixed(out.shape)
+        if out.dim() == len(old.shape):
+            new.dims[:lead] = old.dims[:lead]
+            new.zero[:lead] = [old.is_zero(dim) for dim in range(lead)]
+        result.append(new)
+    return result
+
+
+_POOLS = [
+    name
+    for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool",
+                 "fractional_max_pool", "reflection_pad", "replication_pad", "max_unpool",
+                 "upsample_nearest", "_upsample_nearest_exact", "grid_sampler_", "circular_pad",
+                 "mkldnn_max_pool", "upsample_linear", "_adaptive_avg_pool", "mkldnn_adaptive_avg_pool")
+    for dims in "123"
+    for name in (f"{kind}{dims}d", f"{kind}{dims}d_with_indices", f"{kind}{dims}d_vec")
+]  # fmt: skip
+_SPACE = {
+    "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2,
+    "upsample_trilinear3d": 3, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
+    "upsample_lanczos2d": 2, "_upsample_lanczos2d_aa": 2, "grid_sampler": 2,
+}  # fmt: skip
+
+
+@rule(*_POOLS, *_SPACE)
+def pooling(call: Call) -> list[Labels | None]:
+    trailing = _SPACE.get(call.name) or int(next(c for c in call.name if c in "123"))
+    source = call.arg("self", "input")
+    for tensor in call.tensors:
+        if tensor is not source:
+            for vector in call.of(tensor).vectors():
+                call.refuse(vector, "says where to sample")
+    return _spatial(call, call.of(source), trailing)
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> list[Labels | None]:
+    """v · g / ‖v‖, the norm over all dimensions but one: what is zero does not count in it."""
+    direction, scale = call.of(call.args["v"]), call.of(call.args["g"])
+    dim = call.args.get("dim", 0) % len(direction.shape)
+    call.join(direction.dims[dim], scale.dims[dim])
+    # A filter of zeros has no direction; its length is what masks it.
+    if direction.name:
+        call.record.fills[direction.name] = {dim: 1.0}
+    return [Labels(direction.shape, list(direction.dims), list(direction.zero))]
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(call: Call) -> list[Labels | None]:
+    """Stacked layers of one hidden width: a hidden unit is the same in every gate and layer."""
+    source, states = call.arg("input", "data"), call.args["hx"]
+    parameters: list[Tensor] = call.args["params"]
+    biases = bool(call.args["has_biases"])
+    both = 2 if call.args["bidirectional"] else 1
+    each = len(parameters) // (call.args["num_layers"] * both)
+    below = call.of(source).dims[-1]
+    hidden = call.of(parameters[1]).dims[1]
+    for vector in call.of(source).dims[:-1]:
+        call.mix(vector)
+    if each > (4 if biases else 2):
+        # A projected state has a width of its own, and its weights another order.
+        for tensor in parameters:
+            for vector in call.of(tensor).vectors():
+                call.refuse(vector, "belongs to a projected recurrent layer")
+        call.refuse(below, "is read by a projected recurrent layer")
+        return [None, None, None]
+    width = 0 if hidden is None else hidden.size
+    for number in range(call.args["num_layers"] * both):
+        tensors = [call.of(t) for t in parameters[number * each : (number + 1) * each]]
+        if number == both:
+            below = hidden if hidden is None else np.tile(hidden, both)
+        call.join(below, tensors[0].dims[1])
+        call.join(hidden, tensors[1].dims[1])
+        for labels in tensors:
+            gates = labels.dims[0]
+            for row in gates.reshape(-1, width) if gates is not None else []:
+                call.join(hidden, row)
+    for state in states if isinstance(states, (list, tuple)) else [states]:
+        labels = call.of(state)
+        if not labels.uniform:
+            call.join(hidden, labels.dims[-1])
+            call.mix(labels.dims[-1])
+    outs = tensors_of(call.out)
+    result: list[Labels | None] = []
+    for number, out in enumerate(outs):
+        new = Labels.fixed(out.shape)
+        if hidden is not None:
+            new.dims[-1] = np.tile(hidden, both) if number == 0 else hidden
+            new.zero[-1] = True
+        result.append(new)
+    return result

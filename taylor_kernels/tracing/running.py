@@ -1,0 +1,120 @@
+"""Running a model once and leaving it as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """model(*args) for a tuple or list, model(**kwargs) for a mapping, model(x) for the rest."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Every tensor in nested containers, dataclasses and plain objects, each object once."""
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting.extend(reversed(list(item.values())))
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting.extend(reversed(list(item)))
+        elif dataclasses.is_dataclass(item) and not isinstance(item, type):
+            fields = dataclasses.fields(item)
+            waiting.extend(getattr(item, field.name, None) for field in reversed(fields))
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, nn.Module)):
+            waiting.extend(vars(item).values())
+
+
+class Untouched:
+    """Puts a model back as it was: modes, buffers, parameters, attributes, values.
+
+    Values are copied only when something is about to be written into them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(module, dict(module.__dict__)) for module in model.modules()]
+        self._tables = [
+            (table, dict(table))
+            for module in model.modules()
+            for table in (module._buffers, module._parameters, module._modules)
+        ]
+        self._watched = {
+            tensor.untyped_storage()._cdata: tensor
+            for tensor in (*model.parameters(), *model.buffers())
+            if tensor.layout == torch.strided and not is_lazy(tensor)
+        }
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def touch(self, tensor: Tensor) -> None:
+        """Something is about to be written into this tensor."""
+        if tensor.layout != torch.strided:
+            return
+        key = tensor.untyped_storage()._cdata
+        if key in self._watched and key not in self._saved:
+            mine = self._watched[key]
+            self._saved[key] = (mine, mine.detach().clone())
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for tensor, value in self._saved.values():
+                tensor.data.copy_(value)
+        for module, attributes in self._modules:
+            if module.__dict__.keys() != attributes.keys() or any(
+                module.__dict__[name] is not value for name, value in attributes.items()
+            ):
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+        for table, entries in self._tables:
+            if table.keys() != entries.keys() or any(
+                table[name] is not value for name, value in entries.items()
+            ):
+                table.clear()
+                table.update(entries)
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    return torch.nn.parameter.is_lazy(tensor)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No gradients, no fused attention fast path, no compilation; random states as they were."""
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(
+            torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else [])
+        )
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def copied(example_inputs: Any) -> Any:
+    """Inputs that the model may write into."""
+
+    def copy_one(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return torch.utils._pytree.tree_map(copy_one, copy.copy(example_inputs))

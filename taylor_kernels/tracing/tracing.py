@@ -1,0 +1,122 @@
+"""`trace`: run a model once with labels riding along."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
+from taylor_kernels.tracing.attributes import WHOLE
+from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.record import Reason
+from taylor_kernels.tracing.recorder import Recorder
+from taylor_kernels.tracing.running import Untouched, call, copied, is_lazy, quiet, tensors_in
+
+
+def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> Channels:
+    """Which index of which dimension of which parameter goes with which.
+
+    The model is run once in eval mode on the example inputs, below autograd and module code, so
+    functions, methods, custom modules and any container of outputs are read alike. It is afterwards
+    as it was: modes, buffers, attributes, hooks, random state, also after an error.
+
+    Args:
+        model: any module; parameters may be on any device, in any floating-point type.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        seconds: tracing stops with an error after this time.
+
+    Returns:
+        The groups of channels that go together, and for all others why they cannot go.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
+            example inputs.
+        TimeoutError: it takes longer than `seconds`.
+
+    Example:
+        >>> import torch
+        >>> from taylor_kernels.tracing import trace
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> channels = trace(model, torch.randn(1, 4))
+        >>> channels.groups[0].size, channels.skipped
+        (8, {'2': 'reaches the output of the model'})
+    """
+    _check(model)
+    names = {module: name for name, module in model.named_modules()}
+    untouched = Untouched(model)
+    recorder = Recorder(names, untouched.touch, seconds)
+    handles = [
+        torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, _: recorder.enter(module)
+        ),
+        torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: recorder.leave(module), always_call=True
+        ),
+    ]
+    try:
+        with quiet():
+            model.eval()
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                recorder.add(name, tensor)
+            _keep_whole(recorder, names)
+            with torch._C._AutoDispatchBelowAutograd(), recorder:
+                try:
+                    outputs = call(model, copied(example_inputs))
+                except TimeoutError:
+                    raise
+                except Exception as error:
+                    raise ValueError(_refusal(recorder, error)) from error
+            reason = Reason("reaches the output of the model")
+            for tensor in tensors_in(outputs):
+                for vector in recorder.labels(tensor).vectors():
+                    recorder.record.fix(vector, reason)
+    finally:
+        for handle in handles:
+            handle.remove()
+        untouched.restore()
+    return Channels(recorder.record, model)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not tensors:
+        raise ValueError("model: it has no parameters, so there are no channels to follow")
+    for name, tensor in tensors:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"model: its parameter {name!r} is lazy; run the model once on the example inputs"
+            )
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: its parameter {name!r} is on the meta device; load the model's values "
+                "first (model.to_empty(device=...), then load_state_dict)"
+            )
+
+
+def _keep_whole(recorder: Recorder, names: dict[nn.Module, str]) -> None:
+    """Dimensions that a module class computes from others, so that they cannot shrink alone."""
+    for module, name in names.items():
+        for module_class, (text, dims) in WHOLE.items():
+            if not isinstance(module, module_class):
+                continue
+            for path, dim in dims:
+                owner, _, leaf = path.rpartition(".")
+                tensor: Tensor | None = getattr(module.get_submodule(owner), leaf, None)
+                if tensor is not None:
+                    reason = Reason(f"{text} ({name!r})", name)
+                    recorder.record.fix(recorder.labels(tensor).dims[dim], reason)
+
+
+def _refusal(recorder: Recorder, error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    where = f" in {recorder.module!r}" if recorder.module else ""
+    return (
+        f"example_inputs: the model does not run on them ({text[:300]}{where}); pass a tensor, a "
+        "tuple of arguments or a dict of keyword arguments on the model's device"
+    )

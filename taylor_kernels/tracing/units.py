@@ -1,0 +1,129 @@
+"""Units of channels: which indices of which tensors go together, in groups of the same make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from taylor_kernels.tracing.record import Vector
+
+OUT, IN = "out", "in"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One side of a layer that the units of a group run through.
+
+    Attributes:
+        owner: the layer's module name.
+        side: OUT for output channels, IN for input channels, as the layer counts them (over all
+            groups of a grouped convolution).
+        index: [U, m] int64, the m channels of each unit, ascending.
+    """
+
+    owner: str
+    side: str
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The indices [U, m] int64 along `dim` of a parameter or buffer, one row per unit.
+
+    Attributes:
+        fill: what a masked entry holds.
+    """
+
+    tensor: str
+    dim: int
+    index: Tensor
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one make, any of which can go as long as one stays.
+
+    Attributes:
+        slots: the layers that it runs through.
+        entries: everything that goes with a unit.
+        classes: [U] int64, each unit's number in `Channels.classes`.
+        norms: names of the modules that normalise these channels one by one, in the order in
+            which they run.
+    """
+
+    slots: tuple[Slot, ...]
+    entries: tuple[Entry, ...]
+    classes: Tensor
+    norms: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many units there are."""
+        return self.classes.numel()
+
+    @property
+    def producers(self) -> list[Slot]:
+        """The layers whose output channels these are."""
+        return [slot for slot in self.slots if slot.side == OUT]
+
+    @property
+    def name(self) -> str:
+        """The layer that names the group in messages."""
+        return self.producers[0].owner
+
+
+#: A key of a place list, and the class of each of its places.
+Place = tuple[tuple[str, str | int], Vector]
+
+
+def collect(
+    places: Sequence[Place], free: Vector
+) -> list[tuple[Vector, dict[tuple[str, str | int], Vector]]]:
+    """Units of the same make.
+
+    Args:
+        places: lists of places; the first ones order the units.
+        free: [classes] bool, classes that can go.
+
+    Returns:
+        For each make its classes [U], and by key the places [U, m] of each unit.
+    """
+    owner = np.concatenate([np.full(p.size, i) for i, (_, p) in enumerate(places)])
+    where = np.concatenate([np.arange(p.size) for _, p in places])
+    unit = np.concatenate([p for _, p in places])
+    chosen = free[unit]
+    owner, where, unit = owner[chosen], where[chosen], unit[chosen]
+    if not unit.size:
+        return []
+    # A make is a multiset of lists: two sums of random numbers tell makes apart.
+    draw = np.random.default_rng(0).integers(1, 2**62, (len(places), 2))
+    sums = np.zeros((free.size, 2), np.int64)
+    np.add.at(sums, unit, draw[owner])
+    present = np.unique(unit)
+    _, kinds = np.unique(sums[present], axis=0, return_inverse=True)
+    # Units are in the order of their first places.
+    first = np.full(free.size, owner.size)
+    np.minimum.at(first, unit, np.arange(owner.size))
+    order = np.lexsort((first[present], kinds.ravel()))
+    present, kinds = present[order], kinds.ravel()[order]
+    begins = np.flatnonzero(np.diff(kinds, prepend=-1))
+    rank, make = np.zeros(free.size, np.int64), np.zeros(free.size, np.int64)
+    rank[present], make[present] = np.arange(present.size), kinds
+    order = np.lexsort((where, rank[unit], owner, make[unit]))
+    owner, where, makes = owner[order], where[order], make[unit][order]
+    tables: list[dict[tuple[str, str | int], Vector]] = [{} for _ in begins]
+    members = np.split(present, begins[1:])
+    starts = np.flatnonzero((np.diff(makes, prepend=-1) != 0) | (np.diff(owner, prepend=-1) != 0))
+    for start, rows in zip(starts.tolist(), np.split(where, starts[1:]), strict=True):
+        kind = makes[start]
+        tables[kind][places[owner[start]][0]] = rows.reshape(members[kind].size, -1)
+    return sorted(zip(members, tables, strict=True), key=lambda item: first[item[0][0]])
+
+
+def index(values: Vector) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

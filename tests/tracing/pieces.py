@@ -1,0 +1,281 @@
+"""Pieces of networks, each with one structure that a tracer has to read: [N, C, H, W] in and out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Apply(nn.Module):
+    """A function with modules to use."""
+
+    def __init__(self, function: Callable, **modules: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+class Partial(nn.Module):
+    """A convolution of the first channels, whose number is an attribute; the rest passes."""
+
+    def __init__(self, width: int, part: int, written: bool) -> None:
+        super().__init__()
+        self.touched, self.written = part, written
+        self.conv = nn.Conv2d(part, part, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.written:
+            x = x.clone()
+            x[:, : self.touched] = self.conv(x[:, : self.touched])
+            return x
+        one, rest = torch.split(x, [self.touched, x.shape[1] - self.touched], dim=1)
+        return torch.cat([self.conv(one), rest], 1)
+
+
+class Attention(nn.Module):
+    """Attention over pixels; the number of heads is an attribute, or the width of one is."""
+
+    def __init__(self, width: int, heads: int, shared: int, size: int, how: str) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.head_dim, self.how = heads, heads // shared, size, how
+        inner, outer = heads * size, heads // shared * size
+        if how == "packed":
+            self.qkv = nn.Linear(width, 3 * inner)
+        else:
+            self.q, self.k = nn.Linear(width, inner), nn.Linear(width, outer)
+            self.v = nn.Linear(width, outer)
+        self.scale = size**-0.5
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        if self.how == "packed":
+            packed = self.qkv(tokens).reshape(n, h * w, 3, self.num_heads, -1)
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+        else:
+            shape = (n, h * w, -1, self.head_dim)
+            q, k, v = (f(tokens).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+            if k.shape[1] != q.shape[1]:
+                times = q.shape[1] // k.shape[1]
+                k = k[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+                v = v.repeat_interleave(times, 1)
+        if self.how == "fused":
+            y = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            y = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
+        y = self.out(y.transpose(1, 2).reshape(n, h * w, -1))
+        return x + y.transpose(1, 2).reshape(n, -1, h, w)
+
+
+
+def conv(rng: random.Random, inputs: int, outputs: int, **options: int) -> nn.Module:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=rng.random() < 0.5, **options)
+
+
+def normed(rng: random.Random, inputs: int, outputs: int) -> nn.Module:
+    parts = [conv(rng, inputs, outputs), nn.BatchNorm2d(outputs)]
+    if rng.random() < 0.3:
+        parts.reverse()
+        parts[0] = nn.BatchNorm2d(inputs)
+    return nn.Sequential(*parts, activation(rng))
+
+
+def activation(rng: random.Random) -> nn.Module:
+    kinds = [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.ReLU(inplace=True), nn.Softplus()]
+    return rng.choice([*kinds, nn.Hardswish(), nn.LeakyReLU(0.1), nn.Identity()])
+
+
+def _halves(self: nn.Module, x: Tensor) -> Tensor:
+    one, two = x.chunk(2, 1)
+    return torch.cat([one.relu(), two.sigmoid()], 1)
+
+
+def _slices(self: nn.Module, x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return torch.cat([x[:, half:].tanh(), x[:, :half]], 1)
+
+
+def _shuffle(groups: int) -> Callable:
+    def shuffle(self: nn.Module, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+    return shuffle
+
+
+def _padded(extra: int) -> Callable:
+    def padded(self: nn.Module, x: Tensor) -> Tensor:
+        return self.body(x) + F.pad(x, (0, 0, 0, 0, 0, extra))
+
+    return padded
+
+
+def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
+    """A piece for c channels, and how many it gives."""
+    even, width = c % 2 == 0, rng.choice([4, 6, 8, 12])
+    if kind == "conv":
+        return conv(rng, c, width), width
+    if kind == "normed":
+        return normed(rng, c, width), width
+    if kind == "activation":
+        return activation(rng), c
+    if kind == "pool":
+        return rng.choice([nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]), c
+    if kind == "halves" and even:
+        return Apply(rng.choice([_halves, _slices])), c
+    if kind == "twice":
+        return Apply(lambda s, x: torch.cat([x, s.act(x), x], 1), act=activation(rng)), 3 * c
+    if kind == "shuffle" and even:
+        return Apply(_shuffle(2)), c
+    if kind == "native_shuffle" and even:
+        return nn.ChannelShuffle(2), c
+    if kind == "residual":
+        body = nn.Sequential(normed(rng, c, width), conv(rng, width, c))
+        return Apply(lambda s, x: x + s.body(x), body=body), c
+    if kind == "projection":
+        return Apply(
+            lambda s, x: F.relu(s.skip(x) + s.body(x)),
+            body=normed(rng, c, width), skip=nn.Conv2d(c, width, 1),
+        ), width  # fmt: skip
+    if kind == "padded":
+        return Apply(_padded(2), body=conv(rng, c, c + 2)), c + 2
+    if kind == "excite":
+        return Apply(
+            lambda s, x: x * torch.sigmoid(s.up(F.relu(s.down(x.mean((2, 3), keepdim=True))))),
+            down=nn.Conv2d(c, width, 1), up=nn.Conv2d(width, c, 1),
+        ), c  # fmt: skip
+    if kind == "grouped" and even:
+        width = rng.choice([4, 8])
+        return conv(rng, c, width, groups=2), width
+    if kind == "depthwise":
+        times = rng.choice([1, 1, 2])
+        return conv(rng, c, times * c, groups=c), times * c
+    if kind == "transposed":
+        groups = 2 if even and rng.random() < 0.5 else 1
+        return nn.ConvTranspose2d(c, 4, 3, padding=1, groups=groups), 4
+    if kind == "pixel_shuffle" and c % 4 == 0 and c >= 8:
+        return nn.Sequential(nn.PixelShuffle(2), nn.AvgPool2d(2)), c // 4
+    if kind == "pixel_unshuffle" and c <= 6:
+        return nn.Sequential(nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2)), 4 * c
+    if kind == "maxout" and even:
+        if rng.random() < 0.5:
+            return Apply(lambda s, x: x.reshape(len(x), -1, 2, *x.shape[2:]).amax(2)), c // 2
+        return Apply(lambda s, x: torch.maximum(*x.chunk(2, 1))), c // 2
+    if kind == "partial" and c >= 4:
+        return Partial(c, c // 4, rng.random() < 0.5), c
+    if kind == "attention":
+        how = rng.choice(["plain", "fused", "packed"])
+        shared = 1 if how == "packed" else rng.choice([1, 2])
+        return Attention(c, rng.choice([2, 4]), shared, rng.choice([3, 5]), how), c
+    if kind == "shared":
+        same = conv(rng, c, c)
+        return nn.Sequential(same, activation(rng), same), c
+    if kind == "glu" and even:
+        return rng.choice([nn.GLU(1), Apply(lambda s, x: torch.mul(*x.chunk(2, 1)))]), c // 2
+    if kind == "reflect":
+        return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(c, width, 3)), width
+    if kind == "scale":
+        return Apply(lambda s, x: x * s.gain, gain=nn.Parameter(torch.rand(c, 1, 1) + 0.5)), c
+    if kind == "gate":
+        return Apply(lambda s, x: x * s.mask(x).sigmoid(), mask=nn.Conv2d(c, 1, 1)), c
+    if kind == "prelu":
+        return nn.PReLU(c), c
+    if kind == "instance_norm":
+        return nn.InstanceNorm2d(c, affine=rng.random() < 0.5), c
+    if kind == "group_norm" and even:
+        return nn.GroupNorm(2, c), c
+    if kind == "softmax":
+        return nn.Softmax(1), c
+    if kind == "every_other" and even:
+        return Apply(lambda s, x: x[:, ::2] - x[:, 1::2]), c // 2
+    if kind == "stacked":
+        return Apply(lambda s, x: torch.stack([x, x.relu()], 1).sum(1)), c
+    if kind == "flipped":
+        return Apply(lambda s, x: x.flip(1)), c
+    if kind == "split_of_two":
+        return Apply(
+            lambda s, x: torch.mul(*torch.split(s.both(x), s.both(x).shape[1] // 2, 1)),
+            both=conv(rng, c, 2 * width),
+        ), width  # fmt: skip
+    if kind == "rescaled":
+        return Apply(lambda s, x: x * torch.full_like(x, 0.5) + torch.zeros(x.shape)), c
+    if kind == "weight_norm":
+        return nn.utils.parametrizations.weight_norm(conv(rng, c, width)), width
+    if kind == "csp":
+        return Apply(
+            lambda s, x: s.merge(torch.cat([s.one(x), s.two(x), s.one(x).relu()], 1)),
+            one=conv(rng, c, 4), two=normed(rng, c, width), merge=conv(rng, 8 + width, 6),
+        ), 6  # fmt: skip
+    if kind == "c2f":
+        def c2f(s: nn.Module, x: Tensor) -> Tensor:
+            parts = list(s.enter(x).chunk(2, 1))
+            parts.append(parts[-1] + s.body(parts[-1]))
+            return s.leave(torch.cat(parts, 1))
+
+        return Apply(
+            c2f, enter=normed(rng, c, 8), body=normed(rng, 4, 4), leave=conv(rng, 12, width)
+        ), width  # fmt: skip
+    if kind == "einsum":
+        weight = nn.Parameter(torch.randn(width, c))
+        return Apply(lambda s, x: torch.einsum("oc,nchw->nohw", s.weight, x), weight=weight), width
+    return conv(rng, c, width), width
+
+
+KINDS = (
+    "conv", "normed", "activation", "pool", "halves", "twice", "shuffle", "native_shuffle",
+    "residual", "projection", "padded", "excite", "grouped", "depthwise", "transposed",
+    "pixel_shuffle", "pixel_unshuffle", "maxout", "partial", "attention", "shared", "glu", "reflect",
+    "scale", "gate", "prelu", "instance_norm", "group_norm", "softmax", "every_other", "stacked",
+    "flipped", "split_of_two", "rescaled", "weight_norm", "csp", "c2f", "einsum",
+)  # fmt: skip
+HEADS = ("mean", "flatten", "lstm", "gru", "conv", "tokens")
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: str, inputs: int) -> None:
+        super().__init__()
+        make = nn.LSTM if kind == "lstm" else nn.GRU
+        self.rnn = make(inputs, 5, num_layers=2, batch_first=True, bidirectional=kind == "lstm")
+        self.out = nn.Linear(10 if kind == "lstm" else 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.rnn(x.flatten(2).transpose(1, 2))
+        return self.out(y[:, -1])
+
+
+def head(kind: str, c: int, size: int) -> nn.Module:
+    """What makes a piece's channels an output."""
+    if kind == "flatten":
+        return nn.Sequential(nn.Flatten(), nn.Linear(c * size**2, 6), nn.ReLU(), nn.Linear(6, 3))
+    if kind in ("lstm", "gru"):
+        return Recurrent(kind, c)
+    if kind == "conv":
+        return nn.Conv2d(c, 2, 1)
+    if kind == "tokens":
+        return Apply(lambda s, x: s.out(x.flatten(2).transpose(1, 2)), out=nn.Linear(c, 3))
+    return Apply(lambda s, x: s.out(x.mean((2, 3))), out=nn.Linear(c, 3))
+
+
+def network(kinds: list[str], last: str, seed: int, size: int = 4) -> nn.Sequential:
+    """A network of these pieces."""
+    rng = random.Random(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        c = rng.choice([4, 6, 8])
+        parts: list[nn.Module] = [conv(rng, 3, c)]
+        for kind in kinds:
+            part, c = piece(kind, rng, c)
+            parts.append(part)
+            if c > 24:
+                parts.append(conv(rng, c, 8))
+                c = 8
+        return nn.Sequential(*parts, head(last, c, size))
