@@ -5,7 +5,7 @@ Both stand on the ops `filter_moments` and `gate_gradients`.
 """
 
 from taylor_kernels._scoring import scoring
-from taylor_kernels.backends import available as backends
+from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.labels import draw_labels
@@ -15,7 +15,7 @@ from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
-from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
@@ -24,7 +24,7 @@ __all__ = [
     "Criterion",
     "Importance",
     "Pruner",
-    "backends",
+    "available_backends",
     "conv2d_fisher",
     "criterion_names",
     "draw_labels",
@@ -32,8 +32,10 @@ __all__ = [
     "gate_gradients",
     "hutchinson_moments",
     "linear_fisher",
+    "load_checkpoint",
     "rademacher_like",
     "register_criterion",
+    "save_checkpoint",
     "scoring",
     "second_order_moments",
 ]

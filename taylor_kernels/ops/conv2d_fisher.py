@@ -50,7 +50,7 @@ def conv2d_fisher(
         groups: as the convolution's.
         weight: [O, C / groups, kH, kW], same device. With it the result is reduced to filters:
             Σ_k w_k² Σ_n g_{n,k}², and nothing of the weight's size is written.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         float32 (float64 for float64 input): `weight_size`, or [O] with `weight`. float32 products
@@ -117,7 +117,7 @@ def linear_fisher(
         input: [N, *, I], dim 0 the example (float32, float16, bfloat16 or float64).
         grad_output: ∂L/∂y, [N, *, O], same leading dimensions, dtype and device.
         weight: [O, I], same device. With it the result is Σ_i w_i² Σ_n g_{n,i}² per neuron.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         float32 (float64 for float64 input): [O, I], or [O] with `weight`. float32 products are

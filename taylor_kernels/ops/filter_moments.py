@@ -80,7 +80,7 @@ def filter_moments(
             first, so for it 0 means input channels and 1 output filters.
         groups: of a grouped convolution, an int or one per tensor. Used for dim 1: column
             j * size(1) + i is channel i of group j.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         [F, 5] float32 (float64 for float64 input), columns as in `MOMENTS`; for a sequence a list

@@ -38,7 +38,7 @@ def gate_gradients(
         grad_output: ∂L/∂y, same shape, dtype and device.
         bias: [C], subtracted from y; same device, any supported dtype.
         channel_dim: the channels' dimension, not 0; may be negative.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         [N, C] float32 (float64 for float64 input). Not differentiable: it has no grad_fn.

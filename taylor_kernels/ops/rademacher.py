@@ -54,7 +54,7 @@ def rademacher_like(
         seed: 64 bits; equal seeds give equal signs on every backend and device.
         streams: a number from 0 to 2**32 - 1 for each tensor, which tells tensors of one seed
             apart; by default the place in the list.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         A tensor or a list of them, of the same shapes, dtypes and devices; in the same strides if
