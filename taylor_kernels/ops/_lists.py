@@ -1,29 +1,47 @@
 """What the ops over parameters share: tensors or lists of them in, a table of sums per filter out.
 
 `tables` is the public side: it checks what it is given, splits lists by device and float64, and
-hands out views of the packed tables. `parameters` and `empty_tables` are the inner side, of the
-op that torch.library knows, which computes the packed tables.
+hands out views of the packed tables. `define_list_op` is the inner side: the op that torch.library
+knows, which computes the packed tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name
+from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
+from taylor_kernels.ops._library import define
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
 
 #: What the lists beside the weights hold, for messages.
 _HOLDS = {"grads": "gradients", "hvps": "Hessian-vector products"}
 
-#: launch(places in the caller's lists, the lists, groups, rows, cols): the packed tables.
-Launch = Callable[
-    [Sequence[int], "list[list[Tensor]]", "list[int]", bool, bool], "tuple[Tensor, Tensor]"
-]
+#: launch(places in the caller's lists, *the lists, groups, rows, cols): the packed tables.
+Launch = Callable[..., "tuple[Tensor, Tensor]"]
+
+
+class OneAxis(TypedDict, total=False):
+    """The keywords of a call that gives one table for a parameter, for type checkers."""
+
+    dim: int
+    groups: int | Sequence[int]
+    backend: str | None
+
+
+class BothAxes(TypedDict, total=False):
+    """Those of a call that gives a pair of tables."""
+
+    dim: Required[tuple[int, int]]
+    groups: int | Sequence[int]
+    backend: str | None
 
 
 def tables(
@@ -49,32 +67,59 @@ def tables(
     return found[0] if len(axes) == 1 else (found[0], found[1])
 
 
-def parameters(
+def define_list_op(
+    name: str, inputs: Sequence[str], sums: tuple[int, ...], *, draws: bool = False
+) -> Any:
+    """Register an op that makes tables [filters, *sums] out of lists of tensors, weights first.
+
+    It gives two packed tables, by rows and by columns, the one not asked for with no filters. If
+    it draws random signs it is told their seed and a stream for each weight.
+    """
+    count = len(inputs)
+
+    def empty(*args: Any) -> tuple[Tensor, Tensor]:
+        return _empty_tables(sums, args[0], *args[count : count + 3])
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
+        kernels = select(lists[0][0].device, lists[0][0].dtype, backend)
+        out = _empty_tables(sums, lists[0], groups, rows, cols)
+        seed, streams = (draw[:1], draw[1]) if draws else ([], None)
+        items = _items(out, lists, groups, rows, cols, streams)
+        if items:
+            getattr(kernels, name)(items, *seed)
+        return out
+
+    lists = ", ".join(f"Tensor[] {each}" for each in inputs)
+    signs = "int seed, int[] streams, " if draws else ""
+    return define(
+        f"{name}({lists}, int[] groups, bool rows, bool cols, {signs}str? backend)"
+        " -> (Tensor, Tensor)",
+        run,
+        empty,
+    )
+
+
+def _items(
     out: tuple[Tensor, Tensor],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    hvps: Sequence[Tensor] | None,
+    lists: Sequence[Sequence[Tensor]],
     groups: Sequence[int],
     rows: bool,
     cols: bool,
-    streams: Sequence[int] | None = None,
+    streams: Sequence[int] | None,
 ) -> list[ParameterItem]:
     """Each parameter with its part of the packed tables; empty ones, whose sums are 0, are done."""
+    weights, grads, *more = lists
     nothing = [None] * len(weights)
     row_outs, col_outs = (
         table.split(_filters(weights, groups, axis)) if wanted else nothing
         for axis, (table, wanted) in enumerate(zip(out, (rows, cols), strict=True))
     )
+    hvps = more[0] if more else nothing
+    numbers = streams or [0] * len(weights)
     items = []
     for weight, grad, hvp, n, row_out, col_out, stream in zip(
-        weights,
-        grads,
-        hvps or nothing,
-        groups,
-        row_outs,
-        col_outs,
-        streams or [0] * len(weights),
-        strict=True,
+        weights, grads, hvps, groups, row_outs, col_outs, numbers, strict=True
     ):
         if weight.numel():
             items.append(parameter_item(weight, grad, hvp, n, row_out, col_out, stream))
@@ -85,11 +130,10 @@ def parameters(
     return items
 
 
-def empty_tables(
+def _empty_tables(
     sums: tuple[int, ...], weights: Sequence[Tensor], groups: Sequence[int], rows: bool, cols: bool
 ) -> tuple[Tensor, Tensor]:
-    """The packed tables, unwritten: [filters, *sums] by rows and by columns, [0, *sums] if not
-    wanted."""
+    """The packed tables, unwritten."""
     dtype = accumulator(weights[0].dtype)
     row_table, col_table = (
         weights[0].new_empty(
@@ -179,8 +223,7 @@ def _launch(
     groups: list[int],
     axes: tuple[int, ...],
 ) -> list[list[Tensor]]:
-    with torch.no_grad():
-        packed = launch(places, lists, groups, 0 in axes, 1 in axes)
+    packed = launch(places, *lists, groups, 0 in axes, 1 in axes)
     return [list(packed[axis].split(_filters(lists[0], groups, axis))) for axis in axes]
 
 
