@@ -22,9 +22,14 @@ def define(
     differentiable: the op is skipped by autograd, so that no result requires a gradient, however
     it is called. Under vmap it runs once for each slice.
     """
+
+    def below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return run(*args)
+
     name = library.define(schema, tags=tuple(tags))
     qualified = f"taylor_kernels::{name}"
-    library.impl(name, torch.no_grad()(run), "CompositeExplicitAutograd")
+    library.impl(name, below_autograd, "CompositeExplicitAutograd")
     library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(qualified, empty, lib=library)
     op = getattr(torch.ops.taylor_kernels, name).default

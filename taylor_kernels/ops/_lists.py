@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
+from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def tables(
     if not isinstance(weights, Tensor):
         names = tuple(name + "[{}]" for name in names)
     each_groups = _each_groups(groups, len(lists[0]))
-    _check(lists, each_groups, axes, names)
-    found = _split_and_launch(launch, lists, each_groups, axes)
+    shapes = _check(lists, each_groups, axes, names)
+    found = _split_and_launch(launch, lists, shapes, each_groups, axes)
     if isinstance(weights, Tensor):
         return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
     return found[0] if len(axes) == 1 else (found[0], found[1])
@@ -78,14 +78,16 @@ def define_list_op(
     count = len(inputs)
 
     def empty(*args: Any) -> tuple[Tensor, Tensor]:
-        return _empty_tables(sums, args[0], *args[count : count + 3])
+        filters = _filters([w.shape for w in args[0]], *args[count : count + 3])
+        return _empty_tables(sums, args[0][0], filters)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
         kernels = select(lists[0][0].device, lists[0][0].dtype, backend)
-        out = _empty_tables(sums, lists[0], groups, rows, cols)
+        filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
+        out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
-        items = _items(out, lists, groups, rows, cols, streams)
+        items = _items(out, lists, groups, filters, streams)
         if items:
             getattr(kernels, name)(items, *seed)
         return out
@@ -104,16 +106,15 @@ def _items(
     out: tuple[Tensor, Tensor],
     lists: Sequence[Sequence[Tensor]],
     groups: Sequence[int],
-    rows: bool,
-    cols: bool,
+    filters: Sequence[list[int]],
     streams: Sequence[int] | None,
 ) -> list[ParameterItem]:
     """Each parameter with its part of the packed tables; empty ones, whose sums are 0, are done."""
     weights, grads, *more = lists
     nothing = [None] * len(weights)
     row_outs, col_outs = (
-        table.split(_filters(weights, groups, axis)) if wanted else nothing
-        for axis, (table, wanted) in enumerate(zip(out, (rows, cols), strict=True))
+        _split(table, counts) if counts else nothing
+        for table, counts in zip(out, filters, strict=True)
     )
     hvps = more[0] if more else nothing
     numbers = streams or [0] * len(weights)
@@ -131,22 +132,31 @@ def _items(
 
 
 def _empty_tables(
-    sums: tuple[int, ...], weights: Sequence[Tensor], groups: Sequence[int], rows: bool, cols: bool
+    sums: tuple[int, ...], like: Tensor, filters: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
     """The packed tables, unwritten."""
-    dtype = accumulator(weights[0].dtype)
-    row_table, col_table = (
-        weights[0].new_empty(
-            (sum(_filters(weights, groups, axis)) if wanted else 0, *sums), dtype=dtype
-        )
-        for axis, wanted in enumerate((rows, cols))
-    )
+    dtype = accumulator(like.dtype)
+    row_table, col_table = (like.new_empty((sum(n), *sums), dtype=dtype) for n in filters)
     return row_table, col_table
+
+
+def _filters(
+    shapes: Sequence[torch.Size], groups: Sequence[int], rows: bool, cols: bool
+) -> tuple[list[int], list[int]]:
+    """Of each weight, by rows and by columns; no list where they are not wanted."""
+    return (
+        [shape[0] for shape in shapes] if rows else [],
+        [shape[1] * n for shape, n in zip(shapes, groups, strict=True)] if cols else [],
+    )
+
+
+def _split(table: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return torch.split_with_sizes(table, counts) if len(counts) > 1 else [table]
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:
     """The places of those that share a device and are float64 or not: what one launch takes."""
-    if len({(t.device, t.dtype is torch.float64) for t in tensors}) == 1:
+    if len({t.device for t in tensors}) == len({t.dtype is torch.float64 for t in tensors}) == 1:
         return [range(len(tensors))]
     parts: dict[tuple[torch.device, bool], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -186,45 +196,49 @@ def _as_lists(inputs: dict[str, object]) -> list[list[Tensor]]:
 
 def _check(
     lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: tuple[str, ...]
-) -> None:
+) -> list[torch.Size]:
+    """The shapes of the weights, or an error that names what does not fit."""
     weights = lists[0]
-    for name, others in zip(names[1:], lists[1:], strict=True):
-        for i, (weight, other) in enumerate(zip(weights, others, strict=True)):
-            if not is_pair(weight, other):
+    shapes = quick_shapes(lists)
+    if shapes is None:
+        for name, others in zip(names[1:], lists[1:], strict=True):
+            for i, (weight, other) in enumerate(zip(weights, others, strict=True)):
                 check_tensor(weight, names[0].format(i))
                 check_like(other, name.format(i), weight, names[0].format(i))
-    for i, (weight, n) in enumerate(zip(weights, groups, strict=True)):
-        if n > 1 or not 1 < weight.dim() <= 5:
-            _check_shape(weight, n, axes, names[0].format(i))
+        shapes = [weight.shape for weight in weights]
+    for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
+        if n > 1 or not 1 < len(shape) <= 5:
+            _check_shape(shape, n, axes, names[0].format(i))
+    return shapes
 
 
 def _split_and_launch(
-    launch: Launch, lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...]
+    launch: Launch,
+    lists: list[list[Tensor]],
+    shapes: list[torch.Size],
+    groups: list[int],
+    axes: tuple[int, ...],
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
-    weights = lists[0]
-    parts = _by_kind(weights)
+
+    def run(places: Sequence[int], *part: Any) -> list[list[Tensor]]:
+        *of_part, shapes, groups = part
+        rows, cols = 0 in axes, 1 in axes
+        packed = launch(places, *of_part, groups, rows, cols)
+        filters = _filters(shapes, groups, rows, cols)
+        return [list(_split(packed[axis], filters[axis])) for axis in axes]
+
+    parts = _by_kind(lists[0])
     if len(parts) == 1:
-        return _launch(launch, parts[0], lists, groups, axes)
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
+        return run(parts[0], *lists, shapes, groups)
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(shapes) for _ in axes]
     for part in parts:
-        picked = [[tensors[i] for i in part] for tensors in lists]
-        of_part = _launch(launch, part, picked, [groups[i] for i in part], axes)
+        picked: list[list[Any]] = [*lists, shapes, groups]
+        of_part = run(part, *([each[i] for i in part] for each in picked))
         for whole, axis_tables in zip(found, of_part, strict=True):
             for i, table in zip(part, axis_tables, strict=True):
                 whole[i] = table
     return found
-
-
-def _launch(
-    launch: Launch,
-    places: Sequence[int],
-    lists: list[list[Tensor]],
-    groups: list[int],
-    axes: tuple[int, ...],
-) -> list[list[Tensor]]:
-    packed = launch(places, *lists, groups, 0 in axes, 1 in axes)
-    return [list(packed[axis].split(_filters(lists[0], groups, axis))) for axis in axes]
 
 
 def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
@@ -248,19 +262,10 @@ def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
     return each
 
 
-def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) -> None:
-    if not 1 <= weight.dim() <= 5:
-        raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
-    if 1 in axes and weight.dim() == 1:
-        raise ValueError(
-            f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
-        )
-    if weight.size(0) % groups:
-        raise ValueError(f"groups: {groups} does not divide the {weight.size(0)} rows of {name}")
-
-
-def _filters(weights: Sequence[Tensor], groups: Sequence[int], axis: int) -> list[int]:
-    """Of each weight."""
-    if axis == 0:
-        return [w.size(0) for w in weights]
-    return [w.size(1) * n for w, n in zip(weights, groups, strict=True)]
+def _check_shape(shape: torch.Size, groups: int, axes: tuple[int, ...], name: str) -> None:
+    if not 1 <= len(shape) <= 5:
+        raise ValueError(f"{name}: has {len(shape)} dimensions; a parameter has 1 to 5")
+    if 1 in axes and len(shape) == 1:
+        raise ValueError(f"{name}: has no dim 1 (shape {tuple(shape)}); use dim=0 for vectors")
+    if shape[0] % groups:
+        raise ValueError(f"groups: {groups} does not divide the {shape[0]} rows of {name}")

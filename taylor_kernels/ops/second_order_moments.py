@@ -118,7 +118,7 @@ def _tables(
         packed: tuple[Tensor, Tensor] = _op(*of_part, backend)
         if squared:
             for table in packed:
-                table[:, 0].square_()
+                table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap
         return packed
 
     return tables(launch, dim, groups, backend, weights, grads=grads, hvps=hvps)
