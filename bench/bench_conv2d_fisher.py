@@ -107,7 +107,11 @@ def providers(layer: Layer, dtype: torch.dtype, tf32: bool, device: torch.device
         provider(GRADIENT, gradient, "grads", "peer", stored),
         provider(OURS, ours(None), "squares", "ours", eps),
     ]
-    if device.type == "cuda" and tk.backends()["cuda"] and tk.backends()["triton"]:
+    if (
+        device.type == "cuda"
+        and tk.available_backends()["cuda"]
+        and tk.available_backends()["triton"]
+    ):
         every.append(provider(TRITON, ours("triton"), "squares", "extra", eps))
     return every
 

@@ -105,7 +105,11 @@ def _ours(
         return lambda: tk.filter_moments(data.first, data.second, dim=dim, backend=backend)
 
     found = [Provider("ours", run(None), check, "ours")]
-    if device.type == "cuda" and tk.backends()["cuda"] and tk.backends()["triton"]:
+    if (
+        device.type == "cuda"
+        and tk.available_backends()["cuda"]
+        and tk.available_backends()["triton"]
+    ):
         found.append(Provider("ours (triton)", run("triton"), check, "extra"))
     return found
 

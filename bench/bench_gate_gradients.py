@@ -69,7 +69,11 @@ def providers(layout: str, dtype: str, device: torch.device) -> list[Provider]:
         )
 
     every = [Provider("ours", ours(None), check, "ours")]
-    if device.type == "cuda" and tk.backends()["cuda"] and tk.backends()["triton"]:
+    if (
+        device.type == "cuda"
+        and tk.available_backends()["cuda"]
+        and tk.available_backends()["triton"]
+    ):
         every.append(Provider("ours (triton)", ours("triton"), check, "extra"))
     eager = peers.eager_gates if dtype == "fp32" else peers.eager_gates_float
     compiled = peers.dynamic(eager)

@@ -55,7 +55,11 @@ def probes(data: Buffers) -> list[Tensor]:
 
 def backends(device: torch.device) -> dict[str, str | None]:
     """Ours by label: the one that a user gets, and Triton beside CUDA."""
-    both = device.type == "cuda" and tk.backends()["cuda"] and tk.backends()["triton"]
+    both = (
+        device.type == "cuda"
+        and tk.available_backends()["cuda"]
+        and tk.available_backends()["triton"]
+    )
     return {"ours": None, **({"ours (triton)": "triton"} if both else {})}
 
 

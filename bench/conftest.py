@@ -199,7 +199,9 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["threads"] = torch.get_num_threads()
     machine_info["torch"] = torch.__version__
     machine_info["taylor_kernels"] = tk.__version__
-    machine_info["backends"] = {name: str(status) for name, status in tk.backends().items()}
+    machine_info["backends"] = {
+        name: str(status) for name, status in tk.available_backends().items()
+    }
     machine_info["compiler"] = _first_line("c++", "--version")
     machine_info["processor"] = platform.machine()
     if torch.cuda.is_available():

@@ -5,7 +5,7 @@ Both stand on the ops `filter_moments` and `gate_gradients`.
 """
 
 from taylor_kernels._scoring import scoring
-from taylor_kernels.backends import available as backends
+from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.labels import draw_labels
@@ -17,16 +17,18 @@ from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
+from taylor_kernels.tracing import Channels, trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MOMENTS",
+    "Channels",
     "Criterion",
     "Importance",
     "Pruner",
     "Statistic",
-    "backends",
+    "available_backends",
     "conv2d_fisher",
     "criterion_names",
     "draw_labels",
@@ -42,4 +44,5 @@ __all__ = [
     "scoring",
     "second_order_moments",
     "statistic_names",
+    "trace",
 ]

@@ -69,7 +69,7 @@ class Importance:
         model: any nn.Module.
         criterion: a name from `criterion_names()`, or a `Criterion`.
         layers: names of the layers to score (* and ? match); None means all.
-        backend: one of `backends()`; None picks by device.
+        backend: one of `tk.available_backends()`; None picks by device.
 
     Raises:
         ValueError: an unknown criterion (the message names the nearest), a layer name that

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from taylor_kernels.backends import available, native
+from taylor_kernels.backends import available_backends, native
 
 _PACKAGES = ("taylor-kernels", "torch", "triton", "torch-pruning", "numpy")
 
@@ -54,7 +54,7 @@ def describe() -> dict[str, dict[str, Any]]:
         "gpus": gpus or {"none": "PyTorch sees no GPU"},
         "backends": {
             name: {"available": bool(status), "detail": str(status)}
-            for name, status in available().items()
+            for name, status in available_backends().items()
         },
     }
 

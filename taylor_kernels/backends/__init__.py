@@ -1,17 +1,59 @@
-"""Which implementation of an op runs: `cuda` and `cpu` are the native ones, beside `triton` and
-`reference`. `available()` says what this machine has; `select()` picks, or says why it cannot.
+"""Which implementation of an op runs: the one place that chooses.
+
+PyTorch's dispatcher tells devices apart, but two backends serve CUDA tensors and one serves all,
+what a build contains decides between them, and a call may name one. So each op is registered once,
+for every device (ops/_library.py), and asks `select` here.
+
+A device of another package gets its kernels in one of two ways. `register_backend` adds a backend
+that can be named, is listed by `available_backends` and runs by default on its device. Or
+`torch.library.impl("taylor_kernels::filter_moments", "PrivateUse1")` takes one op over at a
+dispatch key, which PyTorch prefers to what stands here. Until then the reference runs there.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from taylor_kernels.backends import native, reference
+from taylor_kernels.layout import (
+    Conv2dFisherArgs,
+    GateGradientsArgs,
+    ParameterItem,
+    RademacherItem,
+)
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+
+class Kernels(Protocol):
+    """What a backend computes, each into the outputs it is given; reference.py says what."""
+
+    def filter_moments(self, items: Sequence[ParameterItem]) -> None: ...
+    def second_order_moments(self, items: Sequence[ParameterItem]) -> None: ...
+    def hutchinson_moments(self, items: Sequence[ParameterItem], seed: int) -> None: ...
+    def rademacher(self, items: Sequence[RademacherItem], seed: int) -> None: ...
+    def gate_gradients(self, args: GateGradientsArgs) -> None: ...
+    def conv2d_fisher(self, args: Conv2dFisherArgs) -> None: ...
+
+
+def _nowhere(device_type: str) -> bool:
+    return False
+
+
+class Backend(NamedTuple):
+    """A name for `backend=`, and the kernels behind it."""
+
+    name: str
+    devices: tuple[str, ...]  # types of `torch.device` that it serves; none: all of them
+    status: Callable[[], tuple[bool, str]]  # whether it can run, and its version or why it cannot
+    kernels: Callable[[], Kernels]  # imports them, when they are first needed
+    float64: bool = False
+    on_request: Callable[[str], bool] = _nowhere  # other devices, only where a call names it
 
 
 class Availability(NamedTuple):
@@ -27,82 +69,129 @@ class Availability(NamedTuple):
         return f"available ({self.detail})" if self.ok else f"not available: {self.detail}"
 
 
-def available() -> dict[str, Availability]:
-    """Every backend by name, with its `Availability`: true, or false with the reason."""
-    return {
-        "cuda": Availability(*native.cuda_status()),
-        "triton": Availability(*_triton_status()),
-        "cpu": Availability(*native.cpu_status()),
-        "reference": Availability(True, f"PyTorch {torch.__version__}"),
-    }
+def available_backends() -> dict[str, Availability]:
+    """Every backend by name: true if it can run here, else its text says why not.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> list(tk.available_backends())
+        ['cuda', 'triton', 'cpu', 'reference']
+        >>> bool(tk.available_backends()["reference"])
+        True
+    """
+    return {name: Availability(*backend.status()) for name, backend in _backends.items()}
 
 
-def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> ModuleType:
-    """The module that runs an op on tensors of this device and dtype.
+def register_backend(backend: Backend) -> None:
+    """Add a backend: `backend=` takes its name, and its devices run on it by default.
+
+    Where several serve a device, the first that was registered and can run is the default.
+
+    Raises:
+        ValueError: there is a backend of that name.
+    """
+    if backend.name in _backends:
+        raise ValueError(f"backend: there is one named {backend.name!r}; choose another name")
+    _backends[backend.name] = backend
+
+
+def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Kernels:
+    """The kernels that run an op on tensors of this device and dtype.
 
     Default: CUDA tensors go to the native kernels if they were built, else to Triton; CPU tensors
-    to the native kernels, else to the reference. float64 on a GPU goes to the reference.
+    to the native kernels, else to the reference. float64 on a GPU goes to the reference, as do
+    devices that no backend serves.
 
     Raises:
         ValueError: `backend` is no backend's name, or cannot run on this device or dtype.
         RuntimeError: the named backend is not available here; the message says why.
     """
+    wide = dtype == torch.float64
     if backend is None:
-        return _default(device, dtype)
-    check_name(backend)
-    if backend == "reference":
+        for each in _backends.values():
+            if device.type in each.devices and (each.float64 or not wide) and each.status()[0]:
+                return each.kernels()
         return reference
-    interpreted = backend == "triton" and device.type == "cpu" and _interpreting()
-    if device.type != ("cpu" if backend == "cpu" else "cuda") and not interpreted:
+    check_name(backend)
+    named = _backends[backend]
+    if named.devices and device.type not in named.devices and not named.on_request(device.type):
         raise ValueError(
             f"backend: {backend!r} does not run on {device.type} tensors; "
             "leave backend=None to let the device decide"
         )
-    if dtype == torch.float64 and backend != "cpu":
+    if wide and not named.float64:
         raise ValueError(f"backend: {backend!r} has no float64; use 'reference'")
-    status = available()[backend]
-    if not status and not interpreted:
+    status = Availability(*named.status())
+    if not status:
         raise RuntimeError(f"backend: {backend!r} is {status}")
-    return _triton() if backend == "triton" else native
+    return named.kernels()
 
 
 def check_name(backend: object) -> None:
     """A backend's name or None, or an error."""
-    if backend is None or (isinstance(backend, str) and backend in NAMES):
+    if backend is None or (isinstance(backend, str) and backend in _backends):
         return
     error = ValueError if isinstance(backend, str) else TypeError
-    raise error(f"backend: {backend!r} is not one of {', '.join(NAMES)}")
+    raise error(f"backend: {backend!r} is not one of {', '.join(_backends)}")
 
 
-def _default(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    if device.type == "cpu":
-        return native if native.cpu_status()[0] else reference
-    if device.type != "cuda" or dtype == torch.float64:
-        return reference
-    if native.cuda_status()[0]:
-        return native
-    return _triton() if _triton_status()[0] else reference
+def _triton_kernels() -> Kernels:
+    from taylor_kernels.backends import triton
 
-
-def _triton() -> ModuleType:
-    from taylor_kernels.backends import triton as triton_backend  # importing Triton takes a second
-
-    return triton_backend
-
-
-def _interpreting() -> bool:
-    try:
-        import triton
-    except ImportError:
-        return False
-    return bool(triton.knobs.runtime.interpret)
+    return triton
 
 
 def _triton_status() -> tuple[bool, str]:
-    try:
-        import triton
-    except ImportError:
+    triton = _find_triton()
+    if triton is None:
         return False, "Triton is not installed; pip install triton"
+    if triton.knobs.runtime.interpret:
+        return True, f"Triton {triton.__version__}, in its interpreter"
     if not torch.cuda.is_available():
         return False, f"Triton {triton.__version__} is installed, but PyTorch sees no GPU"
     return True, f"Triton {triton.__version__}"
+
+
+def _interprets(device_type: str) -> bool:
+    """Triton's interpreter takes CPU tensors, too slowly to be their default."""
+    triton = _find_triton() if device_type == "cpu" else None
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def _find_triton() -> Any:
+    """The package, whose import takes a second, or None."""
+    try:
+        return import_module("triton")
+    except ImportError:
+        return None
+
+
+#: By name. Of those that serve a device, the first is its default.
+_backends = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", ("cuda",), native.cuda_status, lambda: native),
+        Backend("triton", ("cuda",), _triton_status, _triton_kernels, on_request=_interprets),
+        Backend("cpu", ("cpu",), native.cpu_status, lambda: native, float64=True),
+        Backend(
+            "reference",
+            (),
+            lambda: (True, f"PyTorch {torch.__version__}"),
+            lambda: reference,
+            float64=True,
+        ),
+    )
+}
+
+
+class _Package(ModuleType):
+    """This package, which can still be called as `tk.backends()` once was."""
+
+    def __call__(self) -> dict[str, Availability]:
+        warnings.warn(
+            "tk.backends() is now tk.available_backends()", DeprecationWarning, stacklevel=2
+        )
+        return available_backends()
+
+
+sys.modules[__name__].__class__ = _Package

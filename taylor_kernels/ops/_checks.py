@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from taylor_kernels.layout import FLOATS
 
+_FLOATS = frozenset(FLOATS)
 
-def is_pair(one: object, other: object) -> bool:
-    """Whether both pass check_tensor() and match each other: the quick answer for long lists."""
-    return (
-        isinstance(one, Tensor)
-        and isinstance(other, Tensor)
-        and not (one.is_nested or other.is_nested)
-        and one.dtype in FLOATS
-        and one.dtype is other.dtype
-        and one.shape == other.shape
-        and one.device == other.device
-        and one.layout is torch.strided
-        and other.layout is torch.strided
-        and not one.is_meta
-    )
+
+def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
+    """The shapes of the first list, if all lists match it as check_like() wants, on one device.
+
+    None: check_tensor() and check_like() say what is wrong, if anything is. A model has hundreds
+    of tensors, so each of their attributes is read once.
+    """
+    device = lists[0][0].device if lists[0] and isinstance(lists[0][0], Tensor) else None
+    if device is None or device.type == "meta":
+        return None
+    for tensors in lists:
+        for t in tensors:
+            if (
+                not isinstance(t, Tensor)
+                or t.device != device
+                or t.dtype not in _FLOATS
+                or t.layout is not torch.strided
+                or t.is_nested
+            ):
+                return None
+    shapes, *others = ([(t.shape, t.dtype) for t in tensors] for tensors in lists)
+    return [shape for shape, _ in shapes] if all(shapes == other for other in others) else None
 
 
 def check_tensor(tensor: object, name: str) -> None:

@@ -1,29 +1,47 @@
 """What the ops over parameters share: tensors or lists of them in, a table of sums per filter out.
 
 `tables` is the public side: it checks what it is given, splits lists by device and float64, and
-hands out views of the packed tables. `parameters` and `empty_tables` are the inner side, of the
-op that torch.library knows, which computes the packed tables.
+hands out views of the packed tables. `define_list_op` is the inner side: the op that torch.library
+knows, which computes the packed tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name
+from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor, is_pair
+from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
+from taylor_kernels.ops._library import define
+
+if TYPE_CHECKING:
+    from typing_extensions import Required
 
 #: What the lists beside the weights hold, for messages.
 _HOLDS = {"grads": "gradients", "hvps": "Hessian-vector products"}
 
-#: launch(places in the caller's lists, the lists, groups, rows, cols): the packed tables.
-Launch = Callable[
-    [Sequence[int], "list[list[Tensor]]", "list[int]", bool, bool], "tuple[Tensor, Tensor]"
-]
+#: launch(places in the caller's lists, *the lists, groups, rows, cols): the packed tables.
+Launch = Callable[..., "tuple[Tensor, Tensor]"]
+
+
+class OneAxis(TypedDict, total=False):
+    """The keywords of a call that gives one table for a parameter, for type checkers."""
+
+    dim: int
+    groups: int | Sequence[int]
+    backend: str | None
+
+
+class BothAxes(TypedDict, total=False):
+    """Those of a call that gives a pair of tables."""
+
+    dim: Required[tuple[int, int]]
+    groups: int | Sequence[int]
+    backend: str | None
 
 
 def tables(
@@ -42,39 +60,67 @@ def tables(
     if not isinstance(weights, Tensor):
         names = tuple(name + "[{}]" for name in names)
     each_groups = _each_groups(groups, len(lists[0]))
-    _check(lists, each_groups, axes, names)
-    found = _split_and_launch(launch, lists, each_groups, axes)
+    shapes = _check(lists, each_groups, axes, names)
+    found = _split_and_launch(launch, lists, shapes, each_groups, axes)
     if isinstance(weights, Tensor):
         return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
     return found[0] if len(axes) == 1 else (found[0], found[1])
 
 
-def parameters(
+def define_list_op(
+    name: str, inputs: Sequence[str], sums: tuple[int, ...], *, draws: bool = False
+) -> Any:
+    """Register an op that makes tables [filters, *sums] out of lists of tensors, weights first.
+
+    It gives two packed tables, by rows and by columns, the one not asked for with no filters. If
+    it draws random signs it is told their seed and a stream for each weight.
+    """
+    count = len(inputs)
+
+    def empty(*args: Any) -> tuple[Tensor, Tensor]:
+        filters = _filters([w.shape for w in args[0]], *args[count : count + 3])
+        return _empty_tables(sums, args[0][0], filters)
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
+        kernels = select(lists[0][0].device, lists[0][0].dtype, backend)
+        filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
+        out = _empty_tables(sums, lists[0][0], filters)
+        seed, streams = (draw[:1], draw[1]) if draws else ([], None)
+        items = _items(out, lists, groups, filters, streams)
+        if items:
+            getattr(kernels, name)(items, *seed)
+        return out
+
+    lists = ", ".join(f"Tensor[] {each}" for each in inputs)
+    signs = "int seed, int[] streams, " if draws else ""
+    return define(
+        f"{name}({lists}, int[] groups, bool rows, bool cols, {signs}str? backend)"
+        " -> (Tensor, Tensor)",
+        run,
+        empty,
+    )
+
+
+def _items(
     out: tuple[Tensor, Tensor],
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    hvps: Sequence[Tensor] | None,
+    lists: Sequence[Sequence[Tensor]],
     groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    streams: Sequence[int] | None = None,
+    filters: Sequence[list[int]],
+    streams: Sequence[int] | None,
 ) -> list[ParameterItem]:
     """Each parameter with its part of the packed tables; empty ones, whose sums are 0, are done."""
+    weights, grads, *more = lists
     nothing = [None] * len(weights)
     row_outs, col_outs = (
-        table.split(_filters(weights, groups, axis)) if wanted else nothing
-        for axis, (table, wanted) in enumerate(zip(out, (rows, cols), strict=True))
+        _split(table, counts) if counts else nothing
+        for table, counts in zip(out, filters, strict=True)
     )
+    hvps = more[0] if more else nothing
+    numbers = streams or [0] * len(weights)
     items = []
     for weight, grad, hvp, n, row_out, col_out, stream in zip(
-        weights,
-        grads,
-        hvps or nothing,
-        groups,
-        row_outs,
-        col_outs,
-        streams or [0] * len(weights),
-        strict=True,
+        weights, grads, hvps, groups, row_outs, col_outs, numbers, strict=True
     ):
         if weight.numel():
             items.append(parameter_item(weight, grad, hvp, n, row_out, col_out, stream))
@@ -85,24 +131,32 @@ def parameters(
     return items
 
 
-def empty_tables(
-    sums: tuple[int, ...], weights: Sequence[Tensor], groups: Sequence[int], rows: bool, cols: bool
+def _empty_tables(
+    sums: tuple[int, ...], like: Tensor, filters: Sequence[list[int]]
 ) -> tuple[Tensor, Tensor]:
-    """The packed tables, unwritten: [filters, *sums] by rows and by columns, [0, *sums] if not
-    wanted."""
-    dtype = accumulator(weights[0].dtype)
-    row_table, col_table = (
-        weights[0].new_empty(
-            (sum(_filters(weights, groups, axis)) if wanted else 0, *sums), dtype=dtype
-        )
-        for axis, wanted in enumerate((rows, cols))
-    )
+    """The packed tables, unwritten."""
+    dtype = accumulator(like.dtype)
+    row_table, col_table = (like.new_empty((sum(n), *sums), dtype=dtype) for n in filters)
     return row_table, col_table
+
+
+def _filters(
+    shapes: Sequence[torch.Size], groups: Sequence[int], rows: bool, cols: bool
+) -> tuple[list[int], list[int]]:
+    """Of each weight, by rows and by columns; no list where they are not wanted."""
+    return (
+        [shape[0] for shape in shapes] if rows else [],
+        [shape[1] * n for shape, n in zip(shapes, groups, strict=True)] if cols else [],
+    )
+
+
+def _split(table: Tensor, counts: list[int]) -> Sequence[Tensor]:
+    return torch.split_with_sizes(table, counts) if len(counts) > 1 else [table]
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:
     """The places of those that share a device and are float64 or not: what one launch takes."""
-    if len({(t.device, t.dtype is torch.float64) for t in tensors}) == 1:
+    if len({t.device for t in tensors}) == len({t.dtype is torch.float64 for t in tensors}) == 1:
         return [range(len(tensors))]
     parts: dict[tuple[torch.device, bool], list[int]] = {}
     for i, tensor in enumerate(tensors):
@@ -142,46 +196,49 @@ def _as_lists(inputs: dict[str, object]) -> list[list[Tensor]]:
 
 def _check(
     lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: tuple[str, ...]
-) -> None:
+) -> list[torch.Size]:
+    """The shapes of the weights, or an error that names what does not fit."""
     weights = lists[0]
-    for name, others in zip(names[1:], lists[1:], strict=True):
-        for i, (weight, other) in enumerate(zip(weights, others, strict=True)):
-            if not is_pair(weight, other):
+    shapes = quick_shapes(lists)
+    if shapes is None:
+        for name, others in zip(names[1:], lists[1:], strict=True):
+            for i, (weight, other) in enumerate(zip(weights, others, strict=True)):
                 check_tensor(weight, names[0].format(i))
                 check_like(other, name.format(i), weight, names[0].format(i))
-    for i, (weight, n) in enumerate(zip(weights, groups, strict=True)):
-        if n > 1 or not 1 < weight.dim() <= 5:
-            _check_shape(weight, n, axes, names[0].format(i))
+        shapes = [weight.shape for weight in weights]
+    for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
+        if n > 1 or not 1 < len(shape) <= 5:
+            _check_shape(shape, n, axes, names[0].format(i))
+    return shapes
 
 
 def _split_and_launch(
-    launch: Launch, lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...]
+    launch: Launch,
+    lists: list[list[Tensor]],
+    shapes: list[torch.Size],
+    groups: list[int],
+    axes: tuple[int, ...],
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
-    weights = lists[0]
-    parts = _by_kind(weights)
+
+    def run(places: Sequence[int], *part: Any) -> list[list[Tensor]]:
+        *of_part, shapes, groups = part
+        rows, cols = 0 in axes, 1 in axes
+        packed = launch(places, *of_part, groups, rows, cols)
+        filters = _filters(shapes, groups, rows, cols)
+        return [list(_split(packed[axis], filters[axis])) for axis in axes]
+
+    parts = _by_kind(lists[0])
     if len(parts) == 1:
-        return _launch(launch, parts[0], lists, groups, axes)
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(weights) for _ in axes]
+        return run(parts[0], *lists, shapes, groups)
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(shapes) for _ in axes]
     for part in parts:
-        picked = [[tensors[i] for i in part] for tensors in lists]
-        of_part = _launch(launch, part, picked, [groups[i] for i in part], axes)
+        picked: list[list[Any]] = [*lists, shapes, groups]
+        of_part = run(part, *([each[i] for i in part] for each in picked))
         for whole, axis_tables in zip(found, of_part, strict=True):
             for i, table in zip(part, axis_tables, strict=True):
                 whole[i] = table
     return found
-
-
-def _launch(
-    launch: Launch,
-    places: Sequence[int],
-    lists: list[list[Tensor]],
-    groups: list[int],
-    axes: tuple[int, ...],
-) -> list[list[Tensor]]:
-    with torch.no_grad():
-        packed = launch(places, lists, groups, 0 in axes, 1 in axes)
-    return [list(packed[axis].split(_filters(lists[0], groups, axis))) for axis in axes]
 
 
 def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
@@ -205,19 +262,10 @@ def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
     return each
 
 
-def _check_shape(weight: Tensor, groups: int, axes: tuple[int, ...], name: str) -> None:
-    if not 1 <= weight.dim() <= 5:
-        raise ValueError(f"{name}: has {weight.dim()} dimensions; a parameter has 1 to 5")
-    if 1 in axes and weight.dim() == 1:
-        raise ValueError(
-            f"{name}: has no dim 1 (shape {tuple(weight.shape)}); use dim=0 for vectors"
-        )
-    if weight.size(0) % groups:
-        raise ValueError(f"groups: {groups} does not divide the {weight.size(0)} rows of {name}")
-
-
-def _filters(weights: Sequence[Tensor], groups: Sequence[int], axis: int) -> list[int]:
-    """Of each weight."""
-    if axis == 0:
-        return [w.size(0) for w in weights]
-    return [w.size(1) * n for w, n in zip(weights, groups, strict=True)]
+def _check_shape(shape: torch.Size, groups: int, axes: tuple[int, ...], name: str) -> None:
+    if not 1 <= len(shape) <= 5:
+        raise ValueError(f"{name}: has {len(shape)} dimensions; a parameter has 1 to 5")
+    if 1 in axes and len(shape) == 1:
+        raise ValueError(f"{name}: has no dim 1 (shape {tuple(shape)}); use dim=0 for vectors")
+    if shape[0] % groups:
+        raise ValueError(f"groups: {groups} does not divide the {shape[0]} rows of {name}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
 from taylor_kernels.ops._checks import check_tensor
-from taylor_kernels.ops._library import library
+from taylor_kernels.ops._library import define
 
 
 def conv2d_fisher(
@@ -50,7 +50,7 @@ def conv2d_fisher(
         groups: as the convolution's.
         weight: [O, C / groups, kH, kW], same device. With it the result is reduced to filters:
             Σ_k w_k² Σ_n g_{n,k}², and nothing of the weight's size is written.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         float32 (float64 for float64 input): `weight_size`, or [O] with `weight`. float32 products
@@ -62,6 +62,15 @@ def conv2d_fisher(
         ValueError: sizes that do not follow from each other (the message says what was expected),
             dtypes or devices that do not match.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> x, dy = torch.ones(4, 1, 3, 3), torch.ones(4, 2, 2, 2)
+        >>> tk.conv2d_fisher(x, (2, 1, 2, 2), dy)[0].tolist()  # each example's gradient is 4
+        [[[64.0, 64.0], [64.0, 64.0]]]
+        >>> tk.conv2d_fisher(x, (2, 1, 2, 2), dy, weight=torch.ones(2, 1, 2, 2)).tolist()
+        [256.0, 256.0]
     """
     check_name(backend)
     check_tensor(input, "input")
@@ -103,7 +112,7 @@ def conv2d_fisher(
             f"dilation {tuple(dilations)} give an output of {tuple(expected)}"
         )
     _check_weight(weight, size, input)
-    return _fisher(
+    return _op(
         input, grad_output, weight, size, strides, paddings, dilations, groups, False, backend
     )
 
@@ -117,7 +126,7 @@ def linear_fisher(
         input: [N, *, I], dim 0 the example (float32, float16, bfloat16 or float64).
         grad_output: ∂L/∂y, [N, *, O], same leading dimensions, dtype and device.
         weight: [O, I], same device. With it the result is Σ_i w_i² Σ_n g_{n,i}² per neuron.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         float32 (float64 for float64 input): [O, I], or [O] with `weight`. float32 products are
@@ -126,6 +135,15 @@ def linear_fisher(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `conv2d_fisher`.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> x, dy = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [2.0]])
+        >>> tk.linear_fisher(x, dy).tolist()  # 1² + (2·3)², 2² + (2·4)²
+        [[37.0, 68.0]]
+        >>> tk.linear_fisher(x, dy, weight=torch.tensor([[1.0, 0.0]])).tolist()
+        [37.0]
     """
     check_name(backend)
     check_tensor(input, "input")
@@ -145,7 +163,7 @@ def linear_fisher(
     size = [grad_output.size(-1), input.size(-1)]
     _check_weight(weight, size, input)
     x, dy = (_as_image(tensor) for tensor in (input, grad_output))
-    fisher = _fisher(
+    fisher: Tensor = _op(
         x, dy, None if weight is None else weight[:, :, None, None], [*size, 1, 1],
         [1, 1], [0, 0], [1, 1], 1, True, backend,
     )  # fmt: skip
@@ -196,47 +214,20 @@ def _integers(value: int | Sequence[int], name: str, count: int, least: int) -> 
     return values
 
 
-def _fisher(
-    input: Tensor,
-    grad_output: Tensor,
-    weight: Tensor | None,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    matmul: bool,
-    backend: str | None,
-) -> Tensor:
-    with torch.no_grad():
-        return torch.ops.taylor_kernels.conv2d_fisher(
-            input, grad_output, weight, weight_size, stride, padding, dilation, groups, matmul,
-            backend,
-        )  # fmt: skip
-
-
 def _run(
     input: Tensor,
     grad_output: Tensor,
     weight: Tensor | None,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    matmul: bool,
-    backend: str | None,
+    *rest: Any,
 ) -> Tensor:
+    stride, padding, dilation, groups, matmul, backend = rest
     kernels = select(input.device, input.dtype, backend)
-    out = _empty(
-        input, grad_output, weight, weight_size, stride, padding, dilation, groups, matmul, backend
-    )
+    out = _empty(input, grad_output, weight, weight_size)
     if not (input.numel() and grad_output.numel()):
         return out.zero_()
-    args = conv2d_fisher_args(
-        input, grad_output, weight, weight_size, stride, padding, dilation, groups,
-        _may_round(matmul), out,
-    )  # fmt: skip
+    geometry = (weight_size, stride, padding, dilation, groups)
+    args = conv2d_fisher_args(input, grad_output, weight, *geometry, _may_round(matmul), out)
     kernels.conv2d_fisher(args)
     return out
 
@@ -254,27 +245,16 @@ def _may_round(matmul: bool) -> bool:
 
 
 def _empty(
-    input: Tensor,
-    grad_output: Tensor,
-    weight: Tensor | None,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    matmul: bool,
-    backend: str | None,
+    input: Tensor, grad_output: Tensor, weight: Tensor | None, weight_size: Sequence[int], *_: Any
 ) -> Tensor:
-    """The output's shape; also the fake kernel."""
     shape = weight_size if weight is None else weight_size[:1]
     return input.new_empty(tuple(shape), dtype=accumulator(input.dtype))
 
 
-library.define(
+_op = define(
     "conv2d_fisher(Tensor input, Tensor grad_output, Tensor? weight, SymInt[] weight_size, "
     "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, bool matmul, "
-    "str? backend) -> Tensor"
+    "str? backend) -> Tensor",
+    _run,
+    _empty,
 )
-library.impl("conv2d_fisher", _run, "CPU")
-library.impl("conv2d_fisher", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::conv2d_fisher", _empty, lib=library)

@@ -6,60 +6,40 @@ For filter f with elements w_e and gradients g_e:
 
 They are what the first-order Taylor criteria are made of: Molchanov et al., "Importance Estimation
 for Neural Network Pruning" (CVPR 2019), eq. 8 is Σ(gw)² over the weights of a filter, and (Σgw)²
-its joint form. Kernels: csrc/common/filter_moments.h, backends/triton/filter_moments.py.
+its joint form. Kernels: csrc/common/filter_moments.h, backends/triton/moments.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
-import torch
 from torch import Tensor
 
-from taylor_kernels.backends import select
-from taylor_kernels.ops._library import library
-from taylor_kernels.ops._lists import empty_tables, parameters, tables
+from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 #: Names of the columns of a moments table.
 MOMENTS = ("gw", "gw2", "abs_gw", "w2", "g2")
 
+_op = define_list_op("filter_moments", ("weights", "grads"), (len(MOMENTS),))
+
 
 @overload
-def filter_moments(
-    weights: Tensor,
-    grads: Tensor,
-    *,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
-) -> Tensor: ...
+def filter_moments(weights: Tensor, grads: Tensor, **options: Unpack[OneAxis]) -> Tensor: ...
 @overload
 def filter_moments(
-    weights: Tensor,
-    grads: Tensor,
-    *,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Tensor, grads: Tensor, **options: Unpack[BothAxes]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def filter_moments(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    *,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[OneAxis]
 ) -> list[Tensor]: ...
 @overload
 def filter_moments(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    *,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[BothAxes]
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 def filter_moments(
     weights: Tensor | Sequence[Tensor],
@@ -80,7 +60,7 @@ def filter_moments(
             first, so for it 0 means input channels and 1 output filters.
         groups: of a grouped convolution, an int or one per tensor. Used for dim 1: column
             j * size(1) + i is channel i of group j.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         [F, 5] float32 (float64 for float64 input), columns as in `MOMENTS`; for a sequence a list
@@ -92,49 +72,20 @@ def filter_moments(
         ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a `dim`
             or `groups` that does not fit.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> grad = torch.tensor([[1.0, -1.0], [2.0, 0.0]])
+        >>> tk.filter_moments(weight, grad).tolist()
+        [[-1.0, 5.0, 3.0, 5.0, 2.0], [6.0, 36.0, 6.0, 25.0, 4.0]]
+        >>> rows, columns = tk.filter_moments([weight], [grad], dim=(0, 1))
+        >>> columns[0].tolist()
+        [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
     """
 
-    def launch(
-        places: Sequence[int], lists: list[list[Tensor]], groups: list[int], rows: bool, cols: bool
-    ) -> tuple[Tensor, Tensor]:
-        return torch.ops.taylor_kernels.filter_moments(*lists, groups, rows, cols, backend)
+    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
+        return _op(*of_part, backend)
 
     return tables(launch, dim, groups, backend, weights, grads=grads)
-
-
-def _run(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The op itself: two packed tables, empty where an axis was not asked for."""
-    out = _empty(weights, grads, groups, rows, cols, backend)
-    items = parameters(out, weights, grads, None, groups, rows, cols)
-    kernels = select(weights[0].device, weights[0].dtype, backend)
-    if items:
-        kernels.filter_moments(items)
-    return out
-
-
-def _empty(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The outputs' shapes; also the fake kernel, by which torch.compile and export trace the op."""
-    return empty_tables((len(MOMENTS),), weights, groups, rows, cols)
-
-
-library.define(
-    "filter_moments(Tensor[] weights, Tensor[] grads, int[] groups, bool rows, bool cols, "
-    "str? backend) -> (Tensor, Tensor)"
-)
-library.impl("filter_moments", _run, "CPU")
-library.impl("filter_moments", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::filter_moments", _empty, lib=library)

@@ -12,13 +12,14 @@ backends/triton/gate_gradients.py.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import accumulator, activation_args
 from taylor_kernels.ops._checks import check_like, check_tensor
-from taylor_kernels.ops._library import library
+from taylor_kernels.ops._library import define
 
 
 def gate_gradients(
@@ -38,7 +39,7 @@ def gate_gradients(
         grad_output: ∂L/∂y, same shape, dtype and device.
         bias: [C], subtracted from y; same device, any supported dtype.
         channel_dim: the channels' dimension, not 0; may be negative.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         [N, C] float32 (float64 for float64 input). Not differentiable: it has no grad_fn.
@@ -47,6 +48,16 @@ def gate_gradients(
         TypeError: not a tensor; integer, complex, sparse or meta tensors.
         ValueError: shapes, dtypes or devices that do not match; an impossible `channel_dim`.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> output = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])  # one example, two channels
+        >>> grad_output = torch.tensor([[[1.0, 1.0], [2.0, -1.0]]])
+        >>> tk.gate_gradients(output, grad_output).tolist()
+        [[3.0, 2.0]]
+        >>> tk.gate_gradients(output, grad_output, bias=torch.tensor([1.0, 0.0])).tolist()
+        [[1.0, 2.0]]
     """
     check_name(backend)
     check_tensor(output, "output")
@@ -70,17 +81,14 @@ def gate_gradients(
                 f"bias: shape {tuple(bias.shape)} on {bias.device} does not match the "
                 f"{output.size(channel_dim)} channels of output on {output.device}"
             )
-    with torch.no_grad():
-        return torch.ops.taylor_kernels.gate_gradients(
-            output, grad_output, bias, channel_dim, backend
-        )
+    return _op(output, grad_output, bias, channel_dim, backend)
 
 
 def _run(
     output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, backend: str | None
 ) -> Tensor:
     kernels = select(output.device, output.dtype, backend)
-    out = _empty(output, grad_output, bias, channel_dim, backend)
+    out = _empty(output, grad_output, bias, channel_dim)
     if not output.numel():
         return out.zero_()
     bias = None if bias is None else bias.to(output.dtype)  # under autocast y is half, b float32
@@ -90,17 +98,15 @@ def _run(
 
 
 def _empty(
-    output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, backend: str | None
+    output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, *_: Any
 ) -> Tensor:
-    """The output's shape; also the fake kernel."""
     shape = (output.size(0), output.size(channel_dim))
     return output.new_empty(shape, dtype=accumulator(output.dtype))
 
 
-library.define(
+_op = define(
     "gate_gradients(Tensor output, Tensor grad_output, Tensor? bias, int channel_dim, "
-    "str? backend) -> Tensor"
+    "str? backend) -> Tensor",
+    _run,
+    _empty,
 )
-library.impl("gate_gradients", _run, "CPU")
-library.impl("gate_gradients", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::gate_gradients", _empty, lib=library)

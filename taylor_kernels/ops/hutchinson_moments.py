@@ -9,66 +9,49 @@ Simul. Comput. 1990), so half of a moment estimates ½ Σ w_k² H_kk without bia
 Optimal Brain Damage (LeCun, Denker and Solla, NeurIPS 1989). If H is diagonal, one probe is exact.
 AdaHessian (Yao et al., AAAI 2021) takes its curvature from such probes. z comes from
 `rademacher_like` and is drawn again in the kernel, which reads nothing but w and Hz. Kernels:
-csrc/common/hutchinson_moments.h, backends/triton/hutchinson_moments.py.
+csrc/common/hutchinson_moments.h, backends/triton/moments.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
-import torch
 from torch import Tensor
 
-from taylor_kernels.backends import select
 from taylor_kernels.ops._checks import check_seed, check_streams
-from taylor_kernels.ops._library import library
-from taylor_kernels.ops._lists import empty_tables, parameters, tables
+from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
+
+if TYPE_CHECKING:
+    from typing_extensions import Required, Unpack
+
+_op = define_list_op("hutchinson_moments", ("weights", "hvps"), (), draws=True)
+
+
+class _Draws(TypedDict, total=False):
+    seed: Required[int]
+    streams: Sequence[int] | None
+
+
+class _OneAxis(OneAxis, _Draws): ...
+
+
+class _BothAxes(BothAxes, _Draws): ...
 
 
 @overload
-def hutchinson_moments(
-    weights: Tensor,
-    hvps: Tensor,
-    *,
-    seed: int,
-    streams: Sequence[int] | None = None,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
-) -> Tensor: ...
+def hutchinson_moments(weights: Tensor, hvps: Tensor, **options: Unpack[_OneAxis]) -> Tensor: ...
 @overload
 def hutchinson_moments(
-    weights: Tensor,
-    hvps: Tensor,
-    *,
-    seed: int,
-    streams: Sequence[int] | None = None,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Tensor, hvps: Tensor, **options: Unpack[_BothAxes]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def hutchinson_moments(
-    weights: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    *,
-    seed: int,
-    streams: Sequence[int] | None = None,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Sequence[Tensor], hvps: Sequence[Tensor], **options: Unpack[_OneAxis]
 ) -> list[Tensor]: ...
 @overload
 def hutchinson_moments(
-    weights: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    *,
-    seed: int,
-    streams: Sequence[int] | None = None,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Sequence[Tensor], hvps: Sequence[Tensor], **options: Unpack[_BothAxes]
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 def hutchinson_moments(
     weights: Tensor | Sequence[Tensor],
@@ -81,10 +64,6 @@ def hutchinson_moments(
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Σ w² z (Hz) of every filter of a parameter or of a list of them, in one launch.
-
-        z = tk.rademacher_like(weights, seed=step)
-        hvps = torch.autograd.grad(grads, weights, grad_outputs=z)
-        curvature = tk.hutchinson_moments(weights, hvps, seed=step)
 
     Args:
         weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
@@ -104,58 +83,22 @@ def hutchinson_moments(
         ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a seed,
             stream, `dim` or `groups` that does not fit.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> weights = [torch.tensor([[1.0, 2.0], [3.0, 0.0]], requires_grad=True)]
+        >>> loss = weights[0].square().sum()  # its Hessian is diagonal: one probe is exact
+        >>> grads = torch.autograd.grad(loss, weights, create_graph=True)
+        >>> signs = tk.rademacher_like(weights, seed=7)
+        >>> hvps = torch.autograd.grad(grads, weights, grad_outputs=signs)
+        >>> [table.tolist() for table in tk.hutchinson_moments(weights, hvps, seed=7)]
+        [[10.0, 18.0]]
     """
     seed = check_seed(seed)
     each_stream = check_streams(streams, len(weights) if isinstance(weights, Sequence) else 1)
 
-    def launch(
-        places: Sequence[int], lists: list[list[Tensor]], groups: list[int], rows: bool, cols: bool
-    ) -> tuple[Tensor, Tensor]:
-        of_part = [each_stream[i] for i in places]
-        return torch.ops.taylor_kernels.hutchinson_moments(
-            *lists, groups, rows, cols, seed, of_part, backend
-        )
+    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
+        return _op(*of_part, seed, [each_stream[i] for i in places], backend)
 
     return tables(launch, dim, groups, backend, weights, hvps=hvps)
-
-
-def _run(
-    weights: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    seed: int,
-    streams: Sequence[int],
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The op itself: two packed tables, empty where an axis was not asked for."""
-    out = _empty(weights, hvps, groups, rows, cols, seed, streams, backend)
-    items = parameters(out, weights, hvps, None, groups, rows, cols, streams)
-    kernels = select(weights[0].device, weights[0].dtype, backend)
-    if items:
-        kernels.hutchinson_moments(items, seed)
-    return out
-
-
-def _empty(
-    weights: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    seed: int,
-    streams: Sequence[int],
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The outputs' shapes; also the fake kernel."""
-    return empty_tables((), weights, groups, rows, cols)
-
-
-library.define(
-    "hutchinson_moments(Tensor[] weights, Tensor[] hvps, int[] groups, bool rows, bool cols, "
-    "int seed, int[] streams, str? backend) -> (Tensor, Tensor)"
-)
-library.impl("hutchinson_moments", _run, "CPU")
-library.impl("hutchinson_moments", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::hutchinson_moments", _empty, lib=library)

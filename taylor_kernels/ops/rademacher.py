@@ -13,7 +13,7 @@ csrc/common/rademacher.h, csrc/common/philox.h, backends/triton/rademacher.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, select
 from taylor_kernels.layout import RademacherItem, in_order_of
 from taylor_kernels.ops._checks import check_seed, check_streams, check_tensor
-from taylor_kernels.ops._library import library
+from taylor_kernels.ops._library import define
 
 
 @overload
@@ -54,7 +54,7 @@ def rademacher_like(
         seed: 64 bits; equal seeds give equal signs on every backend and device.
         streams: a number from 0 to 2**32 - 1 for each tensor, which tells tensors of one seed
             apart; by default the place in the list.
-        backend: one of `taylor_kernels.backends()`; None picks by device.
+        backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         A tensor or a list of them, of the same shapes, dtypes and devices; in the same strides if
@@ -65,6 +65,15 @@ def rademacher_like(
         TypeError: not a tensor; integer, complex, sparse or meta tensors; a seed that is no int.
         ValueError: a seed or stream out of range, or not as many streams as tensors.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> tk.rademacher_like(torch.empty(2, 3), seed=0).tolist()
+        [[-1.0, 1.0, -1.0], [1.0, -1.0, 1.0]]
+        >>> signs = tk.rademacher_like([torch.empty(8, 4, 3, 3), torch.empty(8)], seed=0)
+        >>> [tuple(each.shape) for each in signs]
+        [(8, 4, 3, 3), (8,)]
     """
     check_name(backend)
     seed = check_seed(seed)
@@ -83,10 +92,7 @@ def rademacher_like(
         parts.setdefault((tensor.device, tensor.dtype), []).append(i)
     for part in parts.values():
         counts = [every[i].numel() for i in part]
-        with torch.no_grad():
-            packed = torch.ops.taylor_kernels.rademacher(
-                every[part[0]], counts, seed, [streams[i] for i in part], backend
-            )
+        packed = _op(every[part[0]], counts, seed, [streams[i] for i in part], backend)
         for i, signs in zip(part, _pieces(packed, counts), strict=True):
             found[i] = in_order_of(every[i], signs)
     return found[0] if single else found
@@ -96,7 +102,7 @@ def _run(
     like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
 ) -> Tensor:
     """The op itself: vectors of so many signs in one buffer, each from a 128-byte address on."""
-    out = _empty(like, counts, seed, streams, backend)
+    out = _empty(like, counts)
     items = [
         RademacherItem(signs, stream)
         for signs, stream in zip(_pieces(out, counts), streams, strict=True)
@@ -108,10 +114,7 @@ def _run(
     return out
 
 
-def _empty(
-    like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
-) -> Tensor:
-    """The buffer's size; also the fake kernel."""
+def _empty(like: Tensor, counts: Sequence[int], *_: Any) -> Tensor:
     return like.new_empty(sum(_padded(counts)))
 
 
@@ -125,9 +128,8 @@ def _pieces(packed: Tensor, counts: Sequence[int]) -> list[Tensor]:
     return [piece[:count] for piece, count in zip(padded, counts, strict=True)]
 
 
-library.define(
-    "rademacher(Tensor like, SymInt[] counts, int seed, int[] streams, str? backend) -> Tensor"
+_op = define(
+    "rademacher(Tensor like, SymInt[] counts, int seed, int[] streams, str? backend) -> Tensor",
+    _run,
+    _empty,
 )
-library.impl("rademacher", _run, "CPU")
-library.impl("rademacher", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::rademacher", _empty, lib=library)

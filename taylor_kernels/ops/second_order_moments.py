@@ -9,64 +9,45 @@ q_e is the share of one. Its square is the second-order importance of Molchanov 
 Estimation for Neural Network Pruning" (CVPR 2019); (Σ q)² takes a filter as a group of weights, as
 (Σ gw)² does to first order. v may as well be other than w, such as the weights of one layer with
 zeros elsewhere. Kernels: csrc/common/second_order_moments.h,
-backends/triton/second_order_moments.py.
+backends/triton/moments.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-import torch
 from torch import Tensor
 
-from taylor_kernels.backends import select
-from taylor_kernels.ops._library import library
-from taylor_kernels.ops._lists import empty_tables, parameters, tables
+from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
 
-#: Columns of the table.
-COLUMNS = 2
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_op = define_list_op("second_order_moments", ("weights", "grads", "hvps"), (2,))
 
 
 @overload
 def second_order_moments(
-    weights: Tensor,
-    grads: Tensor,
-    hvps: Tensor,
-    *,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Tensor, grads: Tensor, hvps: Tensor, **options: Unpack[OneAxis]
 ) -> Tensor: ...
 @overload
 def second_order_moments(
-    weights: Tensor,
-    grads: Tensor,
-    hvps: Tensor,
-    *,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    weights: Tensor, grads: Tensor, hvps: Tensor, **options: Unpack[BothAxes]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def second_order_moments(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     hvps: Sequence[Tensor],
-    *,
-    dim: int = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    **options: Unpack[OneAxis],
 ) -> list[Tensor]: ...
 @overload
 def second_order_moments(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     hvps: Sequence[Tensor],
-    *,
-    dim: tuple[int, int],
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    **options: Unpack[BothAxes],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 def second_order_moments(
     weights: Tensor | Sequence[Tensor],
@@ -96,6 +77,16 @@ def second_order_moments(
         ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a `dim`
             or `groups` that does not fit.
         RuntimeError: the named backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 0.0]], requires_grad=True)
+        >>> loss = weight.square().sum()  # q is exact: w² is what an element adds to it
+        >>> grads = torch.autograd.grad(loss, weight, create_graph=True)
+        >>> hvps = torch.autograd.grad(grads, weight, grad_outputs=weight)
+        >>> tk.second_order_moments(weight, *grads, *hvps).tolist()
+        [[25.0, 17.0], [81.0, 81.0]]
     """
     return _tables(weights, grads, hvps, dim, groups, backend, squared=True)
 
@@ -123,54 +114,11 @@ def _tables(
     *,
     squared: bool,
 ) -> Any:
-    def launch(
-        places: Sequence[int], lists: list[list[Tensor]], groups: list[int], rows: bool, cols: bool
-    ) -> tuple[Tensor, Tensor]:
-        op = torch.ops.taylor_kernels.second_order_moments
-        packed = op(*lists, groups, rows, cols, backend)
+    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
+        packed: tuple[Tensor, Tensor] = _op(*of_part, backend)
         if squared:
             for table in packed:
-                table[:, 0].square_()
+                table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap
         return packed
 
     return tables(launch, dim, groups, backend, weights, grads=grads, hvps=hvps)
-
-
-def _run(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The op itself: two packed tables of (Σ q, Σ q²), empty where an axis was not asked for."""
-    out = _empty(weights, grads, hvps, groups, rows, cols, backend)
-    items = parameters(out, weights, grads, hvps, groups, rows, cols)
-    kernels = select(weights[0].device, weights[0].dtype, backend)
-    if items:
-        kernels.second_order_moments(items)
-    return out
-
-
-def _empty(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    hvps: Sequence[Tensor],
-    groups: Sequence[int],
-    rows: bool,
-    cols: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """The outputs' shapes; also the fake kernel."""
-    return empty_tables((COLUMNS,), weights, groups, rows, cols)
-
-
-library.define(
-    "second_order_moments(Tensor[] weights, Tensor[] grads, Tensor[] hvps, int[] groups, "
-    "bool rows, bool cols, str? backend) -> (Tensor, Tensor)"
-)
-library.impl("second_order_moments", _run, "CPU")
-library.impl("second_order_moments", _run, "CUDA")
-torch.library.register_fake("taylor_kernels::second_order_moments", _empty, lib=library)

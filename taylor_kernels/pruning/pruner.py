@@ -53,7 +53,7 @@ class Pruner:
         optimizer: its state is zeroed with the masks and cut with the model. Without one, make a
             new optimizer after compact(): one made before holds the old parameters.
         min_filters: every layer keeps at least so many.
-        backend: of the kernels; see `tk.backends()`.
+        backend: of the kernels; see `tk.available_backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
             model's memory is needed once less and mistakes of the tracing go unseen.
         importance: deprecated, the old name of `criterion`.

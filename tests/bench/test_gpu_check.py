@@ -56,7 +56,7 @@ def test_tests_of_a_backend_that_was_not_built_fail_where_it_is_asked_for(tmp_pa
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
     environment = {**os.environ, "TAYLOR_KERNELS_CUDA": asked}
     code, output = finish([*command, str(tmp_path)], environment, 60.0, [])
-    fails = asked == "on" and not tk.backends()["cuda"]
+    fails = asked == "on" and not tk.available_backends()["cuda"]
     assert code == fails
     assert ("backend 'cuda' is asked for, but not available" in output) == fails
 
