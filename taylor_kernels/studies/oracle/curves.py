@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.statistics.loss_change import Filter, LossChange
-from taylor_kernels.studies.oracle.pieces import Json
 from taylor_kernels.studies.oracle.problem import Problem
 from taylor_kernels.studies.oracle.scores import score
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.results import Json
 
 Array = np.ndarray
 
@@ -76,6 +79,16 @@ def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -
     finally:
         source.close()
     return points
+
+
+def mean_one_shot(problem: Problem, rankings: Array, counts: Sequence[int]) -> list[Json]:
+    """The mean, point by point, of the one-shot curves of several rankings, [draws, F]."""
+    orders = [removal_order(ranking, problem.filters) for ranking in rankings]
+    each = [one_shot(problem, order, counts) for order in orders]
+    return [
+        {key: sum(point[key] for point in points) / len(points) for key in points[0]}
+        for points in zip(*each, strict=True)
+    ]
 
 
 def rescored(

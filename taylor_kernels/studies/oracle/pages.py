@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from taylor_kernels import plots
-from taylor_kernels.report import Figure, Report, Section, Table, Text
 from taylor_kernels.studies.oracle import findings
-from taylor_kernels.studies.oracle.findings import Json, values
-from taylor_kernels.studies.oracle.measure import CURVE_DRAWS
+from taylor_kernels.studies.oracle.findings import values
 from taylor_kernels.studies.oracle.plots import Cloud, Curves, clouds, coefficients, pruning
+from taylor_kernels.studies.oracle.pruning_curves import CURVE_DRAWS
+from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.tables import (
     KINDS,
     STATISTICS,
@@ -20,6 +19,9 @@ from taylor_kernels.studies.oracle.tables import (
     oracle_words,
     target_table,
 )
+from taylor_kernels.studies.plotting import draw
+from taylor_kernels.studies.report import Figure, Report, Section, Table, Text
+from taylor_kernels.studies.results import Json, footer
 
 #: Shown in scatter plots and, where there are too many, in curves.
 _L2 = findings.UNSCALED.format("magnitude_l2")
@@ -32,7 +34,7 @@ def build_report(result: Json, folder: Path) -> Report:
         title="Do the scores say which filters matter?",
         lead=_lead(result),
         sections=sections(result, folder),
-        footer=_footer(result),
+        footer=footer(result),
     )
 
 
@@ -47,7 +49,7 @@ def sections(result: Json, folder: Path) -> list[Section]:
         *_curve_section(result, folder),
     ]
     if result["kind"] == "digits":
-        said = "\n\n".join(findings.remarks(result))
+        said = "\n\n".join(remarks(result))
         found.append(Section("What this confirms, and what it contradicts", [Text(said)]))
         found.append(Section("Targets", [target_table(result)]))
     return [*found, Section("How it was done", [Text(_method(result))])]
@@ -80,7 +82,7 @@ def _coefficients(result: Json, folder: Path) -> Figure:
         }
     seeds = len(result["networks"]) > len(rows)
     each = "Bars: mean; dots: each seed. " if seeds else ""
-    return plots.draw(
+    return draw(
         coefficients(rows),
         folder / "correlation.png",
         alt="Spearman, Pearson and Kendall coefficients of each criterion with the oracle.",
@@ -112,7 +114,7 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
                 )
             )
         grid.append(row)
-    figure = plots.draw(
+    figure = draw(
         clouds(grid),
         folder / "score_against_oracle.png",
         alt="Scores against the oracle on log axes, a dot per filter, a panel per criterion.",
@@ -150,7 +152,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
             rows[name] = kinds
     if not rows:
         return []
-    figure = plots.draw(
+    figure = draw(
         pruning(rows, "accuracy, %" if key == "accuracy" else "loss"),
         folder / "pruning_curves.png",
         alt=f"{key.capitalize()} against the filters removed, a line per criterion.",
@@ -219,16 +221,6 @@ def _method(result: Json) -> str:
 
 def _accuracy(network: Json) -> str:
     return f"{network['dense']['accuracy']:.1%} ({network['name']})"
-
-
-def _footer(result: Json) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    machine = result["machine"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"`{result['command']}`\n\n{result['date']}, {result['seconds']:.0f} s, {where}. "
-        f"{versions}. All numbers are in `result.json`."
-    )
 
 
 def _draws(result: Json) -> int:

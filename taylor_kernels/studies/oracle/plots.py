@@ -1,4 +1,4 @@
-"""Plots of a comparison, drawn as those of taylor_kernels.plots: plain numbers in, a `Plot` out."""
+"""Plots of a comparison: plain numbers in, a `Plot` out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure as Drawing
 
-from taylor_kernels.plots import Plot, Theme, look
 from taylor_kernels.studies.oracle import findings
+from taylor_kernels.studies.plotting import Plot, Theme, look
 
 Row = Mapping[str, Sequence[float]]  # a label -> one figure per seed
 

@@ -7,35 +7,38 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-import taylor_kernels as tk
+from taylor_kernels._scoring import scoring
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.options import Mistake
-from taylor_kernels.progress import ProgressLog
+from taylor_kernels.importance import Importance
 from taylor_kernels.statistics import reads_weight_gradients
-from taylor_kernels.studies.oracle.pieces import Json, Pieces, digest
+from taylor_kernels.studies.digest import digest
 from taylor_kernels.studies.oracle.problem import Batch, Problem
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.cache import Cache
+    from taylor_kernels.studies.progress import ProgressLog
+    from taylor_kernels.studies.results import Json
 
 #: `random` is not one ranking but all of them: its figures are means over so many draws.
 DRAWS = 20
 #: What the sources of some criteria need in place of a forward and a backward pass.
 _READS_WEIGHTS = ("magnitudes", "random")
 _READS_FORWARD = ("bn_scale",)
-
-
 #: The step that runtimes are compared with.
 PLAIN = "forward + backward"
 
 
-class CannotScore(Mistake):
+class CannotScore(ValueError):
     """A criterion does not apply to this model; the message says why."""
 
 
 def scores_of(
-    problem: Problem, criterion: str, settings: Json, pieces: Pieces, log: ProgressLog
+    problem: Problem, criterion: str, settings: Json, cache: Cache, log: ProgressLog
 ) -> np.ndarray:
     """[draws, F] float64: one row, of `random` several; nan for filters that have no score.
 
@@ -44,12 +47,12 @@ def scores_of(
     """
     if get_criterion(criterion).source == "random":
         return _draws(problem)
-    settings = settings | {"criterion": criterion}
-    values = pieces.load("scores", settings)
+    piece = cache.piece("scores", settings | {"criterion": criterion}, by=[score])
+    values = piece.load()
     if values is None:
         with log.task(f"{problem.name}: {criterion}", len(problem.batches)) as advance:
             values = score(problem, criterion, advance).tolist()
-        pieces.save("scores", settings, values)
+        piece.save(values)
     return np.asarray([values], dtype=np.float64)
 
 
@@ -93,9 +96,9 @@ class _Step:
     def __init__(self, problem: Problem, criterion: str | None) -> None:
         self.problem = problem
         self.source = "" if criterion is None else get_criterion(criterion).source
-        self.meter: tk.Importance | None = None
+        self.meter: Importance | None = None
         if criterion is not None:
-            self.meter = tk.Importance(problem.model, criterion, layers=problem.layers)
+            self.meter = Importance(problem.model, criterion, layers=problem.layers)
 
     def __call__(self, batch: Batch) -> None:
         problem, model = self.problem, self.problem.model
@@ -107,7 +110,7 @@ class _Step:
                 problem.loss_of(batch)
         elif self.source not in _READS_WEIGHTS:
             full = self.meter is None or reads_weight_gradients(self.source)
-            mode: AbstractContextManager = nullcontext() if full else tk.scoring(model)
+            mode: AbstractContextManager = nullcontext() if full else scoring(model)
             with mode:
                 problem.loss_of(batch).backward()
         if self.meter is not None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from taylor_kernels.report import Table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.correlation import LEAST
-from taylor_kernels.studies.oracle.findings import Json, mean, values
+from taylor_kernels.studies.oracle.findings import mean, values
+from taylor_kernels.studies.report import Table
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.results import Json
 
 STATISTICS = {"spearman": "Spearman", "pearson": "Pearson", "kendall": "Kendall"}
 KINDS = {

@@ -11,8 +11,8 @@ from torch import nn
 pytest.importorskip("scipy", reason="compare needs SciPy")
 
 import taylor_kernels as tk
+from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.oracle.measure import identity
-from taylor_kernels.studies.oracle.pieces import Pieces
 from taylor_kernels.studies.oracle.problem import inner_layers, is_classifier, judge
 from taylor_kernels.studies.oracle.scores import (
     DRAWS,
@@ -58,7 +58,7 @@ def test_scores_are_those_of_importance_over_the_minibatches(criterion):
 def test_scores_are_kept_and_not_computed_twice(tmp_path):
     loss = Counted()
     problem = other_loss(small_problem(), loss)
-    args = (identity(problem), Pieces(tmp_path), quiet())
+    args = (identity(problem), Cache(tmp_path), quiet())
     first = scores_of(problem, "taylor_fo_bn", *args)
     assert loss.calls == len(problem.batches)
     again = scores_of(problem, "taylor_fo_bn", *args)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_kernels.options import Mistake
 from taylor_kernels.pruning.tracing import call
-from taylor_kernels.studies.oracle.pieces import digest_files
+from taylor_kernels.studies.digest import digest_files
+from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.problem import (
     Batch,
     Problem,
@@ -29,12 +29,12 @@ from taylor_kernels.studies.oracle.problem import (
     is_classifier,
     moved,
 )
-from taylor_kernels.studies.oracle.settings import Settings
+from taylor_kernels.studies.oracle.settings import OracleSettings
 
 _PACKAGE = Path(__file__).parents[2]
 
 
-def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dict[str, str]]:
+def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Problem, dict[str, str]]:
     """The model that --model names, in eval mode, on minibatches of --data; and the layers that are
     left out -> why.
 
@@ -176,7 +176,7 @@ def _try(
     return is_classifier(outputs, batch[1]), loss.item()
 
 
-def _sources(settings: Settings) -> str:
+def _sources(settings: OracleSettings) -> str:
     """Stands for the files of the user's modules: a loss made by functools.partial, or a setting
     of the model that is no weight, is seen nowhere else."""
     names = {path.partition(":")[0] for path in (settings.model, settings.loss) if path}

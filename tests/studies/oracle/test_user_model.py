@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from taylor_kernels import cli
+from taylor_kernels.cli import output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -373,9 +374,9 @@ def test_a_named_criterion_that_does_not_apply_is_an_error_and_else_a_note(folde
 
 
 def test_what_compare_needs_is_named_if_it_is_missing(capsys, monkeypatch):
-    find = cli.importlib.util.find_spec
+    find = output.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
+        output.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
     )
     code, _, err = compare(capsys)
     assert code == 2

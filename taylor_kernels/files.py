@@ -1,0 +1,43 @@
+"""Files that are there whole, or as they were before, whenever the writing is stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
+    """Write a file all at once: a crash or a power cut leaves the old file or the new one.
+
+    Args:
+        write: called with an open binary file. If it raises, the file at `path` is as it was.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r}")
+    # The draft lies in the same folder, so that the replacement is a rename.
+    draft = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with draft.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        # The rename itself lasts through a power cut only once the folder is on the disk.
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
