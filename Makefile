@@ -31,7 +31,7 @@ bench: $(VENV)/built
 # On a machine with an NVIDIA GPU, without network: uses the python3 that has torch, pybind11, ninja
 # and cmake. Writes one JSON and one log into $$OUT. STEPS="build tests" runs these alone.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(STEPS)
+	$(PYTHON) tools/gpu_check.py $(STEPS)
 
 # PyTorch first and by exact version: whatever else names it is then content with it.
 $(VENV)/dependencies: pyproject.toml constraints.txt
