@@ -58,7 +58,7 @@ def draw(plot: Plot, png: Path, *, alt: str, caption: str) -> Figure:
     return Figure(svgs[0], svgs[1], alt=alt, caption=caption, file=png.name)
 
 
-def look(theme: Theme, number: int) -> dict[str, Any]:
+def series_style(theme: Theme, number: int) -> dict[str, Any]:
     """Colour, marker and line style of the series of that number, the same in every plot."""
     again = number // len(theme.series)  # the colours are used up: other lines and markers
     return {

@@ -11,7 +11,7 @@ import ast
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -60,6 +60,8 @@ def imported_files(module: str) -> frozenset[Path]:
 
 
 def _module_names(thing: object) -> Iterator[str]:
+    if isinstance(thing, partial):
+        thing = thing.func
     owners: Iterable[object] = thing.modules() if isinstance(thing, nn.Module) else [thing]
     for owner in owners:
         named = owner if inspect.isfunction(owner) or inspect.isclass(owner) else type(owner)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -176,4 +177,5 @@ def test_a_users_file_stands_for_itself_and_pytorch_for_its_version():
         pass
 
     assert deciding_files(nn.Sequential(Own(), nn.ReLU())) == {Path(__file__)}
-    assert deciding_files(nn.functional.cross_entropy) == set()
+    assert deciding_files(nn.functional.cross_entropy, torch.sum) == set()
+    assert deciding_files(partial(lambda scores: scores)) == {Path(__file__)}

@@ -63,7 +63,7 @@ def counts(total: int, layers: int, points: int, last: float = 0.9) -> list[int]
 
 
 def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -> list[Json]:
-    """The network on `problem.test` without the first so many filters of an order.
+    """The network on `problem.test_batches` without the first so many filters of an order.
 
     Returns:
         {"removed": count, "loss": ..., "accuracy": ...} per count; more than there are in `order`
@@ -72,10 +72,10 @@ def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -
     source = LossChange(problem.model, problem.scored)
     points = []
     try:
-        problem.judged()  # shows which norm follows which layer
+        problem.test_figures()  # shows which norm follows which layer
         for count in counts:
             with source.removed(order[:count]):
-                points.append({"removed": count, **problem.judged()})
+                points.append({"removed": count, **problem.test_figures()})
     finally:
         source.close()
     return points
@@ -103,7 +103,7 @@ def rescored(
 
     Args:
         problem: its own network is not touched. The criterion sees its `batches`, the oracle its
-            `whole`.
+            `oracle_batches`.
         criterion: a name; "oracle" removes every filter that is left, at every step.
         train: trains the network in place after every step; what is removed stays away.
         advance: called after every step with a note.
@@ -113,7 +113,7 @@ def rescored(
     layers = np.array([name for name, _ in filters])
     source = LossChange(model, problem.scored)
     gone: set[Filter] = set()
-    points = [{"removed": 0, **problem.judged()}]  # shows which norm follows which layer
+    points = [{"removed": 0, **problem.test_figures()}]  # shows which norm follows which layer
     try:
         for count in counts:
             alive = np.array([one not in gone for one in filters])
@@ -131,7 +131,7 @@ def rescored(
                 if train is not None:
                     train(model)
                     model.eval()
-                points.append({"removed": count, **problem.judged()})
+                points.append({"removed": count, **problem.test_figures()})
             advance(criterion)
     finally:
         source.close()

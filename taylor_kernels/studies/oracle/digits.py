@@ -57,10 +57,10 @@ def digits_problem(
         model,
         layers,
         batches,
-        whole=list(
+        oracle_batches=list(
             zip(data.train.images.split(_CHUNK), data.train.labels.split(_CHUNK), strict=True)
         ),
-        test=[(data.test.images, data.test.labels)],
+        test_batches=[(data.test.images, data.test.labels)],
         loss=F.cross_entropy,
         classifies=True,
     )

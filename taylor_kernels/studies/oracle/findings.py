@@ -63,7 +63,9 @@ def values(
     return [value for value in found if value is not None]
 
 
-def at(networks: Sequence[Json], criterion: str, kind: str, fraction: float) -> list[float]:
+def accuracy_at(
+    networks: Sequence[Json], criterion: str, kind: str, fraction: float
+) -> list[float]:
     """Accuracy of each network with that fraction of its filters removed, on one kind of curve."""
     found = []
     for network in networks:
@@ -108,11 +110,11 @@ def targets(result: Json) -> list[Target]:
             )
         # The better of both ways to rank magnitudes over layers, or the bar would be ours to lower.
         ways = {"magnitude_l2": "magnitude_l2", UNSCALED.format("magnitude_l2"): "l2, unscaled"}
-        floors = {one: at(networks, one, "rescored", 0.5) for one in ways}
+        floors = {one: accuracy_at(networks, one, "rescored", 0.5) for one in ways}
         best = max(ways, key=lambda one: mean(floors[one]) if floors[one] else -1.0)
         floor = floors[best]
         for criterion, _ in SPEARMAN_TARGETS:
-            if floor and (seen := at(networks, criterion, "rescored", 0.5)):
+            if floor and (seen := accuracy_at(networks, criterion, "rescored", 0.5)):
                 found.append(
                     Target(
                         f"{name}: accuracy at half, re-scored, {criterion}",

@@ -17,7 +17,7 @@ from taylor_kernels.studies.oracle.correlation import agreement
 from taylor_kernels.studies.oracle.curves import ranked
 from taylor_kernels.studies.oracle.findings import UNSCALED
 from taylor_kernels.studies.oracle.oracle import Sample, draw_sample, loss_changes
-from taylor_kernels.studies.oracle.problem import Problem, judge
+from taylor_kernels.studies.oracle.problem import Problem, loss_and_accuracy
 from taylor_kernels.studies.oracle.pruning_curves import PruningCurves
 from taylor_kernels.studies.oracle.scores import CannotScore, scores_of, timings
 from taylor_kernels.studies.oracle.settings import MeasurementPlan
@@ -45,7 +45,7 @@ def identity(problem: Problem) -> Json:
         "weights": digest_tensors(tensors_in(model.state_dict())),
         "data": [
             digest_tensors(t for batch in batches for t in tensors_in(batch))
-            for batches in (problem.batches, problem.whole, problem.test)
+            for batches in (problem.batches, problem.oracle_batches, problem.test_batches)
         ],
         "minibatches": len(problem.batches),
         "layers": list(problem.layers),
@@ -107,7 +107,7 @@ class _Measurement:
             "widths": problem.widths,
             "classifies": problem.classifies,
             "data": problem.facts(),
-            "dense": problem.judged(),
+            "dense": problem.test_figures(),
             "oracle": self._oracle_facts(sample, change, loss),
             "criteria": criteria,
             "skipped": skipped,
@@ -123,7 +123,10 @@ class _Measurement:
         loss = self.problem.mean_loss()
         if not math.isfinite(loss):
             model, of = self.problem.model, self.problem.loss
-            each = (judge(model, [b], of, classifies=False)["loss"] for b in self.problem.whole)
+            each = (
+                loss_and_accuracy(model, [b], of, classifies=False)["loss"]
+                for b in self.problem.oracle_batches
+            )
             where, value = next((n, one) for n, one in enumerate(each) if not math.isfinite(one))
             raise CannotScore(f"--data: the loss is {value} on minibatch {where}, not a number")
         return loss

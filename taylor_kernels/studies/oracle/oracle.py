@@ -93,7 +93,7 @@ def stratified(widths: dict[str, int], count: int, seed: int) -> list[Filter]:
 def loss_changes(
     problem: Problem, filters: Sequence[Filter], settings: Json, cache: Cache, log: ProgressLog
 ) -> dict[Filter, float]:
-    """Loss without the filter − loss with it, on `problem.whole`, for each of `filters`.
+    """Loss without the filter − loss with it, on `problem.oracle_batches`, for each of `filters`.
 
     What was evaluated before, in this run or in one that was killed, is not evaluated again.
     """

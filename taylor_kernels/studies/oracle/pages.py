@@ -7,7 +7,7 @@ from pathlib import Path
 
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.findings import values
-from taylor_kernels.studies.oracle.plots import Cloud, Curves, clouds, coefficients, pruning
+from taylor_kernels.studies.oracle.plots import Curves, Scatter, coefficients, pruning, scatters
 from taylor_kernels.studies.oracle.pruning_curves import CURVE_DRAWS
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.tables import (
@@ -16,7 +16,7 @@ from taylor_kernels.studies.oracle.tables import (
     coefficient_tables,
     half_table,
     number,
-    oracle_words,
+    oracle_in_words,
     target_table,
 )
 from taylor_kernels.studies.plotting import draw
@@ -45,7 +45,7 @@ def sections(result: Json, folder: Path) -> list[Section]:
             "Agreement with the oracle",
             [_coefficients(result, folder), *coefficient_tables(result)],
         ),
-        *_cloud_section(result, folder),
+        *_scatter_section(result, folder),
         *_curve_section(result, folder),
     ]
     if result["kind"] == "digits":
@@ -67,7 +67,7 @@ def _lead(result: Json) -> str:
         ]
         parts.append(f"{name}: {', '.join(said)}")
     return (
-        f"Every criterion's scores beside the oracle: {oracle_words(result)}. Rank correlation "
+        f"Every criterion's scores beside the oracle: {oracle_in_words(result)}. Rank correlation "
         f"(Spearman) over all layers, best criterion first: {'; '.join(parts)}."
     )
 
@@ -90,7 +90,7 @@ def _coefficients(result: Json, folder: Path) -> Figure:
     )
 
 
-def _cloud_section(result: Json, folder: Path) -> list[Section]:
+def _scatter_section(result: Json, folder: Path) -> list[Section]:
     grid = []
     for name, networks in findings.groups(result).items():
         first = networks[0]
@@ -106,7 +106,7 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
             scores = first["criteria"][criterion]["scores"]
             rho = first["criteria"][criterion]["all"]["spearman"]
             row.append(
-                Cloud(
+                Scatter(
                     f"{name}, {criterion}\nSpearman {number([rho] if rho is not None else [])}",
                     [math.nan if scores[n] is None else scores[n] for n in seen],
                     [changes[n] ** 2 for n in seen],
@@ -115,7 +115,7 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
             )
         grid.append(row)
     figure = draw(
-        clouds(grid),
+        scatters(grid),
         folder / "score_against_oracle.png",
         alt="Scores against the oracle on log axes, a dot per filter, a panel per criterion.",
         caption="A dot per filter of the first seed's network, coloured by the depth of its layer. "
@@ -160,7 +160,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
     )
     blocks: list[Figure | Table] = [figure]
     halves = (
-        findings.at(networks, criterion, "one_shot", 0.5)
+        findings.accuracy_at(networks, criterion, "one_shot", 0.5)
         for networks in findings.groups(result).values()
         for criterion in networks[0]["criteria"]
     )

@@ -14,6 +14,7 @@ from taylor_kernels.studies.digest import digest
 from taylor_kernels.studies.oracle import curves
 from taylor_kernels.studies.oracle.findings import UNSCALED
 from taylor_kernels.studies.oracle.problem import Problem
+from taylor_kernels.studies.oracle.scores import code_of
 from taylor_kernels.studies.oracle.settings import FineTuning, MeasurementPlan
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import Json
@@ -130,7 +131,7 @@ class PruningCurves:
             "minibatches": minibatches,
             "training": None if training is None else training.settings,
         }
-        by = [curves.rescored, *(() if training is None else training.by)]
+        by = [curves.rescored, *code_of(criterion), *(() if training is None else training.by)]
         make = partial(
             curves.rescored,
             self.problem.shortened(minibatches),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from taylor_kernels.studies.oracle.findings import UNSCALED, at, groups, mean, values
+from taylor_kernels.studies.oracle.findings import UNSCALED, accuracy_at, groups, mean, values
 
 if TYPE_CHECKING:
     from taylor_kernels.studies.results import Json
@@ -39,81 +39,87 @@ def remarks(result: Json) -> Iterator[str]:
                 yield f"**{name}.** {text}"
 
 
+def _spearmans(networks: Sequence[Json], *criteria: str) -> list[float]:
+    """The mean rank correlation of each criterion; none at all if one was not compared."""
+    found = [values(networks, name, "spearman") for name in criteria]
+    return [mean(one) for one in found] if all(found) else []
+
+
+def _verdict(confirmed: bool) -> str:
+    return "Confirmed" if confirmed else "Contradicted"
+
+
 def _paper_figure(networks: Sequence[Json]) -> str:
     pearson = values(networks, "taylor_fo_bn", "pearson")
     if not pearson:
         return ""
     top = mean([network["oracle"]["top_share"] for network in networks])
-    spearman = mean(values(networks, "taylor_fo_bn", "spearman"))
-    verdict = "Contradicted" if mean(pearson) < _PAPER else "Confirmed"
+    (spearman,) = _spearmans(networks, "taylor_fo_bn")
     return (
-        f"{verdict}: a correlation above {_PAPER} between first order and the oracle, if Pearson's "
-        f"is meant: `taylor_fo_bn` has {mean(pearson):.2f}. Its rank correlation is "
-        f"{spearman:.3f}. Pearson's coefficient is decided by few filters here: a twentieth of "
-        f"them have {top:.0%} of the sum of all squared changes of the loss."
+        f"{_verdict(mean(pearson) >= _PAPER)}: a correlation above {_PAPER} between first order "
+        f"and the oracle, if Pearson's is meant: `taylor_fo_bn` has {mean(pearson):.2f}. Its rank "
+        f"correlation is {spearman:.3f}. Pearson's coefficient is decided by few filters here: a "
+        f"twentieth of them have {top:.0%} of the sum of all squared changes of the loss."
     )
 
 
 def _second_order(networks: Sequence[Json]) -> str:
-    first, second = (
-        values(networks, name, "spearman") for name in ("taylor_fo_bn", "taylor_so_diag")
-    )
-    if not (first and second):
+    found = _spearmans(networks, "taylor_fo_bn", "taylor_so_diag")
+    if not found:
         return ""
-    won = mean(second) > mean(first)
+    first, second = found
+    pearson = [
+        mean(values(networks, name, "pearson")) for name in ("taylor_fo_bn", "taylor_so_diag")
+    ]
     return (
-        f"{'Confirmed' if won else 'Contradicted'}: the second-order term adds to the first. "
-        f"Spearman {mean(first):.3f} → {mean(second):.3f}, Pearson "
-        f"{mean(values(networks, 'taylor_fo_bn', 'pearson')):.2f} → "
-        f"{mean(values(networks, 'taylor_so_diag', 'pearson')):.2f}."
+        f"{_verdict(second > first)}: the second-order term adds to the first. "
+        f"Spearman {first:.3f} → {second:.3f}, Pearson {pearson[0]:.2f} → {pearson[1]:.2f}."
     )
 
 
 def _curvature_alone(networks: Sequence[Json]) -> str:
-    first, bend, both = (
-        values(networks, name, "spearman") for name in ("taylor_fo_bn", "obd_bn", "taylor_so_diag")
-    )
-    if not (first and bend and both) or mean(bend) <= mean(first):
+    found = _spearmans(networks, "taylor_fo_bn", "obd_bn", "taylor_so_diag")
+    if not found or found[1] <= found[0]:
         return ""
-    beats = "as well as both together" if mean(bend) >= mean(both) else "nearly as well"
+    first, bend, both = found
+    beats = "as well as both together" if bend >= both else "nearly as well"
     return (
         "Contradicted: that curvature is a correction to the slope. In a trained network the "
         f"slope is what is small: `obd_bn`, curvature alone, ranks {beats} "
-        f"({mean(bend):.3f} against {mean(both):.3f}) and better than the slope alone "
-        f"({mean(first):.3f})."
+        f"({bend:.3f} against {both:.3f}) and better than the slope alone ({first:.3f})."
     )
 
 
 def _row_sums(networks: Sequence[Json]) -> str:
-    rows, first = (values(networks, name, "spearman") for name in ("taylor_so_bn", "taylor_fo_bn"))
-    if not (rows and first) or mean(rows) >= mean(first):
+    found = _spearmans(networks, "taylor_so_bn", "taylor_fo_bn")
+    if not found or found[0] >= found[1]:
         return ""
+    rows, first = found
     return (
         "Contradicted: that a Hessian-vector product over all gates, whose rows hold the "
         "interactions of all filters, is the better second order for removing one filter: "
-        f"`taylor_so_bn` has {mean(rows):.3f}, less than first order ({mean(first):.3f}). One "
+        f"`taylor_so_bn` has {rows:.3f}, less than first order ({first:.3f}). One "
         "filter's removal moves along the diagonal alone."
     )
 
 
 def _weights_or_gates(networks: Sequence[Json]) -> str:
-    weights, gate = (values(networks, name, "spearman") for name in ("taylor_fo", "taylor_fo_bn"))
-    if not (weights and gate):
+    found = _spearmans(networks, "taylor_fo", "taylor_fo_bn")
+    if not found:
         return ""
-    won = mean(gate) > mean(weights)
+    weights, gate = found
     return (
-        f"{'Confirmed' if won else 'Contradicted'}: a gate behind BatchNorm is the better place "
-        f"than the weights before it ({mean(gate):.3f} against {mean(weights):.3f} of "
-        "`taylor_fo`)."
+        f"{_verdict(gate > weights)}: a gate behind BatchNorm is the better place "
+        f"than the weights before it ({gate:.3f} against {weights:.3f} of `taylor_fo`)."
     )
 
 
 def _joint(networks: Sequence[Json]) -> str:
-    joint = values(networks, "taylor_fo_joint", "spearman")
-    if not joint:
+    found = _spearmans(networks, "taylor_fo_joint")
+    if not found:
         return ""
     return (
-        f"`taylor_fo_joint`, (Σ g·w)² before the BatchNorm, has {mean(joint):.2f}: the networks "
+        f"`taylor_fo_joint`, (Σ g·w)² before the BatchNorm, has {found[0]:.2f}: the networks "
         "are in eval mode. In train mode BatchNorm makes the loss indifferent to the scale of a "
         "filter, and that sum is 0 but for rounding."
     )
@@ -161,14 +167,14 @@ def _control(networks: Sequence[Json]) -> str:
 
 
 def _one_shot(networks: Sequence[Json]) -> str:
-    once = at(networks, "oracle", "one_shot", 0.5)
+    once = accuracy_at(networks, "oracle", "one_shot", 0.5)
     if not once:
         return ""
-    stepwise = at(networks, "oracle", "rescored", 0.5)
+    stepwise = accuracy_at(networks, "oracle", "rescored", 0.5)
     others = [
         f"`{name}` {mean(seen):.0%}"
         for name in ("taylor_fo_bn", "taylor_so_diag", "magnitude_l2", "random")
-        if (seen := at(networks, name, "one_shot", 0.5))
+        if (seen := accuracy_at(networks, name, "one_shot", 0.5))
     ]
     again = f", and {mean(stepwise):.0%} when it is asked again at every step" if stepwise else ""
     text = (
@@ -181,19 +187,25 @@ def _one_shot(networks: Sequence[Json]) -> str:
             "grows as its neighbours go, whole layers are emptied, and no ranking made beforehand "
             "can know."
         )
-    control = at(networks, "random", "one_shot", 0.5)
+    control = accuracy_at(networks, "random", "one_shot", 0.5)
     if control and mean(once) < mean(control) + 10 * _POINT:
         text += " A one-shot curve at such a fraction does not tell criteria apart."
     return text
 
 
 def _order_of_the_oracle(networks: Sequence[Json]) -> str:
-    oracle = at(networks, "oracle", "rescored", 0.5)
+    oracle = accuracy_at(networks, "oracle", "rescored", 0.5)
+    if not oracle:
+        return ""
+    found = {
+        name: accuracy_at(networks, name, "rescored", 0.5)
+        for name in ("taylor_fo_bn", "taylor_so_diag", "obd_bn")
+    }
     better = [
         f"`{name}` {mean(seen):.0%}"
-        for name in ("taylor_fo_bn", "taylor_so_diag", "obd_bn")
-        if (seen := at(networks, name, "rescored", 0.5)) and mean(seen) > mean(oracle) + _POINT
-    ] if oracle else []  # fmt: skip
+        for name, seen in found.items()
+        if seen and mean(seen) > mean(oracle) + _POINT
+    ]
     if not better:
         return ""
     return (
@@ -208,11 +220,13 @@ def _after_training(networks: Sequence[Json]) -> str:
     overtaken = [
         fraction
         for fraction in fractions
-        if (ours := at(networks, "taylor_fo_bn", "finetuned", fraction))
-        and (control := at(networks, "random", "finetuned", fraction))
+        if (ours := accuracy_at(networks, "taylor_fo_bn", "finetuned", fraction))
+        and (control := accuracy_at(networks, "random", "finetuned", fraction))
         and mean(control) > mean(ours) + _POINT
     ]
-    half, control = (at(networks, name, "finetuned", 0.5) for name in ("taylor_fo_bn", "random"))
+    half, control = (
+        accuracy_at(networks, name, "finetuned", 0.5) for name in ("taylor_fo_bn", "random")
+    )
     if not (half and control):
         return ""
     text = (

@@ -47,7 +47,7 @@ def scores_of(
     """
     if get_criterion(criterion).source == "random":
         return _draws(problem)
-    piece = cache.piece("scores", settings | {"criterion": criterion}, by=[score])
+    piece = cache.piece("scores", settings | {"criterion": criterion}, by=code_of(criterion))
     values = piece.load()
     if values is None:
         with log.task(f"{problem.name}: {criterion}", len(problem.batches)) as advance:
@@ -79,6 +79,11 @@ def score(
     except (ValueError, RuntimeError) as error:
         raise CannotScore(str(error)) from error
     return torch.cat([scores[name] for name in problem.layers]).double().cpu().numpy()
+
+
+def code_of(criterion: str) -> list[object]:
+    """The functions that score by a criterion, that of a user's own criterion among them."""
+    return [score, get_criterion(criterion).score]
 
 
 def _draws(problem: Problem) -> np.ndarray:

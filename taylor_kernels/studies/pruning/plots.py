@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from taylor_kernels.studies.plotting import Plot, Theme, look
+from taylor_kernels.studies.plotting import Plot, Theme, series_style
 
 Point = tuple[float, float]
 
@@ -39,7 +39,7 @@ def accuracy_against_flops(series: Sequence[Series], dense: Sequence[float]) -> 
         left, right = drawing.subplots(1, 2, width_ratios=(2.3, 1))
         left.axhline(float(np.mean(dense)), color=theme.soft, lw=1, ls=":", label="dense")
         for number, one in enumerate(series):
-            style = look(theme, number)
+            style = series_style(theme, number)
             for path in one.paths if len(one.paths) > 1 else ():
                 left.plot(*zip(*path, strict=True), color=style["color"], lw=0.8, alpha=0.4)
             x, y = _mean_path(one.paths)
@@ -59,7 +59,7 @@ def _finals(panel: Axes, series: Sequence[Series], dense: Sequence[float], theme
     """A column of marks per network. What is far below is named at the edge, not to flatten all."""
     columns: list[tuple[str, Sequence[float], str, str]] = [("dense", dense, theme.soft, "o")]
     for number, one in enumerate(series):
-        style = look(theme, number)
+        style = series_style(theme, number)
         columns.append((one.label, one.final, style["color"], style["marker"]))
     floor = max(min(min(values) for _, values, *_ in columns), min(dense) - 3)
     top = max(max(values) for _, values, *_ in columns)

@@ -55,7 +55,7 @@ def test_a_run_that_is_stopped_goes_on_and_evaluates_nothing_twice(cache, tmp_pa
     problem, loss = small_problem(), Counted()
     problem = other_loss(problem, loss)
     settings = identity(problem)
-    batches, filters = len(problem.whole), len(problem.filters)
+    batches, filters = len(problem.oracle_batches), len(problem.filters)
     plain = loss_changes(problem, problem.filters, settings, Cache(tmp_path / "other"), quiet())
     assert loss.calls == batches * (1 + filters)  # the loss with all filters, then without each
 
@@ -88,7 +88,7 @@ def test_what_is_evaluated_is_on_disk_before_the_end(cache, monkeypatch):
     problem = other_loss(problem, Watching())
     settings = identity(problem)
     loss_changes(problem, problem.filters, settings, cache, quiet())
-    expected = [max(0, call // len(problem.whole) - 1) for call in range(len(seen))]
+    expected = [max(0, call // len(problem.oracle_batches) - 1) for call in range(len(seen))]
     assert seen == expected
 
 
@@ -100,7 +100,7 @@ def test_a_larger_sample_evaluates_what_is_new_alone(cache):
     loss_changes(problem, few, settings, cache, quiet())
     loss.calls = 0
     loss_changes(problem, many, settings, cache, quiet())
-    assert loss.calls == len(problem.whole) * (1 + len(set(many) - set(few)))
+    assert loss.calls == len(problem.oracle_batches) * (1 + len(set(many) - set(few)))
 
 
 @pytest.mark.parametrize("change", ["weights", "data", "nothing"])
@@ -112,7 +112,7 @@ def test_pieces_of_another_network_or_other_data_are_not_taken(cache, change):
         with torch.no_grad():
             problem.model[0].weight[0] *= 1.001
     elif change == "data":
-        problem.whole[0][0][0] += 1e-3
+        problem.oracle_batches[0][0][0] += 1e-3
     loss.calls = 0
     loss_changes(problem, problem.filters, identity(problem), cache, quiet())
     assert (loss.calls > 0) == (change != "nothing")
