@@ -25,6 +25,7 @@ format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
 
+# Ends in a table of targets; report.md and the plots lie in bench/results.
 bench: $(VENV)/built
 	$(BIN)/python -m bench
 

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from taylor_kernels.cli import compare, demo, info
-from taylor_kernels.cli.output import complain
+from taylor_kernels.cli.common import complain
 
 STOPPED = 130
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from taylor_kernels.cli.options import Device, Force
-from taylor_kernels.cli.output import fail, require, show
+from taylor_kernels.cli.common import Device, Force, fail, require, show
 
 EXAMPLE = (
     "Example: taylor-kernels compare --model mymodels:resnet --data mymodels:loader "
@@ -61,19 +60,10 @@ def command(
     from taylor_kernels.studies.progress import ProgressLog
 
     settings = OracleSettings(
-        out=out,
-        model=model,
-        data=data,
-        loss=loss,
+        out=out, model=model, data=data, loss=loss, sample=sample, batches=batches, budget=budget,
         criteria=tuple(dict.fromkeys(criteria)) if criteria else None,
-        sample=sample,
-        batches=batches,
-        budget=budget,
-        seed=seed,
-        device=device,
-        quick=quick,
-        force=force,
-    )
+        seed=seed, device=device, quick=quick, force=force,
+    )  # fmt: skip
     try:
         _, tables = run(settings, ProgressLog())
     except Mistake as error:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from taylor_kernels.cli.options import Device, Force
-from taylor_kernels.cli.output import fail, require, show
+from taylor_kernels.cli.common import Device, Force, fail, require, show
 
 EXAMPLE = "Example: taylor-kernels demo --quick --flops 0.3 --criteria taylor_fo --criteria random"
 

@@ -42,6 +42,7 @@ def identity(problem: Problem) -> Json:
     each piece's key."""
     model = problem.model
     return {
+        "name": problem.name,  # random scores are drawn by it
         "weights": digest_tensors(tensors_in(model.state_dict())),
         "data": [
             digest_tensors(t for batch in batches for t in tensors_in(batch))

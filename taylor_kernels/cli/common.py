@@ -1,4 +1,4 @@
-"""What commands print: results on standard output, a mistake as one line on standard error."""
+"""What commands share: options, how results are printed, and how a mistake is told in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from taylor_kernels.studies.report import Table
 
 USER_ERROR = 2
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Force = Annotated[bool, typer.Option("--force", help="Forget what is finished.")]
 
 
 def show(tables: Sequence[Table], *files: Path) -> None:
