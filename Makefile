@@ -25,13 +25,14 @@ format: $(VENV)/built
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
 
+# Ends in a table of targets; report.md and the plots lie in bench/results.
 bench: $(VENV)/built
 	$(BIN)/python -m bench
 
 # On a machine with an NVIDIA GPU, without network: uses the python3 that has torch, pybind11, ninja
 # and cmake. Writes one JSON and one log into $$OUT. STEPS="build tests" runs these alone.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(STEPS)
+	$(PYTHON) tools/gpu_check.py $(STEPS)
 
 # PyTorch first and by exact version: whatever else names it is then content with it.
 $(VENV)/dependencies: pyproject.toml constraints.txt

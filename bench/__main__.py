@@ -1,4 +1,4 @@
-"""`python -m bench`: run all benches, then write the report and the README's figures.
+"""`python -m bench`: run all benches, then write the report, its plots and a table of targets.
 
 Results replace the last ones only when every bench has run. With `-k` the cases that were not run
 keep theirs, and the report names every commit and day that it holds results of. `--quick` runs a
@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> int:
     if "-k" in arguments and (ROOT / latest).exists():
         keep_others(ROOT / latest, ROOT / part)
     (ROOT / part).replace(ROOT / latest)
-    readme = ROOT / "README.md"
-    figures = kind == "cpu" and readme.exists() and report.BEGIN in readme.read_text()
-    report.main([str(latest), *(["--readme", str(readme)] if figures else [])])
+    report.main([str(latest)])
     return 0
 
 

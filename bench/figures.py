@@ -88,7 +88,7 @@ def load(path: Path) -> Results:
 
 
 @dataclass
-class Target:
+class PerformanceTarget:
     """A ratio to reach, and what was measured; `least`: it must be at least that, else at most."""
 
     what: str
@@ -111,9 +111,9 @@ class Target:
         ]
 
 
-def targets(results: Results) -> list[Target]:
+def targets(results: Results) -> list[PerformanceTarget]:
     """Those of moments, gates and gate scores; fisher_report.py has the others."""
-    found: list[Target] = []
+    found: list[PerformanceTarget] = []
     for case in results.of("filter_moments"):
         ours, axis = case.ours, case.name[2]
         if ours is None or axis == "cols":
@@ -124,11 +124,15 @@ def targets(results: Results) -> list[Target]:
         if floor:
             limit = 1.15 if rows else 1.6
             found.append(
-                Target(f"{where}: time over read floor", limit, ours.median / floor.median)
+                PerformanceTarget(
+                    f"{where}: time over read floor", limit, ours.median / floor.median
+                )
             )
         if eager and rows:
             found.append(
-                Target(f"{where}: faster than eager", 4.0, eager.median / ours.median, True)
+                PerformanceTarget(
+                    f"{where}: faster than eager", 4.0, eager.median / ours.median, True
+                )
             )
         for label in ("torch.compile", "torch.compile, one graph"):
             compiled = case.get(label)
@@ -136,7 +140,7 @@ def targets(results: Results) -> list[Target]:
                 continue
             what = f"{where}: faster than {label}"
             limit = 1.0 if rows else 1.3
-            found.append(Target(what, limit, compiled.median / ours.median, True))
+            found.append(PerformanceTarget(what, limit, compiled.median / ours.median, True))
     for op in OPS:
         peaks = [
             (case.ours.info["peak_mib"], case)
@@ -146,9 +150,9 @@ def targets(results: Results) -> list[Target]:
         if peaks:
             peak, case = max(peaks, key=lambda pair: pair[0])
             what = f"{op}: peak memory beyond inputs and outputs (worst: {' '.join(case.name[1:])})"
-            found.append(Target(what, 2.0, peak, unit=" MiB"))
+            found.append(PerformanceTarget(what, 2.0, peak, unit=" MiB"))
     for case in results.of("scoring_step"):
         if case.ours:
             what = f"{' '.join(case.name)}: scoring over forward + backward"
-            found.append(Target(what, 0.8, case.ours.info["ratio_to_plain"]))
+            found.append(PerformanceTarget(what, 0.8, case.ours.info["ratio_to_plain"]))
     return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.figures import Case, Entry, Results, Target
-from bench.markdown import ms, number, table
+from bench.figures import Case, Entry, PerformanceTarget, Results
+from bench.markdown import TIMING, ms, number, table, timing
 from bench.plot import COLOURS, pyplot
 
 #: The project's limits for a step on the CPU, over forward and backward alone.
@@ -31,10 +31,7 @@ def by_second(cases: Iterable[Case]) -> dict[str, list[Case]]:
 def step_table(case: Case) -> str:
     rows = [
         [
-            e.label,
-            ms(e.median),
-            ms(e.stats["min"]),
-            ms(e.stats["iqr"]),
+            *timing(e),
             number(e.info["ratio_to_plain"]),
             number(e.info["peak_mib"], "{:.0f}"),
             number(e.info["peak_to_plain"]),
@@ -42,7 +39,7 @@ def step_table(case: Case) -> str:
         ]
         for e in case.entries
     ]
-    head = ["step", "median ms", "min ms", "IQR ms", "× forward + backward", "peak MiB"]
+    head = ["step", *TIMING, "× forward + backward", "peak MiB"]
     return table([*head, "× its peak", "error"], rows)
 
 
@@ -125,28 +122,7 @@ def parts(results: Results) -> list[str]:
     return found
 
 
-def readme_parts(results: Results) -> list[str]:
-    """What the README quotes of them."""
-    cases = results.of("fisher_step")
-    if not cases:
-        return []
-    labels = list(dict.fromkeys(e.label for case in cases for e in case.entries))
-
-    def cell(entry: Entry | None) -> str:
-        if entry is None:
-            return "–"
-        peak = number(entry.info["peak_mib"], "{:.0f}")
-        return f"{number(entry.info['ratio_to_plain'])} ({peak})"
-
-    rows = [[label, *(cell(case.get(label)) for case in cases)] for label in labels]
-    return [
-        "A step that gives every filter Σ w² · mean g² over examples (`obd_fisher`), 32 images of "
-        "32², relative to forward + backward alone, and its peak memory in MiB:",
-        table(["", *(", ".join(case.name[1:]) for case in cases)], rows),
-    ]
-
-
-def targets(results: Results) -> list[Target]:
+def targets(results: Results) -> list[PerformanceTarget]:
     found = []
     for case in results.of("fisher_step"):
         found += _step_targets(case)
@@ -155,7 +131,7 @@ def targets(results: Results) -> list[Target]:
         if least and most:
             images = [e.info["images"] for e in (least, most)]
             found.append(
-                Target(
+                PerformanceTarget(
                     f"fisher_batch {network}: time an image with {images[1]}, over that with "
                     f"{images[0]}",
                     LINEAR_LIMIT,
@@ -169,31 +145,39 @@ def targets(results: Results) -> list[Target]:
             if ratios and "gpu" in results.machine:
                 ratio, case = max(ratios, key=lambda pair: pair[0])
                 what = f"conv2d_fisher {network}, {label}: over the weight gradient (worst: "
-                found.append(Target(f"{what}{case.name[2]})", LAYER_LIMIT, ratio))
+                found.append(PerformanceTarget(f"{what}{case.name[2]})", LAYER_LIMIT, ratio))
     return found
 
 
-def _step_targets(case: Case) -> list[Target]:
+def _step_targets(case: Case) -> list[PerformanceTarget]:
     ours, where = case.ours, " ".join(case.name)
     if ours is None:
         return []
     limit = STEP_LIMITS.get(case.name[1])
     if limit is not None:
         info = ours.info
-        found = [Target(f"{where}: over forward + backward", limit, info["ratio_to_plain"])]
+        found = [
+            PerformanceTarget(f"{where}: over forward + backward", limit, info["ratio_to_plain"])
+        ]
         if info["peak_to_plain"] is not None:
             what = f"{where}: peak memory over forward + backward's"
-            found.append(Target(what, PEAK_LIMIT, info["peak_to_plain"]))
+            found.append(PerformanceTarget(what, PEAK_LIMIT, info["peak_to_plain"]))
         return found
     found = []
     for peer in case.entries:
         if peer.info["family"] in ("backpack", "vmap"):
             faster = peer.median / ours.median
             found.append(
-                Target(f"{where}: faster than {peer.label}", GPU_STEP_FACTOR, faster, True)
+                PerformanceTarget(
+                    f"{where}: faster than {peer.label}", GPU_STEP_FACTOR, faster, True
+                )
             )
             share = ours.info["peak_mib"] / peer.info["peak_mib"]
-            found.append(Target(f"{where}: peak memory over {peer.label}'s", GPU_PEAK_LIMIT, share))
+            found.append(
+                PerformanceTarget(
+                    f"{where}: peak memory over {peer.label}'s", GPU_PEAK_LIMIT, share
+                )
+            )
     return found
 
 

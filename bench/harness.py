@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 # More than any L2 (60 MB on an H200), and long enough (~100 us) for the host to queue what follows.
@@ -232,14 +233,7 @@ def _bytes_of(answer: Any) -> int:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested sequences and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def copy_bandwidth(device: torch.device) -> float:

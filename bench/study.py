@@ -3,8 +3,8 @@
     python -m bench.study             # runs `taylor-kernels compare` into runs/compare, or goes on
     python -m bench.study --check     # of the kept results: which targets are reached
 
-Results are kept in bench/results/study, and the README's block is made of them. Exit code 1 if a
-target is missed: then a score is wrong, or a network is under-trained.
+Results are kept in bench/results/study; tables in the documentation are made of them. Exit code 1
+if a target is missed: then a score is wrong, or a network is under-trained.
 """
 
 from __future__ import annotations
@@ -17,28 +17,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.report import rewrite, table
-from taylor_kernels.progress import ProgressLog
+from bench.markdown import table
 from taylor_kernels.studies.oracle.findings import Target, targets
-from taylor_kernels.studies.oracle.settings import Settings
-from taylor_kernels.studies.oracle.tables import half_table, summary_table
+from taylor_kernels.studies.oracle.settings import OracleSettings
+from taylor_kernels.studies.progress import ProgressLog
+from taylor_kernels.studies.results import readable
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/study")
 #: Of the criteria that have targets, for both architectures.
 TARGETS = 10
-
-
-def readme_block(result: dict) -> str:
-    """The study's two tables in Markdown, with their captions and source."""
-    parts = []
-    for made in (summary_table(result), half_table(result)):
-        parts += [table(made.columns, made.rows), made.caption]
-    parts[-1] += (
-        f" Curves: `{KEPT}/pruning_curves.png`. Source: `{KEPT}/result.json`, written by "
-        "`python -m bench.study`."
-    )
-    return "\n\n".join(parts)
 
 
 def without_scores(result: dict) -> dict:
@@ -71,17 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kept = ROOT / KEPT
     if not options.check:
-        from taylor_kernels.studies.oracle.run import readable, run
+        from taylor_kernels.studies.oracle.run import run
 
-        result, _ = run(Settings(out=options.out), ProgressLog())
+        result, _ = run(OracleSettings(out=options.out), ProgressLog())
         kept.mkdir(parents=True, exist_ok=True)
         for file in options.out.glob("*.png"):
             shutil.copy(file, kept)
         (kept / "result.json").write_text(readable(without_scores(result)))
     result = json.loads((kept / "result.json").read_text())
-    if not options.check:
-        block = readme_block(result)
-        rewrite(ROOT / "README.md", block, "<!-- study:begin -->", "<!-- study:end -->")
     print(table(["target", "limit", "measured", ""], [t.row() for t in targets(result)]))
     failed = missed(result)
     for target in failed:

@@ -263,5 +263,3 @@ class Recorder(TorchDispatchMode):
 
 class Unforeseen(Exception):
     """A rule met arguments that it does not know."""
-
-

@@ -16,8 +16,9 @@ from bench.__main__ import keep_others
 from bench.figures import load
 from bench.harness import Provider, measure, or_reason
 from bench.models import ConvNet, ResNet, resnet18
-from bench.report import all_targets, readme_block, report
+from bench.report import all_targets, report
 from bench.shapes import Layer, elements, layers_of, resnet50_weights
+from tools.result_blocks import bench_block
 
 CPU = torch.device("cpu")
 TINY = {
@@ -203,7 +204,7 @@ def test_report_holds_tables_targets_and_a_plot(tmp_path):
     assert "| 64 images | 64000 (1.00×) | 64000 (1.25×) | – |" in text
     assert "| all layers |  |  | 6000.00 | 9000.00 | 1.50 |  |  |" in text
     assert "| conv | 3 | 4×3×3×3 /2 on 2×8×8 | 1000 | 2000 | 2.00 | 7 (50%) | 7 (50%) |" in text
-    assert "| Torch-Pruning's loop | 30.00 (10) |" in readme_block(results)
+    assert "| Torch-Pruning's loop | 30.00 (10) |" in bench_block(results)
     fisher_report.draw_batches(results, tmp_path / "batches.png")
     assert (tmp_path / "batches.png").read_bytes().startswith(b"\x89PNG")
 

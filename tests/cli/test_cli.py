@@ -11,6 +11,7 @@ import torch
 
 import taylor_kernels as tk
 from taylor_kernels import cli
+from taylor_kernels.cli import common
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -92,9 +93,9 @@ def test_out_that_cannot_be_written_is_a_mistake_too(capsys, tmp_path):
 
 
 def test_what_the_demo_needs_is_named_if_it_is_missing(capsys, monkeypatch):
-    find = cli.importlib.util.find_spec
+    find = common.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name)
+        common.importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name)
     )
     code, _, err = call(capsys, "demo")
     assert code == 2

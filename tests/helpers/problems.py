@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from taylor_kernels.progress import ProgressLog
 from taylor_kernels.studies.oracle.problem import Problem, inner_layers
+from taylor_kernels.studies.progress import ProgressLog
 
 #: The layers that are compared, and how many filters they have.
 WIDTHS = {"0": 8, "3": 9, "8": 7}

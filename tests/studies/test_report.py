@@ -10,9 +10,12 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from taylor_kernels.report import Figure, Report, Section, Table, Text, print_table, render
+from taylor_kernels.studies.report import Figure, Report, Section, Table, Text, print_table, render
 
-plots = pytest.importorskip("taylor_kernels.plots", reason="plots need matplotlib")
+pytest.importorskip("matplotlib", reason="plots need matplotlib")
+
+from taylor_kernels.studies import plotting
+from taylor_kernels.studies.pruning import plots
 
 TABLE = Table(("name", "size, MB"), [["a<b", "1.5"], ["[bold]", "20.0"]], caption="Sizes.")
 
@@ -49,7 +52,7 @@ def parse(page: str) -> _Links:
 def a_figure(tmp_path, plot=None, name="plot.png"):
     series = [plots.Series("one", [[(100, 99), (50, 90)]], [98])]
     plot = plot or plots.accuracy_against_flops(series, [99])
-    return plots.draw(plot, tmp_path / name, alt="a & b", caption="What is seen.")
+    return plotting.draw(plot, tmp_path / name, alt="a & b", caption="What is seen.")
 
 
 def test_page_is_self_contained_and_well_formed(tmp_path):
@@ -99,7 +102,7 @@ def test_plot_is_written_in_both_themes_and_the_same_every_time(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (first.light, first.dark) == (second.light, second.dark)
     assert first.light != first.dark
-    assert plots.DARK.page.encode() in first.dark
+    assert plotting.DARK.page.encode() in first.dark
     for svg in (first.light, first.dark):
         assert not re.search(rb'(xlink:href|href|src)="(?!#)', svg)
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.statistics.loss_change import Filter, LossChange
-from taylor_kernels.studies.oracle.pieces import Json
 from taylor_kernels.studies.oracle.problem import Problem
 from taylor_kernels.studies.oracle.scores import score
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.results import Json
 
 Array = np.ndarray
 
@@ -60,7 +63,7 @@ def counts(total: int, layers: int, points: int, last: float = 0.9) -> list[int]
 
 
 def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -> list[Json]:
-    """The network on `problem.test` without the first so many filters of an order.
+    """The network on `problem.test_batches` without the first so many filters of an order.
 
     Returns:
         {"removed": count, "loss": ..., "accuracy": ...} per count; more than there are in `order`
@@ -69,13 +72,23 @@ def one_shot(problem: Problem, order: Sequence[Filter], counts: Sequence[int]) -
     source = LossChange(problem.model, problem.scored)
     points = []
     try:
-        problem.judged()  # shows which norm follows which layer
+        problem.test_figures()  # shows which norm follows which layer
         for count in counts:
             with source.removed(order[:count]):
-                points.append({"removed": count, **problem.judged()})
+                points.append({"removed": count, **problem.test_figures()})
     finally:
         source.close()
     return points
+
+
+def mean_one_shot(problem: Problem, rankings: Array, counts: Sequence[int]) -> list[Json]:
+    """The mean, point by point, of the one-shot curves of several rankings, [draws, F]."""
+    orders = [removal_order(ranking, problem.filters) for ranking in rankings]
+    each = [one_shot(problem, order, counts) for order in orders]
+    return [
+        {key: sum(point[key] for point in points) / len(points) for key in points[0]}
+        for points in zip(*each, strict=True)
+    ]
 
 
 def rescored(
@@ -90,7 +103,7 @@ def rescored(
 
     Args:
         problem: its own network is not touched. The criterion sees its `batches`, the oracle its
-            `whole`.
+            `oracle_batches`.
         criterion: a name; "oracle" removes every filter that is left, at every step.
         train: trains the network in place after every step; what is removed stays away.
         advance: called after every step with a note.
@@ -100,7 +113,7 @@ def rescored(
     layers = np.array([name for name, _ in filters])
     source = LossChange(model, problem.scored)
     gone: set[Filter] = set()
-    points = [{"removed": 0, **problem.judged()}]  # shows which norm follows which layer
+    points = [{"removed": 0, **problem.test_figures()}]  # shows which norm follows which layer
     try:
         for count in counts:
             alive = np.array([one not in gone for one in filters])
@@ -118,7 +131,7 @@ def rescored(
                 if train is not None:
                     train(model)
                     model.eval()
-                points.append({"removed": count, **problem.judged()})
+                points.append({"removed": count, **problem.test_figures()})
             advance(criterion)
     finally:
         source.close()

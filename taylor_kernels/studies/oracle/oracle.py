@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from taylor_kernels.progress import ProgressLog
 from taylor_kernels.statistics.loss_change import Filter, LossChange
-from taylor_kernels.studies.oracle.pieces import Json, Pieces
 from taylor_kernels.studies.oracle.problem import Problem
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.cache import Cache
+    from taylor_kernels.studies.progress import ProgressLog
+    from taylor_kernels.studies.results import Json
 
 #: What is evaluated is written at least this often; a killed run loses no more.
 SAVE_SECONDS = 5.0
@@ -45,7 +49,7 @@ class Sample:
 
 
 def draw_sample(
-    problem: Problem, settings: Json, pieces: Pieces, *, count: int | None, budget: float, seed: int
+    problem: Problem, settings: Json, cache: Cache, *, count: int | None, budget: float, seed: int
 ) -> Sample:
     """All filters if they fit the budget, else as many as do; `count` overrules it.
 
@@ -56,8 +60,8 @@ def draw_sample(
         settings: what the problem is, for the piece.
         budget: seconds.
     """
-    settings = settings | {"budget": budget}
-    seconds = pieces.made("budget", settings, lambda: _evaluation_seconds(problem))
+    piece = cache.piece("budget", settings | {"budget": budget}, by=[draw_sample])
+    seconds = piece.made(lambda: _evaluation_seconds(problem))
     total = len(problem.filters)
     wanted = count if count is not None else int(budget / max(seconds, 1e-9))
     wanted = max(wanted, len(problem.layers))
@@ -87,13 +91,14 @@ def stratified(widths: dict[str, int], count: int, seed: int) -> list[Filter]:
 
 
 def loss_changes(
-    problem: Problem, filters: Sequence[Filter], settings: Json, pieces: Pieces, log: ProgressLog
+    problem: Problem, filters: Sequence[Filter], settings: Json, cache: Cache, log: ProgressLog
 ) -> dict[Filter, float]:
-    """Loss without the filter − loss with it, on `problem.whole`, for each of `filters`.
+    """Loss without the filter − loss with it, on `problem.oracle_batches`, for each of `filters`.
 
     What was evaluated before, in this run or in one that was killed, is not evaluated again.
     """
-    known: dict[str, dict[str, float]] = pieces.load("oracle", settings) or {}
+    piece = cache.piece("oracle", settings, by=[loss_changes])
+    known: dict[str, dict[str, float]] = piece.load() or {}
 
     def value(name: str, number: int) -> float | None:
         return known.get(name, {}).get(str(number))
@@ -111,11 +116,11 @@ def loss_changes(
                     now = time.perf_counter()
                     advance(f"{done / (now - start):.1f} filters/s")
                     if now - saved > SAVE_SECONDS:
-                        pieces.save("oracle", settings, known)
+                        piece.save(known)
                         saved = now
         finally:
             source.close()
-            pieces.save("oracle", settings, known)
+            piece.save(known)
     return {(name, number): known[name][str(number)] for name, number in filters}
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from taylor_kernels import plots
-from taylor_kernels.report import Figure, Report, Section, Table, Text
 from taylor_kernels.studies.oracle import findings
-from taylor_kernels.studies.oracle.findings import Json, values
-from taylor_kernels.studies.oracle.measure import CURVE_DRAWS
-from taylor_kernels.studies.oracle.plots import Cloud, Curves, clouds, coefficients, pruning
+from taylor_kernels.studies.oracle.findings import values
+from taylor_kernels.studies.oracle.plots import Curves, Scatter, coefficients, pruning, scatters
+from taylor_kernels.studies.oracle.pruning_curves import CURVE_DRAWS
+from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.tables import (
     KINDS,
     STATISTICS,
     coefficient_tables,
     half_table,
     number,
-    oracle_words,
+    oracle_in_words,
     target_table,
 )
+from taylor_kernels.studies.plotting import draw
+from taylor_kernels.studies.report import Figure, Report, Section, Table, Text
+from taylor_kernels.studies.results import Json, footer
 
 #: Shown in scatter plots and, where there are too many, in curves.
 _L2 = findings.UNSCALED.format("magnitude_l2")
@@ -32,7 +34,7 @@ def build_report(result: Json, folder: Path) -> Report:
         title="Do the scores say which filters matter?",
         lead=_lead(result),
         sections=sections(result, folder),
-        footer=_footer(result),
+        footer=footer(result),
     )
 
 
@@ -43,11 +45,11 @@ def sections(result: Json, folder: Path) -> list[Section]:
             "Agreement with the oracle",
             [_coefficients(result, folder), *coefficient_tables(result)],
         ),
-        *_cloud_section(result, folder),
+        *_scatter_section(result, folder),
         *_curve_section(result, folder),
     ]
     if result["kind"] == "digits":
-        said = "\n\n".join(findings.remarks(result))
+        said = "\n\n".join(remarks(result))
         found.append(Section("What this confirms, and what it contradicts", [Text(said)]))
         found.append(Section("Targets", [target_table(result)]))
     return [*found, Section("How it was done", [Text(_method(result))])]
@@ -65,7 +67,7 @@ def _lead(result: Json) -> str:
         ]
         parts.append(f"{name}: {', '.join(said)}")
     return (
-        f"Every criterion's scores beside the oracle: {oracle_words(result)}. Rank correlation "
+        f"Every criterion's scores beside the oracle: {oracle_in_words(result)}. Rank correlation "
         f"(Spearman) over all layers, best criterion first: {'; '.join(parts)}."
     )
 
@@ -80,7 +82,7 @@ def _coefficients(result: Json, folder: Path) -> Figure:
         }
     seeds = len(result["networks"]) > len(rows)
     each = "Bars: mean; dots: each seed. " if seeds else ""
-    return plots.draw(
+    return draw(
         coefficients(rows),
         folder / "correlation.png",
         alt="Spearman, Pearson and Kendall coefficients of each criterion with the oracle.",
@@ -88,7 +90,7 @@ def _coefficients(result: Json, folder: Path) -> Figure:
     )
 
 
-def _cloud_section(result: Json, folder: Path) -> list[Section]:
+def _scatter_section(result: Json, folder: Path) -> list[Section]:
     grid = []
     for name, networks in findings.groups(result).items():
         first = networks[0]
@@ -104,7 +106,7 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
             scores = first["criteria"][criterion]["scores"]
             rho = first["criteria"][criterion]["all"]["spearman"]
             row.append(
-                Cloud(
+                Scatter(
                     f"{name}, {criterion}\nSpearman {number([rho] if rho is not None else [])}",
                     [math.nan if scores[n] is None else scores[n] for n in seen],
                     [changes[n] ** 2 for n in seen],
@@ -112,8 +114,8 @@ def _cloud_section(result: Json, folder: Path) -> list[Section]:
                 )
             )
         grid.append(row)
-    figure = plots.draw(
-        clouds(grid),
+    figure = draw(
+        scatters(grid),
         folder / "score_against_oracle.png",
         alt="Scores against the oracle on log axes, a dot per filter, a panel per criterion.",
         caption="A dot per filter of the first seed's network, coloured by the depth of its layer. "
@@ -150,7 +152,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
             rows[name] = kinds
     if not rows:
         return []
-    figure = plots.draw(
+    figure = draw(
         pruning(rows, "accuracy, %" if key == "accuracy" else "loss"),
         folder / "pruning_curves.png",
         alt=f"{key.capitalize()} against the filters removed, a line per criterion.",
@@ -158,7 +160,7 @@ def _curve_section(result: Json, folder: Path) -> list[Section]:
     )
     blocks: list[Figure | Table] = [figure]
     halves = (
-        findings.at(networks, criterion, "one_shot", 0.5)
+        findings.accuracy_at(networks, criterion, "one_shot", 0.5)
         for networks in findings.groups(result).values()
         for criterion in networks[0]["criteria"]
     )
@@ -219,16 +221,6 @@ def _method(result: Json) -> str:
 
 def _accuracy(network: Json) -> str:
     return f"{network['dense']['accuracy']:.1%} ({network['name']})"
-
-
-def _footer(result: Json) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    machine = result["machine"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"`{result['command']}`\n\n{result['date']}, {result['seconds']:.0f} s, {where}. "
-        f"{versions}. All numbers are in `result.json`."
-    )
 
 
 def _draws(result: Json) -> int:

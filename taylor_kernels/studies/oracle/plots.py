@@ -1,4 +1,4 @@
-"""Plots of a comparison, drawn as those of taylor_kernels.plots: plain numbers in, a `Plot` out."""
+"""Plots of a comparison: plain numbers in, a `Plot` out."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure as Drawing
 
-from taylor_kernels.plots import Plot, Theme, look
 from taylor_kernels.studies.oracle import findings
+from taylor_kernels.studies.plotting import Plot, Theme, series_style
 
 Row = Mapping[str, Sequence[float]]  # a label -> one figure per seed
 
 
 @dataclass(frozen=True)
-class Cloud:
+class Scatter:
     """Scores against the oracle of one network: filters as dots.
 
     Attributes:
@@ -81,7 +81,7 @@ def _bars(panel: Axes, bars: Row, color: str, theme: Theme) -> None:
     panel.tick_params(axis="y", length=0)
 
 
-def clouds(grid: Sequence[Sequence[Cloud]]) -> Plot:
+def scatters(grid: Sequence[Sequence[Scatter]]) -> Plot:
     """Score against oracle on two log axes, a panel per criterion, a row per network."""
 
     def plot(theme: Theme) -> Drawing:
@@ -92,8 +92,8 @@ def clouds(grid: Sequence[Sequence[Cloud]]) -> Plot:
         for line, row in zip(panels, grid, strict=True):
             for panel in line[len(row) :]:
                 panel.set_axis_off()
-            for panel, cloud in zip(line, row, strict=False):
-                _cloud(panel, cloud, colours, scale)
+            for panel, scatter in zip(line, row, strict=False):
+                _scatter(panel, scatter, colours, scale)
             line[0].set_ylabel("oracle, (change of loss)²")
         for panel in panels[-1]:
             panel.set_xlabel("score")
@@ -106,14 +106,14 @@ def clouds(grid: Sequence[Sequence[Cloud]]) -> Plot:
     return plot
 
 
-def _cloud(panel: Axes, cloud: Cloud, colours: Colormap, scale: Normalize) -> None:
-    x, y = np.asarray(cloud.scores, dtype=float), np.asarray(cloud.oracle, dtype=float)
+def _scatter(panel: Axes, scatter: Scatter, colours: Colormap, scale: Normalize) -> None:
+    x, y = np.asarray(scatter.scores, dtype=float), np.asarray(scatter.oracle, dtype=float)
     seen = (x > 0) & (y > 0)
     panel.set_xscale("log")
     panel.set_yscale("log")
-    depth = np.asarray(cloud.depth)[seen]
+    depth = np.asarray(scatter.depth)[seen]
     panel.scatter(x[seen], y[seen], s=9, c=depth, cmap=colours, norm=scale, alpha=0.85, lw=0)
-    panel.set_title(cloud.title, fontsize=8.5)
+    panel.set_title(scatter.title, fontsize=8.5)
     panel.tick_params(labelsize=7)
     panel.minorticks_off()
     for axis, numbers in ((panel.xaxis, x[seen]), (panel.yaxis, y[seen])):
@@ -185,9 +185,9 @@ def _styles(labels: Sequence[str], theme: Theme) -> dict[str, dict[str, Any]]:
     """A norm that is not scaled is drawn as the one that is, in dots with hollow markers."""
     tail = findings.UNSCALED.format("")
     others = [label for label in labels if label != "oracle" and not label.endswith(tail)]
-    styles = {label: look(theme, number) for number, label in enumerate(others)}
+    styles = {label: series_style(theme, number) for number, label in enumerate(others)}
     for label in labels:
         if label.endswith(tail):
-            plain = styles.get(label.removesuffix(tail)) or look(theme, len(styles))
+            plain = styles.get(label.removesuffix(tail)) or series_style(theme, len(styles))
             styles[label] = plain | {"ls": (0, (1, 1)), "mfc": theme.page}
     return styles | {"oracle": {"color": theme.ink, "ls": "-", "marker": ""}}

@@ -25,8 +25,8 @@ class Problem:
     Attributes:
         layers: the layers whose filters are compared.
         batches: minibatches (inputs, targets) that the criteria see, one at a time.
-        whole: the same or more data for the oracle, in batches of any size.
-        test: what the pruning curves are measured on.
+        oracle_batches: the same or more data for the oracle, in batches of any size.
+        test_batches: what the pruning curves are measured on.
         loss: of (outputs, targets), a mean over the examples.
         classifies: the outputs are logits [N, C, ...] and the targets classes [N, ...].
         origin: what tells this from another problem where weights, data and source files do not.
@@ -36,8 +36,8 @@ class Problem:
     model: nn.Module
     layers: tuple[str, ...]
     batches: Sequence[Batch]
-    whole: Sequence[Batch]
-    test: Sequence[Batch]
+    oracle_batches: Sequence[Batch]
+    test_batches: Sequence[Batch]
     loss: LossFunction
     classifies: bool
     origin: str = ""
@@ -60,35 +60,38 @@ class Problem:
         return self.loss(call(self.model, batch[0]), batch[1])
 
     def mean_loss(self) -> float:
-        """The mean loss over `whole`: what the oracle's changes are changes of."""
-        return judge(self.model, self.whole, self.loss, classifies=False)["loss"]
+        """The mean loss over `oracle_batches`: what the oracle's changes are changes of."""
+        found = loss_and_accuracy(self.model, self.oracle_batches, self.loss, classifies=False)
+        return found["loss"]
 
-    def judged(self, model: nn.Module | None = None) -> dict[str, float]:
-        """Loss, and accuracy of a classifier, on `test`."""
-        return judge(model or self.model, self.test, self.loss, classifies=self.classifies)
+    def test_figures(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Loss, and accuracy of a classifier, on `test_batches`."""
+        return loss_and_accuracy(
+            model or self.model, self.test_batches, self.loss, classifies=self.classifies
+        )
 
     def shortened(self, minibatches: int) -> Problem:
         """The same on so many minibatches, and about as many examples for the oracle."""
         batches = self.batches[:minibatches]
         wanted = sum(example_count(targets) for _, targets in batches)
-        whole: list[Batch] = []
-        while wanted > 0 and len(whole) < len(self.whole):
-            whole.append(self.whole[len(whole)])
-            wanted -= example_count(whole[-1][1])
-        return replace(self, batches=batches, whole=whole)
+        kept: list[Batch] = []
+        while wanted > 0 and len(kept) < len(self.oracle_batches):
+            kept.append(self.oracle_batches[len(kept)])
+            wanted -= example_count(kept[-1][1])
+        return replace(self, batches=batches, oracle_batches=kept)
 
     def facts(self) -> dict[str, int]:
         """How much data there is."""
         return {
             "minibatches": len(self.batches),
             "minibatch": example_count(self.batches[0][1]),
-            "oracle_examples": sum(example_count(targets) for _, targets in self.whole),
-            "test_examples": sum(example_count(targets) for _, targets in self.test),
+            "oracle_examples": sum(example_count(targets) for _, targets in self.oracle_batches),
+            "test_examples": sum(example_count(targets) for _, targets in self.test_batches),
         }
 
 
 @torch.no_grad()
-def judge(
+def loss_and_accuracy(
     model: nn.Module, batches: Sequence[Batch], loss: LossFunction, *, classifies: bool
 ) -> dict[str, float]:
     """Mean loss over the examples of `batches`, and the fraction of right answers."""
@@ -122,14 +125,14 @@ def is_classifier(outputs: Any, targets: Any) -> bool:
     )
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
     """The tensors in nested tuples, lists and dicts, on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: to_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [moved(item, device) for item in value]
+        items = [to_device(item, device) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -157,7 +160,7 @@ def inner_layers(model: nn.Module, inputs: Any) -> tuple[tuple[str, ...], dict[s
     finally:
         for handle in handles:
             handle.remove()
-    last = _first_met([t.grad_fn for t in tensors_in(outputs)], set().union(*made.values()))
+    last = _first_reached([t.grad_fn for t in tensors_in(outputs)], set().union(*made.values()))
     why = {}
     for name, nodes in made.items():
         if not nodes:
@@ -167,7 +170,7 @@ def inner_layers(model: nn.Module, inputs: Any) -> tuple[tuple[str, ...], dict[s
     return tuple(name for name in layers if name not in why), why
 
 
-def _first_met(nodes: Sequence[Any], marked: set[Any]) -> set[Any]:
+def _first_reached(nodes: Sequence[Any], marked: set[Any]) -> set[Any]:
     """The marked nodes that backward() meets before any other marked one, on any path."""
     found: set[Any] = set()
     seen: set[Any] = set()

@@ -7,17 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-import taylor_kernels as tk
+from taylor_kernels._scoring import scoring
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.options import Mistake
-from taylor_kernels.progress import ProgressLog
+from taylor_kernels.importance import Importance
 from taylor_kernels.statistics import Statistic, get_statistic
-from taylor_kernels.studies.oracle.pieces import Json, Pieces, digest
+from taylor_kernels.studies.digest import digest
 from taylor_kernels.studies.oracle.problem import Batch, Problem
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.cache import Cache
+    from taylor_kernels.studies.progress import ProgressLog
+    from taylor_kernels.studies.results import Json
 
 #: `random` is not one ranking but all of them: its figures are means over so many draws.
 DRAWS = 20
@@ -25,12 +30,12 @@ DRAWS = 20
 PLAIN = "forward + backward"
 
 
-class CannotScore(Mistake):
+class CannotScore(ValueError):
     """A criterion does not apply to this model; the message says why."""
 
 
 def scores_of(
-    problem: Problem, criterion: str, settings: Json, pieces: Pieces, log: ProgressLog
+    problem: Problem, criterion: str, settings: Json, cache: Cache, log: ProgressLog
 ) -> np.ndarray:
     """[draws, F] float64: one row, of `random` several; nan for filters that have no score.
 
@@ -39,12 +44,12 @@ def scores_of(
     """
     if _statistic(criterion).drawn:
         return _draws(problem)
-    settings = settings | {"criterion": criterion}
-    values = pieces.load("scores", settings)
+    piece = cache.piece("scores", settings | {"criterion": criterion}, by=code_of(criterion))
+    values = piece.load()
     if values is None:
         with log.task(f"{problem.name}: {criterion}", len(problem.batches)) as advance:
             values = score(problem, criterion, advance).tolist()
-        pieces.save("scores", settings, values)
+        piece.save(values)
     return np.asarray([values], dtype=np.float64)
 
 
@@ -77,6 +82,11 @@ def _statistic(criterion: str) -> type[Statistic]:
     return get_statistic(get_criterion(criterion).statistic)
 
 
+def code_of(criterion: str) -> list[object]:
+    """The functions that score by a criterion, that of a user's own criterion among them."""
+    return [score, get_criterion(criterion).score]
+
+
 def _draws(problem: Problem) -> np.ndarray:
     """[DRAWS, F], other ones for every network."""
     generator = np.random.default_rng(int(digest(problem.name), 16))
@@ -93,9 +103,9 @@ class _Step:
         self.problem = problem
         # The plain step computes what the most demanding pass does.
         self.reads = "weight gradients" if criterion is None else _statistic(criterion).reads
-        self.meter: tk.Importance | None = None
+        self.meter: Importance | None = None
         if criterion is not None:
-            self.meter = tk.Importance(problem.model, criterion, layers=problem.layers)
+            self.meter = Importance(problem.model, criterion, layers=problem.layers)
 
     def __call__(self, batch: Batch) -> None:
         problem, model = self.problem, self.problem.model
@@ -107,7 +117,7 @@ class _Step:
                 problem.loss_of(batch)
         elif self.reads != "weights":
             full = self.reads == "weight gradients"
-            mode: AbstractContextManager = nullcontext() if full else tk.scoring(model)
+            mode: AbstractContextManager = nullcontext() if full else scoring(model)
             with mode:
                 problem.loss_of(batch).backward()
         if self.meter is not None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from torch import nn
 
 from taylor_kernels.criteria import criterion_names, get_criterion
-from taylor_kernels.options import Mistake, check_seed, check_writable, find_criteria, find_device
+from taylor_kernels.studies.options import Mistake, check_writable, find_criteria
+from taylor_kernels.studies.settings import StudySettings
+from taylor_kernels.studies.training import Schedule
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.results import Json
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OracleRecipe:
     """The study on digits: networks, how they are trained and how they are judged.
 
     `threads` is one, as in the demo: layers this small gain little from more.
@@ -46,25 +53,32 @@ class Recipe:
     timing_rounds: int = 8
     timing_seconds: float = 60.0
 
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.epochs, self.batch_size, self.lr, self.weight_decay)
 
-FULL = Recipe()
-QUICK = Recipe(architectures=("cnn",), seeds=1, epochs=25, points=9, minibatches=4, timing_rounds=3)
+    @property
+    def finetune_schedule(self) -> Schedule:
+        return Schedule(self.finetune_epochs, self.batch_size, self.finetune_lr, self.weight_decay)
+
+
+FULL = OracleRecipe()
+QUICK = OracleRecipe(
+    architectures=("cnn",), seeds=1, epochs=25, points=9, minibatches=4, timing_rounds=3
+)
 
 
 @dataclass(frozen=True)
-class Settings:
+class OracleSettings(StudySettings):
     """A comparison as the user asked for it: of their model, or of digits where there is none.
 
     Attributes:
-        out: the folder to write to.
         model, data, loss: import paths, "package.module:name".
         criteria: names, or None for all that apply.
         sample: how many filters the oracle removes, or None for as many as the budget allows.
         batches: how many minibatches are taken from the user's loader.
         budget: seconds for the oracle, and again for the pruning curves.
-        seed: of the sample and of random numbers while the model and the loader are made; of the
-            study, the first of its seeds.
-        force: forget what earlier runs have finished.
+        seed: of the sample and of random numbers while the model and the loader are made too.
     """
 
     out: Path = Path("runs/compare")
@@ -75,18 +89,10 @@ class Settings:
     sample: int | None = None
     batches: int = 20
     budget: float = 600.0
-    seed: int = 0
-    device: str = "auto"
     quick: bool = False
-    force: bool = False
 
     @property
-    def cache(self) -> Path:
-        """Where what is finished is kept."""
-        return self.out / "cache"
-
-    @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> OracleRecipe:
         return QUICK if self.quick else FULL
 
     @property
@@ -98,12 +104,8 @@ class Settings:
             if get_criterion(name).statistic != "loss_change"
         ]
 
-    def check(self) -> torch.device:
-        """See that the run can be done, without starting it; gives its device.
-
-        Raises:
-            Mistake: an option cannot be right; the message names it and what is.
-        """
+    def check(self) -> None:
+        super().check()
         if (self.model is None) != (self.data is None):
             given, missing = ("--model", "--data") if self.model else ("--data", "--model")
             raise Mistake(
@@ -130,15 +132,32 @@ class Settings:
             raise Mistake(f"--batches: {self.batches} is below 1")
         if not (math.isfinite(self.budget) and self.budget > 0):
             raise Mistake(f"--budget: {self.budget:g} is not a positive number of seconds")
-        check_seed(self.seed)
-        device = find_device(self.device)
         check_writable(self.out)
-        check_writable(self.cache)
-        return device
+        check_writable(self.cache_folder)
+
+    def plan(
+        self, *, rescored: tuple[str, ...], training: FineTuning | None = None, first: bool = True
+    ) -> MeasurementPlan:
+        """What is measured of a network; runtimes and single scores of the first one alone."""
+        recipe = self.recipe
+        return MeasurementPlan(
+            criteria=self.compared,
+            strict=self.criteria is not None,
+            sample=self.sample,
+            budget=self.budget,
+            seed=self.seed,
+            points=recipe.points,
+            rescored=rescored,
+            minibatches=recipe.minibatches,
+            training=training,
+            rounds=recipe.timing_rounds if first else 0,
+            seconds=recipe.timing_seconds,
+            keep_scores=first,
+        )
 
     def command(self) -> str:
         """The command line that gives these settings, defaults left out."""
-        plain = Settings()
+        plain = OracleSettings()
         parts = ["taylor-kernels compare"]
         for name in ("model", "data", "loss", "sample", "batches", "budget", "seed", "device"):
             value = getattr(self, name)
@@ -147,3 +166,48 @@ class Settings:
         parts += [f"--criteria {name}" for name in self.criteria or ()]
         parts += ["--quick"] if self.quick else []
         return " ".join([*parts, f"--out {self.out}"])
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How a network is trained further between two prunings.
+
+    Attributes:
+        train: trains a model in place.
+        by: the functions behind `train`, whose code decides what it does.
+        settings: what else decides it.
+    """
+
+    train: Callable[[nn.Module], object]
+    by: Sequence[object]
+    settings: Json
+
+
+@dataclass(frozen=True)
+class MeasurementPlan:
+    """What is measured of a network.
+
+    Attributes:
+        criteria: the names.
+        strict: a criterion that cannot score the model is an error, not a note.
+        sample, budget, seed: as in `OracleSettings`.
+        points: of a pruning curve, at most.
+        rescored: the criteria, "oracle" among them, that also score again at every point.
+        minibatches: on which they do.
+        training: after every point, in a further curve; None for none.
+        rounds, seconds: of the runtimes; 0 rounds for none.
+        keep_scores: put every filter's scores in the result.
+    """
+
+    criteria: Sequence[str]
+    strict: bool
+    sample: int | None
+    budget: float
+    seed: int
+    points: int
+    rescored: tuple[str, ...]
+    minibatches: int
+    training: FineTuning | None
+    rounds: int
+    seconds: float
+    keep_scores: bool

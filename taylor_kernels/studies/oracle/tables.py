@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from taylor_kernels.report import Table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.correlation import LEAST
-from taylor_kernels.studies.oracle.findings import Json, mean, values
+from taylor_kernels.studies.oracle.findings import mean, values
+from taylor_kernels.studies.report import Table
+
+if TYPE_CHECKING:
+    from taylor_kernels.studies.results import Json
 
 STATISTICS = {"spearman": "Spearman", "pearson": "Pearson", "kendall": "Kendall"}
 KINDS = {
@@ -52,7 +56,9 @@ def half_table(result: Json) -> Table:
     found = {}
     for name, networks in findings.groups(result).items():
         for kind, title in KINDS.items():
-            seen = {c: findings.at(networks, c, kind, 0.5) for c in networks[0]["criteria"]}
+            seen = {
+                c: findings.accuracy_at(networks, c, kind, 0.5) for c in networks[0]["criteria"]
+            }
             if any(seen.values()):
                 found[f"{name}: {title}"] = {c: mean(ones) for c, ones in seen.items() if ones}
     if not found:
@@ -145,7 +151,7 @@ def _summary_caption(result: Json) -> str:
     count = max(len(networks) for networks in findings.groups(result).values())
     seeds = f"means of {count} seeds, " if count > 1 else ""
     return (
-        f"Correlation with the oracle, {seeds}{oracle_words(result)}. Criteria over "
+        f"Correlation with the oracle, {seeds}{oracle_in_words(result)}. Criteria over "
         f"{first['data']['minibatches']} minibatches of {first['data']['minibatch']}, eval mode. "
         "In a layer: mean within layers. × step: time of a minibatch over that of forward + "
         "backward."
@@ -161,7 +167,7 @@ def _runtime(networks: Sequence[Json], criterion: str) -> Json:
     return {}
 
 
-def oracle_words(result: Json) -> str:
+def oracle_in_words(result: Json) -> str:
     network = result["networks"][0]
     oracle, data = network["oracle"], network["data"]
     examples = f"{data['oracle_examples']:,} examples"

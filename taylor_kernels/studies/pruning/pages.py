@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from taylor_kernels import plots
-from taylor_kernels.report import Figure, Report, Section, Table, Text
-
-Json = dict[str, Any]
+from taylor_kernels.studies.plotting import draw
+from taylor_kernels.studies.pruning import plots
+from taylor_kernels.studies.report import Figure, Report, Section, Table, Text
+from taylor_kernels.studies.results import Json, footer, threads_in_words
 
 _COLUMNS = ("network", "parameters", "FLOPs, M", "accuracy, %", "as pruned, %")
 
@@ -44,7 +43,7 @@ def build_report(result: Json, folder: Path) -> Report:
             Section("What these numbers show, and what not", [Text(_caveats(result))]),
             Section("How it was done", [Text(_method(result)), _settings_table(result)]),
         ],
-        footer=_footer(result),
+        footer=footer(result),
     )
 
 
@@ -90,8 +89,7 @@ def _spread(runs: Sequence[Json]) -> str:
 def _table_caption(result: Json) -> str:
     seeds = result["settings"]["seeds"]
     recipe, machine = result["settings"]["recipe"], result["machine"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    where = machine["gpu"] or f"CPU ({machine['cpu']}), {threads}"
+    where = machine["gpu"] or f"CPU ({machine['cpu']}), {threads_in_words(result)}"
     over = f"mean and range of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     return (
         f"Accuracy: on {result['data']['test_images']} test images, {over}; as pruned: before "
@@ -116,7 +114,7 @@ def _curves(result: Json, folder: Path) -> Figure:
     dense = [100 * one["accuracy"] for one in result["dense"]]
     seeds = len(dense)
     lines = "Thick lines: mean; thin lines: each seed. " if seeds > 1 else ""
-    return plots.draw(
+    return draw(
         plots.accuracy_against_flops(series, dense),
         folder / "accuracy_vs_flops.png",
         alt="Test accuracy against the FLOPs kept, a line per criterion, and after fine-tuning.",
@@ -130,7 +128,7 @@ def _widths(result: Json, folder: Path) -> Figure:
     runs = [_runs(result, name)[0] for name in result["settings"]["criteria"]]
     before = {layer: pair[0] for layer, pair in runs[0]["widths"].items() if layer != "head"}
     after = {run["criterion"]: {layer: run["widths"][layer][1] for layer in before} for run in runs}
-    return plots.draw(
+    return draw(
         plots.widths(before, after),
         folder / "widths.png",
         alt="Filters of each convolution before and after pruning, a panel per criterion.",
@@ -151,7 +149,7 @@ def _importance_section(result: Json, folder: Path) -> list[Section]:
             layer: [number not in removed.get(layer, ()) for number in range(len(values))]
             for layer, values in layers.items()
         }
-    figure = plots.draw(
+    figure = draw(
         plots.importance(scores, kept),
         folder / "importance.png",
         alt="The scores of the filters of each layer of the dense network on a log axis.",
@@ -276,14 +274,6 @@ def _settings_table(result: Json) -> Table:
     rows = [[words[name], f"{recipe[name]:g}"] for name in words]
     rows.append(["seeds", ", ".join(map(str, result["settings"]["seeds"]))])
     return Table(("setting", "value"), rows)
-
-
-def _footer(result: Json) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return (
-        f"`{result['command']}`\n\n{result['date']}, {result['seconds']:.0f} s. {versions}. "
-        "All numbers are in `result.json`."
-    )
 
 
 def _runs(result: Json, criterion: str) -> list[Json]:

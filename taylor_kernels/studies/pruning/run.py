@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import platform
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.progress import ProgressLog
-from taylor_kernels.report import Table, render
-from taylor_kernels.studies.pruning.data import IMAGE_SHAPE, Digits, load_digits, minibatches
-from taylor_kernels.studies.pruning.model import DigitsResNet
+from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.data import IMAGE_SHAPE, Digits, load_digits, minibatches
+from taylor_kernels.studies.export import export
+from taylor_kernels.studies.networks import DigitsResNet
+from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.pruning.pages import build_report, result_table
-from taylor_kernels.studies.pruning.settings import FULL, Settings
-from taylor_kernels.studies.pruning.store import export, load_weights, save_weights
-from taylor_kernels.studies.pruning.training import (
+from taylor_kernels.studies.pruning.settings import PruningSettings
+from taylor_kernels.studies.results import circumstances, write_results
+from taylor_kernels.studies.training import (
     count_flops,
     count_parameters,
     evaluate,
     latencies,
+    layer_widths,
     sgd,
     train,
 )
-from taylor_kernels.system import cpu_model, package_versions
+from taylor_kernels.studies.weights import trained_network
 
-Json = dict[str, Any]
+if TYPE_CHECKING:
+    from taylor_kernels.studies.report import Table
+    from taylor_kernels.studies.results import Json
 
 
-def run(settings: Settings, log: ProgressLog) -> tuple[Json, Table]:
+def run(settings: PruningSettings, log: ProgressLog) -> tuple[Json, Table]:
     """Do the demo and write `report.html`, PNGs, `result.json` and `pruned.pt2` to `settings.out`.
 
     Returns:
@@ -55,15 +56,17 @@ def run(settings: Settings, log: ProgressLog) -> tuple[Json, Table]:
         torch.set_num_threads(threads)
 
 
-def _run(settings: Settings, log: ProgressLog) -> tuple[Json, Table]:
+def _run(settings: PruningSettings, log: ProgressLog) -> tuple[Json, Table]:
     start = time.perf_counter()
     device, out = settings.torch_device(), settings.out
-    result: Json = {"schema": 1, "dense": [], "runs": [], "importance": {}}
+    cache = settings.open_cache()
+    result: Json = {"schema": 1, "settings": _facts(settings)}
+    result |= {"dense": [], "runs": [], "importance": {}}
     shown: dict[str, nn.Module] = {}
 
     for seed in range(settings.seed, settings.seed + settings.seeds):
         data = load_digits(seed).to(device)
-        dense, facts = dense_network(settings, seed, data, log)
+        dense, facts = dense_network(settings, seed, data, cache, log)
         result["dense"].append(facts)
         first = seed == settings.seed
         if first:
@@ -83,51 +86,41 @@ def _run(settings: Settings, log: ProgressLog) -> tuple[Json, Table]:
         facts = export(shown[exported], out / "pruned.pt2")
         result["files"] = {"pruned.pt2": {"criterion": exported, "seed": settings.seed, **facts}}
         advance()
-        result |= _circumstances(settings, time.perf_counter() - start)
-        (out / "report.html").write_text(render(build_report(result, out)), encoding="utf-8")
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+        result |= circumstances(settings.command(), device, threads, seconds)
+        write_results(out, result, build_report(result, out))
         advance()
     return result, result_table(result)
 
 
 def dense_network(
-    settings: Settings, seed: int, data: Digits, log: ProgressLog
+    settings: PruningSettings, seed: int, data: Digits, cache: Cache, log: ProgressLog
 ) -> tuple[nn.Module, Json]:
     """The trained dense network of a seed, from the cache where it is there, and its facts."""
-    recipe, device = settings.recipe, settings.torch_device()
-    file = settings.out / "cache" / f"dense-{settings.dense_key(seed)}.safetensors"
-    torch.manual_seed(seed)
-    model = DigitsResNet(recipe.width, recipe.blocks).to(device)
-    start = time.perf_counter()
-    cached = not settings.force and _load_cached(model, file, log)
-    if not cached:
-        with log.task(f"seed {seed}: train dense", recipe.dense_epochs) as advance:
-            train(
-                model,
-                data.train,
-                epochs=recipe.dense_epochs,
-                batch_size=recipe.batch_size,
-                lr=recipe.dense_lr,
-                weight_decay=recipe.weight_decay,
-                generator=torch.Generator().manual_seed(seed),
-                on_epoch=advance,
-            )
-        save_weights(model, file)
-    accuracy = evaluate(model, data.test)
-    log.say(
-        f"seed {seed}: dense test accuracy {accuracy:.2%}" + (" (from the cache)" if cached else "")
+    recipe, start = settings.recipe, time.perf_counter()
+    made = trained_network(
+        partial(DigitsResNet, recipe.width, recipe.blocks),
+        seed,
+        data.train,
+        recipe.dense_schedule,
+        cache,
+        log,
+        label=f"seed {seed}: train dense",
     )
-    facts = _size(model, data) | {
+    accuracy = evaluate(made.model, data.test)
+    origin = " (from the cache)" if made.cached else ""
+    log.say(f"seed {seed}: dense test accuracy {accuracy:.2%}{origin}")
+    facts = _size(made.model, data) | {
         "seed": seed,
         "accuracy": accuracy,
-        "cached": cached,
+        "cached": made.cached,
         "seconds": time.perf_counter() - start,
-        "file": str(file.relative_to(settings.out)),
+        "file": str(made.file.relative_to(settings.out)),
     }
-    return model, facts
+    return made.model, facts
 
 
-def layer_scores(dense: nn.Module, data: Digits, criterion: str, settings: Settings) -> Json:
+def layer_scores(dense: nn.Module, data: Digits, criterion: str, settings: PruningSettings) -> Json:
     """Scores of the dense network's filters, a list per layer, over one pass of the training data.
 
     In train mode, as in the pruning loop; on a copy, so that BatchNorm's statistics stay.
@@ -147,7 +140,12 @@ def layer_scores(dense: nn.Module, data: Digits, criterion: str, settings: Setti
 
 
 def prune(
-    dense: nn.Module, data: Digits, criterion: str, settings: Settings, seed: int, log: ProgressLog
+    dense: nn.Module,
+    data: Digits,
+    criterion: str,
+    settings: PruningSettings,
+    seed: int,
+    log: ProgressLog,
 ) -> tuple[nn.Module, Json]:
     """A copy of `dense` pruned to the target and fine-tuned, and the facts of how it went."""
     recipe = settings.recipe
@@ -193,10 +191,7 @@ def prune(
         train(
             model,
             data.train,
-            epochs=recipe.finetune_epochs,
-            batch_size=recipe.batch_size,
-            lr=recipe.finetune_lr,
-            weight_decay=recipe.weight_decay,
+            recipe.finetune_schedule,
             generator=generator,
             optimizer=optimizer,
             on_epoch=advance,
@@ -215,23 +210,14 @@ def prune(
     return model, facts
 
 
-def layer_widths(model: nn.Module) -> dict[str, int]:
-    """Output filters, or neurons, of each convolution and linear layer by name."""
+def _facts(settings: PruningSettings) -> Json:
+    """What the result says of its settings."""
     return {
-        name: module.weight.size(0)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
+        "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
+        "flops": settings.flops,
+        "criteria": list(settings.criteria),
+        "recipe": asdict(settings.recipe),
     }
-
-
-def result_command(settings: Settings) -> str:
-    """The command line that gives these settings, defaults left out."""
-    parts = ["taylor-kernels demo", f"--out {settings.out}"]
-    if settings.recipe != FULL:
-        parts.append("--quick")
-    parts += [f"--seed {settings.seed}", f"--seeds {settings.seeds}", f"--flops {settings.flops:g}"]
-    parts += [f"--criteria {name}" for name in settings.criteria]
-    return " ".join([*parts, f"--device {settings.device}"])
 
 
 def _size(model: nn.Module, data: Digits) -> Json:
@@ -252,42 +238,12 @@ def _step(minibatch: int, flops: float, accuracy: float) -> Json:
     return {"minibatch": minibatch, "flops": flops, "accuracy": accuracy}
 
 
-def _measure_latency(models: dict[str, nn.Module], settings: Settings, log: ProgressLog) -> Json:
+def _measure_latency(
+    models: dict[str, nn.Module], settings: PruningSettings, log: ProgressLog
+) -> Json:
     recipe = settings.recipe
     shape = (recipe.latency_batch, *IMAGE_SHAPE)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     images = images.to(settings.torch_device())
     with log.task(f"latency, batch {recipe.latency_batch}", recipe.latency_repeats) as advance:
         return latencies(models, images, repeats=recipe.latency_repeats, on_repeat=advance)
-
-
-def _load_cached(model: nn.Module, file: Path, log: ProgressLog) -> bool:
-    """Whether the cache had the weights; a damaged file is as good as none."""
-    try:
-        return load_weights(model, file)
-    except ValueError as error:
-        log.say(f"{error}; training again")
-        return False
-
-
-def _circumstances(settings: Settings, seconds: float) -> Json:
-    device = settings.torch_device()
-    names = ("taylor-kernels", "torch", "torch-pruning", "scikit-learn", "numpy", "safetensors")
-    return {
-        "command": result_command(settings),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "settings": {
-            "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
-            "flops": settings.flops,
-            "criteria": list(settings.criteria),
-            "recipe": asdict(settings.recipe),
-        },
-        "versions": {"python": platform.python_version()} | package_versions(*names),
-        "machine": {
-            "device": str(device),
-            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-            "cpu": cpu_model(),
-            "threads": torch.get_num_threads(),
-        },
-    }

@@ -29,13 +29,13 @@ def really_without(problem, filters) -> dict[str, float]:
         for name, number in filters:
             layer = model.get_submodule("1" if name == "0" else name)
             layer.weight[number] = layer.bias[number] = 0
-    return problem.judged(model)
+    return problem.test_figures(model)
 
 
 def test_nothing_removed_is_the_dense_network():
     problem = small_problem()
     (point,) = curves.one_shot(problem, order_of(problem, score(problem, "taylor_fo_bn")), [0])
-    assert point == {"removed": 0, **problem.judged()}
+    assert point == {"removed": 0, **problem.test_figures()}
 
 
 def test_removed_filters_are_really_gone():
@@ -182,6 +182,6 @@ def test_training_between_steps_leaves_the_removed_away_and_the_problem_alone():
 def test_a_shortened_problem_has_about_as_many_examples_for_the_oracle():
     problem = small_problem()
     short = problem.shortened(2)
-    assert len(short.batches) == len(short.whole) == 2
-    assert short.test is problem.test
+    assert len(short.batches) == len(short.oracle_batches) == 2
+    assert short.test_batches is problem.test_batches
     assert len(problem.shortened(99).batches) == len(problem.batches)

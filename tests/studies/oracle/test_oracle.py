@@ -12,23 +12,27 @@ from hypothesis import strategies as st
 pytest.importorskip("scipy", reason="compare needs SciPy")
 
 import taylor_kernels as tk
+from taylor_kernels.studies.cache import Cache, Piece
 from taylor_kernels.studies.oracle import oracle
 from taylor_kernels.studies.oracle.measure import identity
 from taylor_kernels.studies.oracle.oracle import draw_sample, loss_changes, stratified
-from taylor_kernels.studies.oracle.pieces import Pieces, write_whole
 from tests.helpers.problems import WIDTHS, Counted, other_loss, quiet, small_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def pieces(tmp_path) -> Pieces:
-    return Pieces(tmp_path)
+def cache(tmp_path) -> Cache:
+    return Cache(tmp_path)
 
 
-def test_changes_squared_are_the_scores_of_the_oracle_criterion(pieces):
+def kept(cache: Cache, settings: dict) -> Piece:
+    return cache.piece("oracle", settings, by=[loss_changes])
+
+
+def test_changes_squared_are_the_scores_of_the_oracle_criterion(cache):
     problem = small_problem()
-    changes = loss_changes(problem, problem.filters, identity(problem), pieces, quiet())
+    changes = loss_changes(problem, problem.filters, identity(problem), cache, quiet())
     imp = tk.Importance(problem.model, "oracle", layers=problem.layers)
     imp.update(closure=lambda: torch.tensor(problem.mean_loss(), dtype=torch.float64))
     scores = imp.compute()
@@ -40,36 +44,36 @@ def test_changes_squared_are_the_scores_of_the_oracle_criterion(pieces):
 def test_a_sample_has_the_changes_of_the_full_oracle(tmp_path):
     problem = small_problem()
     settings = identity(problem)
-    whole = loss_changes(problem, problem.filters, settings, Pieces(tmp_path / "a"), quiet())
+    whole = loss_changes(problem, problem.filters, settings, Cache(tmp_path / "a"), quiet())
     sample = stratified(problem.widths, 11, seed=3)
-    part = loss_changes(problem, sample, settings, Pieces(tmp_path / "b"), quiet())
+    part = loss_changes(problem, sample, settings, Cache(tmp_path / "b"), quiet())
     assert part == {one: whole[one] for one in sample}
 
 
 @pytest.mark.parametrize("stop_at", [2, 30, 95])
-def test_a_run_that_is_stopped_goes_on_and_evaluates_nothing_twice(pieces, tmp_path, stop_at):
+def test_a_run_that_is_stopped_goes_on_and_evaluates_nothing_twice(cache, tmp_path, stop_at):
     problem, loss = small_problem(), Counted()
     problem = other_loss(problem, loss)
     settings = identity(problem)
-    batches, filters = len(problem.whole), len(problem.filters)
-    plain = loss_changes(problem, problem.filters, settings, Pieces(tmp_path / "other"), quiet())
+    batches, filters = len(problem.oracle_batches), len(problem.filters)
+    plain = loss_changes(problem, problem.filters, settings, Cache(tmp_path / "other"), quiet())
     assert loss.calls == batches * (1 + filters)  # the loss with all filters, then without each
 
     loss.calls, loss.stop_at = 0, stop_at
     with pytest.raises(KeyboardInterrupt):
-        loss_changes(problem, problem.filters, settings, pieces, quiet())
+        loss_changes(problem, problem.filters, settings, cache, quiet())
     done = max(0, (stop_at - 1) // batches - 1)
-    saved = pieces.load("oracle", settings)
+    saved = kept(cache, settings).load()
     assert sum(len(layer) for layer in saved.values()) == done
 
     loss.calls, loss.stop_at = 0, None
-    assert loss_changes(problem, problem.filters, settings, pieces, quiet()) == plain
+    assert loss_changes(problem, problem.filters, settings, cache, quiet()) == plain
     assert loss.calls == batches * (1 + filters - done)
-    assert loss_changes(problem, problem.filters, settings, pieces, quiet()) == plain
+    assert loss_changes(problem, problem.filters, settings, cache, quiet()) == plain
     assert loss.calls == batches * (1 + filters - done)  # nothing is left to evaluate
 
 
-def test_what_is_evaluated_is_on_disk_before_the_end(pieces, monkeypatch):
+def test_what_is_evaluated_is_on_disk_before_the_end(cache, monkeypatch):
     """A kill that cannot be caught loses no more than SAVE_SECONDS."""
     monkeypatch.setattr(oracle, "SAVE_SECONDS", -1.0)
     problem = small_problem()
@@ -77,64 +81,51 @@ def test_what_is_evaluated_is_on_disk_before_the_end(pieces, monkeypatch):
 
     class Watching(Counted):
         def __call__(self, outputs, targets):
-            saved = pieces.load("oracle", settings) or {}
+            saved = kept(cache, settings).load() or {}
             seen.append(sum(len(layer) for layer in saved.values()))
             return super().__call__(outputs, targets)
 
     problem = other_loss(problem, Watching())
     settings = identity(problem)
-    loss_changes(problem, problem.filters, settings, pieces, quiet())
-    expected = [max(0, call // len(problem.whole) - 1) for call in range(len(seen))]
+    loss_changes(problem, problem.filters, settings, cache, quiet())
+    expected = [max(0, call // len(problem.oracle_batches) - 1) for call in range(len(seen))]
     assert seen == expected
 
 
-def test_a_larger_sample_evaluates_what_is_new_alone(pieces):
+def test_a_larger_sample_evaluates_what_is_new_alone(cache):
     loss = Counted()
     problem = other_loss(small_problem(), loss)
     settings = identity(problem)
     few, many = (stratified(problem.widths, count, seed=0) for count in (8, 16))
-    loss_changes(problem, few, settings, pieces, quiet())
+    loss_changes(problem, few, settings, cache, quiet())
     loss.calls = 0
-    loss_changes(problem, many, settings, pieces, quiet())
-    assert loss.calls == len(problem.whole) * (1 + len(set(many) - set(few)))
+    loss_changes(problem, many, settings, cache, quiet())
+    assert loss.calls == len(problem.oracle_batches) * (1 + len(set(many) - set(few)))
 
 
 @pytest.mark.parametrize("change", ["weights", "data", "nothing"])
-def test_pieces_of_another_network_or_other_data_are_not_taken(pieces, change):
+def test_pieces_of_another_network_or_other_data_are_not_taken(cache, change):
     loss = Counted()
     problem = other_loss(small_problem(), loss)
-    loss_changes(problem, problem.filters, identity(problem), pieces, quiet())
+    loss_changes(problem, problem.filters, identity(problem), cache, quiet())
     if change == "weights":
         with torch.no_grad():
             problem.model[0].weight[0] *= 1.001
     elif change == "data":
-        problem.whole[0][0][0] += 1e-3
+        problem.oracle_batches[0][0][0] += 1e-3
     loss.calls = 0
-    loss_changes(problem, problem.filters, identity(problem), pieces, quiet())
+    loss_changes(problem, problem.filters, identity(problem), cache, quiet())
     assert (loss.calls > 0) == (change != "nothing")
 
 
-def test_a_damaged_piece_is_made_again(pieces):
+def test_a_damaged_piece_is_made_again(cache):
     problem = small_problem()
     settings = identity(problem)
-    before = loss_changes(problem, problem.filters, settings, pieces, quiet())
-    file = pieces.file("oracle", settings)
+    before = loss_changes(problem, problem.filters, settings, cache, quiet())
+    file = kept(cache, settings).file
     file.write_text(file.read_text()[:-20])
-    assert loss_changes(problem, problem.filters, settings, pieces, quiet()) == before
+    assert loss_changes(problem, problem.filters, settings, cache, quiet()) == before
     json.loads(file.read_text())
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
-    file = tmp_path / "result.json"
-    write_whole(file, "before")
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("taylor_kernels.studies.oracle.pieces.os.replace", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(file, "after")
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(file.name, "before")]
 
 
 def test_a_state_that_is_no_tensor_is_no_obstacle():
@@ -148,13 +139,13 @@ def test_a_state_that_is_no_tensor_is_no_obstacle():
     assert len(identity(problem)["weights"]) == 16
 
 
-def test_the_budget_decides_how_many_filters_and_a_rerun_keeps_to_them(pieces, monkeypatch):
+def test_the_budget_decides_how_many_filters_and_a_rerun_keeps_to_them(cache, monkeypatch):
     problem = small_problem()
     settings = identity(problem)
 
     def sample(budget, seconds, count=None):
         monkeypatch.setattr(oracle, "_evaluation_seconds", lambda _: seconds)
-        return draw_sample(problem, settings, pieces, count=count, budget=budget, seed=1)
+        return draw_sample(problem, settings, cache, count=count, budget=budget, seed=1)
 
     some = sample(10.0, 1.0)
     assert len(some.filters) == 10

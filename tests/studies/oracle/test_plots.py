@@ -8,14 +8,14 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 
-from taylor_kernels import plots
+from taylor_kernels.studies import plotting
 from taylor_kernels.studies.oracle.plots import _decades, _styles
 
 LABELS = ["taylor_fo_bn", "taylor_so_diag", "obd_bn", "magnitude_l2", "magnitude_l2, unscaled",
           "random", "taylor_fo", "snip", "oracle"]  # fmt: skip
 
 
-@pytest.mark.parametrize("theme", [plots.LIGHT, plots.DARK])
+@pytest.mark.parametrize("theme", [plotting.LIGHT, plotting.DARK])
 def test_every_line_of_a_panel_has_a_look_of_its_own(theme):
     styles = _styles(LABELS, theme)
     looks = {(one["color"], one["ls"], one["marker"]) for one in styles.values()}

@@ -11,9 +11,9 @@ from torch import nn
 pytest.importorskip("scipy", reason="compare needs SciPy")
 
 import taylor_kernels as tk
+from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.oracle.measure import identity
-from taylor_kernels.studies.oracle.pieces import Pieces
-from taylor_kernels.studies.oracle.problem import inner_layers, is_classifier, judge
+from taylor_kernels.studies.oracle.problem import inner_layers, is_classifier, loss_and_accuracy
 from taylor_kernels.studies.oracle.scores import (
     DRAWS,
     PLAIN,
@@ -58,7 +58,7 @@ def test_scores_are_those_of_importance_over_the_minibatches(criterion):
 def test_scores_are_kept_and_not_computed_twice(tmp_path):
     loss = Counted()
     problem = other_loss(small_problem(), loss)
-    args = (identity(problem), Pieces(tmp_path), quiet())
+    args = (identity(problem), Cache(tmp_path), quiet())
     first = scores_of(problem, "taylor_fo_bn", *args)
     assert loss.calls == len(problem.batches)
     again = scores_of(problem, "taylor_fo_bn", *args)
@@ -133,7 +133,7 @@ def test_examples_count_alike_in_batches_of_different_sizes():
     model, inputs = nn.Linear(3, 4), torch.randn(11, 3)
     targets = torch.randint(0, 4, (11,))
     batches = list(zip(inputs.split([7, 3, 1]), targets.split([7, 3, 1]), strict=True))
-    found = judge(model, batches, F.cross_entropy, classifies=True)
+    found = loss_and_accuracy(model, batches, F.cross_entropy, classifies=True)
     with torch.no_grad():
         outputs = model(inputs)
     assert found["loss"] == pytest.approx(F.cross_entropy(outputs, targets).item(), rel=1e-6)

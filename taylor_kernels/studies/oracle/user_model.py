@@ -19,22 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_kernels.options import Mistake
 from taylor_kernels.pruning.model_run import call
-from taylor_kernels.studies.oracle.pieces import digest_files
+from taylor_kernels.studies.digest import digest_files
+from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.problem import (
     Batch,
     Problem,
     inner_layers,
     is_classifier,
-    moved,
+    to_device,
 )
-from taylor_kernels.studies.oracle.settings import Settings
+from taylor_kernels.studies.oracle.settings import OracleSettings
 
 _PACKAGE = Path(__file__).parents[2]
 
 
-def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dict[str, str]]:
+def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Problem, dict[str, str]]:
     """The model that --model names, in eval mode, on minibatches of --data; and the layers that are
     left out -> why.
 
@@ -50,13 +50,13 @@ def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dic
     model = _model(settings.model).to(device).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    batches = [moved(pair, device) for pair in _batches(settings.data, settings.batches)]
+    batches = [to_device(pair, device) for pair in _batches(settings.data, settings.batches)]
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     if settings.loss is not None:
         loss = find("--loss", settings.loss)
         if not callable(loss):
             raise Mistake(f"--loss: {settings.loss} is a {type(loss).__name__}, not a function")
-    classifies, first = _try(model, batches[0], loss, settings.loss)
+    classifies, first = _check_loss(model, batches[0], loss, settings.loss)
     try:
         layers, left_out = inner_layers(model, batches[0][0])
     except ValueError as error:
@@ -69,8 +69,8 @@ def your_problem(settings: Settings, device: torch.device) -> tuple[Problem, dic
         model,
         layers,
         batches,
-        whole=batches,
-        test=batches,
+        oracle_batches=batches,
+        test_batches=batches,
         loss=loss,
         classifies=classifies,
         origin=f"{settings.model} {settings.loss} {_sources(settings)} {first:.4g}",
@@ -101,9 +101,9 @@ def find(option: str, path: str) -> Any:
                 f"{option}: there is no module {error.name!r}, neither installed nor in "
                 f"{os.getcwd()}"
             ) from None
-        raise Mistake(f"{option}: importing {module_name} failed: {_said(error)}") from None
+        raise Mistake(f"{option}: importing {module_name} failed: {_describe(error)}") from None
     except (Exception, SystemExit) as error:
-        raise Mistake(f"{option}: importing {module_name} failed: {_said(error)}") from None
+        raise Mistake(f"{option}: importing {module_name} failed: {_describe(error)}") from None
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -122,7 +122,7 @@ def _model(path: str) -> nn.Module:
                 f"--model: {path} is a {type(model).__name__}, neither a torch.nn.Module nor a "
                 "function that makes one"
             )
-        with _told(f"--model: {path}()"):
+        with _naming(f"--model: {path}()"):
             model = model()
     if not isinstance(model, nn.Module):
         raise Mistake(f"--model: {path}() gave a {type(model).__name__}, not a torch.nn.Module")
@@ -134,14 +134,14 @@ def _model(path: str) -> nn.Module:
 def _batches(path: str, count: int) -> list[Batch]:
     loader = find("--data", path)
     if not isinstance(loader, Iterable) and callable(loader):
-        with _told(f"--data: {path}()"):
+        with _naming(f"--data: {path}()"):
             loader = loader()
     if not isinstance(loader, Iterable):
         raise Mistake(
             f"--data: {path} gave a {type(loader).__name__}, which cannot be iterated over"
         )
     batches: list[Batch] = []
-    with _told(f"--data: iterating over {path}"):
+    with _naming(f"--data: iterating over {path}"):
         for batch in loader:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 many = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
@@ -157,14 +157,14 @@ def _batches(path: str, count: int) -> list[Batch]:
     return batches
 
 
-def _try(
+def _check_loss(
     model: nn.Module, batch: Batch, loss_function: Callable[[Any, Any], Any], path: str | None
 ) -> tuple[bool, float]:
     """See that a minibatch has a loss; whether it is a classifier's, and what it is."""
-    with _told("--model: the model, on the first minibatch,"):
+    with _naming("--model: the model, on the first minibatch,"):
         outputs = call(model, batch[0])
     hint = "" if path else " (cross_entropy; give another one with --loss package.module:name)"
-    with _told(f"--loss: the loss{hint}, on the first minibatch,"):
+    with _naming(f"--loss: the loss{hint}, on the first minibatch,"):
         loss = loss_function(outputs, batch[1])
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         gave = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -176,7 +176,7 @@ def _try(
     return is_classifier(outputs, batch[1]), loss.item()
 
 
-def _sources(settings: Settings) -> str:
+def _sources(settings: OracleSettings) -> str:
     """Stands for the files of the user's modules: a loss made by functools.partial, or a setting
     of the model that is no weight, is seen nowhere else."""
     names = {path.partition(":")[0] for path in (settings.model, settings.loss) if path}
@@ -186,17 +186,17 @@ def _sources(settings: Settings) -> str:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _naming(what: str) -> Iterator[None]:
     """An error of the user's code becomes one line that says where."""
     try:
         yield
     except Mistake:
         raise
     except (Exception, SystemExit) as error:
-        raise Mistake(f"{what} raised {_said(error)}") from error
+        raise Mistake(f"{what} raised {_describe(error)}") from error
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     """The error, and the line of the user's where it came from."""
     beside = (str(_PACKAGE), "site-packages", "<frozen")
     for frame in reversed(traceback.extract_tb(error.__traceback__)):

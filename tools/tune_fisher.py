@@ -1,7 +1,7 @@
 """Which tiles conv2d_fisher in Triton should take: every layer timed by many of them, on a GPU.
 
-    python -m bench.tune_fisher --dry-run     # what would be timed; needs no GPU
-    python -m bench.tune_fisher               # one call; $OUT/tune_fisher.json, or --out
+    python -m tools.tune_fisher --dry-run     # what would be timed; needs no GPU
+    python -m tools.tune_fisher               # one call; $OUT/tune_fisher.json, or --out
 
 Layers come in the order of their work. For each, extents of tiles and warps are tried around the
 plan's own choice, then chunks and stages around the best of them, then numbers of programs. A step

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import taylor_kernels as tk
-from bench.gpu_check import TOTAL, Step, finish, run, steps
 from tests.helpers import ROOT
+from tools.gpu_check import TOTAL, Step, finish, run, steps
 
 
 def test_a_stopped_step_leaves_nothing_running(tmp_path):

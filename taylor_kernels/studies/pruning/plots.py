@@ -1,50 +1,18 @@
-"""Plots of a pruning run, for the page (two SVGs: light and dark) and as a PNG file.
-
-Every plot takes plain numbers and returns a function of a `Theme`, so that one description is drawn
-once per theme. Colours are those of Okabe and Ito, told apart by colour-blind readers too; marker
-and line style repeat what the colour says.
-"""
+"""Plots of a pruning run: plain numbers in, a `Plot` out."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from taylor_kernels.report import Figure
+from taylor_kernels.studies.plotting import Plot, Theme, series_style
 
-Plot = Callable[["Theme"], Drawing]
 Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a plot: `page` behind it, `ink` for text, `soft` and `line` for what is beside."""
-
-    page: str
-    ink: str
-    soft: str
-    line: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1c2126", "#5b6570", "#dde2e7",
-    ("#0072b2", "#d55e00", "#009e73", "#a8508a", "#b07d00"),
-)  # fmt: skip
-DARK = Theme(
-    "#14181c", "#e6e9ec", "#a2acb6", "#39424b",
-    ("#56b4e9", "#f08a4b", "#35c79b", "#e29bc4", "#f0c04f"),
-)  # fmt: skip
-_MARKERS, _LINES = "osD^v", ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1, 1.5)), "--")
 
 
 @dataclass(frozen=True)
@@ -59,21 +27,6 @@ class Series:
     final: Sequence[float]
 
 
-def draw(plot: Plot, png: Path, *, alt: str, caption: str) -> Figure:
-    """Write the plot to `png` in light colours and give it as a block of a report."""
-    svgs = []
-    for theme in (LIGHT, DARK):
-        style: Any = _style(theme)  # matplotlib 3.11 types the keys, older ones do not
-        with matplotlib.rc_context(style):
-            drawing = plot(theme)
-            buffer = io.BytesIO()
-            drawing.savefig(buffer, format="svg", metadata={"Date": None})
-            svgs.append(buffer.getvalue())
-            if theme is LIGHT:
-                drawing.savefig(png, dpi=144)
-    return Figure(svgs[0], svgs[1], alt=alt, caption=caption, file=png.name)
-
-
 def accuracy_against_flops(series: Sequence[Series], dense: Sequence[float]) -> Plot:
     """Left: accuracy while pruning goes on. Right, on its own scale: each seed after fine-tuning.
 
@@ -86,7 +39,7 @@ def accuracy_against_flops(series: Sequence[Series], dense: Sequence[float]) -> 
         left, right = drawing.subplots(1, 2, width_ratios=(2.3, 1))
         left.axhline(float(np.mean(dense)), color=theme.soft, lw=1, ls=":", label="dense")
         for number, one in enumerate(series):
-            style = look(theme, number)
+            style = series_style(theme, number)
             for path in one.paths if len(one.paths) > 1 else ():
                 left.plot(*zip(*path, strict=True), color=style["color"], lw=0.8, alpha=0.4)
             x, y = _mean_path(one.paths)
@@ -106,7 +59,7 @@ def _finals(panel: Axes, series: Sequence[Series], dense: Sequence[float], theme
     """A column of marks per network. What is far below is named at the edge, not to flatten all."""
     columns: list[tuple[str, Sequence[float], str, str]] = [("dense", dense, theme.soft, "o")]
     for number, one in enumerate(series):
-        style = look(theme, number)
+        style = series_style(theme, number)
         columns.append((one.label, one.final, style["color"], style["marker"]))
     floor = max(min(min(values) for _, values, *_ in columns), min(dense) - 3)
     top = max(max(values) for _, values, *_ in columns)
@@ -220,16 +173,6 @@ def _dots(
         panel.vlines(np.median(values), row - 0.4, row + 0.4, color=theme.ink, lw=1.4)
 
 
-def look(theme: Theme, number: int) -> dict[str, Any]:
-    """Colour, marker and line style of the series of that number, the same in every plot."""
-    again = number // len(theme.series)  # the colours are used up: other lines and markers
-    return {
-        "color": theme.series[number % len(theme.series)],
-        "marker": _MARKERS[(number + again) % len(_MARKERS)],
-        "ls": _LINES[(number + again) % len(_LINES)],
-    }
-
-
 def _mean_path(paths: Sequence[Sequence[Point]]) -> tuple[np.ndarray, np.ndarray]:
     """The paths' mean, over the FLOPs that all of them passed."""
     ordered = [np.asarray(sorted(path), dtype=float) for path in paths]
@@ -238,25 +181,3 @@ def _mean_path(paths: Sequence[Sequence[Point]]) -> tuple[np.ndarray, np.ndarray
     x = np.unique(np.concatenate([path[:, 0] for path in ordered]).clip(low, high))
     y = np.mean([np.interp(x, path[:, 0], path[:, 1]) for path in ordered], axis=0)
     return x[::-1], y[::-1]
-
-
-def _style(theme: Theme) -> dict[str, Any]:
-    return {
-        "font.size": 9.5,
-        "axes.titlesize": 10.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "grid.linewidth": 0.7,
-        "legend.frameon": False,
-        "svg.hashsalt": "taylor-kernels",  # the same ids, so the same file, on every run
-        "svg.fonttype": "path",
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.page),
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), theme.ink),
-        **dict.fromkeys(("xtick.color", "ytick.color"), theme.soft),
-        **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), theme.ink),
-        **dict.fromkeys(("axes.edgecolor", "grid.color"), theme.line),
-    }

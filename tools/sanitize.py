@@ -1,6 +1,6 @@
 """Launches every CUDA kernel of the package on a few odd shapes, for compute-sanitizer.
 
-compute-sanitizer --tool memcheck python3 bench/sanitize.py
+compute-sanitizer --tool memcheck python3 tools/sanitize.py
 """
 
 from __future__ import annotations

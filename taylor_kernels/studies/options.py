@@ -1,4 +1,4 @@
-"""Options that several commands share, checked before any work starts."""
+"""Options that several commands have, checked before any work starts."""
 
 from __future__ import annotations
 

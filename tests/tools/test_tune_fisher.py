@@ -17,7 +17,7 @@ from tests.helpers import ROOT
 def tune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton", reason="Triton is not installed")
     return subprocess.run(
-        [sys.executable, "-m", "bench.tune_fisher", *arguments],
+        [sys.executable, "-m", "tools.tune_fisher", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,

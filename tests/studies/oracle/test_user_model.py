@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from taylor_kernels import cli
+from taylor_kernels.cli import common
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,7 +94,7 @@ def compare(capsys, *arguments: str) -> tuple[int, str, str]:
     return stop.value.code, captured.out, captured.err
 
 
-YOURS = ("--model", "mynets:make_model", "--data", "mynets:make_loader", "--batches", "3")
+MODEL_AND_DATA = ("--model", "mynets:make_model", "--data", "mynets:make_loader", "--batches", "3")
 FEW = ("--criteria", "taylor_fo_bn", "--criteria", "magnitude_l2", "--criteria", "random")
 
 
@@ -104,7 +105,7 @@ def calls(folder) -> int:
 @pytest.fixture
 def compared(folder, capsys):
     """A whole run with every criterion: its result, its page and what it printed."""
-    code, out, err = compare(capsys, *YOURS, "--out", "out")
+    code, out, err = compare(capsys, *MODEL_AND_DATA, "--out", "out")
     assert code == 0, err
     result = json.loads((folder / "out/result.json").read_text())
     return result, (folder / "out/report.html").read_text(), out, err
@@ -165,29 +166,31 @@ def test_pages_and_plots_are_there_and_show_something(compared, folder):
 
 
 def test_a_second_run_evaluates_next_to_nothing(folder, capsys):
-    compare(capsys, *YOURS, *FEW, "--out", "out")
+    compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     before, first = calls(folder), json.loads((folder / "out/result.json").read_text())
-    compare(capsys, *YOURS, *FEW, "--out", "out")
+    compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     # To try the model, to look for its outputs, and for the loss with all filters.
     again = calls(folder) - before
     assert again <= 10
     second = json.loads((folder / "out/result.json").read_text())
     assert first["networks"] == second["networks"]
-    compare(capsys, *YOURS, *FEW, "--out", "out", "--force")
+    compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out", "--force")
     assert calls(folder) - before - again > 18 * 3
 
 
 def test_another_loss_or_other_data_is_measured_anew(folder, capsys):
-    compare(capsys, *YOURS, *FEW, "--out", "out")
+    compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     first = json.loads((folder / "out/result.json").read_text())["networks"][0]
     for change in (["--loss", "mynets:regression"], ["--seed", "1"], ["--batches", "2"]):
-        compare(capsys, *YOURS, *FEW, "--out", "out", *change)
+        compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out", *change)
         other = json.loads((folder / "out/result.json").read_text())["networks"][0]
         assert other["oracle"]["changes"] != first["oracle"]["changes"], change
 
 
 def test_a_sample_says_how_many(folder, capsys):
-    code, out, err = compare(capsys, *YOURS, *FEW, "--sample", "7", "--seed", "5", "--out", "out")
+    code, out, err = compare(
+        capsys, *MODEL_AND_DATA, *FEW, "--sample", "7", "--seed", "5", "--out", "out"
+    )
     assert code == 0
     assert "the oracle removes 7 of 18 filters, chosen at random (seed 5)" in err
     assert "7 of 18 filters, chosen at random (seed 5)" in " ".join(out.split())
@@ -200,7 +203,7 @@ def test_a_sample_says_how_many(folder, capsys):
 
 def test_a_loss_is_known_by_its_settings_too(folder, capsys):
     """Those of functools.partial and of loss modules are in the user's file alone, or beside it."""
-    arguments = (*YOURS, *FEW, "--loss", "mylosses:smooth", "--out", "out")
+    arguments = (*MODEL_AND_DATA, *FEW, "--loss", "mylosses:smooth", "--out", "out")
     found = []
     for amount in (0.1, 0.4):
         (folder / "settings.py").write_text(f"amount = {amount}\n")
@@ -271,13 +274,13 @@ def test_the_threads_are_those_that_the_users_module_set(folder, capsys):
 def test_what_is_finished_needs_a_folder(folder, capsys):
     (folder / "out").mkdir()
     (folder / "out/cache").write_text("")
-    code, _, err = compare(capsys, *YOURS, *FEW, "--out", "out")
+    code, _, err = compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     assert code == 2
     assert err.startswith("error: --out: cannot write to 'out/cache'")
 
 
 def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys):
-    code, _, err = compare(capsys, *YOURS, *FEW, "--budget", "1e-6", "--out", "out")
+    code, _, err = compare(capsys, *MODEL_AND_DATA, *FEW, "--budget", "1e-6", "--out", "out")
     assert code == 0
     assert "2 of 18 filters" in err
     assert "no pruning curves, the budget is too small" in err
@@ -373,9 +376,9 @@ def test_a_named_criterion_that_does_not_apply_is_an_error_and_else_a_note(folde
 
 
 def test_what_compare_needs_is_named_if_it_is_missing(capsys, monkeypatch):
-    find = cli.importlib.util.find_spec
+    find = common.importlib.util.find_spec
     monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
+        common.importlib.util, "find_spec", lambda name: None if name == "scipy" else find(name)
     )
     code, _, err = compare(capsys)
     assert code == 2

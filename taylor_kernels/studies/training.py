@@ -1,10 +1,11 @@
-"""Plain training, evaluation and measuring: the parts of the demo that know nothing of pruning."""
+"""Plain training, evaluation and measuring: what knows nothing of pruning."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,48 +13,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from taylor_kernels.studies.pruning.data import Split, minibatches
+from taylor_kernels.studies.data import Split, minibatches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a network is trained: momentum SGD under a cosine that falls from `lr` to 0."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
 
 
 def train(
     model: nn.Module,
     data: Split,
+    schedule: Schedule,
     *,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    weight_decay: float,
     generator: torch.Generator,
     optimizer: torch.optim.Optimizer | None = None,
     on_epoch: Callable[[str], None] = lambda note: None,
 ) -> float:
-    """Train with momentum SGD under a cosine that falls from `lr` to 0; the last epoch's mean loss.
+    """Train a model in place; the last epoch's mean loss.
 
     Args:
         generator: draws the order of the examples.
         optimizer: goes on with this one, state included; its learning rate is overwritten.
         on_epoch: called after each epoch with a short note.
     """
-    optimizer = optimizer or sgd(model, lr, weight_decay)
-    steps = epochs * (len(data) // batch_size)
-    schedule = _restarted_cosine(optimizer, lr, steps)
+    optimizer = optimizer or sgd(model, schedule.lr, schedule.weight_decay)
+    per_epoch = len(data) // schedule.batch_size
+    cosine = _restarted_cosine(optimizer, schedule.lr, schedule.epochs * per_epoch)
     model.train()
     loss_sum = torch.zeros((), device=data.labels.device)
-    for _ in range(epochs):
+    for _ in range(schedule.epochs):
         loss_sum.zero_()
-        for images, labels in minibatches(data, batch_size, generator):
+        for images, labels in minibatches(data, schedule.batch_size, generator):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
-            schedule.step()
+            cosine.step()
             loss_sum += loss.detach()
-        on_epoch(f"loss {loss_sum.item() / (len(data) // batch_size):.3f}")
-    return loss_sum.item() / max(len(data) // batch_size, 1)
+        on_epoch(f"loss {loss_sum.item() / per_epoch:.3f}")
+    return loss_sum.item() / max(per_epoch, 1)
 
 
 def sgd(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.SGD:
-    """The optimizer of the demo; decay reaches weights only, not BatchNorm or biases."""
+    """The optimizer of the studies; decay reaches weights only, not BatchNorm or biases."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
@@ -80,6 +88,15 @@ def evaluate(model: nn.Module, data: Split) -> float:
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def layer_widths(model: nn.Module) -> dict[str, int]:
+    """Output filters, or neurons, of each convolution and linear layer by name."""
+    return {
+        name: module.weight.size(0)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
 
 
 def count_flops(model: nn.Module, example: Tensor) -> int:

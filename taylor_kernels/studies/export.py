@@ -1,40 +1,14 @@
-"""Networks as files: cached weights, and programs that run where only PyTorch is."""
+"""Networks as programs that run where only PyTorch is."""
 
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from taylor_kernels.studies.pruning.data import IMAGE_SHAPE
-
-
-def save_weights(model: nn.Module, file: Path) -> None:
-    """Write the model's state as safetensors, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
-    save_file({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}, part)
-    os.replace(part, file)
-
-
-def load_weights(model: nn.Module, file: Path) -> bool:
-    """Load what `save_weights` wrote; False if there is no such file.
-
-    Raises:
-        ValueError: the file is damaged or of another model.
-    """
-    if not file.exists():
-        return False
-    try:
-        model.load_state_dict(load_file(file))
-    except (SafetensorError, RuntimeError, OSError):
-        raise ValueError(f"{file} is damaged or of another network") from None
-    return True
+from taylor_kernels.studies.data import IMAGE_SHAPE
 
 
 def export(model: nn.Module, file: Path) -> dict[str, float]:

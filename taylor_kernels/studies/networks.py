@@ -1,15 +1,11 @@
-"""A small residual network for 8x8 images: what a pruner must cope with, and trains fast.
-
-Every stage's blocks add to one shared stream, so their output filters can only go together; stages
-two and three change the stream's width and size through a 1x1 convolution.
-"""
+"""Small networks for the digits: a plain one, and a residual one with skip connections."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_kernels.studies.pruning.data import CLASSES, IMAGE_SHAPE
+from taylor_kernels.studies.data import CLASSES, IMAGE_SHAPE
 
 
 class Block(nn.Module):
@@ -35,6 +31,9 @@ class Block(nn.Module):
 
 class DigitsResNet(nn.Module):
     """Three stages of `width`, 2·`width` and 4·`width` channels, `blocks` residual blocks each.
+
+    A stage's blocks add to one shared stream, so their output filters can only go together; stages
+    two and three change the stream's width and size through a 1x1 convolution.
 
     Takes [N, 1, 8, 8] and gives logits [N, 10].
 
@@ -62,3 +61,25 @@ class DigitsResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+class DigitsCnn(nn.Sequential):
+    """Three 3x3 convolutions of 16, 32 and 48 filters with BatchNorm, and a linear classifier.
+
+    Takes [N, 1, 8, 8] and gives logits [N, 10].
+    """
+
+    def __init__(self) -> None:
+        def block(channels_in: int, channels_out: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+        super().__init__(
+            *block(IMAGE_SHAPE[0], 16),
+            *block(16, 32),
+            nn.MaxPool2d(2),
+            *block(32, 48),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(48, CLASSES),
+        )

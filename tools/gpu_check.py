@@ -1,7 +1,7 @@
 """What `make gpu-check` runs on a machine with an NVIDIA GPU: build, test, sanitize, bench.
 
-    python3 bench/gpu_check.py               # results in $OUT, or bench/results/gpu-check
-    python3 bench/gpu_check.py build tune    # these steps, with the time of the others
+    python3 tools/gpu_check.py               # results in $OUT, or bench/results/gpu-check
+    python3 tools/gpu_check.py build tune    # these steps, with the time of the others
 
 Needs no network: the system's Python with torch, pybind11, cmake, ninja, pytest and
 pytest-benchmark, and the CUDA toolkit; for the pruner's tests rich, torch-pruning and hypothesis.
@@ -54,7 +54,7 @@ def steps(names: list[str], out: Path) -> list[Step]:
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
     fisher = "tests/gpu/test_fisher_gpu.py"
     sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
-    script = [python, str(ROOT / "bench" / "sanitize.py")]
+    script = [python, str(ROOT / "tools" / "sanitize.py")]
     bench = [*tests, "bench", "--quick"]
     # Most of the time of the tests Triton compiles, on one core each.
     parallel = [
@@ -72,7 +72,7 @@ def steps(names: list[str], out: Path) -> list[Step]:
     for name, (cases, seconds) in BENCHES.items():
         command = [*bench, "-k", cases, f"--benchmark-json={measured(out, name)}"]
         every.append(Step(name, [command], seconds + 30.0, 30.0))
-    tune = [python, "-m", "bench.tune_fisher", f"--out={out / 'tune_fisher.json'}"]
+    tune = [python, "-m", "tools.tune_fisher", f"--out={out / 'tune_fisher.json'}"]
     every.append(Step("tune", [tune], 200.0, 20.0))
     there = [step.name for step in every]
     wrong = sorted(set(names) - set(there))

@@ -1,0 +1,1 @@
+"""What maintainers run: tables for the documentation, checks, searches. Nothing here is a bench."""
