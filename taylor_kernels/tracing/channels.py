@@ -175,9 +175,7 @@ class Channels:
 
     def _gone(self, dead: Sequence[Tensor]) -> Vector:
         if len(dead) != len(self.groups):
-            raise ValueError(
-                f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
-            )
+            raise ValueError(f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}")
         gone = np.zeros(self._why.size, bool)
         for group, mask in zip(self.groups, dead, strict=True):
             if mask.shape != group.classes.shape or mask.dtype != torch.bool:
@@ -226,7 +224,9 @@ class Channels:
         lines = []
         for group in self.groups:
             per = sum(slot.index.size(1) for slot in group.producers)
-            through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
+            through = ", ".join(
+                f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots
+            )
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
@@ -237,3 +237,5 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
+
+

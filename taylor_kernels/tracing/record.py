@@ -228,8 +228,6 @@ class Record:
         core = [axes[dim] for dim in on]
         small = tuple(shape[dim] for dim in on)
         cells = self.fresh(int(np.prod(small)))
-        self.tables.append(
-            Table(cells, tuple(a for a in core if a is not None), "reshape", (), where)
-        )
+        self.tables.append(Table(cells, tuple(a for a in core if a is not None), "reshape", (), where))
         spread = [shape[dim] if dim in on else 1 for dim in range(len(shape))]
         return np.broadcast_to(cells.reshape(spread), shape).flatten()

@@ -263,3 +263,5 @@ class Recorder(TorchDispatchMode):
 
 class Unforeseen(Exception):
     """A rule met arguments that it does not know."""
+
+

@@ -116,7 +116,9 @@ def _close(tables: Sequence[Table], forest: Forest) -> None:
             if len(parts) > 1:
                 keys = np.concatenate([key for key, _ in parts])
                 cells = np.concatenate([cell for _, cell in parts])
-                _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+                _, first, inverse = np.unique(
+                    keys, axis=0, return_index=True, return_inverse=True
+                )
                 same = cells[first][inverse.ravel()]
                 both = (cells != 0) & (same != 0)
                 pairs.append((cells[both], same[both]))
@@ -168,7 +170,9 @@ def _sharing(vectors: Sequence[Vector]) -> Vector:
 class _Chooser:
     """Chooses the axes along which tables shrink."""
 
-    def __init__(self, record: Record, forest: Forest, why: Vector, reasons: list[Reason]) -> None:
+    def __init__(
+        self, record: Record, forest: Forest, why: Vector, reasons: list[Reason]
+    ) -> None:
         self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
         self.tables = record.tables
         self.parts = proportional(record)
@@ -246,7 +250,9 @@ class _Chooser:
 
             option = max(range(len(chosen)), key=lambda o: (value(o), -o))
             best |= {
-                kind for kind in chosen[option] if self.family[self.uses[kind][0][0]] == family
+                kind
+                for kind in chosen[option]
+                if self.family[self.uses[kind][0][0]] == family
             }
         return self._result(*self._apply(best), best)
 
@@ -301,8 +307,9 @@ class _Chooser:
         """The number of the reason that keeps a table's other axes."""
         module, operation = table.where
         shape = " x ".join(str(axis.size) for axis in table.axes)
-        text = f"is cut into {shape} by {operation} in {module!r}, " + (
-            "which has to stay so" if live is None else f"of which only dimension {live} shrinks"
+        text = (
+            f"is cut into {shape} by {operation} in {module!r}, "
+            + ("which has to stay so" if live is None else f"of which only dimension {live} shrinks")
         )
         return self._number(Reason(text, module, operation))
 

@@ -101,7 +101,9 @@ def quiet() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
+        stack.enter_context(
+            torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else [])
+        )
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         if hasattr(torch.compiler, "set_stance"):

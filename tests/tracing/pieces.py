@@ -76,6 +76,7 @@ class Attention(nn.Module):
         return x + y.transpose(1, 2).reshape(n, -1, h, w)
 
 
+
 def conv(rng: random.Random, inputs: int, outputs: int, **options: int) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 3, padding=1, bias=rng.random() < 0.5, **options)
 
@@ -128,9 +129,7 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
     if kind == "activation":
         return activation(rng), c
     if kind == "pool":
-        return rng.choice(
-            [nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]
-        ), c
+        return rng.choice([nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]), c
     if kind == "halves" and even:
         return Apply(rng.choice([_halves, _slices])), c
     if kind == "twice":
@@ -217,7 +216,6 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
             one=conv(rng, c, 4), two=normed(rng, c, width), merge=conv(rng, 8 + width, 6),
         ), 6  # fmt: skip
     if kind == "c2f":
-
         def c2f(s: nn.Module, x: Tensor) -> Tensor:
             parts = list(s.enter(x).chunk(2, 1))
             parts.append(parts[-1] + s.body(parts[-1]))

@@ -84,9 +84,7 @@ def added(call: Call) -> Labels:
     product = multiplied(call, *[call.args[name] for name in names], call.out.shape)
     added = call.of(call.args["self"])
     for dim in range(-len(added.shape), 0):
-        if added.shape[dim] == product.shape[dim] and (
-            added.shape[dim] > 1 or added.dims[dim] is not None
-        ):
+        if added.shape[dim] == product.shape[dim] and (added.shape[dim] > 1 or added.dims[dim] is not None):
             call.join(product.dims[dim], added.dims[dim])
     for dim, vector in enumerate(product.dims):
         back = dim - len(product.dims)

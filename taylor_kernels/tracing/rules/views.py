@@ -21,6 +21,7 @@ from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Cut, Vector
 from taylor_kernels.tracing.recorder import Call, rule, tensors_of
 
+
 _SLICES = {
     "slice", "narrow", "split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk",
     "unsafe_split_with_sizes", "tensor_split", "hsplit", "vsplit",
@@ -61,7 +62,9 @@ def _follow(
     labels = torch.from_numpy(vector)
     strides = [step if i == dim else 0 for i in range(len(old.shape))]
     spread = labels.as_strided(old.shape, strides, labels.storage_offset())
-    rest = {name: spread if value is source else value for name, value in call.args.items()}
+    rest = {
+        name: spread if value is source else value for name, value in call.args.items()
+    }
     results = tensors_of(call.func(*_positional(call, rest), **_keywords(call, rest)))
     parts, whole = [], True
     for result, new in zip(results, outs, strict=True):
@@ -101,7 +104,9 @@ def _single(call: Call, size: int, dim: int, step: int, result: Tensor) -> list[
     return ones[-1:] if size == 1 else []
 
 
-def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int, int]]) -> None:
+def _cut(
+    call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int, int]]
+) -> None:
     """Write down which parts of a dimension were taken."""
     record = call.record
     every = max(step for _, _, step in parts)
@@ -116,9 +121,7 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
         return
     spans = tuple((start, start + size) for start, size, _ in parts)
     inner = tuple(span for span in spans if span != (0, vector.size))
-    tied = all(
-        [tie(call, stop - start, vector[start:stop]) for start, stop in inner[:-1]] or [True]
-    )
+    tied = all([tie(call, stop - start, vector[start:stop]) for start, stop in inner[:-1]] or [True])
     if len(inner) == 1 and len(spans) == 1:
         start, stop = inner[0]
         tied = tie(call, stop - start, vector[start:stop])
@@ -131,7 +134,9 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
 
 def _positional(call: Call, values: dict[str, Any]) -> list[Any]:
     return [
-        values[argument.name] for argument in call.func._schema.arguments if not argument.kwarg_only
+        values[argument.name]
+        for argument in call.func._schema.arguments
+        if not argument.kwarg_only
     ]
 
 
@@ -214,14 +219,16 @@ def reshaped(
     return new
 
 
-def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+def segments(
+    old: Sequence[int], new: Sequence[int]
+) -> Iterator[tuple[list[int], list[int]]]:
     """The finest runs of dimensions that hold the same elements: old ones and new ones."""
     i = j = 0
     while i < len(old) or j < len(new):
         ours, theirs = [], []
         left = right = 1
         # Single dimensions that stay as they are come first, those of size one included.
-        while (not ours and not theirs) or left != right:
+        while not ours and not theirs or left != right:
             if i < len(old) and (left <= right or j >= len(new)):
                 ours.append(i)
                 left *= old[i]
