@@ -31,8 +31,7 @@ def layer(
     name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
     if not name:
         return
-    owner = name.rpartition(".")[0].split(".parametrizations.")[0]
-    owner = "" if owner.startswith("parametrizations.") else owner
+    owner = call.recorder.owner(name)
     zeros = np.zeros(0, np.int64)
     call.record.products.append(
         Product(
