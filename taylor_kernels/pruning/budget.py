@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from taylor_kernels.pruning.flops import Cost, Meter
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
 
 
 class Budget:

@@ -19,7 +19,6 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
-from taylor_kernels.pruning.model_run import outside_inference_mode
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
@@ -32,6 +31,7 @@ from taylor_kernels.statistics import (
     check_closure,
     get_statistic,
 )
+from taylor_kernels.tracing.running import outside_inference_mode
 
 
 class Pruner:
@@ -63,7 +63,7 @@ class Pruner:
         ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
             pruned. The model is as it was.
         RuntimeError: the backend is not available here.
-        ImportError: Torch-Pruning is not installed.
+        TimeoutError: the model takes minutes to trace.
 
     Example:
         >>> import torch, taylor_kernels as tk
@@ -131,7 +131,7 @@ class Pruner:
             ignore,
             round_to=round_to,
             min_filters=min_filters,
-            trainable_only=self._reads == "weight gradients",
+            reads=self._reads,
             verify=verify,
         )
         self._prunable = prunable

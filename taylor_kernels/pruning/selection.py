@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
 
 
 def select(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ class Channels:
         classes: parameter or buffer -> for each dimension [size] int64, the class of each index.
             Two places of one class go together. A shared tensor goes by its first name.
         layers: layer -> the classes of its input and output channels, as the layer counts them.
+        macs: parameter -> the multiply-adds of the run that its entries took part in, each one as
+            many as the others.
+        outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
@@ -44,21 +48,22 @@ class Channels:
         self._reasons = resolution.reasons
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
-        self.classes: dict[str, tuple[Tensor, ...]] = {}
         self._classes: dict[tuple[str, int], Vector] = {}
         for start, name, dim, size in record.starts:
-            vector = self._label[start : start + size]
-            self._classes[name, dim] = vector
-            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+            self._classes[name, dim] = self._label[start : start + size]
         order = {name: number for number, (name, _) in enumerate(model.named_modules())}
         self._order = order
-        self.layers: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers: dict[str, tuple[Vector, Vector]] = {}
+        self.macs: dict[str, int] = {}
+        self.outside: dict[str, str] = {}
         for product in record.products:
             if product.module not in self._layers:
                 sides = self._label[product.inputs], self._label[product.outputs]
                 self._layers[product.module] = sides
-                self.layers[product.module] = index(sides[0]), index(sides[1])
+            self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
+            if product.caller != product.module:
+                self.outside[product.module] = product.caller
+        self._publish()
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
@@ -69,6 +74,16 @@ class Channels:
         self.groups: list[Group] = []
         self.skipped: dict[str, str] = {}
         self._make_groups()
+
+    def _publish(self) -> None:
+        """Vectors of classes as tensors."""
+        self.classes: dict[str, tuple[Tensor, ...]] = {}
+        for (name, _), vector in self._classes.items():
+            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+        self.layers: dict[str, tuple[Tensor, Tensor]] = {
+            name: (index(inputs), index(outputs))
+            for name, (inputs, outputs) in self._layers.items()
+        }
 
     # Groups
 
@@ -140,6 +155,42 @@ class Channels:
                 f"{', '.join(sorted(self.mixers)) or 'none'}"
             )
         return Channels(self._record, model, {*self._lifted, *kinds})
+
+    def offering(self, groups: Sequence[Group]) -> Channels:
+        """The same channels with these groups: some of its own, which a caller may have changed."""
+        other = copy.copy(self)
+        other.groups = list(groups)
+        return other
+
+    def without(self, dead: Sequence[Tensor]) -> Channels:
+        """The channels of the model from which the dead units have been removed.
+
+        Classes keep their numbers, so `Group.classes` says which units are left.
+
+        Args:
+            dead: for each group [U] bool, True for units that went.
+        """
+        gone = self._gone(dead)
+
+        def left(vector: Vector) -> Vector:
+            return vector[~gone[vector]]
+
+        moved: dict[tuple[str, str | int], Vector] = {
+            key: np.cumsum(~gone[vector]) - 1 for key, vector in self._classes.items()
+        }
+        for name, sides in self._layers.items():
+            for side, vector in zip((IN, OUT), sides, strict=True):
+                moved[name, side] = np.cumsum(~gone[vector]) - 1
+        other = copy.copy(self)
+        other._classes = {key: left(vector) for key, vector in self._classes.items()}
+        other._layers = {name: (left(i), left(o)) for name, (i, o) in self._layers.items()}
+        other._publish()
+        other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
+        other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
+        other.groups = [
+            group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
+        ]
+        return other
 
     # The recipe
 

@@ -104,6 +104,9 @@ class Product:
         module: the module that owns it.
         inputs, outputs: atoms of the channels as the layer counts them.
         groups: atoms of the groups of a grouped convolution, else None.
+        macs: how many multiply-adds it took.
+        caller: the module that ran: another than `module` where code uses the weight of a layer
+            that it does not call.
         step: when it ran.
     """
 
@@ -112,6 +115,8 @@ class Product:
     inputs: Vector
     outputs: Vector
     groups: Vector | None
+    macs: int
+    caller: str
     step: int
 
 

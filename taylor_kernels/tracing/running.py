@@ -111,6 +111,16 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Inside, tensors are made that can be trained on later, whatever mode the caller is in."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def copied(example_inputs: Any) -> Any:
     """Inputs that the model may write into."""
 

@@ -13,7 +13,7 @@ from torch import nn
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
 from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.units import IN, OUT, Group, Slot, axes_of
+from taylor_kernels.pruning.groups import IN, OUT, Group, Slot, axes_of
 
 
 def chain(sizes, makes):

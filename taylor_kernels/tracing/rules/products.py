@@ -25,7 +25,7 @@ def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -
 
 def layer(
     call: Call, weight: Labels, inputs: Vector | None, outputs: Vector | None,
-    groups: Vector | None = None,
+    groups: Vector | None = None, macs: int = 0,
 ) -> None:  # fmt: skip
     """Write down that a parameter was used as a layer's weight."""
     name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
@@ -36,7 +36,8 @@ def layer(
     call.record.products.append(
         Product(
             name, owner, zeros if inputs is None else inputs.copy(),
-            zeros if outputs is None else outputs.copy(), groups, call.record.step,
+            zeros if outputs is None else outputs.copy(), groups, macs,
+            call.recorder.module, call.record.step,
         )
     )  # fmt: skip
 
@@ -64,7 +65,8 @@ def linear(call: Call) -> Labels:
     contract(call, source, -1, weight, 1)
     result.dims = [*source.dims[:-1], weight.dims[0]]
     result.zero = [*source.zero[:-1], weight.zero[0]]
-    layer(call, weight, weight.dims[1], weight.dims[0])
+    macs = call.out.numel() * weight.shape[1]
+    layer(call, weight, weight.dims[1], weight.dims[0], macs=macs)
     for dim in range(len(source.dims) - 1):
         result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
     add_bias(call, call.args.get("bias"), result, -1)
@@ -115,10 +117,11 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]) 
         result.zero[place] = any(labels.is_zero(place) for labels in batch)
         if result.dims[place] is not None:
             call.record.heads.append(result.dims[place])
+    macs = int(np.prod(shape)) * one.shape[-1]
     if not vector and len(other.shape) == 2 and other.name:
-        layer(call, other, other.dims[0], other.dims[1])
+        layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
-        layer(call, one, one.dims[1], one.dims[0])
+        layer(call, one, one.dims[1], one.dims[0], macs=macs)
     if one.memory.spoiled or other.memory.spoiled:
         result.zero = [False] * len(shape)
     return result
@@ -149,7 +152,8 @@ def convolution(call: Call) -> Labels:
     else:
         inputs, outputs, axis = _grouped(call, rows, columns, groups, transposed)
     call.join(channels, inputs)
-    layer(call, weight, inputs, outputs, axis)
+    places = int(np.prod(source.shape if transposed else result.shape))
+    layer(call, weight, inputs, outputs, axis, places * int(np.prod(weight.shape[1:])))
     result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
     add_bias(call, call.args.get("bias"), result, -spatial - 1)
     return result
