@@ -1,4 +1,8 @@
-"""A docstring's "Example:" becomes the section that the site shows as code with its output."""
+"""What the site makes of docstrings beyond the Google style, before it reads them.
+
+"Example:" becomes "Examples:", the section whose code is shown with its output. Indented lines of
+"case: what happens" under a title that is no section become a list.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,16 @@ import re
 
 import griffe
 
+_SECTIONS = "Args|Attributes|Examples|Raises|Returns|Warns|Yields"
+_CASES = re.compile(rf"^(?!(?:{_SECTIONS}):)(\S.*:)\n((?: {{4}}.*\n?)+)", re.MULTILINE)
 
-class Examples(griffe.Extension):
-    """The Google style knows "Examples:"; a box of running text is what it makes of "Example:"."""
 
+def readable(text: str) -> str:
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+    return _CASES.sub(lambda m: m[1] + "\n\n" + re.sub("^ {4}(?=\\S)", "- ", m[2], flags=re.M), text)
+
+
+class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: object) -> None:
         if obj.docstring:
-            text = obj.docstring.value
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+            obj.docstring.value = readable(obj.docstring.value)
