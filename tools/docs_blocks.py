@@ -3,6 +3,9 @@
     python -m tools.docs_blocks            # rewrites the pages that differ
     python -m tools.docs_blocks --check    # exits with 1 if one does
 
+`python -m bench` and `python -m bench.study` keep their results themselves; those of `make demo` are
+kept by `cp runs/demo/result.json bench/results/demo/`. Then this.
+
 Tables of criteria and statistics come from the package's own registries, figures from
 bench/results, the example from examples/. A test compares all of them.
 """
@@ -19,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import report
-from bench import study as study_page
-from bench.demo import readme_block as demo_block
 from bench.figures import Results, load
 from bench.markdown import ms, table
 from taylor_kernels import criteria
 from taylor_kernels.statistics import get_statistic, statistic_names
 from taylor_kernels.studies.oracle import findings
+from taylor_kernels.studies.oracle.remarks import remarks
+from tools.result_blocks import bench_block, demo_block, study_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
@@ -99,7 +102,7 @@ def cpu() -> Results:
 def study_findings() -> str:
     """A list for each architecture, under its name."""
     lists: dict[str, list[str]] = {}
-    for remark in findings.remarks(study()):
+    for remark in remarks(study()):
         name, text = re.fullmatch(r"\*\*(.+?)\.\*\* (.*)", remark, re.DOTALL).groups()
         lists.setdefault(name, []).append(f"- {text}")
     return "\n\n".join(f"### {name}\n\n" + "\n".join(found) for name, found in lists.items())
@@ -185,7 +188,7 @@ def _as_pruned(result: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "bench": lambda: report.readme_block(cpu()),
+    "bench": lambda: bench_block(cpu()),
     "bench-targets": bench_targets,
     "criteria": criteria_table,
     "demo": lambda: demo_block(demo()),
@@ -194,7 +197,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "five-criteria": five_criteria,
     "results": results,
     "statistics": statistics_table,
-    "study": lambda: study_page.readme_block(study()),
+    "study": lambda: study_block(study()),
     "study-targets": study_targets,
 }
 
