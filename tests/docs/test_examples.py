@@ -23,16 +23,10 @@ def test_what_is_public_can_be_called_or_is_a_constant():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_has_an_example(name):
-    assert examples(name), f"tk.{name}: its docstring shows no >>> example"
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_its_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = examples(name)
-    if not found:
-        pytest.skip("no example: test_it_has_an_example says so")
+    assert found, f"tk.{name}: its docstring shows no >>> example"
     said: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     for test in found:
