@@ -3,8 +3,8 @@
     python -m tools.docs_blocks            # rewrites the pages that differ
     python -m tools.docs_blocks --check    # exits with 1 if one does
 
-`python -m bench` and `python -m bench.study` keep their results themselves; those of `make demo` are
-kept by `cp runs/demo/result.json bench/results/demo/`. Then this.
+`python -m bench` and `python -m bench.study` keep their results themselves; those of `make demo`
+are kept by `cp runs/demo/result.json bench/results/demo/`. Then this.
 
 Tables of criteria and statistics come from the package's own registries, figures from
 bench/results, the example from examples/. A test compares all of them.

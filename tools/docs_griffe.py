@@ -14,9 +14,13 @@ _SECTIONS = "Args|Attributes|Examples|Raises|Returns|Warns|Yields"
 _CASES = re.compile(rf"^(?!(?:{_SECTIONS}):)(\S.*:)\n((?: {{4}}.*\n?)+)", re.MULTILINE)
 
 
+def _as_list(found: re.Match[str]) -> str:
+    return f"{found[1]}\n\n" + re.sub(r"^ {4}(?=\S)", "- ", found[2], flags=re.MULTILINE)
+
+
 def readable(text: str) -> str:
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-    return _CASES.sub(lambda m: m[1] + "\n\n" + re.sub("^ {4}(?=\\S)", "- ", m[2], flags=re.M), text)
+    return _CASES.sub(_as_list, text)
 
 
 class Docstrings(griffe.Extension):
