@@ -96,8 +96,8 @@ class Worker {
     const int64_t first = task % spans * span_;
     const int64_t last = std::min(first + span_, args_.channels);
     const int64_t example = n * args_.outer * args_.channels * args_.inner;
-    const T* y = static_cast<const T*>(args_.y) + example;
-    const T* dy = static_cast<const T*>(args_.dy) + example;
+    const T* y = static_cast<const T*>(args_.output) + example;
+    const T* dy = static_cast<const T*>(args_.grad_output) + example;
     S* out = static_cast<S*>(args_.out) + n * args_.channels;
     if (args_.inner == 1 && args_.outer == 1)
       return multiply(y + first, dy + first, bias() ? bias() + first : nullptr, last - first,

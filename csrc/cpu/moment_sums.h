@@ -7,11 +7,11 @@
 //
 // The op is a struct:
 //   kSums                  how many sums a filter has
-//   terms(w, g, terms)     what they add, for a vector of weights and one of gradients
-//   gradient<T>(item, at)  what stands for the gradient of the elements from `at` on:
-//     expect(begin, end)     these come next
-//     of(w, i, load)         a vector of them, from i on; w are their weights, load(p) reads
-//     prefetch(i)
+//   terms(w, m, terms)       what they add, for a vector of weights and one of their multipliers
+//   multiplier<T>(item, at)  reads what the weights from element `at` on are multiplied by:
+//     expect(begin, end)       the elements that are read next
+//     of(w, i, load)           a vector of multipliers from i on; w are their weights, load(p)
+//     reads prefetch(i)
 #pragma once
 
 #include <algorithm>
@@ -90,11 +90,11 @@ class MomentWorker {
     const ParameterItem& item = plan.item;
     const Block block(plan, task - plan.first_task);
     const int64_t first = block.row * plan.positions + block.begin;
-    const T* w = static_cast<const T*>(item.w) + first;
-    const auto gradient = op_.template gradient<T>(item, first);
+    const T* w = static_cast<const T*>(item.weight) + first;
+    const auto multiplier = op_.template multiplier<T>(item, first);
     if (plan.positions == 1 && !item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;
-      return run_vector<Op>(w, gradient, block.rows, out);
+      return run_vector<Op>(w, multiplier, block.rows, out);
     }
     if (item.row_out) rows_.clear(block.rows);
     if (item.col_out) {
@@ -102,7 +102,7 @@ class MomentWorker {
       cols_.clear(col_count_);
     }
     if (!item.col_out) {
-      sum_rows<Op>(w, gradient, item.rows * plan.positions - first, plan.positions, block.rows,
+      sum_rows<Op>(w, multiplier, item.rows * plan.positions - first, plan.positions, block.rows,
                    block.end - block.begin, rows_.get());
       if (!plan.commits()) write<S>(rows_, block.rows, item.row_out, block.row);
     } else if (item.row_out)
@@ -119,8 +119,8 @@ class MomentWorker {
       const int64_t width = std::min(kStrip, block.end - begin);
       const int64_t first = block.row * plan.positions + begin;
       std::fill_n(strip, (width + kLanes - 1) / kLanes, Registers<Op, V>());
-      run_strip<Op, kRows>(static_cast<const T*>(plan.item.w) + first,
-                           op_.template gradient<T>(plan.item, first), plan.positions, block.rows,
+      run_strip<Op, kRows>(static_cast<const T*>(plan.item.weight) + first,
+                           op_.template multiplier<T>(plan.item, first), plan.positions, block.rows,
                            width, rows_.get(), strip);
       fold(plan.item, begin, width, strip);
     }

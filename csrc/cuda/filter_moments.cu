@@ -12,7 +12,7 @@ struct FilterMoments {
   static constexpr bool kList = true;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.dtype);
+    tk::set_inputs(task, item.weight, item.grad, item.dtype);
   }
 
   static __device__ void add(float (&sums)[kSums], float w, float g, float) {

@@ -20,7 +20,7 @@ struct GateGradients {
 std::vector<Task> make_tasks(const GateGradientsArgs& args) {
   if (args.batch * args.outer * args.channels * args.inner == 0) return {};
   Task task = {};
-  set_inputs(task, args.y, args.dy, args.dtype);
+  set_inputs(task, args.output, args.grad_output, args.dtype);
   task.c = args.bias;
   if (args.outer == 1) {
     task.rows = args.batch * args.channels;

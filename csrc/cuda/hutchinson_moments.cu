@@ -15,7 +15,7 @@ struct HutchinsonMoments {
   uint64_t seed;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.dtype);
+    tk::set_inputs(task, item.weight, item.hvp, item.dtype);
     task.stream = item.stream;
   }
 
@@ -23,8 +23,8 @@ struct HutchinsonMoments {
     return random_signs_at(seed, stream, element);
   }
 
-  static __device__ void add(float (&sums)[kSums], float w, float g, float z) {
-    sums[0] = __fmaf_rn(w, __fmul_rn(w, __fmul_rn(z, g)), sums[0]);
+  static __device__ void add(float (&sums)[kSums], float w, float hz, float z) {
+    sums[0] = __fmaf_rn(w, __fmul_rn(w, __fmul_rn(z, hz)), sums[0]);
   }
 };
 

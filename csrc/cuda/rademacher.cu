@@ -51,11 +51,11 @@ void rademacher_cuda(const RademacherItem* items, int64_t count, void* stream, u
     int64_t blocks = 0;
     for (table.count = 0; table.count < kLongTable && begin < count; ++begin) {
       const RademacherItem& item = items[begin];
-      const int64_t more = divide_up(item.count * size_of(item.dtype), kVectorBytes * kThreads);
+      const int64_t more = divide_up(item.elements * size_of(item.dtype), kVectorBytes * kThreads);
       if (table.count > 0 && blocks + more > kMaxBlocks) break;
       Task& task = table.tasks[table.count++] = {};
       task.row_out = static_cast<float*>(item.out);
-      task.columns = item.count;
+      task.columns = item.elements;
       task.stream = item.stream;
       task.dtype = static_cast<uint8_t>(item.dtype);
       task.first_block = static_cast<uint32_t>(blocks);

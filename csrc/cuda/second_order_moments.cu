@@ -12,7 +12,7 @@ struct SecondOrderMoments {
   static constexpr bool kList = true;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.h, item.dtype);
+    tk::set_inputs(task, item.weight, item.grad, item.hvp, item.dtype);
   }
 
   static __device__ void add(float (&sums)[kSums], float w, float g, float h) {

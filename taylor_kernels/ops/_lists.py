@@ -52,7 +52,7 @@ def tables(
 def parameters(
     out: tuple[Tensor, Tensor],
     weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor] | None,
     hvps: Sequence[Tensor] | None,
     groups: Sequence[int],
     rows: bool,
@@ -68,7 +68,7 @@ def parameters(
     items = []
     for weight, grad, hvp, n, row_out, col_out, stream in zip(
         weights,
-        grads,
+        grads or nothing,
         hvps or nothing,
         groups,
         row_outs,

@@ -131,7 +131,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """The op itself: two packed tables, empty where an axis was not asked for."""
     out = _empty(weights, hvps, groups, rows, cols, seed, streams, backend)
-    items = parameters(out, weights, hvps, None, groups, rows, cols, streams)
+    items = parameters(out, weights, None, hvps, groups, rows, cols, streams)
     kernels = select(weights[0].device, weights[0].dtype, backend)
     if items:
         kernels.hutchinson_moments(items, seed)

@@ -114,8 +114,8 @@ class Summer {
       std::fill_n(sums_.begin(), used(), S(0));
       if (p.near > 0)
         for (int64_t n = 0; n < chunk_.examples; n += p.near)
-          sum(n, std::min(p.near, chunk_.examples - n), {0, p.args.out_height},
-              {0, p.args.out_width}, true, sums_);
+          sum(n, std::min(p.near, chunk_.examples - n), {0, p.args.out_image.h},
+              {0, p.args.out_image.w}, true, sums_);
       else
         for (int64_t n = 0; n < chunk_.examples; ++n) sum_bands(n);
       write();
@@ -131,8 +131,8 @@ class Summer {
     std::fill_n(gradients_.begin(), used(), S(0));
     std::fill_n(bands_.begin(), used(), S(0));
     int64_t bands = 0;
-    for (int64_t h = 0; h < p.args.out_height; h += p.band_rows)
-      for (int64_t w = 0; w < p.args.out_width; w += p.band_width) {
+    for (int64_t h = 0; h < p.args.out_image.h; h += p.band_rows)
+      for (int64_t w = 0; w < p.args.out_image.w; w += p.band_width) {
         sum(n, 1, {h, h + p.band_rows}, {w, w + p.band_width}, false, bands_);
         if (++bands % kMaxBands == 0) end_bands();
       }
@@ -155,25 +155,25 @@ class Summer {
       const S* a = panel(p.a, chunk_.a, r, n);
       const S* b = panel(p.b, chunk_.b, lanes_, n);
       for (int64_t tap = taps_.begin; tap < taps_.end; ++tap) {
-        const int64_t i = tap / g.kernel_w, j = tap % g.kernel_w;
+        const int64_t i = tap / g.kernel.w, j = tap % g.kernel.w;
         const Range h = intersect(
-            heights, inside(i, g.stride_h, g.pad_h, g.dilation_h, g.height, g.out_height));
-        const Range w =
-            intersect(widths, inside(j, g.stride_w, g.pad_w, g.dilation_w, g.width, g.out_width));
+            heights, inside(i, g.stride.h, g.padding.h, g.dilation.h, g.image.h, g.out_image.h));
+        const Range w = intersect(
+            widths, inside(j, g.stride.w, g.padding.w, g.dilation.w, g.image.w, g.out_image.w));
         if (h.size() <= 0 || w.size() <= 0) continue;
-        const int64_t dy_at = h.begin * g.out_width + w.begin;
-        const int64_t x_at = (h.begin * g.stride_h - g.pad_h + i * g.dilation_h) * g.width +
-                             w.begin * g.stride_w - g.pad_w + j * g.dilation_w;
-        const int64_t dy_row = g.out_width, x_row = g.stride_h * g.width;
+        const int64_t dy_at = h.begin * g.out_image.w + w.begin;
+        const int64_t x_at = (h.begin * g.stride.h - g.padding.h + i * g.dilation.h) * g.image.w +
+                             w.begin * g.stride.w - g.padding.w + j * g.dilation.w;
+        const int64_t dy_row = g.out_image.w, x_row = g.stride.h * g.image.w;
         Walk walk = {examples,
                      h.size(),
                      w.size(),
                      p.a.positions() * a_step,
                      (swapped ? x_row : dy_row) * a_step,
-                     (swapped ? g.stride_w : 1) * a_step,
+                     (swapped ? g.stride.w : 1) * a_step,
                      p.b.positions() * b_step,
                      (swapped ? dy_row : x_row) * b_step,
-                     (swapped ? 1 : g.stride_w) * b_step};
+                     (swapped ? 1 : g.stride.w) * b_step};
         if (walk.a_row == w.size() * walk.a_column && walk.b_row == w.size() * walk.b_column) {
           walk.columns *= walk.rows;  // one long row: tokens have none else
           walk.rows = 1;

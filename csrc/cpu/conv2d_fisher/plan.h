@@ -114,22 +114,22 @@ struct Plan {
     const int64_t gang = lanewise ? kWidth : 1;
     const int64_t lanes = lanewise ? mapping.vectors : mapping.vectors * kWidth;
     const bool swapped = filters_in_lanes();
-    Factor x = {args.x,
-                args.x_channels_last != 0,
+    Factor x = {args.input,
+                args.input_channels_last != 0,
                 args.batch,
                 args.groups,
                 args.channels,
-                args.height,
-                args.width,
+                args.image.h,
+                args.image.w,
                 gang,
                 swapped ? mapping.rows : lanes};
-    Factor dy = {args.dy,
-                 args.dy_channels_last != 0,
+    Factor dy = {args.grad_output,
+                 args.grad_channels_last != 0,
                  args.batch,
                  args.groups,
                  args.filters,
-                 args.out_height,
-                 args.out_width,
+                 args.out_image.h,
+                 args.out_image.w,
                  gang,
                  swapped ? lanes : mapping.rows};
     x.in_place = readable(x);
@@ -139,15 +139,15 @@ struct Plan {
     sum_tile = sum_tile_of<S>(mapping.rows, mapping.vectors, lanewise);
     gangs = ceil_div(args.groups, gang);
     tile_size = mapping.rows * mapping.vectors * kWidth;
-    taps = args.kernel_h * args.kernel_w;
+    taps = args.kernel.h * args.kernel.w;
 
     const int64_t example = gangs * (a.blocks() * a.panel_size() + b.blocks() * b.panel_size());
     chunk = std::clamp<int64_t>(kPanelBytes / sizeof(S) / example, 1, kMaxChunk);
     chunk = ceil_div(args.batch, ceil_div(args.batch, chunk));
     const int64_t near_elements = kTileBytes / sizeof(S);
     near = dy.positions() > kMaxRun ? 0 : near_elements / (a.panel_size() + b.panel_size());
-    band_width = std::min(args.out_width, kMaxRun);
-    const int64_t row = dy.width * dy.panel_width() + args.stride_h * x.width * x.panel_width();
+    band_width = std::min(args.out_image.w, kMaxRun);
+    const int64_t row = dy.width * dy.panel_width() + args.stride.h * x.width * x.panel_width();
     band_rows = std::max<int64_t>(std::min(kMaxRun / band_width, near_elements / row), 1);
 
     const int64_t tiles = gangs * a.blocks() * b.blocks();
@@ -179,13 +179,13 @@ struct Plan {
 
   int useful(int most) const {
     const int64_t weights =
-        args.groups * args.filters * args.channels * args.kernel_h * args.kernel_w;
+        args.groups * args.filters * args.channels * args.kernel.h * args.kernel.w;
     const int64_t elements = args.batch * args.groups *
-                                 (args.channels * args.height * args.width +
-                                  args.filters * args.out_height * args.out_width) +
+                                 (args.channels * args.image.h * args.image.w +
+                                  args.filters * args.out_image.h * args.out_image.w) +
                              weights;
     const int64_t work =
-        args.batch * weights * args.out_height * args.out_width + elements * kElementProducts;
+        args.batch * weights * args.out_image.h * args.out_image.w + elements * kElementProducts;
     return static_cast<int>(std::min<int64_t>(most, work / kThreadProducts + 1));
   }
 };

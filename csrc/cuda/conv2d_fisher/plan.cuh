@@ -55,17 +55,13 @@ struct FisherTask {
   int64_t channels;  // of a group
   int64_t columns;   // of a group: channels · taps
   int64_t taps;
-  int64_t kernel_w;
   int64_t positions;  // of the output
-  int64_t out_width;
-  int64_t height;
-  int64_t width;
-  int64_t stride_h;
-  int64_t stride_w;
-  int64_t pad_h;
-  int64_t pad_w;
-  int64_t dilation_h;
-  int64_t dilation_w;
+  Extent2d image;
+  Extent2d out_image;
+  Extent2d kernel;
+  Extent2d stride;
+  Extent2d padding;
+  Extent2d dilation;
   Divider by_out_width;
   uint32_t filter_tiles;  // of a group
   uint32_t column_tiles;
@@ -137,18 +133,18 @@ inline int64_t padded_area(const FisherTask& task, int64_t tile_filters, int64_t
 // Offsets inside an example fit 32 bits, those of pixels around the image included.
 inline bool is_small_example(const Conv2dFisherArgs& args) {
   const double x = static_cast<double>(args.groups * args.channels) *
-                   (static_cast<double>(args.height) + 2.0 * static_cast<double>(args.pad_h)) *
-                   (static_cast<double>(args.width) + 2.0 * static_cast<double>(args.pad_w));
+                   (static_cast<double>(args.image.h) + 2.0 * static_cast<double>(args.padding.h)) *
+                   (static_cast<double>(args.image.w) + 2.0 * static_cast<double>(args.padding.w));
   const double dy = static_cast<double>(args.groups * args.filters) *
-                    static_cast<double>(args.out_height * args.out_width);
+                    static_cast<double>(args.out_image.h * args.out_image.w);
   return std::max({x, dy, static_cast<double>(args.batch)}) < 1 << 30;
 }
 
 inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
   FisherTask& task = plan.task;
-  const int64_t pixels = args.height * args.width;
-  bool x_last = args.x_channels_last;
-  bool dy_last = args.dy_channels_last;
+  const int64_t pixels = args.image.h * args.image.w;
+  bool x_last = args.input_channels_last;
+  bool dy_last = args.grad_channels_last;
   // With one pixel or one channel both orders are the same memory.
   const bool x_either = pixels == 1 || args.groups * args.channels == 1;
   const bool dy_either = task.positions == 1 || args.groups * args.filters == 1;
@@ -175,9 +171,9 @@ inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
     }
     return side;
   };
-  task.x = side(args.x, args.channels, pixels, x_last);
+  task.x = side(args.input, args.channels, pixels, x_last);
   if (!plan.channels_inside && !task.is_matrix) task.x.bytes = static_cast<int32_t>(element);
-  task.dy = side(args.dy, args.filters, task.positions, dy_last);
+  task.dy = side(args.grad_output, args.filters, task.positions, dy_last);
 }
 
 inline FisherTask shape_of(const Conv2dFisherArgs& args) {
@@ -187,22 +183,18 @@ inline FisherTask shape_of(const Conv2dFisherArgs& args) {
   task.groups = args.groups;
   task.filters = args.filters;
   task.channels = args.channels;
-  task.taps = args.kernel_h * args.kernel_w;
+  task.taps = args.kernel.h * args.kernel.w;
   task.columns = args.channels * task.taps;
-  task.kernel_w = args.kernel_w;
-  task.positions = args.out_height * args.out_width;
-  task.out_width = args.out_width;
-  task.height = args.height;
-  task.width = args.width;
-  task.stride_h = args.stride_h;
-  task.stride_w = args.stride_w;
-  task.pad_h = args.pad_h;
-  task.pad_w = args.pad_w;
-  task.dilation_h = args.dilation_h;
-  task.dilation_w = args.dilation_w;
+  task.positions = args.out_image.h * args.out_image.w;
+  task.image = args.image;
+  task.out_image = args.out_image;
+  task.kernel = args.kernel;
+  task.stride = args.stride;
+  task.padding = args.padding;
+  task.dilation = args.dilation;
   task.weight_is_f32 = args.weight_dtype == DType::f32;
-  task.is_matrix = task.taps == 1 && args.stride_h == 1 && args.stride_w == 1 && args.pad_h == 0 &&
-                   args.pad_w == 0;
+  task.is_matrix = task.taps == 1 && args.stride.h == 1 && args.stride.w == 1 &&
+                   args.padding.h == 0 && args.padding.w == 0;
   return task;
 }
 
@@ -238,7 +230,7 @@ inline int64_t choose_kernel(FisherPlan& plan, const Conv2dFisherArgs& args) {
   task.filter_tiles = static_cast<uint32_t>(divide_up(task.filters, filters));
   task.column_tiles = static_cast<uint32_t>(divide_up(task.columns, columns));
   const int64_t units = task.groups * task.filter_tiles * task.column_tiles;
-  task.by_out_width = divider(args.out_width);
+  task.by_out_width = divider(args.out_image.w);
   if (!plan.teams()) return units;
 
   // Neighbouring lanes read neighbouring elements: positions, or channels of different groups.
