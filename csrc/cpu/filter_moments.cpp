@@ -1,5 +1,5 @@
 // The CPU kernel of filter_moments (filter_moments.h). Compiled once per instruction set (TK_ISA);
-// cpu_dispatch.cpp picks one at run time.
+// cpu/dispatch.cpp picks one at run time.
 #include "common/filter_moments.h"
 
 #include "cpu/kernels.h"

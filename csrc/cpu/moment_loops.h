@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/moment_plan.h"
+#include "cpu/moment_blocking.h"
 #include "cpu/simd.h"
 
 namespace tk {

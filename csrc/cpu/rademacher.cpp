@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 32 * SignWindow::kBatch;
 
-class Worker {
+class Worker : public IndependentTasks {
  public:
   Worker(const RademacherItem* items, const std::vector<int64_t>& first_tasks, uint64_t seed)
       : items_(items), first_tasks_(&first_tasks), seed_(seed) {}
@@ -33,9 +33,6 @@ class Worker {
         return fill<uint64_t>(items_[i], begin);
     }
   }
-
-  int64_t turn(int64_t) const { return -1; }
-  void commit(int64_t) {}
 
  private:
   template <typename Bits>

@@ -1,18 +1,18 @@
 #include "common/hutchinson_moments.h"
 #include "common/philox.h"
-#include "cuda/moments.cuh"
+#include "cuda/parameter_tasks.cuh"
 
 namespace tk {
 namespace {
 
-struct HutchinsonMoments {
+struct HutchinsonMoments : ParameterOp {
   static constexpr const char* kName = "hutchinson_moments";
   static constexpr int kSums = 1;
-  static constexpr bool kRows = true;
-  static constexpr Third kThird = Third::sign;
-  static constexpr bool kList = true;
+  static constexpr Operand kOperand = Operand::random_sign;
 
   uint64_t seed;
+
+  explicit HutchinsonMoments(uint64_t key) : seed(key) {}
 
   static void set_inputs(Task& task, const ParameterItem& item) {
     tk::set_inputs(task, item.weight, item.hvp, item.dtype);
@@ -36,7 +36,7 @@ int64_t hutchinson_moments_cuda_workspace(const ParameterItem* items, int64_t co
 
 void hutchinson_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
                              void* stream, uint64_t seed) {
-  run_moments(HutchinsonMoments{seed}, items, count, workspace, stream);
+  run_moments(HutchinsonMoments(seed), items, count, workspace, stream);
 }
 
 }  // namespace tk

@@ -63,7 +63,7 @@ def kernels() -> ModuleType:
         shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
         emulation = ROOT / "tests" / "backends" / "emulation"
         for path in emulation.iterdir():
-            shutil.copy(path, folder / "cuda" if path.name == "device.cuh" else folder)
+            shutil.copy(path, folder / "cuda" if path.name == "ptx.cuh" else folder)
 
         def compiled(source: str) -> str:
             target = f"{Path(source).stem}.o"

@@ -8,7 +8,7 @@
 #include "bindings/cuda_ops.h"
 #include "bindings/records.h"
 #include "common/philox.h"
-#include "cuda/conv2d_fisher/plan.cuh"
+#include "cuda/conv2d_fisher/launch_plan.cuh"
 
 namespace {
 

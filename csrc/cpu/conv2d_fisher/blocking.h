@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "common/conv2d_fisher.h"
-#include "cpu/conv2d_fisher/panels.h"
-#include "cpu/conv2d_fisher/tile.h"
+#include "cpu/conv2d_fisher/micro_kernel.h"
+#include "cpu/conv2d_fisher/packing.h"
 
 namespace tk {
 inline namespace TK_ISA {
@@ -88,7 +88,7 @@ Mapping choose_mapping(const Conv2dFisherArgs& args) {
 }
 
 template <typename S>
-struct Plan {
+struct Blocking {
   Conv2dFisherArgs args;
   Mapping mapping;
   int threads;  // as many as the work is worth
@@ -107,7 +107,7 @@ struct Plan {
   int64_t task_taps, task_rows, task_lanes;
   int64_t tap_parts, row_parts, lane_parts;
 
-  Plan(const Conv2dFisherArgs& arguments, int most_threads)
+  Blocking(const Conv2dFisherArgs& arguments, int most_threads)
       : args(arguments), mapping(choose_mapping<S>(arguments)), threads(useful(most_threads)) {
     constexpr int64_t kWidth = Register<S>::kWidth;
     const bool lanewise = mapping.lanes == Lanes::groups;

@@ -1,10 +1,11 @@
-// Which elements of x a column of the weight and a position of the output meet at. Int is int32_t
+// The indices of im2col: which element of x a column of the weight reads at a position of the
+// output; the matrix itself is never written. Int is int32_t
 // where all offsets inside an example fit it, else int64_t.
 #pragma once
 
-#include "cuda/conv2d_fisher/plan.cuh"
-#include "cuda/load.cuh"
-#include "cuda/row_sums.cuh"
+#include "cuda/conv2d_fisher/launch_plan.cuh"
+#include "cuda/row_reduce.cuh"
+#include "cuda/vector_load.cuh"
 
 namespace tk {
 
