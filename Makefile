@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
+NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 
 .PHONY: demo test check format bench docs gpu-check clean
 

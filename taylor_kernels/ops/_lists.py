@@ -7,7 +7,7 @@ knows, which computes the packed tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -87,7 +87,7 @@ def define_list_op(
         filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
         out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
-        items = _items(out, lists, groups, filters, streams)
+        items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
             getattr(kernels, name)(items, *seed)
         return out
@@ -104,19 +104,19 @@ def define_list_op(
 
 def _items(
     out: tuple[Tensor, Tensor],
-    lists: Sequence[Sequence[Tensor]],
+    lists: Mapping[str, Sequence[Tensor]],
     groups: Sequence[int],
     filters: Sequence[list[int]],
     streams: Sequence[int] | None,
 ) -> list[ParameterItem]:
     """Each parameter with its part of the packed tables; empty ones, whose sums are 0, are done."""
-    weights, grads, *more = lists
+    weights = lists["weights"]
     nothing = [None] * len(weights)
+    grads, hvps = lists.get("grads", nothing), lists.get("hvps", nothing)
     row_outs, col_outs = (
         _split(table, counts) if counts else nothing
         for table, counts in zip(out, filters, strict=True)
     )
-    hvps = more[0] if more else nothing
     numbers = streams or [0] * len(weights)
     items = []
     for weight, grad, hvp, n, row_out, col_out, stream in zip(

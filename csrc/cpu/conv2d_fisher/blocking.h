@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "common/conv2d_fisher.h"
-#include "cpu/conv2d_fisher/panels.h"
-#include "cpu/conv2d_fisher/tile.h"
+#include "cpu/conv2d_fisher/micro_kernel.h"
+#include "cpu/conv2d_fisher/packing.h"
 
 namespace tk {
 inline namespace TK_ISA {
@@ -88,7 +88,7 @@ Mapping choose_mapping(const Conv2dFisherArgs& args) {
 }
 
 template <typename S>
-struct Plan {
+struct Blocking {
   Conv2dFisherArgs args;
   Mapping mapping;
   int threads;  // as many as the work is worth
@@ -107,29 +107,29 @@ struct Plan {
   int64_t task_taps, task_rows, task_lanes;
   int64_t tap_parts, row_parts, lane_parts;
 
-  Plan(const Conv2dFisherArgs& arguments, int most_threads)
+  Blocking(const Conv2dFisherArgs& arguments, int most_threads)
       : args(arguments), mapping(choose_mapping<S>(arguments)), threads(useful(most_threads)) {
     constexpr int64_t kWidth = Register<S>::kWidth;
     const bool lanewise = mapping.lanes == Lanes::groups;
     const int64_t gang = lanewise ? kWidth : 1;
     const int64_t lanes = lanewise ? mapping.vectors : mapping.vectors * kWidth;
     const bool swapped = filters_in_lanes();
-    Factor x = {args.x,
-                args.x_channels_last != 0,
+    Factor x = {args.input,
+                args.input_channels_last != 0,
                 args.batch,
                 args.groups,
                 args.channels,
-                args.height,
-                args.width,
+                args.image.h,
+                args.image.w,
                 gang,
                 swapped ? mapping.rows : lanes};
-    Factor dy = {args.dy,
-                 args.dy_channels_last != 0,
+    Factor dy = {args.grad_output,
+                 args.grad_channels_last != 0,
                  args.batch,
                  args.groups,
                  args.filters,
-                 args.out_height,
-                 args.out_width,
+                 args.out_image.h,
+                 args.out_image.w,
                  gang,
                  swapped ? lanes : mapping.rows};
     x.in_place = readable(x);
@@ -139,15 +139,15 @@ struct Plan {
     sum_tile = sum_tile_of<S>(mapping.rows, mapping.vectors, lanewise);
     gangs = ceil_div(args.groups, gang);
     tile_size = mapping.rows * mapping.vectors * kWidth;
-    taps = args.kernel_h * args.kernel_w;
+    taps = args.kernel.h * args.kernel.w;
 
     const int64_t example = gangs * (a.blocks() * a.panel_size() + b.blocks() * b.panel_size());
     chunk = std::clamp<int64_t>(kPanelBytes / sizeof(S) / example, 1, kMaxChunk);
     chunk = ceil_div(args.batch, ceil_div(args.batch, chunk));
     const int64_t near_elements = kTileBytes / sizeof(S);
     near = dy.positions() > kMaxRun ? 0 : near_elements / (a.panel_size() + b.panel_size());
-    band_width = std::min(args.out_width, kMaxRun);
-    const int64_t row = dy.width * dy.panel_width() + args.stride_h * x.width * x.panel_width();
+    band_width = std::min(args.out_image.w, kMaxRun);
+    const int64_t row = dy.width * dy.panel_width() + args.stride.h * x.width * x.panel_width();
     band_rows = std::max<int64_t>(std::min(kMaxRun / band_width, near_elements / row), 1);
 
     const int64_t tiles = gangs * a.blocks() * b.blocks();
@@ -179,13 +179,13 @@ struct Plan {
 
   int useful(int most) const {
     const int64_t weights =
-        args.groups * args.filters * args.channels * args.kernel_h * args.kernel_w;
+        args.groups * args.filters * args.channels * args.kernel.h * args.kernel.w;
     const int64_t elements = args.batch * args.groups *
-                                 (args.channels * args.height * args.width +
-                                  args.filters * args.out_height * args.out_width) +
+                                 (args.channels * args.image.h * args.image.w +
+                                  args.filters * args.out_image.h * args.out_image.w) +
                              weights;
     const int64_t work =
-        args.batch * weights * args.out_height * args.out_width + elements * kElementProducts;
+        args.batch * weights * args.out_image.h * args.out_image.w + elements * kElementProducts;
     return static_cast<int>(std::min<int64_t>(most, work / kThreadProducts + 1));
   }
 };

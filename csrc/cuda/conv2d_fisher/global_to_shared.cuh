@@ -6,7 +6,7 @@
 // last position of the example or the image is zero.
 #pragma once
 
-#include "cuda/conv2d_fisher/taps.cuh"
+#include "cuda/conv2d_fisher/im2col.cuh"
 
 namespace tk {
 
@@ -133,8 +133,8 @@ class PositionsChunk : Fetched<E, kRows> {
 
   // 16 lanes take a row's words, and the other 16 those of the fourth row on: the other 16 banks.
   static __device__ int word_row(int i) {
-    const int team = threadIdx.x / kRowWords;
-    return i * (kThreads / kRowWords) + team / 8 * 8 + team % 2 * 4 + team / 2 % 4;
+    const int half_warp = threadIdx.x / kRowWords;
+    return i * (kThreads / kRowWords) + half_warp / 8 * 8 + half_warp % 2 * 4 + half_warp / 2 % 4;
   }
   static __device__ int word_position() { return threadIdx.x % kRowWords * kPerWord; }
 

@@ -1,4 +1,4 @@
-// What C++ has no words for: tensor cores, and shared memory whose size the launch decides.
+// PTX instructions of tensor cores, and shared memory whose size the launch decides.
 // tests/backends/emulation has a file of this name that says the same for a CPU.
 //
 // All of a warp's lanes call these together. A product is 16 filters by 8 columns; a step of it
@@ -14,24 +14,20 @@ __device__ inline char* dynamic_shared() {
   return reinterpret_cast<char*>(memory);
 }
 
+#define TK_LOAD_MATRICES(name, instruction)                                              \
+  __device__ inline void name(uint32_t (&words)[4], const char* row) {                   \
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));           \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4." instruction " {%0, %1, %2, %3}, [%4];" \
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])        \
+                 : "r"(address)                                                          \
+                 : "memory");                                                            \
+  }
 // Four matrices of 8 rows by 16 bytes in shared memory, whose rows the lanes point to: lane l to
 // row l % 8 of matrix l / 8. It gets bytes [4·(l % 4), +4) of row l / 4 of each.
-__device__ inline void load_matrices(uint32_t (&words)[4], const char* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-
+TK_LOAD_MATRICES(load_matrices, "shared.b16")
 // The same of matrices of 2-byte elements, each transposed on the way.
-__device__ inline void load_matrices_transposed(uint32_t (&words)[4], const char* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
+TK_LOAD_MATRICES(load_matrices_transposed, "trans.shared.b16")
+#undef TK_LOAD_MATRICES
 
 // d[f][c] += Σ_p a[f][p] · b[c][p]. Lane l = 4·g + t holds of d, in this order, the elements
 // (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); of a and b what load_matrices gives it of

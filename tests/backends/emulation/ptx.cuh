@@ -1,5 +1,5 @@
-// csrc/cuda/device.cuh for a CPU. A warp's lanes hand over their registers; which element of a matrix a
-// register holds is written down here once more, from the PTX manual's sections on mma and
+// csrc/cuda/ptx.cuh for a CPU. A warp's lanes hand over their registers; which element of a
+// matrix a register holds is written down here once more, from the PTX manual's sections on mma and
 // ldmatrix.
 #pragma once
 

@@ -1,11 +1,18 @@
-// Tasks and launches for a list of parameters (parameter.h) of one op. Beside what launch.cuh asks
-// of an op, it has set_inputs(task, item).
+// Tasks and launches for a list of parameters (parameter.h) of one op. Beside what task_launch.cuh
+// asks of an op, it has set_inputs(task, item).
 #pragma once
 
 #include "common/parameter.h"
-#include "cuda/launch.cuh"
+#include "cuda/task_launch.cuh"
 
 namespace tk {
+
+// What most ops over parameters have in common; one with a third operand says which.
+struct ParameterOp {
+  static constexpr bool kRows = true;
+  static constexpr bool kList = true;
+  static constexpr Operand kOperand = Operand::none;
+};
 
 inline void add_rows_task(std::vector<Task>& tasks, Task task, int64_t rows, int64_t columns,
                           float* row_out, float* col_out) {
@@ -19,7 +26,7 @@ inline void add_rows_task(std::vector<Task>& tasks, Task task, int64_t rows, int
 }
 
 // Where the elements of a row, or of a column, are contiguous, rows tasks do: they need fewer
-// registers and no shared memory. The rest are grids.
+// registers and no shared memory. The rest are matrix tasks.
 template <class Op>
 void add_tasks(std::vector<Task>& tasks, const ParameterItem& item) {
   const int64_t filter = item.channels * item.kernel;
@@ -47,7 +54,7 @@ void add_tasks(std::vector<Task>& tasks, const ParameterItem& item) {
     task.run_in_rows = channels_last;
     task.row_out = row_out;
     task.col_out = col_out;
-    plan_grid(task);
+    plan_matrix(task);
     tasks.push_back(task);
   }
 }

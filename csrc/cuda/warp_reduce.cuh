@@ -6,7 +6,7 @@ namespace tk {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Every lane gets the sums over its aligned team of `width` lanes, a power of two up to 32.
+// Every lane gets the sums over its aligned group of `width` lanes, a power of two up to 32.
 template <int N>
 __device__ void add_across_lanes(float (&sums)[N], int width) {
   for (int distance = width / 2; distance > 0; distance /= 2) {

@@ -1,11 +1,11 @@
-// The kernel of wide groups: a block takes a tile of filters × columns, and of its examples one
-// chunk of positions after the other. While a chunk is multiplied, the next one is on its way to
-// registers; it goes to the other half of shared memory. Chunks follow each other across examples
-// without a pause, however small an example is; one that ends inside a chunk is filled with zeros,
-// so an example of one position costs as much as one of 32.
+// The implicit-GEMM kernel, for wide groups: a block takes a tile of filters × columns, and of its
+// examples one chunk of positions after the other. While a chunk is multiplied, the next one is on
+// its way to registers; it goes to the other half of shared memory. Chunks follow each other across
+// examples without a pause, however small an example is; one that ends inside a chunk is filled
+// with zeros, so an example of one position costs as much as one of 32.
 #pragma once
 
-#include "cuda/conv2d_fisher/products.cuh"
+#include "cuda/conv2d_fisher/warp_mma.cuh"
 
 namespace tk {
 
@@ -14,29 +14,29 @@ struct TileMemory {
   using ChunkA = typename Product::template Chunk<Tile::kFilters>;
   using ChunkB = typename Product::template Chunk<Tile::kColumns>;
   static constexpr int kHalf = ChunkA::kBytes + ChunkB::kBytes;
-  static constexpr int kColumns = 2 * kHalf;  // where the columns lie, then the rooms of Squares
-  static constexpr int kRooms = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
+  static constexpr int kColumns = 2 * kHalf;  // where the columns lie, then the buffers of Squares
+  static constexpr int kBuffers = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
   static constexpr int kSums = kLaneFilters * Tile::kLaneColumns;
 
   static int bytes(const FisherTask& task) {
-    return kRooms + task.rooms * kThreads * kSums * int{sizeof(float)};
+    return kBuffers + task.buffers * kThreads * kSums * int{sizeof(float)};
   }
 };
 
 // Σ over examples of squared sums, in sums of sums where terms are many. The registers hold
-//   short examples  squares; room 0 has those of the runs of examples before
-//   spans           the sum of an example's spans; room 0 has the squares of the examples before,
-//                   room 1 the first kSpans spans, and the next, of a very long example
-// Rooms are shared memory, as many as the task says, one for each thread and sum.
+//   short examples  squares; buffer 0 has those of the runs of examples before
+//   spans           the sum of an example's spans; buffer 0 has the squares of the examples before,
+//                   buffer 1 the first kSpans spans, and the next, of a very long example
+// Buffers are shared memory, as many as the task says, one for each thread and sum.
 template <class Memory, int kColumns>
 class Squares {
   float values_[kLaneFilters][kColumns] = {};
   const bool spans_;
-  const int rooms_;
+  const int buffers_;
 
-  static __device__ float& room(int number, int i, int j) {
-    auto* rooms = reinterpret_cast<float*>(dynamic_shared() + Memory::kRooms);
-    return rooms[((number * kLaneFilters + i) * kColumns + j) * kThreads + threadIdx.x];
+  static __device__ float& buffer(int number, int i, int j) {
+    auto* buffers = reinterpret_cast<float*>(dynamic_shared() + Memory::kBuffers);
+    return buffers[((number * kLaneFilters + i) * kColumns + j) * kThreads + threadIdx.x];
   }
 
   template <class Each>
@@ -50,22 +50,22 @@ class Squares {
 
   __device__ void move_to(int number) {
     for_each([&](int i, int j) {
-      room(number, i, j) = __fadd_rn(room(number, i, j), values_[i][j]);
+      buffer(number, i, j) = __fadd_rn(buffer(number, i, j), values_[i][j]);
       values_[i][j] = 0;
     });
   }
 
   __device__ void take_from(int number) {
     for_each([&](int i, int j) {
-      values_[i][j] = __fadd_rn(room(number, i, j), values_[i][j]);
-      room(number, i, j) = 0;
+      values_[i][j] = __fadd_rn(buffer(number, i, j), values_[i][j]);
+      buffer(number, i, j) = 0;
     });
   }
 
  public:
-  __device__ explicit Squares(const FisherTask& task) : spans_(task.spans), rooms_(task.rooms) {
-    for (int number = 0; number < rooms_; ++number) {
-      for_each([&](int i, int j) { room(number, i, j) = 0; });
+  __device__ explicit Squares(const FisherTask& task) : spans_(task.spans), buffers_(task.buffers) {
+    for (int number = 0; number < buffers_; ++number) {
+      for_each([&](int i, int j) { buffer(number, i, j) = 0; });
     }
   }
 
@@ -86,19 +86,19 @@ class Squares {
   // After every add() that ended an example; `left` are to come.
   __device__ void end_example(int left) {
     if (spans_) {
-      if (rooms_ > 1) take_from(1);
+      if (buffers_ > 1) take_from(1);
       for_each([&](int i, int j) {
-        room(0, i, j) = __fmaf_rn(values_[i][j], values_[i][j], room(0, i, j));
+        buffer(0, i, j) = __fmaf_rn(values_[i][j], values_[i][j], buffer(0, i, j));
         values_[i][j] = 0;
       });
-    } else if (rooms_ > 0 && left % kRun == 0) {
+    } else if (buffers_ > 0 && left % kRun == 0) {
       move_to(0);
     }
   }
 
   // The squares, once all examples have ended.
   __device__ const float (&get()) [kLaneFilters][kColumns] {
-    if (rooms_ > 0) take_from(0);
+    if (buffers_ > 0) take_from(0);
     return values_;
   }
 };
@@ -266,7 +266,7 @@ __device__ void write_filters(const FisherTask& task, const TilePlace& place,
 
 template <class Product, class Tile>
 __global__ void __launch_bounds__(kThreads, 2)
-    fisher_tile_kernel(const __grid_constant__ FisherTask task) {
+    fisher_gemm_kernel(const __grid_constant__ FisherTask task) {
   using Memory = TileMemory<Product, Tile>;
   __shared__ TilePlace place;
   char* memory = dynamic_shared();

@@ -1,10 +1,11 @@
-// Which elements of x a column of the weight and a position of the output meet at. Int is int32_t
+// The indices of im2col: which element of x a column of the weight reads at a position of the
+// output; the matrix itself is never written. Int is int32_t
 // where all offsets inside an example fit it, else int64_t.
 #pragma once
 
-#include "cuda/conv2d_fisher/plan.cuh"
-#include "cuda/load.cuh"
-#include "cuda/row_sums.cuh"
+#include "cuda/conv2d_fisher/launch_plan.cuh"
+#include "cuda/row_reduce.cuh"
+#include "cuda/vector_load.cuh"
 
 namespace tk {
 
@@ -26,14 +27,14 @@ __device__ Column<Int> column_at(const FisherTask& task, Int index) {
   if (index >= task.columns) return {0, kOutside<Int>, kOutside<Int>, 0};
   const auto taps = static_cast<Int>(task.taps);
   const auto inner = kTapsFirst ? static_cast<Int>(task.channels) : taps;
-  const auto kernel_w = static_cast<Int>(task.kernel_w);
+  const auto kernel_w = static_cast<Int>(task.kernel.w);
   const auto outer = static_cast<Int>(quotient(index, inner));
   const Int tap = kTapsFirst ? outer : index - outer * inner;
   const Int channel = kTapsFirst ? index - outer * inner : outer;
   const auto i = static_cast<Int>(quotient(tap, kernel_w));
-  const Int h = i * static_cast<Int>(task.dilation_h);
-  const Int w = (tap - i * kernel_w) * static_cast<Int>(task.dilation_w);
-  const Int pixel = h * static_cast<Int>(task.width) + w;
+  const Int h = i * static_cast<Int>(task.dilation.h);
+  const Int w = (tap - i * kernel_w) * static_cast<Int>(task.dilation.w);
+  const Int pixel = h * static_cast<Int>(task.image.w) + w;
   return {channel * static_cast<Int>(task.x.row) + pixel * static_cast<Int>(task.x.pixel), h, w,
           channel * taps + tap};
 }
@@ -52,19 +53,19 @@ struct Pixel {
       const uint32_t high = __umulhi(position, task.by_out_width.magic);
       row = static_cast<Int>((high + position) >> task.by_out_width.shift);
     } else {
-      row = quotient(position, task.out_width);
+      row = quotient(position, task.out_image.w);
     }
-    const Int column = position - row * static_cast<Int>(task.out_width);
-    h = row * static_cast<Int>(task.stride_h) - static_cast<Int>(task.pad_h);
-    w = column * static_cast<Int>(task.stride_w) - static_cast<Int>(task.pad_w);
-    offset = (h * static_cast<Int>(task.width) + w) * static_cast<Int>(task.x.pixel);
+    const Int column = position - row * static_cast<Int>(task.out_image.w);
+    h = row * static_cast<Int>(task.stride.h) - static_cast<Int>(task.padding.h);
+    w = column * static_cast<Int>(task.stride.w) - static_cast<Int>(task.padding.w);
+    offset = (h * static_cast<Int>(task.image.w) + w) * static_cast<Int>(task.x.pixel);
     if (position >= task.positions) h = -kOutside<Int>;
   }
 
   __device__ bool inside(const FisherTask& task, const Column<Int>& column) const {
     using Unsigned = std::make_unsigned_t<Int>;
-    return static_cast<Unsigned>(h + column.h) < static_cast<Unsigned>(task.height) &&
-           static_cast<Unsigned>(w + column.w) < static_cast<Unsigned>(task.width);
+    return static_cast<Unsigned>(h + column.h) < static_cast<Unsigned>(task.image.h) &&
+           static_cast<Unsigned>(w + column.w) < static_cast<Unsigned>(task.image.w);
   }
 };
 

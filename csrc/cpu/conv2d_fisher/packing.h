@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/conv2d_fisher/tile.h"
+#include "cpu/conv2d_fisher/micro_kernel.h"
 #include "cpu/simd.h"
 
 namespace tk {

@@ -4,12 +4,14 @@
 // Of one group and example, g = dy · xᵀ is a product of two matrices: dy has a row per filter, x a
 // row per column of the weight (a channel at a tap), and both are summed along the positions of
 // the output. Two kernels compute it:
-//   tiles  a block takes a tile of filters × columns, and all positions of one example after the
-//          other; for every group that fills a tile well enough
-//   teams  a few filters × columns for a team of lanes that share the positions; for depthwise and
-//          other small groups, and with its 64-bit offsets for examples of 2^30 elements and more
+//   implicit GEMM  a block takes a tile of filters × columns, and all positions of one example
+//   after
+//                  the other; for every group that fills a tile well enough
+//   direct         a group of lanes takes a few filters × columns and shares the positions; for
+//                  depthwise and other small groups, and with its 64-bit offsets for examples of
+//                  2^30 elements and more
 // Both keep g and the sum of its squares in registers, and split the examples where there are too
-// few tiles or teams to fill a GPU: splits write parts, which finish_kernel adds in order.
+// few tiles or lane groups to fill a GPU: splits write parts, which finish_kernel adds in order.
 #pragma once
 
 #include <algorithm>
@@ -55,25 +57,16 @@ struct FisherTask {
   int64_t channels;  // of a group
   int64_t columns;   // of a group: channels · taps
   int64_t taps;
-  int64_t kernel_w;
   int64_t positions;  // of the output
-  int64_t out_width;
-  int64_t height;
-  int64_t width;
-  int64_t stride_h;
-  int64_t stride_w;
-  int64_t pad_h;
-  int64_t pad_w;
-  int64_t dilation_h;
-  int64_t dilation_w;
+  Extent2d image, out_image, kernel, stride, padding, dilation;
   Divider by_out_width;
   uint32_t filter_tiles;  // of a group
   uint32_t column_tiles;
   bool weight_is_f32;  // else it has the inputs' dtype
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
-  uint8_t rooms;       // tiles: parked sums of a lane's every sum
-  bool spans;          // tiles: an example has more positions than kSpan
-  uint8_t lanes_log2;  // teams: lanes of a warp, and warps, that share the positions
+  uint8_t buffers;     // implicit GEMM: copies in shared memory of every sum of a lane
+  bool spans;          // implicit GEMM: an example has more positions than kSpan
+  uint8_t lanes_log2;  // direct: lanes of a warp, and warps, that share the positions
   uint8_t warps_log2;
 };
 
@@ -102,15 +95,15 @@ constexpr int kRun = 256;
 // Blocks should have this many chunks of positions to go through, so that a split is worth it.
 constexpr int kMinChunks = 8;
 
-// What a team keeps in registers: filters × columns. Depthwise 3×3 is one team's work.
-constexpr int kTeamColumns = 9;
-constexpr int kTeamSquare = 4;
-// Positions of a lane before more warps join its team.
+// What a lane group keeps in registers: filters × columns. Depthwise 3×3 is the work of one.
+constexpr int kDirectColumns = 9;
+constexpr int kDirectSquare = 4;
+// Positions of a lane before more warps join its lane group.
 constexpr int kLanePositions = 16;
 
-// Counted in instructions, a product costs the team kernel about 5, and a tile 1/16 on tensor cores
-// or 1 elsewhere, where its empty rows and columns are multiplied too: so many times the products
-// may be empty. Tensor cores have the waiting for their loads against them.
+// Counted in instructions, a product costs the direct kernel about 5, and a tile 1/16 on tensor
+// cores or 1 elsewhere, where its empty rows and columns are multiplied too: so many times the
+// products may be empty. Tensor cores have the waiting for their loads against them.
 constexpr int kMostEmptyMma = 32;
 constexpr int kMostEmpty = 4;
 
@@ -125,7 +118,7 @@ struct FisherPlan {
   int64_t results;  // elements of the output
   int64_t parts;    // of every result; with one, blocks write to the output itself
 
-  bool teams() const { return kernel >= FisherKernel::depthwise; }
+  bool is_direct() const { return kernel >= FisherKernel::depthwise; }
   int64_t workspace_floats() const { return parts > 1 ? parts * results : 0; }
 };
 
@@ -137,18 +130,18 @@ inline int64_t padded_area(const FisherTask& task, int64_t tile_filters, int64_t
 // Offsets inside an example fit 32 bits, those of pixels around the image included.
 inline bool is_small_example(const Conv2dFisherArgs& args) {
   const double x = static_cast<double>(args.groups * args.channels) *
-                   (static_cast<double>(args.height) + 2.0 * static_cast<double>(args.pad_h)) *
-                   (static_cast<double>(args.width) + 2.0 * static_cast<double>(args.pad_w));
+                   (static_cast<double>(args.image.h) + 2.0 * static_cast<double>(args.padding.h)) *
+                   (static_cast<double>(args.image.w) + 2.0 * static_cast<double>(args.padding.w));
   const double dy = static_cast<double>(args.groups * args.filters) *
-                    static_cast<double>(args.out_height * args.out_width);
+                    static_cast<double>(args.out_image.h * args.out_image.w);
   return std::max({x, dy, static_cast<double>(args.batch)}) < 1 << 30;
 }
 
 inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
   FisherTask& task = plan.task;
-  const int64_t pixels = args.height * args.width;
-  bool x_last = args.x_channels_last;
-  bool dy_last = args.dy_channels_last;
+  const int64_t pixels = args.image.h * args.image.w;
+  bool x_last = args.input_channels_last;
+  bool dy_last = args.grad_channels_last;
   // With one pixel or one channel both orders are the same memory.
   const bool x_either = pixels == 1 || args.groups * args.channels == 1;
   const bool dy_either = task.positions == 1 || args.groups * args.filters == 1;
@@ -175,9 +168,9 @@ inline void set_sides(FisherPlan& plan, const Conv2dFisherArgs& args) {
     }
     return side;
   };
-  task.x = side(args.x, args.channels, pixels, x_last);
+  task.x = side(args.input, args.channels, pixels, x_last);
   if (!plan.channels_inside && !task.is_matrix) task.x.bytes = static_cast<int32_t>(element);
-  task.dy = side(args.dy, args.filters, task.positions, dy_last);
+  task.dy = side(args.grad_output, args.filters, task.positions, dy_last);
 }
 
 inline FisherTask shape_of(const Conv2dFisherArgs& args) {
@@ -187,26 +180,22 @@ inline FisherTask shape_of(const Conv2dFisherArgs& args) {
   task.groups = args.groups;
   task.filters = args.filters;
   task.channels = args.channels;
-  task.taps = args.kernel_h * args.kernel_w;
+  task.taps = args.kernel.h * args.kernel.w;
   task.columns = args.channels * task.taps;
-  task.kernel_w = args.kernel_w;
-  task.positions = args.out_height * args.out_width;
-  task.out_width = args.out_width;
-  task.height = args.height;
-  task.width = args.width;
-  task.stride_h = args.stride_h;
-  task.stride_w = args.stride_w;
-  task.pad_h = args.pad_h;
-  task.pad_w = args.pad_w;
-  task.dilation_h = args.dilation_h;
-  task.dilation_w = args.dilation_w;
+  task.positions = args.out_image.h * args.out_image.w;
+  task.image = args.image;
+  task.out_image = args.out_image;
+  task.kernel = args.kernel;
+  task.stride = args.stride;
+  task.padding = args.padding;
+  task.dilation = args.dilation;
   task.weight_is_f32 = args.weight_dtype == DType::f32;
-  task.is_matrix = task.taps == 1 && args.stride_h == 1 && args.stride_w == 1 && args.pad_h == 0 &&
-                   args.pad_w == 0;
+  task.is_matrix = task.taps == 1 && args.stride.h == 1 && args.stride.w == 1 &&
+                   args.padding.h == 0 && args.padding.w == 0;
   return task;
 }
 
-// Sets the kernel and how many of its tiles or teams a group has; returns their blocks.
+// Sets the kernel and how many of its tiles or lane groups a group has; returns their blocks.
 inline int64_t choose_kernel(FisherPlan& plan, const Conv2dFisherArgs& args) {
   FisherTask& task = plan.task;
   const int64_t area = task.filters * task.columns;
@@ -231,15 +220,15 @@ inline int64_t choose_kernel(FisherPlan& plan, const Conv2dFisherArgs& args) {
   } else if (area * (mma ? kMostEmptyMma : kMostEmpty) < least) {
     plan.kernel = task.filters == 1 ? FisherKernel::depthwise : FisherKernel::square;
   }
-  if (plan.teams()) {
-    filters = plan.kernel == FisherKernel::depthwise ? 1 : kTeamSquare;
-    columns = plan.kernel == FisherKernel::depthwise ? kTeamColumns : kTeamSquare;
+  if (plan.is_direct()) {
+    filters = plan.kernel == FisherKernel::depthwise ? 1 : kDirectSquare;
+    columns = plan.kernel == FisherKernel::depthwise ? kDirectColumns : kDirectSquare;
   }
   task.filter_tiles = static_cast<uint32_t>(divide_up(task.filters, filters));
   task.column_tiles = static_cast<uint32_t>(divide_up(task.columns, columns));
   const int64_t units = task.groups * task.filter_tiles * task.column_tiles;
-  task.by_out_width = divider(args.out_width);
-  if (!plan.teams()) return units;
+  task.by_out_width = divider(args.out_image.w);
+  if (!plan.is_direct()) return units;
 
   // Neighbouring lanes read neighbouring elements: positions, or channels of different groups.
   // Eight of those are enough where positions are many.
@@ -270,7 +259,7 @@ inline FisherPlan plan_fisher(const Conv2dFisherArgs& args, int64_t workspace_by
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   task.split = divide_up(task.batch, splits);
   task.spans = task.positions > kSpan;
-  task.rooms = task.positions > kSpan * kSpans ? 2 : task.spans || task.split > kRun ? 1 : 0;
+  task.buffers = task.positions > kSpan * kSpans ? 2 : task.spans || task.split > kRun ? 1 : 0;
   plan.splits = divide_up(task.batch, task.split);
   plan.parts = plan.splits * parts;
   plan.blocks = blocks * plan.splits;

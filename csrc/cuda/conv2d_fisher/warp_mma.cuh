@@ -6,8 +6,8 @@
 //   multiply()     of the chunk at `a` and `b`, where the warp's first filter and column begin
 #pragma once
 
-#include "cuda/conv2d_fisher/stage.cuh"
-#include "cuda/device.cuh"
+#include "cuda/conv2d_fisher/global_to_shared.cuh"
+#include "cuda/ptx.cuh"
 
 namespace tk {
 

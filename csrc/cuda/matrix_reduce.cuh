@@ -1,9 +1,10 @@
-// The grid tasks: a block takes some rows and a tile of positions of one group. A lane keeps its
-// positions for all of the rows, so column sums stay in its registers; row sums cross the warp,
-// four rows at a time. Where a run spans several positions or rows, shared memory adds them up.
+// Row and column sums of a matrix, from one read: a block takes some rows and a tile of positions
+// of one group. A lane keeps its positions for all of the rows, so column sums stay in its
+// registers; row sums cross the warp, four rows at a time. Where a run spans several positions or
+// rows, shared memory adds them up.
 #pragma once
 
-#include "cuda/row_sums.cuh"
+#include "cuda/row_reduce.cuh"
 
 namespace tk {
 
@@ -11,10 +12,10 @@ constexpr int kStep = 4;  // rows that a warp takes at once
 
 constexpr int kMaxVector = 8;
 
-// Floats of shared memory that sum_grid works in: one of the sums at every position, and the row
-// sums of every warp (fewer rows where warps stand beside each other).
+// Floats of shared memory that reduce_matrix works in: one of the sums at every position, and the
+// row sums of every warp (fewer rows where warps stand beside each other).
 template <class Op>
-constexpr int kGridScratch = kThreads * kMaxVector + (Op::kRows ? kMaxBlockRows * Op::kSums : 0);
+constexpr int kMatrixScratch = kThreads * kMaxVector + (Op::kRows ? kMaxBlockRows * Op::kSums : 0);
 
 // From here on a warp adds up a column's run, not a thread.
 constexpr int kLongRun = 32;
@@ -28,8 +29,8 @@ __device__ inline int64_t column_of(const Task& task, int64_t position) {
 
 // rows_shared holds [block_rows][warps beside each other][sums].
 template <class Op>
-__device__ void write_grid_rows(const Task& task, const float* rows_shared, uint32_t group,
-                                uint32_t row_block, uint32_t tile, float* workspace) {
+__device__ void write_row_sums(const Task& task, const float* rows_shared, uint32_t group,
+                               uint32_t row_block, uint32_t tile, float* workspace) {
   const PartialAxis axis = row_axis(task);
   const int64_t begin = int64_t{row_block} * task.block_rows;
   const int64_t end = min(begin + task.block_rows, task.rows);
@@ -56,9 +57,9 @@ __device__ void write_grid_rows(const Task& task, const float* rows_shared, uint
 
 // cols_shared holds one of the sums, [warps below each other][positions of the tile].
 template <class Op>
-__device__ void write_grid_cols(const Task& task, const float* cols_shared, int vector, int sum,
-                                uint32_t group, uint32_t row_block, uint32_t tile,
-                                float* workspace) {
+__device__ void write_col_sums(const Task& task, const float* cols_shared, int vector, int sum,
+                               uint32_t group, uint32_t row_block, uint32_t tile,
+                               float* workspace) {
   const PartialAxis axis = col_axis(task, vector);
   const int64_t period = task.columns * axis.run;
   const int64_t begin = tile * axis.width;
@@ -94,8 +95,8 @@ __device__ void write_grid_cols(const Task& task, const float* cols_shared, int 
 }
 
 template <class Op, class E, int kSize>
-__device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* shared,
-                         float* workspace) {
+__device__ void reduce_matrix(const Op& op, const Task& task, uint32_t block, float* shared,
+                              float* workspace) {
   float* cols_shared = shared;
   float* rows_shared = shared + kThreads * kMaxVector;
 
@@ -114,11 +115,11 @@ __device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* 
   const int64_t position = tile * tile_width(task, kSize) + first;
   const Inputs<Op, E> inputs(task, group * extent);
 
-  float shift[kSize] = {};
-  if (kShifts<Op> && task.c && position < length) {
+  float bias[kSize] = {};
+  if (kHasBias<Op> && task.c && position < length) {
 #pragma unroll
     for (int j = 0; j < kSize; ++j) {
-      shift[j] = load_element<E>(task.c, column_of(task, position + j));
+      bias[j] = load_element<E>(task.c, column_of(task, position + j));
     }
   }
 
@@ -134,13 +135,13 @@ __device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* 
     float rows[kStep][Op::kSums] = {};
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      if (kShifts<Op> && i * length >= left) break;  // zeros, but a shift would make them terms
+      if (kHasBias<Op> && i * length >= left) break;  // zeros, but a bias would make them terms
       const Elements<Op, E, kSize> elements(op, task, vectors[i],
                                             group * extent + start + position + i * length);
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        elements.add(cols[j], j, shift[j]);
-        if constexpr (Op::kRows) elements.add(rows[i], j, shift[j]);
+        elements.add(cols[j], j, bias[j]);
+        if constexpr (Op::kRows) elements.add(rows[i], j, bias[j]);
       }
     }
     if constexpr (Op::kRows) {
@@ -159,7 +160,7 @@ __device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* 
   if constexpr (Op::kRows) {
     if (task.row_out) {
       __syncthreads();
-      write_grid_rows<Op>(task, rows_shared, group, row_block, tile, workspace);
+      write_row_sums<Op>(task, rows_shared, group, row_block, tile, workspace);
     }
   }
   if (!task.col_out) return;
@@ -177,7 +178,7 @@ __device__ void sum_grid(const Op& op, const Task& task, uint32_t block, float* 
       }
     }
     __syncthreads();
-    write_grid_cols<Op>(task, cols_shared, kSize, i, group, row_block, tile, workspace);
+    write_col_sums<Op>(task, cols_shared, kSize, i, group, row_block, tile, workspace);
   }
 }
 

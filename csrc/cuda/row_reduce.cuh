@@ -1,9 +1,9 @@
-// The rows of a task: teams of 1 to 256 lanes sum a row, or a segment of a long one, each.
+// Sums of contiguous rows: a group of 1 to 256 lanes sums a row, or a segment of a long one.
 #pragma once
 
 #include "cuda/operands.cuh"
-#include "cuda/reduce.cuh"
 #include "cuda/task_plan.h"
+#include "cuda/warp_reduce.cuh"
 
 namespace tk {
 
@@ -16,7 +16,7 @@ __device__ inline int32_t quotient(int32_t a, int32_t b) {
   return static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b));
 }
 
-// Floats of shared memory that sum_rows works in.
+// Floats of shared memory that reduce_rows works in.
 template <class Op>
 constexpr int kRowScratch = 2 * kWarps * Op::kSums;
 
@@ -27,7 +27,7 @@ constexpr int kInFlight = 4;
 // First the whole vectors, then what stands before the first and after the last.
 template <class Op, class E>
 __device__ void add_range(const Op& op, const Task& task, int64_t begin, int n, int lane, int lanes,
-                          float shift, float (&total)[Op::kSums]) {
+                          float bias, float (&total)[Op::kSums]) {
   constexpr int kSize = kVectorSize<E>;
   const Inputs<Op, E> inputs(task, begin);
   int head = n;
@@ -45,10 +45,10 @@ __device__ void add_range(const Op& op, const Task& task, int64_t begin, int n, 
     load_vectors<E>(vectors, (inputs + head + at).from, step, body - at, task.aligned, kEach<Op>);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (at + i * step >= body) break;  // zeros, but a shift would turn them into terms
+      if (at + i * step >= body) break;  // zeros, but a bias would turn them into terms
       const Elements<Op, E, kSize> elements(op, task, vectors[i], begin + head + at + i * step);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) elements.add(sums, j, shift);
+      for (int j = 0; j < kSize; ++j) elements.add(sums, j, bias);
     }
   }
 #pragma unroll 1
@@ -56,7 +56,7 @@ __device__ void add_range(const Op& op, const Task& task, int64_t begin, int n, 
     const int at = i < head ? i : i + body;
     Vector<E, 1> element[1][kTensors<Op>];
     load_vectors<E>(element, (inputs + at).from, 1, 1, true, kEach<Op>);
-    Elements<Op, E, 1>(op, task, element[0], begin + at).add(sums, 0, shift);
+    Elements<Op, E, 1>(op, task, element[0], begin + at).add(sums, 0, bias);
   }
 #pragma unroll
   for (int i = 0; i < Op::kSums; ++i) total[i] += sums[i];
@@ -74,8 +74,8 @@ __device__ void write_row(const Task& task, float* partials, uint32_t tile, int6
 }
 
 template <class Op, class E>
-__device__ void sum_rows(const Op& op, const Task& task, uint32_t block, float* shared,
-                         float* workspace) {
+__device__ void reduce_rows(const Op& op, const Task& task, uint32_t block, float* shared,
+                            float* workspace) {
   constexpr int kChunk = kChunkBytes / int{sizeof(typename E::Raw)};
   float* partials = workspace + int64_t{task.row_partials} * kRegion;
 
@@ -92,28 +92,28 @@ __device__ void sum_rows(const Op& op, const Task& task, uint32_t block, float* 
   }
 
   uint32_t first_channel = 0;
-  if (kShifts<Op>) first_channel = first_row - quotient(first_row, task.run) * task.run;
+  if (kHasBias<Op>) first_channel = first_row - quotient(first_row, task.run) * task.run;
 
   const int lanes = 1 << task.width_log2;
   const int lane = threadIdx.x & (lanes - 1);
-  const int team = threadIdx.x >> task.width_log2;
-  const int teams = kThreads >> task.width_log2;
+  const int lane_group = threadIdx.x >> task.width_log2;
+  const int lane_groups = kThreads >> task.width_log2;
   int buffer = 0;  // two in turn, so that one barrier per pass is enough
 #pragma unroll 1
-  for (int64_t pass = first_row; pass < end_row; pass += teams, buffer ^= 1) {
-    const int64_t row = pass + team;
+  for (int64_t pass = first_row; pass < end_row; pass += lane_groups, buffer ^= 1) {
+    const int64_t row = pass + lane_group;
     float sums[Op::kSums] = {};
     if (row < end_row) {
-      float shift = 0;
-      if (kShifts<Op> && task.c) {
+      float bias = 0;
+      if (kHasBias<Op> && task.c) {
         const uint32_t channel = first_channel + static_cast<uint32_t>(row - first_row);
-        shift = load_element<E>(task.c, channel % static_cast<uint32_t>(task.run));
+        bias = load_element<E>(task.c, channel % static_cast<uint32_t>(task.run));
       }
       // A sum of sums of chunks: a thread's serial sums stay short in the longest rows.
 #pragma unroll 1
       for (int64_t at = begin; at < end; at += kChunk) {
         const int n = static_cast<int>(min(int64_t{kChunk}, end - at));
-        add_range<Op, E>(op, task, row * task.columns + at, n, lane, lanes, shift, sums);
+        add_range<Op, E>(op, task, row * task.columns + at, n, lane, lanes, bias, sums);
       }
     }
     add_across_lanes(sums, min(lanes, kWarp));
@@ -135,7 +135,7 @@ __device__ void sum_rows(const Op& op, const Task& task, uint32_t block, float* 
     if (lane < Op::kSums && row < end_row) {
       const int warps = lanes / kWarp;
       float sum = 0;
-      for (int i = 0; i < warps; ++i) sum += warp_sums[(team * warps + i) * Op::kSums + lane];
+      for (int i = 0; i < warps; ++i) sum += warp_sums[(lane_group * warps + i) * Op::kSums + lane];
       write_row<Op>(task, partials, tile, row, lane, sum);
     }
   }

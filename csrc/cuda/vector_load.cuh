@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "common/dtype.h"
+#include "common/host_device.h"
 
 namespace tk {
 
@@ -20,21 +21,38 @@ struct Element;
 
 template <>
 struct Element<DType::f32> {
+  static constexpr DType kType = DType::f32;
   using Raw = uint32_t;
   static __device__ float widen(Raw bits) { return __uint_as_float(bits); }
 };
 
 template <>
 struct Element<DType::f16> {
+  static constexpr DType kType = DType::f16;
   using Raw = uint16_t;
   static __device__ float widen(Raw bits) { return __half2float(__ushort_as_half(bits)); }
 };
 
 template <>
 struct Element<DType::bf16> {  // the upper half of a float
+  static constexpr DType kType = DType::bf16;
   using Raw = uint16_t;
   static __device__ float widen(Raw bits) { return __uint_as_float(uint32_t{bits} << 16); }
 };
+
+// Calls use(Element<dtype>()), on the host or the device as the caller. There is no f64 here.
+#pragma nv_exec_check_disable
+template <class Use>
+TK_HOST_DEVICE void with_element(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::f32:
+      return use(Element<DType::f32>());
+    case DType::f16:
+      return use(Element<DType::f16>());
+    default:
+      return use(Element<DType::bf16>());
+  }
+}
 
 template <class E>
 constexpr int kVectorSize = kVectorBytes / int{sizeof(typename E::Raw)};

@@ -13,7 +13,7 @@ inline namespace TK_ISA {
 
 constexpr int64_t kStrip = 512;               // positions whose column sums fit L1: 10 KB
 constexpr int64_t kTile = 16 * kStrip;        // most positions of a task with column sums
-constexpr int64_t kTaskElements = 131072;     // 1 MB of w and g: 20 µs, many times a commit
+constexpr int64_t kTaskElements = 131072;     // 1 MB of w and g: 20 µs, many times a merge
 constexpr int64_t kMinRows = 64;              // spreads the folding of a strip over enough rows
 constexpr int64_t kMaxRows = 512;             // bounds the float sum down a column
 constexpr int64_t kMaxRowSums = 4096;         // bounds the scratch of a task that sums rows only
@@ -21,12 +21,12 @@ constexpr int64_t kThreadElements = 1 << 18;  // under 100 µs of work a second 
 
 // How one item is cut into tasks: groups, then blocks of rows, then tiles. It depends on the
 // item's shape alone, and with it every order of summation.
-struct Plan {
+struct MomentBlocking {
   ParameterItem item;
-  int64_t first_task, first_turn, positions, groups, group_rows, block_rows, blocks, tile, tiles;
+  int64_t first_task, first_merge, positions, groups, group_rows, block_rows, blocks, tile, tiles;
 
-  Plan(const ParameterItem& it, int64_t task, int64_t turn)
-      : item(it), first_task(task), first_turn(turn) {
+  MomentBlocking(const ParameterItem& it, int64_t task, int64_t merge)
+      : item(it), first_task(task), first_merge(merge) {
     positions = item.channels * item.kernel;
     groups = item.col_out ? item.groups : 1;
     group_rows = item.rows / groups;
@@ -42,27 +42,29 @@ struct Plan {
   }
 
   int64_t end_task() const { return first_task + groups * blocks * tiles; }
-  // Rows that end in the task that began them are written by it.
-  bool commits() const { return item.col_out || tiles > 1; }
-  int64_t end_turn() const { return commits() ? first_turn + groups * blocks * tiles : first_turn; }
+  // Whether tasks merge their sums; a task writes rows itself that it begins and ends.
+  bool merges() const { return item.col_out || tiles > 1; }
+  int64_t end_merge() const {
+    return merges() ? first_merge + groups * blocks * tiles : first_merge;
+  }
 };
 
 struct Block {
   int64_t group, row, rows, begin, end;
   bool first_tile, last_tile, first_of_group, last_of_group;
 
-  Block(const Plan& plan, int64_t task) {
-    const int64_t tile = task % plan.tiles;
-    const int64_t block = task / plan.tiles % plan.blocks;
-    group = task / plan.tiles / plan.blocks;
-    row = group * plan.group_rows + block * plan.block_rows;
-    rows = std::min(plan.block_rows, (group + 1) * plan.group_rows - row);
-    begin = tile * plan.tile;
-    end = std::min(begin + plan.tile, plan.positions);
+  Block(const MomentBlocking& blocking, int64_t task) {
+    const int64_t tile = task % blocking.tiles;
+    const int64_t block = task / blocking.tiles % blocking.blocks;
+    group = task / blocking.tiles / blocking.blocks;
+    row = group * blocking.group_rows + block * blocking.block_rows;
+    rows = std::min(blocking.block_rows, (group + 1) * blocking.group_rows - row);
+    begin = tile * blocking.tile;
+    end = std::min(begin + blocking.tile, blocking.positions);
     first_tile = tile == 0;
-    last_tile = tile == plan.tiles - 1;
+    last_tile = tile == blocking.tiles - 1;
     first_of_group = first_tile && block == 0;
-    last_of_group = last_tile && block == plan.blocks - 1;
+    last_of_group = last_tile && block == blocking.blocks - 1;
   }
 };
 
