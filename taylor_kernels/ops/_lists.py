@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, native, select
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
@@ -99,7 +99,20 @@ def define_list_op(
         " -> (Tensor, Tensor)",
         run,
         empty,
+        _tags(),
     )
+
+
+def _tags() -> list[torch.Tag]:
+    """Keeps the op out of CUDA graphs of torch.compile where Triton runs it by default.
+
+    Triton's kernels find tensors by a table of addresses, which cannot be copied to the GPU during
+    a capture, and a captured call sees new addresses. The native kernels are told addresses by
+    value. A capture of one's own works with both, once the op was called on the same tensors.
+    """
+    by_value = native._native is not None and bool(native._native.cuda_version)
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)  # there since PyTorch 2.8
+    return [] if by_value or tag is None else [tag]
 
 
 def _items(

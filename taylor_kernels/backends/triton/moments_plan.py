@@ -1,4 +1,4 @@
-"""How the Triton kernels cut a list of parameters into tasks (moments.py runs them).
+"""How the Triton kernels cut a list of parameters into tasks (moments_launch.py runs them).
 
 A task is one parameter seen as `groups` matrices [rows, length]. Where only the rows' sums are
 wanted, a program takes some rows, or a segment of a long one; else a block of rows and a tile of
