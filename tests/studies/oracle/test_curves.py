@@ -114,7 +114,7 @@ def test_scored_again_is_scored_on_the_network_as_it_is_by_then(criterion):
             layer.weight[number] = layer.bias[number] = 0
     smaller = small_problem(trained=False)
     object.__setattr__(smaller, "model", shrunk)
-    for field in ("batches", "whole", "test"):
+    for field in ("batches", "oracle_batches", "test_batches"):
         object.__setattr__(smaller, field, getattr(problem, field))
     values = score(smaller, criterion)
     alive = np.array([one not in set(first) for one in problem.filters])
