@@ -1,4 +1,4 @@
-"""Pieces of networks, each with one structure that a tracer has to read: [N, C, H, W] in and out."""
+"""Pieces of networks, [N, C, H, W] in and out, each with a structure that a tracer must read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)
         if self.how == "packed":
             packed = self.qkv(tokens).reshape(n, h * w, 3, self.num_heads, -1)
@@ -74,7 +74,6 @@ class Attention(nn.Module):
             y = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
         y = self.out(y.transpose(1, 2).reshape(n, h * w, -1))
         return x + y.transpose(1, 2).reshape(n, -1, h, w)
-
 
 
 def conv(rng: random.Random, inputs: int, outputs: int, **options: int) -> nn.Module:
@@ -129,7 +128,9 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
     if kind == "activation":
         return activation(rng), c
     if kind == "pool":
-        return rng.choice([nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]), c
+        return rng.choice(
+            [nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]
+        ), c
     if kind == "halves" and even:
         return Apply(rng.choice([_halves, _slices])), c
     if kind == "twice":
@@ -216,6 +217,7 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
             one=conv(rng, c, 4), two=normed(rng, c, width), merge=conv(rng, 8 + width, 6),
         ), 6  # fmt: skip
     if kind == "c2f":
+
         def c2f(s: nn.Module, x: Tensor) -> Tensor:
             parts = list(s.enter(x).chunk(2, 1))
             parts.append(parts[-1] + s.body(parts[-1]))
@@ -232,8 +234,8 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
 
 KINDS = (
     "conv", "normed", "activation", "pool", "halves", "twice", "shuffle", "native_shuffle",
-    "residual", "projection", "padded", "excite", "grouped", "depthwise", "transposed",
-    "pixel_shuffle", "pixel_unshuffle", "maxout", "partial", "attention", "shared", "glu", "reflect",
+    "residual", "projection", "padded", "excite", "grouped", "depthwise", "transposed", "maxout",
+    "pixel_shuffle", "pixel_unshuffle", "partial", "attention", "shared", "glu", "reflect",
     "scale", "gate", "prelu", "instance_norm", "group_norm", "softmax", "every_other", "stacked",
     "flipped", "split_of_two", "rescaled", "weight_norm", "csp", "c2f", "einsum",
 )  # fmt: skip
@@ -265,8 +267,10 @@ def head(kind: str, c: int, size: int) -> nn.Module:
     return Apply(lambda s, x: s.out(x.mean((2, 3))), out=nn.Linear(c, 3))
 
 
-def network(kinds: list[str], last: str, seed: int, size: int = 4) -> nn.Sequential:
-    """A network of these pieces."""
+def network(
+    kinds: list[str], last: str, seed: int, size: int = 4, widest: int = 24
+) -> nn.Sequential:
+    """A network of these pieces, narrowed by a convolution where it gets wider than `widest`."""
     rng = random.Random(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -275,7 +279,7 @@ def network(kinds: list[str], last: str, seed: int, size: int = 4) -> nn.Sequent
         for kind in kinds:
             part, c = piece(kind, rng, c)
             parts.append(part)
-            if c > 24:
+            if c > widest:
                 parts.append(conv(rng, c, 8))
                 c = 8
         return nn.Sequential(*parts, head(last, c, size))

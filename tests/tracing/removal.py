@@ -99,7 +99,9 @@ def wrong(model: nn.Module, inputs: Any, channels: Channels, dead: Sequence[Tens
             return f"shape {tuple(one.shape)} becomes {tuple(other.shape)}"
         if one.is_floating_point():
             scale = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
-            if not torch.allclose(one, other, rtol=0, atol=1e-9 * max(scale, 1e-30), equal_nan=True):
+            if not torch.allclose(
+                one, other, rtol=0, atol=1e-9 * max(scale, 1e-30), equal_nan=True
+            ):
                 gap = float((one - other).abs().max()) / max(scale, 1e-30)
                 return f"differs by {gap:.2g}"
     return ""
