@@ -131,7 +131,11 @@ class Size:
 
 @dataclass
 class Record:
-    """Everything that a run says about its atoms."""
+    """Everything that a run says about its atoms.
+
+    Attributes:
+        failures: operations whose rule did not foresee their arguments; their channels stay.
+    """
 
     count: int = 1
     starts: list[tuple[int, str, int, int]] = field(default_factory=list)
@@ -143,6 +147,7 @@ class Record:
     products: list[Product] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     step: int = 0
 

@@ -77,6 +77,12 @@ class Call:
         """The operation mixes these atoms."""
         self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
 
+    def refuse_all(self, text: str) -> None:
+        """No atom of any operand can go."""
+        for labels in self.labels.values():
+            for vector in labels.vectors():
+                self.refuse(vector, text)
+
     def refuse(self, vector: Vector | None, text: str) -> None:
         self.record.fix(vector, self.reason(text))
 
@@ -242,8 +248,11 @@ class Recorder(TorchDispatchMode):
         outs = tensors_of(call.out)
         try:
             result = RULES.get(call.name, RULES[OTHER])(call)
-        except Unforeseen:
-            result = RULES[OTHER](call)
+        except Exception as error:
+            # Arguments that the rule does not foresee: what it cannot follow cannot go.
+            self.record.failures.append(f"{call.name} in {self.module!r}: {error!r}")
+            call.refuse_all("goes through an operation that is not known in this form")
+            result = None
         labels = result if isinstance(result, list) else [result]
         labels += [None] * (len(outs) - len(labels))
         for tensor, new in zip(outs, labels, strict=False):
@@ -282,7 +291,3 @@ class Recorder(TorchDispatchMode):
             for dim, vector in enumerate(old.dims)
         ):
             old.memory.spoiled = True
-
-
-class Unforeseen(Exception):
-    """A rule met arguments that it does not know."""
