@@ -172,6 +172,7 @@ class Pruner:
             return None
         check_loss_scale(loss_scale)
         check_closure(self._statistic, closure, self.criterion.name, "step")
+        self._network.check_unchanged()
         with outside_inference_mode():
             tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
             self._scores.add(tables, self._statistic.unread)
