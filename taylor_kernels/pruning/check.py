@@ -181,7 +181,7 @@ class _Trial:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Afterwards the model has the tensors and attributes that it had before."""
-        untouched = Untouched(self._model)
+        untouched = Untouched(list(self._modules.values()), [])
         # A run may write into buffers.
         self._held.put({name: _clone(self._originals[name]) for name in self._buffers})
         try:
