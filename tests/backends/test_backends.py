@@ -168,7 +168,7 @@ def test_new_tensors_in_a_capture_are_refused_with_the_remedy(monkeypatch: pytes
     from taylor_kernels.backends.triton.tables import device_table
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="call the op on them once before, or use .*'cuda'"):
+    with pytest.raises(RuntimeError, match=r"call the op on them once before, or use .*'cuda'"):
         device_table([1, 2, 3], CUDA)
 
 
