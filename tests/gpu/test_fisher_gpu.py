@@ -23,11 +23,6 @@ from tests.helpers.cases import (
 from tests.helpers.fisher_limits import LIMIT_CASES, both_orders
 from tests.helpers.graphs import check_replay, run_behind_a_late_copy
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
-
 #: Layers of ResNet-50, ResNeXt-50, MobileNet v2, a ViT and a head; more work than can be emulated.
 LAYERS = [
     case

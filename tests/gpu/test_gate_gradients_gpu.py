@@ -19,11 +19,6 @@ from tests.helpers.cases import (
 )
 from tests.helpers.graphs import check_replay, run_behind_a_late_copy
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
-
 GATE_CASES = [
     *gate_cases(),
     GateCase("resnet", (8, 64, 56, 56), bias=True),

@@ -23,11 +23,6 @@ from tests.helpers.cases import (
 from tests.helpers.graphs import check_replay, run_behind_a_late_copy
 from tests.helpers.parameter_ops import EVERY_OP, GPU_CASES, SEED, ParameterOp, axes_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
-
 
 @pytest.fixture(params=EVERY_OP, ids=lambda op: op.name)
 def op(request: pytest.FixtureRequest) -> ParameterOp:
