@@ -80,7 +80,8 @@ def cpu_status() -> tuple[bool, str]:
 def cuda_status() -> tuple[bool, str]:
     """Whether the kernels run on every GPU that PyTorch sees: what they were built for, or why not.
 
-    Each is asked once, so that another backend takes over before a launch fails.
+    One GPU of each capability is asked, the current one first, so that another backend takes over
+    before a launch fails: asking makes a context on a GPU, which costs its memory.
     """
     if _native is None:
         return cpu_status()
@@ -92,7 +93,11 @@ def cuda_status() -> tuple[bool, str]:
     built = f"CUDA {_native.cuda_version}, {_native.cuda_architectures}"
     if not torch.cuda.is_available():
         return False, f"built for {built}, but PyTorch sees no GPU"
-    for number in range(torch.cuda.device_count()):
+    current = torch.cuda.current_device()
+    asked: dict[tuple[int, int], int] = {}
+    for number in (current, *range(torch.cuda.device_count())):
+        asked.setdefault(torch.cuda.get_device_capability(number), number)
+    for number in asked.values():
         with torch.cuda.device(number):
             problem = _native.cuda_device_problem()
         if problem:

@@ -45,38 +45,61 @@ def test_a_gpu_that_runs_them(kernels: ModuleType) -> None:
     assert kernels.cuda_device_problem() == ""
 
 
-@pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, str]]:
-    """PyTorch sees two GPUs; what the native module says of each can be set."""
-    problems = {0: "", 1: ""}
-    current = [0]
+class GPUs:
+    """Three, as PyTorch and the native module see them; the second is the current one."""
 
-    def enter(number: int) -> nullcontext[None]:
-        current[0] = number
+    def __init__(self) -> None:
+        self.capabilities = [(8, 0), (9, 0), (9, 0)]
+        self.problems = ["", "", ""]
+        self.current = 1
+        self.asked: list[int] = []
+
+    def device(self, number: int) -> nullcontext[None]:
+        self.current = number
         return nullcontext()
 
+    def problem(self) -> str:
+        self.asked.append(self.current)
+        return self.problems[self.current]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPUs]:
+    found = GPUs()
     module = SimpleNamespace(
         cuda_version="12.6",
         cuda_architectures="sm_80 sm_90 compute_90",
-        cuda_device_problem=lambda: problems[current[0]],
+        cuda_device_problem=found.problem,
     )
     monkeypatch.setattr(native, "_native", module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "device", enter)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 3,
+        "current_device": lambda: found.current,
+        "device": found.device,
+        "get_device_capability": lambda number: found.capabilities[number],
+        "get_device_name": lambda number: f"GPU {number}",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     native.cuda_status.cache_clear()
-    yield problems
+    yield found
     native.cuda_status.cache_clear()
 
 
-def test_status_says_what_the_kernels_are_built_for(two_gpus: dict[int, str]) -> None:
+def test_status_says_what_the_kernels_are_built_for(gpus: GPUs) -> None:
     assert native.cuda_status() == (True, "CUDA 12.6, sm_80 sm_90 compute_90")
 
 
+def test_status_asks_one_gpu_of_each_capability(gpus: GPUs) -> None:
+    """The current one if it is one of them: the others may belong to other processes."""
+    native.cuda_status()
+    native.cuda_status()
+    assert gpus.asked == [1, 0]
+
+
 @pytest.mark.parametrize("number", [0, 1])
-def test_status_names_the_gpu_that_cannot_run_them(two_gpus: dict[int, str], number: int) -> None:
-    two_gpus[number] = "they are compiled for other GPUs"
+def test_status_names_the_gpu_that_cannot_run_them(gpus: GPUs, number: int) -> None:
+    gpus.problems[number] = "they are compiled for other GPUs"
     usable, why = native.cuda_status()
     assert not usable
     assert "built for CUDA 12.6, sm_80 sm_90 compute_90" in why
