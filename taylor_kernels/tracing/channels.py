@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import Reason, Record, Vector
-from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
+from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
 
@@ -31,8 +32,8 @@ class Channels:
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
-        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero; they
-            are to be filled before those that are zeroed.
+        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
+            they are to be filled before those that are zeroed.
     """
 
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
@@ -177,7 +178,9 @@ class Channels:
 
     def _gone(self, dead: Sequence[Tensor]) -> Vector:
         if len(dead) != len(self.groups):
-            raise ValueError(f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}")
+            raise ValueError(
+                f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
+            )
         gone = np.zeros(self._why.size, bool)
         for group, mask in zip(self.groups, dead, strict=True):
             if mask.shape != group.classes.shape or mask.dtype != torch.bool:
@@ -200,8 +203,7 @@ class Channels:
             for attribute, what in attributes.rules_of(module).items():
                 vector = None
                 if isinstance(what, tuple):
-                    tensor = getattr(module, what[0], None)
-                    first = firsts.get(id(tensor), "")
+                    first = firsts.get(id(getattr(module, what[0], None)), "")
                     vector = self._classes.get((first, what[1]))
                 elif what == "groups":
                     vector = self._label[groups[name]] if name in groups else None
@@ -209,7 +211,7 @@ class Channels:
                     # Its vectors first: an InstanceNorm is run on channels repeated by example.
                     own = [firsts.get(id(t), "") for t in (module.weight, module.running_mean)]
                     vectors = [self._classes[o, 0] for o in own if (o, 0) in self._classes]
-                    vector = (vectors or [norms.get(name)])[0]
+                    vector = vectors[0] if vectors else norms.get(name)
                 elif name in self._layers:
                     vector = self._layers[name][what == "outputs"]
                 old = getattr(module, attribute, None)
@@ -226,9 +228,7 @@ class Channels:
         lines = []
         for group in self.groups:
             per = sum(slot.index.size(1) for slot in group.producers)
-            through = ", ".join(
-                f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots
-            )
+            through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
@@ -250,5 +250,3 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
-
-
