@@ -41,7 +41,6 @@ class Network:
             Layer -> the filters that went, numbered as at first.
         """
         filters: dict[str, list[int]] = {}
-        self._check_unchanged()
         for first, group, dead, units in zip(
             self._first, self.groups, self.dead, taken, strict=True
         ):
@@ -59,7 +58,7 @@ class Network:
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
-            self._check_unchanged()
+            self.check_unchanged()
             remove(self.model, self.groups, dead, self._optimizer)
             self.groups = renumber(self.groups, dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
@@ -70,10 +69,10 @@ class Network:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        names = {axis.tensor for group in self.groups for axis in group.axes}
-        return {n: tensors[n].shape if n in tensors else None for n in sorted(names)}
+        names = dict.fromkeys(axis.tensor for group in self._first for axis in group.axes)
+        return {name: tensors[name].shape if name in tensors else None for name in names}
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Nobody else has cut the model.
 
         Raises:

@@ -88,12 +88,12 @@ class Group:
         count = alive % self.multiple or self.multiple
         return count if alive - count >= self.minimum else 0
 
-    def most_removable(self) -> int:
-        """How many units go at most."""
-        first = self.next_to_go(self.size)
+    def most_removable(self, alive: int) -> int:
+        """How many of the `alive` units go at most."""
+        first = self.next_to_go(alive)
         if not first:
             return 0
-        return first + (self.size - first - self.minimum) // self.multiple * self.multiple
+        return first + (alive - first - self.minimum) // self.multiple * self.multiple
 
 
 def removed_channels(

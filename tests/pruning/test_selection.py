@@ -83,11 +83,11 @@ def test_it_is_the_plain_loop(sizes, makes, levels, kinds, fraction, per_step, s
     groups, meter = chain(sizes, makes)
     other = chain(sizes, makes)[1]
     for group in groups:
-        meter.take(group, group.most_removable())
+        meter.take(group, group.most_removable(group.size))
     whole = other.cost
     reachable = meter.cost.over(whole)
     for group in groups:
-        meter.take(group, -group.most_removable())
+        meter.take(group, -group.most_removable(group.size))
     targets = {k: max(reachable[k], 1 - fraction * (1 - reachable[k])) for k in kinds}
     budget = Budget(meter, groups, targets, per_step)
 
