@@ -153,7 +153,8 @@ def main() -> int:
     _, _, after = rest.partition(END)
     new = f"{before}{BEGIN}\n{block()}\n{END}{after}"
     if options.check:
-        print("the map is up to date" if new == text else "the map is out of date: run python tools/room_map.py")
+        if new != text:
+            print("the map is out of date; python tools/room_map.py draws it anew")
         return new != text
     file.write_text(new, encoding="utf-8")
     return 0
