@@ -4,23 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import taylor_kernels as tk
-
-
-@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every test of this folder is marked `gpu`, and skipped where there is none."""
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            item.add_marker(without)
 
 
 @pytest.fixture(params=("cuda", "triton"))

@@ -21,7 +21,9 @@ from tests.helpers.cases import (
     same_bits,
 )
 from tests.helpers.fisher_limits import LIMIT_CASES, both_orders
-from tests.helpers.graphs import check_replay, run_behind_a_late_copy
+from tests.helpers.graphs import NEEDS_GPU, check_replay, run_behind_a_late_copy
+
+pytestmark = NEEDS_GPU
 
 #: Layers of ResNet-50, ResNeXt-50, MobileNet v2, a ViT and a head; more work than can be emulated.
 LAYERS = [

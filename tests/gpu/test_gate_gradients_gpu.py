@@ -17,7 +17,9 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
-from tests.helpers.graphs import check_replay, run_behind_a_late_copy
+from tests.helpers.graphs import NEEDS_GPU, check_replay, run_behind_a_late_copy
+
+pytestmark = NEEDS_GPU
 
 GATE_CASES = [
     *gate_cases(),

@@ -20,8 +20,10 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
-from tests.helpers.graphs import check_replay, run_behind_a_late_copy
+from tests.helpers.graphs import NEEDS_GPU, check_replay, run_behind_a_late_copy
 from tests.helpers.parameter_ops import EVERY_OP, GPU_CASES, SEED, ParameterOp, axes_of
+
+pytestmark = NEEDS_GPU
 
 
 @pytest.fixture(params=EVERY_OP, ids=lambda op: op.name)

@@ -1,13 +1,20 @@
-"""CUDA graphs and streams in tests."""
+"""What tests on a GPU share: their mark, CUDA graphs and streams."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 from tests.helpers.cases import same_bits
+
+#: For `pytestmark`.
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
 
 
 def check_replay(run: Callable[[], Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
