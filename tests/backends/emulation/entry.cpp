@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/cuda_ops.h"
+#include "bindings/cuda_ops.cpp"  // here, since every file that includes pybind11 takes seconds
 #include "bindings/records.h"
 #include "common/philox.h"
 #include "cuda/conv2d_fisher/launch_plan.cuh"
