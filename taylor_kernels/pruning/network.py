@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,24 @@ from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.pruning.units import Group, removed_entries, renumber
 
+#: Model -> the network of the last pruner that was made of it.
+_LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
+
+
+def check_free(model: nn.Module) -> None:
+    """No pruner of this model is in use.
+
+    Raises:
+        ValueError: one is.
+    """
+    last = _LAST.get(model)
+    network = None if last is None else last()
+    if network is not None and network.in_use:
+        raise ValueError(
+            "model: an earlier Pruner of it is open, whose filters this one would cut; close() "
+            "that one first (compact() before, to remove what it has masked)"
+        )
+
 
 class Network:
     """A model with its coupled groups.
@@ -21,6 +40,7 @@ class Network:
         groups: numbered as the model is now; `Group.units` says what they were at first.
         dead: per group [U] bool, True for units that are masked.
         meter: counts masked and removed units as gone.
+        in_use: its pruner is open and has not reached its targets.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
@@ -33,6 +53,8 @@ class Network:
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
         self._shapes = self._found_shapes()
+        self.in_use = True
+        _LAST[model] = weakref.ref(self)
 
     def mask(self, taken: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
         """Mask units ([n] int64 per group) that the meter has counted as gone already.
@@ -88,7 +110,8 @@ class Network:
                 )
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, for good."""
+        self.in_use = False
         self._masks.close()
 
     @property

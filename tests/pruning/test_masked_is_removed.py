@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.masking import Masks
 from tests.helpers import zoo
 
 OPTIMIZERS = {
@@ -67,10 +68,11 @@ def test_training_goes_on_without_a_jump(name, optimizer):
     model, inputs, optim, pruner = pruned_once(name, optimizer)
     batches = [zoo.fresh(inputs) for _ in range(4)]
     train(model, optim, batches[0])
-    # The twin stays masked: its own pruner holds the same masks.
     twin = copy.deepcopy(model)
     twin_optim = OPTIMIZERS[optimizer](twin.parameters())
     twin_optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+    masks = Masks(twin, twin_optim)  # a copy has none, and the twin is to stay masked
+    masks.set(pruner._network.groups, pruner._network.dead)
 
     pruner.compact()
     held = {id(p) for group in optim.param_groups for p in group["params"]}
