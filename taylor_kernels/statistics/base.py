@@ -39,6 +39,19 @@ class Statistic(ABC):
         prunable: it says something of filters that are removed together, so a pruner can use it.
         drawn: it is one random draw; a study takes the mean over many.
         nan_means: what nan in a table means and what to do about it, if it has a meaning.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> class WeightSum(tk.Statistic):
+        ...     name = "weight_sum"
+        ...     columns = "1: sum of the weights"
+        ...     reads = "weights"
+        ...
+        ...     def collect(self, *, loss_scale=1.0, closure=None):
+        ...         weights = [layer.weight.detach() for layer in self.layers.values()]
+        ...         return [weight.flatten(1).sum(1, keepdim=True) for weight in weights]
+        >>> WeightSum.prunable, WeightSum.per_example
+        (True, False)
     """
 
     name: ClassVar[str]
