@@ -93,9 +93,7 @@ def find_prunable(
     )
 
 
-def _unscored(
-    layers: Layers, outside: Mapping[str, str], reads: Reads
-) -> dict[str, str]:
+def _unscored(layers: Layers, outside: Mapping[str, str], reads: Reads) -> dict[str, str]:
     """Layers that a criterion cannot score -> why."""
     found: dict[str, str] = {}
     for name, layer in layers.items():
