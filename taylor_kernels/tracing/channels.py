@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import attributes
-from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.record import Reason, Record, Step, Vector
 from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
@@ -27,6 +28,8 @@ class Channels:
             Two places of one class go together. A shared tensor goes by its first name.
         layers: layer -> the classes of its input and output channels, as the layer counts them.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
+        steps: the norms and products that channels go through, in running order, with classes in
+            place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero; they
@@ -58,6 +61,10 @@ class Channels:
                 self._layers[product.module] = sides
                 self.layers[product.module] = index(sides[0]), index(sides[1])
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
+        self.steps: list[Step] = [
+            replace(step, inputs=self._label[step.inputs], outputs=self._label[step.outputs])
+            for step in record.steps
+        ]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer:
