@@ -90,10 +90,11 @@ def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     return found
 
 
-def tie(call: Call, size: int, vector: Vector, index: int = 0, weak: bool = False) -> bool:
+def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool = False) -> bool:
     """Find the attribute of the running module that counts these atoms.
 
     Args:
+        vector: None only to ask.
         index: which part of the new shape it is; the first parts are counts, the last widths.
         weak: the dimension stays as it is, so that the size may be another's by chance.
     """
@@ -115,7 +116,7 @@ def tie(call: Call, size: int, vector: Vector, index: int = 0, weak: bool = Fals
         widths = [attribute for attribute in names if _WIDTH.search(attribute)]
         counts = [attribute for attribute in names if attribute not in widths]
         names = (counts or names) if index == 0 else (widths or names)
-    for attribute in names:
+    for attribute in names if vector is not None else ():
         call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
     return bool(names)
 

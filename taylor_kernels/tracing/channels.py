@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import Reason, Record, Step, Vector
 from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
@@ -237,6 +239,17 @@ class Channels:
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
+
+    def show(self, path: str | Path) -> Path:
+        """Draw the groups and the layers that they run through: one HTML file, nothing to load.
+
+        Args:
+            path: where to write it.
+
+        Returns:
+            The path.
+        """
+        return write_page(self, Path(path))
 
     def __str__(self) -> str:
         return self.table()

@@ -77,6 +77,8 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
         return vector[:0]
     order = open_[np.lexsort((first[open_], -counts[open_].max(axis=1)))]
     sets, left = _together(shares[order])
+    if len(sets) == 1 and len(sets[0]) == classes.size:
+        return classes  # all or nothing
     pairs = []
     for members in sets:
         mine = classes[order[members]]

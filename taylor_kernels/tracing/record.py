@@ -7,7 +7,7 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,14 +51,14 @@ class Table:
         cells: the atoms of the grid, row by row.
         axes: one vector of atoms for each dimension of the grid.
         kind: "reshape", or "groups" of a convolution.
-        inferred: the axes whose size the caller left to PyTorch (-1).
+        allowed: the axes that the code may let shrink; the sizes of the others are constants.
         where: module and operation.
     """
 
     cells: Vector
     axes: tuple[Vector, ...]
     kind: str
-    inferred: tuple[int, ...]
+    allowed: tuple[int, ...]
     where: tuple[str, str]
 
 
@@ -212,9 +212,13 @@ class Record:
         cells: npt.NDArray[np.int64],
         where: tuple[str, str],
         kind: str = "reshape",
-        inferred: tuple[int, ...] = (),
+        allowed: Collection[int] | None = None,
     ) -> list[Vector | None]:
-        """The axes of a grid of atoms: vectors for the dimensions that its atoms depend on."""
+        """The axes of a grid of atoms: vectors for the dimensions that its atoms depend on.
+
+        Args:
+            allowed: the dimensions that may shrink, None for all.
+        """
         axes: list[Vector | None] = [None] * cells.ndim
         if not cells.any():
             return axes
@@ -236,8 +240,8 @@ class Record:
             axes[on[0]] = core
             return axes
         fresh = [self.fresh(size) for size in core.shape]
-        kept = tuple(on.index(dim) for dim in inferred if dim in on)
-        self.tables.append(Table(core.reshape(-1).copy(), tuple(fresh), kind, kept, where))
+        may = tuple(i for i, dim in enumerate(on) if allowed is None or dim in allowed)
+        self.tables.append(Table(core.flatten(), tuple(fresh), kind, may, where))
         for dim, axis in zip(on, fresh, strict=True):
             axes[dim] = axis
         return axes
@@ -257,6 +261,8 @@ class Record:
         core = [axes[dim] for dim in on]
         small = tuple(shape[dim] for dim in on)
         cells = self.fresh(int(np.prod(small)))
-        self.tables.append(Table(cells, tuple(a for a in core if a is not None), "reshape", (), where))
+        axes_on = tuple(axis for axis in core if axis is not None)
+        every = tuple(range(len(axes_on)))
+        self.tables.append(Table(cells, axes_on, "reshape", every, where))
         spread = [shape[dim] if dim in on else 1 for dim in range(len(shape))]
         return np.broadcast_to(cells.reshape(spread), shape).flatten()

@@ -186,6 +186,17 @@ class Recorder(TorchDispatchMode):
         start, name, _, size = self.record.starts[place - 1]
         return name if named[0] < start + size else ""
 
+    def owner(self, name: str) -> str:
+        """The module to which a use of this parameter belongs: the running one if it holds it."""
+        if self.stack:
+            running, module = self.stack[-1]
+            for tensor in module._parameters.values():
+                labels = None if tensor is None else self.store.get(tensor)
+                if labels is not None and labels.name == name:
+                    return running
+        owner = name.rpartition(".")[0]
+        return "" if owner.startswith("parametrizations.") else owner.split(".parametrizations.")[0]
+
     # Operations
 
     def __torch_dispatch__(

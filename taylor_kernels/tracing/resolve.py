@@ -194,7 +194,7 @@ class _Chooser:
                 self.width[kind] = max(self.width.get(kind, 0), len(free))
                 here = not heads.isdisjoint(label[axis].tolist())
                 self.head[kind] = self.head.get(kind, False) or here
-                if not len(free) or len(np.unique(label[axis])) < 2:
+                if dim not in table.allowed or not len(free) or len(np.unique(label[axis])) < 2:
                     dead.add(kind)
         self.candidates = [kind for kind in self.uses if kind not in dead]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.attributes import WHOLE
 from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.leaks import Leaks
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Recorder
 from taylor_kernels.tracing.running import Untouched, call, copied, is_lazy, quiet, tensors_in
@@ -63,7 +64,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 recorder.add(name, tensor)
             _keep_whole(recorder, names)
-            with torch._C._AutoDispatchBelowAutograd(), recorder:
+            with torch._C._AutoDispatchBelowAutograd(), recorder, Leaks(recorder):
                 try:
                     outputs = call(model, copied(example_inputs))
                 except TimeoutError:

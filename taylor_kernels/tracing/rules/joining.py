@@ -89,7 +89,7 @@ def pixel_shuffle(call: Call) -> Labels:
     else:
         shape = (*lead, channels // factor**2, factor, factor, height, width)
         order = [*range(n + 1), n + 3, n + 1, n + 4, n + 2]
-    grid = reshaped(call, old, shape)
+    grid = reshaped(call, old, shape, allowed=[n])
     moved = Labels(
         tuple(shape[i] for i in order), [grid.dims[i] for i in order],
         [grid.zero[i] for i in order], memory=old.memory,
@@ -102,7 +102,7 @@ def channel_shuffle(call: Call) -> Labels:
     old = call.of(call.args["self"])
     batch, channels, *space = old.shape
     groups = call.args["groups"]
-    grid = reshaped(call, old, (batch, groups, channels // groups, *space))
+    grid = reshaped(call, old, (batch, groups, channels // groups, *space), allowed=[2])
     order = [0, 2, 1, *range(3, len(grid.shape))]
     moved = Labels(
         tuple(grid.shape[i] for i in order), [grid.dims[i] for i in order],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Product, Vector
 from taylor_kernels.tracing.recorder import Call, rule, tensors_of
@@ -30,8 +31,7 @@ def layer(
     name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
     if not name:
         return
-    owner = name.rpartition(".")[0].split(".parametrizations.")[0]
-    owner = "" if owner.startswith("parametrizations.") else owner
+    owner = call.recorder.owner(name)
     zeros = np.zeros(0, np.int64)
     call.record.products.append(
         Product(
@@ -164,7 +164,11 @@ def _grouped(
         for vector in (rows, columns):
             call.refuse(vector, "belongs to a grouped weight that is computed")
         return None, None, None
-    axis, _ = record.grid(rows.reshape(groups, -1), where, "groups")
+    module = call.recorder.stack[-1][1] if call.recorder.stack else None
+    # Whole groups can go where the number of groups is an attribute that follows.
+    known = "groups" in rules_of(module) if module is not None else False
+    may = [0, 1] if known or tie(call, groups, None) else [1]
+    axis, _ = record.grid(rows.reshape(groups, -1), where, "groups", may)
     if axis is None:
         axis = record.fresh(groups)
         record.fix(axis, call.reason("is a group whose channels are shared"))
@@ -174,9 +178,12 @@ def _grouped(
         call.refuse(columns, "is the only channel of each group")
     else:
         other = record.fresh(groups * columns.size)
-        axis_again, inside_again = record.grid(other.reshape(groups, -1), where, "groups")
+        again = record.grid(other.reshape(groups, -1), where, "groups", may)
+        axis_again, inside_again = again
         record.join(axis_again, axis, call.reason("meets a tensor of fixed width"))
         record.join(inside_again, columns, call.reason("meets a tensor of fixed width"))
+    if 0 in may and not known:
+        tie(call, groups, axis)
     inputs, outputs = (rows, other) if transposed else (other, rows)
     return inputs, outputs, axis
 

@@ -7,7 +7,7 @@ sizes, since their sizes say which parts a dimension was cut into.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -172,9 +172,18 @@ def reshape(call: Call) -> Labels:
 
 
 def reshaped(
-    call: Call, old: Labels, shape: Sequence[int], inferred: tuple[int, ...] = ()
+    call: Call,
+    old: Labels,
+    shape: Sequence[int],
+    inferred: tuple[int, ...] = (),
+    allowed: Collection[int] | None = None,
 ) -> Labels:
-    """The labels of a tensor seen with another shape."""
+    """The labels of a tensor seen with another shape.
+
+    Args:
+        inferred: dimensions whose size the caller left to PyTorch (-1).
+        allowed: the only dimensions that may shrink; None to see from sizes and attributes.
+    """
     new = Labels.fixed(shape)
     new.memory, new.uniform = old.memory, old.uniform
     if not old.labelled and not old.uniform:
@@ -208,15 +217,39 @@ def reshaped(
             call.refuse(flat, "is a single channel whose dimension is dropped")
             continue
         else:
-            kept = tuple(theirs.index(i) for i in inferred if i in theirs)
             grid = flat.reshape([new.shape[i] for i in theirs])
-            axes = call.record.grid(grid, call.where, inferred=kept)
+            if allowed is None:
+                may = _may_shrink(call, grid, theirs, inferred)
+            else:
+                may = [place for place, i in enumerate(theirs) if i in allowed]
+            axes = call.record.grid(grid, call.where, allowed=may)
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
                 new.dims[i], new.zero[i] = axis, zero
                 if i not in inferred:
                     tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
     return new
+
+
+def _may_shrink(
+    call: Call, grid: Vector, theirs: Sequence[int], inferred: Sequence[int]
+) -> list[int]:
+    """Which axes of a new grid the code that made it lets shrink.
+
+    One that PyTorch infers does, one that an attribute counts can be made to. Of the others the
+    widest was worked out from the width, unless PyTorch had to infer one: they are constants then.
+    """
+    may, unknown = [], []
+    for place, i in enumerate(theirs):
+        if i in inferred:
+            may.append(place)
+        elif tie(call, grid.shape[place], None, index=place):
+            may.append(place)
+        elif grid.shape[place] > 1:
+            unknown.append(place)
+    if unknown and not any(i in inferred for i in theirs):
+        may.append(max(unknown, key=lambda place: (grid.shape[place], place)))
+    return may
 
 
 def segments(

@@ -1,0 +1,29 @@
+"""The small models that pruning is tested on: nothing offered is wrong, nothing prunable missing."""
+
+from __future__ import annotations
+
+import pytest
+import zoo
+from removal import faults
+
+from taylor_kernels.tracing import trace
+
+#: Layers that have to stay, by model; all others can lose channels.
+STAYS = {
+    "mlp": {"5"}, "vgg": {"head.2"}, "resnet": {"fc"}, "resnext": {"fc"}, "densenet": {"fc"},
+    "mobilenet": {"fc"}, "unet": {"out"}, "unet_grouped": {"out"},
+    "transformer": {"embed", "down.0", "down.1", "out"}, "two_inputs": {"heads.0", "heads.1"},
+    "gated": {"down"}, "shared": {"leave"}, "odd": {"fc"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_offered_units_can_go(name):
+    model, inputs = zoo.build(name)
+    assert not faults(model, inputs, trace(model, inputs))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_only_these_layers_stay(name):
+    model, inputs = zoo.build(name)
+    assert set(trace(model, inputs).skipped) == STAYS[name]
