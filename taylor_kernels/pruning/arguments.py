@@ -12,6 +12,8 @@ from torch.optim import LBFGS, Optimizer
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.pruning.masking import check_unmasked
+from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.statistics import get_statistic
 
 
@@ -54,6 +56,7 @@ def check_arguments(
             raise ValueError(
                 f"model: its parameter {name} is on the meta device; materialise it first"
             )
+    check_unmasked(model)
     if not get_statistic(criterion.statistic).prunable:
         raise ValueError(
             f"criterion: {criterion.name!r} says nothing of filters that are removed together; it "
@@ -124,7 +127,7 @@ def _check_optimizer(optimizer: object, model: nn.Module) -> None:
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-    if isinstance(optimizer, LBFGS):
+    if any(isinstance(one, LBFGS) for one in optimizers_in(optimizer)):
         raise ValueError(
             "optimizer: LBFGS keeps one flat history of all weights, which cannot be cut with the "
             "model; use another one, or leave it out and make a new one after compact()"

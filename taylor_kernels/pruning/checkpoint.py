@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
+from taylor_kernels.pruning.model_run import outside_inference_mode
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
     VERSION,
@@ -65,6 +66,7 @@ def save_checkpoint(
     write_atomically(path, lambda file: torch.save(content, file))
 
 
+@outside_inference_mode()
 def load_checkpoint(
     path: str | os.PathLike[str],
     *,

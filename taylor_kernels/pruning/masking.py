@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from taylor_kernels.pruning.removal import Cuts, lookup, zero_state
+from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.pruning.optimizer_state import Cuts, zero_state
+from taylor_kernels.pruning.removal import lookup
 from taylor_kernels.pruning.units import Group, removed_entries
 
 
@@ -19,13 +23,17 @@ class Masks:
     Everything that removal would take is zero (running variances one): producers' filters, the
     norms and parameters behind them, consumers' input columns, their gradients and the
     optimizer's state. Gradients are zeroed as they arrive; tensors are written again around every
-    forward pass of the model, which undoes what an unknown optimizer's momentum did to them.
+    forward pass of the model and after every step of an optimizer, which undoes what momentum did
+    to them; a model that was compiled before shows its passes to no hook. The hooks outlive the
+    pruner, but not a copy of the model: there the units are plain zeros.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._model = model
         self._optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        # One hook is on all optimizers, and would outlive the model.
+        weakref.finalize(model, remove_all, self._hooks)
 
     def set(self, groups: Sequence[Group], dead: Sequence[Tensor]) -> None:
         """Mask exactly the dead units ([U] bool per group); what was masked before stays zero."""
@@ -37,22 +45,23 @@ class Masks:
         parameters = {name: p for name, p in self._model.named_parameters() if name in entries}
         write(self._model, entries)
         for name, parameter in parameters.items():
-            zero = _ZeroGrad(entries[name])
+            zero = Hook(_zero_grad, entries[name])
             zero(parameter)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(zero))
             if self._optimizer is not None:
                 zero_state(self._optimizer, name, parameter, entries[name])
         statistics = {name: cuts for name, cuts in entries.items() if name not in parameters}
-        self._hooks.append(self._model.register_forward_pre_hook(_Write(entries)))
+        self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, entries)))
         # Training moves a masked channel's variance off one; it is put back at once.
-        self._hooks.append(self._model.register_forward_hook(_Write(statistics)))
+        self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
+        after_step = Hook(_write_after_step, weakref.ref(self._model), entries)
+        self._hooks.append(register_optimizer_step_post_hook(after_step))
 
     def close(self) -> None:
         """Take the hooks off; the values stay."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        remove_all(self._hooks)
+        self._hooks.clear()
 
 
 def write(model: nn.Module, entries: Mapping[str, Cuts]) -> None:
@@ -73,22 +82,40 @@ def _placed(cuts: Cuts, tensor: Tensor) -> Cuts:
     return {dim: replace(cut, index=cut.index.to(tensor.device)) for dim, cut in cuts.items()}
 
 
-class _ZeroGrad:
-    """Zeroes the masked entries of a parameter's gradient; a picklable hook."""
-
-    def __init__(self, cuts: Cuts) -> None:
-        self._cuts = cuts
-
-    def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and parameter.grad.layout == torch.strided:
-            _fill(parameter.grad.data, self._cuts)
+def _zero_grad(cuts: Cuts, parameter: Tensor) -> None:
+    """Zero the masked entries of a parameter's gradient."""
+    if parameter.grad is not None and parameter.grad.layout == torch.strided:
+        _fill(parameter.grad.data, cuts)
 
 
-class _Write:
-    """Writes masked entries before or after a forward pass; a picklable hook."""
+def _write(entries: Mapping[str, Cuts], model: nn.Module, *_: object) -> None:
+    """Write masked entries, before or after a forward pass."""
+    write(model, entries)
 
-    def __init__(self, entries: Mapping[str, Cuts]) -> None:
-        self._entries = entries
 
-    def __call__(self, model: nn.Module, *_: object) -> None:
-        write(model, self._entries)
+def _write_after_step(
+    model: weakref.ref[nn.Module], entries: Mapping[str, Cuts], *_: object
+) -> None:
+    """Write masked entries after a step of any optimizer."""
+    if (alive := model()) is not None:
+        write(alive, entries)
+
+
+def check_unmasked(model: nn.Module) -> None:
+    """No pruner holds filters of this model, or of a part of it, at zero.
+
+    Raises:
+        ValueError: one does.
+    """
+    hooks: list[object] = [
+        hook for module in model.modules() for hook in module._forward_pre_hooks.values()
+    ]
+    for parameter in model.parameters():
+        hooks += (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
+    if any(
+        isinstance(hook, Hook) and (hook.calls(_write) or hook.calls(_zero_grad)) for hook in hooks
+    ):
+        raise ValueError(
+            "model: an earlier Pruner holds filters of it at zero; call compact() or close() of "
+            "that one first, or go on with copy.deepcopy(model), where they are plain zeros"
+        )

@@ -34,6 +34,16 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 @contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Inside, tensors are made that can be trained on later, whatever mode the caller is in."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """The random state of every device is afterwards what it was."""
     used = torch.cuda.is_available() and torch.cuda.is_initialized()

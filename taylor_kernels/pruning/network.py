@@ -32,6 +32,7 @@ class Network:
         self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
+        self._shapes = self._found_shapes()
 
     def mask(self, taken: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
         """Mask units ([n] int64 per group) that the meter has counted as gone already.
@@ -40,6 +41,7 @@ class Network:
             Layer -> the filters that went, numbered as at first.
         """
         filters: dict[str, list[int]] = {}
+        self._check_unchanged()
         for first, group, dead, units in zip(
             self._first, self.groups, self.dead, taken, strict=True
         ):
@@ -57,10 +59,34 @@ class Network:
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
+            self._check_unchanged()
             remove(self.model, self.groups, dead, self._optimizer)
             self.groups = renumber(self.groups, dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
+            self._shapes = self._found_shapes()
         return dead
+
+    def _found_shapes(self) -> dict[str, torch.Size | None]:
+        """The shapes of the tensors that units have entries in; None for those that are gone."""
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors |= dict(self.model.named_buffers(remove_duplicate=False))
+        names = {axis.tensor for group in self.groups for axis in group.axes}
+        return {n: tensors[n].shape if n in tensors else None for n in sorted(names)}
+
+    def _check_unchanged(self) -> None:
+        """Nobody else has cut the model.
+
+        Raises:
+            RuntimeError: somebody has.
+        """
+        for name, shape in self._found_shapes().items():
+            if shape != self._shapes[name]:
+                found = "is gone" if shape is None else f"has shape {tuple(shape)}"
+                raise RuntimeError(
+                    f"model: {name} {found}, where this pruner left one of "
+                    f"{tuple(self._shapes[name] or ())}: another Pruner, or other code, has cut "
+                    "the model since; close() this pruner and make a new one"
+                )
 
     def close(self) -> None:
         """Take the hooks off the model."""

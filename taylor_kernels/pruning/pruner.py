@@ -19,6 +19,7 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.model_run import outside_inference_mode
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
@@ -84,6 +85,7 @@ class Pruner:
         Linear(in_features=4, out_features=8, bias=True)
     """
 
+    @outside_inference_mode()
     def __init__(
         self,
         model: nn.Module,
@@ -142,6 +144,7 @@ class Pruner:
         self._closed = False
         self._watch()
 
+    @outside_inference_mode()
     def step(
         self, *, loss_scale: float = 1.0, closure: Closure | None = None
     ) -> PruneRecord | None:
@@ -243,6 +246,7 @@ class Pruner:
         """
         return self._scores.by_layer(self._network.dead, self.model)
 
+    @outside_inference_mode()
     def compact(self) -> nn.Module:
         """Remove what is masked from the model, in place, with the optimizer's state.
 
@@ -292,6 +296,7 @@ class Pruner:
             "history": [asdict(record) for record in self._history],
         }
 
+    @outside_inference_mode()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a pruner of the same original model stopped.
 

@@ -93,6 +93,11 @@ def check_closure(statistic: Statistic, closure: object, criterion: str, method:
         raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
 
 
+def version_of(tensor: Tensor) -> int:
+    """Counts changes in place; those of tensors of torch.inference_mode() are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Inside, every module is in eval mode; then each in its own again."""

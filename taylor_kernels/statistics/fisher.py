@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from taylor_kernels.statistics.base import Closure, eval_mode
+from taylor_kernels.hooks import Hook
+from taylor_kernels.statistics.base import Closure, eval_mode, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
-from taylor_kernels.statistics.hooks.hook import Hook, version_of
 from taylor_kernels.statistics.hooks.passes import (
     NOTHING_SEEN,
     WatchesPasses,

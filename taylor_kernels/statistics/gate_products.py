@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.layout import accumulator
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
 from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
-from taylor_kernels.statistics.hooks.hook import Hook, remove_all
 from taylor_kernels.statistics.hooks.passes import inside_backward
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output, filter_count
 from taylor_kernels.statistics.registry import register_statistic

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from taylor_kernels.hooks import Hook
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
-from taylor_kernels.statistics.hooks.hook import Hook
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.statistics.layers import Layers, filter_count
 from taylor_kernels.statistics.registry import register_statistic

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.layers import (
@@ -37,6 +37,7 @@ class WeightMoments(Statistic):
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._scored: list[tuple[weakref.ref[Tensor], int]] = []
+        self._powers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         weights, grads = self._weights_and_grads()
@@ -53,9 +54,20 @@ class WeightMoments(Statistic):
             for i, table in zip(chosen, moments, strict=True):
                 tables[i] = table
         if loss_scale != 1.0:
-            power = torch.tensor([1.0, 2.0, 1.0, 0.0, 2.0])
-            tables = [t / loss_scale ** power.to(t) for t in tables]
+            tables = [t / loss_scale ** self._powers_like(t) for t in tables]
         return tables
+
+    def _powers_like(self, table: Tensor) -> Tensor:
+        """By what power of the loss scale each moment is multiplied.
+
+        It is kept on each device: a copy there, for each layer of each minibatch, would make the
+        host wait for the device.
+        """
+        key = table.device, table.dtype
+        if key not in self._powers:
+            powers = [1.0 * ("g" in name) * (1 + ("2" in name)) for name in MOMENTS]
+            self._powers[key] = torch.tensor(powers, dtype=table.dtype, device=table.device)
+        return self._powers[key]
 
     def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
         weights: list[Tensor] = []

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from taylor_kernels.statistics.base import Statistic
-from taylor_kernels.statistics.hooks.hook import Hook, remove_all, version_of
+from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.statistics.base import Statistic, version_of
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 
 OnOutput = Callable[[str, Tensor], None]

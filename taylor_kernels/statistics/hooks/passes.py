@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
-from taylor_kernels.statistics.hooks.hook import Hook, remove_all
 from taylor_kernels.statistics.layers import Layers
 
 

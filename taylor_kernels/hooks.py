@@ -1,0 +1,84 @@
+"""The hook that this package puts on modules and parameters of a model that is not its own."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+#: Before PyTorch 2.7 export is not told from compilation, which does not see inside hooks anyway.
+_is_exporting: Callable[[], bool] = getattr(
+    torch.compiler, "is_exporting", torch.compiler.is_compiling
+)
+
+
+class Hook:
+    """A hook that stays with its module.
+
+    It does nothing in a copied or saved model, nothing while the model is traced or exported, and
+    nothing once the object is gone whose method it calls. torch.compile does not look into it.
+
+    Args:
+        function: called with `arguments` before those of the hook. A bound method's object is not
+            kept alive.
+    """
+
+    def __init__(self, function: Callable[..., Any] | None = None, *arguments: Any) -> None:
+        self._function: Callable[[], Callable[..., Any] | None]
+        if inspect.ismethod(function):
+            self._function = weakref.WeakMethod(function)
+        else:
+            self._function = lambda: function
+        self._arguments = arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        function = self._function()
+        if function is None or torch.jit.is_tracing() or _is_exporting():
+            return None
+        return function(*self._arguments, *arguments)
+
+    def calls(self, function: Callable[..., Any]) -> bool:
+        """Whether this is a hook that calls that function, and no copy of one."""
+        return self._function() == function
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+    @property
+    def __name__(self) -> str:
+        # Asked for by torch.jit.script, which would compile the hook. An error of this kind is no
+        # harm to others that ask.
+        raise AttributeError(
+            "torch.jit.script cannot compile the hooks that tk.Pruner and tk.Importance put on a "
+            "model: close() them first (compact() before, for a pruner). A copy of the model that "
+            "was made before has them too, so copy it again"
+        )
+
+
+def _hide_from_compiler(function: Any) -> None:
+    """Let torch.compile break its graph at a function, and run all of it as it is.
+
+    That is what torch.compiler.disable does, which takes a second to import and so is no choice
+    for those who do not compile. Where PyTorch has no such door the hooks are compiled, too, again
+    and again, but rightly.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        strategy = frames._FrameExecStrategy(skip, skip)  # it and what it calls
+        frames.set_code_exec_strategy(function.__code__, strategy)
+        function._torchdynamo_disable = True
+        function._torchdynamo_disable_msg = "a hook of tk.Pruner or tk.Importance; close() it first"
+
+
+_hide_from_compiler(Hook.__call__)
+
+
+def remove_all(handles: Sequence[RemovableHandle]) -> None:
+    """Take hooks off; those that are off already do not matter."""
+    for handle in handles:
+        handle.remove()
