@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layers import Layers
 
 
@@ -28,8 +29,18 @@ class WatchesPasses(Statistic):
     #: Threads that run a closure; its passes are those of the meter that runs it, alone.
     in_closure: ClassVar[list[int]] = []
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        # What is looked at, by name: the layers, or the modules at the sites of their gates.
+        self._watched: dict[str, nn.Module] = {**layers}
+        if sites is not None:
+            self._watched = {s.key: model.get_submodule(s.module) for s in sites.sites}
         self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
@@ -66,16 +77,17 @@ class WatchesPasses(Statistic):
                 "everything before is frozen; run the pass inside tk.scoring(model), or leave "
                 "these layers out (layers= of Importance, ignore= of Pruner)"
             )
-        missing = [name for name in self.layers if name not in self._called]
+        missing = [name for name in self._watched if name not in self._called]
         for name in missing:
-            grad = self.layers[name].weight.grad
+            weight = getattr(self.layers.get(name), "weight", None)
+            grad = None if weight is None else weight.grad
             if grad is not None and grad.any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
                     "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "
                     "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion"
                 )
-        if missing and len(missing) < len(self.layers) and not self._warned:
+        if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{', '.join(missing)}: not called in any pass with gradients so far, and scored "
