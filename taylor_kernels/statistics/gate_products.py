@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import inside_backward
-from taylor_kernels.statistics.hooks.sites import ELSEWHERE, IN, GateSites, Site
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites, change_at
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -78,7 +78,10 @@ class GateProducts(InClosure):
 
     def _hooks(self) -> list[RemovableHandle]:
         if self.sites is not None:
-            return [self._on_site(site) for site in self.sites.sites]
+            return [
+                change_at(self.model, site, partial(self._gated, site.key, dim=site.dim))
+                for site in self.sites.sites
+            ]
         # Before all other hooks, so that a norm and they are handed what is multiplied.
         handles = [
             layer.register_forward_hook(Hook(self._gate_layer, name), prepend=True)
@@ -89,24 +92,6 @@ class GateProducts(InClosure):
             for module in self.model.modules()
             if isinstance(module, _NormBase)
         ]
-
-    def _on_site(self, site: Site) -> RemovableHandle:
-        module = self.model.get_submodule(site.module)
-
-        def given(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            gated = self._gated(site.key, first, site.dim)
-            if gated is None:
-                return None
-            if args:
-                return (gated, *args[1:]), kwargs
-            return args, kwargs | {next(iter(kwargs)): gated}
-
-        if site.side == IN:
-            return module.register_forward_pre_hook(given, with_kwargs=True)
-        return module.register_forward_hook(
-            lambda _, __, output: self._gated(site.key, output, site.dim)
-        )
 
     def _turned(self, name: str, gate: Tensor) -> Tensor:
         """1 for each gate that stands here, 0 for the others."""
@@ -158,8 +143,6 @@ class GateProducts(InClosure):
             if seen or number in self._replaced:
                 return
             seen = True  # and not what comes when the gradient is differentiated
-            others = [place for place in range(y.dim()) if place != dim]
-            total = (y * dy.detach()).sum(others, dtype=accumulator(y.dtype))
-            self._gate_tables.noise.add(name, total, y, dy, dim)
+            self._gate_tables.noise.add(name, y, dy, dim)
 
         gated.register_hook(on_gradient)

@@ -119,7 +119,7 @@ class _Gates(WatchesPasses):
             bias = self._bias(name, module)
             gates = gate_gradients(y, dy, bias=bias, channel_dim=dim or 1, backend=self.backend)
             if self._watches_noise():
-                self._gate_tables.noise.add(name, gates.sum(0), y, dy, dim or 1)
+                self._gate_tables.noise.add(name, y, dy, dim or 1)
             self._receive(name, module, gates, pass_)
 
         place = name if self.sites is not None else module

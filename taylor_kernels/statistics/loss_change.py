@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.statistics.base import Closure, eval_mode
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
-from taylor_kernels.statistics.hooks.sites import OUT, GateSites
+from taylor_kernels.statistics.hooks.sites import GateSites, change_at
 from taylor_kernels.statistics.layers import channel_dim, filter_count
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -89,7 +89,10 @@ class LossChange(KnowsNorms):
                 layer = self.layers[name]
                 gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
                 zeroing = _zeroing(channel_dim(layer), gone, layer.weight.device)
-                handles += [module.register_forward_hook(zeroing) for module in gated]
+                handles += [
+                    module.register_forward_hook(lambda _, __, y, zeroing=zeroing: zeroing(y))
+                    for module in gated
+                ]
         try:
             yield
         finally:
@@ -103,17 +106,8 @@ class LossChange(KnowsNorms):
             channels = torch.isin(site.classes, classes).nonzero().flatten().tolist()
             if not channels:
                 continue
-            module = self.model.get_submodule(site.module)
             device = next(iter(self.layers.values())).weight.device
-            zeroing = _zeroing(site.dim, channels, device)
-            if site.side == OUT:
-                handles.append(module.register_forward_hook(zeroing))
-            else:
-                handles.append(
-                    module.register_forward_pre_hook(
-                        lambda m, args, zeroing=zeroing: (zeroing(m, (), args[0]), *args[1:])
-                    )
-                )
+            handles.append(change_at(self.model, site, _zeroing(site.dim, channels, device)))
         return handles
 
 
@@ -133,8 +127,6 @@ def _number(loss: object) -> float:
     )
 
 
-def _zeroing(
-    dim: int, channels: list[int], device: torch.device
-) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _zeroing(dim: int, channels: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
     index = torch.tensor(channels, device=device)
-    return lambda module, inputs, output: output.index_fill(dim, index, 0)
+    return lambda tensor: tensor.index_fill(dim, index, 0)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from taylor_kernels.layout import accumulator
+
 #: Updates in which terms are summed up, from the first on and after each change of mode.
 _UPDATES = 3
 #: |Σ| ≤ so many eps · Σ|terms| is noise. Of networks in tests the gates in front of a norm stayed
@@ -35,20 +37,23 @@ class Noise:
         self._left = _UPDATES
         self._training: bool | None = None
         self._evidence: dict[str, int] = {}
-        self._sums: dict[str, Tensor] = {}  # [C, 3]: Σ, Σ|terms|, both of the update; tolerance
+        self._sums: dict[
+            str, Tensor
+        ] = {}  # [C, 3] of the update: Σ, tolerance · Σ|terms|, Σ|terms|
 
     @property
     def watches(self) -> bool:
         """Whether terms are wanted."""
         return self._left > 0
 
-    def add(self, name: str, total: Tensor, y: Tensor, dy: Tensor, channel_dim: int) -> None:
-        """Note the gates' gradient [C] = Σ y·dy of one use."""
+    def add(self, name: str, y: Tensor, dy: Tensor, channel_dim: int) -> None:
+        """Note the terms y·dy of one use of gates."""
+        dtype = accumulator(y.dtype)
+        terms = y.detach().to(dtype) * dy.detach().to(dtype)
         others = [dim for dim in range(y.dim()) if dim != channel_dim]
-        terms = (y.detach() * dy.detach()).abs().sum(others, dtype=total.dtype)
-        eps = torch.finfo(y.dtype).eps
-        noise = terms * min(_ROUNDING * eps, _AT_MOST)
-        sums = torch.stack((total.detach(), noise, terms), 1)
+        total, greatest = terms.sum(others), terms.abs_().sum(others)
+        tolerance = min(_ROUNDING * torch.finfo(y.dtype).eps, _AT_MOST)
+        sums = torch.stack((total, tolerance * greatest, greatest), 1)
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def close_update(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.hooks import Hook, remove_all
 
@@ -54,6 +55,12 @@ class GateSites:
 
     sites: tuple[Site, ...]
     layers: Mapping[str, Tensor]
+
+    @property
+    def hidden(self) -> list[str]:
+        """Layers with filters whose gates stand nowhere."""
+        placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
+        return [name for name, c in self.layers.items() if not torch.isin(c, placed).all()]
 
     def without(self, gone: Tensor) -> GateSites:
         """The sites once the channels of the classes `gone` have been removed from the model."""
@@ -104,6 +111,29 @@ class SiteRows:
         return list(total[self._place.to(device)].split(self._sizes))
 
 
+def change_at(
+    model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """A hook that puts change(tensor) in place of the tensor at a site, if it is not None."""
+    module = model.get_submodule(site.module)
+    if site.side == IN:
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: _with_first(change, args, kwargs), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, __, output: change(output))
+
+
+def _with_first(
+    change: Callable[[Tensor], Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with another first one."""
+    name = "" if args else next(iter(kwargs))
+    new = change(args[0] if args else kwargs[name])
+    if new is None:
+        return args, kwargs
+    return ((new, *args[1:]), kwargs) if args else (args, kwargs | {name: new})
+
+
 OnOutput = Callable[[str, Tensor], None]
 OnNorm = Callable[[str, _NormBase, Tensor, Tensor], None]
 
@@ -137,17 +167,14 @@ class SiteHooks:
         return []
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        # A view of its own: other readers of this tensor have gates of their own.
-        if args:
-            view = args[0].view_as(args[0])
-            args = (view, *args[1:])
-        else:
-            name, value = next(iter(kwargs.items()))
-            view = value.view_as(value)
-            kwargs = kwargs | {name: view}
-        if (on_output := self._on_output()) is not None:
-            on_output(key, view)
-        return args, kwargs
+        def seen(given: Tensor) -> Tensor:
+            # A view of its own: other readers of this tensor have gates of their own.
+            view = given.view_as(given)
+            if (on_output := self._on_output()) is not None:
+                on_output(key, view)
+            return view
+
+        return _with_first(seen, args, kwargs)
 
     def _after(
         self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
