@@ -4,9 +4,9 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
+NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 
-.PHONY: demo test check format bench gpu-check clean
+.PHONY: demo test check format bench docs gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/taylor-kernels demo
@@ -29,6 +29,11 @@ format: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench
 
+# The site, in build/site. A warning is an error; so is a link that leads nowhere.
+docs: $(VENV)/docs
+	$(BIN)/python -m tools.docs_blocks --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # On a machine with an NVIDIA GPU, without network: uses the python3 that has torch, pybind11, ninja
 # and cmake. Writes one JSON and one log into $$OUT. STEPS="build tests" runs these alone.
 gpu-check:
@@ -44,6 +49,10 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 $(VENV)/built: $(VENV)/dependencies $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt \
 		--no-build-isolation --editable '.[dev]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/built
+	$(BIN)/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]'
 	touch $@
 
 clean:

@@ -16,6 +16,7 @@ from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
+    check_loss_scale,
     filter_count,
     find_layers,
     get_statistic,
@@ -51,6 +52,8 @@ class Importance:
             gradient, update() raises.
         frozen weights: left out with a warning under criteria that read weight gradients, an error
             if named in `layers`. Gate criteria do not need them.
+        layers before the first trained one: no gradient reaches their outputs, so gate criteria and
+            `obd_fisher` have no score for them, which is nan, and warn; inside scoring() they do.
         frozen BatchNorm, or one without affine parameters: its gate is read off its output.
         BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
             the scores are those of the network in that mode. In train mode it mixes examples; what
@@ -160,8 +163,7 @@ class Importance:
             ValueError: `loss_scale` is not a positive number; a closure is missing, or given to a
                 criterion that takes none, or returned no scalar that depends on the model.
         """
-        if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < math.inf:
-            raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
+        check_loss_scale(loss_scale)
         if self._closed:
             raise RuntimeError(
                 "update: the meter is closed; make a new one, whose load_state_dict() goes on from "
@@ -173,14 +175,17 @@ class Importance:
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
         scores = [self.criterion.observations(table.to(device)) for table in tables]
-        self._sum = self._sum.to(device) + torch.cat(
-            [s.sum(1, dtype=torch.float64) for s in scores]
-        )
-        self._sum_squares = self._sum_squares.to(device) + torch.cat(
-            [s.double().square().sum(1) for s in scores]
-        )
+        total = torch.cat([s.sum(1, dtype=torch.float64) for s in scores])
+        squares = torch.cat([s.double().square().sum(1) for s in scores])
         counts = [s.size(1) for s in scores]
         counts *= len(self._sizes) if len(counts) == 1 else 1
+        if unread := self._statistic.unread:  # for these layers it was no observation
+            read = [name not in unread for name in self._sizes]
+            of_filters = torch.tensor(read).repeat_interleave(torch.tensor([*self._sizes.values()]))
+            total, squares = (t.where(of_filters.to(device), 0.0) for t in (total, squares))
+            counts = [n * here for n, here in zip(counts, read, strict=True)]
+        self._sum = self._sum.to(device) + total
+        self._sum_squares = self._sum_squares.to(device) + squares
         self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
         self._updates += 1
 
@@ -192,7 +197,8 @@ class Importance:
     def compute(self) -> dict[str, Tensor]:
         """{layer name: [filters] float32}: the mean score over observations, larger matters more.
 
-        An observation is an update; for `taylor_fo_gate` it is an example.
+        An observation is an update; for `taylor_fo_gate` it is an example. A layer that could not
+        be read in any, as where no gradient reaches it, has nan.
 
         A layer whose gates have no gradient but rounding noise has nan, and a warning names it: a
         norm that was not seen divides them out. Noise would rank it below all others, whatever its

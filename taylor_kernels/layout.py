@@ -1,8 +1,9 @@
 """How a tensor looks to a kernel: a dense block with named extents.
 
-The kernels know two orders of a parameter and one of an activation (csrc/common/filter_moments.h,
-csrc/common/gate_gradients.h). Tensors in those orders are passed as they are; any other strides are
-copied into one first, so a kernel never meets them.
+A call of a kernel is a NamedTuple, whose members the native module reads by name
+(csrc/bindings/records.h). The kernels know two orders of a parameter and one of an activation
+(csrc/common/parameter.h, csrc/common/gate_gradients.h). Tensors in those orders are passed as they
+are; any other strides are copied into one first, so a kernel never meets them.
 """
 
 from __future__ import annotations
@@ -19,30 +20,33 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ParameterItem(NamedTuple):
-    """One parameter of a call; mirrors the struct of the same name in csrc/common/parameter.h."""
+    """One parameter of a call; csrc/common/parameter.h says what its members are."""
 
     weight: Tensor
-    grad: Tensor  # or what the op reads in its place
-    hvp: Tensor | None  # of second_order_moments
+    grad: Tensor | None
+    hvp: Tensor | None
     rows: int
     channels: int
     kernel: int
     groups: int
     row_out: Tensor | None  # [rows, sums]
     col_out: Tensor | None  # [groups * channels, sums]
+    dtype: torch.dtype
     channels_last: bool
     stream: int  # of random signs, for an op that draws some
 
 
 class RademacherItem(NamedTuple):
-    """One vector of a `rademacher` call; mirrors the struct of the same name in csrc/."""
+    """One vector of a `rademacher` call; see csrc/common/rademacher.h."""
 
     out: Tensor  # from a 16-byte address on
+    elements: int
+    dtype: torch.dtype
     stream: int
 
 
 class GateGradientsArgs(NamedTuple):
-    """A `gate_gradients` call; mirrors the struct of the same name in csrc/."""
+    """A `gate_gradients` call; see csrc/common/gate_gradients.h."""
 
     output: Tensor
     grad_output: Tensor
@@ -52,10 +56,11 @@ class GateGradientsArgs(NamedTuple):
     channels: int
     inner: int
     out: Tensor  # [batch, channels]
+    dtype: torch.dtype
 
 
 class Conv2dFisherArgs(NamedTuple):
-    """A `conv2d_fisher` call; mirrors the struct of the same name in csrc/."""
+    """A `conv2d_fisher` call; see csrc/common/conv2d_fisher.h."""
 
     input: Tensor
     grad_output: Tensor
@@ -71,6 +76,8 @@ class Conv2dFisherArgs(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
     input_channels_last: bool
     grad_channels_last: bool
     tf32: bool
@@ -83,7 +90,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def parameter_item(
     weight: Tensor,
-    grad: Tensor,
+    grad: Tensor | None,
     hvp: Tensor | None,
     groups: int,
     row_out: Tensor | None,
@@ -100,18 +107,17 @@ def parameter_item(
         last = _channel_last(weight, 1)
         channels_last = last.is_contiguous()
         weight = last if channels_last else weight.contiguous()
-    if channels_last or not grad.is_contiguous():
-        grad = _stored_like(grad, channels_last)
     return ParameterItem(
         weight,
-        grad,
-        None if hvp is None else _stored_like(hvp, channels_last),
+        _stored_like(grad, channels_last),
+        _stored_like(hvp, channels_last),
         rows,
         channels,
         kernel,
         groups,
         row_out,
         col_out,
+        weight.dtype,
         channels_last,
         stream,
     )
@@ -150,6 +156,7 @@ def activation_args(
         channels,
         inner,
         out,
+        output.dtype,
     )
 
 
@@ -186,13 +193,17 @@ def conv2d_fisher_args(
         (stride[0], stride[1]),
         (padding[0], padding[1]),
         (dilation[0], dilation[1]),
+        input.dtype,
+        (input if weight is None else weight).dtype,
         x_last,
         dy_last,
         tf32,
     )
 
 
-def _stored_like(tensor: Tensor, channels_last: bool) -> Tensor:
+def _stored_like(tensor: Tensor | None, channels_last: bool) -> Tensor | None:
+    if tensor is None:
+        return None
     return (_channel_last(tensor, 1) if channels_last else tensor).contiguous()
 
 

@@ -333,18 +333,37 @@ def test_unbatched_inputs_and_tokens():
     torch.testing.assert_close(imp.compute()[""], expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_outputs_without_gradient_point_to_scoring():
+def test_layers_before_the_first_trained_one_have_no_score():
     model = nets.mixed()
     model.stem.requires_grad_(False)
     model.stem_bn.requires_grad_(False)
     imp = tk.Importance(model, "taylor_fo_gate")
     nets.backward(model, nets.batch())
-    with pytest.raises(RuntimeError, match=r"no gradient reaches the output of stem.*tk\.scoring"):
+    with pytest.warns(UserWarning, match=r"output of stem,.*tk\.scoring.*taylor_fo"):
         imp.update()
+    scores = imp.compute()
+    assert scores["stem"].isnan().all()
+    assert all((score > 0).any() for name, score in scores.items() if name != "stem")
+    data = nets.batch()
     with tk.scoring(model):
-        nets.loss_of(model, nets.batch()).backward()
+        nets.loss_of(model, data).backward()
     imp.update()
-    assert (imp.compute()["stem"] > 0).all()
+    alone = tk.Importance(model, "taylor_fo_gate")
+    with tk.scoring(model):
+        nets.loss_of(model, data).backward()
+    alone.update()
+    assert imp.compute()["stem"].equal(alone.compute()["stem"])  # as if it had been read alone
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
+def test_a_model_that_is_frozen_as_a_whole_has_nothing_to_score(criterion):
+    model = nets.mixed().requires_grad_(False)
+    x, _ = nets.batch()
+    imp = tk.Importance(model, criterion)
+    weight = torch.ones((), requires_grad=True)
+    (model(x) * weight).sum().backward()
+    with pytest.raises(RuntimeError, match=r"reaches the output of .* nothing to score.*scoring"):
+        imp.update()
 
 
 @pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_so_bn", "oracle"])

@@ -14,9 +14,11 @@ import pytest
 from tests.helpers import ROOT
 
 SOURCES = (
+    "cmake",
     "csrc",
     "taylor_kernels",
     "CMakeLists.txt",
+    "MANIFEST.in",
     "setup.py",
     "pyproject.toml",
     "README.md",

@@ -21,32 +21,32 @@
 
 namespace tk {
 
+// The two sizes of an image, or a step along its two axes.
+struct Extent2d {
+  int64_t h;
+  int64_t w;
+};
+
 struct Conv2dFisherArgs {
-  const void* x;
-  const void* dy;
-  const void* weight;  // or null
+  const void* input;        // x
+  const void* grad_output;  // dy
+  const void* weight;       // or null
   void* out;
   int64_t batch;
   int64_t groups;
   int64_t channels;  // of x, per group
   int64_t filters;   // of dy, per group
-  int64_t height;
-  int64_t width;
-  int64_t out_height;
-  int64_t out_width;
-  int64_t kernel_h;
-  int64_t kernel_w;
-  int64_t stride_h;
-  int64_t stride_w;
-  int64_t pad_h;
-  int64_t pad_w;
-  int64_t dilation_h;
-  int64_t dilation_w;
+  Extent2d image;
+  Extent2d out_image;
+  Extent2d kernel;
+  Extent2d stride;
+  Extent2d padding;
+  Extent2d dilation;
   DType dtype;         // of x and dy
   DType weight_dtype;  // that of x and dy, or f32
-  int32_t x_channels_last;
-  int32_t dy_channels_last;
-  int32_t tf32;  // f32 products may be rounded to TF32: what PyTorch's own setting allows
+  bool input_channels_last;
+  bool grad_channels_last;
+  bool tf32;  // f32 products may be rounded to TF32: what PyTorch's own setting allows
 };
 
 void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads);

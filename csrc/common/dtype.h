@@ -1,4 +1,4 @@
-// Element types a kernel can read. The codes are part of the Python interface: backends/native.py.
+// Element types a kernel can read. The names are part of the Python interface: backends/native.py.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// hutchinson_moments: per filter, over its elements k of a weight w and of g = Hz,
-//   Σ w_k² z_k g_k
+// hutchinson_moments: per filter, over its elements k of a weight w and of the product Hz,
+//   Σ w_k² z_k (Hz)_k
 // for output filters, input channels, or both: parameter.h. z are the random signs of philox.h for
 // the call's seed and the item's stream, of elements numbered as they are stored; they are drawn
 // where they are needed, never read.

@@ -21,9 +21,9 @@
 namespace tk {
 
 struct ParameterItem {
-  const void* w;
-  const void* g;  // the gradient, or what the op reads in its place
-  const void* h;  // of second_order_moments, else null
+  const void* weight;
+  const void* grad;  // the gradient; null for an op that reads none
+  const void* hvp;   // a Hessian-vector product; null for an op that reads none
   int64_t rows;
   int64_t channels;
   int64_t kernel;
@@ -31,7 +31,7 @@ struct ParameterItem {
   void* row_out;
   void* col_out;
   DType dtype;
-  int32_t channels_last;
+  bool channels_last;
   uint32_t stream;  // of random signs, for an op that draws some (philox.h)
 };
 

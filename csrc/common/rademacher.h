@@ -10,8 +10,8 @@
 namespace tk {
 
 struct RademacherItem {
-  void* out;  // `count` elements that lie without gaps
-  int64_t count;
+  void* out;  // elements that lie without gaps
+  int64_t elements;
   DType dtype;
   uint32_t stream;
 };

@@ -1,5 +1,5 @@
 // The CPU kernel of filter_moments (filter_moments.h). Compiled once per instruction set (TK_ISA);
-// cpu_dispatch.cpp picks one at run time.
+// cpu/dispatch.cpp picks one at run time.
 #include "common/filter_moments.h"
 
 #include "cpu/kernels.h"
@@ -11,14 +11,14 @@ namespace {
 
 template <typename T>
 struct Gradient {
-  const T* g;
+  const T* grad;
 
   void expect(int64_t, int64_t) {}
   template <typename V, class Load>
   V of(V, int64_t i, Load load) const {
-    return load(g + i);
+    return load(grad + i);
   }
-  void prefetch(int64_t i) const { __builtin_prefetch(g + i); }
+  void prefetch(int64_t i) const { __builtin_prefetch(grad + i); }
 };
 
 struct FilterMoments {
@@ -35,8 +35,8 @@ struct FilterMoments {
   }
 
   template <typename T>
-  Gradient<T> gradient(const ParameterItem& item, int64_t at) const {
-    return {static_cast<const T*>(item.g) + at};
+  Gradient<T> multiplier(const ParameterItem& item, int64_t at) const {
+    return {static_cast<const T*>(item.grad) + at};
   }
 };
 

@@ -1,5 +1,5 @@
 // The CPU kernel of gate_gradients; formula and layouts: gate_gradients.h. Compiled once per
-// instruction set (TK_ISA); cpu_dispatch.cpp picks one at run time.
+// instruction set (TK_ISA); cpu/dispatch.cpp picks one at run time.
 //
 // Where an example's channels are rows (inner > 1), a channel is summed along memory; where the
 // channel is innermost, channels are the lanes and positions run past them. A task is one
@@ -85,7 +85,7 @@ void multiply(const T* y, const T* dy, const T* bias, int64_t n, typename Sum<T>
 }
 
 template <typename T>
-class Worker {
+class Worker : public IndependentTasks {
  public:
   // `span`: channels of a task.
   Worker(const GateGradientsArgs& args, int64_t span) : args_(args), span_(span) {}
@@ -96,8 +96,8 @@ class Worker {
     const int64_t first = task % spans * span_;
     const int64_t last = std::min(first + span_, args_.channels);
     const int64_t example = n * args_.outer * args_.channels * args_.inner;
-    const T* y = static_cast<const T*>(args_.y) + example;
-    const T* dy = static_cast<const T*>(args_.dy) + example;
+    const T* y = static_cast<const T*>(args_.output) + example;
+    const T* dy = static_cast<const T*>(args_.grad_output) + example;
     S* out = static_cast<S*>(args_.out) + n * args_.channels;
     if (args_.inner == 1 && args_.outer == 1)
       return multiply(y + first, dy + first, bias() ? bias() + first : nullptr, last - first,
@@ -126,9 +126,6 @@ class Worker {
     }
   }
 
-  int64_t turn(int64_t) const { return -1; }
-  void commit(int64_t) {}
-
  private:
   using V = typename Sum<T>::Vector;
   using S = typename Sum<T>::Scalar;
@@ -154,16 +151,8 @@ void run(const GateGradientsArgs& args, int threads) {
 }  // namespace
 
 void gate_gradients(const GateGradientsArgs& args, int threads) {
-  switch (args.dtype) {
-    case DType::f32:
-      return run<float>(args, threads);
-    case DType::f16:
-      return run<Half>(args, threads);
-    case DType::bf16:
-      return run<BFloat16>(args, threads);
-    case DType::f64:
-      return run<double>(args, threads);
-  }
+  with_element_type(args.dtype,
+                    [&](auto element) { run<typename decltype(element)::type>(args, threads); });
 }
 
 }  // namespace TK_ISA

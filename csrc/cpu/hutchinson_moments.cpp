@@ -10,17 +10,17 @@ inline namespace TK_ISA {
 namespace {
 
 template <typename T>
-struct Gradient {
-  const T* g;
-  int64_t first;  // the number of the element that g points to
+struct WeightedHvp {  // w z (Hz)
+  const T* hvp;
+  int64_t first;  // the number of the element that hvp points to
   SignWindow signs;
 
   void expect(int64_t begin, int64_t end) { signs.cover(first + begin, first + end); }
   template <typename V, class Load>
   V of(V w, int64_t i, Load load) const {
-    return w * negate(load(g + i), signs.at(first + i));
+    return w * negate(load(hvp + i), signs.at(first + i));
   }
-  void prefetch(int64_t i) const { __builtin_prefetch(g + i); }
+  void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
 };
 
 struct HutchinsonMoments {
@@ -29,13 +29,13 @@ struct HutchinsonMoments {
   uint64_t seed;
 
   template <typename V>
-  static void terms(V w, V g, V (&terms)[kSums]) {
-    terms[0] = g * w;
+  static void terms(V w, V m, V (&terms)[kSums]) {
+    terms[0] = m * w;
   }
 
   template <typename T>
-  Gradient<T> gradient(const ParameterItem& item, int64_t at) const {
-    return {static_cast<const T*>(item.g) + at, at, SignWindow(seed, item.stream)};
+  WeightedHvp<T> multiplier(const ParameterItem& item, int64_t at) const {
+    return {static_cast<const T*>(item.hvp) + at, at, SignWindow(seed, item.stream)};
   }
 };
 

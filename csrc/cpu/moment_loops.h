@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/moment_plan.h"
+#include "cpu/moment_blocking.h"
 #include "cpu/simd.h"
 
 namespace tk {
@@ -41,7 +41,7 @@ struct FirstOf {
 template <class Op, typename V>
 struct Terms {
   V of[Op::kSums];
-  Terms(V w, V g) { Op::terms(w, g, of); }
+  Terms(V w, V m) { Op::terms(w, m, of); }
 };
 
 template <class Op, typename V>
@@ -64,19 +64,19 @@ template <class Op, typename V>
 using Strip = Registers<Op, V>[kStrip / kLanes];
 
 // Row sums alone, of `width` positions of each row: along memory, two vectors at a time. From w
-// on, `readable` elements may be read; the first of them is element 0 of `gradient`.
-template <class Op, typename T, class Gradient>
-void sum_rows(const T* w, Gradient gradient, int64_t readable, int64_t stride, int64_t rows,
+// on, `readable` elements may be read; the first of them is element 0 of `multiplier`.
+template <class Op, typename T, class Multiplier>
+void sum_rows(const T* w, Multiplier multiplier, int64_t readable, int64_t stride, int64_t rows,
               int64_t width, Sums<Op>* row_sums) {
   using V = typename Sum<T>::Vector;
   auto terms = [&](int64_t i, auto load) {
     const V a = load(w + i);
-    return Terms<Op, V>(a, gradient.of(a, i, load));
+    return Terms<Op, V>(a, multiplier.of(a, i, load));
   };
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t begin = r * stride; begin < r * stride + width; begin += kRowRun) {
       const int64_t end = std::min(begin + kRowRun, r * stride + width);
-      gradient.expect(begin, end);
+      multiplier.expect(begin, end);
       Registers<Op, V> even, odd;
       int64_t i = begin;
       for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
@@ -96,12 +96,12 @@ void sum_rows(const T* w, Gradient gradient, int64_t readable, int64_t stride, i
 
 // `width` ≤ kStrip positions of `rows` rows, two rows at a time: twice the independent sums, half
 // the traffic to the strip. An odd last row is paired with nothing, that is with zeros.
-template <class Op, bool kRows, typename T, class Gradient>
-void run_strip(const T* w, const Gradient& gradient, int64_t stride, int64_t rows, int64_t width,
-               Sums<Op>* row_sums, Strip<Op, typename Sum<T>::Vector>& strip) {
+template <class Op, bool kRows, typename T, class Multiplier>
+void run_strip(const T* w, const Multiplier& multiplier, int64_t stride, int64_t rows,
+               int64_t width, Sums<Op>* row_sums, Strip<Op, typename Sum<T>::Vector>& strip) {
   using V = typename Sum<T>::Vector;
   const int64_t full = width / kLanes * kLanes;
-  Gradient g0 = gradient, g1 = gradient;
+  Multiplier m0 = multiplier, m1 = multiplier;
   for (int64_t r = 0; r < rows; r += 2) {
     const bool pair = r + 1 < rows;
     const int64_t row0 = r * stride, row1 = row0 + stride;
@@ -117,23 +117,23 @@ void run_strip(const T* w, const Gradient& gradient, int64_t stride, int64_t row
     };
     auto one_row = [&](int64_t i, auto load) {
       const V a = load(w + row0 + i);
-      step(i, a, g0.of(a, row0 + i, load), V{}, V{});
+      step(i, a, m0.of(a, row0 + i, load), V{}, V{});
     };
     auto two_rows = [&](int64_t i, auto load) {
-      const V a = load(w + row0 + i), b = g0.of(a, row0 + i, load);
-      const V c = load(w + row1 + i), d = g1.of(c, row1 + i, load);
+      const V a = load(w + row0 + i), b = m0.of(a, row0 + i, load);
+      const V c = load(w + row1 + i), d = m1.of(c, row1 + i, load);
       step(i, a, b, c, d);
     };
-    g0.expect(row0, row0 + width);
+    m0.expect(row0, row0 + width);
     if (pair) {
-      g1.expect(row1, row1 + width);
+      m1.expect(row1, row1 + width);
       for (int64_t i = 0; i < full; i += kLanes) {
         // The next two rows: the hardware does not follow from one row to the next. Measured on
         // ResNet-50: 1.0 to 1.4 times the speed without, most where memory is fast.
         __builtin_prefetch(w + row1 + stride + i);
-        g1.prefetch(row1 + stride + i);
+        m1.prefetch(row1 + stride + i);
         __builtin_prefetch(w + row1 + 2 * stride + i);
-        g1.prefetch(row1 + 2 * stride + i);
+        m1.prefetch(row1 + 2 * stride + i);
         two_rows(i, Whole());
       }
       if (full < width) two_rows(full, First{width - full});
@@ -149,14 +149,14 @@ void run_strip(const T* w, const Gradient& gradient, int64_t stride, int64_t row
 }
 
 // A vector (bias, BatchNorm): every row has one element, its own terms.
-template <class Op, typename T, class Gradient>
-void run_vector(const T* w, Gradient gradient, int64_t rows, typename Sum<T>::Scalar* out) {
+template <class Op, typename T, class Multiplier>
+void run_vector(const T* w, Multiplier multiplier, int64_t rows, typename Sum<T>::Scalar* out) {
   using V = typename Sum<T>::Vector;
   for (int64_t r = 0; r < rows; r += kLanes) {
     const First load{std::min<int64_t>(kLanes, rows - r)};
-    gradient.expect(r, r + load.n);
+    multiplier.expect(r, r + load.n);
     const V a = load(w + r);
-    const Terms<Op, V> t(a, gradient.of(a, r, load));
+    const Terms<Op, V> t(a, multiplier.of(a, r, load));
     for (int64_t i = 0; i < load.n; ++i)
       for (int m = 0; m < Op::kSums; ++m) out[(r + i) * Op::kSums + m] = t.of[m][i];
   }

@@ -7,11 +7,11 @@
 //
 // The op is a struct:
 //   kSums                  how many sums a filter has
-//   terms(w, g, terms)     what they add, for a vector of weights and one of gradients
-//   gradient<T>(item, at)  what stands for the gradient of the elements from `at` on:
-//     expect(begin, end)     these come next
-//     of(w, i, load)         a vector of them, from i on; w are their weights, load(p) reads
-//     prefetch(i)
+//   terms(w, m, terms)       what they add, for a vector of weights and one of their multipliers
+//   multiplier<T>(item, at)  reads what the weights from element `at` on are multiplied by:
+//     expect(begin, end)       the elements that are read next
+//     of(w, i, load)           a vector of multipliers from i on; w are their weights, load(p)
+//     reads prefetch(i)
 #pragma once
 
 #include <algorithm>
@@ -20,8 +20,8 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/moment_blocking.h"
 #include "cpu/moment_loops.h"
-#include "cpu/moment_plan.h"
 #include "cpu/parallel.h"
 
 namespace tk {
@@ -35,7 +35,7 @@ struct Scratch {
   void clear(int64_t filters) { std::fill_n(values.begin(), filters * Op::kSums, 0.0); }
 };
 
-// Scratch shared by all threads: whole sums of the rows and columns being committed.
+// Scratch shared by all threads: the sums of the rows and columns that are merged at present.
 template <class Op>
 struct Totals {
   Scratch<Op> rows, cols;
@@ -48,81 +48,78 @@ struct Sizes {
 template <class Op>
 class MomentWorker {
  public:
-  MomentWorker(const Op& op, const std::vector<Plan>& plans, Totals<Op>& totals, const Sizes& sizes)
-      : op_(op), plans_(&plans), totals_(&totals), rows_(sizes.rows), cols_(sizes.tile_cols) {}
+  MomentWorker(const Op& op, const std::vector<MomentBlocking>& blockings, Totals<Op>& totals,
+               const Sizes& sizes)
+      : op_(op),
+        blockings_(&blockings),
+        totals_(&totals),
+        rows_(sizes.rows),
+        cols_(sizes.tile_cols) {}
 
   void run(int64_t task) {
-    const Plan& plan = find(task);
-    switch (plan.item.dtype) {
-      case DType::f32:
-        return run<float>(plan, task);
-      case DType::f16:
-        return run<Half>(plan, task);
-      case DType::bf16:
-        return run<BFloat16>(plan, task);
-      case DType::f64:
-        return run<double>(plan, task);
-    }
+    const MomentBlocking& blocking = find(task);
+    with_element_type(blocking.item.dtype,
+                      [&](auto element) { run<typename decltype(element)::type>(blocking, task); });
   }
 
-  int64_t turn(int64_t task) const {
-    const Plan& plan = find(task);
-    return plan.commits() ? plan.first_turn + task - plan.first_task : -1;
+  int64_t merge_index(int64_t task) const {
+    const MomentBlocking& blocking = find(task);
+    return blocking.merges() ? blocking.first_merge + task - blocking.first_task : -1;
   }
 
-  void commit(int64_t task) {
-    const Plan& plan = find(task);
-    if (plan.item.dtype == DType::f64)
-      commit<double>(plan, task);
+  void merge(int64_t task) {
+    const MomentBlocking& blocking = find(task);
+    if (blocking.item.dtype == DType::f64)
+      merge<double>(blocking, task);
     else
-      commit<float>(plan, task);
+      merge<float>(blocking, task);
   }
 
  private:
-  const Plan& find(int64_t task) const {
-    auto after = [](int64_t t, const Plan& plan) { return t < plan.first_task; };
-    return *(std::upper_bound(plans_->begin(), plans_->end(), task, after) - 1);
+  const MomentBlocking& find(int64_t task) const {
+    auto after = [](int64_t t, const MomentBlocking& blocking) { return t < blocking.first_task; };
+    return *(std::upper_bound(blockings_->begin(), blockings_->end(), task, after) - 1);
   }
 
   template <typename T>
-  void run(const Plan& plan, int64_t task) {
+  void run(const MomentBlocking& blocking, int64_t task) {
     using S = typename Sum<T>::Scalar;
-    const ParameterItem& item = plan.item;
-    const Block block(plan, task - plan.first_task);
-    const int64_t first = block.row * plan.positions + block.begin;
-    const T* w = static_cast<const T*>(item.w) + first;
-    const auto gradient = op_.template gradient<T>(item, first);
-    if (plan.positions == 1 && !item.col_out) {
+    const ParameterItem& item = blocking.item;
+    const Block block(blocking, task - blocking.first_task);
+    const int64_t first = block.row * blocking.positions + block.begin;
+    const T* w = static_cast<const T*>(item.weight) + first;
+    const auto multiplier = op_.template multiplier<T>(item, first);
+    if (blocking.positions == 1 && !item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;
-      return run_vector<Op>(w, gradient, block.rows, out);
+      return run_vector<Op>(w, multiplier, block.rows, out);
     }
     if (item.row_out) rows_.clear(block.rows);
     if (item.col_out) {
-      std::tie(first_col_, col_count_) = columns_of(plan, block);
+      std::tie(first_col_, col_count_) = columns_of(blocking, block);
       cols_.clear(col_count_);
     }
     if (!item.col_out) {
-      sum_rows<Op>(w, gradient, item.rows * plan.positions - first, plan.positions, block.rows,
-                   block.end - block.begin, rows_.get());
-      if (!plan.commits()) write<S>(rows_, block.rows, item.row_out, block.row);
+      sum_rows<Op>(w, multiplier, item.rows * blocking.positions - first, blocking.positions,
+                   block.rows, block.end - block.begin, rows_.get());
+      if (!blocking.merges()) write<S>(rows_, block.rows, item.row_out, block.row);
     } else if (item.row_out)
-      sum_columns<T, true>(plan, block);
+      sum_columns<T, true>(blocking, block);
     else
-      sum_columns<T, false>(plan, block);
+      sum_columns<T, false>(blocking, block);
   }
 
   template <typename T, bool kRows>
-  void sum_columns(const Plan& plan, const Block& block) {
+  void sum_columns(const MomentBlocking& blocking, const Block& block) {
     using V = typename Sum<T>::Vector;
     Strip<Op, V> strip;
     for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
       const int64_t width = std::min(kStrip, block.end - begin);
-      const int64_t first = block.row * plan.positions + begin;
+      const int64_t first = block.row * blocking.positions + begin;
       std::fill_n(strip, (width + kLanes - 1) / kLanes, Registers<Op, V>());
-      run_strip<Op, kRows>(static_cast<const T*>(plan.item.w) + first,
-                           op_.template gradient<T>(plan.item, first), plan.positions, block.rows,
-                           width, rows_.get(), strip);
-      fold(plan.item, begin, width, strip);
+      run_strip<Op, kRows>(static_cast<const T*>(blocking.item.weight) + first,
+                           op_.template multiplier<T>(blocking.item, first), blocking.positions,
+                           block.rows, width, rows_.get(), strip);
+      fold(blocking.item, begin, width, strip);
     }
   }
 
@@ -142,16 +139,17 @@ class MomentWorker {
     }
   }
 
-  static std::pair<int64_t, int64_t> columns_of(const Plan& plan, const Block& block) {
-    if (plan.item.channels_last) return {0, plan.item.channels};
-    const int64_t first = block.begin / plan.item.kernel;
-    return {first, (block.end - 1) / plan.item.kernel + 1 - first};
+  static std::pair<int64_t, int64_t> columns_of(const MomentBlocking& blocking,
+                                                const Block& block) {
+    if (blocking.item.channels_last) return {0, blocking.item.channels};
+    const int64_t first = block.begin / blocking.item.kernel;
+    return {first, (block.end - 1) / blocking.item.kernel + 1 - first};
   }
 
   template <typename S>
-  void commit(const Plan& plan, int64_t task) {
-    const ParameterItem& item = plan.item;
-    const Block block(plan, task - plan.first_task);
+  void merge(const MomentBlocking& blocking, int64_t task) {
+    const ParameterItem& item = blocking.item;
+    const Block block(blocking, task - blocking.first_task);
     if (item.row_out) {
       if (block.first_tile) totals_->rows.clear(block.rows);
       add(rows_.get(), block.rows, totals_->rows.get());
@@ -176,7 +174,7 @@ class MomentWorker {
   }
 
   Op op_;
-  const std::vector<Plan>* plans_;
+  const std::vector<MomentBlocking>* blockings_;
   Totals<Op>* totals_;
   Scratch<Op> rows_, cols_;
   int64_t first_col_ = 0, col_count_ = 0;
@@ -184,25 +182,25 @@ class MomentWorker {
 
 template <class Op>
 void sum_moments(const Op& op, const ParameterItem* items, int64_t count, int threads) {
-  std::vector<Plan> plans;
-  plans.reserve(count);
+  std::vector<MomentBlocking> blockings;
+  blockings.reserve(count);
   Sizes sizes;
-  int64_t tasks = 0, turns = 0, elements = 0;
+  int64_t tasks = 0, merges = 0, elements = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const Plan& plan = plans.emplace_back(items[i], tasks, turns);
-    tasks = plan.end_task();
-    turns = plan.end_turn();
-    elements += plan.item.rows * plan.positions;
-    if (plan.item.row_out) sizes.rows = std::max(sizes.rows, plan.block_rows);
-    if (plan.item.col_out) {
-      sizes.cols = std::max(sizes.cols, plan.item.channels);
-      const int64_t in_tile = plan.item.channels_last ? plan.item.channels : kTile;
-      sizes.tile_cols = std::max(sizes.tile_cols, std::min(plan.item.channels, in_tile));
+    const MomentBlocking& blocking = blockings.emplace_back(items[i], tasks, merges);
+    tasks = blocking.end_task();
+    merges = blocking.end_merge();
+    elements += blocking.item.rows * blocking.positions;
+    if (blocking.item.row_out) sizes.rows = std::max(sizes.rows, blocking.block_rows);
+    if (blocking.item.col_out) {
+      sizes.cols = std::max(sizes.cols, blocking.item.channels);
+      const int64_t in_tile = blocking.item.channels_last ? blocking.item.channels : kTile;
+      sizes.tile_cols = std::max(sizes.tile_cols, std::min(blocking.item.channels, in_tile));
     }
   }
   Totals<Op> totals{Scratch<Op>(sizes.rows), Scratch<Op>(sizes.cols)};
   threads = static_cast<int>(std::min<int64_t>(threads, elements / kThreadElements + 1));
-  ordered_tasks(tasks, threads, [&] { return MomentWorker<Op>(op, plans, totals, sizes); });
+  ordered_tasks(tasks, threads, [&] { return MomentWorker<Op>(op, blockings, totals, sizes); });
 }
 
 }  // namespace TK_ISA

@@ -1,8 +1,8 @@
-// Tasks over threads, results committed in task order.
+// Tasks over threads, whose results are merged in the order of the tasks.
 //
-// A task computes into scratch of its thread; where its sums go on in other tasks, its commit()
-// runs strictly after that of the task before it. Sums over tasks therefore have one order whatever
-// the number of threads, and need no table of partials.
+// A task computes into scratch of its thread. Where its sums go on in other tasks, its merge() runs
+// strictly after that of the task before it. Sums over tasks therefore have one order whatever the
+// number of threads, and need no table of partial sums.
 #pragma once
 
 #include <algorithm>
@@ -16,16 +16,22 @@ namespace tk {
 // Calls work(data) from up to `threads` threads at once, this one among them, and waits for all.
 void on_threads(int threads, void (*work)(void* data), void* data);
 
-// make_worker() returns an object for each thread, with run(task), turn(task) and commit(task).
-// turn() numbers those tasks that commit, 0, 1, 2, ...; for others it is negative. Commits are
-// mutually exclusive and in the order of their turns.
+// A worker whose tasks have nothing to merge derives from this.
+struct IndependentTasks {
+  int64_t merge_index(int64_t) const { return -1; }
+  void merge(int64_t) {}
+};
+
+// make_worker() returns an object for each thread, with run(task), merge_index(task) and
+// merge(task). merge_index() numbers the tasks that are merged, 0, 1, 2, ...; it is negative for
+// the others. Merges are mutually exclusive and in the order of their indices.
 template <typename MakeWorker>
 void ordered_tasks(int64_t tasks, int threads, MakeWorker make_worker) {
   using Worker = decltype(make_worker());
   struct Shared {
     int64_t tasks;
     std::vector<Worker> workers;  // allocated before any thread starts, so that none can fail later
-    std::atomic<int64_t> next{0}, committed{0};
+    std::atomic<int64_t> next{0}, merged{0};
     std::atomic<size_t> joined{0};
   } shared;
 
@@ -39,11 +45,11 @@ void ordered_tasks(int64_t tasks, int threads, MakeWorker make_worker) {
     Worker& worker = all.workers[all.joined.fetch_add(1)];
     for (int64_t task; (task = all.next.fetch_add(1, std::memory_order_relaxed)) < all.tasks;) {
       worker.run(task);
-      const int64_t turn = worker.turn(task);
-      if (turn < 0) continue;
-      while (all.committed.load(std::memory_order_acquire) != turn) std::this_thread::yield();
-      worker.commit(task);
-      all.committed.store(turn + 1, std::memory_order_release);
+      const int64_t index = worker.merge_index(task);
+      if (index < 0) continue;
+      while (all.merged.load(std::memory_order_acquire) != index) std::this_thread::yield();
+      worker.merge(task);
+      all.merged.store(index + 1, std::memory_order_release);
     }
   };
   on_threads(threads, work, &shared);

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kTaskElements = 32 * SignWindow::kBatch;
 
-class Worker {
+class Worker : public IndependentTasks {
  public:
   Worker(const RademacherItem* items, const std::vector<int64_t>& first_tasks, uint64_t seed)
       : items_(items), first_tasks_(&first_tasks), seed_(seed) {}
@@ -34,15 +34,12 @@ class Worker {
     }
   }
 
-  int64_t turn(int64_t) const { return -1; }
-  void commit(int64_t) {}
-
  private:
   template <typename Bits>
   void fill(const RademacherItem& item, int64_t begin) const {
     using Word = std::conditional_t<sizeof(Bits) == 8, uint64_t, uint32_t>;  // what vectors shift
     const auto one = static_cast<Word>(bits_of_one(item.dtype));
-    const int64_t end = std::min(begin + kTaskElements, item.count);
+    const int64_t end = std::min(begin + kTaskElements, item.elements);
     Bits* out = static_cast<Bits*>(item.out);
     SignWindow signs(seed_, item.stream);
     for (int64_t i = begin; i < end; i += kLanes) {
@@ -68,7 +65,7 @@ void rademacher(const RademacherItem* items, int64_t count, int threads, uint64_
   int64_t tasks = 0;
   for (int64_t i = 0; i < count; ++i) {
     first_tasks.push_back(tasks);
-    tasks += (items[i].count + kTaskElements - 1) / kTaskElements;
+    tasks += (items[i].elements + kTaskElements - 1) / kTaskElements;
   }
   threads = static_cast<int>(std::min<int64_t>(threads, tasks / 4 + 1));  // no thread for a little
   ordered_tasks(tasks, threads, [&] { return Worker(items, first_tasks, seed); });

@@ -9,18 +9,18 @@ inline namespace TK_ISA {
 namespace {
 
 template <typename T>
-struct Gradient {
-  const T* g;
-  const T* h;
+struct ShiftedGradient {  // g − ½h
+  const T* grad;
+  const T* hvp;
 
   void expect(int64_t, int64_t) {}
   template <typename V, class Load>
   V of(V, int64_t i, Load load) const {
-    return load(g + i) - splat<V>(0.5) * load(h + i);  // half of it is exact
+    return load(grad + i) - splat<V>(0.5) * load(hvp + i);  // half of it is exact
   }
   void prefetch(int64_t i) const {
-    __builtin_prefetch(g + i);
-    __builtin_prefetch(h + i);
+    __builtin_prefetch(grad + i);
+    __builtin_prefetch(hvp + i);
   }
 };
 
@@ -28,15 +28,15 @@ struct SecondOrderMoments {
   static constexpr int kSums = kSecondOrderSums;
 
   template <typename V>
-  static void terms(V w, V g, V (&terms)[kSums]) {
-    const V q = g * w;
+  static void terms(V w, V m, V (&terms)[kSums]) {
+    const V q = m * w;
     terms[0] = q;
     terms[1] = q * q;
   }
 
   template <typename T>
-  Gradient<T> gradient(const ParameterItem& item, int64_t at) const {
-    return {static_cast<const T*>(item.g) + at, static_cast<const T*>(item.h) + at};
+  ShiftedGradient<T> multiplier(const ParameterItem& item, int64_t at) const {
+    return {static_cast<const T*>(item.grad) + at, static_cast<const T*>(item.hvp) + at};
   }
 };
 

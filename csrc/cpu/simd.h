@@ -10,6 +10,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/dtype.h"
+
 namespace tk {
 inline namespace TK_ISA {
 
@@ -28,6 +30,26 @@ using Double16x = double __attribute__((vector_size(kLanes * sizeof(double))));
 using Word16x = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 using Short16x = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
 using Mask16x = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+template <typename T>
+struct ElementType {
+  using type = T;
+};
+
+// Calls use(ElementType<T>()) for the type T that elements of this dtype are stored as.
+template <class Use>
+void with_element_type(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::f32:
+      return use(ElementType<float>());
+    case DType::f16:
+      return use(ElementType<Half>());
+    case DType::bf16:
+      return use(ElementType<BFloat16>());
+    case DType::f64:
+      return use(ElementType<double>());
+  }
+}
 
 // What a storage type is summed in.
 template <typename T>

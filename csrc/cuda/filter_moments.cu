@@ -1,18 +1,15 @@
 #include "common/filter_moments.h"
-#include "cuda/moments.cuh"
+#include "cuda/parameter_tasks.cuh"
 
 namespace tk {
 namespace {
 
-struct FilterMoments {
+struct FilterMoments : ParameterOp {
   static constexpr const char* kName = "filter_moments";
   static constexpr int kSums = kMoments;
-  static constexpr bool kRows = true;
-  static constexpr Third kThird = Third::none;
-  static constexpr bool kList = true;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.dtype);
+    tk::set_inputs(task, item.weight, item.grad, item.dtype);
   }
 
   static __device__ void add(float (&sums)[kSums], float w, float g, float) {

@@ -1,5 +1,5 @@
 #include "common/gate_gradients.h"
-#include "cuda/launch.cuh"
+#include "cuda/task_launch.cuh"
 
 namespace tk {
 namespace {
@@ -8,7 +8,7 @@ struct GateGradients {
   static constexpr const char* kName = "gate_gradients";
   static constexpr int kSums = 1;
   static constexpr bool kRows = false;
-  static constexpr Third kThird = Third::shift;
+  static constexpr Operand kOperand = Operand::channel_bias;
   static constexpr bool kList = false;
 
   static __device__ void add(float (&sums)[kSums], float y, float dy, float bias) {
@@ -20,7 +20,7 @@ struct GateGradients {
 std::vector<Task> make_tasks(const GateGradientsArgs& args) {
   if (args.batch * args.outer * args.channels * args.inner == 0) return {};
   Task task = {};
-  set_inputs(task, args.y, args.dy, args.dtype);
+  set_inputs(task, args.output, args.grad_output, args.dtype);
   task.c = args.bias;
   if (args.outer == 1) {
     task.rows = args.batch * args.channels;
@@ -34,7 +34,7 @@ std::vector<Task> make_tasks(const GateGradientsArgs& args) {
     task.columns = args.channels;
     task.run = args.inner;
     task.col_out = static_cast<float*>(args.out);
-    plan_grid(task);
+    plan_matrix(task);
   }
   return {task};
 }

@@ -1,21 +1,21 @@
 #include "common/hutchinson_moments.h"
 #include "common/philox.h"
-#include "cuda/moments.cuh"
+#include "cuda/parameter_tasks.cuh"
 
 namespace tk {
 namespace {
 
-struct HutchinsonMoments {
+struct HutchinsonMoments : ParameterOp {
   static constexpr const char* kName = "hutchinson_moments";
   static constexpr int kSums = 1;
-  static constexpr bool kRows = true;
-  static constexpr Third kThird = Third::sign;
-  static constexpr bool kList = true;
+  static constexpr Operand kOperand = Operand::random_sign;
 
   uint64_t seed;
 
+  explicit HutchinsonMoments(uint64_t key) : seed(key) {}
+
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.dtype);
+    tk::set_inputs(task, item.weight, item.hvp, item.dtype);
     task.stream = item.stream;
   }
 
@@ -23,8 +23,8 @@ struct HutchinsonMoments {
     return random_signs_at(seed, stream, element);
   }
 
-  static __device__ void add(float (&sums)[kSums], float w, float g, float z) {
-    sums[0] = __fmaf_rn(w, __fmul_rn(w, __fmul_rn(z, g)), sums[0]);
+  static __device__ void add(float (&sums)[kSums], float w, float hz, float z) {
+    sums[0] = __fmaf_rn(w, __fmul_rn(w, __fmul_rn(z, hz)), sums[0]);
   }
 };
 
@@ -36,7 +36,7 @@ int64_t hutchinson_moments_cuda_workspace(const ParameterItem* items, int64_t co
 
 void hutchinson_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
                              void* stream, uint64_t seed) {
-  run_moments(HutchinsonMoments{seed}, items, count, workspace, stream);
+  run_moments(HutchinsonMoments(seed), items, count, workspace, stream);
 }
 
 }  // namespace tk

@@ -4,24 +4,24 @@
 
 #include <utility>
 
-#include "cuda/load.cuh"
 #include "cuda/task_table.h"
+#include "cuda/vector_load.cuh"
 
 namespace tk {
 
-// The operand of an op's add() beside the pair from Task::a and Task::b.
-enum class Third {
+// The third operand of an op's add(), beside the elements of Task::a and Task::b.
+enum class Operand {
   none,
-  shift,   // a value of the element's channel, Task::c; zero if that is null
-  tensor,  // an element of Task::c
-  sign,    // 1 or -1, from Task::stream and the element's place in the tensor
+  channel_bias,  // a value of the element's channel, Task::c; zero if that is null
+  tensor,        // an element of Task::c
+  random_sign,   // 1 or -1, from Task::stream and the element's place in the tensor
 };
 
 template <class Op>
-constexpr bool kShifts = Op::kThird == Third::shift;
+constexpr bool kHasBias = Op::kOperand == Operand::channel_bias;
 
 template <class Op>
-constexpr int kTensors = Op::kThird == Third::tensor ? 3 : 2;
+constexpr int kTensors = Op::kOperand == Operand::tensor ? 3 : 2;
 
 // Counts the tensors: sm_80 spills registers where loops do.
 template <class Op>
@@ -61,13 +61,14 @@ struct Elements {
   __device__ Elements(const Op& op, const Task& task, const Vector<E, N> (&vectors)[kTensors<Op>],
                       int64_t first)
       : of(vectors) {
-    if constexpr (Op::kThird == Third::sign) signs = op.signs(task.stream, first);
+    if constexpr (Op::kOperand == Operand::random_sign) signs = op.signs(task.stream, first);
   }
 
-  __device__ void add(float (&sums)[Op::kSums], int j, float shift) const {
-    float c = shift;
-    if constexpr (Op::kThird == Third::tensor) c = of[2][j];
-    if constexpr (Op::kThird == Third::sign) c = __uint_as_float(0x3f800000u | signs >> j << 31);
+  __device__ void add(float (&sums)[Op::kSums], int j, float bias) const {
+    float c = bias;
+    if constexpr (Op::kOperand == Operand::tensor) c = of[2][j];
+    if constexpr (Op::kOperand == Operand::random_sign)
+      c = __uint_as_float(0x3f800000u | signs >> j << 31);
     Op::add(sums, of[0][j], of[1][j], c);
   }
 };

@@ -1,21 +1,23 @@
 #include "common/philox.h"
 #include "common/rademacher.h"
 #include "cuda/launch.cuh"
+#include "cuda/task_table.h"
+#include "cuda/vector_load.cuh"
 
 namespace tk {
 namespace {
 
 // What a thread writes: one 16-byte vector, whose signs stand in one word.
-template <DType kType>
+template <class E>
 __device__ void fill(const Task& task, int64_t vector, uint64_t seed) {
-  using Raw = typename Element<kType>::Raw;
-  constexpr int kSize = kVectorSize<Element<kType>>;
+  using Raw = typename E::Raw;
+  constexpr int kSize = kVectorSize<E>;
   constexpr int kBits = 8 * sizeof(Raw);
   const int64_t first = vector * kSize;
   if (first >= task.columns) return;
   const uint32_t signs = random_signs_at(seed, task.stream, first);
   auto element = [&](int i) {
-    return static_cast<uint32_t>(bits_of_one(kType)) | (signs >> i & 1) << (kBits - 1);
+    return static_cast<uint32_t>(bits_of_one(E::kType)) | (signs >> i & 1) << (kBits - 1);
   };
   auto* out = reinterpret_cast<Raw*>(task.row_out) + first;
   if (first + kSize <= task.columns) {
@@ -33,14 +35,8 @@ __global__ void __launch_bounds__(kThreads)
     rademacher_kernel(const __grid_constant__ TaskTable<kCapacity> table, uint64_t seed) {
   const Task& task = table.find(blockIdx.x, &Task::first_block);
   const int64_t vector = int64_t{blockIdx.x - task.first_block} * kThreads + threadIdx.x;
-  switch (static_cast<DType>(task.dtype)) {
-    case DType::f32:
-      return fill<DType::f32>(task, vector, seed);
-    case DType::f16:
-      return fill<DType::f16>(task, vector, seed);
-    default:
-      return fill<DType::bf16>(task, vector, seed);
-  }
+  with_element(static_cast<DType>(task.dtype),
+               [&](auto element) { fill<decltype(element)>(task, vector, seed); });
 }
 
 }  // namespace
@@ -51,11 +47,11 @@ void rademacher_cuda(const RademacherItem* items, int64_t count, void* stream, u
     int64_t blocks = 0;
     for (table.count = 0; table.count < kLongTable && begin < count; ++begin) {
       const RademacherItem& item = items[begin];
-      const int64_t more = divide_up(item.count * size_of(item.dtype), kVectorBytes * kThreads);
+      const int64_t more = divide_up(item.elements * size_of(item.dtype), kVectorBytes * kThreads);
       if (table.count > 0 && blocks + more > kMaxBlocks) break;
       Task& task = table.tasks[table.count++] = {};
       task.row_out = static_cast<float*>(item.out);
-      task.columns = item.count;
+      task.columns = item.elements;
       task.stream = item.stream;
       task.dtype = static_cast<uint8_t>(item.dtype);
       task.first_block = static_cast<uint32_t>(blocks);

@@ -1,18 +1,16 @@
 #include "common/second_order_moments.h"
-#include "cuda/moments.cuh"
+#include "cuda/parameter_tasks.cuh"
 
 namespace tk {
 namespace {
 
-struct SecondOrderMoments {
+struct SecondOrderMoments : ParameterOp {
   static constexpr const char* kName = "second_order_moments";
   static constexpr int kSums = kSecondOrderSums;
-  static constexpr bool kRows = true;
-  static constexpr Third kThird = Third::tensor;
-  static constexpr bool kList = true;
+  static constexpr Operand kOperand = Operand::tensor;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
-    tk::set_inputs(task, item.w, item.g, item.h, item.dtype);
+    tk::set_inputs(task, item.weight, item.grad, item.hvp, item.dtype);
   }
 
   static __device__ void add(float (&sums)[kSums], float w, float g, float h) {

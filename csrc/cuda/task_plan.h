@@ -19,11 +19,15 @@ constexpr int kChunkBytes = 32 << 10;
 constexpr int kMaxSegments = 2048;
 // Below four vectors the parts of a row that are no whole vector outweigh the rest.
 constexpr int kMinVectors = 4;
-// Rows that a block of a grid task takes. More rows mean fewer partial column sums.
+// Rows that a block of a matrix task takes. More rows mean fewer partial column sums.
 constexpr int kMaxBlockRows = 256;
 constexpr int kMinBlockRows = 64;
-// Blocks that fill a GPU; with fewer, a grid task is cut finer, down to kMinBlockRows.
+// Blocks that fill a GPU; with fewer, a matrix task is cut finer, down to kMinBlockRows.
 constexpr int kFillBlocks = 512;
+
+// Lists whose partial sums exceed this are cut: the parts share the workspace one after another.
+constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
+constexpr int64_t kMaxBlocks = INT32_MAX;  // of a launch
 
 TK_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,7 +64,7 @@ inline void plan_rows(Task& task) {
   const int64_t element = size_of(static_cast<DType>(task.dtype));
   const int64_t vector = 16 / element;
   const int64_t chunk = kChunkBytes / element;
-  task.grid = false;
+  task.is_matrix = false;
   task.groups = 1;
   task.repeat = 1;
   task.vectors = task.columns >= kMinVectors * vector || task.columns % vector == 0;
@@ -68,18 +72,18 @@ inline void plan_rows(Task& task) {
   // A vector or two per lane for short rows, up to a warp; then at least four, up to a block.
   const int64_t loads = task.columns / (task.vectors ? vector : 1);
   task.width_log2 = loads <= 32 ? floor_log2(loads) : std::clamp(floor_log2(loads / 4), 5, 8);
-  const int64_t teams = kThreads >> task.width_log2;
+  const int64_t lane_groups = kThreads >> task.width_log2;
 
   const int64_t chunks = divide_up(task.columns, chunk);
   task.tiles = divide_up(chunks, divide_up(chunks, kMaxSegments));
-  task.block_rows = teams * std::max<int64_t>(1, chunk / (task.columns * teams));
+  task.block_rows = lane_groups * std::max<int64_t>(1, chunk / (task.columns * lane_groups));
   task.row_blocks = divide_up(task.rows, task.block_rows);
 }
 
 // Needs a, b, dtype, groups, rows, columns, run, run_in_rows, row_out.
-inline void plan_grid(Task& task) {
+inline void plan_matrix(Task& task) {
   const int64_t vector = 16 / size_of(static_cast<DType>(task.dtype));
-  task.grid = true;
+  task.is_matrix = true;
   const int64_t period = task.columns * task.col_run();
   task.vectors = period % vector == 0 && (!task.row_out || period >= kMinVectors * vector);
   // A row's start must be a vector's start, or its vectors could not be loaded at once.
@@ -132,12 +136,12 @@ struct PartialAxis {
 
 TK_HOST_DEVICE inline PartialAxis row_axis(const Task& task) {
   const int64_t entries = task.rows / task.row_run();
-  if (!task.grid) return {entries, 1, task.tiles, entries, 1, INT64_MAX};
+  if (!task.is_matrix) return {entries, 1, task.tiles, entries, 1, INT64_MAX};
   return {entries,        task.groups,    task.tiles, entries + task.row_blocks,
           task.row_run(), task.block_rows};
 }
 
-// Elements that a block takes along a row of the grid.
+// Elements that a block takes along a row of the matrix.
 TK_HOST_DEVICE inline int64_t tile_width(const Task& task, int vector) {
   return int64_t{32 * vector} << task.width_log2;
 }

@@ -2,10 +2,10 @@
 // copied to the device beforehand, and a CUDA graph keeps the table with the launch.
 //
 // A task sums terms of the element pairs (a, b) of one tensor pair, or of triples. Two shapes:
-//   rows  the sums of each of `rows` rows of `columns` contiguous elements; `tiles` segments a row
-//   grid  `groups` matrices of `rows` rows with `columns * run` positions, summed along the
+//   rows    the sums of each of `rows` rows of `columns` contiguous elements; `tiles` segments a
+//   row matrix  `groups` matrices of `rows` rows with `columns * run` positions, summed along the
 //         rows (a block of them at a time), along the positions (a tile at a time), or both
-// A `run` is what one result covers on one of the two axes of a grid: with run_in_rows, `run`
+// A `run` is what one result covers on one of the two axes of a matrix: with run_in_rows, `run`
 // consecutive rows are one row of the result; without, `run` consecutive positions one column.
 #pragma once
 
@@ -19,7 +19,7 @@ namespace tk {
 struct Task {
   const void* a;
   const void* b;
-  union {  // what the op reads beside them: its Third says which
+  union {  // the third operand: Op::kOperand says which it is
     const void* c;
     uint32_t stream;
   };
@@ -36,19 +36,19 @@ struct Task {
   uint32_t first_finish;  // the same for the second stage
   uint32_t row_partials;  // offset of the partial sums in the workspace, in units of kRegion
   uint32_t col_partials;
-  uint16_t repeat;     // grid: rows laid side by side as one, where rows are shorter than a warp
-  uint8_t width_log2;  // rows: lanes for a row. grid: warps beside each other along the positions
+  uint16_t repeat;     // matrix: rows laid side by side as one, where rows are shorter than a warp
+  uint8_t width_log2;  // rows: lanes for a row. matrix: warps beside each other along the positions
   uint8_t dtype;       // a DType
-  bool grid;
+  bool is_matrix;
   bool vectors;  // elements go to threads by 16-byte vectors, else one by one
   bool aligned;  // and those can be loaded at once
   bool run_in_rows;
 
-  TK_HOST_DEVICE int64_t row_run() const { return grid && run_in_rows ? run : 1; }
-  TK_HOST_DEVICE int64_t col_run() const { return grid && !run_in_rows ? run : 1; }
+  TK_HOST_DEVICE int64_t row_run() const { return is_matrix && run_in_rows ? run : 1; }
+  TK_HOST_DEVICE int64_t col_run() const { return is_matrix && !run_in_rows ? run : 1; }
   TK_HOST_DEVICE bool splits_rows() const { return tiles > 1 || row_run() > 1; }
   TK_HOST_DEVICE bool splits_cols() const {
-    return grid && (row_blocks > 1 || (tiles > 1 && col_run() > 1));
+    return is_matrix && (row_blocks > 1 || (tiles > 1 && col_run() > 1));
   }
 };
 

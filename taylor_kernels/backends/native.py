@@ -1,141 +1,70 @@
-"""The C++ and CUDA kernels of csrc/, reached through the torch-free module `_native`.
+"""The C++ and CUDA kernels of csrc/, reached through the module `_native`.
 
-That module takes integers only (pointers, sizes, a stream), so one build serves every PyTorch.
-The order of the integers here is the order of the struct members in csrc/bindings.cpp.
+That module knows no torch: it reads the members of layout.py's NamedTuples by their names, of a
+tensor its address, so one build serves every PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from taylor_kernels.layout import Conv2dFisherArgs, GateGradientsArgs, ParameterItem, RademacherItem
+
+#: What csrc/common/dtype.h calls them.
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 
 try:
     _native: Any = import_module("taylor_kernels._native")
 except ImportError as error:
     _native, _import_error = None, str(error)
-
-_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+else:
+    _native.set_dtypes(**DTYPES)
 
 
 def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items, which share a device, into their outputs."""
-    _run_parameters("filter_moments", items)
+    _run("filter_moments", items, items[0].weight.device)
 
 
 def second_order_moments(items: Sequence[ParameterItem]) -> None:
     """Write (Σ q, Σ q²) of all items, which share a device, into their outputs."""
-    _run_parameters("second_order_moments", items)
+    _run("second_order_moments", items, items[0].weight.device)
 
 
 def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
     """Write Σ w² z (Hz) of all items, which share a device, into their outputs."""
-    _run_parameters("hutchinson_moments", items, seed % 2**64)
+    _run("hutchinson_moments", items, items[0].weight.device, seed % 2**64)
 
 
 def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
     """Fill the outputs of all items, which share a device and dtype, with random signs."""
-    table = [
-        value
-        for out, stream in items
-        for value in (out.data_ptr(), out.numel(), _DTYPE_CODES[out.dtype], stream)
-    ]
-    device = items[0].out.device
-    if device.type == "cpu":
-        _native.rademacher_cpu(table, torch.get_num_threads(), seed % 2**64)
-        return
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _native.rademacher_cuda(table, stream, seed % 2**64)
+    _run("rademacher", items, items[0].out.device, seed % 2**64)
 
 
 def gate_gradients(args: GateGradientsArgs) -> None:
     """Write the gate gradients of one activation into `args.out`."""
-    values = [
-        args.output.data_ptr(),
-        args.grad_output.data_ptr(),
-        _pointer(args.bias),
-        args.out.data_ptr(),
-        args.batch,
-        args.outer,
-        args.channels,
-        args.inner,
-        _DTYPE_CODES[args.output.dtype],
-    ]
-    device = args.output.device
-    if device.type == "cpu":
-        _native.gate_gradients_cpu(values, torch.get_num_threads())
-        return
-    with torch.cuda.device(device):
-        workspace = _workspace(_native.gate_gradients_cuda_workspace(values), device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _native.gate_gradients_cuda(values, _pointer(workspace), stream)
+    _run("gate_gradients", args, args.output.device)
 
 
 def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     """Write Σ_n of squared per-example weight gradients, or its filters' sums, into `args.out`."""
-    values = [
-        args.input.data_ptr(),
-        args.grad_output.data_ptr(),
-        _pointer(args.weight),
-        args.out.data_ptr(),
-        args.batch,
-        args.groups,
-        args.channels,
-        args.filters,
-        *args.image,
-        *args.out_image,
-        *args.kernel,
-        *args.stride,
-        *args.padding,
-        *args.dilation,
-        _DTYPE_CODES[args.input.dtype],
-        _DTYPE_CODES[(args.input if args.weight is None else args.weight).dtype],
-        args.input_channels_last,
-        args.grad_channels_last,
-        args.tf32,
-    ]
-    device = args.input.device
-    if device.type == "cpu":
-        _native.conv2d_fisher_cpu(values, torch.get_num_threads())
-        return
-    with torch.cuda.device(device):
-        workspace = _workspace(_native.conv2d_fisher_cuda_workspace(values), device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _native.conv2d_fisher_cuda(values, _pointer(workspace), stream)
+    _run("conv2d_fisher", args, args.input.device)
 
 
-def _run_parameters(op: str, items: Sequence[ParameterItem], *more: int) -> None:
-    """Call a kernel for a list of parameters; `more` are its last arguments."""
-    table = [
-        value
-        for item in items
-        for value in (
-            item.weight.data_ptr(),
-            item.grad.data_ptr(),
-            _pointer(item.hvp),
-            *item[3:7],
-            _pointer(item.row_out),
-            _pointer(item.col_out),
-            _DTYPE_CODES[item.weight.dtype],
-            item.channels_last,
-            item.stream,
-        )
-    ]
-    device = items[0].weight.device
+def _run(op: str, call: object, device: torch.device, *seed: int) -> None:
+    """Call the kernel of this device for a NamedTuple of layout.py, or a sequence of them."""
     if device.type == "cpu":
-        getattr(_native, f"{op}_cpu")(table, torch.get_num_threads(), *more)
+        getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed)
         return
     with torch.cuda.device(device):
-        workspace = _workspace(getattr(_native, f"{op}_cuda_workspace")(table), device)
         stream = torch.cuda.current_stream(device).cuda_stream
-        getattr(_native, f"{op}_cuda")(table, _pointer(workspace), stream, *more)
+        allocate = partial(torch.empty, dtype=torch.uint8, device=device)
+        getattr(_native, f"{op}_cuda")(call, stream, allocate, *seed)
 
 
 @cache
@@ -158,11 +87,3 @@ def cuda_status() -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, f"built for {built}, but PyTorch sees no GPU"
     return True, built
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _workspace(size: int, device: torch.device) -> Tensor | None:
-    return torch.empty(size, dtype=torch.uint8, device=device) if size else None

@@ -23,6 +23,7 @@ from taylor_kernels.layout import (
 def filter_moments(items: Sequence[ParameterItem]) -> None:
     """Write the moments of all items into their outputs."""
     for item in items:
+        assert item.grad is not None
         w, g = _widened(item.weight, item.grad)
         gw = g * w
         _write_sums(item, gw, gw * gw, gw.abs(), w * w, g * g)
@@ -31,6 +32,7 @@ def filter_moments(items: Sequence[ParameterItem]) -> None:
 def second_order_moments(items: Sequence[ParameterItem]) -> None:
     """Write (Σ q, Σ q²), q = w·(g − ½h), of all items into their outputs."""
     for item in items:
+        assert item.grad is not None
         assert item.hvp is not None
         w, g, h = _widened(item.weight, item.grad, item.hvp)
         q = w * (g - h / 2)
@@ -40,14 +42,15 @@ def second_order_moments(items: Sequence[ParameterItem]) -> None:
 def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
     """Write Σ w² z (Hz), z the random signs of the seed, of all items into their outputs."""
     for item in items:
-        w, g = _widened(item.weight, item.grad)
-        _write_sums(item, w * (w * random_signs(seed, item.stream, w) * g))
+        assert item.hvp is not None
+        w, hz = _widened(item.weight, item.hvp)
+        _write_sums(item, w * (w * random_signs(seed, item.stream, w) * hz))
 
 
 def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
     """Fill the outputs of all items with random signs."""
-    for out, stream in items:
-        out.copy_(random_signs(seed, stream, out))
+    for item in items:
+        item.out.copy_(random_signs(seed, item.stream, item.out))
 
 
 def gate_gradients(args: GateGradientsArgs) -> None:

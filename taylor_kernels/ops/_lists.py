@@ -7,13 +7,13 @@ knows, which computes the packed tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, native, select
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
@@ -87,7 +87,7 @@ def define_list_op(
         filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
         out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
-        items = _items(out, lists, groups, filters, streams)
+        items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
             getattr(kernels, name)(items, *seed)
         return out
@@ -99,24 +99,37 @@ def define_list_op(
         " -> (Tensor, Tensor)",
         run,
         empty,
+        _tags(),
     )
+
+
+def _tags() -> list[torch.Tag]:
+    """Keeps the op out of CUDA graphs of torch.compile where Triton runs it by default.
+
+    Triton's kernels find tensors by a table of addresses, which cannot be copied to the GPU during
+    a capture, and a captured call sees new addresses. The native kernels are told addresses by
+    value. A capture of one's own works with both, once the op was called on the same tensors.
+    """
+    by_value = native._native is not None and bool(native._native.cuda_version)
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)  # there since PyTorch 2.8
+    return [] if by_value or tag is None else [tag]
 
 
 def _items(
     out: tuple[Tensor, Tensor],
-    lists: Sequence[Sequence[Tensor]],
+    lists: Mapping[str, Sequence[Tensor]],
     groups: Sequence[int],
     filters: Sequence[list[int]],
     streams: Sequence[int] | None,
 ) -> list[ParameterItem]:
     """Each parameter with its part of the packed tables; empty ones, whose sums are 0, are done."""
-    weights, grads, *more = lists
+    weights = lists["weights"]
     nothing = [None] * len(weights)
+    grads, hvps = lists.get("grads", nothing), lists.get("hvps", nothing)
     row_outs, col_outs = (
         _split(table, counts) if counts else nothing
         for table, counts in zip(out, filters, strict=True)
     )
-    hvps = more[0] if more else nothing
     numbers = streams or [0] * len(weights)
     items = []
     for weight, grad, hvp, n, row_out, col_out, stream in zip(

@@ -104,7 +104,7 @@ def _run(
     """The op itself: vectors of so many signs in one buffer, each from a 128-byte address on."""
     out = _empty(like, counts)
     items = [
-        RademacherItem(signs, stream)
+        RademacherItem(signs, signs.numel(), signs.dtype, stream)
         for signs, stream in zip(_pieces(out, counts), streams, strict=True)
         if signs.numel()
     ]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from taylor_kernels.pruning.flops import Cost, Meter
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
+
+#: Why a layer has no score though its criterion is one of it.
+UNREAD = "no gradient reaches its output, because everything before is frozen"
 
 
 class Budget:
@@ -44,6 +49,45 @@ class Budget:
         cost = meter.cost
         return all(getattr(cost, name) <= limit for name, limit in self._limits.items())
 
+    def check_in_reach(
+        self,
+        meter: Meter,
+        groups: Sequence[Group],
+        dead: Sequence[Tensor],
+        unscored: Sequence[bool],
+    ) -> None:
+        """It can be met by units of the groups that have scores.
+
+        Args:
+            dead: per group [U] bool, units gone already.
+
+        Raises:
+            RuntimeError: it cannot; the message names the others.
+        """
+        if not any(unscored):
+            return
+        most = [
+            0 if absent else group.most_removable(int((~gone).sum()))
+            for group, gone, absent in zip(groups, dead, unscored, strict=True)
+        ]
+        for group, units in zip(groups, most, strict=True):
+            meter.take(group, units)
+        met = self.met(meter)
+        for group, units in zip(groups, most, strict=True):
+            meter.take(group, -units)
+        if not met:
+            names = [
+                slot.owner
+                for group, absent in zip(groups, unscored, strict=True)
+                for slot in group.producers
+                if absent
+            ]
+            raise RuntimeError(
+                f"{', '.join(self._limits)}: cannot be reached without filters of "
+                f"{', '.join(names)}, which have no score ({UNREAD}); raise the target, or run the "
+                "passes inside tk.scoring(model)"
+            )
+
 
 def _check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str, float]) -> None:
     whole = meter.cost
@@ -52,7 +96,7 @@ def _check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str
             "example_inputs: the model does no FLOPs on them, so a fraction of its FLOPs says "
             "nothing; give them a batch of at least one"
         )
-    most = [group.most_removable() for group in groups]
+    most = [group.most_removable(group.size) for group in groups]
     for group, units in zip(groups, most, strict=True):
         meter.take(group, units)
     least = meter.cost.over(whole)

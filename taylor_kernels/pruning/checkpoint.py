@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
-from taylor_kernels.pruning.model_run import outside_inference_mode
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
     VERSION,
@@ -22,6 +21,7 @@ from taylor_kernels.pruning.state import (
     check_version,
     first_line,
 )
+from taylor_kernels.tracing.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
 

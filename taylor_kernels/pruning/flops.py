@@ -1,24 +1,20 @@
 """What a model costs as units go: filters, parameters and FLOPs, exact and without running it.
 
 Every cost is a sum over parameter tensors of a coefficient times the product of the tensor's
-extents: 1 for parameters; for FLOPs what `torch.utils.flop_counter` counts in a layer per entry of
-its weight, which does not change as the layer shrinks. FLOPs outside convolution and linear layers
-stay as they were counted.
+extents: 1 for parameters; for FLOPs two for every multiply-add that an entry of a weight takes part
+in, which does not change as the layer shrinks. What else `torch.utils.flop_counter` counts, such as
+the products inside attention, stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.pruning.model_run import call
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
 
 
 @dataclass(frozen=True)
@@ -44,41 +40,39 @@ class Meter:
 
     Args:
         model: the whole model.
-        counted: its FLOPs, from `count_flops`.
+        macs: parameter -> the multiply-adds that its entries take part in, all as many.
+        flops: of the whole model.
         groups: the groups whose filters count.
     """
 
     def __init__(
-        self, model: nn.Module, counted: tuple[dict[str, int], int], groups: Sequence[Group]
+        self, model: nn.Module, macs: Mapping[str, int], flops: int, groups: Sequence[Group]
     ) -> None:
-        per_layer, total = counted
-        modules = dict(model.named_modules())
-        self._per_weight: dict[str, int] = {}
-        for name, flops in per_layer.items():
-            weight = modules[name]._parameters.get("weight")
-            if weight is not None:
-                key = f"{name}.weight" if name else "weight"
-                self._per_weight[key] = flops // weight.numel()
         self._extents = {name: list(p.shape) for name, p in model.named_parameters()}
-        self._flops = total
+        self._per_entry = {
+            name: 2 * macs[name] // prod(extents)
+            for name, extents in self._extents.items()
+            if macs.get(name)
+        }
+        self._flops = flops
         self._params = sum(prod(extents) for extents in self._extents.values())
         self._filters = sum(group.size * group.filters_per_unit for group in groups)
 
     def take(self, group: Group, units: int) -> None:
         """Count `units` of the group as gone (back again if negative)."""
         self._filters -= units * group.filters_per_unit
-        for tensor in {axis.tensor for axis in group.axes} & self._extents.keys():
+        for tensor in {entry.tensor for entry in group.entries} & self._extents.keys():
             extents = self._extents[tensor]
             self._params -= prod(extents)
             self._flops -= self._entry_flops(tensor)
-            for axis in group.axes:
-                if axis.tensor == tensor:
-                    extents[axis.dim] -= units * axis.index.size(1)
+            for entry in group.entries:
+                if entry.tensor == tensor:
+                    extents[entry.dim] -= units * entry.index.size(1)
             self._params += prod(extents)
             self._flops += self._entry_flops(tensor)
 
     def _entry_flops(self, tensor: str) -> int:
-        return self._per_weight.get(tensor, 0) * prod(self._extents[tensor])
+        return self._per_entry.get(tensor, 0) * prod(self._extents[tensor])
 
     @property
     def cost(self) -> Cost:
@@ -88,34 +82,3 @@ class Meter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> its shape with the units gone."""
         return {name: tuple(extents) for name, extents in self._extents.items()}
-
-
-def count_flops(model: nn.Module, example_inputs: Any) -> tuple[dict[str, int], int]:
-    """FLOPs of a forward pass: by convolution or linear layer, and of the whole model.
-
-    Args:
-        model: in eval mode; it is run once.
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
-
-    per_layer: dict[str, int] = {}
-    hooks = []
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for name, module in model.named_modules():
-            if isinstance(module, (_ConvNd, nn.Linear)):
-                # A layer that is used twice adds up. (A hook also keeps PyTorch from running a
-                # whole encoder layer as one operation, which the counter does not see into.)
-                def before(*_: object, name: str = name) -> None:
-                    per_layer[name] = per_layer.get(name, 0) - counter.get_total_flops()
-
-                def after(*_: object, name: str = name) -> None:
-                    per_layer[name] += counter.get_total_flops()
-
-                hooks += [module.register_forward_pre_hook(before)]
-                hooks += [module.register_forward_hook(after)]
-        try:
-            call(model, example_inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return per_layer, counter.get_total_flops()

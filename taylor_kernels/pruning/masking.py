@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.pruning.optimizer_state import Cuts, zero_state
 from taylor_kernels.pruning.removal import lookup
-from taylor_kernels.pruning.units import Group, removed_entries
+from taylor_kernels.tracing import Channels
+
+#: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
+Fills = list[tuple[int, Tensor, float]]
 
 
 class Masks:
@@ -35,27 +37,27 @@ class Masks:
         # One hook is on all optimizers, and would outlive the model.
         weakref.finalize(model, remove_all, self._hooks)
 
-    def set(self, groups: Sequence[Group], dead: Sequence[Tensor]) -> None:
+    def set(self, channels: Channels, dead: Sequence[Tensor]) -> None:
         """Mask exactly the dead units ([U] bool per group); what was masked before stays zero."""
         self.close()
-        entries = removed_entries(groups, dead)
+        entries = channels.entries(dead)
         if not entries:
             return
-        entries = {name: _placed(cuts, lookup(self._model, name)) for name, cuts in entries.items()}
-        parameters = {name: p for name, p in self._model.named_parameters() if name in entries}
-        write(self._model, entries)
+        masked = fills(self._model, channels, entries)
+        parameters = {name: p for name, p in self._model.named_parameters() if name in masked}
+        _write(masked, self._model)
         for name, parameter in parameters.items():
-            zero = Hook(_zero_grad, entries[name])
+            zero = Hook(_zero_grad, masked[name])
             zero(parameter)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(zero))
             if self._optimizer is not None:
                 zero_state(self._optimizer, name, parameter, entries[name])
-        statistics = {name: cuts for name, cuts in entries.items() if name not in parameters}
-        self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, entries)))
+        statistics = {name: parts for name, parts in masked.items() if name not in parameters}
+        self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, masked)))
         # Training moves a masked channel's variance off one; it is put back at once.
         self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
-        after_step = Hook(_write_after_step, weakref.ref(self._model), entries)
+        after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
 
     def close(self) -> None:
@@ -64,41 +66,43 @@ class Masks:
         self._hooks.clear()
 
 
-def write(model: nn.Module, entries: Mapping[str, Cuts]) -> None:
-    """Set the entries of the model's tensors to their fill values."""
+def fills(
+    model: nn.Module, channels: Channels, entries: Mapping[str, Cuts]
+) -> dict[str, Fills]:
+    """What masks these entries: parameter or buffer -> what to write; indices where it is."""
+    found = {}
     for name, cuts in entries.items():
-        # .data: a forward pass may lie between another one and its backward pass, and the values
-        # that are written are the ones that were there.
-        _fill(lookup(model, name).data, cuts)
+        values, device = channels.fills.get(name, {}), lookup(model, name).device
+        parts = [(dim, index.to(device), values.get(dim, 0.0)) for dim, index in cuts.items()]
+        found[name] = sorted(parts, key=lambda part: part[2] == 0)
+    return found
 
 
-def _fill(tensor: Tensor, cuts: Cuts) -> None:
-    for dim, cut in cuts.items():
-        tensor.index_fill_(dim, cut.index.to(tensor.device), cut.fill)
+def fill(tensor: Tensor, parts: Fills) -> None:
+    for dim, index, value in parts:
+        tensor.index_fill_(dim, index, value)
 
 
-def _placed(cuts: Cuts, tensor: Tensor) -> Cuts:
-    """The same cuts with their indices where the tensor is, so that no hook copies them there."""
-    return {dim: replace(cut, index=cut.index.to(tensor.device)) for dim, cut in cuts.items()}
-
-
-def _zero_grad(cuts: Cuts, parameter: Tensor) -> None:
+def _zero_grad(parts: Fills, parameter: Tensor) -> None:
     """Zero the masked entries of a parameter's gradient."""
     if parameter.grad is not None and parameter.grad.layout == torch.strided:
-        _fill(parameter.grad.data, cuts)
+        fill(parameter.grad.data, [(dim, index, 0.0) for dim, index, _ in parts])
 
 
-def _write(entries: Mapping[str, Cuts], model: nn.Module, *_: object) -> None:
+def _write(masked: Mapping[str, Fills], model: nn.Module, *_: object) -> None:
     """Write masked entries, before or after a forward pass."""
-    write(model, entries)
+    for name, parts in masked.items():
+        # .data: a forward pass may lie between another one and its backward pass, and the values
+        # that are written are the ones that were there.
+        fill(lookup(model, name).data, parts)
 
 
 def _write_after_step(
-    model: weakref.ref[nn.Module], entries: Mapping[str, Cuts], *_: object
+    model: weakref.ref[nn.Module], masked: Mapping[str, Fills], *_: object
 ) -> None:
     """Write masked entries after a step of any optimizer."""
     if (alive := model()) is not None:
-        write(alive, entries)
+        _write(masked, alive)
 
 
 def check_unmasked(model: nn.Module) -> None:

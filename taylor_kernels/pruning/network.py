@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.prunable import Prunable
-from taylor_kernels.pruning.removal import remove
-from taylor_kernels.pruning.units import Group, removed_entries, renumber
+from taylor_kernels.pruning.removal import lookup, remove
 
 
 class Network:
     """A model with its coupled groups.
 
     Attributes:
-        groups: numbered as the model is now; `Group.units` says what they were at first.
+        channels: as the model is now; `Group.classes` says which units are left.
         dead: per group [U] bool, True for units that are masked.
         meter: counts masked and removed units as gone.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
         self.model = model
-        self.groups: list[Group] = prunable.groups
+        self.channels = prunable.channels
         self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in prunable.groups]
         self.meter = prunable.meter
         self._first = prunable.groups
@@ -33,6 +34,10 @@ class Network:
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
         self._shapes = self._found_shapes()
+
+    @property
+    def groups(self) -> list[Group]:
+        return cast("list[Group]", self.channels.groups)
 
     def mask(self, taken: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
         """Mask units ([n] int64 per group) that the meter has counted as gone already.
@@ -42,14 +47,14 @@ class Network:
         """
         filters: dict[str, list[int]] = {}
         self._check_unchanged()
-        for first, group, dead, units in zip(
-            self._first, self.groups, self.dead, taken, strict=True
+        for first, left, dead, units in zip(
+            self._first, self._left(), self.dead, taken, strict=True
         ):
             dead[units] = True
             for slot in first.producers if units.numel() else []:
-                gone = slot.index[group.units[units]].flatten().tolist()
+                gone = slot.index[left.nonzero().flatten()[units]].flatten().tolist()
                 filters.setdefault(slot.owner, []).extend(gone)
-        self._masks.set(self.groups, self.dead)
+        self._masks.set(self.channels, self.dead)
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def compact(self) -> list[Tensor]:
@@ -60,8 +65,8 @@ class Network:
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
             self._check_unchanged()
-            remove(self.model, self.groups, dead, self._optimizer)
-            self.groups = renumber(self.groups, dead)
+            remove(self.model, self.channels, dead, self._optimizer)
+            self.channels = self.channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
         return dead
@@ -70,7 +75,7 @@ class Network:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        names = {axis.tensor for group in self.groups for axis in group.axes}
+        names = {entry.tensor for group in self.groups for entry in group.entries}
         return {n: tensors[n].shape if n in tensors else None for n in sorted(names)}
 
     def _check_unchanged(self) -> None:
@@ -101,6 +106,13 @@ class Network:
                 widths[slot.owner] -= gone * slot.index.size(1)
         return widths
 
+    def _left(self) -> list[Tensor]:
+        """Which units of each group, as it was at first, the model still has: [U] bool."""
+        return [
+            torch.isin(first.classes, group.classes)
+            for first, group in zip(self._first, self.groups, strict=True)
+        ]
+
     def _gone(self) -> list[int]:
         """Units of each group that are masked or removed."""
         return [
@@ -111,12 +123,10 @@ class Network:
     def state(self) -> dict[str, list[Tensor]]:
         """Masks over the units as they were at first: "removed" in any way, and "compacted"."""
         removed, compacted = [], []
-        for first, group, dead in zip(self._first, self.groups, self.dead, strict=True):
-            gone = torch.ones(first.size, dtype=torch.bool)
-            gone[group.units] = False
-            compacted.append(gone)
-            off = gone.clone()
-            off[group.units[dead]] = True
+        for left, dead in zip(self._left(), self.dead, strict=True):
+            compacted.append(~left)
+            off = ~left
+            off[left] = dead
             removed.append(off)
         return {"removed": removed, "compacted": compacted}
 
@@ -132,25 +142,26 @@ class Network:
                     "state: it holds filters that have been removed from this model; load it into "
                     "a pruner of the model as it was at first"
                 )
-        return [gone[group.units] for group, gone in zip(self.groups, compacted, strict=True)]
+        return [gone[left] for left, gone in zip(self._left(), compacted, strict=True)]
 
     def shapes_after(self, compacted: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
         """The shapes that `restore` would give the tensors that it cuts."""
-        tensors = self.model.state_dict()
-        shapes = {}
-        for name, cuts in removed_entries(self.groups, self.stale(compacted)).items():
-            extents = list(tensors[name].shape)
-            for dim, cut in cuts.items():
-                extents[dim] -= cut.index.numel()
-            shapes[name] = tuple(extents)
-        return shapes
+        cut: dict[int, tuple[int, ...]] = {}
+        for name, cuts in self.channels.entries(self.stale(compacted)).items():
+            tensor = lookup(self.model, name)
+            cut[id(tensor)] = tuple(
+                size - cuts[dim].numel() if dim in cuts else size
+                for dim, size in enumerate(tensor.shape)
+            )
+        tensors = self.model.state_dict(keep_vars=True)  # a shared one is in it several times
+        return {name: cut[id(tensor)] for name, tensor in tensors.items() if id(tensor) in cut}
 
     def restore(self, removed: Sequence[Tensor], compacted: Sequence[Tensor]) -> None:
         """Take on a state: remove what it has removed, mask what it has masked, and no more."""
         stale, before = self.stale(compacted), self._gone()
         self._masks.close()
         self._remove(stale)
-        self.dead = [off[group.units] for group, off in zip(self.groups, removed, strict=True)]
+        self.dead = [off[left] for left, off in zip(self._left(), removed, strict=True)]
         for group, old, new in zip(self.groups, before, self._gone(), strict=True):
             self.meter.take(group, new - old)
-        self._masks.set(self.groups, self.dead)
+        self._masks.set(self.channels, self.dead)

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from taylor_kernels.pruning.units import Axis
-
-Cuts = dict[int, Axis]  # dimension -> the entries to remove
+Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
 
 
 def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
@@ -63,15 +61,15 @@ def zero_state(optimizer: Optimizer, name: str, parameter: Tensor, cuts: Cuts) -
     """Set the state of masked entries to zero, which is where removal would have left them."""
     for one in optimizers_in(optimizer):
         for key, value in one.state.get(parameter, {}).items():
-            for dim, entries in _state_cuts(name, key, value, parameter, cuts).items():
-                value.index_fill_(dim, entries.index.to(value.device), 0)
+            for dim, index in _state_cuts(name, key, value, parameter, cuts).items():
+                value.index_fill_(dim, index.to(value.device), 0)
 
 
 def cut(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """The tensor without the entries."""
-    for dim, entries in cuts.items():
+    """The tensor without these indices."""
+    for dim, index in cuts.items():
         keep = torch.ones(tensor.size(dim), dtype=torch.bool)
-        keep[entries.index] = False
+        keep[index] = False
         tensor = tensor.index_select(dim, keep.nonzero().flatten().to(tensor.device))
     return tensor
 
@@ -88,4 +86,4 @@ def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cut
             "use an optimizer whose state has an entry per weight (SGD, Adam, ...), or build the "
             "pruner with optimizer=None and make a new optimizer after compact()"
         )
-    return {dim: part for dim, part in cuts.items() if value.size(dim) == parameter.size(dim)}
+    return {dim: index for dim, index in cuts.items() if value.size(dim) == parameter.size(dim)}

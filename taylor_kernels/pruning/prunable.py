@@ -1,9 +1,9 @@
-"""What can be pruned in a model and what it costs, worked out on copies of it."""
+"""What can be pruned in a model and what it costs, worked out on a copy of it."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
-from taylor_kernels.pruning.flops import Meter, count_flops
-from taylor_kernels.pruning.groups import find_groups
-from taylor_kernels.pruning.model_run import preserved_rng
-from taylor_kernels.pruning.units import Group
-from taylor_kernels.statistics import filter_count
-
-_NOT_CALLED = (
-    "is not called as a module in a forward pass (as inside MultiheadAttention), or not reached on "
-    "the example inputs"
-)
+from taylor_kernels.pruning.flops import Meter
+from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.statistics import Layers, Reads, filter_count
+from taylor_kernels.tracing import Channels, trace
 
 
 @dataclass(frozen=True)
@@ -29,12 +23,14 @@ class Prunable:
     """A model's groups and costs before anything is pruned.
 
     Attributes:
+        channels: with the groups that can be pruned, and no others.
         scored: the layers whose statistics make up the scores, in the model's order.
         widths: layers that can be pruned -> filters.
         skipped: layers that cannot -> why.
         structure: the groups in plain Python, to recognise the model by.
     """
 
+    channels: Channels
     groups: list[Group]
     meter: Meter
     scored: list[str]
@@ -50,65 +46,72 @@ def find_prunable(
     *,
     round_to: int,
     min_filters: int,
-    trainable_only: bool,
+    reads: Reads,
     verify: bool,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
+    Args:
+        reads: what the criterion's statistic reads.
+
     Raises:
-        ValueError: the model does not run on the example inputs, cannot be copied or traced, an
-            ignore entry matches nothing, or nothing can be pruned.
+        ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
+            matches nothing, or nothing can be pruned.
+        TimeoutError: tracing the model takes too long.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
+
     ignored = ignored_modules(model, ignore)
-    modules = dict(model.named_modules())
-    layers = {n: m for n, m in modules.items() if isinstance(m, (_ConvNd, nn.Linear))}
-    frozen = {n for n, m in layers.items() if trainable_only and not m.weight.requires_grad}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
+    if not layers:
+        raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
-    with preserved_rng():
-        try:
-            counted = count_flops(plain, example_inputs)
-        except Exception as error:
-            raise ValueError(
-                "example_inputs: the model does not run on them "
-                f"({type(error).__name__}: {error}); pass a tensor, a tuple of arguments or a dict "
-                "of keyword arguments on the model's device"
-            ) from error
-        try:
-            groups, skipped = find_groups(
-                _copied(model), example_inputs, ignored, frozen, round_to, min_filters
-            )
-        except ImportError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"model: Torch-Pruning cannot trace it ({type(error).__name__}: {error})"
-            ) from error
-        if verify and groups:
-            unreached = layers.keys() - counted[0].keys()
-            found = unsound(plain, example_inputs, groups, train_too=bool(unreached))
-            for number, reason in found.items():
-                skipped |= {slot.owner: reason for slot in groups[number].producers}
-            groups = [group for number, group in enumerate(groups) if number not in found]
-        meter = Meter(plain, counted, groups)
-    for name in layers:
-        if not any(slot.owner == name for group in groups for slot in group.producers):
-            skipped.setdefault(name, _NOT_CALLED)
+    with FlopCounterMode(display=False) as counter:
+        channels = trace(plain, example_inputs)
+    unscored = _unscored(layers, channels.outside, reads)
+    groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
+    channels = channels.offering(groups)
+    if verify and groups:
+        unreached = layers.keys() - channels.layers.keys()
+        found = unsound(plain, example_inputs, channels, train_too=bool(unreached))
+        for number, reason in found.items():
+            skipped |= {slot.owner: reason for slot in groups[number].producers}
+        groups = [group for number, group in enumerate(groups) if number not in found]
     if not groups:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        reasons = reasons or "no convolution or linear layer"
+        reasons = "; ".join(f"{name}: {skipped[name]}" for name in layers)
         raise ValueError(f"model: has nothing to prune ({reasons})")
 
     owners = {slot.owner for group in groups for slot in group.producers}
     return Prunable(
+        channels=channels.offering(groups),
         groups=groups,
-        meter=meter,
-        scored=[name for name in layers if name in owners and name not in frozen],
+        meter=Meter(plain, channels.macs, counter.get_total_flops(), groups),
+        scored=[name for name in layers if name in owners and name not in unscored],
         widths={name: filter_count(layers[name]) for name in layers if name in owners},
-        skipped={name: skipped[name] for name in layers if name in skipped and name not in owners},
+        skipped={name: skipped[name] for name in layers if name not in owners},
         structure=[
             [[slot.owner, slot.side, *slot.index.shape] for slot in group.slots] for group in groups
         ],
     )
+
+
+def _unscored(
+    layers: Layers, outside: Mapping[str, str], reads: Reads
+) -> dict[str, str]:
+    """Layers that a criterion cannot score -> why."""
+    found: dict[str, str] = {}
+    for name, layer in layers.items():
+        computed = not isinstance(layer.weight, nn.Parameter)
+        if computed and reads in ("weight gradients", "closure"):
+            found[name] = "its weight is computed from other parameters and holds no gradient"
+        elif reads == "weight gradients" and not layer.weight.requires_grad:
+            found[name] = "its weights are frozen and this criterion reads their gradients"
+        elif name in outside and reads not in ("weights", "weight gradients"):
+            found[name] = (
+                f"its weight is used by {outside[name] or 'the model'!r}, which does not call it, "
+                "so this criterion cannot see its output; taylor_fo reads weights alone"
+            )
+    return found
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
-from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
-from taylor_kernels.pruning.model_run import outside_inference_mode
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
@@ -30,8 +30,10 @@ from taylor_kernels.statistics import (
     Closure,
     Statistic,
     check_closure,
+    check_loss_scale,
     get_statistic,
 )
+from taylor_kernels.tracing.running import outside_inference_mode
 
 
 class Pruner:
@@ -63,13 +65,12 @@ class Pruner:
         ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
             pruned. The model is as it was.
         RuntimeError: the backend is not available here.
-        ImportError: Torch-Pruning is not installed.
+        TimeoutError: the model takes minutes to trace.
 
     Example:
         >>> import torch, taylor_kernels as tk
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2)
-        ... )
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> pruner = tk.Pruner(
         ...     model, torch.randn(1, 4), filters=0.5, every=2, per_step=4, optimizer=optimizer
@@ -85,7 +86,6 @@ class Pruner:
         Linear(in_features=4, out_features=8, bias=True)
     """
 
-    @outside_inference_mode()
     def __init__(
         self,
         model: nn.Module,
@@ -125,26 +125,26 @@ class Pruner:
         self.targets = targets
         self._every, self._momentum = every, momentum
         self._backend = backend
-        prunable = find_prunable(
-            model,
-            example_inputs,
-            ignore,
-            round_to=round_to,
-            min_filters=min_filters,
-            trainable_only=self._reads == "weight gradients",
-            verify=verify,
-        )
-        self._prunable = prunable
-        self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
-        self._network = Network(model, prunable, optimizer)
-        self._scores = UnitScores(self.criterion, prunable.groups, prunable.scored)
-        self._steps = 0
-        self._history: list[PruneRecord] = []
-        self._statistic: Statistic | None = None
-        self._closed = False
-        self._watch()
+        with outside_inference_mode():
+            prunable = find_prunable(
+                model,
+                example_inputs,
+                ignore,
+                round_to=round_to,
+                min_filters=min_filters,
+                reads=self._reads,
+                verify=verify,
+            )
+            self._prunable = prunable
+            self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
+            self._network = Network(model, prunable, optimizer)
+            self._scores = UnitScores(self.criterion, prunable.groups, prunable.scored)
+            self._steps = 0
+            self._history: list[PruneRecord] = []
+            self._statistic: Statistic | None = None
+            self._closed = False
+            self._watch()
 
-    @outside_inference_mode()
     def step(
         self, *, loss_scale: float = 1.0, closure: Closure | None = None
     ) -> PruneRecord | None:
@@ -164,33 +164,32 @@ class Pruner:
         Raises:
             ValueError: a closure is missing, or given to a criterion that takes none.
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
-                since the last pruning are forgotten. Or the pruner is closed.
+                since the last pruning are forgotten. Or the targets cannot be reached without
+                layers that no gradient reaches; the pruner is closed; or other code cut the model.
         """
         self._check_open()
-        if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
-            raise ValueError(f"loss_scale: expected a positive number, got {loss_scale!r}")
         if self._statistic is None:
             return None
+        check_loss_scale(loss_scale)
         check_closure(self._statistic, closure, self.criterion.name, "step")
-        self._scores.add(self._statistic.collect(loss_scale=loss_scale, closure=closure))
-        self._steps += 1
-        return self._prune() if self._scores.count >= self._every else None
+        with outside_inference_mode():
+            tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            self._scores.add(tables, self._statistic.unread)
+            self._steps += 1
+            return self._prune() if self._scores.count >= self._every else None
 
     def _prune(self) -> PruneRecord:
         net = self._network
+        self._budget.check_in_reach(net.meter, net.groups, net.dead, self._scores.unscored)
         scores = self._scores.close_period(self._momentum, net.dead)
         taken = select(net.groups, net.dead, scores, net.meter, self._budget)
-        threshold = max(
-            score[units].max().item()
-            for score, units in zip(scores, taken, strict=True)
-            if units.numel()
-        )
+        went = [score[units] for score, units in zip(scores, taken, strict=True)]
         record = PruneRecord.of(
             net.meter.cost,
             self.whole,
             step=self._steps,
             removed=net.mask(taken),
-            threshold=threshold,
+            threshold=torch.cat(went).max().item(),
             done=self.done,
         )
         self._history.append(record)
@@ -215,8 +214,8 @@ class Pruner:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Layers whose filters are never removed -> the reason."""
-        return dict(self._prunable.skipped)
+        """Layers whose filters are not removed -> the reason."""
+        return self._prunable.skipped | dict.fromkeys(self._scores.unread_layers, UNREAD)
 
     @property
     def cost(self) -> Cost:
@@ -246,7 +245,6 @@ class Pruner:
         """
         return self._scores.by_layer(self._network.dead, self.model)
 
-    @outside_inference_mode()
     def compact(self) -> nn.Module:
         """Remove what is masked from the model, in place, with the optimizer's state.
 
@@ -257,9 +255,10 @@ class Pruner:
         Returns:
             The model.
         """
-        gone = self._network.compact()
-        self._scores.drop(gone, self._network.groups)
-        self._watch()
+        with outside_inference_mode():
+            gone = self._network.compact()
+            self._scores.drop(gone, self._network.groups)
+            self._watch()
         if self.optimizer is None and any(units.any() for units in gone):
             warnings.warn(
                 "compact() has put new parameters in place of those it cut: an optimizer made "
@@ -296,7 +295,6 @@ class Pruner:
             "history": [asdict(record) for record in self._history],
         }
 
-    @outside_inference_mode()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a pruner of the same original model stopped.
 
@@ -310,12 +308,13 @@ class Pruner:
             RuntimeError: the pruner is closed.
         """
         state = self._checked(state)
-        self._network.restore(state["removed"], state["compacted"])
-        self._scores = UnitScores(self.criterion, self._network.groups, self._prunable.scored)
-        self._scores.load_state_dict(state["scores"])
-        self._steps = state["steps"]
-        self._history = [PruneRecord(**record) for record in state["history"]]
-        self._watch()
+        with outside_inference_mode():
+            self._network.restore(state["removed"], state["compacted"])
+            self._scores = UnitScores(self.criterion, self._network.groups, self._prunable.scored)
+            self._scores.load_state_dict(state["scores"])
+            self._steps = state["steps"]
+            self._history = [PruneRecord(**record) for record in state["history"]]
+            self._watch()
 
     def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shapes that `load_state_dict(state)` would give the tensors that it cuts.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
 
 
 def select(
@@ -28,7 +28,7 @@ def select(
 
     Args:
         dead: per group [U] bool, units gone already.
-        scores: per group [U] float, on the CPU.
+        scores: per group [U] float, on the CPU; units at infinity do not go.
         meter: counts the units taken here as gone.
 
     Returns:
@@ -48,8 +48,9 @@ def select(
     worth = torch.cat([bundle.worth for bundle in bundles])
     order = _cheapest(worth, min(-(-budget.filters // least), worth.numel()))
     owner, filters = owner[order], filters[order].cumsum(0)
-    # One bundle more than stays below the number of filters.
-    most = min(int(torch.searchsorted(filters, budget.filters)) + 1, order.numel())
+    # One bundle more than stays below the number of filters, and none that has no score.
+    most = int(torch.searchsorted(filters, budget.filters)) + 1
+    most = min(most, int(worth[order].isfinite().sum()))
 
     taken = [0] * len(groups)  # bundles that the meter counts as gone
 

@@ -17,7 +17,7 @@ from taylor_kernels.pruning.records import PruneRecord
 
 PRUNER_FORMAT = "taylor_kernels.Pruner"
 #: Of the format of pruners' states and of checkpoint files.
-VERSION = 1
+VERSION = 2
 #: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.
 _FILLED_IN = {
     "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
@@ -25,6 +25,12 @@ _FILLED_IN = {
 
 
 def check_version(content: Mapping[str, Any], what: str) -> None:
+    if content.get("version") == 1:
+        raise ValueError(
+            f"{what}: has version 1 of the format, from a release that found other groups of "
+            "filters (by Torch-Pruning); finish the run with that release, or load the model's "
+            "weights alone and prune anew"
+        )
     if content.get("version") != VERSION:
         raise ValueError(
             f"{what}: has version {content.get('version')!r} of the format, this release reads "

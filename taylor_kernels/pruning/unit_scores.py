@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning.units import Group
+from taylor_kernels.pruning.groups import Group
 from taylor_kernels.statistics import filter_count, get_statistic
+from taylor_kernels.tracing import Slot
 
 #: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows
 #: together may be many times as large as the tables, and those have a column for every example.
@@ -37,17 +38,28 @@ class UnitScores:
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._sum: Tensor | None = None  # [U of all groups] float64
         self._average: Tensor | None = None
+        self._unread: frozenset[str] = frozenset()
         self.count = 0
 
-    def add(self, tables: Sequence[Tensor]) -> None:
-        """Add a minibatch: the [F, K] table of every scored layer."""
+    def add(self, tables: Sequence[Tensor], unread: frozenset[str] = frozenset()) -> None:
+        """Add a minibatch: the [F, K] table of every scored layer.
+
+        Args:
+            unread: layers whose tables say nothing. Units are scored by the other layers that
+                they have filters in; those that have no other are not scored.
+        """
+        if self.count:
+            unread |= self._unread  # a unit's scores of one period are of the same layers
+        if unread != self._unread:
+            self._unread, self._index = unread, {}
         scores = torch.cat([self._score(tables, run) for run in self._runs(tables)]).double()
         self._sum = scores if self._sum is None else self._sum.to(scores) + scores
         self.count += 1
 
     def close_period(self, momentum: float, dead: Sequence[Tensor]) -> list[Tensor]:
         """What to rank by, [U] on the CPU per group: the average since the last call, taken into
-        the moving average; relative to its group's mean where the criterion says so.
+        the moving average; relative to its group's mean where the criterion says so. Groups that
+        are `unscored` come last, at infinity.
 
         Raises:
             RuntimeError: a unit that is not dead has no finite score; the period is dropped.
@@ -55,13 +67,20 @@ class UnitScores:
         assert self._sum is not None
         mean = self._sum / self.count
         self._sum, self.count = None, 0
+        unscored = self.unscored
+        if any(unscored):
+            sizes = torch.tensor([group.size for group in self._groups])
+            without = torch.tensor(unscored).repeat_interleave(sizes).to(mean.device)
+            mean = mean.where(~without, torch.nan)
         average = mean
         if self._average is not None:
-            average = momentum * self._average.to(mean) + (1 - momentum) * mean
+            past = self._average.to(mean)
+            mixed = momentum * past + (1 - momentum) * mean
+            average = torch.where(past.isnan(), mean, mixed)  # it had no score before
         scores = list(average.cpu().split([group.size for group in self._groups]))
-        for group, score, gone in zip(self._groups, scores, dead, strict=True):
+        for group, score, gone, absent in zip(self._groups, scores, dead, unscored, strict=True):
             bad = ~score.isfinite() & ~gone
-            if bad.any():
+            if bad.any() and not absent:
                 layers = ", ".join(slot.owner for slot in group.producers)
                 remedy = (
                     "look for inf or nan in the loss, and leave step() out for minibatches that a "
@@ -75,12 +94,38 @@ class UnitScores:
                     f"were dropped; {remedy}"
                 )
         self._average = average
-        if self._criterion.across_layers:
-            return scores
+        if not self._criterion.across_layers:
+            scores = [
+                score / score[~gone].mean() if (score[~gone] > 0).any() else score
+                for score, gone in zip(scores, dead, strict=True)
+            ]
         return [
-            score / score[~gone].mean() if (score[~gone] > 0).any() else score
-            for score, gone in zip(scores, dead, strict=True)
+            torch.full_like(score, torch.inf) if absent else score
+            for score, absent in zip(scores, unscored, strict=True)
         ]
+
+    @property
+    def unread_layers(self) -> list[str]:
+        """The layers of the groups that are `unscored`."""
+        return [
+            slot.owner
+            for group, absent in zip(self._groups, self.unscored, strict=True)
+            for slot in group.producers
+            if absent
+        ]
+
+    @property
+    def unscored(self) -> list[bool]:
+        """Of each group, whether none of its layers could be read in this period."""
+        return [
+            all(slot.owner in self._unread for slot in self._members(group))
+            for group in self._groups
+        ]
+
+    def _members(self, group: Group) -> list[Slot]:
+        """The layers that score a group: all that have a table, or those of them that were read."""
+        scored = [slot for slot in group.producers if slot.owner in self._layers]
+        return [slot for slot in scored if slot.owner not in self._unread] or scored
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
         """Forget dead units; `groups` are the ones that remain."""
@@ -128,7 +173,7 @@ class UnitScores:
         runs: list[list[int]] = []
         columns: list[int] = []
         for number, group in enumerate(self._groups):
-            slot = next(slot for slot in group.producers if slot.owner in self._layers)
+            slot = self._members(group)[0]
             width = tables[self._layers[slot.owner]].size(1)
             if runs and columns[-1] == width:
                 runs[-1].append(number)
@@ -139,12 +184,7 @@ class UnitScores:
 
     def _score(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> Tensor:
         """[U] scores of a run of groups."""
-        names = {
-            slot.owner
-            for number in run
-            for slot in self._groups[number].producers
-            if slot.owner in self._layers
-        }
+        names = {slot.owner for number in run for slot in self._members(self._groups[number])}
         used = sorted(names, key=self._layers.__getitem__)
         chosen = [tables[self._layers[name]] for name in used]
         device = chosen[0].device
@@ -170,7 +210,7 @@ class UnitScores:
         starts = {name: sum(rows[:number]) for number, name in enumerate(used)}
         blocks = []
         for number in run:
-            members = [slot for slot in self._groups[number].producers if slot.owner in starts]
+            members = self._members(self._groups[number])
             blocks.append(torch.cat([slot.index + starts[slot.owner] for slot in members], 1))
         widest = max(block.size(1) for block in blocks)
         pad = sum(rows)

@@ -4,7 +4,13 @@ A statistic is a class that `register_statistic` has been given; its attributes 
 of a pass and what its columns are (`Statistic`). Importing this package registers its own.
 """
 
-from taylor_kernels.statistics.base import Closure, Reads, Statistic, check_closure
+from taylor_kernels.statistics.base import (
+    Closure,
+    Reads,
+    Statistic,
+    check_closure,
+    check_loss_scale,
+)
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
@@ -39,6 +45,7 @@ __all__ = [
     "Statistic",
     "WeightMoments",
     "check_closure",
+    "check_loss_scale",
     "filter_count",
     "find_layers",
     "get_statistic",

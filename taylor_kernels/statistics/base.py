@@ -64,10 +64,14 @@ class Statistic(ABC):
         self.backend = backend
         self.sites = sites
         self.updates = 0  # how often collect() drew something at random: the seed of the next
+        self.unread: frozenset[str] = frozenset()  # layers of the last collect() without a value
 
     @abstractmethod
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         """The tables of all layers since the last call, [F, K] each, in the order of `layers`.
+
+        A layer that could not be read for a reason of its own (nothing before it is trained, say)
+        has a table of zeros, and its name is in `unread`.
 
         Args:
             loss_scale: what the loss was multiplied by before backward(); divided out. A closure's
@@ -106,6 +110,12 @@ def check_closure(statistic: Statistic, closure: object, criterion: str, method:
         )
     if closure is not None and not callable(closure):
         raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
+
+
+def check_loss_scale(loss_scale: object) -> None:
+    """What a loss was multiplied by is a positive number, or a ValueError."""
+    if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
+        raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
 
 
 def version_of(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
+from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
@@ -22,6 +22,9 @@ from taylor_kernels.statistics.layers import (
     filter_groups,
 )
 from taylor_kernels.statistics.registry import register_statistic
+
+#: Of g in each of `MOMENTS`.
+_POWERS = (1.0, 2.0, 1.0, 0.0, 2.0)
 
 
 @register_statistic
@@ -60,15 +63,14 @@ class WeightMoments(Statistic):
         return tables
 
     def _powers_like(self, table: Tensor) -> Tensor:
-        """By what power of the loss scale each moment is multiplied.
+        """The power of the loss scale that each moment holds.
 
         It is kept on each device: a copy there, for each layer of each minibatch, would make the
         host wait for the device.
         """
         key = table.device, table.dtype
         if key not in self._powers:
-            powers = [1.0 * ("g" in name) * (1 + ("2" in name)) for name in MOMENTS]
-            self._powers[key] = torch.tensor(powers, dtype=table.dtype, device=table.device)
+            self._powers[key] = torch.tensor(_POWERS, dtype=table.dtype, device=table.device)
         return self._powers[key]
 
     def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:

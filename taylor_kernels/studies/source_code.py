@@ -23,6 +23,7 @@ from taylor_kernels.studies.digest import digest_files
 #: The package's folder. The tests put a copy here, of which they change a file.
 ROOT = Path(taylor_kernels.__file__).parent
 _PACKAGE = taylor_kernels.__name__
+_FOR_TYPES = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
 def code_digest(*objects: object) -> str:
@@ -106,7 +107,7 @@ def _that_run(tree: ast.AST) -> Iterator[ast.AST]:
     while todo:
         node = todo.pop()
         yield node
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in _FOR_TYPES:
             todo += node.orelse
         else:
             todo += ast.iter_child_nodes(node)

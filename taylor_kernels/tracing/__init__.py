@@ -16,8 +16,8 @@ Parts that are sliced off a dimension shrink in proportion, or with the attribut
 
 from taylor_kernels.tracing.attributes import register_attributes
 from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.record import Reason
-from taylor_kernels.tracing.resolve import Choice
 from taylor_kernels.tracing.tracing import trace
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Slot
 

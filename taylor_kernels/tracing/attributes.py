@@ -116,8 +116,9 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
         widths = [attribute for attribute in names if _WIDTH.search(attribute)]
         counts = [attribute for attribute in names if attribute not in widths]
         names = (counts or names) if index == 0 else (widths or names)
-    for attribute in names if vector is not None else ():
-        call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
+    for attribute in names:
+        if vector is not None:
+            call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
     return bool(names)
 
 

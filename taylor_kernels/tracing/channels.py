@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import Reason, Record, Step, Vector
-from taylor_kernels.tracing.resolve import FREE, Choice, counted, resolve
+from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
 
@@ -29,13 +31,16 @@ class Channels:
         classes: parameter or buffer -> for each dimension [size] int64, the class of each index.
             Two places of one class go together. A shared tensor goes by its first name.
         layers: layer -> the classes of its input and output channels, as the layer counts them.
+        macs: parameter -> the multiply-adds of the run that its entries took part in, each one as
+            many as the others.
+        outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
-        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero; they
-            are to be filled before those that are zeroed.
+        fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
+            they are to be filled before those that are zeroed.
     """
 
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
@@ -47,21 +52,22 @@ class Channels:
         self._reasons = resolution.reasons
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
-        self.classes: dict[str, tuple[Tensor, ...]] = {}
         self._classes: dict[tuple[str, int], Vector] = {}
         for start, name, dim, size in record.starts:
-            vector = self._label[start : start + size]
-            self._classes[name, dim] = vector
-            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+            self._classes[name, dim] = self._label[start : start + size]
         order = {name: number for number, (name, _) in enumerate(model.named_modules())}
         self._order = order
-        self.layers: dict[str, tuple[Tensor, Tensor]] = {}
         self._layers: dict[str, tuple[Vector, Vector]] = {}
+        self.macs: dict[str, int] = {}
+        self.outside: dict[str, str] = {}
         for product in record.products:
             if product.module not in self._layers:
                 sides = self._label[product.inputs], self._label[product.outputs]
                 self._layers[product.module] = sides
-                self.layers[product.module] = index(sides[0]), index(sides[1])
+            self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
+            if product.caller != product.module:
+                self.outside[product.module] = product.caller
+        self._publish()
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
         self.steps: list[Step] = [
             replace(step, inputs=self._label[step.inputs], outputs=self._label[step.outputs])
@@ -76,6 +82,16 @@ class Channels:
         self.groups: list[Group] = []
         self.skipped: dict[str, str] = {}
         self._make_groups()
+
+    def _publish(self) -> None:
+        """Vectors of classes as tensors."""
+        self.classes: dict[str, tuple[Tensor, ...]] = {}
+        for (name, _), vector in self._classes.items():
+            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+        self.layers: dict[str, tuple[Tensor, Tensor]] = {
+            name: (index(inputs), index(outputs))
+            for name, (inputs, outputs) in self._layers.items()
+        }
 
     # Groups
 
@@ -148,6 +164,46 @@ class Channels:
             )
         return Channels(self._record, model, {*self._lifted, *kinds})
 
+    def offering(self, groups: Sequence[Group]) -> Channels:
+        """The same channels with these groups: some of its own, which a caller may have changed."""
+        other = copy.copy(self)
+        other.groups = list(groups)
+        return other
+
+    def without(self, dead: Sequence[Tensor]) -> Channels:
+        """The channels of the model from which the dead units have been removed.
+
+        Classes keep their numbers, so `Group.classes` says which units are left.
+
+        Args:
+            dead: for each group [U] bool, True for units that went.
+        """
+        gone = self._gone(dead)
+
+        def left(vector: Vector) -> Vector:
+            return vector[~gone[vector]]
+
+        moved: dict[tuple[str, str | int], Vector] = {
+            key: np.cumsum(~gone[vector]) - 1 for key, vector in self._classes.items()
+        }
+        for name, sides in self._layers.items():
+            for side, vector in zip((IN, OUT), sides, strict=True):
+                moved[name, side] = np.cumsum(~gone[vector]) - 1
+        other = copy.copy(self)
+        other._classes = {key: left(vector) for key, vector in self._classes.items()}
+        other._layers = {name: (left(i), left(o)) for name, (i, o) in self._layers.items()}
+        other._publish()
+        other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
+        other.steps = [
+            replace(step, inputs=left(step.inputs), outputs=left(step.outputs))
+            for step in self.steps
+        ]
+        other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
+        other.groups = [
+            group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
+        ]
+        return other
+
     # The recipe
 
     def entries(self, dead: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
@@ -184,7 +240,9 @@ class Channels:
 
     def _gone(self, dead: Sequence[Tensor]) -> Vector:
         if len(dead) != len(self.groups):
-            raise ValueError(f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}")
+            raise ValueError(
+                f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
+            )
         gone = np.zeros(self._why.size, bool)
         for group, mask in zip(self.groups, dead, strict=True):
             if mask.shape != group.classes.shape or mask.dtype != torch.bool:
@@ -207,8 +265,7 @@ class Channels:
             for attribute, what in attributes.rules_of(module).items():
                 vector = None
                 if isinstance(what, tuple):
-                    tensor = getattr(module, what[0], None)
-                    first = firsts.get(id(tensor), "")
+                    first = firsts.get(id(getattr(module, what[0], None)), "")
                     vector = self._classes.get((first, what[1]))
                 elif what == "groups":
                     vector = self._label[groups[name]] if name in groups else None
@@ -216,7 +273,7 @@ class Channels:
                     # Its vectors first: an InstanceNorm is run on channels repeated by example.
                     own = [firsts.get(id(t), "") for t in (module.weight, module.running_mean)]
                     vectors = [self._classes[o, 0] for o in own if (o, 0) in self._classes]
-                    vector = (vectors or [norms.get(name)])[0]
+                    vector = vectors[0] if vectors else norms.get(name)
                 elif name in self._layers:
                     vector = self._layers[name][what == "outputs"]
                 old = getattr(module, attribute, None)
@@ -233,9 +290,7 @@ class Channels:
         lines = []
         for group in self.groups:
             per = sum(slot.index.size(1) for slot in group.producers)
-            through = ", ".join(
-                f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots
-            )
+            through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
@@ -257,5 +312,3 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
-
-

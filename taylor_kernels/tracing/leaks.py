@@ -16,7 +16,6 @@ _LEAKS = {
     Tensor.__array__: "numpy",
     Tensor.tolist: "tolist",
     Tensor.__dlpack__: "dlpack",
-    Tensor.data_ptr: "data_ptr",
 }
 
 

@@ -7,7 +7,7 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,6 +106,9 @@ class Product:
         module: the module that owns it.
         inputs, outputs: atoms of the channels as the layer counts them.
         groups: atoms of the groups of a grouped convolution, else None.
+        macs: how many multiply-adds it took.
+        caller: the module that ran: another than `module` where code uses the weight of a layer
+            that it does not call.
         step: when it ran.
     """
 
@@ -114,6 +117,8 @@ class Product:
     inputs: Vector
     outputs: Vector
     groups: Vector | None
+    macs: int
+    caller: str
     step: int
 
 
@@ -159,7 +164,11 @@ class Size:
 
 @dataclass
 class Record:
-    """Everything that a run says about its atoms."""
+    """Everything that a run says about its atoms.
+
+    Attributes:
+        failures: operations whose rule did not foresee their arguments; their channels stay.
+    """
 
     count: int = 1
     starts: list[tuple[int, str, int, int]] = field(default_factory=list)
@@ -172,6 +181,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     step: int = 0
 
@@ -188,16 +198,19 @@ class Record:
             vectors.append(self.fresh(size))
         return vectors
 
-    def join(self, one: Vector | None, other: Vector | None, reason: Reason) -> None:
+    def join(self, one: Vector | None, other: Vector | None, reason: Callable[[], Reason]) -> None:
         """Place by place these are one; what meets a fixed place is fixed for this reason."""
         if one is other:
             return
         if one is None or other is None:
-            self.fix(one if other is None else other, reason)
+            lone = one if other is None else other
+            if lone is not None and lone.any():
+                self.fix(lone, reason())
             return
-        free = (one == 0) | (other == 0)
-        if free.any():
-            self.fix(np.maximum(one, other)[free], reason)
+        if not (one.all() and other.all()):
+            free = (one == 0) | (other == 0)
+            if (lone := np.maximum(one, other)[free]).any():
+                self.fix(lone, reason())
             one, other = one[~free], other[~free]
         if one.size and not np.array_equal(one, other):
             self.edges.append((one.copy(), other.copy()))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,14 +32,10 @@ class Call:
         self.recorder = recorder
         self.record = recorder.record
         self.func = func
-        self.name = plain_name(func)
-        schema = func._schema.arguments
-        self.args: dict[str, Any] = {
-            argument.name: argument.default_value
-            for argument in schema
-            if argument.has_default_value()
-        }
-        self.args.update(zip((argument.name for argument in schema), args, strict=False))
+        self.operation = operation(func)
+        self.name = self.operation.name
+        self.args: dict[str, Any] = dict(self.operation.defaults)
+        self.args.update(zip(self.operation.arguments, args, strict=False))
         self.args.update(kwargs)
         self.out: Any = None
         self.labels: dict[int, Labels] = {}
@@ -73,11 +71,18 @@ class Call:
         return Reason(f"{text} ({place})", module, name, kind)
 
     def join(self, one: Vector | None, other: Vector | None) -> None:
-        self.record.join(one, other, self.reason("meets a tensor of fixed width"))
+        if one is not other:
+            self.record.join(one, other, lambda: self.reason("meets a tensor of fixed width"))
 
     def mix(self, vector: Vector | None) -> None:
         """The operation mixes these atoms."""
         self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
+
+    def refuse_all(self, text: str) -> None:
+        """No atom of any operand can go."""
+        for labels in self.labels.values():
+            for vector in labels.vectors():
+                self.refuse(vector, text)
 
     def refuse(self, vector: Vector | None, text: str) -> None:
         self.record.fix(vector, self.reason(text))
@@ -103,15 +108,37 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def plain_name(func: Any) -> str:
+@dataclass(frozen=True)
+class Operation:
+    """What is to be known about an overload.
+
+    Attributes:
+        name: without namespace, overload and the underscore of in-place forms.
+        written: the arguments that it writes into.
+        composite: it is made of other operations.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...]
+    written: tuple[str, ...]
+    composite: bool
+
+
+@cache
+def operation(func: Any) -> Operation:
     name = func._schema.name.rpartition("::")[2]
-    inplace = name.endswith("_") and not name.endswith("__")
-    return name.rstrip("_") if inplace else name
-
-
-def is_composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    if name.endswith("_") and not name.endswith("__"):
+        name = name.rstrip("_")
+    arguments = func._schema.arguments
+    return Operation(
+        name,
+        tuple(a.name for a in arguments),
+        tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
+        tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+        ),
     )
 
 
@@ -144,7 +171,6 @@ class Recorder(TorchDispatchMode):
         self.touched = touched
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
-        self._depth = 0
 
     # What module runs
 
@@ -208,14 +234,14 @@ class Recorder(TorchDispatchMode):
                 f"model: tracing it takes more than {self._seconds:g} seconds; pass a smaller "
                 "example (fewer entries, steps or pixels), or a greater seconds="
             )
-        name = plain_name(func)
-        if name not in RULES and is_composite(func):
+        known = operation(func)
+        if known.composite and known.name not in RULES:
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         call = Call(self, func, args, kwargs)
-        written = self._written(call)
+        written = [t for name in known.written for t in tensors_of(call.args.get(name))]
         for tensor in written:
             self.touched(tensor)
         call.out = func(*args, **kwargs)
@@ -223,21 +249,16 @@ class Recorder(TorchDispatchMode):
         self._apply(call, written)
         return call.out
 
-    def _written(self, call: Call) -> list[Tensor]:
-        """The arguments that the operation writes into."""
-        found: list[Tensor] = []
-        for argument in call.func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                found.extend(tensors_of(call.args.get(argument.name)))
-        return found
-
     def _apply(self, call: Call, written: list[Tensor]) -> None:
         outs = tensors_of(call.out)
         products, norms = len(self.record.products), len(self.record.norms)
         try:
             result = RULES.get(call.name, RULES[OTHER])(call)
-        except Unforeseen:
-            result = RULES[OTHER](call)
+        except Exception as error:
+            # Arguments that the rule does not foresee: what it cannot follow cannot go.
+            self.record.failures.append(f"{call.name} in {self.module!r}: {error!r}")
+            call.refuse_all("goes through an operation that is not known in this form")
+            result = None
         labels = result if isinstance(result, list) else [result]
         labels += [None] * (len(outs) - len(labels))
         for tensor, new in zip(outs, labels, strict=False):
@@ -278,9 +299,3 @@ class Recorder(TorchDispatchMode):
             for dim, vector in enumerate(old.dims)
         ):
             old.memory.spoiled = True
-
-
-class Unforeseen(Exception):
-    """A rule met arguments that it does not know."""
-
-

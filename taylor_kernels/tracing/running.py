@@ -51,10 +51,11 @@ class Untouched:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, dict(module.__dict__)) for module in model.modules()]
-        self._tables = [
+        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (table, dict(table))
             for module in model.modules()
             for table in (module._buffers, module._parameters, module._modules)
+            if isinstance(table, dict)  # a ScriptModule's are views of what it holds
         ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
@@ -101,13 +102,21 @@ def quiet() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(
-            torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else [])
-        )
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Inside, tensors are made that can be trained on later, whatever mode the caller is in."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
         yield
 
 

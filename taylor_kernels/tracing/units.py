@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -75,6 +75,22 @@ class Group:
     def name(self) -> str:
         """The layer that names the group in messages."""
         return self.producers[0].owner
+
+    def without(self, dead: Tensor, moved: Mapping[tuple[str, str | int], Vector]) -> Group:
+        """The group once its dead units ([U] bool) are removed.
+
+        Args:
+            moved: (layer, side) or (tensor, dimension) -> for each of its places the new one.
+        """
+
+        def closed_up(rows: Tensor, *key: str | int) -> Tensor:
+            return index(moved[key][rows[~dead].numpy()])
+
+        slots = [replace(s, index=closed_up(s.index, s.owner, s.side)) for s in self.slots]
+        entries = [replace(e, index=closed_up(e.index, e.tensor, e.dim)) for e in self.entries]
+        return replace(
+            self, slots=tuple(slots), entries=tuple(entries), classes=self.classes[~dead]
+        )
 
 
 #: A key of a place list, and the class of each of its places.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import taylor_kernels as tk
-from taylor_kernels.backends import native, reference, select
+from taylor_kernels import backends
+from taylor_kernels.backends import Backend, reference, register_backend, select
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -45,16 +47,21 @@ def test_every_backend_is_available_or_says_why_not():
 def test_default_dispatch(
     native_cpu, native_cuda, triton, device, dtype, expected, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(native, "cpu_status", lambda: (native_cpu, ""))
-    monkeypatch.setattr(native, "cuda_status", lambda: (native_cuda, ""))
-    module = sys.modules[select.__module__]  # tk.backends is the function of that name
-    monkeypatch.setattr(module, "_triton_status", lambda: (triton, ""))
-    monkeypatch.setattr(module, "_triton", lambda: ModuleType("triton"))
-    assert select(device, dtype, None).__name__.rsplit(".", 1)[-1] == expected
+    for name, ok in {"cpu": native_cpu, "cuda": native_cuda, "triton": triton}.items():
+        kernels = "triton" if name == "triton" else "native"
+        changed = backends._backends[name]._replace(
+            status=lambda ok=ok: (ok, ""), kernels=lambda kernels=kernels: kernels
+        )
+        monkeypatch.setitem(backends._backends, name, changed)
+    chosen = select(device, dtype, None)
+    assert ("reference" if chosen is reference else chosen) == expected
 
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(native, "cuda_status", lambda: (False, "built without CUDA; rebuild"))
+    missing = backends._backends["cuda"]._replace(
+        status=lambda: (False, "built without CUDA; rebuild")
+    )
+    monkeypatch.setitem(backends._backends, "cuda", missing)
     with pytest.raises(RuntimeError, match="'cuda' is not available: built without CUDA; rebuild"):
         select(CUDA, torch.float32, "cuda")
     with pytest.raises(ValueError, match="'cpu' does not run on cuda tensors"):
@@ -64,10 +71,16 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatc
     assert select(CUDA, torch.float64, "reference") is reference
 
 
+def run_script(script: str) -> str:
+    """What a new interpreter prints."""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_without_the_native_module_the_reference_takes_over():
-    script = """
+    printed = run_script("""
 import sys
-from types import ModuleType
 sys.modules["taylor_kernels._native"] = None
 import torch, taylor_kernels as tk
 status = tk.available_backends()
@@ -79,20 +92,107 @@ try:
     tk.filter_moments(w, g, backend="cpu")
 except RuntimeError as error:
     print(error)
-"""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "backend: 'cpu' is not available: taylor_kernels._native did not load" in run.stdout
+""")
+    assert "backend: 'cpu' is not available: taylor_kernels._native did not load" in printed
 
 
 def test_importing_the_package_is_light():
-    script = (
+    printed = run_script(
         "import sys, taylor_kernels\n"
         "heavy = {'triton', 'torch_pruning', 'matplotlib', 'sklearn', 'torch._inductor'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert printed.strip() == "[]"
+
+
+def test_naming_another_backend_does_not_import_triton():
+    printed = run_script("""
+import sys, torch, taylor_kernels as tk
+from taylor_kernels.backends import select
+for device, backend in (("cpu", "cpu"), ("cpu", "reference"), ("cpu", None), ("cuda", "cuda")):
+    try:
+        select(torch.device(device), torch.float32, backend)
+    except RuntimeError as error:
+        assert "'cuda' is not available" in str(error)
+print("triton" in sys.modules)
+""")
+    assert printed.strip() == "False"
+
+
+def test_backends_is_a_package_that_can_still_be_called():
+    import taylor_kernels.backends
+
+    assert taylor_kernels.backends is tk.backends is backends
+    with pytest.warns(DeprecationWarning, match=r"tk.backends\(\) is now tk.available_backends"):
+        assert tk.backends() == tk.available_backends()
+
+
+class Recording:
+    """The reference, with a note of what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        self.asked.append(op)
+        return getattr(reference, op)
+
+
+def test_a_backend_from_outside_can_be_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    kernels, w = Recording(), torch.randn(4, 6)
+    register_backend(Backend("made_up", ("cpu",), lambda: (True, "1.0"), lambda: kernels))
+    assert str(tk.available_backends()["made_up"]) == "available (1.0)"
+    calls = {
+        "filter_moments": lambda backend: tk.filter_moments(w, w, backend=backend),
+        "second_order_moments": lambda backend: tk.second_order_moments(w, w, w, backend=backend),
+        "hutchinson_moments": lambda backend: tk.hutchinson_moments(w, w, seed=3, backend=backend),
+        "rademacher": lambda backend: tk.rademacher_like(w, seed=3, backend=backend),
+        "gate_gradients": lambda backend: tk.gate_gradients(w, w, backend=backend),
+        "conv2d_fisher": lambda backend: tk.linear_fisher(w, w, backend=backend),
+    }
+    for call in calls.values():
+        assert call("made_up").equal(call("reference"))
+        call(None)  # who was there first stays the default
+    assert kernels.asked == list(calls)
+    with pytest.raises(ValueError, match="'made_up' has no float64; use 'reference'"):
+        tk.filter_moments(w.double(), w.double(), backend="made_up")
+    with pytest.raises(ValueError, match=r"'gone' is not one of cuda, .*, reference, made_up"):
+        tk.filter_moments(w, w, backend="gone")
+    with pytest.raises(ValueError, match="there is one named 'made_up'"):
+        register_backend(backends._backends["made_up"])
+
+
+def test_a_device_from_outside_brings_its_kernels():
+    """By a backend, then by taking an op over at its dispatch key."""
+    pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this PyTorch cannot make a device up in Python")
+    printed = run_script("""
+import torch
+from torch.utils import backend_registration
+backend_registration._setup_privateuseone_for_python_backend("toy")
+import taylor_kernels as tk
+from taylor_kernels.backends import Backend, reference, register_backend, select
+
+def empty(size, dtype=torch.float32, **_):
+    return torch._C._acc.create_empty_tensor(size, dtype)
+
+torch.library.impl("aten::empty.memory_format", "PrivateUse1")(empty)
+w, g = empty((4, 6)), empty((4, 6))
+assert select(w.device, w.dtype, None) is reference
+
+class Kernels:
+    def filter_moments(self, items):
+        print("backend", items[0].weight.device, items[0].row_out.device)
+
+register_backend(Backend("toy", ("toy",), lambda: (True, "made up"), Kernels))
+assert tk.filter_moments(w, g).shape == (4, 5)
+ones = lambda *_: (torch.ones(4, 5), torch.ones(0, 5))
+torch.library.impl("taylor_kernels::filter_moments", "PrivateUse1")(ones)
+print("key", tk.filter_moments(w, g).sum().item())
+""")
+    assert printed.split("\n") == ["backend toy:0 toy:0", "key 20.0", ""]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_cuda(source: Path, tmp_path: Path) -> None:
                 assert wide >= least, f"{name} for sm_{arch}: {wide} loads of 128 bits"
             if "rademacher_kernel" in name:
                 assert re.search(r"\bSTG\.E\.128", sass), f"{name} for sm_{arch}"
-            if "fisher_tile_kernel" in name:
+            if "fisher_gemm_kernel" in name:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
                 assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
                 assert bool(re.search(r"\bHMMA\.", sass)) == ("3Mma" in name), f"{name}: sm_{arch}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from tests.helpers.cases import (
     reference64,
     same_bits,
 )
-from tests.helpers.emulated import CODES, MOMENTS_CASES, poisoned, run_moments
+from tests.helpers.emulated import MOMENTS_CASES, run_moments
 
 GATE_CASES = [
     *gate_cases(),
@@ -35,36 +33,9 @@ GATE_CASES = [
 ]
 
 
-class Args(ctypes.Structure):
-    _fields_ = [
-        ("y", ctypes.c_void_p),
-        ("dy", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("outer", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
-@pytest.fixture(scope="module")
-def kernels() -> ctypes.CDLL:
-    return emulated.kernels()
-
-
-def gates(kernels: ctypes.CDLL, y: Tensor, dy: Tensor, bias: Tensor | None, dim: int) -> Tensor:
+def gates(y: Tensor, dy: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     out = torch.full((y.size(0), y.size(dim)), float("nan"))
-    args = activation_args(y, dy, bias, dim % y.dim(), out)
-    pointers = [
-        0 if t is None else t.data_ptr()
-        for t in (args.output, args.grad_output, args.bias, args.out)
-    ]
-    sizes = (args.batch, args.outer, args.channels, args.inner)
-    packed = Args(*pointers, *sizes, CODES[args.output.dtype])
-    _workspace, pointer = poisoned(kernels.gates_workspace(ctypes.byref(packed)))
-    kernels.gates(ctypes.byref(packed), pointer)
+    emulated.run("gate_gradients", activation_args(y, dy, bias, dim % y.dim(), out))
     return out
 
 
@@ -85,26 +56,26 @@ def test_moments(case: MomentsCase, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATE_CASES, ids=lambda case: case.name)
-def test_gates(kernels: ctypes.CDLL, case: GateCase, dtype: torch.dtype) -> None:
+def test_gates(case: GateCase, dtype: torch.dtype) -> None:
     if 0 in case.shape:
         pytest.skip("the op answers for empty tensors itself")
     y, dy = random_like_case(case, dtype)
     bias = random_bias(case, dtype)
-    got = gates(kernels, y, dy, bias, case.channel_dim)
+    got = gates(y, dy, bias, case.channel_dim)
     assert_close(got, *gate_reference64(y, dy, bias, case.channel_dim))
     moved = (lay_out(y, "misaligned"), lay_out(dy, "misaligned"))
     if case.layout == "contiguous":
-        assert same_bits(got, gates(kernels, *moved, bias, case.channel_dim))
+        assert same_bits(got, gates(*moved, bias, case.channel_dim))
 
 
-def test_infinite_bias_reaches_its_channel_only(kernels: ctypes.CDLL) -> None:
+def test_infinite_bias_reaches_its_channel_only() -> None:
     for case in GATE_CASES:
         if 0 in case.shape or not case.bias:
             continue
         y, dy = random_like_case(case, torch.float32)
         bias = random_bias(case, torch.float32)
         bias[0] = float("inf")
-        got = gates(kernels, y, dy, bias, case.channel_dim)
+        got = gates(y, dy, bias, case.channel_dim)
         assert not got[:, 0].isfinite().any()
         assert got[:, 1:].isfinite().all()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import probes
+from taylor_kernels.layout import RademacherItem
+from tests.helpers import emulated, probes
 from tests.helpers.cases import (
     DTYPES,
     MomentsCase,
@@ -17,7 +16,7 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
-from tests.helpers.emulated import CODES, MOMENTS_CASES, kernels, run_moments
+from tests.helpers.emulated import MOMENTS_CASES, kernels, run_moments
 from tests.helpers.parameter_ops import HUTCHINSON, SECOND_ORDER, SEED, ParameterOp
 
 OPS = pytest.mark.parametrize("op", [SECOND_ORDER, HUTCHINSON], ids=lambda op: op.name)
@@ -69,36 +68,21 @@ def test_items_have_streams_of_their_own() -> None:
 @pytest.mark.parametrize("known", probes.KNOWN_ANSWERS)
 def test_philox_gives_the_published_answers(known: tuple[tuple[int, ...], ...]) -> None:
     counter, key, answer = known
-    words = (ctypes.c_uint32 * 4)(*counter)
-    kernels().philox(words, ctypes.c_uint64(key[0] | key[1] << 32))
-    assert tuple(words) == answer
+    assert tuple(kernels().philox(counter, key[0] | key[1] << 32)) == answer
 
 
 def test_signs_of_elements_beyond_32_bits() -> None:
-    kernels().random_signs_at.restype = ctypes.c_uint32
     for element in (0, 31, 64, 2**31 - 1, 2**32 + 100, 2**39 + 3, 2**45 - 127):
         for seed in probes.SEEDS:
-            arguments = ctypes.c_uint64(seed % 2**64), ctypes.c_uint32(9), ctypes.c_uint64(element)
-            bit = kernels().random_signs_at(*arguments) & 1
+            bit = kernels().random_signs_at(seed % 2**64, 9, element) & 1
             assert bit == probes.bits(seed, 9, element, element + 1)[0], element
-
-
-class RademacherItem(ctypes.Structure):
-    _fields_ = [
-        ("out", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("stream", ctypes.c_uint32),
-    ]
 
 
 @pytest.mark.parametrize("seed", probes.SEEDS)
 def test_rademacher(seed: int) -> None:
     counts = [1, 7, 8, 9, 127, 129, 4096, 20_001, *range(1, 330)]  # more than one launch holds
     out = [torch.full((n,), float("nan"), dtype=DTYPES[i % 3]) for i, n in enumerate(counts)]
-    items = (RademacherItem * len(out))(
-        *((t.data_ptr(), len(t), CODES[t.dtype], i) for i, t in enumerate(out))
-    )
-    kernels().rademacher(items, ctypes.c_int64(len(out)), ctypes.c_uint64(seed % 2**64))
+    items = [RademacherItem(t, len(t), t.dtype, i) for i, t in enumerate(out)]
+    emulated.run("rademacher", items, seed)
     for i, tensor in enumerate(out):
         assert tensor.double().equal(probes.signs(tensor, seed, i)), len(tensor)

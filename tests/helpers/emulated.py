@@ -6,33 +6,30 @@ depend on nothing but the shape. Speed, races and real launches are for tests/gp
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from taylor_kernels.layout import ParameterItem, parameter_item
+from taylor_kernels.backends.native import DTYPES
+from taylor_kernels.layout import parameter_item
 from tests.helpers import ROOT
 from tests.helpers.cases import MomentsCase, filter_moments_cases
 
-OPS = (
-    "conv2d_fisher",
-    "filter_moments",
-    "gate_gradients",
-    "hutchinson_moments",
-    "rademacher",
-    "second_order_moments",
-)
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas")
-CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+#: Of the kernels, whose sums must not be fused where a GPU's are not.
+KERNEL_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-x", "c++")
+#: Of the Python module around them, of which most is pybind11: it need not be fast.
+MODULE_FLAGS = ("-std=c++20", "-O0")
 
 #: Shapes that cross a limit of csrc/cuda/task_plan.h: segments of rows, blocks of rows, tiles of
 #: positions.
@@ -52,58 +49,51 @@ MOMENTS_CASES = [
 ]
 
 
-class ParameterStruct(ctypes.Structure):
-    _fields_ = [
-        ("w", ctypes.c_void_p),
-        ("g", ctypes.c_void_p),
-        ("h", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("channels", ctypes.c_int64),
-        ("kernel", ctypes.c_int64),
-        ("groups", ctypes.c_int64),
-        ("row_out", ctypes.c_void_p),
-        ("col_out", ctypes.c_void_p),
-        ("dtype", ctypes.c_int32),
-        ("channels_last", ctypes.c_int32),
-        ("stream", ctypes.c_uint32),
-    ]
-
-
 @cache
-def kernels() -> ctypes.CDLL:
-    """The launchers of tests/backends/emulation/entry.cpp; compiled once for all tests of a run."""
+def kernels() -> ModuleType:
+    """csrc/bindings/cuda_ops.cpp and tests/backends/emulation/entry.cpp, compiled once per run."""
+    pybind11 = pytest.importorskip("pybind11", reason="no pybind11 to build the emulation with")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulation with")
+    headers = (".", pybind11.get_include(), sysconfig.get_paths()["include"])
     with tempfile.TemporaryDirectory() as name:
         # A copy of csrc/, so that a header of the emulation stands for the one of its name there.
         folder = Path(name)
         shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
         emulation = ROOT / "tests" / "backends" / "emulation"
         for path in emulation.iterdir():
-            shutil.copy(path, folder / "cuda" if path.name == "device.cuh" else folder)
+            shutil.copy(path, folder / "cuda" if path.name == "ptx.cuh" else folder)
 
         def compiled(source: str) -> str:
             target = f"{Path(source).stem}.o"
-            command = [compiler, *FLAGS, "-I.", "-x", "c++", "-c", source, "-o", target]
+            flags = KERNEL_FLAGS if source.endswith(".cu") else MODULE_FLAGS
+            include = [f"-I{header}" for header in headers]
+            command = [compiler, *flags, "-fPIC", *include, "-c", source, "-o", target]
             subprocess.run(command, check=True, cwd=folder)
             return target
 
         sources = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.cu"))]
         with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compiled, [*sources, "entry.cpp"]))
+            objects = list(pool.map(compiled, [*sources, "bindings/cuda_ops.cpp", "entry.cpp"]))
         subprocess.run([compiler, "-shared", *objects, "-o", "emulated.so"], check=True, cwd=folder)
-        loaded = ctypes.CDLL(str(folder / "emulated.so"))
-    for op in (*OPS, "gates"):
-        if hasattr(loaded, f"{op}_workspace"):
-            getattr(loaded, f"{op}_workspace").restype = ctypes.c_int64
-    return loaded
+        spec = spec_from_file_location("emulated", folder / "emulated.so")
+        assert spec is not None
+        assert spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    module.set_dtypes(**DTYPES)
+    return module
 
 
-def poisoned(size: int) -> tuple[Tensor, ctypes.c_void_p]:
+def poisoned(size: int) -> Tensor:
     """A workspace of so many bytes full of NaN: reading a sum that nothing wrote would show."""
-    workspace = torch.full((size // 4,), float("nan"))
-    return workspace, ctypes.c_void_p(workspace.data_ptr())
+    return torch.full((size // 4,), float("nan"))
+
+
+def run(op: str, call: object, *seed: int) -> None:
+    """The CUDA kernels of an op for what layout.py describes."""
+    getattr(kernels(), f"{op}_cuda")(call, 0, poisoned, *(s % 2**64 for s in seed))
 
 
 def run_moments(
@@ -122,28 +112,7 @@ def run_moments(
         row_out = torch.full((weight.size(0), sums), float("nan")) if rows else None
         col_out = torch.full((columns, sums), float("nan")) if cols else None
         outputs.append((row_out, col_out))
-        grad, hvp = (*others, None)[:2]
+        grad, hvp = (None, *others) if op == "hutchinson_moments" else (*others, None)[:2]
         items.append(parameter_item(weight, grad, hvp, n, row_out, col_out, i))
-    table = (ParameterStruct * len(items))(*(_packed(item) for item in items))
-    count = ctypes.c_int64(len(items))
-    size = getattr(kernels(), f"{op}_workspace")(table, count)
-    _workspace, pointer = poisoned(size)
-    getattr(kernels(), op)(table, count, pointer, *(ctypes.c_uint64(s % 2**64) for s in seed))
+    run(op, items, *seed)
     return outputs
-
-
-def _packed(item: ParameterItem) -> ParameterStruct:
-    hvp, *outputs = (
-        0 if t is None else t.data_ptr() for t in (item.hvp, item.row_out, item.col_out)
-    )
-    sizes = (item.rows, item.channels, item.kernel, item.groups)
-    return ParameterStruct(
-        item.weight.data_ptr(),
-        item.grad.data_ptr(),
-        hvp,
-        *sizes,
-        *outputs,
-        CODES[item.weight.dtype],
-        item.channels_last,
-        item.stream,
-    )

@@ -1,4 +1,4 @@
-"""Shapes at the limits of csrc/cuda/conv2d_fisher/plan.cuh, for a GPU and its emulation."""
+"""Shapes at the limits of csrc/cuda/conv2d_fisher/launch_plan.cuh, for a GPU and its emulation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.helpers.cases import FisherCase
 
 
 class Kernel(IntEnum):
-    """FisherKernel in csrc/cuda/conv2d_fisher/plan.cuh."""
+    """FisherKernel in csrc/cuda/conv2d_fisher/launch_plan.cuh."""
 
     TALL, WIDE, SMALL, DEPTHWISE, SQUARE, SQUARE64 = range(6)
 

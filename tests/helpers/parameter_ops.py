@@ -46,14 +46,26 @@ class ParameterOp(NamedTuple):
     lists: int  # of tensors that it takes: weights, gradients, ...
     sums: int
     call: Callable[..., Any]
-    terms: Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]  # of float64 tensors and signs
+    #: Of float64 tensors, and of the signs that it draws, made if asked for.
+    terms: Callable[[Sequence[Tensor], Callable[[], Tensor]], Sequence[Tensor]]
+    draws: bool = False
+
+    def direct(self, lists: Sequence[Sequence[Tensor]], backend: str | None = None) -> Any:
+        """The op that PyTorch knows, and its arguments for ungrouped tensors and both axes."""
+        count = len(lists[0])
+        drawn = (SEED - 2**64, list(range(count))) if self.draws else ()
+        op = getattr(torch.ops.taylor_kernels, self.name).default
+        return op, (*lists, [1] * count, True, True, *drawn, backend)
 
     def reference64(
         self, tensors: Sequence[Tensor], dim: int, groups: int = 1, stream: int = 0
     ) -> tuple[Tensor, Tensor]:
         """[F, sums] in float64 by other code, and its bound."""
-        z = probes.signs(tensors[0], SEED, stream).to(tensors[0].device)
-        return sums64(self.terms([t.double() for t in tensors], z), dim, groups)
+
+        def signs() -> Tensor:
+            return probes.signs(tensors[0], SEED, stream).to(tensors[0].device)
+
+        return sums64(self.terms([t.double() for t in tensors], signs), dim, groups)
 
     def check(
         self,
@@ -65,19 +77,20 @@ class ParameterOp(NamedTuple):
     ) -> None:
         """One parameter against float64."""
         got = self.run(tensors, dim, groups, backend, stream)
-        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
+        for axis, table in zip(axes_of(dim), got, strict=True):
             assert_close(table, *self.reference64(tensors, axis, groups, stream))
 
     def check_float64(self, case: MomentsCase, backend: str) -> None:
         """float64 is summed in float64."""
         tensors = random_like_case(case, torch.float64, count=self.lists)
-        dim = case.dims[-1]
-        got = self.run(tensors, dim, case.groups, backend)
-        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
-            ref, bound = self.reference64(tensors, axis, case.groups)
-            assert table.dtype == torch.float64
-            scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
-            torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
+        for dim in case.dims:
+            got = self.run(tensors, dim, case.groups, backend)
+            for axis, table in zip(axes_of(dim), got, strict=True):
+                ref, bound = self.reference64(tensors, axis, case.groups)
+                assert table.dtype == torch.float64
+                # Two float64 sums of the same terms in different orders.
+                scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
+                torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
 
     def run(
         self,
@@ -93,9 +106,19 @@ class ParameterOp(NamedTuple):
         return tuple(table.view(len(table), self.sums) for table in tables)
 
 
-def _second_order_terms(tensors: Sequence[Tensor], z: Tensor) -> Sequence[Tensor]:
+def axes_of(dim: int | tuple[int, int]) -> tuple[int, ...]:
+    return dim if isinstance(dim, tuple) else (dim,)
+
+
+def _filter_terms(tensors: Sequence[Tensor], signs: Callable[[], Tensor]) -> Sequence[Tensor]:
+    w, g = tensors
+    gw = g * w
+    return gw, gw * gw, gw.abs(), w * w, g * g
+
+
+def _second_order_terms(tensors: Sequence[Tensor], signs: Callable[[], Tensor]) -> Sequence[Tensor]:
     w, g, h = tensors
-    q = w * g - 0.5 * w * h
+    q = w * (g - h / 2)
     return q, q * q
 
 
@@ -103,6 +126,13 @@ def _hutchinson(lists: Sequence[Any], streams: Sequence[int], **keywords: Any) -
     return tk.hutchinson_moments(*lists, seed=SEED, streams=streams, **keywords)
 
 
+FILTER = ParameterOp(
+    "filter_moments",
+    2,
+    5,
+    lambda lists, streams, **keywords: tk.filter_moments(*lists, **keywords),
+    _filter_terms,
+)
 SECOND_ORDER = ParameterOp(
     "second_order_moments",
     3,
@@ -111,8 +141,14 @@ SECOND_ORDER = ParameterOp(
     _second_order_terms,
 )
 HUTCHINSON = ParameterOp(
-    "hutchinson_moments", 2, 1, _hutchinson, lambda t, z: [t[0] ** 2 * z * t[1]]
+    "hutchinson_moments",
+    2,
+    1,
+    _hutchinson,
+    lambda tensors, signs: [tensors[0] ** 2 * signs() * tensors[1]],
+    draws=True,
 )
+EVERY_OP = (FILTER, SECOND_ORDER, HUTCHINSON)
 
 
 def model_like_lists(count: int) -> tuple[list[list[Tensor]], list[int]]:

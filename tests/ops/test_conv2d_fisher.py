@@ -292,8 +292,23 @@ def test_tf32_is_asked_in_whichever_words_the_user_has():
 
 
 def test_result_is_not_differentiable():
-    x = torch.randn(2, 3, 4, 4, requires_grad=True)
-    assert not tk.conv2d_fisher(x, (5, 3, 1, 1), torch.randn(2, 5, 4, 4)).requires_grad
+    x, dy = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 5, 4, 4)
+    assert not tk.conv2d_fisher(x, (5, 3, 1, 1), dy).requires_grad
+    geometry = [1, 1], [0, 0], [1, 1], 1, False
+    for backend in ("cpu", "reference"):
+        got = torch.ops.taylor_kernels.conv2d_fisher(x, dy, None, (5, 3, 1, 1), *geometry, backend)
+        assert got.equal(tk.conv2d_fisher(x, (5, 3, 1, 1), dy, backend=backend))
+        assert not got.requires_grad
+
+
+def test_vmap_gives_the_bits_of_each_slice():
+    x, dy, weight = torch.randn(3, 4, 7), torch.randn(3, 4, 5), torch.randn(5, 7)
+
+    def fisher(x, dy):
+        return tk.linear_fisher(x, dy, weight=weight)
+
+    got = torch.vmap(fisher)(x, dy)
+    assert got.equal(torch.stack([fisher(*slices) for slices in zip(x, dy, strict=True)]))
 
 
 X, DY, SIZE = torch.randn(2, 6, 8, 8), torch.randn(2, 4, 8, 8), (4, 6, 3, 3)

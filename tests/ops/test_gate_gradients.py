@@ -115,8 +115,24 @@ def test_the_op_passes_torch_opcheck():
 
 
 def test_scores_are_not_differentiable():
-    y = F.relu(torch.randn(2, 3, requires_grad=True))
-    assert not tk.gate_gradients(y, torch.randn(2, 3)).requires_grad
+    y, dy = F.relu(torch.randn(2, 3, requires_grad=True)), torch.randn(2, 3)
+    assert not tk.gate_gradients(y, dy).requires_grad
+    for backend in BACKENDS:
+        got = torch.ops.taylor_kernels.gate_gradients(y, dy, None, 1, backend)
+        assert got.equal(tk.gate_gradients(y, dy))
+        assert not got.requires_grad
+
+
+def test_vmap_gives_the_bits_of_each_slice():
+    y, dy, bias = torch.randn(3, 4, 6, 2), torch.randn(3, 4, 6, 2), torch.randn(3, 6)
+    for shift, dim in ((None, None), (bias[0], None), (bias, 0)):
+
+        def gates(y, dy, shift):
+            return tk.gate_gradients(y, dy, bias=shift)
+
+        got = torch.vmap(gates, in_dims=(0, 0, dim))(y, dy, shift)
+        for i in range(3):
+            assert got[i].equal(gates(y[i], dy[i], shift if dim is None else shift[i]))
 
 
 Y = torch.randn(4, 6, 3, 3)

@@ -1,41 +1,15 @@
-"""hutchinson_moments on the CPU: every backend against float64, its bits, and Hessians known."""
+"""hutchinson_moments on the CPU, beside what test_parameter_ops.py says of it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
 
 import taylor_kernels as tk
 from tests.helpers import cases
-from tests.helpers.parameter_ops import (
-    HUTCHINSON,
-    SEED,
-    assert_bits_do_not_depend_on_the_list,
-    model_like_lists,
-)
+from tests.helpers.parameter_ops import HUTCHINSON
 
 BACKENDS = ("cpu", "reference")
-CASES = cases.filter_moments_cases()
-
-
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_float64(backend, case, dtype, poisoned_memory):
-    tensors = cases.random_like_case(case, dtype)
-    for stream, dim in enumerate(case.dims):
-        HUTCHINSON.check(tensors, dim, case.groups, backend, stream)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
-    for dtype in cases.DTYPES:
-        tensors = cases.random_like_case(case, dtype)
-        HUTCHINSON.check(tensors, case.dims[-1], case.groups, "cpu", 2**32 - 1)
-        HUTCHINSON.check(tensors, 0, case.groups, "cpu")
 
 
 @pytest.mark.parametrize("shape", [(3, 9001), (70, 1500), (520, 13, 3, 3), (5000,)], ids=str)
@@ -43,28 +17,6 @@ def test_signs_hold_across_windows_strips_and_tasks(shape, each_isa):
     tensors = [torch.randn(shape) for _ in range(2)]
     for dim in (0,) if len(shape) == 1 else (0, 1, (0, 1)):
         HUTCHINSON.check(tensors, dim, 1, "cpu")
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_float64_is_summed_in_float64(case, backend, poisoned_memory):
-    HUTCHINSON.check_float64(case, backend)
-
-
-@given(
-    rows=st.integers(1, 70),
-    channels=st.integers(1, 40),
-    kernel=st.sampled_from([(), (1,), (3,), (3, 3), (2, 2, 2)]),
-    groups=st.integers(1, 6),
-    channels_last=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-@settings(max_examples=75, deadline=None)
-def test_any_shape_matches_float64(rows, channels, kernel, groups, channels_last, seed):
-    layout = "channels_last" if channels_last else "contiguous"
-    case = cases.MomentsCase("any", (rows * groups, channels, *kernel), groups, layout)
-    tensors = cases.random_like_case(case, torch.float32, seed=seed)
-    HUTCHINSON.check(tensors, (0, 1), groups, None, seed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,21 +73,6 @@ def test_the_mean_over_probes_is_the_curvature():
         assert (total[f] / probes - a.trace()).abs() < 6 * (variance / probes).sqrt()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
-def test_bits_do_not_depend_on_the_list(backend, dim, poisoned_memory):
-    lists, groups = model_like_lists(2)
-
-    def run(order):
-        picked = ([tensors[i] for i in order] for tensors in lists)
-        some = [groups[i] for i in order]
-        return tk.hutchinson_moments(
-            *picked, seed=SEED, streams=list(order), dim=dim, groups=some, backend=backend
-        )
-
-    assert_bits_do_not_depend_on_the_list(run, [tuple(w.shape) for w in lists[0]])
-
-
 def test_streams_are_places_in_the_callers_list():
     """Also where dtypes split the list into launches."""
     weights = [torch.randn(3, 40, dtype=dtype) for dtype in (torch.float32, torch.float64) * 2]
@@ -145,61 +82,10 @@ def test_streams_are_places_in_the_callers_list():
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_bits_do_not_depend_on_threads(dim, keep_threads):
-    lists, groups = model_like_lists(2)
-    runs = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        arguments = dict(seed=SEED, groups=groups, backend="cpu")
-        one = tk.hutchinson_moments(*lists, dim=dim, **arguments)
-        both = tk.hutchinson_moments(*lists, dim=(0, 1), **arguments)
-        runs.append(torch.cat([*one, *both[0], *both[1]]))
-    assert runs[0].equal(runs[1])
-    assert runs[0].equal(runs[2])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_non_finite_values_reach_their_filters_and_no_others(backend, value):
-    for which in range(2):
-        tensors = torch.randn(2, 40, 21, 3, 3)
-        tensors[which, 7, 5, 1, 2] = value
-        rows, cols = HUTCHINSON.run(list(tensors), (0, 1), 1, backend)
-        for table, bad in ((rows, 7), (cols, 5)):
-            assert not table[bad].isfinite().any()
-            assert table[torch.arange(len(table)) != bad].isfinite().all()
-
-
-def test_a_product_in_another_layout_is_paired_element_by_element():
-    """Signs follow the weight's order in memory."""
-    w, h = torch.randn(2, 8, 6, 3, 3)
-    last = torch.channels_last
-    for weight, hvp in ((w.to(memory_format=last), h), (w, h.to(memory_format=last))):
-        for axis, got in enumerate(HUTCHINSON.run([weight, hvp], (0, 1))):
-            cases.assert_close(got, *HUTCHINSON.reference64([weight, hvp], axis))
-
-
-def test_scores_are_not_differentiable():
+def test_a_moment_is_one_number():
     weight = torch.randn(4, 5, requires_grad=True)
-    moments: Tensor = tk.hutchinson_moments(weight, torch.randn(4, 5), seed=0)
-    assert not moments.requires_grad
-    assert moments.shape == (4,)
-
-
-def test_the_op_passes_torch_opcheck():
-    lists = [list(tensors) for tensors in torch.randn(2, 3, 4, 5)]
-    op = torch.ops.taylor_kernels.hutchinson_moments.default
-    torch.library.opcheck(op, (*lists, [1, 1, 1], True, True, 3, [0, 1, 2], None))
-
-
-def test_the_op_runs_inside_torch_compile():
-    def total(weight, hvp):
-        return tk.hutchinson_moments(weight, hvp, seed=9).sum() * 2
-
-    tensors = torch.randn(2, 6, 7)
-    compiled = torch.compile(total, backend="aot_eager", fullgraph=True)
-    assert compiled(*tensors).equal(total(*tensors))
+    moments = tk.hutchinson_moments(weight, torch.randn(4, 5), seed=0)
+    assert (moments.shape, moments.requires_grad) == ((4,), False)
 
 
 W = torch.randn(4, 6, 3, 3)

@@ -105,6 +105,13 @@ def test_the_op_passes_torch_opcheck():
     torch.library.opcheck(op, (torch.randn(3, 4), [64, 0, 128], 7, [0, 9, 5], None))
 
 
+def test_vmap_draws_the_signs_of_one_slice_for_each():
+    tensors = torch.randn(3, 4, 5, requires_grad=True)
+    got = torch.vmap(lambda tensor: tk.rademacher_like(tensor, seed=2))(tensors)
+    assert got.equal(tk.rademacher_like(tensors[0], seed=2).expand(3, 4, 5))
+    assert not got.requires_grad
+
+
 def test_the_op_runs_inside_torch_compile():
     def doubled(tensor):
         return tk.rademacher_like(tensor, seed=3) * 2

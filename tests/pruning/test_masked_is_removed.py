@@ -112,7 +112,7 @@ def test_compact_between_backward_and_step(name):
 
 def masked_entries(pruner):
     from taylor_kernels.pruning.removal import lookup
-    from taylor_kernels.pruning.units import removed_entries
+    from taylor_kernels.pruning.groups import removed_entries
 
     for name, cuts in removed_entries(pruner._network.groups, pruner._network.dead).items():
         for dim, cut in cuts.items():
@@ -152,7 +152,7 @@ def test_masked_gradients_are_zero_though_activations_are_not():
     optim.zero_grad()
     zoo.loss(model, zoo.fresh(inputs)).backward()
     grads = dict(model.named_parameters())
-    from taylor_kernels.pruning.units import removed_entries
+    from taylor_kernels.pruning.groups import removed_entries
 
     checked = 0
     for name, cuts in removed_entries(pruner._network.groups, pruner._network.dead).items():

@@ -13,7 +13,7 @@ from torch import nn
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
 from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.units import IN, OUT, Group, Slot, axes_of
+from taylor_kernels.pruning.groups import IN, OUT, Group, Slot, axes_of
 
 
 def chain(sizes, makes):
@@ -83,11 +83,11 @@ def test_it_is_the_plain_loop(sizes, makes, levels, kinds, fraction, per_step, s
     groups, meter = chain(sizes, makes)
     other = chain(sizes, makes)[1]
     for group in groups:
-        meter.take(group, group.most_removable())
+        meter.take(group, group.most_removable(group.size))
     whole = other.cost
     reachable = meter.cost.over(whole)
     for group in groups:
-        meter.take(group, -group.most_removable())
+        meter.take(group, -group.most_removable(group.size))
     targets = {k: max(reachable[k], 1 - fraction * (1 - reachable[k])) for k in kinds}
     budget = Budget(meter, groups, targets, per_step)
 

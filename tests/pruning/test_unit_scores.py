@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.pruning.units import OUT, Group, Slot
+from taylor_kernels.pruning.groups import OUT, Group, Slot
 from taylor_kernels.statistics import get_statistic
 from tests.helpers import zoo
 

@@ -1,4 +1,4 @@
-"""Pieces of networks, each with one structure that a tracer has to read: [N, C, H, W] in and out."""
+"""Pieces of networks, [N, C, H, W] in and out, each with a structure that a tracer must read."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)
         if self.how == "packed":
             packed = self.qkv(tokens).reshape(n, h * w, 3, self.num_heads, -1)
@@ -74,7 +74,6 @@ class Attention(nn.Module):
             y = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
         y = self.out(y.transpose(1, 2).reshape(n, h * w, -1))
         return x + y.transpose(1, 2).reshape(n, -1, h, w)
-
 
 
 def conv(rng: random.Random, inputs: int, outputs: int, **options: int) -> nn.Module:
@@ -112,6 +111,36 @@ def _shuffle(groups: int) -> Callable:
     return shuffle
 
 
+def _shifted(self: nn.Module, x: Tensor) -> Tensor:
+    part = x.shape[1] // 4
+    out = torch.zeros_like(x)
+    out[:, :part, 1:] = x[:, :part, :-1]
+    out[:, part : 2 * part, :-1] = x[:, part : 2 * part, 1:]
+    out[:, 2 * part :] = x[:, 2 * part :]
+    return out
+
+
+def _windows(self: nn.Module, x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    y = x.permute(0, 2, 3, 1).view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5)
+    y = self.back(self.mix(y.reshape(-1, 4, c)).sigmoid())
+    y = y.view(n, h // 2, w // 2, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(n, -1, h, w)
+    return x + y
+
+
+def _non_local(self: nn.Module, x: Tensor) -> Tensor:
+    q, k, v = (f(x).flatten(2) for f in (self.q, self.k, self.v))
+    y = v @ (q.transpose(1, 2) @ k).softmax(-1).transpose(1, 2)
+    return x + self.out(y.unflatten(2, x.shape[2:]))
+
+
+def _split_attention(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.radix(x)
+    parts = x.view(len(x), 2, x.shape[1] // 2, *x.shape[2:])
+    gates = self.up(self.down(parts.sum(1).mean((2, 3), keepdim=True)).relu())
+    return (parts * gates.view(len(x), 2, -1, 1, 1).softmax(1)).sum(1)
+
+
 def _padded(extra: int) -> Callable:
     def padded(self: nn.Module, x: Tensor) -> Tensor:
         return self.body(x) + F.pad(x, (0, 0, 0, 0, 0, extra))
@@ -129,7 +158,9 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
     if kind == "activation":
         return activation(rng), c
     if kind == "pool":
-        return rng.choice([nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]), c
+        return rng.choice(
+            [nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1), nn.Upsample(scale_factor=1)]
+        ), c
     if kind == "halves" and even:
         return Apply(rng.choice([_halves, _slices])), c
     if kind == "twice":
@@ -216,6 +247,7 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
             one=conv(rng, c, 4), two=normed(rng, c, width), merge=conv(rng, 8 + width, 6),
         ), 6  # fmt: skip
     if kind == "c2f":
+
         def c2f(s: nn.Module, x: Tensor) -> Tensor:
             parts = list(s.enter(x).chunk(2, 1))
             parts.append(parts[-1] + s.body(parts[-1]))
@@ -224,6 +256,40 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
         return Apply(
             c2f, enter=normed(rng, c, 8), body=normed(rng, 4, 4), leave=conv(rng, 12, width)
         ), width  # fmt: skip
+    if kind == "summed":
+        return Apply(lambda s, x: x * s.act(x).sum(1, keepdim=True).tanh(), act=activation(rng)), c
+    if kind == "normalised":
+        return Apply(lambda s, x: F.normalize(x, dim=1)), c
+    if kind == "temporal_shift" and c >= 4:
+        return Apply(_shifted), c
+    if kind == "windows":
+        return Apply(_windows, mix=nn.Linear(c, width), back=nn.Linear(width, c)), c
+    if kind == "frames":
+        return Apply(
+            lambda s, x: s.body(x.unflatten(0, (1, -1)).flatten(0, 1)), body=conv(rng, c, c)
+        ), c
+    if kind == "patches":
+        return Apply(
+            lambda s, x: s.mix(F.unfold(x, 3, padding=1)).unflatten(2, x.shape[2:]),
+            mix=nn.Conv1d(9 * c, width, 1),
+        ), width  # fmt: skip
+    if kind == "non_local":
+        return Apply(
+            _non_local, q=nn.Conv2d(c, 5, 1), k=nn.Conv2d(c, 5, 1), v=nn.Conv2d(c, width, 1),
+            out=nn.Conv2d(width, c, 1),
+        ), c  # fmt: skip
+    if kind == "position":
+        return Apply(lambda s, x: x + s.table, table=nn.Parameter(torch.randn(1, c, 4, 1))), c
+    if kind == "split_attention":
+        return Apply(
+            _split_attention, radix=conv(rng, c, 2 * width), down=nn.Conv2d(width, 3, 1),
+            up=nn.Conv2d(3, 2 * width, 1),
+        ), width  # fmt: skip
+    if kind == "dual_path" and c >= 4:
+        return Apply(
+            lambda s, x: torch.cat([x[:, :-2] + (y := s.body(x))[:, :-3], x[:, -2:], y[:, -3:]], 1),
+            body=conv(rng, c, c + 1),
+        ), c + 3  # fmt: skip
     if kind == "einsum":
         weight = nn.Parameter(torch.randn(width, c))
         return Apply(lambda s, x: torch.einsum("oc,nchw->nohw", s.weight, x), weight=weight), width
@@ -232,10 +298,12 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
 
 KINDS = (
     "conv", "normed", "activation", "pool", "halves", "twice", "shuffle", "native_shuffle",
-    "residual", "projection", "padded", "excite", "grouped", "depthwise", "transposed",
-    "pixel_shuffle", "pixel_unshuffle", "maxout", "partial", "attention", "shared", "glu", "reflect",
+    "residual", "projection", "padded", "excite", "grouped", "depthwise", "transposed", "maxout",
+    "pixel_shuffle", "pixel_unshuffle", "partial", "attention", "shared", "glu", "reflect",
     "scale", "gate", "prelu", "instance_norm", "group_norm", "softmax", "every_other", "stacked",
     "flipped", "split_of_two", "rescaled", "weight_norm", "csp", "c2f", "einsum",
+    "summed", "normalised", "temporal_shift", "windows", "frames", "patches", "non_local",
+    "position", "split_attention", "dual_path",
 )  # fmt: skip
 HEADS = ("mean", "flatten", "lstm", "gru", "conv", "tokens")
 
@@ -265,8 +333,10 @@ def head(kind: str, c: int, size: int) -> nn.Module:
     return Apply(lambda s, x: s.out(x.mean((2, 3))), out=nn.Linear(c, 3))
 
 
-def network(kinds: list[str], last: str, seed: int, size: int = 4) -> nn.Sequential:
-    """A network of these pieces."""
+def network(
+    kinds: list[str], last: str, seed: int, size: int = 4, widest: int = 24
+) -> nn.Sequential:
+    """A network of these pieces, narrowed by a convolution where it gets wider than `widest`."""
     rng = random.Random(seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -275,7 +345,7 @@ def network(kinds: list[str], last: str, seed: int, size: int = 4) -> nn.Sequent
         for kind in kinds:
             part, c = piece(kind, rng, c)
             parts.append(part)
-            if c > 24:
+            if c > widest:
                 parts.append(conv(rng, c, 8))
                 c = 8
         return nn.Sequential(*parts, head(last, c, size))

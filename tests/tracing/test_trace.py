@@ -49,7 +49,9 @@ def state(model: nn.Module) -> dict:
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
     grads = {name: p.requires_grad for name, p in model.named_parameters()}
-    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    hooks = {
+        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()
+    }
     names = {name: set(vars(module)) for name, module in model.named_modules()}
     return {"tensors": tensors, "rest": (modes, grads, hooks, names)}
 
@@ -108,14 +110,18 @@ def plain(y: Tensor) -> object:
     return thing
 
 
-@pytest.mark.parametrize("make", [lambda y: y, lambda y: {"a": [y, 3]}, looped, plain], ids=range(4))
+@pytest.mark.parametrize(
+    "make", [lambda y: y, lambda y: {"a": [y, 3]}, looped, plain], ids=range(4)
+)
 def test_outputs_of_any_container_stay(make):
     channels = trace(Wrapped(make), IMAGE)
     assert channels.skipped == {"net.4": "reaches the output of the model"}
 
 
 @pytest.mark.parametrize(
-    "inputs", [IMAGE, (IMAGE,), [IMAGE], {"x": IMAGE}, {"x": IMAGE, "scale": torch.ones(())}], ids=range(5)
+    "inputs",
+    [IMAGE, (IMAGE,), [IMAGE], {"x": IMAGE}, {"x": IMAGE, "scale": torch.ones(())}],
+    ids=range(5),
 )
 def test_inputs_of_any_make(inputs):
     assert trace(Wrapped(lambda y: y), inputs).groups[0].size == 8
@@ -140,7 +146,12 @@ class Endless(nn.Module):
     [
         (nn.ReLU(), IMAGE, ValueError, "model: it has no parameters"),
         (torch.relu, IMAGE, TypeError, "model: expected an nn.Module"),
-        (nn.Sequential(nn.LazyLinear(3)), IMAGE, ValueError, "model: its parameter '0.weight' is lazy"),
+        (
+            nn.Sequential(nn.LazyLinear(3)),
+            IMAGE,
+            ValueError,
+            "model: its parameter '0.weight' is lazy",
+        ),
         (nn.Linear(3, 4, device="meta"), IMAGE, ValueError, "on the meta device"),
         (net(), torch.randn(2, 5, 8, 8), ValueError, "example_inputs: the model does not run"),
         (net(), "text", ValueError, "example_inputs: the model does not run"),
@@ -173,7 +184,9 @@ def test_quantised_layers_are_left_out():
 
 
 def test_copies_and_tied_weights_go_by_the_first_name():
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 6), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 6), nn.Linear(6, 2)
+    )
     model[2].weight = model[0].weight
     channels = trace(copy.deepcopy(model), torch.randn(2, 4))
     assert "2.weight" not in channels.classes

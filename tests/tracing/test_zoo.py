@@ -1,4 +1,4 @@
-"""The small models that pruning is tested on: nothing offered is wrong, nothing prunable missing."""
+"""The small models that pruning is tested on: nothing wrong is offered, nothing is missing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 #include "common/conv2d_fisher.h"
-#include "cuda/conv2d_fisher/teams.cuh"
-#include "cuda/conv2d_fisher/tiles.cuh"
+#include "cuda/conv2d_fisher/direct.cuh"
+#include "cuda/conv2d_fisher/implicit_gemm.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/task_kernels.cuh"
 
 namespace tk {
 namespace {
@@ -12,61 +13,50 @@ struct Conv2dFisher {  // for finish_kernel
 };
 
 template <class Product, class Tile>
-void launch_tiles(const FisherPlan& plan, cudaStream_t stream) {
+void launch_gemm(const FisherPlan& plan, cudaStream_t stream) {
   launch_with_shared(Conv2dFisher::kName, stream, plan.blocks,
-                     TileMemory<Product, Tile>::bytes(plan.task), fisher_tile_kernel<Product, Tile>,
+                     TileMemory<Product, Tile>::bytes(plan.task), fisher_gemm_kernel<Product, Tile>,
                      plan.task);
 }
 
 template <class Product>
-void launch_tiles(const FisherPlan& plan, cudaStream_t stream) {
+void launch_gemm(const FisherPlan& plan, cudaStream_t stream) {
   switch (plan.kernel) {
     case FisherKernel::tall:
-      return launch_tiles<Product, TallTile>(plan, stream);
+      return launch_gemm<Product, TallTile>(plan, stream);
     case FisherKernel::wide:
-      return launch_tiles<Product, WideTile>(plan, stream);
+      return launch_gemm<Product, WideTile>(plan, stream);
     default:
-      return launch_tiles<Product, SmallTile>(plan, stream);
+      return launch_gemm<Product, SmallTile>(plan, stream);
   }
 }
 
 template <bool kChannelsInside>
-void launch_tiles(const FisherPlan& plan, DType dtype, bool tf32, cudaStream_t stream) {
-  switch (dtype) {
-    case DType::f16:
-      return launch_tiles<Mma<DType::f16, kChannelsInside>>(plan, stream);
-    case DType::bf16:
-      return launch_tiles<Mma<DType::bf16, kChannelsInside>>(plan, stream);
-    default:
-      if (tf32) return launch_tiles<Mma<DType::f32, kChannelsInside>>(plan, stream);
-      return launch_tiles<Fma<kChannelsInside>>(plan, stream);
-  }
+void launch_gemm(const FisherPlan& plan, DType dtype, bool tf32, cudaStream_t stream) {
+  with_element(dtype, [&](auto element) {
+    constexpr DType kType = decltype(element)::kType;
+    if (kType == DType::f32 && !tf32) return launch_gemm<Fma<kChannelsInside>>(plan, stream);
+    launch_gemm<Mma<kType, kChannelsInside>>(plan, stream);
+  });
 }
 
 template <class E>
-void launch_teams(const FisherPlan& plan, cudaStream_t stream) {
+void launch_direct(const FisherPlan& plan, cudaStream_t stream) {
   const auto start = [&](auto* kernel) {
     launch(Conv2dFisher::kName, stream, plan.blocks, kernel, plan.task);
   };
   switch (plan.kernel) {
     case FisherKernel::depthwise:
-      return start(fisher_team_kernel<E, 1, kTeamColumns, int32_t>);
+      return start(fisher_direct_kernel<E, 1, kDirectColumns, int32_t>);
     case FisherKernel::square:
-      return start(fisher_team_kernel<E, kTeamSquare, kTeamSquare, int32_t>);
+      return start(fisher_direct_kernel<E, kDirectSquare, kDirectSquare, int32_t>);
     default:
-      return start(fisher_team_kernel<E, kTeamSquare, kTeamSquare, int64_t>);
+      return start(fisher_direct_kernel<E, kDirectSquare, kDirectSquare, int64_t>);
   }
 }
 
-void launch_teams(const FisherPlan& plan, DType dtype, cudaStream_t stream) {
-  switch (dtype) {
-    case DType::f32:
-      return launch_teams<Element<DType::f32>>(plan, stream);
-    case DType::f16:
-      return launch_teams<Element<DType::f16>>(plan, stream);
-    default:
-      return launch_teams<Element<DType::bf16>>(plan, stream);
-  }
+void launch_direct(const FisherPlan& plan, DType dtype, cudaStream_t stream) {
+  with_element(dtype, [&](auto element) { launch_direct<decltype(element)>(plan, stream); });
 }
 
 // The results' parts are a table whose rows finish_kernel adds.
@@ -96,12 +86,12 @@ void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, 
   auto* out = static_cast<float*>(args.out);
   auto* parts = static_cast<float*>(workspace);
   plan.task.out = plan.parts > 1 ? parts : out;
-  if (plan.teams()) {
-    launch_teams(plan, args.dtype, on);
+  if (plan.is_direct()) {
+    launch_direct(plan, args.dtype, on);
   } else if (plan.channels_inside) {
-    launch_tiles<true>(plan, args.dtype, args.tf32, on);
+    launch_gemm<true>(plan, args.dtype, args.tf32, on);
   } else {
-    launch_tiles<false>(plan, args.dtype, args.tf32, on);
+    launch_gemm<false>(plan, args.dtype, args.tf32, on);
   }
   if (plan.parts > 1) finish(plan, parts, out, on);
 }

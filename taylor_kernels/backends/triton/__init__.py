@@ -5,11 +5,13 @@ imported, they run on CPU tensors, slowly.
 """
 
 from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
-from taylor_kernels.backends.triton.filter_moments import filter_moments
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
-from taylor_kernels.backends.triton.hutchinson_moments import hutchinson_moments
+from taylor_kernels.backends.triton.moments_launch import (
+    filter_moments,
+    hutchinson_moments,
+    second_order_moments,
+)
 from taylor_kernels.backends.triton.rademacher import rademacher
-from taylor_kernels.backends.triton.second_order_moments import second_order_moments
 
 __all__ = [
     "conv2d_fisher",

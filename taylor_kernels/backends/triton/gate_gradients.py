@@ -24,6 +24,21 @@ BLOCK_ROWS = 256
 MIN_INNER = 32
 
 
+@triton.jit
+def _add(sums, y, dy, at, shift, r, rows, c, end, full):
+    """sums + (y - shift)·dy of a tile; nothing is added beyond `rows` and `end`."""
+    if full:
+        a = tl.load(y + at).to(tl.float32)
+        b = tl.load(dy + at).to(tl.float32)
+        sums += (a - shift) * b
+    else:
+        mask = (r[:, None] < rows) & (c[None, :] < end)
+        a = tl.load(y + at, mask=mask, other=0).to(tl.float32)
+        b = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
+        sums += tl.where(mask, (a - shift) * b, 0)  # an infinite shift times no b
+    return sums
+
+
 # Only whether `length` is a multiple of 16 is worth a kernel of its own.
 @triton.jit(do_not_specialize=["rows", "channels", "tiles"])
 def rows_kernel(
@@ -44,15 +59,8 @@ def rows_kernel(
     for column in range(begin, end, C):
         c = column + tl.arange(0, C)
         at = r[:, None] * length + c[None, :]
-        if (row + R <= rows) & (column + C <= end):
-            a = tl.load(y + at).to(tl.float32)
-            b = tl.load(dy + at).to(tl.float32)
-            sums += (a - shift[:, None]) * b
-        else:
-            mask = (r[:, None] < rows) & (c[None, :] < end)
-            a = tl.load(y + at, mask=mask, other=0).to(tl.float32)
-            b = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
-            sums += tl.where(mask, (a - shift[:, None]) * b, 0)  # an infinite shift times no b
+        full = (row + R <= rows) & (column + C <= end)
+        sums = _add(sums, y, dy, at, shift[:, None], r, rows, c, end, full)
     tl.store(out + tile * rows + r, tl.sum(sums, 1), mask=r < rows)
 
 
@@ -75,15 +83,8 @@ def cols_kernel(
     for row in range(begin, tl.minimum(begin + BLOCK_ROWS, rows), R):
         r = row + tl.arange(0, R)
         at = (example * rows + r[:, None]) * length + c[None, :]
-        if (row + R <= rows) & (column + C <= length):
-            a = tl.load(y + at).to(tl.float32)
-            b = tl.load(dy + at).to(tl.float32)
-            sums += (a - shift[None, :]) * b
-        else:
-            mask = (r[:, None] < rows) & (c[None, :] < length)
-            a = tl.load(y + at, mask=mask, other=0).to(tl.float32)
-            b = tl.load(dy + at, mask=mask, other=0).to(tl.float32)
-            sums += tl.where(mask, (a - shift[None, :]) * b, 0)
+        full = (row + R <= rows) & (column + C <= length)
+        sums = _add(sums, y, dy, at, shift[None, :], r, rows, c, length, full)
     part = example * row_blocks + row_block
     tl.store(out + part * length + c, tl.sum(sums, 0), mask=c < length)
 
@@ -124,21 +125,9 @@ def _by_rows(args: GateGradientsArgs) -> None:
     tiles = triton.cdiv(args.inner, SEGMENT)
     in_parts = tiles > 1 or args.outer > 1
     to = args.out.new_empty((tiles, rows)) if in_parts else args.out
-    rows_kernel[(triton.cdiv(rows, tile[0]) * tiles,)](
-        args.output,
-        args.grad_output,
-        args.output if args.bias is None else args.bias,
-        to,
-        rows,
-        args.inner,
-        args.channels,
-        tiles,
-        BIAS=args.bias is not None,
-        R=tile[0],
-        C=tile[1],
-        SEGMENT=SEGMENT,
-        num_warps=WARPS,
-    )
+    programs = triton.cdiv(rows, tile[0]) * tiles
+    sizes = (rows, args.inner, args.channels, tiles)
+    _launch(rows_kernel, programs, args, to, *sizes, R=tile[0], C=tile[1], SEGMENT=SEGMENT)
     if in_parts:
         _finish(args, to, tiles, args.outer, 1)
 
@@ -149,24 +138,33 @@ def _by_cols(args: GateGradientsArgs) -> None:
     row_blocks = triton.cdiv(args.outer, BLOCK_ROWS)
     in_parts = row_blocks > 1 or args.inner > 1
     to = args.out.new_empty((args.batch, row_blocks, length)) if in_parts else args.out
-    cols_kernel[(args.batch * row_blocks * tiles,)](
-        args.output,
-        args.grad_output,
-        args.output if args.bias is None else args.bias,
-        to,
-        args.outer,
-        length,
-        args.inner,
-        tiles,
-        row_blocks,
-        BIAS=args.bias is not None,
-        R=MATRIX_TILE[0],
-        C=MATRIX_TILE[1],
-        BLOCK_ROWS=BLOCK_ROWS,
-        num_warps=WARPS,
-    )
+    programs = args.batch * row_blocks * tiles
+    sizes = (args.outer, length, args.inner, tiles, row_blocks)
+    tile = dict(zip("RC", MATRIX_TILE, strict=True))
+    _launch(cols_kernel, programs, args, to, *sizes, **tile, BLOCK_ROWS=BLOCK_ROWS)
     if in_parts:
         _finish(args, to, 1, row_blocks, args.inner)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    programs: int,
+    args: GateGradientsArgs,
+    to: torch.Tensor,
+    *sizes: int,
+    **constants: int,
+) -> None:
+    bias = args.output if args.bias is None else args.bias  # any pointer will do
+    kernel[(programs,)](
+        args.output,
+        args.grad_output,
+        bias,
+        to,
+        *sizes,
+        BIAS=args.bias is not None,
+        **constants,
+        num_warps=WARPS,
+    )
 
 
 def _finish(args: GateGradientsArgs, partials: torch.Tensor, *counts: int) -> None:

@@ -1,16 +1,13 @@
 """filter_moments, second_order_moments and hutchinson_moments in Triton: csrc/ says what they are.
 
 One launch per dtype of a list, and a second one where results come in parts, which adds them in a
-fixed order; moments_plan.py cuts the list. The ops differ in what stands for the gradient and in
-which sums are kept.
+fixed order; moments_plan.py cuts the list, moments_launch.py runs it. The ops differ in what stands
+for the gradient and in which sums are kept.
 
 Bits depend on a parameter's shape and on whether it starts at a 16-byte address.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -24,7 +21,6 @@ from taylor_kernels.backends.triton.moments_plan import (
     FAST,
     FIELDS,
     FIRST,
-    GRID,
     GRID_TILE,
     KIND,
     LENGTH,
@@ -39,12 +35,8 @@ from taylor_kernels.backends.triton.moments_plan import (
     G,
     H,
     W,
-    number,
-    plan,
 )
 from taylor_kernels.backends.triton.philox import sign_bits, to_signs
-from taylor_kernels.backends.triton.tables import device_table
-from taylor_kernels.layout import ParameterItem
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 WARPS = 4
@@ -285,44 +277,3 @@ def constants(op: tl.constexpr, dtype: torch.dtype, grids: bool, rows: bool) -> 
         "SEGMENT": SEGMENT,
         "BLOCK_ROWS": BLOCK_ROWS,
     }
-
-
-def run_moments(op: tl.constexpr, items: Sequence[ParameterItem], seed: int = 0) -> None:
-    """Write the op's sums of all items, which share a device, into their outputs."""
-    for dtype in TYPES:
-        part = [item for item in items if item.weight.dtype == dtype]
-        if part:
-            _run_moments(op, part, dtype, seed)
-
-
-def _run_moments(
-    op: tl.constexpr, items: list[ParameterItem], dtype: torch.dtype, seed: int
-) -> None:
-    device = items[0].weight.device
-    sums = SUMS[op.value]
-    row_base = next((item.row_out for item in items if item.row_out is not None), None)
-    col_base = next((item.col_out for item in items if item.col_out is not None), None)
-    tasks, axes, floats = plan(items, sums, row_base, col_base)
-
-    programs = number(tasks, (task.groups * task.row_blocks * task.tiles for task in tasks))
-    per_finish = FINISH_TILE[1]
-    finishing = number(axes, (a.groups * sums * triton.cdiv(a.entries, per_finish) for a in axes))
-    grids = any(task.kind == GRID for task in tasks)
-    workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
-    outputs = [workspace if base is None else base for base in (row_base, col_base)]
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        table = device_table([field for task in tasks for field in task], device)
-        stream_kernel[(programs,)](
-            table,
-            len(tasks),
-            *outputs,
-            workspace,
-            seed,
-            **constants(op, dtype, grids, row_base is not None),
-            num_warps=OP_WARPS[op.value],
-        )
-        if axes:
-            table = device_table([field for axis in axes for field in axis], device)
-            finish_kernel[(finishing,)](
-                table, len(axes), *outputs, workspace, *FINISH_TILE, sums, num_warps=WARPS
-            )

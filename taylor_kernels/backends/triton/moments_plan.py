@@ -1,4 +1,4 @@
-"""How the Triton kernels cut a list of parameters into tasks (moments.py runs them).
+"""How the Triton kernels cut a list of parameters into tasks (moments_launch.py runs them).
 
 A task is one parameter seen as `groups` matrices [rows, length]. Where only the rows' sums are
 wanted, a program takes some rows, or a segment of a long one; else a block of rows and a tile of
@@ -119,8 +119,8 @@ def plan(
 
 
 def _task(item: ParameterItem, groups: int, rows: int, length: int) -> Task:
-    hvp = 0 if item.hvp is None else item.hvp.data_ptr()
-    pointers = item.weight.data_ptr(), item.grad.data_ptr(), hvp
+    operands = [t.data_ptr() for t in (item.weight, item.grad, item.hvp) if t is not None]
+    pointers = operands[0], operands[1], operands[2] if len(operands) > 2 else 0
     fast = all(p % 16 == 0 for p in pointers) and length % 8 == 0
     return Task(*pointers, rows, length, groups, 0, int(fast), 1, 1, stream=item.stream)
 

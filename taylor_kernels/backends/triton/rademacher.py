@@ -38,10 +38,10 @@ def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
     base = items[0].out
     fields: list[int] = []
     programs = 0
-    for out, stream in items:
-        offset = (out.data_ptr() - base.data_ptr()) // base.element_size()
-        fields += offset, out.numel(), stream, programs
-        programs += triton.cdiv(out.numel(), TILE[0] * TILE[1])
+    for item in items:
+        offset = (item.out.data_ptr() - base.data_ptr()) // base.element_size()
+        fields += offset, item.elements, item.stream, programs
+        programs += triton.cdiv(item.elements, TILE[0] * TILE[1])
     device = base.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         table = device_table(fields, device)

@@ -33,7 +33,8 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
             if capturing:
                 raise RuntimeError(
                     "Triton backend: these tensors are new, and a table of their addresses cannot "
-                    "be copied while a CUDA graph is captured; call the op on them once before"
+                    "be copied while a CUDA graph is captured; call the op on them once before, "
+                    "or use backend='cuda', whose kernels need no table"
                 )
             table = _tables[key] = torch.tensor(values, dtype=torch.int64, device=device)
             if len(_tables) > KEPT:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
-from taylor_kernels.statistics.hooks.sites import GateSites
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites
 from taylor_kernels.statistics.layers import Layers
 
 
@@ -48,19 +48,34 @@ class WatchesPasses(Statistic):
         self._unreached: set[str] = set()
         self._called: set[str] = set()
         self._warned = False
+        self._told: set[str] = set()  # layers that were said to be out of reach
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         try:
             tables = self._tables(closure)
+            self.unread = self._unread_layers()
         finally:
             self.discard()
         self.updates += 1
+        tables = [
+            torch.zeros_like(table) if name in self.unread else table
+            for name, table in zip(self.layers, tables, strict=True)
+        ]
         scale = loss_scale**self.power
         return [table / scale for table in tables] if scale != 1.0 else tables
 
     @abstractmethod
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         """What collect() hands over, before the loss scale is divided out; _check() comes first."""
+
+    def _unread_layers(self) -> frozenset[str]:
+        """Layers that no gradient has reached, at any of their sites."""
+        if self.sites is None or not self._unreached:
+            return frozenset(self._unreached)
+        reached = [s.classes for s in self.sites.sites if s.key not in self._unreached]
+        read = torch.cat([torch.tensor([ELSEWHERE]), *reached])
+        of_layers = self.sites.layers
+        return frozenset(n for n in self.layers if not torch.isin(of_layers[n], read).any())
 
     def discard(self) -> None:
         self._unreached.clear()
@@ -72,11 +87,16 @@ class WatchesPasses(Statistic):
     def _check(self) -> None:
         """That no layer is about to be scored 0 for want of a look at it."""
         if self._unreached:
-            raise RuntimeError(
+            message = (
                 f"no gradient reaches the output of {', '.join(sorted(self._unreached))}, because "
-                "everything before is frozen; run the pass inside tk.scoring(model), or leave "
-                "these layers out (layers= of Importance, ignore= of Pruner)"
+                "everything before is frozen, so {}; run the pass inside tk.scoring(model), or use "
+                "taylor_fo, which scores the layers that are trained"
             )
+            if self._unreached >= self._called:
+                raise RuntimeError(message.format("there is nothing to score"))
+            if not self._unreached <= self._told:
+                self._told |= self._unreached
+                warnings.warn(message.format("these layers have no score"), stacklevel=5)
         missing = [name for name in self._watched if name not in self._called]
         for name in missing:
             weight = getattr(self.layers.get(name), "weight", None)
@@ -85,7 +105,8 @@ class WatchesPasses(Statistic):
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
                     "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "
-                    "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion"
+                    "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion. "
+                    "Or the model was compiled before this meter was made, which must come first"
                 )
         if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.pruning.model_run import tensors_in
+from taylor_kernels.tracing.running import tensors_in
 from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.digest import digest_tensors
 from taylor_kernels.studies.oracle.correlation import agreement

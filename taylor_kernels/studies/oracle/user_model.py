@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.model_run import call
+from taylor_kernels.tracing.running import call
 from taylor_kernels.studies.digest import digest_files
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.problem import (

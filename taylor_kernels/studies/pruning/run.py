@@ -45,7 +45,7 @@ def run(settings: PruningSettings, log: ProgressLog) -> tuple[Json, Table]:
         What result.json holds, and the table that sums it up.
 
     Raises:
-        ValueError: an option cannot be right; nothing was started.
+        Mistake: an option cannot be right; nothing was started.
     """
     settings.check()
     threads = torch.get_num_threads()

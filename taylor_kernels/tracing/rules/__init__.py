@@ -6,5 +6,6 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     joining,
     products,
     reductions,
+    reshapes,
     views,
 )

@@ -35,7 +35,9 @@ def like(call: Call) -> Labels:
     return Labels(source.shape, vectors, [zero] * len(vectors), uniform=source.uniform)
 
 
-@rule("sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "item", "size", "stride", "equal")
+@rule(
+    "sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "item", "size", "stride", "equal"
+)
 def numbers(call: Call) -> list:
     """Python numbers: what code does with them cannot be seen, only proven."""
     return [None for _ in tensors_of(call.out)]

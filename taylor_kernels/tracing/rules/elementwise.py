@@ -133,7 +133,5 @@ def other(call: Call) -> Labels | list[Labels | None] | None:
     """An operation without a rule: elementwise by its tag, else its channels stay."""
     if is_elementwise(call):
         return elementwise(call)
-    for labels in call.labels.values():
-        for vector in labels.vectors():
-            call.refuse(vector, "goes through an operation that is not known")
+    call.refuse_all("goes through an operation that is not known")
     return None

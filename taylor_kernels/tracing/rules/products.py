@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -
 
 def layer(
     call: Call, weight: Labels, inputs: Vector | None, outputs: Vector | None,
-    groups: Vector | None = None,
+    groups: Vector | None = None, macs: int = 0,
 ) -> None:  # fmt: skip
     """Write down that a parameter was used as a layer's weight."""
     name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
@@ -36,7 +38,8 @@ def layer(
     call.record.products.append(
         Product(
             name, owner, zeros if inputs is None else inputs.copy(),
-            zeros if outputs is None else outputs.copy(), groups, call.record.step,
+            zeros if outputs is None else outputs.copy(), groups, macs,
+            call.recorder.module, call.record.step,
         )
     )  # fmt: skip
 
@@ -64,7 +67,8 @@ def linear(call: Call) -> Labels:
     contract(call, source, -1, weight, 1)
     result.dims = [*source.dims[:-1], weight.dims[0]]
     result.zero = [*source.zero[:-1], weight.zero[0]]
-    layer(call, weight, weight.dims[1], weight.dims[0])
+    macs = call.out.numel() * weight.shape[1]
+    layer(call, weight, weight.dims[1], weight.dims[0], macs=macs)
     for dim in range(len(source.dims) - 1):
         result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
     add_bias(call, call.args.get("bias"), result, -1)
@@ -73,7 +77,8 @@ def linear(call: Call) -> Labels:
 
 @rule("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner")
 def matmul(call: Call) -> Labels:
-    return multiplied(call, *list(call.args.values())[:2], call.out.shape)
+    left, right = list(call.args.values())[:2]
+    return multiplied(call, left, right, call.out.shape)
 
 
 @rule("addmm", "baddbmm", "addmv")
@@ -81,10 +86,13 @@ def added(call: Call) -> Labels:
     names = ("mat1", "mat2") if "mat1" in call.args else ("batch1", "batch2")
     if "vec" in call.args:
         names = ("mat", "vec")
-    product = multiplied(call, *[call.args[name] for name in names], call.out.shape)
+    left, right = (call.args[name] for name in names)
+    product = multiplied(call, left, right, call.out.shape)
     added = call.of(call.args["self"])
     for dim in range(-len(added.shape), 0):
-        if added.shape[dim] == product.shape[dim] and (added.shape[dim] > 1 or added.dims[dim] is not None):
+        if added.shape[dim] == product.shape[dim] and (
+            added.shape[dim] > 1 or added.dims[dim] is not None
+        ):
             call.join(product.dims[dim], added.dims[dim])
     for dim, vector in enumerate(product.dims):
         back = dim - len(product.dims)
@@ -96,7 +104,7 @@ def added(call: Call) -> Labels:
     return product
 
 
-def multiplied(call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]) -> Labels:
+def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) -> Labels:
     """The labels of a matrix product, with or without batch dimensions."""
     one, other = call.of(left), call.of(right)
     result = Labels.fixed(shape)
@@ -111,14 +119,16 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: tuple[int, ...]) 
             labels for labels in (one, other)
             if len(labels.shape) >= -place and labels.shape[place] == shape[place]
         ]  # fmt: skip
-        result.dims[place] = merged_vector(call, [labels.dims[place] for labels in batch])
+        heads = merged_vector(call, [labels.dims[place] for labels in batch])
+        result.dims[place] = heads
         result.zero[place] = any(labels.is_zero(place) for labels in batch)
-        if result.dims[place] is not None:
-            call.record.heads.append(result.dims[place])
+        if heads is not None:
+            call.record.heads.append(heads)
+    macs = int(np.prod(shape)) * one.shape[-1]
     if not vector and len(other.shape) == 2 and other.name:
-        layer(call, other, other.dims[0], other.dims[1])
+        layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
-        layer(call, one, one.dims[1], one.dims[0])
+        layer(call, one, one.dims[1], one.dims[0], macs=macs)
     if one.memory.spoiled or other.memory.spoiled:
         result.zero = [False] * len(shape)
     return result
@@ -149,7 +159,8 @@ def convolution(call: Call) -> Labels:
     else:
         inputs, outputs, axis = _grouped(call, rows, columns, groups, transposed)
     call.join(channels, inputs)
-    layer(call, weight, inputs, outputs, axis)
+    places = int(np.prod(source.shape if transposed else result.shape))
+    layer(call, weight, inputs, outputs, axis, places * int(np.prod(weight.shape[1:])))
     result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
     add_bias(call, call.args.get("bias"), result, -spatial - 1)
     return result
@@ -178,10 +189,9 @@ def _grouped(
         call.refuse(columns, "is the only channel of each group")
     else:
         other = record.fresh(groups * columns.size)
-        again = record.grid(other.reshape(groups, -1), where, "groups", may)
-        axis_again, inside_again = again
-        record.join(axis_again, axis, call.reason("meets a tensor of fixed width"))
-        record.join(inside_again, columns, call.reason("meets a tensor of fixed width"))
+        axis_again, inside_again = record.grid(other.reshape(groups, -1), where, "groups", may)
+        call.join(axis_again, axis)
+        call.join(inside_again, columns)
     if 0 in may and not known:
         tie(call, groups, axis)
     inputs, outputs = (rows, other) if transposed else (other, rows)

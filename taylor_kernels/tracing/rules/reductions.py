@@ -168,7 +168,8 @@ _POOLS = [
     for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool",
                  "fractional_max_pool", "reflection_pad", "replication_pad", "max_unpool",
                  "upsample_nearest", "_upsample_nearest_exact", "grid_sampler_", "circular_pad",
-                 "mkldnn_max_pool", "upsample_linear", "_adaptive_avg_pool", "mkldnn_adaptive_avg_pool")
+                 "mkldnn_max_pool", "upsample_linear", "_adaptive_avg_pool",
+                 "mkldnn_adaptive_avg_pool")
     for dims in "123"
     for name in (f"{kind}{dims}d", f"{kind}{dims}d_with_indices", f"{kind}{dims}d_vec")
 ]  # fmt: skip

@@ -1,0 +1,158 @@
+// Calls as Python describes them: the NamedTuples of taylor_kernels/layout.py become the structs of
+// csrc/common. Members are read by name, so that neither side depends on the order of the other: a
+// name that Python does not have is an AttributeError, a member that is not read here is an error
+// of the compiler.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/conv2d_fisher.h"
+#include "common/filter_moments.h"
+#include "common/gate_gradients.h"
+#include "common/rademacher.h"
+
+namespace tk {
+
+namespace py = pybind11;
+
+// torch's dtypes, each at the place of its DType; set once, by set_dtypes() from Python.
+inline std::array<py::handle, 4> torch_dtypes;
+
+// The address of a tensor's first element.
+inline void* data_of(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+  const auto address =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+  if (!address) throw py::error_already_set();
+  void* data = PyLong_AsVoidPtr(address.ptr());
+  if (!data && PyErr_Occurred()) throw py::error_already_set();
+  return data;
+}
+
+// A member of a NamedTuple, which becomes what the struct's member is: a tensor or None a pointer,
+// an int a number, a dtype a DType, a pair of ints an Extent2d.
+class Member {
+  py::object value_;
+
+  static int64_t integer(PyObject* value) {
+    const int64_t number = PyLong_AsLongLong(value);
+    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return number;
+  }
+
+ public:
+  Member(py::handle record, PyObject* name)
+      : value_(py::reinterpret_steal<py::object>(PyObject_GetAttr(record.ptr(), name))) {
+    if (!value_) throw py::error_already_set();
+  }
+
+  operator void*() const { return value_.is_none() ? nullptr : data_of(value_); }
+  operator const void*() const { return static_cast<void*>(*this); }
+  operator int64_t() const { return integer(value_.ptr()); }
+  operator bool() const { return integer(value_.ptr()) != 0; }
+
+  operator uint32_t() const {
+    const int64_t number = integer(value_.ptr());
+    if (number < 0 || number > UINT32_MAX) throw py::value_error("not a number of 32 bits");
+    return static_cast<uint32_t>(number);
+  }
+
+  operator DType() const {
+    for (size_t i = 0; i < torch_dtypes.size(); ++i) {
+      if (value_.is(torch_dtypes[i])) return static_cast<DType>(i);
+    }
+    throw py::type_error("no kernel reads " + std::string(py::str(value_)));
+  }
+
+  operator Extent2d() const {
+    if (!PyTuple_Check(value_.ptr()) || PyTuple_GET_SIZE(value_.ptr()) != 2) {
+      throw py::type_error("not a pair: " + std::string(py::str(value_)));
+    }
+    return {integer(PyTuple_GET_ITEM(value_.ptr(), 0)), integer(PyTuple_GET_ITEM(value_.ptr(), 1))};
+  }
+};
+
+// The member `name` of the struct, from that of `record`.
+#define TK_MEMBER(name)                                                  \
+  .name = Member(record, [] {                                            \
+    static PyObject* const interned = PyUnicode_InternFromString(#name); \
+    return interned;                                                     \
+  }())
+
+inline void read(py::handle record, ParameterItem& item) {
+  item = {TK_MEMBER(weight),   TK_MEMBER(grad),   TK_MEMBER(hvp),           TK_MEMBER(rows),
+          TK_MEMBER(channels), TK_MEMBER(kernel), TK_MEMBER(groups),        TK_MEMBER(row_out),
+          TK_MEMBER(col_out),  TK_MEMBER(dtype),  TK_MEMBER(channels_last), TK_MEMBER(stream)};
+}
+
+inline void read(py::handle record, RademacherItem& item) {
+  item = {TK_MEMBER(out), TK_MEMBER(elements), TK_MEMBER(dtype), TK_MEMBER(stream)};
+}
+
+inline void read(py::handle record, GateGradientsArgs& args) {
+  args = {TK_MEMBER(output),   TK_MEMBER(grad_output), TK_MEMBER(bias),
+          TK_MEMBER(out),      TK_MEMBER(batch),       TK_MEMBER(outer),
+          TK_MEMBER(channels), TK_MEMBER(inner),       TK_MEMBER(dtype)};
+}
+
+inline void read(py::handle record, Conv2dFisherArgs& args) {
+  args = {TK_MEMBER(input),
+          TK_MEMBER(grad_output),
+          TK_MEMBER(weight),
+          TK_MEMBER(out),
+          TK_MEMBER(batch),
+          TK_MEMBER(groups),
+          TK_MEMBER(channels),
+          TK_MEMBER(filters),
+          TK_MEMBER(image),
+          TK_MEMBER(out_image),
+          TK_MEMBER(kernel),
+          TK_MEMBER(stride),
+          TK_MEMBER(padding),
+          TK_MEMBER(dilation),
+          TK_MEMBER(dtype),
+          TK_MEMBER(weight_dtype),
+          TK_MEMBER(input_channels_last),
+          TK_MEMBER(grad_channels_last),
+          TK_MEMBER(tf32)};
+}
+
+#undef TK_MEMBER
+
+template <class Record>
+Record read_record(py::handle record) {
+  Record read_to;
+  read(record, read_to);
+  return read_to;
+}
+
+template <class Record>
+std::vector<Record> read_records(const py::sequence& records) {
+  std::vector<Record> found(records.size());
+  size_t i = 0;
+  for (const py::handle record : records) read(record, found[i++]);
+  return found;
+}
+
+inline void define_set_dtypes(py::module_& m) {
+  m.def(
+      "set_dtypes",
+      [](py::object f32, py::object f16, py::object bf16, py::object f64) {
+        const auto set = [](DType dtype, py::object& value) {
+          torch_dtypes[static_cast<size_t>(dtype)] = value.release();
+        };
+        set(DType::f32, f32);
+        set(DType::f16, f16);
+        set(DType::bf16, bf16);
+        set(DType::f64, f64);
+      },
+      py::kw_only(), py::arg("f32"), py::arg("f16"), py::arg("bf16"), py::arg("f64"));
+}
+
+}  // namespace tk

@@ -1,0 +1,260 @@
+"""Which axis of each table shrinks.
+
+A reshape leaves a choice: of a dimension cut into heads and positions either whole heads go, or
+the same positions of every head. Each table of cells may have one axis along which it shrinks; the
+other axes are kept whole. Axes that are one (the heads of queries, keys and values) are chosen
+together. Some orders of choosing are tried, and for each set of tables that hang together the one
+that leaves most output channels free is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from taylor_kernels.tracing.cuts import match, proportional
+from taylor_kernels.tracing.forest import Forest
+from taylor_kernels.tracing.record import Reason, Record, Table, Vector
+
+#: More than the number of any reason: nothing keeps this atom.
+FREE = np.iinfo(np.int64).max
+_ROUNDS = 32
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a reshape was resolved.
+
+    Attributes:
+        module, operation: where it ran.
+        shape: the grid.
+        axis: the axis along which it can shrink, None if it has to stay as it is.
+    """
+
+    module: str
+    operation: str
+    shape: tuple[int, ...]
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Classes of atoms.
+
+    Attributes:
+        label: for each atom its class.
+        why: for each atom the number of the reason that keeps it, or FREE.
+        reasons: by number.
+        choices: one for each reshape that cut or joined channels.
+    """
+
+    label: Vector
+    why: Vector
+    reasons: list[Reason]
+    choices: list[Choice]
+
+
+def _settle(tables: Sequence[Table], forest: Forest, why: Vector) -> Vector:
+    """Reasons spread over classes, and between cells and axes."""
+    label = forest.label
+    by_class = np.full(why.size, FREE)
+    np.minimum.at(by_class, label, why)
+    for _ in range(_ROUNDS):
+        before = by_class.copy()
+        for table in tables:
+            shape = [axis.size for axis in table.axes]
+            cells = by_class[label[table.cells]].reshape(shape)
+            axes = [by_class[label[axis]] for axis in table.axes]
+            most = np.max(np.stack(np.broadcast_arrays(*np.ix_(*axes))), axis=0)
+            np.minimum.at(by_class, label[table.cells], most.ravel())
+            for dim, axis in enumerate(table.axes):
+                least = cells.min(axis=tuple(i for i in range(len(shape)) if i != dim))
+                np.minimum.at(by_class, label[axis], least)
+        if np.array_equal(before, by_class):
+            break
+    return by_class[label]
+
+
+def _spread(forest: Forest, why: Vector) -> Vector:
+    """A reason for one atom of a class is a reason for all."""
+    by_class = np.full(why.size, FREE)
+    np.minimum.at(by_class, forest.label, why)
+    return by_class[forest.label]
+
+
+def _sharing(vectors: Sequence[Vector]) -> Vector:
+    """For each vector the number of the first one that it shares atoms with, by any detour."""
+    groups = Forest(len(vectors))
+    if vectors:
+        atoms = np.concatenate(vectors)
+        owner = np.repeat(np.arange(len(vectors)), [vector.size for vector in vectors])
+        owner, atoms = owner[atoms != 0], atoms[atoms != 0]
+        order = np.argsort(atoms, kind="stable")
+        same = np.diff(atoms[order]) == 0
+        groups.unite([(owner[order][:-1][same], owner[order][1:][same])])
+    return groups.label
+
+
+class Chooser:
+    """Chooses the axes along which tables shrink."""
+
+    def __init__(self, record: Record, forest: Forest, why: Vector, reasons: list[Reason]) -> None:
+        self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
+        self.tables = record.tables
+        self.parts = proportional(record)
+        self.numbers: dict[Reason, int] = {}
+        settled = _settle(self.tables, forest, why)
+        self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
+        self.family = self._families()
+        label = forest.label
+        heads = {int(a) for vector in record.heads for a in label[vector]}
+        self.uses: dict[int, list[tuple[int, int]]] = {}
+        self.width: dict[int, int] = {}
+        self.head: dict[int, bool] = {}
+        dead: set[int] = set()
+        for number, table in enumerate(self.tables):
+            for dim, axis in enumerate(table.axes):
+                kind = self.kinds[number][dim]
+                self.uses.setdefault(kind, []).append((number, dim))
+                free = np.unique(label[axis][settled[axis] == FREE])
+                self.width[kind] = max(self.width.get(kind, 0), len(free))
+                here = not heads.isdisjoint(label[axis].tolist())
+                self.head[kind] = self.head.get(kind, False) or here
+                if dim not in table.allowed or not len(free) or len(np.unique(label[axis])) < 2:
+                    dead.add(kind)
+        self.candidates = [kind for kind in self.uses if kind not in dead]
+
+    def _kinds(self) -> list[list[int]]:
+        """Axes that share an atom are of one kind."""
+        names = [(n, d) for n, table in enumerate(self.tables) for d in range(len(table.axes))]
+        number = {name: i for i, name in enumerate(names)}
+        groups = _sharing([self.forest.label[self.tables[n].axes[d]] for n, d in names])
+        return [
+            [int(groups[number[n, d]]) for d in range(len(table.axes))]
+            for n, table in enumerate(self.tables)
+        ]
+
+    def _families(self) -> list[int]:
+        """Tables that share an atom, of cells or axes, are of one family."""
+        label = self.forest.label
+        every = [label[np.concatenate([table.cells, *table.axes])] for table in self.tables]
+        self.owner = np.full(label.size, -1)
+        for number, atoms in enumerate(every):
+            self.owner[atoms] = number
+        self.owner[0] = -1
+        return _sharing(every).tolist()
+
+    def resolution(self) -> Resolution:
+        orders: list[Callable[[int], tuple]] = [
+            lambda kind: (-self.head[kind], -len(self.uses[kind]), -self.width[kind], kind),
+            lambda kind: (-self.width[kind], kind),
+            lambda kind: (self.head[kind], -self.width[kind], -kind),
+            lambda kind: (-len(self.uses[kind]), kind),
+            lambda kind: (kind,),
+        ]
+        chosen: list[set[int]] = []
+        for order in orders:
+            picked = self._pick(sorted(self.candidates, key=order))
+            if picked not in chosen:
+                chosen.append(picked)
+        if len(chosen) == 1:
+            return self._result(*self._apply(chosen[0]), chosen[0])
+        results = [self._apply(kinds) for kinds in chosen]
+        scores = [self._score(*result) for result in results]
+        with_heads = {
+            self.family[number]
+            for kind, uses in self.uses.items()
+            if self.head[kind]
+            for number, _ in uses
+        }
+        best: set[int] = set()
+        for family in set(self.family):
+
+            def value(option: int, family: int = family) -> tuple[int, int]:
+                filters, units = scores[option].get(family, (0, 0))
+                return (filters, 0 if family in with_heads else units)
+
+            option = max(range(len(chosen)), key=lambda o: (value(o), -o))
+            best |= {
+                kind for kind in chosen[option] if self.family[self.uses[kind][0][0]] == family
+            }
+        return self._result(*self._apply(best), best)
+
+    def _result(self, forest: Forest, why: Vector, best: set[int]) -> Resolution:
+        choices = [
+            Choice(
+                *table.where,
+                tuple(axis.size for axis in table.axes),
+                next((d for d, kind in enumerate(self.kinds[n]) if kind in best), None),
+            )
+            for n, table in enumerate(self.tables)
+        ]
+        return Resolution(forest.label, why, self.reasons, choices)
+
+    def _pick(self, ordered: Sequence[int]) -> set[int]:
+        taken: set[int] = set()
+        busy: set[int] = set()
+        for kind in ordered:
+            tables = [number for number, _ in self.uses[kind]]
+            if len(tables) == len(set(tables)) and busy.isdisjoint(tables):
+                taken.add(kind)
+                busy.update(tables)
+        return taken
+
+    def _apply(self, kinds: Collection[int]) -> tuple[Forest, Vector]:
+        """Classes and reasons with these kinds of axes shrinking."""
+        forest, why = self.forest.copy(), self.why.copy()
+        pairs = []
+        for number, table in enumerate(self.tables):
+            shape = [axis.size for axis in table.axes]
+            live = next((d for d, kind in enumerate(self.kinds[number]) if kind in kinds), None)
+            kept = self._kept(table, live)
+            for dim, axis in enumerate(table.axes):
+                if dim != live:
+                    np.minimum.at(why, axis, kept)
+            if live is None:
+                np.minimum.at(why, table.cells, kept)
+            else:
+                spread = [-1 if dim == live else 1 for dim in range(len(shape))]
+                cells = np.broadcast_to(table.axes[live].reshape(spread), shape).ravel()
+                both = (cells != 0) & (table.cells != 0)
+                pairs.append((cells[both], table.cells[both]))
+        forest.unite(pairs)
+        why = _spread(forest, why)
+        for parts in self.parts:
+            if (alone := match(parts, forest, why == FREE)).size:
+                np.minimum.at(why, alone, self._number(parts.reason))
+            why = _spread(forest, why)
+        return forest, why
+
+    def _kept(self, table: Table, live: int | None) -> int:
+        """The number of the reason that keeps a table's other axes."""
+        module, operation = table.where
+        shape = " x ".join(str(axis.size) for axis in table.axes)
+        text = f"is cut into {shape} by {operation} in {module!r}, " + (
+            "which has to stay so" if live is None else f"of which only dimension {live} shrinks"
+        )
+        return self._number(Reason(text, module, operation))
+
+    def _number(self, reason: Reason) -> int:
+        if reason not in self.numbers:
+            self.numbers[reason] = len(self.reasons)
+            self.reasons.append(reason)
+        return self.numbers[reason]
+
+    def _score(self, forest: Forest, why: Vector) -> dict[int, tuple[int, int]]:
+        """Free output channels, and units of them, for each family of tables."""
+        filters: dict[int, int] = {}
+        units: dict[int, set[int]] = {}
+        before = self.forest.label
+        for product in self.record.products:
+            owners = self.owner[before[product.outputs]]
+            free = why[product.outputs] == FREE
+            classes = np.unique(forest.label[product.outputs][free])
+            if owners.size and owners.max() >= 0 and len(classes) + (not free.all()) >= 2:
+                family = self.family[int(owners.max())]
+                filters[family] = filters.get(family, 0) + int(free.sum())
+                units.setdefault(family, set()).update(classes.tolist())
+        return {family: (count, len(units[family])) for family, count in filters.items()}

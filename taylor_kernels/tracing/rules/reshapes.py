@@ -1,0 +1,140 @@
+"""Reshapes: worked out on the sizes, which say into what parts a dimension was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.recorder import Call, rule
+
+
+@rule(
+    "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy",
+    "reshape_as", "ravel",
+)  # fmt: skip
+def reshape(call: Call) -> Labels:
+    """Other sizes for the same elements in the same order."""
+    old = call.of(call.args["self"])
+    if call.name == "view" and "dtype" in call.args:
+        if len(old.shape) == call.out.dim() and old.shape == tuple(call.out.shape):
+            return old
+        for vector in old.vectors():
+            call.refuse(vector, "is read as another data type")
+        return Labels.fixed(call.out.shape)
+    sizes = call.arg("size", "shape", "sizes")
+    inferred: tuple[int, ...] = ()
+    if call.name in ("view", "reshape") and sizes is not None:
+        inferred = tuple(i for i, size in enumerate(sizes) if size == -1)
+    elif call.name == "unflatten" and sizes is not None:
+        dim = call.args["dim"] % len(old.shape)
+        inferred = tuple(dim + i for i, size in enumerate(sizes) if size == -1)
+    return reshaped(call, old, call.out.shape, inferred)
+
+
+def reshaped(
+    call: Call,
+    old: Labels,
+    shape: Sequence[int],
+    inferred: tuple[int, ...] = (),
+    allowed: Collection[int] | None = None,
+) -> Labels:
+    """The labels of a tensor seen with another shape.
+
+    Args:
+        inferred: dimensions whose size the caller left to PyTorch (-1).
+        allowed: the only dimensions that may shrink; None to see from sizes and attributes.
+    """
+    new = Labels.fixed(shape)
+    new.memory, new.uniform = old.memory, old.uniform
+    if not old.labelled and not old.uniform:
+        return new
+    if old.shape == new.shape:
+        new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
+        for dim in old.labelled:
+            if dim not in inferred:
+                tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)
+        return new
+    if old.uniform:
+        new.dims = [np.zeros(size, np.int64) for size in new.shape]
+        new.zero = [all(old.zero)] * len(new.shape)
+        return new
+    for ours, theirs in segments(old.shape, new.shape):
+        labelled = [i for i in ours if i in old.labelled]
+        if not labelled:
+            continue
+        zero = all(old.zero[i] for i in labelled)
+        if len(ours) == 1 and len(theirs) == 1:
+            new.dims[theirs[0]], new.zero[theirs[0]] = old.dims[ours[0]], zero
+            if theirs[0] not in inferred:
+                tie(call, new.shape[theirs[0]], old.dims[ours[0]], index=1, weak=True)
+            continue
+        sizes = [old.shape[i] for i in ours]
+        flat = call.record.merge(sizes, [old.dims[i] for i in ours], call.where)
+        assert flat is not None
+        if len(theirs) == 1:
+            axes: list[Vector | None] = [flat]
+        elif not theirs:
+            call.refuse(flat, "is a single channel whose dimension is dropped")
+            continue
+        else:
+            grid = flat.reshape([new.shape[i] for i in theirs])
+            if allowed is None:
+                may = _may_shrink(call, grid, theirs, inferred)
+            else:
+                may = [place for place, i in enumerate(theirs) if i in allowed]
+            axes = call.record.grid(grid, call.where, allowed=may)
+        for i, axis in zip(theirs, axes, strict=True):
+            if axis is not None:
+                new.dims[i], new.zero[i] = axis, zero
+                if i not in inferred:
+                    tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
+    return new
+
+
+def _may_shrink(
+    call: Call, grid: Vector, theirs: Sequence[int], inferred: Sequence[int]
+) -> list[int]:
+    """Which axes of a new grid the code that made it lets shrink.
+
+    One that PyTorch infers does, one that an attribute counts can be made to. Of the others the
+    widest was worked out from the width, unless PyTorch had to infer one: they are constants then.
+    """
+    may, unknown = [], []
+    for place, i in enumerate(theirs):
+        if i in inferred or tie(call, grid.shape[place], None, index=place):
+            may.append(place)
+        elif grid.shape[place] > 1:
+            unknown.append(place)
+    if unknown and not any(i in inferred for i in theirs):
+        may.append(max(unknown, key=lambda place: (grid.shape[place], place)))
+    return may
+
+
+def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The finest runs of dimensions that hold the same elements: old ones and new ones."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        ours: list[int] = []
+        theirs: list[int] = []
+        left = right = 1
+        # Single dimensions that stay as they are come first, those of size one included.
+        while (not ours and not theirs) or left != right:
+            if i < len(old) and (left <= right or j >= len(new)):
+                ours.append(i)
+                left *= old[i]
+                i += 1
+            elif j < len(new):
+                theirs.append(j)
+                right *= new[j]
+                j += 1
+            else:
+                break
+        # The loop began with an old dimension: one of size one may stand alone on either side.
+        if not theirs and j < len(new) and (left == new[j]):
+            theirs.append(j)
+            j += 1
+        yield ours, theirs

@@ -1,0 +1,106 @@
+"""README.md and docs/ are true: their code runs as it stands, their links and blocks hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import taylor_kernels as tk
+from tests.helpers import ROOT
+from tools import docs_picture
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def snippets(page: Path) -> list[str]:
+    return SNIPPET.findall(page.read_text())
+
+
+def run(page: Path) -> dict[str, object]:
+    """A page's snippets, one after the other, from nothing: what they have defined."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, code in enumerate(snippets(page), 1):
+        exec(compile(code, f"{name_of(page)}, snippet {number}", "exec"), namespace)
+    return namespace
+
+
+#: The README's example, which the front page shows too, has a test of its own.
+RUN = [
+    page for page in PAGES if snippets(page) and name_of(page) not in ("README.md", "docs/index.md")
+]
+
+
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_snippets_run_as_they_stand(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(page)
+    models = [value for value in names.values() if isinstance(value, nn.Module)]
+    assert all(p.isfinite().all() for model in models for p in model.parameters())
+
+
+def test_the_readme_prunes_a_network_that_still_reads(tmp_path, monkeypatch, capsys):
+    """One snippet, whole: half of the FLOPs are gone, and most digits are still told apart."""
+    monkeypatch.chdir(tmp_path)
+    assert len(snippets(ROOT / "README.md")) == 1
+    names = run(ROOT / "README.md")
+    pruner = names["pruner"]
+    assert pruner.cost.flops <= 0.5 * pruner.whole.flops
+    assert (tmp_path / "pruned.pt").exists()
+    accuracies = re.findall(r"(dense|pruned): ([\d.]+)% right", capsys.readouterr().out)
+    assert [name for name, _ in accuracies] == ["dense", "pruned"]
+    assert all(float(accuracy) > 90 for _, accuracy in accuracies), accuracies
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    targets += re.findall(r"(?:src|srcset|href)=\"([^\"]+)\"", text)
+    for target in targets:
+        if not re.match(r"[a-z]+:", target):
+            path = target.split("#")[0]
+            assert not path or (page.parent / path).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_files_exist(page):
+    text = page.read_text()
+    made = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.MULTILINE)) <= made
+    for path in re.findall(r"`((?:bench|docs|examples|tools|csrc)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_blocks_are_what_their_sources_give():
+    """In a process of its own: other tests register criteria."""
+    command = [sys.executable, "-m", "tools.docs_blocks", "--check"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, f"{found.stderr}run python -m tools.docs_blocks"
+
+
+def test_the_picture_is_of_the_kept_study():
+    found = docs_picture.curves(json.loads(docs_picture.SOURCE.read_text()))
+    for theme in docs_picture.THEMES:
+        mark = f"<!-- figures: {docs_picture.digest(found)} -->"
+        assert mark in docs_picture.path(theme).read_text(), "run python -m tools.docs_picture"
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    listed = re.findall(r"^::: taylor_kernels\.(\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(tk.__all__)
