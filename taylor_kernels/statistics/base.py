@@ -118,6 +118,16 @@ def check_loss_scale(loss_scale: object) -> None:
         raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
 
 
+def check_no_noise(statistic: Statistic) -> None:
+    """No layer's statistic is rounding noise, or a RuntimeError that names it."""
+    if noise := statistic.noise:
+        raise RuntimeError(
+            f"{', '.join(noise)}: the gradients of its gates are rounding noise, since code that "
+            "could not be followed normalises each channel later on, so that they say nothing of "
+            "what may go; use taylor_fo, or leave it out (ignore=)"
+        )
+
+
 def version_of(tensor: Tensor) -> int:
     """Counts changes in place; those of tensors of torch.inference_mode() are not counted."""
     return 0 if tensor.is_inference() else tensor._version
