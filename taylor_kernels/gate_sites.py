@@ -11,7 +11,7 @@ path from the layers that make the channels to those that read them passes exact
 
 A depthwise convolution with a norm behind it is on the way, not a reader. What hooks cannot reach
 (a function in place of a module) is no site: its readers' inputs stand in for it, and where those
-are out of reach too, the outputs of the layers that made the channels.
+are out of reach too, the outputs of the layers that made the channels, or no gate can stand.
 """
 
 from __future__ import annotations
@@ -47,8 +47,13 @@ def find_gate_sites(channels: Channels, model: nn.Module, layers: Layers) -> Gat
         )
     )
     members: dict[_Place, list[Vector]] = defaultdict(list)
+    unseen: set[str] = set()
     for classes, taking, giving in _kinds(nodes, wanted):
-        for place in _sites(nodes, taking, giving):
+        places, out_of_reach = _sites(nodes, taking, giving)
+        unseen.update(nodes[n].layer for n in out_of_reach)
+        if any(nodes[n].kind == NORM for n in out_of_reach):
+            continue  # nor are the layers before it seen
+        for place in places:
             members[place].append(classes)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     found = []
@@ -65,14 +70,14 @@ def find_gate_sites(channels: Channels, model: nn.Module, layers: Layers) -> Gat
     next_class = 1 + max((int(s.classes.max()) for s in sites), default=0)
     next_class = max(next_class, 1 + int(wanted.max(initial=0)))
     for name, layer in layers.items():
-        if name in channels.layers:
+        if name in channels.layers and name not in unseen:
             of_layers[name] = channels.layers[name][1]
             continue
-        # It did not run in the trace: nothing is known but that it has an output.
-        own = torch.arange(next_class, next_class + filter_count(layer))
+        of_layers[name] = torch.arange(next_class, next_class + filter_count(layer))
         next_class += filter_count(layer)
-        of_layers[name] = own
-        sites.append(Site(name, OUT, channel_dim(layer), own))
+        if name not in channels.layers:
+            # It did not run in the trace: nothing is known but that it has an output.
+            sites.append(Site(name, OUT, channel_dim(layer), of_layers[name]))
     return GateSites(tuple(sites), of_layers)
 
 
@@ -80,7 +85,7 @@ class _Node:
     """All runs of a module as one norm or layer, or one run that hooks cannot reach."""
 
     def __init__(self, step: Step) -> None:
-        self.kind, self.module = step.kind, step.module
+        self.kind, self.module, self.layer = step.kind, step.module, step.layer
         self.inputs, self.outputs = step.inputs, step.outputs
         self.input_dim, self.output_dim = step.input_dim, step.output_dim
         self.sources: set[int] = set()
@@ -157,8 +162,10 @@ def _kinds(
         yield classes[kind.ravel() == number], taking, giving
 
 
-def _sites(nodes: Sequence[_Node], taking: Collection[int], giving: Collection[int]) -> set[_Place]:
-    """The sites of channels that run through these nodes."""
+def _sites(
+    nodes: Sequence[_Node], taking: Collection[int], giving: Collection[int]
+) -> tuple[set[_Place], set[int]]:
+    """The sites of channels that run through these nodes; and nodes on a path without a site."""
     made_by = {n: nodes[n].sources & set(giving) for n in taking}
     undone: set[int] = set()  # what is made there goes on to a norm
     while True:
@@ -179,9 +186,12 @@ def _sites(nodes: Sequence[_Node], taking: Collection[int], giving: Collection[i
         at_inputs.update(mixed)
         stands -= set().union(*(made_by[n] for n in mixed))
     places: set[_Place] = {(n, OUT) for n in stands}
+    out_of_reach: set[int] = set()
     for n in at_inputs:
         if nodes[n].input_dim is not None:
             places.add((n, IN))
-        else:
-            places |= {(m, OUT) for m in made_by[n] if nodes[m].output_dim is not None}
-    return places
+            continue
+        seen = {m for m in made_by[n] if nodes[m].output_dim is not None}
+        places |= {(m, OUT) for m in seen}
+        out_of_reach |= made_by[n] - seen
+    return places, out_of_reach

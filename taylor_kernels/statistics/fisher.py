@@ -21,8 +21,8 @@ from taylor_kernels.statistics.hooks.passes import (
     graph_is_kept,
     inside_backward,
 )
-from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
 from taylor_kernels.statistics.hooks.sites import GateSites
+from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
 from taylor_kernels.statistics.layers import Layer, Layers, check_output, filter_count
 from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic

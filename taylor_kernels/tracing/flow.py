@@ -124,9 +124,15 @@ class Flow:
         groups = product.groups
         depthwise = groups is not None and groups.size == product.inputs.size
         step = Step(
-            PRODUCT, self._recorder.module, product.inputs, product.outputs, sources, depthwise
+            PRODUCT,
+            self._recorder.module,
+            product.inputs,
+            product.outputs,
+            sources,
+            product.module,
+            depthwise,
         )
-        if product.module == step.module:
+        if step.layer == step.module:
             step.input_dim = self._given(call, product.inputs, -1 - space)
         self._add(step, outs, -1 - space)
 

@@ -129,6 +129,7 @@ class Step:
     Attributes:
         kind: NORM, PRODUCT or END.
         module: the module that ran.
+        layer: the layer whose weight was multiplied with, "" for other steps.
         inputs: atoms of the channels that it takes.
         outputs: atoms of the channels that it gives; none for an end.
         sources: numbers of the steps that its input was made by, with no other step between.
@@ -143,6 +144,7 @@ class Step:
     inputs: Vector
     outputs: Vector
     sources: frozenset[int]
+    layer: str = ""
     depthwise: bool = False
     input_dim: int | None = None
     output_dim: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from taylor_kernels.tracing import Channels
 
 #: (module, "in" or "out", the channels' dimension from the end).
 Place = tuple[str, str, int]
+Sites = Mapping[str, tuple[Place, ...]]
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, groups: int = 1) -> nn.Conv2d:
@@ -26,18 +28,20 @@ def head(channels: int) -> nn.Sequential:
 class ReluNorm(nn.Sequential):
     """Convolution, ReLU, norm."""
 
-    sites: Mapping[str, tuple[Place, ...]] = {
+    sites: ClassVar[Sites] = {
         "0": (("2", "out", -3),), "3": (("5", "out", -3),),
     }  # fmt: skip
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
-        super().__init__(conv(3, 6), nn.ReLU(), norm(6), conv(6, 8), nn.ReLU(), norm(8), head(8))
+        super().__init__(
+            conv(3, 6), nn.ReLU(), norm(6), conv(6, 8), nn.ReLU(), norm(8), nn.ReLU(), head(8)
+        )
 
 
 class PoolNorm(nn.Sequential):
     """Convolution, pooling, norm; then two norms in a row."""
 
-    sites = {"0": (("2", "out", -3),), "4": (("6", "out", -3),)}
+    sites: ClassVar[Sites] = {"0": (("2", "out", -3),), "4": (("6", "out", -3),)}
 
     def __init__(self) -> None:
         super().__init__(
@@ -49,7 +53,7 @@ class PoolNorm(nn.Sequential):
 class PreActivation(nn.Module):
     """A residual stream that each block reads through its own norm; one reader takes it raw."""
 
-    sites = {
+    sites: ClassVar[Sites] = {
         "stem": (("n1", "out", -3), ("n3", "out", -3), ("last", "out", -3), ("raw", "in", -3)),
         "c1": (("n2", "out", -3),),
         "c3": (("n4", "out", -3),),
@@ -84,7 +88,7 @@ class PreActivation(nn.Module):
 class Dense(nn.Module):
     """Layers read all that came before, concatenated, through norms of their own."""
 
-    sites = {
+    sites: ClassVar[Sites] = {
         "stem": (("n1", "out", -3), ("n2", "out", -3), ("n3", "out", -3)),
         "c1": (("n2", "out", -3), ("n3", "out", -3)),
         "c2": (("n3", "out", -3),),
@@ -110,7 +114,11 @@ class Dense(nn.Module):
 class BehindSum(nn.Module):
     """Two layers that meet in a sum with one norm behind it, and a depthwise layer after that."""
 
-    sites = {"a": (("n2", "out", -3),), "b": (("n2", "out", -3),), "depth": (("n2", "out", -3),)}
+    sites: ClassVar[Sites] = {
+        "a": (("n2", "out", -3),),
+        "b": (("n2", "out", -3),),
+        "depth": (("n2", "out", -3),),
+    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +149,7 @@ class OwnNorm(nn.Module):
 class Functional(nn.Module):
     """Norms by function, which no hook can reach: the readers' inputs stand in for them."""
 
-    sites = {"a": (("b", "in", -3),), "b": (("head.2", "in", -1),)}
+    sites: ClassVar[Sites] = {"a": (("b", "in", -3),), "b": (("head.2", "in", -1),)}
 
     def __init__(self) -> None:
         super().__init__()

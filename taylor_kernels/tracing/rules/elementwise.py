@@ -45,8 +45,8 @@ def is_elementwise(call: Call) -> bool:
 def elementwise(call: Call) -> Labels | list[Labels | None]:
     shapes = [out.shape for out in tensors_of(call.out)] or [call.tensors[0].shape]
     operands = call.tensors
-    if call.name in ("copy", "fill", "zero", "type_as", "bernoulli", "normal", "uniform"):
-        operands = operands[1:] if call.name in ("copy", "fill") else operands[:1]
+    if call.name in ("zero", "type_as", "bernoulli", "uniform"):
+        operands = operands[:1]
     labels = meet(call, operands, shapes[0])
     return labels if len(shapes) == 1 else [labels] * len(shapes)
 
@@ -62,11 +62,15 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         if call.name in _KEEP_ZERO or call.name in _PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
+    loose: set[int] = set()
     for dim in range(-len(shape), 0):
         size = shape[dim]
         # Scalars in a tensor, and tensors with fewer dimensions, broadcast too.
         here = [part for part in fixed if len(part.shape) >= -dim]
-        wide = [part for part in here if part.shape[dim] == size]
+        same = [part for part in here if part.shape[dim] == size]
+        wide = [part for part in same if len(part.shape) + dim not in part.loose]
+        if same and not wide:
+            loose.add(len(shape) + dim)
         for part in here:
             if part.shape[dim] != size:
                 call.refuse(part.dims[dim], "is a single channel that is broadcast")
@@ -74,6 +78,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         result.dims[dim] = merged
         if merged is not None:
             result.zero[dim] = _zero(call, parts, wide, dim)
+    result.loose = frozenset(loose)
     if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
         result.name = parts[0].name
     return result
@@ -121,9 +126,16 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
     if call.name in ("hardtanh", "clamp"):
         low, high = call.arg("min_val", "min"), call.arg("max_val", "max")
         return all(zero) and (low is None or low <= 0) and (high is None or high >= 0)
+    if call.name in ("copy", "fill"):
+        # What was there before is gone.
+        source = call.arg("src", "value")
+        if not isinstance(source, Tensor):
+            return source == 0
+        labels = call.of(source)
+        return any(labels is part for part in wide) and labels.is_zero(dim)
     if call.name == "masked_fill":
         return bool(zero) and zero[0] and call.args.get("value") == 0
-    if call.name in ("addcmul", "copy"):
+    if call.name == "addcmul":
         return all(zero) and len(wide) == len(parts)
     return False
 
