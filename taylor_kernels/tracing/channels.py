@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from taylor_kernels.tracing import attributes
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
-from taylor_kernels.tracing.record import Reason, Record, Step, Vector
+from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
 from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
@@ -261,6 +261,7 @@ class Channels:
             firsts.setdefault(id(tensor), name)
         groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
         norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
+        norms |= {s.module: s.outputs for s in self.steps if s.output_dim and s.kind == NORM}
         for name, module in model.named_modules():
             for attribute, what in attributes.rules_of(module).items():
                 vector = None

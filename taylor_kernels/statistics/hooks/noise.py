@@ -16,11 +16,12 @@ from taylor_kernels.layout import accumulator
 
 #: Updates in which terms are summed up, from the first on and after each change of mode.
 _UPDATES = 3
-#: |Σ| ≤ so many eps · Σ|terms| is noise. Of networks in tests the gates in front of a norm stayed
-#: below 8 eps, and the greatest of a layer behind it above 10⁵ eps, in float32.
+#: |Σ| ≤ so many eps · Σ|terms| is noise,
 _ROUNDING = 256
-#: The same for half types, whose eps is great: of Σ|terms|.
-_AT_MOST = 1e-3
+#: but no less than the first of these, since a norm adds its own eps to a variance and so leaves
+#: eps / variance of a gate's gradient; and no more than the second, for half types. The greatest
+#: gradient of a layer behind its norm is some hundredths of its terms.
+_TOLERANCE = (1e-4, 1e-3)
 #: So many filters of a layer, over all updates, must agree.
 _EVIDENCE = 4
 
@@ -52,7 +53,7 @@ class Noise:
         terms = y.detach().to(dtype) * dy.detach().to(dtype)
         others = [dim for dim in range(y.dim()) if dim != channel_dim]
         total, greatest = terms.sum(others), terms.abs_().sum(others)
-        tolerance = min(_ROUNDING * torch.finfo(y.dtype).eps, _AT_MOST)
+        tolerance = min(max(_ROUNDING * torch.finfo(y.dtype).eps, _TOLERANCE[0]), _TOLERANCE[1])
         sums = torch.stack((total, tolerance * greatest, greatest), 1)
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
