@@ -38,6 +38,7 @@ class Labels:
         dims: a vector of atoms for each dimension; None where all places are fixed.
         zero: for each dimension, whether the values at a place are zero where its atom is masked.
         uniform: all values are one constant that code made: its places can follow any width.
+        loose: dimensions along which one place was repeated: they couple nothing.
         name: the parameter or buffer that this is, or is a transpose or slice of.
     """
 
@@ -45,6 +46,7 @@ class Labels:
     dims: list[Vector | None]
     zero: list[bool]
     uniform: bool = False
+    loose: frozenset[int] = frozenset()
     name: str = ""
     memory: Memory = field(default_factory=Memory)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -49,17 +49,17 @@ class Untouched:
     Values are copied only when something is about to be written into them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, dict(module.__dict__)) for module in model.modules()]
+    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
+        self._modules = [(module, dict(module.__dict__)) for module in modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (table, dict(table))
-            for module in model.modules()
+            for module in modules
             for table in (module._buffers, module._parameters, module._modules)
             if isinstance(table, dict)  # a ScriptModule's are views of what it holds
         ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
-            for tensor in (*model.parameters(), *model.buffers())
+            for tensor in tensors
             if tensor.layout == torch.strided and not is_lazy(tensor)
         }
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}

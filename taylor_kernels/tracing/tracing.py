@@ -46,9 +46,9 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         >>> channels.groups[0].size, channels.skipped
         (8, {'2': 'reaches the output of the model'})
     """
-    _check(model)
+    tensors = _checked(model)
     names = {module: name for name, module in model.named_modules()}
-    untouched = Untouched(model)
+    untouched = Untouched(list(names), [tensor for _, tensor in tensors])
     recorder = Recorder(names, untouched.touch, seconds)
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
@@ -61,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
     try:
         with quiet():
             model.eval()
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            for name, tensor in tensors:
                 recorder.add(name, tensor)
             _keep_whole(recorder, names)
             with torch._C._AutoDispatchBelowAutograd(), recorder, Leaks(recorder):
@@ -82,7 +82,8 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
     return Channels(recorder.record, model)
 
 
-def _check(model: nn.Module) -> None:
+def _checked(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a model that can be traced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -98,6 +99,7 @@ def _check(model: nn.Module) -> None:
                 f"model: its parameter {name!r} is on the meta device; load the model's values "
                 "first (model.to_empty(device=...), then load_state_dict)"
             )
+    return tensors
 
 
 def _keep_whole(recorder: Recorder, names: dict[nn.Module, str]) -> None:

@@ -116,12 +116,12 @@ def collect(
     owner, where, unit = owner[chosen], where[chosen], unit[chosen]
     if not unit.size:
         return []
-    # A make is a multiset of lists: two sums of random numbers tell makes apart.
-    draw = np.random.default_rng(0).integers(1, 2**62, (len(places), 2))
-    sums = np.zeros((free.size, 2), np.int64)
+    # A make is a multiset of lists: sums of random 64-bit numbers tell makes apart.
+    draw = np.random.default_rng(0).integers(1, 2**63, len(places), np.uint64)
+    sums = np.zeros(free.size, np.uint64)
     np.add.at(sums, unit, draw[owner])
     present = np.unique(unit)
-    _, kinds = np.unique(sums[present], axis=0, return_inverse=True)
+    _, kinds = np.unique(sums[present], return_inverse=True)
     # Units are in the order of their first places.
     first = np.full(free.size, owner.size)
     np.minimum.at(first, unit, np.arange(owner.size))

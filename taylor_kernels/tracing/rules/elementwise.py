@@ -62,11 +62,15 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         if call.name in _KEEP_ZERO or call.name in _PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
+    loose: set[int] = set()
     for dim in range(-len(shape), 0):
         size = shape[dim]
         # Scalars in a tensor, and tensors with fewer dimensions, broadcast too.
         here = [part for part in fixed if len(part.shape) >= -dim]
-        wide = [part for part in here if part.shape[dim] == size]
+        same = [part for part in here if part.shape[dim] == size]
+        wide = [part for part in same if len(part.shape) + dim not in part.loose]
+        if same and not wide:
+            loose.add(len(shape) + dim)
         for part in here:
             if part.shape[dim] != size:
                 call.refuse(part.dims[dim], "is a single channel that is broadcast")
@@ -74,6 +78,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         result.dims[dim] = merged
         if merged is not None:
             result.zero[dim] = _zero(call, parts, wide, dim)
+    result.loose = frozenset(loose)
     if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
         result.name = parts[0].name
     return result

@@ -44,6 +44,14 @@ def view(call: Call) -> list[Labels | None]:
     for new in outs:
         new.memory, new.uniform = old.memory, old.uniform
         new.name = old.name
+    if call.name == "expand":
+        more = len(outs[0].shape) - len(old.shape)
+        widths = (*[0] * more, *old.shape)
+        outs[0].loose = frozenset(
+            dim
+            for dim, (size, now) in enumerate(zip(widths, outs[0].shape, strict=True))
+            if size != now or dim - more in old.loose
+        )
     for dim, vector in enumerate(old.dims):
         if vector is not None and (old.uniform or vector.any()):
             _follow(call, source, old, dim, vector, outs)
