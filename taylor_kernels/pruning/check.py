@@ -162,7 +162,7 @@ class _Trial:
     @contextmanager
     def _restored(self, touched: Collection[str] = ()) -> Iterator[None]:
         """Inside, `touched` tensors may be written into, and any be replaced."""
-        untouched = Untouched(self._model)
+        untouched = Untouched(list(self._model.modules()), list(self._tensors.values()))
         names = {*touched, *self._buffers}
         assign(self._model, {name: _clone(self._tensors[name]) for name in names})
         try:
