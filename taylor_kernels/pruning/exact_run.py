@@ -1,14 +1,18 @@
-"""Runs whose results do not depend on how many channels a model has: exact, and without chance."""
+"""What lets runs of a model be compared: small examples, double precision, no chance."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from taylor_kernels.tracing.running import tensors_in
 
 _WIDER = {
     torch.float16: torch.float64,
@@ -25,9 +29,51 @@ _CASTS: dict[Any, Any] = {
 }
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """In double precision, if it holds floating-point numbers."""
-    return tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
+def widened(value: Any) -> Any:
+    """A tensor in double precision, if it holds floating-point numbers; other values as they are."""
+    return value.to(_WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
+
+
+def widen(model: nn.Module) -> Callable[[], None]:
+    """Put a model into double precision; what is returned puts it back."""
+    held = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    others = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    ]
+    for tensor, _ in held:
+        tensor.data = widened(tensor.data)
+    for module, name, value in others:
+        setattr(module, name, widened(value.detach()))
+
+    def back() -> None:
+        for tensor, dtype in held:
+            tensor.data = tensor.data.to(dtype)
+        for module, name, value in others:
+            setattr(module, name, value)
+
+    return back
+
+
+def cut_down(example_inputs: Any) -> Any:
+    """Two entries of an example, and a sixteenth of the area of its images."""
+    tensors = list(tensors_in(example_inputs))
+    batches = {tensor.shape[0] for tensor in tensors if tensor.dim()}
+
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        if len(batches) == 1:
+            value = value[:2]
+        for dim in range(2, value.dim() if value.dim() > 3 else 0):
+            size = value.size(dim)
+            step = 32 if size >= 128 else 16  # networks halve images up to five times
+            value = value.narrow(dim, 0, min(size, -(-size // (4 * step)) * step))
+        return value
+
+    return tree_map(cut, example_inputs)
 
 
 class InDouble(TorchFunctionMode):
@@ -52,6 +98,21 @@ class InDouble(TorchFunctionMode):
 
 def _wider(value: Any) -> Any:
     return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+class SmallPools(TorchFunctionMode):
+    """Windows that averages are taken over are no larger than an image that was cut down."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> Any:
+        if func in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d) and len(args) > 1:
+            image, kernel, *rest = args
+            sizes = image.shape[-3:] if func is F.avg_pool3d else image.shape[-2:]
+            sizes = image.shape[-1:] if func is F.avg_pool1d else sizes
+            kernel = [kernel] * len(sizes) if isinstance(kernel, int) else kernel
+            args = (image, [min(pair) for pair in zip(kernel, sizes, strict=True)], *rest)
+        return func(*args, **(kwargs or {}))
 
 
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.

@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.tracing.recorder import operation
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,30 @@ class Meter:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> its shape with the units gone."""
         return {name: tuple(extents) for name, extents in self._extents.items()}
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside, with the formulas of `torch.utils.flop_counter`.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry  # imports Triton, which takes a second
+
+        super().__init__()
+        self._formulas = flop_registry
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if operation(func).composite:
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func.overloadpacket)
+        self.total += formula(*args, **kwargs, out_val=out) if formula else 0
+        return out

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.pruning.optimizer_state import Cuts, zero_state
-from taylor_kernels.pruning.removal import lookup
+from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 
 #: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
@@ -43,8 +43,11 @@ class Masks:
         entries = channels.entries(dead)
         if not entries:
             return
-        masked = fills(self._model, channels, entries)
-        parameters = {name: p for name, p in self._model.named_parameters() if name in masked}
+        tensors = Tensors(self._model)
+        masked = fills(tensors, channels, entries)
+        parameters = {
+            name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
+        }
         _write(masked, self._model)
         for name, parameter in parameters.items():
             zero = Hook(_zero_grad, masked[name])
@@ -67,12 +70,12 @@ class Masks:
 
 
 def fills(
-    model: nn.Module, channels: Channels, entries: Mapping[str, Cuts]
+    tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]
 ) -> dict[str, Fills]:
     """What masks these entries: parameter or buffer -> what to write; indices where it is."""
     found = {}
     for name, cuts in entries.items():
-        values, device = channels.fills.get(name, {}), lookup(model, name).device
+        values, device = channels.fills.get(name, {}), tensors[name].device
         parts = [(dim, index.to(device), values.get(dim, 0.0)) for dim, index in cuts.items()]
         found[name] = sorted(parts, key=lambda part: part[2] == 0)
     return found

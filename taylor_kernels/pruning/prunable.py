@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
-from taylor_kernels.pruning.flops import Meter
+from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.statistics import Layers, Reads, filter_count
 from taylor_kernels.tracing import Channels, trace
@@ -59,14 +59,12 @@ def find_prunable(
             matches nothing, or nothing can be pruned.
         TimeoutError: tracing the model takes too long.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a second
-
     ignored = ignored_modules(model, ignore)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
     if not layers:
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCount() as count:
         channels = trace(plain, example_inputs)
     unscored = _unscored(layers, channels.outside, reads)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
@@ -85,7 +83,7 @@ def find_prunable(
     return Prunable(
         channels=channels.offering(groups),
         groups=groups,
-        meter=Meter(plain, channels.macs, counter.get_total_flops(), groups),
+        meter=Meter(plain, channels.macs, count.total, groups),
         scored=[name for name in layers if name in owners and name not in unscored],
         widths={name: filter_count(layers[name]) for name in layers if name in owners},
         skipped={name: skipped[name] for name in layers if name not in owners},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +28,14 @@ def remove(
         ValueError: a state tensor of the optimizer has no dimensions of the parameter's. Nothing
             is changed then.
     """
-    entries = channels.entries(dead)
-    old = {name: lookup(model, name) for name in entries}
+    entries, tensors = channels.entries(dead), Tensors(model)
+    old = {name: tensors[name] for name in entries}
     if optimizer is not None:
         for name, cuts in entries.items():
             check_follows(optimizer, name, old[name], cuts)
-    with torch.no_grad():
-        new = {name: _smaller(old[name], cuts) for name, cuts in entries.items()}
-    assign(model, new)
-    for name, values in channels.attributes(dead).items():
-        module = model.get_submodule(name)
-        for attribute, value in values.items():
-            setattr(module, attribute, value)
+    new = {name: smaller(old[name], cuts) for name, cuts in entries.items()}
+    tensors.put(new)
+    set_attributes(dict(model.named_modules()), channels.attributes(dead))
     if optimizer is not None:
         follow(optimizer, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
 
@@ -50,17 +46,45 @@ def lookup(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put tensors in the place of the parameters and buffers of these names, wherever those are."""
-    new = {id(lookup(model, name)): tensor for name, tensor in tensors.items()}
-    for module in model.modules():
-        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if id(tensor) in new:
+class Tensors:
+    """The parameters and buffers of a model by name; a shared one goes by its first name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
+        firsts: dict[int, str] = {}
+        for prefix, module in model.named_modules():
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    name = f"{prefix}.{leaf}" if prefix else leaf
+                    first = firsts.setdefault(id(tensor), name)
+                    self._holders.setdefault(first, []).append((module, leaf))
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, leaf = self._holders[name][0]
+        return getattr(module, leaf)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._holders)
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put others in the places of those of these names."""
+        for name, tensor in tensors.items():
+            for module, leaf in self._holders[name]:
                 # Not into the tables: recurrent layers keep a list of their parameters beside.
-                setattr(module, leaf, new[id(tensor)])
+                setattr(module, leaf, tensor)
 
 
-def _smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+def set_attributes(
+    modules: Mapping[str, nn.Module], values: Mapping[str, Mapping[str, object]]
+) -> None:
+    for name, own in values.items():
+        for attribute, value in own.items():
+            setattr(modules[name], attribute, value)
+
+
+@torch.no_grad()
+def smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
+    """A parameter, with its gradient, or a buffer without these indices."""
     new = _cut_as_laid_out(tensor.detach(), cuts)
     if not isinstance(tensor, nn.Parameter):
         return new

@@ -127,6 +127,6 @@ WHOLE: dict[type[nn.Module], tuple[str, tuple[tuple[str, int], ...]]] = {
     nn.MultiheadAttention: (
         "belongs to nn.MultiheadAttention, which computes the width of a head from embed_dim",
         (("in_proj_weight", 0), ("q_proj_weight", 0), ("k_proj_weight", 0), ("v_proj_weight", 0),
-         ("out_proj.weight", 1)),
+         ("out_proj.weight", 1), ("in_proj_weight", 1), ("q_proj_weight", 1)),
     ),
 }  # fmt: skip

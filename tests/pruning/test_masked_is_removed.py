@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.masking import Masks
+from taylor_kernels.pruning.removal import lookup
 from tests.helpers import zoo
 
 OPTIMIZERS = {
@@ -67,10 +69,12 @@ def test_training_goes_on_without_a_jump(name, optimizer):
     model, inputs, optim, pruner = pruned_once(name, optimizer)
     batches = [zoo.fresh(inputs) for _ in range(4)]
     train(model, optim, batches[0])
-    # The twin stays masked: its own pruner holds the same masks.
     twin = copy.deepcopy(model)
     twin_optim = OPTIMIZERS[optimizer](twin.parameters())
     twin_optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+    # The twin stays masked, by masks of its own: those of the pruner do not hold in a copy.
+    masks = Masks(twin, twin_optim)
+    masks.set(pruner._network.channels, pruner._network.dead)
 
     pruner.compact()
     held = {id(p) for group in optim.param_groups for p in group["params"]}
@@ -111,12 +115,11 @@ def test_compact_between_backward_and_step(name):
 
 
 def masked_entries(pruner):
-    from taylor_kernels.pruning.removal import lookup
-    from taylor_kernels.pruning.groups import removed_entries
-
-    for name, cuts in removed_entries(pruner._network.groups, pruner._network.dead).items():
-        for dim, cut in cuts.items():
-            yield name, lookup(pruner.model, name).index_select(dim, cut.index), cut.fill
+    """Tensor, dimension, indices and fill of everything that is masked."""
+    channels = pruner._network.channels
+    for name, cuts in channels.entries(pruner._network.dead).items():
+        for dim, index in cuts.items():
+            yield name, dim, index, channels.fills.get(name, {}).get(dim, 0.0)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -138,9 +141,9 @@ def test_masks_stay_off_whatever_the_optimizer_does(known):
     assert {name.split(".")[-1] for name, *_ in seen} == {
         "weight", "bias", "running_mean", "running_var",
     }  # fmt: skip
-    for name, values, fill in seen:
+    for name, dim, index, fill in seen:
         assert fill == (1.0 if name.endswith("running_var") else 0.0)
-        assert (values == fill).all(), name
+        assert (lookup(model, name).index_select(dim, index) == fill).all(), name
     if known:
         for parameter in optim.state:
             kept = (parameter != 0) | (optim.state[parameter]["momentum_buffer"] == 0)
@@ -152,14 +155,11 @@ def test_masked_gradients_are_zero_though_activations_are_not():
     optim.zero_grad()
     zoo.loss(model, zoo.fresh(inputs)).backward()
     grads = dict(model.named_parameters())
-    from taylor_kernels.pruning.groups import removed_entries
-
     checked = 0
-    for name, cuts in removed_entries(pruner._network.groups, pruner._network.dead).items():
-        for dim, cut in cuts.items():
-            if name in grads:
-                assert not grads[name].grad.index_select(dim, cut.index).any(), name
-                checked += 1
+    for name, dim, index, _ in masked_entries(pruner):
+        if name in grads:
+            assert not grads[name].grad.index_select(dim, index).any(), name
+            checked += 1
     assert checked > 5
 
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
+from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.groups import IN, OUT, Group, Slot, axes_of
+from taylor_kernels.tracing import IN, OUT, Entry, Slot
 
 
 def chain(sizes, makes):
@@ -25,15 +26,19 @@ def chain(sizes, makes):
     """
     widths = [3, *(n * m for n, (m, _, _) in zip(sizes, makes, strict=True)), 2]
     model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(widths)))
-    modules = dict(model.named_modules())
+    weights = {name: p for name, p in model.named_parameters() if name.endswith("weight")}
     groups = []
     for number, (n, (channels, multiple, minimum)) in enumerate(zip(sizes, makes, strict=True)):
         index = torch.randperm(n * channels).view(n, channels).sort(1).values
-        slots = Slot(str(number), OUT, index, True), Slot(str(number + 1), IN, index, False)
-        axes = tuple(axis for slot in slots for axis in axes_of(modules, slot))
-        groups.append(Group(slots, axes, torch.arange(n), multiple, minimum))
-    flops = {name: 2 * m.weight.numel() for name, m in modules.items() if name}
-    return groups, Meter(model, (flops, sum(flops.values())), groups)
+        slots = Slot(str(number), OUT, index), Slot(str(number + 1), IN, index)
+        entries = (
+            Entry(f"{number}.weight", 0, index),
+            Entry(f"{number}.bias", 0, index),
+            Entry(f"{number + 1}.weight", 1, index),
+        )
+        groups.append(Group(slots, entries, torch.arange(n), (), multiple, minimum))
+    macs = {name: weight.numel() for name, weight in weights.items()}
+    return groups, Meter(model, macs, 2 * sum(macs.values()), groups)
 
 
 def plain_select(groups, dead, scores, meter, budget):

@@ -10,9 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.pruning.groups import OUT, Group, Slot
 from taylor_kernels.statistics import get_statistic
+from taylor_kernels.tracing import OUT, Slot
 from tests.helpers import zoo
 
 
@@ -126,8 +127,8 @@ def test_one_group_of_many_layers_does_not_widen_what_is_gathered_of_all():
     names = [f"stream.{i}" for i in range(20)]
     index = {name: torch.randperm(8)[:, None] for name in names}
     groups = [
-        Group(tuple(Slot(name, OUT, index[name], True) for name in names), (), torch.arange(8)),
-        Group((Slot("wide", OUT, torch.arange(4096)[:, None], True),), (), torch.arange(4096)),
+        Group(tuple(Slot(name, OUT, index[name]) for name in names), (), torch.arange(8), ()),
+        Group((Slot("wide", OUT, torch.arange(4096)[:, None]),), (), torch.arange(4096), ()),
     ]
     tables = [*(torch.randn(8, 400) for _ in names), torch.randn(4096, 400)]
     scores = UnitScores(get_criterion("obd_bn"), groups, [*names, "wide"])

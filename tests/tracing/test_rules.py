@@ -60,6 +60,13 @@ def written_into_view(self, x):
     return out
 
 
+def filled_in_place(self, x):
+    x = x * 1
+    x[0] = 3.0
+    x[1:].zero_()
+    return x
+
+
 def written_into_zeros(self, x):
     out = torch.zeros(len(x), 2, x.shape[1], dtype=x.dtype)
     out[:, 0] = x
@@ -89,6 +96,7 @@ GO = {
     "in_place_on_view": (in_place_on_view, 4),
     "written_into_view": (written_into_view, 8),
     "written_into_zeros": (written_into_zeros, 8),
+    "filled_in_place": (filled_in_place, 8),
     "out_argument": (out_argument, 8),
     "transposed_in_place": (transposed_in_place, 8),
     "view_of_view": (view_of_view, 8),

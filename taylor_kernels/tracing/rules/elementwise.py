@@ -45,8 +45,8 @@ def is_elementwise(call: Call) -> bool:
 def elementwise(call: Call) -> Labels | list[Labels | None]:
     shapes = [out.shape for out in tensors_of(call.out)] or [call.tensors[0].shape]
     operands = call.tensors
-    if call.name in ("copy", "fill", "zero", "type_as", "bernoulli", "normal", "uniform"):
-        operands = operands[1:] if call.name in ("copy", "fill") else operands[:1]
+    if call.name in ("zero", "type_as", "bernoulli", "uniform"):
+        operands = operands[:1]
     labels = meet(call, operands, shapes[0])
     return labels if len(shapes) == 1 else [labels] * len(shapes)
 
@@ -126,9 +126,16 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
     if call.name in ("hardtanh", "clamp"):
         low, high = call.arg("min_val", "min"), call.arg("max_val", "max")
         return all(zero) and (low is None or low <= 0) and (high is None or high >= 0)
+    if call.name in ("copy", "fill"):
+        # What was there before is gone.
+        source = call.arg("src", "value")
+        if not isinstance(source, Tensor):
+            return source == 0
+        labels = call.of(source)
+        return any(labels is part for part in wide) and labels.is_zero(dim)
     if call.name == "masked_fill":
         return bool(zero) and zero[0] and call.args.get("value") == 0
-    if call.name in ("addcmul", "copy"):
+    if call.name == "addcmul":
         return all(zero) and len(wide) == len(parts)
     return False
 
