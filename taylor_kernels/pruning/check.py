@@ -181,7 +181,7 @@ class _Trial:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Afterwards the model has the tensors and attributes that it had before."""
-        untouched = Untouched(list(self._model.modules()), list(self._tensors.values()))
+        untouched = Untouched(list(self._modules.values()), list(self._originals.values()))
         # A run may write into buffers.
         self._held.put({name: _clone(self._originals[name]) for name in self._buffers})
         try:
