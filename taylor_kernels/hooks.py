@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-#: Before PyTorch 2.7 export is not told from compilation, which does not see inside hooks anyway.
-_is_exporting: Callable[[], bool] = getattr(
-    torch.compiler, "is_exporting", torch.compiler.is_compiling
-)
+#: An older PyTorch does not say so, and exports hooks as part of the model.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Hook:
@@ -62,12 +60,11 @@ class Hook:
 def _hide_from_compiler(function: Any) -> None:
     """Let torch.compile break its graph at a function, and run all of it as it is.
 
-    That is what torch.compiler.disable does, which takes a second to import and so is no choice
-    for those who do not compile. Where PyTorch has no such door the hooks are compiled, too, again
-    and again, but rightly.
+    torch.compiler.disable does that, but takes a second to import, also for those who do not
+    compile. An older PyTorch has no such door; there the hooks are compiled too, again and again.
     """
     frames = torch._C._dynamo.eval_frame
-    if hasattr(frames, "set_code_exec_strategy"):
+    if hasattr(frames, "set_code_exec_strategy") and hasattr(frames, "_FrameExecStrategy"):
         skip = frames._FrameAction.SKIP
         strategy = frames._FrameExecStrategy(skip, skip)  # it and what it calls
         frames.set_code_exec_strategy(function.__code__, strategy)

@@ -62,7 +62,9 @@ class Importance:
         several calls of the model before one backward(): the examples of each are examples of
             their own. Gradients taken by torch.autograd.grad() in between are counted too.
         activation checkpointing: as without, but inside scoring() only with use_reentrant=False.
-        torch.compile: make the meter first, then compile; in a closure, call the model as it was.
+        torch.compile: make the meter (or the pruner) first, then compile, and close() it for speed:
+            the graph is broken at every layer that is watched. In a closure, call the model as it
+            was before it was compiled.
         nn.DataParallel: not supported, its replicas are no part of the model.
         DistributedDataParallel: hand over the module inside it, and call that in a closure.
 

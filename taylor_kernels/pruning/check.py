@@ -102,17 +102,22 @@ class _Trial:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
             parameter.data = self._noisy(parameter.data, max(fan_in, 1) ** -0.5)
         self._held = Tensors(model)
+        self._originals = {name: self._held[name] for name in self._held}
+        buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
+        self._written = buffers
         back = widen(model)
         self._exact = True
         # Code may need all of the example, and may neither know float64 nor let itself be told.
-        if not self._runs(tree_map(widened, cut_down(example_inputs))) and not self._runs(
-            tree_map(widened, example_inputs)
-        ):
-            back()
-            self._exact = False
-            self._runs(example_inputs, or_raise=True)
+        if not self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
+            try:
+                self._runs(tree_map(widened, example_inputs))
+            except Exception:
+                back()
+                self._exact = False
+                self._runs(example_inputs)
         self._train_too = False
         if train_too:
+            self._written = buffers
             # One example is too few for BatchNorm to train on: then there is nothing to compare.
             with suppress(Exception), self._restored():
                 self._outputs(train=True)
@@ -124,11 +129,13 @@ class _Trial:
         noise = torch.rand(value.shape, generator=self._generator) - 0.5
         return value.detach() + scale * noise.to(value)
 
-    def _runs(self, example_inputs: Any, *, or_raise: bool = False) -> bool:
-        """Whether the model runs on these inputs and calls the layers that the trace has seen."""
+    def _runs(self, example_inputs: Any, *, all_layers: bool = False) -> bool:
+        """Run the model on inputs, which are those of all runs from now on.
+
+        Args:
+            all_layers: only say whether it runs, and calls the layers that the trace has seen.
+        """
         self._inputs = tree_map(self._noisy, example_inputs)
-        self._originals = {name: self._held[name] for name in self._held}
-        self._buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         called: set[str] = set()
         known = self._channels.layers.keys() - self._channels.outside.keys()
         handles = [
@@ -137,9 +144,11 @@ class _Trial:
         ]
         try:
             with self._restored():
+                versions = {name: self._held[name]._version for name in self._written}
                 self._outputs()
+                self._written = [n for n, v in versions.items() if self._held[n]._version != v]
         except Exception:
-            if or_raise:
+            if not all_layers:
                 raise
             return False
         finally:
@@ -159,7 +168,7 @@ class _Trial:
         entries = channels.entries(dead)
         try:
             with self._restored():
-                self._held.put({name: _clone(self._originals[name]) for name in entries})
+                self._put({name: _clone(self._originals[name]) for name in entries})
                 for name, parts in fills(self._held, channels, entries).items():
                     fill(self._held[name].data, parts)
                 masked = self._outputs()
@@ -167,9 +176,7 @@ class _Trial:
             return f"the model does not run with some of its channels at zero ({_short(error)})"
         try:
             with self._restored():
-                self._held.put(
-                    {name: smaller(self._originals[name], cuts) for name, cuts in entries.items()}
-                )
+                self._put({n: smaller(self._originals[n], cuts) for n, cuts in entries.items()})
                 set_attributes(self._modules, channels.attributes(dead))
                 removed = self._outputs()
                 if self._train_too:
@@ -178,16 +185,20 @@ class _Trial:
             return f"the model does not run without some of its channels ({_short(error)})"
         return _difference(masked, removed)
 
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        self._changed.update(tensors)
+        self._held.put(tensors)
+
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Afterwards the model has the tensors and attributes that it had before."""
-        untouched = Untouched(list(self._modules.values()), list(self._originals.values()))
-        # A run may write into buffers.
-        self._held.put({name: _clone(self._originals[name]) for name in self._buffers})
+        untouched = Untouched(list(self._modules.values()), [])
+        self._changed: set[str] = set()
+        self._put({name: _clone(self._originals[name]) for name in self._written})
         try:
             yield
         finally:
-            self._held.put(self._originals)
+            self._held.put({name: self._originals[name] for name in self._changed})
             untouched.restore()
 
     def _outputs(self, *, train: bool = False) -> list[Tensor]:

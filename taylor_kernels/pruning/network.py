@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import cast
 
@@ -14,6 +15,24 @@ from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 
+#: Model -> the network of the last pruner that was made of it.
+_LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
+
+
+def check_free(model: nn.Module) -> None:
+    """No pruner of this model is in use.
+
+    Raises:
+        ValueError: one is.
+    """
+    last = _LAST.get(model)
+    network = None if last is None else last()
+    if network is not None and network.in_use:
+        raise ValueError(
+            "model: an earlier Pruner of it is open, whose filters this one would cut; close() "
+            "that one first (compact() before, to remove what it has masked)"
+        )
+
 
 class Network:
     """A model with its coupled groups.
@@ -22,6 +41,7 @@ class Network:
         channels: as the model is now; `Group.classes` says which units are left.
         dead: per group [U] bool, True for units that are masked.
         meter: counts masked and removed units as gone.
+        in_use: its pruner is open and has not reached its targets.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
@@ -34,6 +54,8 @@ class Network:
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
         self._shapes = self._found_shapes()
+        self.in_use = True
+        _LAST[model] = weakref.ref(self)
 
     @property
     def groups(self) -> list[Group]:
@@ -46,7 +68,6 @@ class Network:
             Layer -> the filters that went, numbered as at first.
         """
         filters: dict[str, list[int]] = {}
-        self._check_unchanged()
         for first, left, dead, units in zip(
             self._first, self._left(), self.dead, taken, strict=True
         ):
@@ -64,7 +85,7 @@ class Network:
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
-            self._check_unchanged()
+            self.check_unchanged()
             remove(self.model, self.channels, dead, self._optimizer)
             self.channels = self.channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
@@ -75,10 +96,10 @@ class Network:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
-        names = {entry.tensor for group in self.groups for entry in group.entries}
-        return {n: tensors[n].shape if n in tensors else None for n in sorted(names)}
+        names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
+        return {name: tensors[name].shape if name in tensors else None for name in names}
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Nobody else has cut the model.
 
         Raises:
@@ -94,7 +115,8 @@ class Network:
                 )
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model, for good."""
+        self.in_use = False
         self._masks.close()
 
     @property

@@ -13,17 +13,21 @@ Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
 
 def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer and those that it wraps, which may hold the state (as SAM and Lookahead do)."""
-    found = [optimizer]
-    for one in found:
-        held: list[object] = list(vars(one).values())
-        for value in held:
-            if isinstance(value, Mapping):
-                # Not the state: that has an entry for every parameter.
-                held += value.values() if value is not one.state else ()
-            elif isinstance(value, (list, tuple)):
-                held += value if value is not one.param_groups else ()
-            elif isinstance(value, Optimizer) and not any(value is other for other in found):
-                found.append(value)
+    found: list[Optimizer] = []
+    seen: set[int] = set()
+    held: list[object] = [optimizer]
+    for value in held:
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Optimizer):
+            found.append(value)
+            seen |= {id(value.state), id(value.param_groups)}  # an entry for every parameter
+            held += vars(value).values()
+        elif isinstance(value, Mapping):
+            held += value.values()
+        elif isinstance(value, (list, tuple)):
+            held += value
     return found
 
 

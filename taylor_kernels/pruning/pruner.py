@@ -20,7 +20,7 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
-from taylor_kernels.pruning.network import Network
+from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
@@ -62,8 +62,8 @@ class Pruner:
         importance: deprecated, the old name of `criterion`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, a target cannot be reached, or nothing can be
-            pruned. The model is as it was.
+        ValueError, TypeError: an argument is wrong, a target cannot be reached, nothing can be
+            pruned, or an earlier Pruner of the model is open. The model is as it was.
         RuntimeError: the backend is not available here.
         TimeoutError: the model takes minutes to trace.
 
@@ -119,12 +119,12 @@ class Pruner:
             optimizer=optimizer,
             backend=backend,
         )
+        check_free(model)
         self.model = model
         self.optimizer = optimizer
-        self._reads = get_statistic(self.criterion.statistic).reads
         self.targets = targets
-        self._every, self._momentum = every, momentum
-        self._backend = backend
+        self._reads = get_statistic(self.criterion.statistic).reads
+        self._every, self._momentum, self._backend = every, momentum, backend
         with outside_inference_mode():
             prunable = find_prunable(
                 model,
@@ -172,6 +172,7 @@ class Pruner:
             return None
         check_loss_scale(loss_scale)
         check_closure(self._statistic, closure, self.criterion.name, "step")
+        self._network.check_unchanged()
         with outside_inference_mode():
             tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
             self._scores.add(tables, self._statistic.unread)
@@ -339,7 +340,8 @@ class Pruner:
         if self._statistic is not None:
             self._statistic.close()
             self._statistic = None
-        if not self.done and not self._closed:
+        self._network.in_use = not self.done and not self._closed
+        if self._network.in_use:
             modules = dict(self.model.named_modules())
             layers = {name: modules[name] for name in self._prunable.scored}
             self._statistic = get_statistic(self.criterion.statistic)(

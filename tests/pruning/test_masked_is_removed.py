@@ -72,8 +72,7 @@ def test_training_goes_on_without_a_jump(name, optimizer):
     twin = copy.deepcopy(model)
     twin_optim = OPTIMIZERS[optimizer](twin.parameters())
     twin_optim.load_state_dict(copy.deepcopy(optim.state_dict()))
-    # The twin stays masked, by masks of its own: those of the pruner do not hold in a copy.
-    masks = Masks(twin, twin_optim)
+    masks = Masks(twin, twin_optim)  # a copy has none, and the twin is to stay masked
     masks.set(pruner._network.channels, pruner._network.dead)
 
     pruner.compact()

@@ -1,0 +1,269 @@
+"""What else befalls a model while a pruner is open: copies, other pruners, traces, compilers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+import taylor_kernels as tk
+from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
+
+NAMES = ["mlp", "resnet", "mobilenet", "unet", "transformer"]
+
+
+def minibatch(model, inputs, pruner):
+    model.zero_grad()
+    zoo.loss(model, zoo.fresh(inputs)).backward()
+    return pruner.step()
+
+
+def masked(name="mlp", criterion="taylor_fo_bn", **options):
+    """A model with masked filters, and its pruner, which is open."""
+    model, inputs = zoo.build(name)
+    options = {"filters": 0.5, "every": 1, "per_step": 3} | options
+    pruner = Pruner(model, inputs, criterion, **options)
+    for _ in range(2):
+        minibatch(model, inputs, pruner)
+    assert not pruner.done
+    return model, inputs, pruner
+
+
+def loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, loaded])
+def test_a_copy_is_a_model_as_any_other(name, copied):
+    model, inputs, pruner = masked(name)
+    twin = copied(model)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+    other = Pruner(twin, inputs, filters=0.8, every=1, per_step=2)
+    while not other.done:
+        minibatch(twin, inputs, other)
+    other.compact()
+    other.close()
+    minibatch(model, inputs, pruner)  # and the original is none the wiser
+    zoo.forward(pruner.compact().eval(), inputs)
+
+
+def test_a_second_pruner_of_a_masked_model_is_told_what_to_do():
+    model, inputs, pruner = masked()
+    for part in (model, model[:2]):  # hooks are on its parameters too
+        with pytest.raises(
+            ValueError, match=r"model: an earlier Pruner holds.*compact\(\) or close"
+        ):
+            Pruner(part, inputs, params=0.5)
+    del pruner  # what is masked stays off
+    gc.collect()
+    with pytest.raises(ValueError, match=r"go on with copy\.deepcopy\(model\)"):
+        Pruner(model, inputs, params=0.5)
+    minibatch(copied := copy.deepcopy(model), inputs, Pruner(copied, inputs, params=0.5))
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo", "magnitude_l2"])
+def test_two_pruners_of_one_model(criterion):
+    model, inputs, first = masked(criterion=criterion)
+    first.compact()
+    with pytest.raises(ValueError, match=r"model: an earlier Pruner of it is open.*close\(\)"):
+        Pruner(model, inputs, criterion, filters=0.8)
+    while not first.done:
+        minibatch(model, inputs, first)
+    first.compact()
+    second = Pruner(model, inputs, criterion, filters=0.8, every=1, per_step=1)  # one after another
+    minibatch(model, inputs, second)
+    second.close()
+    third = Pruner(model, inputs, criterion, filters=0.8)
+    del third
+    Pruner(model, inputs, criterion, filters=0.8)
+    zoo.forward(model, inputs)
+
+
+def test_masks_of_a_model_that_other_code_cut():
+    model, _, pruner = masked()
+    model[0] = nn.Linear(model[0].in_features, model[0].out_features + 1)
+    with pytest.raises(RuntimeError, match=r"model: 0\.weight has shape .* where this pruner left"):
+        pruner.compact()
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher", "taylor_fo"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_trace_and_export_see_no_hook(criterion, compacted):
+    model, inputs, pruner = masked("resnet", criterion)
+    if compacted:
+        pruner.compact()
+    model.eval()
+    expected = model(inputs)
+    traced = torch.jit.trace(model, inputs)
+    torch.testing.assert_close(traced(inputs), expected)
+    exported = torch.export.export(model, (inputs,)).module()
+    torch.testing.assert_close(exported(inputs), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(inputs), expected)
+    minibatch(model.train(), inputs, pruner)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_script_says_what_to_do():
+    model, inputs, pruner = masked()
+    pruner.compact()
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(AttributeError, match=r"close\(\) them first.*copy it again"):
+            torch.jit.script(one)
+    pruner.close()
+    for one in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(torch.jit.script(one)(inputs), model(inputs))
+
+
+def trained(model, call, inputs, pruner, steps, compact_at):
+    """Records and losses of a run in which `call` is the model."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    torch.manual_seed(1)
+    found = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = call(zoo.fresh(inputs)).square().mean()
+        loss.backward()
+        found += [loss.item(), pruner.step()]
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            assert parameter.isfinite().all(), name
+        if step == compact_at:
+            pruner.compact()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    return found
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "taylor_fo"])
+def test_a_compiled_model_is_pruned_as_it_is_without(criterion):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model, inputs = zoo.build("vgg")
+        pruner = Pruner(model, inputs, criterion, filters=0.4, every=2, per_step=3)
+        call = torch.compile(model, backend=backend) if compiled else model
+        found.append(trained(model, call, inputs, pruner, 10, 5))
+        if compiled:
+            made = len(graphs)
+            trained(model, call, inputs, pruner, 6, -1)
+            assert len(graphs) == made  # nothing is compiled again
+    assert found[0] == found[1]
+    assert len(graphs) < 20
+
+
+@pytest.mark.parametrize("first", ["compiled", "pruner"])
+def test_masks_hold_in_a_compiled_model_whatever_the_optimizer_does(first):
+    torch._dynamo.reset()
+    model, inputs = zoo.build("vgg")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    call = torch.compile(model, backend="eager")
+    if first == "compiled":
+        call(inputs).sum().backward()
+        optimizer.step()
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.4, every=2, per_step=3)
+    gone: dict[str, list[int]] = {}
+    for _ in range(8):
+        optimizer.zero_grad()
+        call(zoo.fresh(inputs)).square().mean().backward()
+        record = pruner.step()
+        for name, filters in record.removed.items() if record else ():
+            gone.setdefault(name, []).extend(filters)
+        optimizer.step()
+        for name, filters in gone.items():
+            layer = model.get_submodule(name)
+            assert not layer.weight[filters].any()
+            assert not layer.bias[filters].any()
+    assert gone
+
+
+def test_a_model_that_was_compiled_before_its_meter_is_told_so():
+    torch._dynamo.reset()
+    model, inputs = zoo.build("vgg")
+    call = torch.compile(model, backend="eager")
+    call(inputs)
+    imp = tk.Importance(model, "taylor_fo_bn")
+    call(inputs).sum().backward()
+    with pytest.raises(RuntimeError, match="the model was compiled before this meter was made"):
+        imp.update()
+
+
+def test_nothing_is_left_of_a_pruner_whose_model_is_gone():
+    before = len(_global_optimizer_post_hooks)
+    model, _, pruner = masked()
+    assert len(_global_optimizer_post_hooks) == before + 1
+    del model, pruner
+    gc.collect()
+    assert len(_global_optimizer_post_hooks) == before
+    _, _, pruner = masked()
+    pruner.close()
+    assert len(_global_optimizer_post_hooks) == before
+
+
+def inference_tensors(model, optimizer):
+    state = [t for entry in optimizer.state.values() for t in entry.values()]
+    return [t for t in [*model.state_dict().values(), *state] if getattr(t, "is_inference", bool)()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_inference_mode_leaves_a_model_that_can_be_trained(name, make, tmp_path):
+    def start(**options):
+        model, inputs = zoo.build(name)
+        options = {"momentum": 0.9} if make is torch.optim.SGD else {}
+        optimizer = make(model.parameters(), lr=0.01, **options)
+        return model, inputs, optimizer
+
+    model, inputs, optimizer = start()
+    with torch.inference_mode():
+        pruner = Pruner(
+            model, inputs, "taylor_fo", filters=0.5, every=1, per_step=3, optimizer=optimizer
+        )
+
+    def train():
+        record = minibatch(model, inputs, pruner)
+        optimizer.step()
+        return record
+
+    assert train()
+    zoo.loss(model, inputs).backward()
+    with torch.inference_mode():
+        pruner.step()
+        pruner.compact()
+    assert not inference_tensors(model, optimizer)
+    assert train()
+    tk.save_checkpoint(tmp_path / "it", model=model, optimizer=optimizer, pruner=pruner)
+    model, inputs, optimizer = start()
+    pruner = Pruner(
+        model, inputs, "taylor_fo", filters=0.5, every=1, per_step=3, optimizer=optimizer
+    )
+    with torch.inference_mode():
+        tk.load_checkpoint(tmp_path / "it", model=model, optimizer=optimizer, pruner=pruner)
+    assert not inference_tensors(model, optimizer)
+    assert train()
+
+
+def test_a_copy_of_a_scored_model_does_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    imp = tk.Importance(model, "taylor_fo_bn")
+    twin = copy.deepcopy(model)
+    twin(torch.randn(5, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="no forward and backward pass has been seen"):
+        imp.update()

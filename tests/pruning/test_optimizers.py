@@ -1,0 +1,137 @@
+"""Optimizers that wrap others: their state is masked and cut as if they were bare."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
+
+from taylor_kernels.pruning import Pruner
+from tests.helpers import zoo
+
+
+class SharesGroups(Optimizer):
+    """As SAM: the groups are those of the optimizer in it, which has the state."""
+
+    def __init__(self, params, make, **options):
+        super().__init__(params, {})
+        self.base = make(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+class OwnGroups(Optimizer):
+    """As Lookahead: groups and state of its own (slow weights), beside those of the other."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        self.optimizer = make(params, **options)
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p].setdefault("slow", p.detach().clone())
+                with torch.no_grad():
+                    self.state[p]["slow"].lerp_(p, 0.5)
+
+
+class Several(Optimizer):
+    """As where weights and the rest have an optimizer each."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        weights = [p for p in params if p.dim() > 1]
+        self.parts = {"all": [make(weights, **options)]}
+        self.parts["all"].append(make([p for p in params if p.dim() == 1], **options))
+        self.param_groups = [g for part in self.parts["all"] for g in part.param_groups]
+
+    def step(self, closure=None):
+        for part in self.parts["all"]:
+            part.step(closure)
+
+
+class Nested(Optimizer):
+    """A wrapper of a wrapper, which knows its own inside from both ends."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        self.inner = SharesGroups(params, make, **options)
+        self.inner.outer = self
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+def bare(params, make, **options):
+    return make(params, **options)
+
+
+def pruned(name, wrap, make, **options):
+    """Weights, records and the state of the optimizers after pruning with compact() in between."""
+    model, inputs = zoo.build(name)
+    optimizer = wrap(model.parameters(), make, lr=0.02, **options)
+    pruner = Pruner(
+        model, inputs, "taylor_fo", filters=0.5, every=2, per_step=3, optimizer=optimizer
+    )
+    torch.manual_seed(1)
+    for step in range(12):
+        optimizer.zero_grad()
+        zoo.loss(model, zoo.fresh(inputs)).backward()
+        pruner.step()
+        optimizer.step()
+        if step % 5 == 4:
+            pruner.compact()
+    held = [optimizer, *(vars(optimizer).get(n) for n in ("base", "optimizer", "inner"))]
+    held += getattr(optimizer, "parts", {}).get("all", [])
+    held += [vars(one).get("base") for one in held if one is not None]
+    return model, pruner, [one for one in held if one is not None]
+
+
+@pytest.mark.parametrize("wrap", [SharesGroups, OwnGroups, Several, Nested])
+@pytest.mark.parametrize(("make", "options"), [(SGD, {"momentum": 0.9}), (AdamW, {})])
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_a_wrapped_optimizer_is_followed(name, make, options, wrap):
+    expected, reference, _ = pruned(name, bare, make, **options)
+    model, pruner, optimizers = pruned(name, wrap, make, **options)
+    assert pruner.history == reference.history
+    assert len(pruner.history) > 2
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    own = set(model.parameters())
+    for one in optimizers:
+        assert one.state.keys() <= own
+        assert {p for group in one.param_groups for p in group["params"]} <= own
+        for parameter, state in one.state.items():
+            assert all(t.shape in (parameter.shape, ()) for t in state.values())
+    assert sum(len(one.state) for one in optimizers) >= len(own)
+
+
+def test_what_cannot_be_cut_is_found_inside_too():
+    model, inputs = zoo.build("mlp")
+    for wrap in (SharesGroups, Nested):
+        with pytest.raises(ValueError, match="optimizer: LBFGS keeps one flat history"):
+            Pruner(model, inputs, params=0.5, optimizer=wrap([*model.parameters()], LBFGS))
+
+    class Flat(SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["flat"] = torch.zeros(p.numel() + 1)
+
+    optimizer = SharesGroups(model.parameters(), Flat, lr=0.1)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
+    before = copy.deepcopy(model.state_dict())
+    zoo.loss(model, inputs).backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"optimizer: its state 'flat' of .* does not follow"):
+        pruner.step()
+    assert model.state_dict().keys() == before.keys()
