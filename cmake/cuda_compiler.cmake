@@ -38,14 +38,14 @@ function(describe_cuda_architectures list words flags)
   set(${flags} "${options}" PARENT_SCOPE)
 endfunction()
 
-# Where CMake looks for it too.
+# Where CMake's own check looks too: CUDACXX, PATH, CUDA_PATH.
 function(find_nvcc result)
   if(CMAKE_CUDA_COMPILER)
     set(nvcc "${CMAKE_CUDA_COMPILER}")
   elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
     set(nvcc "$ENV{CUDACXX}")
   else()
-    find_program(NVCC_PROGRAM nvcc HINTS ENV CUDA_PATH PATH_SUFFIXES bin)
+    find_program(NVCC_PROGRAM nvcc PATHS ENV PATH ENV CUDA_PATH PATH_SUFFIXES bin NO_DEFAULT_PATH)
     set(nvcc "${NVCC_PROGRAM}")
   endif()
   set(${result} "${nvcc}" PARENT_SCOPE)

@@ -104,11 +104,13 @@ def reduced(graph: Arrows) -> Arrows:
 
 
 def purpose(room: str) -> str:
-    """The first sentence of the room's docstring."""
+    """The first sentence of the room's docstring, without the room's own name before it."""
     folder = ROOT / PACKAGE / room
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    return re.split(r"(?<=[.:])\s", " ".join(text.split()))[0].rstrip(":.")
+    sentence = re.split(r"(?<=\.)\s", " ".join(text.split()))[0].rstrip(".")
+    title, colon, rest = sentence.partition(": ")
+    return rest if colon and " " not in title else sentence
 
 
 def block() -> str:
@@ -151,7 +153,8 @@ def main() -> int:
     _, _, after = rest.partition(END)
     new = f"{before}{BEGIN}\n{block()}\n{END}{after}"
     if options.check:
-        print("the map is up to date" if new == text else "the map is out of date: run make map")
+        if new != text:
+            print("the map is out of date; python tools/room_map.py draws it anew")
         return new != text
     file.write_text(new, encoding="utf-8")
     return 0

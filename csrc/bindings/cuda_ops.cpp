@@ -7,6 +7,7 @@
 #include "common/hutchinson_moments.h"
 #include "common/rademacher.h"
 #include "common/second_order_moments.h"
+#include "cuda/device_check.h"
 
 namespace tk {
 namespace {
@@ -51,6 +52,7 @@ void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const A
 }  // namespace
 
 void define_cuda_ops(py::module_& m) {
+  m.def("cuda_device_problem", &cuda_device_problem);
   define(m, "conv2d_fisher_cuda", &conv2d_fisher_cuda_workspace, &conv2d_fisher_cuda);
   define(m, "filter_moments_cuda", &filter_moments_cuda_workspace, &filter_moments_cuda);
   define(m, "gate_gradients_cuda", &gate_gradients_cuda_workspace, &gate_gradients_cuda);

@@ -5,8 +5,8 @@
 
 namespace tk {
 
-// Each op takes what layout.py describes, a stream, allocate(bytes) -> a tensor of workspace on
-// the current device, and its seed if it has one.
+// cuda_device_problem(), and the ops: each takes what layout.py describes, a stream,
+// allocate(bytes) -> a tensor of workspace on the current device, and its seed if it has one.
 void define_cuda_ops(pybind11::module_& m);
 
 }  // namespace tk

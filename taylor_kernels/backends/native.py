@@ -20,10 +20,12 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f
 
 try:
     _native: Any = import_module("taylor_kernels._native")
-except ImportError as error:
-    _native, _import_error = None, str(error)
-else:
     _native.set_dtypes(**DTYPES)
+except (
+    ImportError,
+    AttributeError,
+) as error:  # AttributeError: built from other sources than these
+    _native, _import_error = None, str(error)
 
 
 def filter_moments(items: Sequence[ParameterItem]) -> None:
@@ -76,6 +78,11 @@ def cpu_status() -> tuple[bool, str]:
 
 @cache
 def cuda_status() -> tuple[bool, str]:
+    """Whether the kernels run on every GPU that PyTorch sees: what they were built for, or why not.
+
+    One GPU of each capability is asked, the current one first, so that another backend takes over
+    before a launch fails: asking makes a context on a GPU, which costs its memory.
+    """
     if _native is None:
         return cpu_status()
     if not _native.cuda_version:
@@ -86,4 +93,14 @@ def cuda_status() -> tuple[bool, str]:
     built = f"CUDA {_native.cuda_version}, {_native.cuda_architectures}"
     if not torch.cuda.is_available():
         return False, f"built for {built}, but PyTorch sees no GPU"
+    current = torch.cuda.current_device()
+    asked: dict[tuple[int, int], int] = {}
+    for number in (current, *range(torch.cuda.device_count())):
+        asked.setdefault(torch.cuda.get_device_capability(number), number)
+    for number in asked.values():
+        with torch.cuda.device(number):
+            problem = _native.cuda_device_problem()
+        if problem:
+            name = f"cuda:{number} ({torch.cuda.get_device_name(number)})"
+            return False, f"built for {built}, but the kernels do not run on {name}: {problem}"
     return True, built

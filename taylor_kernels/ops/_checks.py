@@ -27,13 +27,15 @@ def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
             if (
                 not isinstance(t, Tensor)
                 or t.device != device
-                or t.dtype not in _FLOATS
                 or t.layout is not torch.strided
                 or t.is_nested
             ):
                 return None
-    shapes, *others = ([(t.shape, t.dtype) for t in tensors] for tensors in lists)
-    return [shape for shape, _ in shapes] if all(shapes == other for other in others) else None
+    dtypes = [[t.dtype for t in tensors] for tensors in lists]
+    shapes = [[t.shape for t in tensors] for tensors in lists]
+    if not _FLOATS.issuperset(dtypes[0]) or any(each != dtypes[0] for each in dtypes[1:]):
+        return None
+    return shapes[0] if all(each == shapes[0] for each in shapes[1:]) else None
 
 
 def check_tensor(tensor: object, name: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: What the lists beside the weights hold, for messages.
 _HOLDS = {"grads": "gradients", "hvps": "Hessian-vector products"}
 
-#: launch(places in the caller's lists, *the lists, groups, rows, cols): the packed tables.
+#: launch(places in the caller's lists, *the lists, groups, rows, cols, backend): packed tables.
 Launch = Callable[..., "tuple[Tensor, Tensor]"]
 
 
@@ -46,10 +46,11 @@ class BothAxes(TypedDict, total=False):
 
 def tables(
     launch: Launch,
-    dim: int | tuple[int, int],
-    groups: int | Sequence[int],
-    backend: str | None,
     weights: object,
+    *,
+    dim: int | tuple[int, int] = 0,
+    groups: int | Sequence[int] = 1,
+    backend: str | None = None,
     **others: object,
 ) -> Any:
     """A table for a tensor, a list of them for a sequence; a pair of either for dim=(0, 1)."""
@@ -61,7 +62,7 @@ def tables(
         names = tuple(name + "[{}]" for name in names)
     each_groups = _each_groups(groups, len(lists[0]))
     shapes = _check(lists, each_groups, axes, names)
-    found = _split_and_launch(launch, lists, shapes, each_groups, axes)
+    found = _split_and_launch(launch, lists, shapes, each_groups, axes, backend)
     if isinstance(weights, Tensor):
         return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
     return found[0] if len(axes) == 1 else (found[0], found[1])
@@ -231,13 +232,14 @@ def _split_and_launch(
     shapes: list[torch.Size],
     groups: list[int],
     axes: tuple[int, ...],
+    backend: str | None,
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
 
     def run(places: Sequence[int], *part: Any) -> list[list[Tensor]]:
         *of_part, shapes, groups = part
         rows, cols = 0 in axes, 1 in axes
-        packed = launch(places, *of_part, groups, rows, cols)
+        packed = launch(places, *of_part, groups, rows, cols, backend)
         filters = _filters(shapes, groups, rows, cols)
         return [list(_split(packed[axis], filters[axis])) for axis in axes]
 

@@ -39,7 +39,9 @@ def conv2d_fisher(
 ) -> Tensor:
     """Σ_n (weight gradient of example n)² of a 2-D convolution, from its input and ∂L/∂output.
 
-    The arguments are those of `torch.nn.grad.conv2d_weight`.
+    Where the loss is a mean over N examples, N times this is the diagonal of the empirical Fisher
+    matrix (Molchanov et al., CVPR 2019, section 3.1). The arguments are those of
+    `torch.nn.grad.conv2d_weight`.
 
     Args:
         input: [N, C, H, W] (float32, float16, bfloat16 or float64); any strides (contiguous and
@@ -121,6 +123,8 @@ def linear_fisher(
     input: Tensor, grad_output: Tensor, *, weight: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Σ_n (weight gradient of example n)² of a linear layer; tokens are summed in the example.
+
+    N times this is the diagonal of the empirical Fisher matrix, as of `conv2d_fisher`.
 
     Args:
         input: [N, *, I], dim 0 the example (float32, float16, bfloat16 or float64).

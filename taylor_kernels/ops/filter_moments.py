@@ -12,7 +12,7 @@ its joint form. Kernels: csrc/common/filter_moments.h, backends/triton/moments.p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from torch import Tensor
 
@@ -51,6 +51,9 @@ def filter_moments(
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Moments of every filter of one parameter, or of a list of parameters in one launch.
 
+    (Σ gw, Σ (gw)², Σ |gw|, Σ w², Σ g²) over the weights w of a filter and their gradients g, of
+    which the first-order Taylor criteria are made (Molchanov et al., CVPR 2019, eq. 8).
+
     Args:
         weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
             sequence of such; any strides (contiguous and channels_last are read in place).
@@ -84,8 +87,11 @@ def filter_moments(
         >>> columns[0].tolist()
         [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
     """
-
-    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
-        return _op(*of_part, backend)
-
-    return tables(launch, dim, groups, backend, weights, grads=grads)
+    return tables(
+        lambda _, *of_part: _op(*of_part),
+        weights,
+        grads=grads,
+        dim=dim,
+        groups=groups,
+        backend=backend,
+    )

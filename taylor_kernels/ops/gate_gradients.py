@@ -32,6 +32,8 @@ def gate_gradients(
 ) -> Tensor:
     """s[n, c] = Σ_positions (output − bias_c) · grad_output, in one read of both.
 
+    ∂L_n/∂z_c of a gate z_c = 1 on channel c (Molchanov et al., CVPR 2019, section 3.2).
+
     Args:
         output: a layer's output y, two or more dimensions, dim 0 the example: [N, C], [N, C, H, W],
             [N, T, C] with channel_dim=2, ... (float32, float16, bfloat16 or float64); any strides

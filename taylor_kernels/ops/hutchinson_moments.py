@@ -65,6 +65,9 @@ def hutchinson_moments(
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Σ w² z (Hz) of every filter of a parameter or of a list of them, in one launch.
 
+    Half of it estimates the saliency of Optimal Brain Damage (LeCun et al., 1989) without bias
+    (Hutchinson, 1990), H the Hessian and z random signs.
+
     Args:
         weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
             sequence of such; any strides (contiguous and channels_last are read in place).
@@ -99,6 +102,7 @@ def hutchinson_moments(
     each_stream = check_streams(streams, len(weights) if isinstance(weights, Sequence) else 1)
 
     def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
-        return _op(*of_part, seed, [each_stream[i] for i in places], backend)
+        *shared, backend = of_part
+        return _op(*shared, seed, [each_stream[i] for i in places], backend)
 
-    return tables(launch, dim, groups, backend, weights, hvps=hvps)
+    return tables(launch, weights, hvps=hvps, dim=dim, groups=groups, backend=backend)

@@ -49,6 +49,8 @@ def rademacher_like(
 ) -> Tensor | list[Tensor]:
     """Tensors of 1 and −1, each with probability ½, for a tensor or for a list.
 
+    Bits of Philox4x32-10 (Salmon et al., SC 2011): the probes of `hutchinson_moments`.
+
     Args:
         tensors: what the result resembles (float32, float16, bfloat16 or float64), any shape.
         seed: 64 bits; equal seeds give equal signs on every backend and device.

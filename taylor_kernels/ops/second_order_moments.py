@@ -60,6 +60,8 @@ def second_order_moments(
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """((Σ q)², Σ q²), q = g·w − ½·w·(Hv), of every filter of a parameter or of a list of them.
 
+    The second-order importance of Molchanov et al. (CVPR 2019), of filters and summed over weights.
+
     Args:
         weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
             sequence of such; any strides (contiguous and channels_last are read in place).
@@ -88,7 +90,9 @@ def second_order_moments(
         >>> tk.second_order_moments(weight, *grads, *hvps).tolist()
         [[25.0, 17.0], [81.0, 81.0]]
     """
-    return _tables(weights, grads, hvps, dim, groups, backend, squared=True)
+    return second_order_sums(
+        weights, grads, hvps, dim=dim, groups=groups, backend=backend, squared=True
+    )
 
 
 def second_order_sums(
@@ -96,29 +100,16 @@ def second_order_sums(
     grads: Tensor | Sequence[Tensor],
     hvps: Tensor | Sequence[Tensor],
     *,
-    dim: int | tuple[int, int] = 0,
-    groups: int | Sequence[int] = 1,
-    backend: str | None = None,
+    squared: bool = False,
+    **options: Any,
 ) -> Any:
     """(Σ q, Σ q²), otherwise as `second_order_moments`: sums that add up over coupled filters."""
-    return _tables(weights, grads, hvps, dim, groups, backend, squared=False)
 
-
-def _tables(
-    weights: Tensor | Sequence[Tensor],
-    grads: Tensor | Sequence[Tensor],
-    hvps: Tensor | Sequence[Tensor],
-    dim: int | tuple[int, int],
-    groups: int | Sequence[int],
-    backend: str | None,
-    *,
-    squared: bool,
-) -> Any:
     def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
-        packed: tuple[Tensor, Tensor] = _op(*of_part, backend)
+        packed: tuple[Tensor, Tensor] = _op(*of_part)
         if squared:
             for table in packed:
                 table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap
         return packed
 
-    return tables(launch, dim, groups, backend, weights, grads=grads, hvps=hvps)
+    return tables(launch, weights, grads=grads, hvps=hvps, **options)

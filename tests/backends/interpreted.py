@@ -30,10 +30,9 @@ from tests.helpers.cases import (
     random_bias,
     random_fisher_inputs,
     random_like_case,
-    reference64,
     same_bits,
 )
-from tests.helpers.parameter_ops import HUTCHINSON, SECOND_ORDER, ParameterOp
+from tests.helpers.parameter_ops import EVERY_OP, FILTER, ParameterOp
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -80,27 +79,13 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: fill(new_empty(*a, **k)))
 
 
-def moments(weight: Tensor, grad: Tensor, case: MomentsCase, dim: object) -> tuple[Tensor, ...]:
-    got = filter_moments(weight, grad, dim=dim, groups=case.groups, backend="triton")
-    return got if isinstance(got, tuple) else (got,)
-
-
+@pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
 @pytest.mark.parametrize("at", range(len(MOMENTS_CASES)), ids=lambda i: MOMENTS_CASES[i].name)
-def test_moments(at: int) -> None:
+def test_moments(op: ParameterOp, at: int) -> None:
     case = MOMENTS_CASES[at]
-    weight, grad = random_like_case(case, DTYPES[at % len(DTYPES)])
+    dtype = DTYPES[(at + (op is not FILTER)) % len(DTYPES)]
+    tensors = random_like_case(case, dtype, count=op.lists)
     for dim in case.dims[at % 2 :]:  # (0, 1) always, else in turns
-        got = moments(weight, grad, case, dim)
-        for axis, table in zip(dim if isinstance(dim, tuple) else (dim,), got, strict=True):
-            assert_close(table, *reference64(weight, grad, axis, case.groups))
-
-
-@pytest.mark.parametrize("op", [SECOND_ORDER, HUTCHINSON], ids=lambda op: op.name)
-@pytest.mark.parametrize("at", range(len(MOMENTS_CASES)), ids=lambda i: MOMENTS_CASES[i].name)
-def test_other_moments(op: ParameterOp, at: int) -> None:
-    case = MOMENTS_CASES[at]
-    tensors = random_like_case(case, DTYPES[(at + 1) % len(DTYPES)], count=op.lists)
-    for dim in case.dims[at % 2 :]:
         op.check(tensors, dim, case.groups, "triton", stream=at)
 
 
@@ -242,9 +227,7 @@ def test_fisher_keeps_nan_and_infinity_in_their_filter(groups: int) -> None:
 def test_nan_and_infinity_stay_in_their_filter() -> None:
     weight, grad = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
     weight[1, 2, 0, 0], grad[3, 0, 1, 1] = float("nan"), float("inf")
-    rows, cols = filter_moments(weight, grad, dim=(0, 1), backend="triton")
-    for axis, table in enumerate((rows, cols)):
-        assert_close(table, *reference64(weight, grad, axis))
+    FILTER.check([weight, grad], (0, 1), 1, "triton")
     y, dy = torch.randn(2, 3, 5, 5), torch.randn(2, 3, 5, 5)
     y[0, 1, 2, 2], dy[1, 2, 0, 0] = float("nan"), float("inf")
     assert_close(gate_gradients(y, dy, backend="triton"), *gate_reference64(y, dy))
@@ -260,5 +243,5 @@ def test_bits_do_not_depend_on_the_list() -> None:
         got = filter_moments(weights, grads, dim=dim, groups=groups, backend="triton")
         listed = list(zip(*got, strict=True)) if isinstance(got, tuple) else [(t,) for t in got]
         for case, pair, tables in zip(cases, pairs, listed[::-1], strict=True):
-            alone = moments(*pair, case, dim)
+            alone = FILTER.run(pair, dim, case.groups, "triton")
             assert all(same_bits(*both) for both in zip(tables, alone, strict=True)), case.name

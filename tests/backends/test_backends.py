@@ -163,6 +163,15 @@ def test_a_backend_from_outside_can_be_named(monkeypatch: pytest.MonkeyPatch):
         register_backend(backends._backends["made_up"])
 
 
+def test_new_tensors_in_a_capture_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from taylor_kernels.backends.triton.tables import device_table
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"call the op on them once before, or use .*'cuda'"):
+        device_table([1, 2, 3], CUDA)
+
+
 def test_a_device_from_outside_brings_its_kernels():
     """By a backend, then by taking an op over at its dispatch key."""
     pytest.importorskip("torch.utils.backend_registration")

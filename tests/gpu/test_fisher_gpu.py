@@ -21,12 +21,9 @@ from tests.helpers.cases import (
     same_bits,
 )
 from tests.helpers.fisher_limits import LIMIT_CASES, both_orders
-from tests.helpers.graphs import check_replay
+from tests.helpers.graphs import NEEDS_GPU, check_replay, run_behind_a_late_copy
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
-]
+pytestmark = NEEDS_GPU
 
 #: Layers of ResNet-50, ResNeXt-50, MobileNet v2, a ViT and a head; more work than can be emulated.
 LAYERS = [
@@ -152,16 +149,8 @@ def test_graph_replay_sees_new_gradients(backend: str, monkeypatch: pytest.Monke
 def test_runs_on_the_current_stream(backend: str) -> None:
     case = FisherCase("layer", (16, 128, 28, 28), (128, 128, 3, 3), padding=(1, 1))
     x, dy, _ = random_fisher_inputs(case, torch.bfloat16, "cuda")
-    late = torch.zeros_like(dy)
-    expected = fisher(x, dy, case, backend)
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # whatever ran on another stream would read zeros
-        late.copy_(dy)
-        got = fisher(x, late, case, backend)
-    stream.synchronize()
-    assert same_bits(got, expected)
+    (got,) = run_behind_a_late_copy(lambda late: [fisher(x, late, case, backend)], dy)
+    assert same_bits(got, fisher(x, dy, case, backend))
 
 
 def test_second_device(backend: str) -> None:

@@ -51,7 +51,7 @@ MOMENTS_CASES = [
 
 @cache
 def kernels() -> ModuleType:
-    """csrc/bindings/cuda_ops.cpp and tests/backends/emulation/entry.cpp, compiled once per run."""
+    """The module of tests/backends/emulation/entry.cpp, compiled once for all tests of a run."""
     pybind11 = pytest.importorskip("pybind11", reason="no pybind11 to build the emulation with")
     compiler = shutil.which("g++")
     if compiler is None:
@@ -75,7 +75,7 @@ def kernels() -> ModuleType:
 
         sources = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.cu"))]
         with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compiled, [*sources, "bindings/cuda_ops.cpp", "entry.cpp"]))
+            objects = list(pool.map(compiled, [*sources, "entry.cpp"]))
         subprocess.run([compiler, "-shared", *objects, "-o", "emulated.so"], check=True, cwd=folder)
         spec = spec_from_file_location("emulated", folder / "emulated.so")
         assert spec is not None

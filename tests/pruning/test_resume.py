@@ -270,8 +270,10 @@ def test_optimizer_that_the_pruner_does_not_know(tmp_path):
     model, optimizer, pruner, _ = trained()
     save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, pruner=pruner)
     again, _, blind, inputs = trained(steps=0, optimizer=None)
-    stranger = sgd(again)
-    for other in (blind, Pruner(again, inputs, params=0.4, optimizer=sgd(again))):
+    third = copy.deepcopy(again)
+    for other in (blind, Pruner(third, inputs, params=0.4, optimizer=sgd(third))):
+        again = other.model
+        stranger = sgd(again)
         before = everything(again, stranger, other)
         with pytest.raises(ValueError, match="optimizer: the pruner has another one or none"):
             load_checkpoint(tmp_path / "c", model=again, optimizer=stranger, pruner=other)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from pieces import HEADS, KINDS, network
-from removal import faults
 from torch import nn
 
 from taylor_kernels.tracing import trace
+from tests.tracing.pieces import HEADS, KINDS, network
+from tests.tracing.removal import faults
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pieces import Apply
-from removal import faults
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from taylor_kernels.tracing import trace
+from tests.tracing.pieces import Apply
+from tests.tracing.removal import faults
 
 
 class Through(nn.Module):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import zoo
-from removal import faults
 
 from taylor_kernels.tracing import trace
+from tests.helpers import zoo
+from tests.tracing.removal import faults
 
 #: Layers that have to stay, by model; all others can lose channels.
 STAYS = {

@@ -15,8 +15,8 @@ struct Conv2dFisher {  // for finish_kernel
 template <class Product, class Tile>
 void launch_gemm(const FisherPlan& plan, cudaStream_t stream) {
   launch_with_shared(Conv2dFisher::kName, stream, plan.blocks,
-                     TileMemory<Product, Tile>::bytes(plan.task), fisher_gemm_kernel<Product, Tile>,
-                     plan.task);
+                     TileMemory<Product, Tile>::shared(plan.task),
+                     fisher_gemm_kernel<Product, Tile>, plan.task);
 }
 
 template <class Product>

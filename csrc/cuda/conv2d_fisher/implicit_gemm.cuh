@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/conv2d_fisher/warp_mma.cuh"
+#include "cuda/launch.cuh"
 
 namespace tk {
 
@@ -18,8 +19,9 @@ struct TileMemory {
   static constexpr int kBuffers = kColumns + Tile::kColumns * int{sizeof(Column<int>)};
   static constexpr int kSums = kLaneFilters * Tile::kLaneColumns;
 
-  static int bytes(const FisherTask& task) {
-    return kBuffers + task.buffers * kThreads * kSums * int{sizeof(float)};
+  static DynamicShared shared(const FisherTask& task) {
+    const int buffer = kThreads * kSums * int{sizeof(float)};
+    return {kBuffers + task.buffers * buffer, kBuffers + kMaxBuffers * buffer};
   }
 };
 

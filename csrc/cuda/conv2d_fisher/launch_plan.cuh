@@ -64,7 +64,7 @@ struct FisherTask {
   uint32_t column_tiles;
   bool weight_is_f32;  // else it has the inputs' dtype
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
-  uint8_t buffers;     // implicit GEMM: copies in shared memory of every sum of a lane
+  uint8_t buffers;     // implicit GEMM: see kMaxBuffers
   bool spans;          // implicit GEMM: an example has more positions than kSpan
   uint8_t lanes_log2;  // direct: lanes of a warp, and warps, that share the positions
   uint8_t warps_log2;
@@ -91,6 +91,9 @@ constexpr int kSpan = 128;
 // Spans that are summed so, and examples whose squares are.
 constexpr int kSpans = 128;
 constexpr int kRun = 256;
+
+// Copies in shared memory of a lane's sums: 0 for few short examples, 2 for the longest.
+constexpr int kMaxBuffers = 2;
 
 // Blocks should have this many chunks of positions to go through, so that a split is worth it.
 constexpr int kMinChunks = 8;
@@ -259,7 +262,9 @@ inline FisherPlan plan_fisher(const Conv2dFisherArgs& args, int64_t workspace_by
   const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
   task.split = divide_up(task.batch, splits);
   task.spans = task.positions > kSpan;
-  task.buffers = task.positions > kSpan * kSpans ? 2 : task.spans || task.split > kRun ? 1 : 0;
+  task.buffers = task.positions > kSpan * kSpans   ? kMaxBuffers
+                 : task.spans || task.split > kRun ? 1
+                                                   : 0;
   plan.splits = divide_up(task.batch, task.split);
   plan.parts = plan.splits * parts;
   plan.blocks = blocks * plan.splits;

@@ -83,8 +83,8 @@ def _statistic(criterion: str) -> type[Statistic]:
 
 
 def code_of(criterion: str) -> list[object]:
-    """The functions that score by a criterion, that of a user's own criterion among them."""
-    return [score, get_criterion(criterion).score]
+    """What scores by a criterion: also the function and the statistic of a user's own."""
+    return [score, get_criterion(criterion).score, _statistic(criterion)]
 
 
 def _draws(problem: Problem) -> np.ndarray:

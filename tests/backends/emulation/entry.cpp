@@ -3,12 +3,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <thread>
 #include <tuple>
+#include <vector>
 
-#include "bindings/cuda_ops.h"
+#include "bindings/cuda_ops.cpp"  // here, since every file that includes pybind11 takes seconds
 #include "bindings/records.h"
 #include "common/philox.h"
 #include "cuda/conv2d_fisher/launch_plan.cuh"
+#include "cuda/launch.cuh"
 
 namespace {
 
@@ -45,6 +49,30 @@ std::array<uint32_t, 4> philox(const std::array<uint32_t, 4>& counter, uint64_t 
   return {words[0], words[1], words[2], words[3]};
 }
 
+// (device, which kernel, bytes) for every time that a kernel's limit was set.
+std::vector<std::tuple<int, uintptr_t, int>> shared_limits() {
+  std::vector<std::tuple<int, uintptr_t, int>> found;
+  for (const emulation::Limit& limit : emulation::limits) {
+    found.emplace_back(limit.device, reinterpret_cast<uintptr_t>(limit.kernel), limit.bytes);
+  }
+  return found;
+}
+
+// Threads that all want to launch one kernel, which no other test has launched.
+void allow_shared_on_threads(int threads, int bytes) {
+  static char kernel;
+  std::atomic<int> waiting{threads};
+  std::vector<std::thread> pool;
+  for (int i = 0; i < threads; ++i) {
+    pool.emplace_back([&] {
+      --waiting;
+      while (waiting) std::this_thread::yield();
+      tk::allow_shared("test", &kernel, bytes);
+    });
+  }
+  for (std::thread& thread : pool) thread.join();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(emulated, m) {
@@ -53,5 +81,12 @@ PYBIND11_MODULE(emulated, m) {
   m.def("fisher_plan", &fisher_plan);
   m.def("fisher", &fisher);
   m.def("philox", &philox);
+  m.def("set_device", [](int device) { emulation::device = device; });
+  m.def("set_function_error",
+        [](int error) { emulation::function_error = static_cast<cudaError_t>(error); });
+  m.def("take_last_error", [] { return static_cast<int>(cudaGetLastError()); });
+  m.def("shared_limits", &shared_limits);
+  m.def("launched_shared", [] { return emulation::launched_shared; });
+  m.def("allow_shared_on_threads", &allow_shared_on_threads);
   m.def("random_signs_at", &tk::random_signs_at);
 }

@@ -1,0 +1,159 @@
+"""What the CUDA code asks of the runtime, on an emulated one, and what follows for the backend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from taylor_kernels.backends import native
+from taylor_kernels.layout import conv2d_fisher_args
+from tests.helpers import emulated
+from tests.helpers.cases import FisherCase, random_fisher_inputs
+
+#: Errors of cudaFuncGetAttributes and what they mean for the user.
+PROBLEMS = {
+    98: "compiled for other GPUs",  # cudaErrorInvalidDeviceFunction
+    209: "compiled for other GPUs",  # cudaErrorNoKernelImageForDevice
+    35: "the driver is too old",  # cudaErrorInsufficientDriver
+    222: "the driver is too old",  # cudaErrorUnsupportedPtxVersion
+    2: "an emulated error",  # any other, in the runtime's own words
+}
+
+
+@pytest.fixture
+def kernels() -> Iterator[ModuleType]:
+    module = emulated.kernels()
+    yield module
+    module.set_function_error(0)
+    module.set_device(0)
+
+
+@pytest.mark.parametrize("error", PROBLEMS)
+def test_a_gpu_that_cannot_run_the_kernels(kernels: ModuleType, error: int) -> None:
+    kernels.set_function_error(error)
+    assert PROBLEMS[error] in kernels.cuda_device_problem()
+    assert kernels.take_last_error() == 0, "the next launch would report it"
+
+
+def test_a_gpu_that_runs_them(kernels: ModuleType) -> None:
+    assert kernels.cuda_device_problem() == ""
+
+
+class GPUs:
+    """Three, as PyTorch and the native module see them; the second is the current one."""
+
+    def __init__(self) -> None:
+        self.capabilities = [(8, 0), (9, 0), (9, 0)]
+        self.problems = ["", "", ""]
+        self.current = 1
+        self.asked: list[int] = []
+
+    def device(self, number: int) -> nullcontext[None]:
+        self.current = number
+        return nullcontext()
+
+    def problem(self) -> str:
+        self.asked.append(self.current)
+        return self.problems[self.current]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPUs]:
+    found = GPUs()
+    module = SimpleNamespace(
+        cuda_version="12.6",
+        cuda_architectures="sm_80 sm_90 compute_90",
+        cuda_device_problem=found.problem,
+    )
+    monkeypatch.setattr(native, "_native", module)
+    for name, value in {
+        "is_available": lambda: True,
+        "device_count": lambda: 3,
+        "current_device": lambda: found.current,
+        "device": found.device,
+        "get_device_capability": lambda number: found.capabilities[number],
+        "get_device_name": lambda number: f"GPU {number}",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    native.cuda_status.cache_clear()
+    yield found
+    native.cuda_status.cache_clear()
+
+
+def test_status_says_what_the_kernels_are_built_for(gpus: GPUs) -> None:
+    assert native.cuda_status() == (True, "CUDA 12.6, sm_80 sm_90 compute_90")
+
+
+def test_status_asks_one_gpu_of_each_capability(gpus: GPUs) -> None:
+    """The current one if it is one of them: the others may belong to other processes."""
+    native.cuda_status()
+    native.cuda_status()
+    assert gpus.asked == [1, 0]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_status_names_the_gpu_that_cannot_run_them(gpus: GPUs, number: int) -> None:
+    gpus.problems[number] = "they are compiled for other GPUs"
+    usable, why = native.cuda_status()
+    assert not usable
+    assert "built for CUDA 12.6, sm_80 sm_90 compute_90" in why
+    assert f"do not run on cuda:{number} (GPU {number}): they are compiled for other GPUs" in why
+
+
+#: Their launches need different amounts of shared memory, of three kernels.
+SHARED_CASES = [
+    FisherCase("short", (2, 190, 5, 5), (250, 190, 1, 1)),
+    FisherCase("spans", (1, 7, 19, 18), (128, 7, 3, 3), padding=(1, 1)),
+    FisherCase("wide", (1, 30, 4, 5), (180, 30, 3, 3), padding=(1, 1)),
+    FisherCase("longest", (1, 17, 129, 128), (8, 17, 1, 1)),
+    FisherCase("small", (2, 27, 6, 6), (70, 27, 3, 3)),
+]
+
+
+def test_a_kernel_is_allowed_its_most_shared_memory_once_per_device(kernels: ModuleType) -> None:
+    """Not what each launch needs: another thread's smaller one could come in between."""
+    launches = []
+    for device in (0, 1):
+        kernels.set_device(device)
+        for case in (*SHARED_CASES, SHARED_CASES[0]):
+            x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
+            out = torch.empty(case.size)
+            call = conv2d_fisher_args(x, dy, None, case.size, *case.geometry, False, out)
+            before = len(kernels.launched_shared())
+            emulated.run("conv2d_fisher", call)
+            launches += kernels.launched_shared()[before:]
+    limits = kernels.shared_limits()
+    places = [(device, kernel) for device, kernel, _ in limits]
+    assert len(places) == len(set(places)), "set more than once"
+    most: dict[int, set[int]] = {}
+    for _, kernel, size in limits:
+        most.setdefault(kernel, set()).add(size)
+    assert all(len(sizes) == 1 for sizes in most.values()), "not the same on all devices"
+    assert len(set(launches)) > 3, "the cases do not differ in what they need"
+    assert max(launches) <= max(size for _, _, size in limits) <= 99 << 10, "sm_86 has 99 KB"
+
+
+def test_threads_allow_a_kernel_its_shared_memory_once(kernels: ModuleType) -> None:
+    before = len(kernels.shared_limits())
+    kernels.allow_shared_on_threads(8, 64 << 10)
+    assert [size for _, _, size in kernels.shared_limits()[before:]] == [64 << 10]
+
+
+def test_a_module_built_from_other_sources_is_not_used() -> None:
+    script = """
+import sys
+from types import ModuleType
+sys.modules["taylor_kernels._native"] = ModuleType("_native")
+from taylor_kernels.backends import native
+print(native.cpu_status())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "did not load" in run.stdout
+    assert "set_dtypes" in run.stdout
