@@ -22,7 +22,7 @@ from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
-from taylor_kernels.statistics.layers import Layers, filter_count
+from taylor_kernels.statistics.layers import Layers, filter_count, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -74,7 +74,7 @@ class _Gates(WatchesPasses):
         if not self._awaits_gradient(name, output):
             return
         pass_ = self._pass
-        channel_dim = -1 if isinstance(module, nn.Linear) else 1
+        channel_dim = -1 if is_layer(module) and not isinstance(module, _ConvNd) else 1
         unbatched = isinstance(module, _ConvNd) and output.dim() == len(module.kernel_size) + 1
 
         def receive(y: Tensor, dy: Tensor) -> None:
@@ -111,7 +111,7 @@ class ExampleGates(_Gates):
         self._received: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in layers}
 
     def _bias(self, module: nn.Module) -> Tensor | None:
-        return module.bias if isinstance(module, (_ConvNd, nn.Linear)) else None
+        return module.bias if is_layer(module) else None
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))
