@@ -11,14 +11,14 @@ from types import ModuleType
 
 from torch import nn
 
-INSTALL = "make zoo installs them: pip install '.[zoo]', then pip install --no-deps pytorchcv"
+INSTALL = "pip install 'taylor-kernels[zoo]', then pip install --no-deps pytorchcv"
 
 
 def missing(package: str) -> str:
     """How to get a package that is not there; "" for one that is."""
     if not package or importlib.util.find_spec(package) is not None:
         return ""
-    return f"the zoo needs {package} ({INSTALL})"
+    return f"no {package} here: make test installs it, or {INSTALL}"
 
 
 @contextmanager
