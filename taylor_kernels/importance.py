@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import (
+    Statistic,
     check_closure,
     check_loss_scale,
     filter_count,
     find_layers,
     get_statistic,
 )
+from taylor_kernels.tracing import trace
 
 _STATE_VERSION = 1
 
@@ -75,10 +79,17 @@ class Importance:
         criterion: a name from `criterion_names()`, or a `Criterion`.
         layers: names of the layers to score (* and ? match); None means all.
         backend: one of `tk.available_backends()`; None picks by device.
+        example_inputs: what to trace the model on (`tk.trace`), so that the gates of filters stand
+            behind all norms of their channels: a tensor, a tuple of arguments or a dict of keyword
+            arguments. Only gate criteria, `bn_scale` and `oracle` read it. A filter has then the
+            score of its gate, which filters that go together share. Give it wherever a norm comes
+            later than directly behind a layer: behind an activation, a pooling, a sum or a
+            concatenation, as in pre-activation networks and DenseNets.
 
     Raises:
         ValueError: an unknown criterion (the message names the nearest), a layer name that
-            matches nothing, a model without a layer to score.
+            matches nothing, a model without a layer to score, or one that does not run on the
+            example inputs.
 
     Example:
         >>> import torch, taylor_kernels as tk
@@ -100,6 +111,7 @@ class Importance:
         *,
         layers: Sequence[str] | None = None,
         backend: str | None = None,
+        example_inputs: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -110,13 +122,27 @@ class Importance:
         for layer in self._layers.values():
             select(layer.weight.device, layer.weight.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
-        self._statistic = statistic(model, self._layers, backend)
+        self._statistic = self._made(model, statistic, backend, example_inputs)
         self._sum: Tensor
         self._sum_squares: Tensor
         self._counts: list[int]
         self._updates: int
         self._closed = False
         self._zero()
+
+    def _made(
+        self, model: nn.Module, statistic: type[Statistic], backend: str | None, example: Any
+    ) -> Statistic:
+        if example is None or not statistic.at_gates:
+            return statistic(model, self._layers, backend)
+        sites = find_gate_sites(trace(model, example), model, self._layers)
+        if hidden := sites.hidden:
+            warnings.warn(
+                f"{', '.join(hidden)}: has filters whose channels no module is given or returns, so "
+                "that no gate can stand there; their scores are nan (taylor_fo has scores for them)",
+                stacklevel=3,
+            )
+        return statistic(model, self._layers, backend, sites)
 
     def update(
         self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
@@ -176,10 +202,25 @@ class Importance:
         An observation is an update; for `taylor_fo_gate` it is an example. A layer that could not
         be read in any, as where no gradient reaches it, has nan.
 
+        A layer whose gates have no gradient but rounding noise has nan, and a warning names it: a
+        norm that was not seen divides them out. Noise would rank it below all others, whatever its
+        filters matter; the scores of other layers are right, so that this is no error.
+
         Raises:
             RuntimeError: there was no update yet.
         """
         self._require_updates("compute")
+        if noise := self._statistic.noise:
+            remedy = (
+                "pass example_inputs, which puts its gates behind the norm, or use taylor_fo"
+                if self._statistic.sites is None
+                else "use taylor_fo"
+            )
+            warnings.warn(
+                f"{', '.join(noise)}: the gradients of its gates are rounding noise, since what "
+                f"comes later normalises each channel, and its scores are nan; {remedy}",
+                stacklevel=2,
+            )
         return self._per_layer(self._sum / self._counts_per_filter())
 
     def standard_error(self) -> dict[str, Tensor]:

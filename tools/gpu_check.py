@@ -4,7 +4,7 @@
     python3 tools/gpu_check.py build tune    # these steps, with the time of the others
 
 Needs no network: the system's Python with torch, pybind11, cmake, ninja, pytest and
-pytest-benchmark, and the CUDA toolkit; for the pruner's tests rich, torch-pruning and hypothesis.
+pytest-benchmark, and the CUDA toolkit; for the pruner's tests rich and hypothesis.
 Steps have a time limit each, and a failure does not stop the next; the exit code is 1 if any
 failed, 2 without a GPU.
 """

@@ -1,12 +1,7 @@
 #include "bindings/cuda_ops.h"
 
 #include "bindings/records.h"
-#include "common/conv2d_fisher.h"
-#include "common/filter_moments.h"
-#include "common/gate_gradients.h"
-#include "common/hutchinson_moments.h"
-#include "common/rademacher.h"
-#include "common/second_order_moments.h"
+#include "common/ops.h"
 #include "cuda/device_check.h"
 
 namespace tk {
@@ -24,48 +19,26 @@ void with_workspace(int64_t bytes, const py::function& allocate, const Launch& l
   launch(data);
 }
 
-// An op over a list of records; `More` is its seed, or nothing.
-template <class Item, class... More>
-void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const Item*, int64_t),
-            void (*run)(const Item*, int64_t, void*, void*, More...)) {
-  m.def(name, [=](const py::sequence& records, uintptr_t stream, const py::function& allocate,
-                  More... more) {
-    const auto items = read_records<Item>(records);
-    const auto count = static_cast<int64_t>(items.size());
-    with_workspace(workspace_bytes(items.data(), count), allocate, [&](void* workspace) {
-      run(items.data(), count, workspace, stream_of(stream), more...);
-    });
-  });
-}
-
-// An op of one record.
-template <class Args>
-void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const Args&),
-            void (*run)(const Args&, void*, void*)) {
-  m.def(name, [=](py::handle record, uintptr_t stream, const py::function& allocate) {
-    const auto args = read_record<Args>(record);
-    with_workspace(workspace_bytes(args), allocate,
-                   [&](void* workspace) { run(args, workspace, stream_of(stream)); });
-  });
+template <class Call>
+void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const Call&),
+            void (*run)(const Call&, void*, void*)) {
+  const auto read_and_run = [=](py::handle described, uintptr_t stream,
+                                const py::function& allocate, uint64_t seed) {
+    Call call;
+    read_call(described, seed, call);
+    with_workspace(workspace_bytes(call), allocate,
+                   [&](void* workspace) { run(call, workspace, stream_of(stream)); });
+  };
+  m.def(name, read_and_run, py::arg("call"), py::arg("stream"), py::arg("allocate"),
+        py::arg("seed") = 0);
 }
 
 }  // namespace
 
 void define_cuda_ops(py::module_& m) {
   m.def("cuda_device_problem", &cuda_device_problem);
-  define(m, "conv2d_fisher_cuda", &conv2d_fisher_cuda_workspace, &conv2d_fisher_cuda);
-  define(m, "filter_moments_cuda", &filter_moments_cuda_workspace, &filter_moments_cuda);
-  define(m, "gate_gradients_cuda", &gate_gradients_cuda_workspace, &gate_gradients_cuda);
-  define(m, "hutchinson_moments_cuda", &hutchinson_moments_cuda_workspace,
-         &hutchinson_moments_cuda);
-  define(m, "second_order_moments_cuda", &second_order_moments_cuda_workspace,
-         &second_order_moments_cuda);
-  m.def("rademacher_cuda", [](const py::sequence& records, uintptr_t stream, const py::function&,
-                              uint64_t seed) {
-    const auto items = read_records<RademacherItem>(records);
-    const py::gil_scoped_release no_gil;
-    rademacher_cuda(items.data(), static_cast<int64_t>(items.size()), stream_of(stream), seed);
-  });
+#define TK_DEFINE(op, Call) define(m, #op "_cuda", &op##_cuda_workspace, &op##_cuda);
+  TK_OPS(TK_DEFINE)
 }
 
 }  // namespace tk

@@ -4,12 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/records.h"
-#include "common/conv2d_fisher.h"
-#include "common/filter_moments.h"
-#include "common/gate_gradients.h"
-#include "common/hutchinson_moments.h"
-#include "common/rademacher.h"
-#include "common/second_order_moments.h"
+#include "common/ops.h"
 #include "cpu/dispatch.h"
 #if defined(TK_CUDA)
 #include "bindings/cuda_ops.h"
@@ -18,24 +13,15 @@
 namespace tk {
 namespace {
 
-// An op over a list of records; `More` is its seed, or nothing.
-template <class Item, class... More>
-void define(py::module_& m, const char* name, void (*run)(const Item*, int64_t, int, More...)) {
-  m.def(name, [run](const py::sequence& records, int threads, More... more) {
-    const auto items = read_records<Item>(records);
+template <class Call>
+void define(py::module_& m, const char* name, void (*run)(const Call&, int)) {
+  const auto read_and_run = [run](py::handle described, int threads, uint64_t seed) {
+    Call call;
+    read_call(described, seed, call);
     const py::gil_scoped_release no_gil;
-    run(items.data(), static_cast<int64_t>(items.size()), threads, more...);
-  });
-}
-
-// An op of one record.
-template <class Args>
-void define(py::module_& m, const char* name, void (*run)(const Args&, int)) {
-  m.def(name, [run](py::handle record, int threads) {
-    const auto args = read_record<Args>(record);
-    const py::gil_scoped_release no_gil;
-    run(args, threads);
-  });
+    run(call, threads);
+  };
+  m.def(name, read_and_run, py::arg("call"), py::arg("threads"), py::arg("seed") = 0);
 }
 
 }  // namespace
@@ -50,12 +36,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_cpu_isa", &tk::set_cpu_isa);
   tk::define_set_dtypes(m);
 
-  tk::define(m, "conv2d_fisher_cpu", &tk::conv2d_fisher_cpu);
-  tk::define(m, "filter_moments_cpu", &tk::filter_moments_cpu);
-  tk::define(m, "gate_gradients_cpu", &tk::gate_gradients_cpu);
-  tk::define(m, "hutchinson_moments_cpu", &tk::hutchinson_moments_cpu);
-  tk::define(m, "rademacher_cpu", &tk::rademacher_cpu);
-  tk::define(m, "second_order_moments_cpu", &tk::second_order_moments_cpu);
+#define TK_DEFINE(op, Call) tk::define(m, #op "_cpu", &tk::op##_cpu);
+  TK_OPS(TK_DEFINE)
 #if defined(TK_CUDA)
   tk::define_cuda_ops(m);
 #endif

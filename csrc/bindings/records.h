@@ -12,10 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "common/conv2d_fisher.h"
-#include "common/filter_moments.h"
-#include "common/gate_gradients.h"
-#include "common/rademacher.h"
+#include "common/ops.h"
 
 namespace tk {
 
@@ -125,19 +122,19 @@ inline void read(py::handle record, Conv2dFisherArgs& args) {
 
 #undef TK_MEMBER
 
+// The call of an op: a record, or a sequence of them and a seed.
 template <class Record>
-Record read_record(py::handle record) {
-  Record read_to;
-  read(record, read_to);
-  return read_to;
+void read_call(py::handle record, uint64_t, Record& call) {
+  read(record, call);
 }
 
-template <class Record>
-std::vector<Record> read_records(const py::sequence& records) {
-  std::vector<Record> found(records.size());
+template <class Item>
+void read_call(py::handle records, uint64_t seed, ItemList<Item>& call) {
+  const auto sequence = py::cast<py::sequence>(records);
+  call.items.resize(sequence.size());
   size_t i = 0;
-  for (const py::handle record : records) read(record, found[i++]);
-  return found;
+  for (const py::handle record : sequence) read(record, call.items[i++]);
+  call.seed = seed;
 }
 
 inline void define_set_dtypes(py::module_& m) {

@@ -49,12 +49,4 @@ struct Conv2dFisherArgs {
   bool tf32;  // f32 products may be rounded to TF32: what PyTorch's own setting allows
 };
 
-void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads);
-
-// Bytes of device memory that conv2d_fisher_cuda needs beside inputs and outputs.
-int64_t conv2d_fisher_cuda_workspace(const Conv2dFisherArgs& args);
-
-// As filter_moments_cuda: launches on `stream` of the current device, no wait, no f64.
-void conv2d_fisher_cuda(const Conv2dFisherArgs& args, void* workspace, void* stream);
-
 }  // namespace tk

@@ -25,11 +25,4 @@ struct GateGradientsArgs {
   DType dtype;
 };
 
-void gate_gradients_cpu(const GateGradientsArgs& args, int threads);
-
-int64_t gate_gradients_cuda_workspace(const GateGradientsArgs& args);
-
-// As filter_moments_cuda: launches on `stream` of the current device, no wait, no f64.
-void gate_gradients_cuda(const GateGradientsArgs& args, void* workspace, void* stream);
-
 }  // namespace tk

@@ -1,6 +1,5 @@
-// What filter_moments, second_order_moments and hutchinson_moments read and write for one tensor of
-// a list: sums over the elements of each output filter (row), of each input channel (column), or
-// both from one read.
+// What the ops over parameters (ops.h) read and write for one tensor of a list: sums over the
+// elements of each output filter (row), of each input channel (column), or both from one read.
 //
 // A parameter is a dense block of rows × channels × kernel elements, stored in one of two orders:
 //   contiguous     element (r, c, k) at (r·channels + c)·kernel + k
@@ -17,6 +16,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/item_list.h"
 
 namespace tk {
 
@@ -34,5 +34,7 @@ struct ParameterItem {
   bool channels_last;
   uint32_t stream;  // of random signs, for an op that draws some (philox.h)
 };
+
+using ParameterList = ItemList<ParameterItem>;
 
 }  // namespace tk

@@ -6,21 +6,18 @@
 
 #include "common/dtype.h"
 #include "common/host_device.h"
+#include "common/item_list.h"
 
 namespace tk {
 
 struct RademacherItem {
-  void* out;  // elements that lie without gaps
+  void* out;  // elements that lie without gaps, from a 16-byte-aligned address on
   int64_t elements;
   DType dtype;
   uint32_t stream;
 };
 
-void rademacher_cpu(const RademacherItem* items, int64_t count, int threads, uint64_t seed);
-
-// Launches on `stream` of the current device and returns without waiting. Outputs are 16-byte-
-// aligned, and no f64. Throws std::runtime_error on a launch error.
-void rademacher_cuda(const RademacherItem* items, int64_t count, void* stream, uint64_t seed);
+using RademacherList = ItemList<RademacherItem>;
 
 // The bits of 1; a minus is the highest bit of any type.
 TK_HOST_DEVICE constexpr uint64_t bits_of_one(DType dtype) {

@@ -9,29 +9,31 @@
 
 namespace tk {
 
-TK_DECLARE_CPU_KERNELS(baseline)
+namespace {
+
+// The kernels of one instruction set.
+#define TK_CPU_KERNEL_POINTER(op, Call) void (*op)(const Call& call, int threads);
+struct Kernels {
+  const char* isa;
+  TK_OPS(TK_CPU_KERNEL_POINTER)
+};
+
+}  // namespace
+
+#define TK_ADDRESS(op, Call) &op,
+#define TK_CPU_KERNELS(isa)                               \
+  TK_DECLARE_CPU_KERNELS(isa)                             \
+  namespace isa {                                         \
+  constexpr Kernels kernels = {#isa, TK_OPS(TK_ADDRESS)}; \
+  }
+
+TK_CPU_KERNELS(baseline)
 #if defined(TK_X86)
-TK_DECLARE_CPU_KERNELS(avx2)
-TK_DECLARE_CPU_KERNELS(avx512)
+TK_CPU_KERNELS(avx2)
+TK_CPU_KERNELS(avx512)
 #endif
 
 namespace {
-
-struct Kernels {
-  const char* isa;
-  decltype(&baseline::conv2d_fisher) conv2d_fisher;
-  decltype(&baseline::filter_moments) filter_moments;
-  decltype(&baseline::gate_gradients) gate_gradients;
-  decltype(&baseline::hutchinson_moments) hutchinson_moments;
-  decltype(&baseline::rademacher) rademacher;
-  decltype(&baseline::second_order_moments) second_order_moments;
-};
-
-#define TK_KERNELS(isa)                                                                          \
-  Kernels {                                                                                      \
-    #isa, isa::conv2d_fisher, isa::filter_moments, isa::gate_gradients, isa::hutchinson_moments, \
-        isa::rademacher, isa::second_order_moments                                               \
-  }
 
 std::vector<Kernels> supported() {
   std::vector<Kernels> sets;
@@ -41,10 +43,10 @@ std::vector<Kernels> supported() {
                         __builtin_cpu_supports("f16c");
   if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    sets.push_back(TK_KERNELS(avx512));
-  if (has_avx2) sets.push_back(TK_KERNELS(avx2));
+    sets.push_back(avx512::kernels);
+  if (has_avx2) sets.push_back(avx2::kernels);
 #endif
-  sets.push_back(TK_KERNELS(baseline));
+  sets.push_back(baseline::kernels);
   return sets;
 }
 
@@ -55,7 +57,7 @@ const std::vector<Kernels>& sets() {
 
 std::atomic<size_t> chosen{0};
 
-const Kernels& kernels() { return sets()[chosen]; }
+const Kernels& current() { return sets()[chosen]; }
 
 }  // namespace
 
@@ -65,7 +67,7 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-std::string cpu_isa() { return kernels().isa; }
+std::string cpu_isa() { return current().isa; }
 
 void set_cpu_isa(const std::string& name) {
   for (size_t i = 0; i < sets().size(); ++i) {
@@ -76,28 +78,9 @@ void set_cpu_isa(const std::string& name) {
   throw std::invalid_argument("set_cpu_isa: this processor cannot run '" + name + "'");
 }
 
-void conv2d_fisher_cpu(const Conv2dFisherArgs& args, int threads) {
-  kernels().conv2d_fisher(args, threads);
-}
+#define TK_DEFINE_CPU_OP(op, Call) \
+  void op##_cpu(const Call& call, int threads) { current().op(call, threads); }
 
-void filter_moments_cpu(const ParameterItem* items, int64_t count, int threads) {
-  kernels().filter_moments(items, count, threads);
-}
-
-void gate_gradients_cpu(const GateGradientsArgs& args, int threads) {
-  kernels().gate_gradients(args, threads);
-}
-
-void hutchinson_moments_cpu(const ParameterItem* items, int64_t count, int threads, uint64_t seed) {
-  kernels().hutchinson_moments(items, count, threads, seed);
-}
-
-void rademacher_cpu(const RademacherItem* items, int64_t count, int threads, uint64_t seed) {
-  kernels().rademacher(items, count, threads, seed);
-}
-
-void second_order_moments_cpu(const ParameterItem* items, int64_t count, int threads) {
-  kernels().second_order_moments(items, count, threads);
-}
+TK_OPS(TK_DEFINE_CPU_OP)
 
 }  // namespace tk

@@ -1,7 +1,5 @@
-// The CPU kernel of filter_moments (filter_moments.h). Compiled once per instruction set (TK_ISA);
+// The CPU kernel of filter_moments (ops.h). Compiled once per instruction set (TK_ISA);
 // cpu/dispatch.cpp picks one at run time.
-#include "common/filter_moments.h"
-
 #include "cpu/kernels.h"
 #include "cpu/moment_sums.h"
 
@@ -22,7 +20,7 @@ struct Gradient {
 };
 
 struct FilterMoments {
-  static constexpr int kSums = kMoments;
+  static constexpr int kSums = 5;
 
   template <typename V>
   static void terms(V w, V g, V (&terms)[kSums]) {
@@ -42,8 +40,8 @@ struct FilterMoments {
 
 }  // namespace
 
-void filter_moments(const ParameterItem* items, int64_t count, int threads) {
-  sum_moments(FilterMoments(), items, count, threads);
+void filter_moments(const ParameterList& call, int threads) {
+  sum_moments(FilterMoments(), call.items, threads);
 }
 
 }  // namespace TK_ISA

@@ -1,6 +1,4 @@
-// The CPU kernel of hutchinson_moments (hutchinson_moments.h).
-#include "common/hutchinson_moments.h"
-
+// The CPU kernel of hutchinson_moments (ops.h).
 #include "cpu/kernels.h"
 #include "cpu/moment_sums.h"
 #include "cpu/sign_window.h"
@@ -41,8 +39,8 @@ struct HutchinsonMoments {
 
 }  // namespace
 
-void hutchinson_moments(const ParameterItem* items, int64_t count, int threads, uint64_t seed) {
-  sum_moments(HutchinsonMoments{seed}, items, count, threads);
+void hutchinson_moments(const ParameterList& call, int threads) {
+  sum_moments(HutchinsonMoments{call.seed}, call.items, threads);
 }
 
 }  // namespace TK_ISA

@@ -181,13 +181,13 @@ class MomentWorker {
 };
 
 template <class Op>
-void sum_moments(const Op& op, const ParameterItem* items, int64_t count, int threads) {
+void sum_moments(const Op& op, const std::vector<ParameterItem>& items, int threads) {
   std::vector<MomentBlocking> blockings;
-  blockings.reserve(count);
+  blockings.reserve(items.size());
   Sizes sizes;
   int64_t tasks = 0, merges = 0, elements = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const MomentBlocking& blocking = blockings.emplace_back(items[i], tasks, merges);
+  for (const ParameterItem& item : items) {
+    const MomentBlocking& blocking = blockings.emplace_back(item, tasks, merges);
     tasks = blocking.end_task();
     merges = blocking.end_merge();
     elements += blocking.item.rows * blocking.positions;

@@ -17,8 +17,8 @@ constexpr int64_t kTaskElements = 32 * SignWindow::kBatch;
 
 class Worker : public IndependentTasks {
  public:
-  Worker(const RademacherItem* items, const std::vector<int64_t>& first_tasks, uint64_t seed)
-      : items_(items), first_tasks_(&first_tasks), seed_(seed) {}
+  Worker(const RademacherList& call, const std::vector<int64_t>& first_tasks)
+      : items_(call.items.data()), first_tasks_(&first_tasks), seed_(call.seed) {}
 
   void run(int64_t task) {
     const auto after = std::upper_bound(first_tasks_->begin(), first_tasks_->end(), task);
@@ -60,15 +60,15 @@ class Worker : public IndependentTasks {
 
 }  // namespace
 
-void rademacher(const RademacherItem* items, int64_t count, int threads, uint64_t seed) {
+void rademacher(const RademacherList& call, int threads) {
   std::vector<int64_t> first_tasks;
   int64_t tasks = 0;
-  for (int64_t i = 0; i < count; ++i) {
+  for (const RademacherItem& item : call.items) {
     first_tasks.push_back(tasks);
-    tasks += (items[i].elements + kTaskElements - 1) / kTaskElements;
+    tasks += (item.elements + kTaskElements - 1) / kTaskElements;
   }
   threads = static_cast<int>(std::min<int64_t>(threads, tasks / 4 + 1));  // no thread for a little
-  ordered_tasks(tasks, threads, [&] { return Worker(items, first_tasks, seed); });
+  ordered_tasks(tasks, threads, [&] { return Worker(call, first_tasks); });
 }
 
 }  // namespace TK_ISA

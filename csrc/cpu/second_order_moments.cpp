@@ -1,6 +1,4 @@
-// The CPU kernel of second_order_moments (second_order_moments.h).
-#include "common/second_order_moments.h"
-
+// The CPU kernel of second_order_moments (ops.h).
 #include "cpu/kernels.h"
 #include "cpu/moment_sums.h"
 
@@ -25,7 +23,7 @@ struct ShiftedGradient {  // g − ½h
 };
 
 struct SecondOrderMoments {
-  static constexpr int kSums = kSecondOrderSums;
+  static constexpr int kSums = 2;
 
   template <typename V>
   static void terms(V w, V m, V (&terms)[kSums]) {
@@ -42,8 +40,8 @@ struct SecondOrderMoments {
 
 }  // namespace
 
-void second_order_moments(const ParameterItem* items, int64_t count, int threads) {
-  sum_moments(SecondOrderMoments(), items, count, threads);
+void second_order_moments(const ParameterList& call, int threads) {
+  sum_moments(SecondOrderMoments(), call.items, threads);
 }
 
 }  // namespace TK_ISA

@@ -1,4 +1,4 @@
-#include "common/filter_moments.h"
+#include "common/ops.h"
 #include "cuda/parameter_tasks.cuh"
 
 namespace tk {
@@ -6,7 +6,7 @@ namespace {
 
 struct FilterMoments : ParameterOp {
   static constexpr const char* kName = "filter_moments";
-  static constexpr int kSums = kMoments;
+  static constexpr int kSums = 5;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
     tk::set_inputs(task, item.weight, item.grad, item.dtype);
@@ -24,12 +24,12 @@ struct FilterMoments : ParameterOp {
 
 }  // namespace
 
-int64_t filter_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
-  return moments_workspace<FilterMoments>(items, count);
+int64_t filter_moments_cuda_workspace(const ParameterList& call) {
+  return moments_workspace<FilterMoments>(call.items);
 }
 
-void filter_moments_cuda(const ParameterItem* items, int64_t count, void* workspace, void* stream) {
-  run_moments(FilterMoments(), items, count, workspace, stream);
+void filter_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
+  run_moments(FilterMoments(), call.items, workspace, stream);
 }
 
 }  // namespace tk

@@ -1,4 +1,4 @@
-#include "common/gate_gradients.h"
+#include "common/ops.h"
 #include "cuda/task_launch.cuh"
 
 namespace tk {

@@ -1,4 +1,4 @@
-#include "common/hutchinson_moments.h"
+#include "common/ops.h"
 #include "common/philox.h"
 #include "cuda/parameter_tasks.cuh"
 
@@ -30,13 +30,12 @@ struct HutchinsonMoments : ParameterOp {
 
 }  // namespace
 
-int64_t hutchinson_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
-  return moments_workspace<HutchinsonMoments>(items, count);
+int64_t hutchinson_moments_cuda_workspace(const ParameterList& call) {
+  return moments_workspace<HutchinsonMoments>(call.items);
 }
 
-void hutchinson_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
-                             void* stream, uint64_t seed) {
-  run_moments(HutchinsonMoments(seed), items, count, workspace, stream);
+void hutchinson_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
+  run_moments(HutchinsonMoments(call.seed), call.items, workspace, stream);
 }
 
 }  // namespace tk

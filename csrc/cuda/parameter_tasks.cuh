@@ -60,22 +60,22 @@ void add_tasks(std::vector<Task>& tasks, const ParameterItem& item) {
 }
 
 template <class Op>
-std::vector<Task> make_tasks(const ParameterItem* items, int64_t count) {
+std::vector<Task> make_tasks(const std::vector<ParameterItem>& items) {
   std::vector<Task> tasks;
-  tasks.reserve(count);
-  for (int64_t i = 0; i < count; ++i) add_tasks<Op>(tasks, items[i]);
+  tasks.reserve(items.size());
+  for (const ParameterItem& item : items) add_tasks<Op>(tasks, item);
   return tasks;
 }
 
 template <class Op>
-int64_t moments_workspace(const ParameterItem* items, int64_t count) {
-  return workspace_bytes<Op>(make_tasks<Op>(items, count));
+int64_t moments_workspace(const std::vector<ParameterItem>& items) {
+  return workspace_bytes<Op>(make_tasks<Op>(items));
 }
 
 template <class Op>
-void run_moments(const Op& op, const ParameterItem* items, int64_t count, void* workspace,
+void run_moments(const Op& op, const std::vector<ParameterItem>& items, void* workspace,
                  void* stream) {
-  run_tasks(op, make_tasks<Op>(items, count), workspace, stream);
+  run_tasks(op, make_tasks<Op>(items), workspace, stream);
 }
 
 }  // namespace tk

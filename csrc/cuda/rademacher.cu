@@ -1,5 +1,5 @@
+#include "common/ops.h"
 #include "common/philox.h"
-#include "common/rademacher.h"
 #include "cuda/launch.cuh"
 #include "cuda/task_table.h"
 #include "cuda/vector_load.cuh"
@@ -41,12 +41,15 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void rademacher_cuda(const RademacherItem* items, int64_t count, void* stream, uint64_t seed) {
+int64_t rademacher_cuda_workspace(const RademacherList&) { return 0; }
+
+void rademacher_cuda(const RademacherList& call, void*, void* stream) {
+  const auto count = static_cast<int64_t>(call.items.size());
   for (int64_t begin = 0; begin < count;) {
     TaskTable<kLongTable> table;
     int64_t blocks = 0;
     for (table.count = 0; table.count < kLongTable && begin < count; ++begin) {
-      const RademacherItem& item = items[begin];
+      const RademacherItem& item = call.items[begin];
       const int64_t more = divide_up(item.elements * size_of(item.dtype), kVectorBytes * kThreads);
       if (table.count > 0 && blocks + more > kMaxBlocks) break;
       Task& task = table.tasks[table.count++] = {};
@@ -58,7 +61,7 @@ void rademacher_cuda(const RademacherItem* items, int64_t count, void* stream, u
       blocks += more;
     }
     launch("rademacher", static_cast<cudaStream_t>(stream), blocks, rademacher_kernel<kLongTable>,
-           table, seed);
+           table, call.seed);
   }
 }
 

@@ -1,4 +1,4 @@
-#include "common/second_order_moments.h"
+#include "common/ops.h"
 #include "cuda/parameter_tasks.cuh"
 
 namespace tk {
@@ -6,7 +6,7 @@ namespace {
 
 struct SecondOrderMoments : ParameterOp {
   static constexpr const char* kName = "second_order_moments";
-  static constexpr int kSums = kSecondOrderSums;
+  static constexpr int kSums = 2;
   static constexpr Operand kOperand = Operand::tensor;
 
   static void set_inputs(Task& task, const ParameterItem& item) {
@@ -22,13 +22,12 @@ struct SecondOrderMoments : ParameterOp {
 
 }  // namespace
 
-int64_t second_order_moments_cuda_workspace(const ParameterItem* items, int64_t count) {
-  return moments_workspace<SecondOrderMoments>(items, count);
+int64_t second_order_moments_cuda_workspace(const ParameterList& call) {
+  return moments_workspace<SecondOrderMoments>(call.items);
 }
 
-void second_order_moments_cuda(const ParameterItem* items, int64_t count, void* workspace,
-                               void* stream) {
-  run_moments(SecondOrderMoments(), items, count, workspace, stream);
+void second_order_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
+  run_moments(SecondOrderMoments(), call.items, workspace, stream);
 }
 
 }  // namespace tk

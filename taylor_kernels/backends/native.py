@@ -6,14 +6,12 @@ tensor its address, so one build serves every PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 import torch
-
-from taylor_kernels.layout import Conv2dFisherArgs, GateGradientsArgs, ParameterItem, RademacherItem
 
 #: What csrc/common/dtype.h calls them.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -28,38 +26,18 @@ except (
     _native, _import_error = None, str(error)
 
 
-def filter_moments(items: Sequence[ParameterItem]) -> None:
-    """Write the moments of all items, which share a device, into their outputs."""
-    _run("filter_moments", items, items[0].weight.device)
+def __getattr__(op: str) -> Callable[..., None]:
+    """The kernels of an op, which has the name and the arguments of a function of reference.py."""
+    if not hasattr(_native, f"{op}_cpu"):
+        raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
+    return partial(_run, op)
 
 
-def second_order_moments(items: Sequence[ParameterItem]) -> None:
-    """Write (Σ q, Σ q²) of all items, which share a device, into their outputs."""
-    _run("second_order_moments", items, items[0].weight.device)
-
-
-def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
-    """Write Σ w² z (Hz) of all items, which share a device, into their outputs."""
-    _run("hutchinson_moments", items, items[0].weight.device, seed % 2**64)
-
-
-def rademacher(items: Sequence[RademacherItem], seed: int) -> None:
-    """Fill the outputs of all items, which share a device and dtype, with random signs."""
-    _run("rademacher", items, items[0].out.device, seed % 2**64)
-
-
-def gate_gradients(args: GateGradientsArgs) -> None:
-    """Write the gate gradients of one activation into `args.out`."""
-    _run("gate_gradients", args, args.output.device)
-
-
-def conv2d_fisher(args: Conv2dFisherArgs) -> None:
-    """Write Σ_n of squared per-example weight gradients, or its filters' sums, into `args.out`."""
-    _run("conv2d_fisher", args, args.input.device)
-
-
-def _run(op: str, call: object, device: torch.device, *seed: int) -> None:
-    """Call the kernel of this device for a NamedTuple of layout.py, or a sequence of them."""
+def _run(op: str, call: Any, *seed: int) -> None:
+    """Call the kernels of a NamedTuple of layout.py, or of a sequence of them, on their device."""
+    record = call if hasattr(call, "_fields") else call[0]
+    device = record[0].device  # the first member of each is a tensor
+    seed = tuple(number % 2**64 for number in seed)
     if device.type == "cpu":
         getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed)
         return

@@ -6,7 +6,7 @@ For filter f with elements w_e and gradients g_e:
 
 They are what the first-order Taylor criteria are made of: Molchanov et al., "Importance Estimation
 for Neural Network Pruning" (CVPR 2019), eq. 8 is Σ(gw)² over the weights of a filter, and (Σgw)²
-its joint form. Kernels: csrc/common/filter_moments.h, backends/triton/moments.py.
+its joint form. Kernels: csrc/common/ops.h, backends/triton/moments.py.
 """
 
 from __future__ import annotations

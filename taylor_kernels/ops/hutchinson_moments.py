@@ -9,7 +9,7 @@ Simul. Comput. 1990), so half of a moment estimates ½ Σ w_k² H_kk without bia
 Optimal Brain Damage (LeCun, Denker and Solla, NeurIPS 1989). If H is diagonal, one probe is exact.
 AdaHessian (Yao et al., AAAI 2021) takes its curvature from such probes. z comes from
 `rademacher_like` and is drawn again in the kernel, which reads nothing but w and Hz. Kernels:
-csrc/common/hutchinson_moments.h, backends/triton/moments.py.
+csrc/common/ops.h, backends/triton/moments.py.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ With v = w, −Σ q over all weights is how the loss changes, to second order, a
 q_e is the share of one. Its square is the second-order importance of Molchanov et al., "Importance
 Estimation for Neural Network Pruning" (CVPR 2019); (Σ q)² takes a filter as a group of weights, as
 (Σ gw)² does to first order. v may as well be other than w, such as the weights of one layer with
-zeros elsewhere. Kernels: csrc/common/second_order_moments.h,
-backends/triton/moments.py.
+zeros elsewhere. Kernels: csrc/common/ops.h, backends/triton/moments.py.
 """
 
 from __future__ import annotations

@@ -25,12 +25,11 @@ _CASTS: dict[Any, Any] = {
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
     Tensor.float: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,
 }
 
 
 def widened(value: Any) -> Any:
-    """A tensor in double precision, if it holds floating-point numbers; other values as they are."""
+    """A tensor of floating-point numbers in double precision; other values as they are."""
     return value.to(_WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
@@ -58,15 +57,15 @@ def widen(model: nn.Module) -> Callable[[], None]:
 
 
 def cut_down(example_inputs: Any) -> Any:
-    """Two entries of an example, and a sixteenth of the area of its images."""
+    """An example of images with two of them, and a sixteenth of their area."""
     tensors = list(tensors_in(example_inputs))
-    batches = {tensor.shape[0] for tensor in tensors if tensor.dim()}
+    batches = {tensor.shape[:1] for tensor in tensors}
+    images = len(batches) == 1 and any(tensor.dim() > 3 for tensor in tensors)
 
     def cut(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
+        if not isinstance(value, Tensor):
             return value
-        if len(batches) == 1:
-            value = value[:2]
+        value = value[:2] if images else value
         for dim in range(2, value.dim() if value.dim() > 3 else 0):
             size = value.size(dim)
             step = 32 if size >= 128 else 16  # networks halve images up to five times

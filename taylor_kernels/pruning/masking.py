@@ -69,9 +69,7 @@ class Masks:
         self._hooks.clear()
 
 
-def fills(
-    tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]
-) -> dict[str, Fills]:
+def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
     """What masks these entries: parameter or buffer -> what to write; indices where it is."""
     found = {}
     for name, cuts in entries.items():

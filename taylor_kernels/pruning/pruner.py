@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
@@ -31,6 +32,7 @@ from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    check_no_noise,
     get_statistic,
 )
 from taylor_kernels.tracing.running import outside_inference_mode
@@ -124,6 +126,7 @@ class Pruner:
         self.optimizer = optimizer
         self.targets = targets
         self._reads = get_statistic(self.criterion.statistic).reads
+        self._at_gates = get_statistic(self.criterion.statistic).at_gates
         self._every, self._momentum, self._backend = every, momentum, backend
         with outside_inference_mode():
             prunable = find_prunable(
@@ -138,7 +141,7 @@ class Pruner:
             self._prunable = prunable
             self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
             self._network = Network(model, prunable, optimizer)
-            self._scores = UnitScores(self.criterion, prunable.groups, prunable.scored)
+            self._scores = self._new_scores()
             self._steps = 0
             self._history: list[PruneRecord] = []
             self._statistic: Statistic | None = None
@@ -164,7 +167,8 @@ class Pruner:
         Raises:
             ValueError: a closure is missing, or given to a criterion that takes none.
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
-                since the last pruning are forgotten. Or the targets cannot be reached without
+                since the last pruning are forgotten. Or the gradients of gates are rounding noise,
+                which says nothing of what is to go; the targets cannot be reached without
                 layers that no gradient reaches; the pruner is closed; or other code cut the model.
         """
         self._check_open()
@@ -175,6 +179,7 @@ class Pruner:
         self._network.check_unchanged()
         with outside_inference_mode():
             tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            check_no_noise(self._statistic)
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
             return self._prune() if self._scores.count >= self._every else None
@@ -311,7 +316,7 @@ class Pruner:
         state = self._checked(state)
         with outside_inference_mode():
             self._network.restore(state["removed"], state["compacted"])
-            self._scores = UnitScores(self.criterion, self._network.groups, self._prunable.scored)
+            self._scores = self._new_scores()
             self._scores.load_state_dict(state["scores"])
             self._steps = state["steps"]
             self._history = [PruneRecord(**record) for record in state["history"]]
@@ -335,6 +340,21 @@ class Pruner:
         if self._closed:
             raise RuntimeError("the pruner is closed; build a new one to go on pruning")
 
+    def _new_scores(self) -> UnitScores:
+        return UnitScores(self.criterion, self._network.groups, self._scored, whole=self._at_gates)
+
+    @property
+    def _scored(self) -> list[str]:
+        """The layers that are looked at: at gate sites one of a group stands for all."""
+        scored = self._prunable.scored
+        if not self._at_gates:
+            return scored
+        firsts = [
+            next(slot.owner for slot in group.producers if slot.owner in scored)
+            for group in self._network.groups
+        ]
+        return [name for name in scored if name in firsts]
+
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
         if self._statistic is not None:
@@ -343,8 +363,11 @@ class Pruner:
         self._network.in_use = not self.done and not self._closed
         if self._network.in_use:
             modules = dict(self.model.named_modules())
-            layers = {name: modules[name] for name in self._prunable.scored}
-            self._statistic = get_statistic(self.criterion.statistic)(
-                self.model, layers, self._backend
-            )
+            layers = {name: modules[name] for name in self._scored}
+            statistic = get_statistic(self.criterion.statistic)
+            if statistic.at_gates:
+                sites = find_gate_sites(self._network.channels, self.model, layers)
+                self._statistic = statistic(self.model, layers, self._backend, sites)
+            else:
+                self._statistic = statistic(self.model, layers, self._backend)
             self._statistic.updates = self._steps

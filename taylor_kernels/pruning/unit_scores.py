@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,20 @@ class UnitScores:
 
     Args:
         scored: the layers whose tables `add` is given, in order.
+        whole: a filter's row is that of its whole unit already, as where statistics stand at gate
+            sites, so that the first one's serves.
     """
 
     def __init__(
-        self, criterion: Criterion, groups: Sequence[Group], scored: Sequence[str]
+        self,
+        criterion: Criterion,
+        groups: Sequence[Group],
+        scored: Sequence[str],
+        *,
+        whole: bool = False,
     ) -> None:
         self._criterion = criterion
+        self._whole = whole
         self._layers = {name: number for number, name in enumerate(scored)}
         self._groups = list(groups)
         self._index: dict[tuple[int, ...], Tensor] = {}
@@ -125,6 +134,8 @@ class UnitScores:
     def _members(self, group: Group) -> list[Slot]:
         """The layers that score a group: all that have a table, or those of them that were read."""
         scored = [slot for slot in group.producers if slot.owner in self._layers]
+        if self._whole:
+            return [replace(scored[0], index=scored[0].index[:, :1])]
         return [slot for slot in scored if slot.owner not in self._unread] or scored
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:

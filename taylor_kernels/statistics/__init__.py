@@ -10,6 +10,7 @@ from taylor_kernels.statistics.base import (
     Statistic,
     check_closure,
     check_loss_scale,
+    check_no_noise,
 )
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import GateCurvature
@@ -46,6 +47,7 @@ __all__ = [
     "WeightMoments",
     "check_closure",
     "check_loss_scale",
+    "check_no_noise",
     "filter_count",
     "find_layers",
     "get_statistic",

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
+from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layers import Layers
 
 #: Runs the model and returns the loss, a scalar.
@@ -39,6 +40,20 @@ class Statistic(ABC):
         prunable: it says something of filters that are removed together, so a pruner can use it.
         drawn: it is one random draw; a study takes the mean over many.
         nan_means: what nan in a table means and what to do about it, if it has a meaning.
+        at_gates: it stands on gates, and takes their `sites` where they are known.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> class WeightSum(tk.Statistic):
+        ...     name = "weight_sum"
+        ...     columns = "1: sum of the weights"
+        ...     reads = "weights"
+        ...
+        ...     def collect(self, *, loss_scale=1.0, closure=None):
+        ...         weights = [layer.weight.detach() for layer in self.layers.values()]
+        ...         return [weight.flatten(1).sum(1, keepdim=True) for weight in weights]
+        >>> WeightSum.prunable, WeightSum.per_example
+        (True, False)
     """
 
     name: ClassVar[str]
@@ -48,11 +63,19 @@ class Statistic(ABC):
     prunable: ClassVar[bool] = True
     drawn: ClassVar[bool] = False
     nan_means: ClassVar[str] = ""
+    at_gates: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
         self.model = model
         self.layers = layers
         self.backend = backend
+        self.sites = sites
         self.updates = 0  # how often collect() drew something at random: the seed of the next
         self.unread: frozenset[str] = frozenset()  # layers of the last collect() without a value
 
@@ -68,6 +91,11 @@ class Statistic(ABC):
                 loss is taken as it is.
             closure: computes the loss of the model as it stands; given if it `reads` "closure".
         """
+
+    @property
+    def noise(self) -> list[str]:
+        """Layers of which it was found to be rounding noise; their tables hold nan from then on."""
+        return []
 
     def discard(self) -> None:  # noqa: B027 - most statistics gather nothing between updates
         """Forget what was gathered since the last collect()."""
@@ -101,6 +129,16 @@ def check_loss_scale(loss_scale: object) -> None:
     """What a loss was multiplied by is a positive number, or a ValueError."""
     if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
         raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
+
+
+def check_no_noise(statistic: Statistic) -> None:
+    """No layer's statistic is rounding noise, or a RuntimeError that names it."""
+    if noise := statistic.noise:
+        raise RuntimeError(
+            f"{', '.join(noise)}: the gradients of its gates are rounding noise, since code that "
+            "could not be followed normalises each channel later on, so that they say nothing of "
+            "what may go; use taylor_fo, or leave it out (ignore=)"
+        )
 
 
 def version_of(tensor: Tensor) -> int:

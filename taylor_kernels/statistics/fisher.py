@@ -21,6 +21,7 @@ from taylor_kernels.statistics.hooks.passes import (
     graph_is_kept,
     inside_backward,
 )
+from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
 from taylor_kernels.statistics.layers import Layer, Layers, check_output, filter_count
 from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
@@ -88,8 +89,14 @@ class _Fishers(WatchesPasses):
 
     power = 2
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
         self._passes: dict[str, _Pass] = {}  # the last of each layer
         self._waiting: dict[_Pass, str] = {}
         self._sums: dict[str, Tensor] = {}
@@ -214,8 +221,14 @@ class FisherProbe(FromOutput, _Fishers):
     columns = "1: the same, of a random square root of the loss's curvature at the output"
     reads = "closure"
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
         self._batch = 0
 
     def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:

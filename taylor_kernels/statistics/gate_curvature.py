@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.statistics.gates import _Gates
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
-from taylor_kernels.statistics.layers import Layers, filter_count
+from taylor_kernels.statistics.hooks.sites import GateSites
+from taylor_kernels.statistics.layers import Layers
 from taylor_kernels.statistics.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -22,7 +23,7 @@ _PROBES = 8
 class GateCurvature(FromOutput, _Gates):
     """[F, 1 + N·K] per layer: s = ∂L/∂gate, then ∂/∂gate of N·K numbers whose squares sum to h.
 
-    The gate multiplies the whole output, behind the layer's BatchNorm if it has one, so that 0
+    The gate multiplies the whole output, behind the channel's norms if it has any, so that 0
     removes the filter, as the oracle does: L changes by −s + ½h, h the gate's diagonal element of
     the Gauss-Newton matrix. The numbers are K combinations of an example's
     outputs, weighed by the loss; of gates that are turned together they add up, as s does, which
@@ -35,21 +36,34 @@ class GateCurvature(FromOutput, _Gates):
     columns = "1 + n: the gate's gradient; numbers whose squares sum to its curvature"
     reads = "closure"
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
         self._batch = 0
+        self._at_loss = False
         self._received: dict[str, Tensor] = {}  # [N, F], of one backward pass
 
     def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
         self._batch = output.size(0)
         root = curvature_root(loss, output)
+        self._at_loss = True
         slopes = self._gates_of(loss, None)
-        tables = [[slope.sum(0)[None]] for slope in slopes]
+        self._at_loss = False
+        tables = {name: [slope.sum(0)[None]] for name, slope in slopes.items()}
         for column in self._columns(root):
             gates = self._gates_of(output, column.view_as(output).to(output))
-            for table, gate in zip(tables, gates, strict=True):
-                table.append(gate)
-        return [torch.cat(table).T for table in tables]
+            for name, table in tables.items():
+                table.append(gates[name])
+        joined = {name: torch.cat(table).T for name, table in tables.items()}
+        return self._gate_tables.finish(joined, self.model.training)
+
+    def _watches_noise(self) -> bool:
+        return self._at_loss and super()._watches_noise()
 
     def _columns(self, root: Tensor) -> Iterator[Tensor]:
         """What is to flow back from the output, so that squares of gate gradients sum to h."""
@@ -60,16 +74,17 @@ class GateCurvature(FromOutput, _Gates):
         for _ in range(_PROBES):
             yield sign_probe(root, generator) / _PROBES**0.5
 
-    def _gates_of(self, tensor: Tensor, gradient: Tensor | None) -> list[Tensor]:
-        """[N, F] per layer: gate gradients of one backward pass."""
+    def _gates_of(self, tensor: Tensor, gradient: Tensor | None) -> Mapping[str, Tensor]:
+        """[N, C] of all that is watched: gate gradients of one backward pass."""
         self._received = {}
         self._backward(tensor, gradient)
-        return [
-            self._received[name]
+        like = next(iter(self.layers.values())).weight
+        return {
+            name: self._received[name]
             if name in self._received
-            else layer.weight.new_zeros(self._batch, filter_count(layer), dtype=torch.float32)
-            for name, layer in self.layers.items()
-        ]
+            else like.new_zeros(self._batch, width, dtype=torch.float32)
+            for name, width in self._gate_tables.widths.items()
+        }
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         check_examples(name, gates.size(0), self._batch)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.layout import accumulator
@@ -14,8 +16,10 @@ from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
 from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import inside_backward
-from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output, filter_count
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites, change_at
+from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -23,33 +27,33 @@ from taylor_kernels.statistics.registry import register_statistic
 class GateProducts(InClosure):
     """[F, 1] per layer: q = s − ½ H1, with s and H the loss's gradient and Hessian in all gates.
 
-    Gates are factors of 1 in the closure's passes, behind the layer's BatchNorm if it has one.
+    Gates are factors of 1 in the closure's passes, behind the channel's norms if it has any.
     Over coupled filters, which share a gate, q adds up.
     """
 
     name = "gate_products"
     columns = "1: s − ½ H1 of all gates: their gradient, their Hessian's row sums"
     reads = "closure"
+    at_gates = True
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._norms = FollowingNorms(model, layers, None, self._on_norm)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        self._norms = FollowingNorms(model, layers if sites is None else {}, None, self._on_norm)
+        self._gate_tables = GateTables(layers, sites)
+        self._active = {s.key: s.classes != ELSEWHERE for s in sites.sites} if sites else {}
         self._gates: list[tuple[str, Tensor]] = []  # of all uses of layers, in order
         self._by_output: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # where they are
         self._replaced: set[int] = set()  # by one behind a norm
         self._followed: str | None = None  # the layer before the norm that has just run
 
     def _tables_of(self, closure: Closure) -> list[Tensor]:
-        # Before all other hooks, so that a norm and they are handed what is multiplied.
-        handles = [
-            layer.register_forward_hook(Hook(self._gate_layer, name), prepend=True)
-            for name, layer in self.layers.items()
-        ]
-        handles += [
-            module.register_forward_hook(Hook(self._gate_norm))
-            for module in self.model.modules()
-            if isinstance(module, _BatchNorm)
-        ]
+        handles = self._hooks()
         try:
             with twice_differentiable():
                 loss = run_closure(closure)
@@ -58,18 +62,44 @@ class GateProducts(InClosure):
                     raise RuntimeError("closure: it called none of the layers to be scored")
                 gates = [gate for _, gate in used]
                 slopes, products = gradient_and_product(
-                    loss, gates, [torch.ones_like(gate) for gate in gates]
+                    loss, gates, [self._turned(*use) for use in used]
                 )
         finally:
             remove_all(handles)
             self._gates, self._by_output, self._replaced = [], {}, set()
+        like = next(iter(self.layers.values())).weight
         tables = {
-            name: layer.weight.new_zeros(filter_count(layer), dtype=accumulator(layer.weight.dtype))
-            for name, layer in self.layers.items()
+            name: like.new_zeros(width, 1, dtype=accumulator(like.dtype))
+            for name, width in self._gate_tables.widths.items()
         }
         for (name, _), s, h in zip(used, slopes, products, strict=True):
-            tables[name] = tables[name] + (s - h / 2)
-        return [table[:, None] for table in tables.values()]
+            tables[name] = tables[name] + (s - h / 2)[:, None]
+        return self._gate_tables.finish(tables, self.model.training)
+
+    def _hooks(self) -> list[RemovableHandle]:
+        if self.sites is not None:
+            return [
+                change_at(self.model, site, partial(self._gated, site.key, dim=site.dim))
+                for site in self.sites.sites
+            ]
+        # Before all other hooks, so that a norm and they are handed what is multiplied.
+        handles = [
+            layer.register_forward_hook(Hook(self._gate_layer, name), prepend=True)
+            for name, layer in self.layers.items()
+        ]
+        return handles + [
+            module.register_forward_hook(Hook(self._gate_norm))
+            for module in self.model.modules()
+            if isinstance(module, _NormBase)
+        ]
+
+    def _turned(self, name: str, gate: Tensor) -> Tensor:
+        """1 for each gate that stands here, 0 for the others."""
+        return self._active[name].to(gate) if name in self._active else torch.ones_like(gate)
+
+    @property
+    def noise(self) -> list[str]:
+        return list(self._gate_tables.noise.layers)
 
     def close(self) -> None:
         self._norms.close()
@@ -78,7 +108,7 @@ class GateProducts(InClosure):
     def _gate_layer(self, name: str, layer: Layer, _: tuple, output: object) -> Tensor | None:
         return self._gated(name, check_output(name, output), channel_dim(layer))
 
-    def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
+    def _on_norm(self, name: str | None, norm: _NormBase, input: Tensor, output: Tensor) -> None:
         known, number = self._by_output.get(id(input), (None, 0))
         if known is not None and known() is input and name is not None:
             self._replaced.add(number)
@@ -98,6 +128,21 @@ class GateProducts(InClosure):
         gated = output * gate.to(output.dtype).view(extents)
         self._awaits_gradient(name, gated)
         if not inside_backward():  # where a checkpoint computes the same use again
+            if self._gate_tables.noise.watches and gated.requires_grad:
+                self._look_for_noise(name, gated, dim % gated.dim())
             self._by_output[id(gated)] = (weakref.ref(gated), len(self._gates))
             self._gates.append((name, gate))
         return gated
+
+    def _look_for_noise(self, name: str, gated: Tensor, dim: int) -> None:
+        number, y = len(self._gates), gated.detach()
+        seen = False
+
+        def on_gradient(dy: Tensor) -> None:
+            nonlocal seen
+            if seen or number in self._replaced:
+                return
+            seen = True  # and not what comes when the gradient is differentiated
+            self._gate_tables.noise.add(name, y, dy, dim)
+
+        gated.register_hook(on_gradient)

@@ -1,9 +1,13 @@
-"""Statistics of gates: a factor of 1 on every channel, behind the layer's BatchNorm if it has one.
+"""Statistics of gates: a factor of 1 on every channel, behind the norms of that channel.
 
-The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy. Behind a BatchNorm with
-scale γ and shift β it equals γ g_γ + β g_β, for which four vectors are read. Otherwise a forward
-hook keeps y, a hook on its gradient receives dy, and `gate_gradients` reduces both at once. Until
-then the output stays in memory, even where autograd itself would not need it.
+The gradient of gate c over a minibatch is s_c = Σ_{n, positions} y·dy. Behind a norm with scale γ
+and shift β it equals γ g_γ + β g_β, for which four vectors are read. Otherwise a forward hook keeps
+y, a hook on its gradient receives dy, and `gate_gradients` reduces both at once. Until then the
+output stays in memory, even where autograd itself would not need it.
+
+A gate stands at the sites that the statistic is given (taylor_kernels/gate_sites.py), and its rows
+add up over them. Without sites it stands behind the norms that are handed the very tensor that a
+layer returned, else at that layer's own output.
 """
 
 from __future__ import annotations
@@ -12,8 +16,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import Hook
 from taylor_kernels.ops.filter_moments import filter_moments
@@ -21,34 +24,62 @@ from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
+from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
-from taylor_kernels.statistics.layers import Layers, filter_count, is_layer
+from taylor_kernels.statistics.hooks.sites import IN, GateSites, SiteHooks
+from taylor_kernels.statistics.layers import Layers, channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
 
 class _Gates(WatchesPasses):
-    """What all statistics of gates share: when outputs are captured."""
+    """What all statistics of gates share: when outputs are captured, and what becomes of tables."""
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
+    at_gates = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        self._norms: FollowingNorms | SiteHooks
+        if sites is None:
+            self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
+        else:
+            self._norms = SiteHooks(model, sites.sites, self._on_output, self._on_norm)
+        self._at = {site.key: site for site in sites.sites} if sites is not None else {}
+        self._gate_tables = GateTables(layers, sites)
         self._captures = Captures()
 
     @abstractmethod
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         """Take the gate gradients [N, C] of one use of a layer, met at the output of `module`."""
 
-    def _bias(self, module: nn.Module) -> Tensor | None:
-        """What is subtracted from the output of a captured module."""
+    def _bias(self, name: str, module: nn.Module) -> Tensor | None:
+        """What is subtracted from what is captured."""
         return None
 
-    def _wants_capture(self, name: str | None, norm: _BatchNorm) -> bool:
+    def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
         """Whether the output of this norm is to be captured; asked after each of its runs."""
         return True
+
+    @property
+    def noise(self) -> list[str]:
+        return list(self._gate_tables.noise.layers)
+
+    def discard(self) -> None:
+        super().discard()
+        self._gate_tables.noise.discard()
 
     def close(self) -> None:
         self._norms.close()
         super().close()
+
+    def _watches_noise(self) -> bool:
+        """Whether the gradients that flow back now are to be looked at for rounding noise."""
+        return self._gate_tables.noise.watches
 
     def _begin_pass(self) -> None:
         super()._begin_pass()
@@ -57,9 +88,11 @@ class _Gates(WatchesPasses):
     def _on_output(self, name: str, output: Tensor) -> None:
         self._on_call()
         # A norm may cancel this capture a moment later: only the norm can tell that it follows.
-        self._capture(name, self.layers[name], output, copy=not self._norms.of(name))
+        self._capture(name, self._watched[name], output, copy=not self._norms.of(name))
 
-    def _on_norm(self, name: str | None, norm: _BatchNorm, input: Tensor, output: Tensor) -> None:
+    def _on_norm(self, name: str | None, norm: _NormBase, input: Tensor, output: Tensor) -> None:
+        if self.sites is not None:
+            self._on_call()
         wanted = self._wants_capture(name, norm)
         if name is None:
             return
@@ -74,21 +107,28 @@ class _Gates(WatchesPasses):
         if not self._awaits_gradient(name, output):
             return
         pass_ = self._pass
-        channel_dim = -1 if is_layer(module) and not isinstance(module, _ConvNd) else 1
-        unbatched = isinstance(module, _ConvNd) and output.dim() == len(module.kernel_size) + 1
+        dim = output.dim() + self._channel_dim(name, module, output)
 
         def receive(y: Tensor, dy: Tensor) -> None:
             if not self._takes_gradients():
                 return
             self._in_backward = True
-            if unbatched or y.dim() == 1:
+            if dim == 0:  # no batch
                 y, dy = y.unsqueeze(0), dy.unsqueeze(0)
-            gates = gate_gradients(
-                y, dy, bias=self._bias(module), channel_dim=channel_dim, backend=self.backend
-            )
+            bias = self._bias(name, module)
+            gates = gate_gradients(y, dy, bias=bias, channel_dim=dim or 1, backend=self.backend)
+            if self._watches_noise():
+                self._gate_tables.noise.add(name, y, dy, dim or 1)
             self._receive(name, module, gates, pass_)
 
-        self._captures.add(name, module, output, receive, self.discard, copy=copy)
+        place = name if self.sites is not None else module
+        self._captures.add(name, place, output, receive, self.discard, copy=copy)
+
+    def _channel_dim(self, name: str, module: nn.Module, output: Tensor) -> int:
+        """From the end."""
+        if name in self._at:
+            return self._at[name].dim
+        return channel_dim(module) if is_layer(module) else 1 - output.dim()
 
 
 @register_statistic
@@ -106,12 +146,19 @@ class ExampleGates(_Gates):
     reads = "activations"
     per_example = True
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._received: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in layers}
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        self._received: dict[str, dict[tuple[int, int], Tensor]] = {n: {} for n in self._watched}
 
-    def _bias(self, module: nn.Module) -> Tensor | None:
-        return module.bias if is_layer(module) else None
+    def _bias(self, name: str, module: nn.Module) -> Tensor | None:
+        given = name in self._at and self._at[name].side == IN
+        return module.bias if is_layer(module) and not given else None
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))
@@ -122,17 +169,26 @@ class ExampleGates(_Gates):
         self._check()
         if not any(self._received.values()):
             raise RuntimeError(NOTHING_SEEN)
-        examples = max(sum(n for _, n in received) for received in self._received.values())
-        return [
-            torch.cat(list(received.values())).T.contiguous()
-            if (received := self._received[name])
-            else layer.weight.new_zeros(filter_count(layer), examples, dtype=torch.float32)
-            for name, layer in self.layers.items()
-        ]
+        examples = {n: sum(k for _, k in received) for n, received in self._received.items()}
+        most = max(examples, key=examples.__getitem__)
+        if self.sites is not None:
+            for name, count in examples.items():
+                if count and count != examples[most]:
+                    raise RuntimeError(
+                        f"{name}: was given {count} examples (dim 0) and {most} was given "
+                        f"{examples[most]}, so that one channel's gates at both do not add up; use "
+                        "taylor_fo_bn"
+                    )
+        tables = {
+            name: torch.cat(list(self._received[name].values())).T.contiguous()
+            for name in (most, *self._received)  # the first is what missing ones are made like
+            if self._received[name]
+        }
+        return self._gate_tables.finish(tables, self.model.training)
 
     def discard(self) -> None:
         super().discard()
-        self._received = {name: {} for name in self.layers}
+        self._received = {name: {} for name in self._watched}
 
 
 @register_statistic
@@ -142,25 +198,32 @@ class Gates(_Gates):
     The gradients of γ and β are read in backward() itself, like those of outputs, so what is done
     to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
     norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
-    are captured instead. In the first pass both are done, since only its end tells which is right.
+    are captured instead. In the first passes both are done, since only their end tells which is
+    right, and whether a gradient is rounding noise.
     """
 
     name = "gates"
     columns = "1: the gate's gradient over the minibatch"
     reads = "activations"
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
         self._received: dict[str, Tensor] = {}
-        self._last_run: dict[_BatchNorm, tuple[int, str | None]] = {}  # its pass and its layer
-        self._shared: set[_BatchNorm] = set()  # run more than once in a pass, or behind two layers
-        self._read: dict[_BatchNorm, str] = {}
-        self._captured: dict[_BatchNorm, list[tuple[str, Tensor]]] = {}  # beside being read
+        self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # its pass and its layer
+        self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
+        self._read: dict[_NormBase, str] = {}
+        self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._hooked: set[nn.Parameter] = set()
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
-    def _wants_capture(self, name: str | None, norm: _BatchNorm) -> bool:
+    def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
         if not self._watches():
             return False
         last_pass, last_name = self._last_run.get(norm, (-1, name))
@@ -179,11 +242,11 @@ class Gates(_Gates):
             if parameter not in self._hooked:
                 self._hooked.add(parameter)
                 self._handles.append(parameter.register_hook(Hook(self._on_gradient, parameter)))
-        if last_pass == -1:
-            self._captured[norm] = []
-        else:
-            self._captured.pop(norm, None)  # no longer all of its runs
-        return last_pass == -1
+        if last_pass == -1 or self._gate_tables.noise.watches:
+            self._captured.setdefault(norm, [])
+            return True
+        self._captured.pop(norm, None)  # no longer all of its runs
+        return False
 
     def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
         self._in_backward = True
@@ -193,7 +256,7 @@ class Gates(_Gates):
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         total = gates.sum(0)
-        if isinstance(module, _BatchNorm) and module in self._captured:
+        if isinstance(module, _NormBase) and module in self._captured:
             self._captured[module].append((name, total))
         else:
             self._add(name, total)
@@ -231,12 +294,8 @@ class Gates(_Gates):
                 self._add(name, of_scale[:, 0] + of_shift[:, 0])
         if not self._received:
             raise RuntimeError(NOTHING_SEEN)
-        return [
-            self._received[name][:, None]
-            if name in self._received
-            else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
-            for name, layer in self.layers.items()
-        ]
+        tables = {name: total[:, None] for name, total in self._received.items()}
+        return self._gate_tables.finish(tables, self.model.training)
 
     def discard(self) -> None:
         super().discard()

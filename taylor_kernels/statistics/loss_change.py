@@ -8,10 +8,12 @@ from typing import SupportsFloat
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.statistics.base import Closure, eval_mode
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
-from taylor_kernels.statistics.layers import Layer, channel_dim, filter_count
+from taylor_kernels.statistics.hooks.sites import GateSites, change_at
+from taylor_kernels.statistics.layers import channel_dim, filter_count
 from taylor_kernels.statistics.registry import register_statistic
 
 #: A filter: the name of its layer and its number in it.
@@ -22,14 +24,16 @@ Filter = tuple[str, int]
 class LossChange(KnowsNorms):
     """[F, 1] per layer: loss without the filter − loss with it, one evaluation per filter.
 
-    The filter's channel is set to 0 behind its BatchNorm if one follows, else at its own output,
-    with the model in eval mode, so that no running statistic moves; the mode is restored.
+    The filter's channel is set to 0 where its gate stands, with the model in eval mode, so that no
+    running statistic moves; the mode is restored. That is at the gate's sites, and without sites
+    behind the norm that follows, or at its own output.
     """
 
     name = "loss_change"
     columns = "1: loss without the filter − loss with it"
     reads = "closure"
     prunable = False
+    at_gates = True
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None
@@ -76,16 +80,35 @@ class LossChange(KnowsNorms):
         numbers: dict[str, list[int]] = {}
         for name, number in filters:
             numbers.setdefault(name, []).append(number)
-        handles = []
-        for name, gone in numbers.items():
-            layer = self.layers[name]
-            gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
-            handles += [module.register_forward_hook(_zeroing(layer, gone)) for module in gated]
+        if self.sites is not None:
+            classes = [self.sites.layers[name][gone] for name, gone in numbers.items()]
+            handles = self._zeroed_at(self.sites, torch.cat(classes)) if classes else []
+        else:
+            handles = []
+            for name, gone in numbers.items():
+                layer = self.layers[name]
+                gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
+                zeroing = _zeroing(channel_dim(layer), gone, layer.weight.device)
+                handles += [
+                    module.register_forward_hook(lambda _, __, y, zeroing=zeroing: zeroing(y))
+                    for module in gated
+                ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _zeroed_at(self, sites: GateSites, classes: Tensor) -> list[RemovableHandle]:
+        """Hooks that set the channels of these classes to 0 at all their sites."""
+        handles = []
+        for site in sites.sites:
+            channels = torch.isin(site.classes, classes).nonzero().flatten().tolist()
+            if not channels:
+                continue
+            device = next(iter(self.layers.values())).weight.device
+            handles.append(change_at(self.model, site, _zeroing(site.dim, channels, device)))
+        return handles
 
 
 def _number(loss: object) -> float:
@@ -104,7 +127,6 @@ def _number(loss: object) -> float:
     )
 
 
-def _zeroing(layer: Layer, channels: list[int]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-    dim = channel_dim(layer)
-    index = torch.tensor(channels, device=layer.weight.device)
-    return lambda module, inputs, output: output.index_fill(dim, index, 0)
+def _zeroing(dim: int, channels: list[int], device: torch.device) -> Callable[[Tensor], Tensor]:
+    index = torch.tensor(channels, device=device)
+    return lambda tensor: tensor.index_fill(dim, index, 0)

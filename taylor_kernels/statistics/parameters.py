@@ -6,10 +6,12 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
+from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
 from taylor_kernels.statistics.layers import (
     Layer,
     Layers,
@@ -131,7 +133,10 @@ class Magnitudes(Statistic):
 
 @register_statistic
 class BatchNormScale(KnowsNorms):
-    """abs(γ) of the BatchNorm behind each layer; nan for a layer that has none."""
+    """abs(γ) of the norm behind each layer; nan for a layer that has none.
+
+    Of several at the sites of a gate, the mean.
+    """
 
     name = "bn_scale"
     columns = "1: abs(γ) of the BatchNorm that follows, nan without one"
@@ -141,15 +146,28 @@ class BatchNormScale(KnowsNorms):
         "or use another criterion"
     )
 
+    at_gates = True
+
     @torch.no_grad()
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        tables = [self._table(name, layer) for name, layer in self.layers.items()]
+        if self.sites is not None:
+            of_sites = [self._scale_at(site) for site in self.sites.sites]
+            tables = SiteRows(self.sites, list(self.layers)).tables(of_sites, mean=True)
+        else:
+            tables = [self._table(name, layer) for name, layer in self.layers.items()]
         if all(table.isnan().all() for table in tables):
             raise RuntimeError(
                 "bn_scale: no BatchNorm with a scale was seen to follow a layer in a forward pass; "
                 "run one first, or use another criterion if the model has none"
             )
         return tables
+
+    def _scale_at(self, site: Site) -> Tensor:
+        module = self.model.get_submodule(site.module)
+        if site.side == OUT and isinstance(module, _NormBase) and module.weight is not None:
+            return module.weight.abs().float()[:, None]
+        like = next(iter(self.layers.values())).weight
+        return like.new_full((site.classes.numel(), 1), torch.nan, dtype=torch.float32)
 
     def _table(self, name: str, layer: Layer) -> Tensor:
         scales = [n.weight.abs().float() for n in self._norms.of(name) if n.weight is not None]

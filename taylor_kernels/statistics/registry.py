@@ -64,7 +64,13 @@ def register_statistic(statistic: _S) -> _S:
 
 
 def statistic_names() -> list[str]:
-    """The names of all registered statistics."""
+    """The names of all registered statistics.
+
+    Example:
+        >>> import taylor_kernels as tk
+        >>> "moments" in tk.statistic_names()
+        True
+    """
     return list(_STATISTICS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from taylor_kernels.tracing import attributes
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
-from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
 from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
@@ -34,6 +35,8 @@ class Channels:
             many as the others.
         outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
+        steps: the norms and products that channels go through, in running order, with classes in
+            place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
@@ -66,6 +69,10 @@ class Channels:
                 self.outside[product.module] = product.caller
         self._publish()
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
+        self.steps: list[Step] = [
+            replace(step, inputs=self._label[step.inputs], outputs=self._label[step.outputs])
+            for step in record.steps
+        ]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer:
@@ -187,6 +194,10 @@ class Channels:
         other._layers = {name: (left(i), left(o)) for name, (i, o) in self._layers.items()}
         other._publish()
         other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
+        other.steps = [
+            replace(step, inputs=left(step.inputs), outputs=left(step.outputs))
+            for step in self.steps
+        ]
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
@@ -250,6 +261,7 @@ class Channels:
             firsts.setdefault(id(tensor), name)
         groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
         norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
+        norms |= {s.module: s.outputs for s in self.steps if s.output_dim and s.kind == NORM}
         for name, module in model.named_modules():
             for attribute, what in attributes.rules_of(module).items():
                 vector = None

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.int64]
+#: Kinds of steps.
+NORM, PRODUCT, END = "norm", "product", "end"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,34 @@ class Product:
     step: int
 
 
+@dataclass
+class Step:
+    """A norm, a product, or an end of channels: another contraction, or the model's output.
+
+    Attributes:
+        kind: NORM, PRODUCT or END.
+        module: the module that ran.
+        layer: the layer whose weight was multiplied with, "" for other steps.
+        inputs: atoms of the channels that it takes.
+        outputs: atoms of the channels that it gives; none for an end.
+        sources: numbers of the steps that its input was made by, with no other step between.
+        depthwise: each output channel is made of one input channel.
+        input_dim: the channels' dimension, from the end, in the only tensor that the module was
+            given; None where the step's input is not that tensor.
+        output_dim: the same in the tensor that the module returned.
+    """
+
+    kind: str
+    module: str
+    inputs: Vector
+    outputs: Vector
+    sources: frozenset[int]
+    layer: str = ""
+    depthwise: bool = False
+    input_dim: int | None = None
+    output_dim: int | None = None
+
+
 @dataclass(frozen=True)
 class Size:
     """An attribute of a module that counts these atoms.
@@ -150,6 +180,7 @@ class Record:
     cuts: list[Cut] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     products: list[Product] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)

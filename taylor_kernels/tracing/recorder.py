@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.flow import Flow
 
 
 class Call:
@@ -155,6 +156,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         record: what was written down.
+        flow: the norms and products that channels go through.
         touched: called with a tensor before something is written into it.
     """
 
@@ -164,6 +166,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.record = Record()
         self.store = Store()
+        self.flow = Flow(self)
         self.stack: list[tuple[str, nn.Module]] = []
         self.touched = touched
         self._names = names
@@ -171,10 +174,12 @@ class Recorder(TorchDispatchMode):
 
     # What module runs
 
-    def enter(self, module: nn.Module) -> None:
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.flow.enter(module, args)
         self.stack.append((self._names.get(module, ""), module))
 
-    def leave(self, module: nn.Module) -> None:
+    def leave(self, module: nn.Module, output: Any) -> None:
+        self.flow.leave(module, output)
         while self.stack and self.stack.pop()[1] is not module:
             pass
 
@@ -246,6 +251,7 @@ class Recorder(TorchDispatchMode):
 
     def _apply(self, call: Call, written: list[Tensor]) -> None:
         outs = tensors_of(call.out)
+        products, norms = len(self.record.products), len(self.record.norms)
         try:
             result = RULES.get(call.name, RULES[OTHER])(call)
         except Exception as error:
@@ -266,6 +272,8 @@ class Recorder(TorchDispatchMode):
         if not outs and written:
             for tensor, new in zip(written, labels, strict=False):
                 self._write(call, tensor, new or Labels.fixed(tensor.shape))
+        found = self.record.products[products:], self.record.norms[norms:]
+        self.flow.follow(call, outs or written, *found)
 
     def _write(self, call: Call, tensor: Tensor, new: Labels) -> None:
         """Labels of values that were written into a tensor, seen by all its views."""

@@ -52,10 +52,10 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
     recorder = Recorder(names, untouched.touch, seconds)
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, _: recorder.enter(module)
+            lambda module, args: recorder.enter(module, args)
         ),
         torch.nn.modules.module.register_module_forward_hook(
-            lambda module, *_: recorder.leave(module), always_call=True
+            lambda module, _, output: recorder.leave(module, output), always_call=True
         ),
     ]
     try:
@@ -73,7 +73,9 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
                     raise ValueError(_refusal(recorder, error)) from error
             reason = Reason("reaches the output of the model")
             for tensor in tensors_in(outputs):
-                for vector in recorder.labels(tensor).vectors():
+                labels = recorder.labels(tensor)
+                recorder.flow.reaches_output(tensor, labels)
+                for vector in labels.vectors():
                     recorder.record.fix(vector, reason)
     finally:
         for handle in handles:

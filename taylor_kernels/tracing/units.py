@@ -83,8 +83,8 @@ class Group:
             moved: (layer, side) or (tensor, dimension) -> for each of its places the new one.
         """
 
-        def closed_up(rows: Tensor, *key: str | int) -> Tensor:
-            return index(moved[key][rows[~dead].numpy()])
+        def closed_up(rows: Tensor, owner: str, place: str | int) -> Tensor:
+            return index(moved[owner, place][rows[~dead].numpy()])
 
         slots = [replace(s, index=closed_up(s.index, s.owner, s.side)) for s in self.slots]
         entries = [replace(e, index=closed_up(e.index, e.tensor, e.dim)) for e in self.entries]

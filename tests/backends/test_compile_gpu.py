@@ -119,7 +119,7 @@ def test_triton_moments(
     check_triton(
         moments.stream_kernel,
         {**MOMENTS_ARGUMENTS, "seed": "i64"},
-        moments.constants(moments.FILTER, dtype, grids, grids),
+        moments.constants(moments.PARAMETER_OPS["filter_moments"], dtype, grids, grids),
         tmp_path,
         vectors=True,
         architectures=ARCHITECTURES if grids else (90,),  # the larger kernel holds the smaller
@@ -128,19 +128,19 @@ def test_triton_moments(
 
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
-@pytest.mark.parametrize("op", ["SECOND_ORDER", "HUTCHINSON"])
+@pytest.mark.parametrize("name", ["second_order_moments", "hutchinson_moments"])
 def test_triton_other_moments(
-    moments: ModuleType, op: str, dtype: torch.dtype, arch: int, tmp_path: Path
+    moments: ModuleType, name: str, dtype: torch.dtype, arch: int, tmp_path: Path
 ) -> None:
-    number = getattr(moments, op)
+    op = moments.PARAMETER_OPS[name]
     check_triton(
         moments.stream_kernel,
         {**MOMENTS_ARGUMENTS, "seed": "i64"},
-        moments.constants(number, dtype, True, True),
+        moments.constants(op, dtype, True, True),
         tmp_path,
         vectors=True,
         architectures=(arch,),
-        warps=moments.OP_WARPS[number.value],
+        warps=op.warps,
     )
 
 

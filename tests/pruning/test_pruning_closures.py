@@ -65,7 +65,7 @@ def test_reaches_its_target_and_resumes_to_the_same_bits(kind, criterion):
 
 @pytest.mark.parametrize("criterion", [*CLOSURES, "obd_fisher"])
 def test_tables_of_coupled_filters_add_up(criterion):
-    model, inputs = zoo.build("mobilenet", torch.float64)
+    model, inputs = zoo.build("resnet", torch.float64)
     model.eval()
     pruner = Pruner(model, inputs, criterion, filters=0.9, every=1, per_step=2)
     layers = {name: model.get_submodule(name) for name in pruner._prunable.scored}

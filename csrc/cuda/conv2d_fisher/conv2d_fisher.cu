@@ -1,4 +1,4 @@
-#include "common/conv2d_fisher.h"
+#include "common/ops.h"
 #include "cuda/conv2d_fisher/direct.cuh"
 #include "cuda/conv2d_fisher/implicit_gemm.cuh"
 #include "cuda/launch.cuh"

@@ -4,20 +4,20 @@ Same arguments as `backends/native.py`. With TRITON_INTERPRET=1 in the environme
 imported, they run on CPU tensors, slowly.
 """
 
+from collections.abc import Callable
+from functools import partial
+
+from taylor_kernels.backends.triton import moments_launch
 from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
-from taylor_kernels.backends.triton.moments_launch import (
-    filter_moments,
-    hutchinson_moments,
-    second_order_moments,
-)
+from taylor_kernels.backends.triton.moments import PARAMETER_OPS
 from taylor_kernels.backends.triton.rademacher import rademacher
 
-__all__ = [
-    "conv2d_fisher",
-    "filter_moments",
-    "gate_gradients",
-    "hutchinson_moments",
-    "rademacher",
-    "second_order_moments",
-]
+__all__ = ["conv2d_fisher", "gate_gradients", "rademacher"]
+
+
+def __getattr__(op: str) -> Callable[..., None]:
+    """An op over a list of parameters, by its name."""
+    if op not in PARAMETER_OPS:
+        raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
+    return partial(moments_launch.run, op)

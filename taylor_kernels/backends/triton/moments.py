@@ -1,4 +1,4 @@
-"""filter_moments, second_order_moments and hutchinson_moments in Triton: csrc/ says what they are.
+"""The ops over lists of parameters in Triton: csrc/common/ops.h says what they compute.
 
 One launch per dtype of a list, and a second one where results come in parts, which adds them in a
 fixed order; moments_plan.py cuts the list, moments_launch.py runs it. The ops differ in what stands
@@ -8,6 +8,8 @@ Bits depend on a parameter's shape and on whether it starts at a 16-byte address
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,10 +45,22 @@ WARPS = 4
 #: The second launch adds up [parts, results] at once.
 FINISH_TILE = (32, 16)
 
-#: The ops, by number, how many sums each has, and its warps: draws need registers.
 FILTER, SECOND_ORDER, HUTCHINSON = (tl.constexpr(i) for i in range(3))
-SUMS = (5, 2, 1)
-OP_WARPS = (WARPS, WARPS, 2 * WARPS)
+
+
+class ParameterOp(NamedTuple):
+    """What the kernels are compiled for: the op's number for `_terms`, its sums, and its warps."""
+
+    number: tl.constexpr
+    sums: int
+    warps: int = WARPS
+
+
+PARAMETER_OPS = {
+    "filter_moments": ParameterOp(FILTER, sums=5),
+    "second_order_moments": ParameterOp(SECOND_ORDER, sums=2),
+    "hutchinson_moments": ParameterOp(HUTCHINSON, sums=1, warps=2 * WARPS),  # draws need registers
+}
 
 
 @triton.jit
@@ -264,12 +278,12 @@ def finish_kernel(
     tl.store(out + to, tl.sum(sums, 0), mask=entry < entries)
 
 
-def constants(op: tl.constexpr, dtype: torch.dtype, grids: bool, rows: bool) -> dict[str, object]:
+def constants(op: ParameterOp, dtype: torch.dtype, grids: bool, rows: bool) -> dict[str, object]:
     """What `stream_kernel` is compiled for: an op, a dtype, whether there are grids, with rows."""
     return {
         "T": TYPES[dtype],
-        "OP": op.value,
-        "SUMS": SUMS[op.value],
+        "OP": op.number.value,
+        "SUMS": op.sums,
         "GRIDS": grids,
         "WITH_ROWS": grids and rows,
         "TILES": tuple(tile[:2] for tile in TILES),

@@ -1,4 +1,4 @@
-"""filter_moments, second_order_moments and hutchinson_moments in Triton: their launches."""
+"""The ops over lists of parameters in Triton: their launches."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from contextlib import nullcontext
 
 import torch
 import triton
-import triton.language as tl
 
 from taylor_kernels.backends.triton.moments import (
-    FILTER,
     FINISH_TILE,
-    HUTCHINSON,
-    OP_WARPS,
-    SECOND_ORDER,
-    SUMS,
+    PARAMETER_OPS,
     TYPES,
     WARPS,
+    ParameterOp,
     constants,
     finish_kernel,
     stream_kernel,
@@ -27,32 +23,17 @@ from taylor_kernels.backends.triton.tables import device_table
 from taylor_kernels.layout import ParameterItem
 
 
-def filter_moments(items: Sequence[ParameterItem]) -> None:
-    """Write the moments of all items, which share a device, into their outputs."""
-    _run(FILTER, items)
-
-
-def second_order_moments(items: Sequence[ParameterItem]) -> None:
-    """Write (Σ q, Σ q²) of all items, which share a device, into their outputs."""
-    _run(SECOND_ORDER, items)
-
-
-def hutchinson_moments(items: Sequence[ParameterItem], seed: int) -> None:
-    """Write Σ w² z (Hz) of all items, which share a device, into their outputs."""
-    _run(HUTCHINSON, items, seed)
-
-
-def _run(op: tl.constexpr, items: Sequence[ParameterItem], seed: int = 0) -> None:
-    """Write the op's sums of all items, which share a device, into their outputs."""
+def run(name: str, items: Sequence[ParameterItem], seed: int = 0) -> None:
+    """Write the sums of the op of PARAMETER_OPS into the outputs of all items, of one device."""
     for dtype in TYPES:
         part = [item for item in items if item.weight.dtype == dtype]
         if part:
-            _run_dtype(op, part, dtype, seed)
+            _run_dtype(PARAMETER_OPS[name], part, dtype, seed)
 
 
-def _run_dtype(op: tl.constexpr, items: list[ParameterItem], dtype: torch.dtype, seed: int) -> None:
+def _run_dtype(op: ParameterOp, items: list[ParameterItem], dtype: torch.dtype, seed: int) -> None:
     device = items[0].weight.device
-    sums = SUMS[op.value]
+    sums = op.sums
     row_base = next((item.row_out for item in items if item.row_out is not None), None)
     col_base = next((item.col_out for item in items if item.col_out is not None), None)
     tasks, axes, floats = plan(items, sums, row_base, col_base)
@@ -72,7 +53,7 @@ def _run_dtype(op: tl.constexpr, items: list[ParameterItem], dtype: torch.dtype,
             workspace,
             seed,
             **constants(op, dtype, grids, row_base is not None),
-            num_warps=OP_WARPS[op.value],
+            num_warps=op.warps,
         )
         if axes:
             table = device_table([field for axis in axes for field in axis], device)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.statistics.hooks.passes import graph_is_kept
@@ -27,13 +27,13 @@ class Captures:
     """
 
     def __init__(self) -> None:
-        self._fate: dict[nn.Module, int] = {}
+        self._fate: dict[Hashable, int] = {}
         self._open: dict[int, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
 
     def add(
         self,
         name: str,
-        module: nn.Module,
+        place: Hashable,
         output: Tensor,
         receive: Callable[[Tensor, Tensor], None],
         lost: Callable[[], None],
@@ -43,11 +43,12 @@ class Captures:
         """Call receive(y, dy) when the gradient of `output` is there, y as it is now.
 
         Args:
+            place: what the output's fate is remembered by.
             lost: called before the error that y was changed in place and is gone.
             copy: keep a copy while the output's fate is unknown. False where the capture will most
                 likely be cancelled.
         """
-        fate = self._fate.get(module)
+        fate = self._fate.get(place)
         keep = copy if fate is None else fate == _OVERWRITTEN
         kept = output.detach().clone() if keep else None
         alias: Tensor | None = output.detach()
@@ -59,9 +60,9 @@ class Captures:
                 raise RuntimeError(f"{name}: backward() ran twice over a graph it had freed")
             changed = alias._version != version
             if kept is not None:
-                self._learn(module, alias, kept, dy, changed)
-            elif changed and self._fate.get(module) != _HARMLESS:
-                self._fate[module] = _OVERWRITTEN
+                self._learn(place, alias, kept, dy, changed)
+            elif changed and self._fate.get(place) != _HARMLESS:
+                self._fate[place] = _OVERWRITTEN
                 lost()
                 raise RuntimeError(
                     f"{name}: its output was changed in place in this pass, though not in those "
@@ -85,13 +86,13 @@ class Captures:
         self._open.clear()
 
     def _learn(
-        self, module: nn.Module, alias: Tensor, kept: Tensor, dy: Tensor, changed: bool
+        self, place: Hashable, alias: Tensor, kept: Tensor, dy: Tensor, changed: bool
     ) -> None:
-        """Note what became of one output of a module, if this use of it could show that."""
+        """Note what became of an output at a place, if this use of it could show that."""
         fate = _UNTOUCHED
         if changed:
             moved = alias != kept
             if not moved.any() or not dy.any():
                 return
             fate = _OVERWRITTEN if dy[moved].any() else _HARMLESS
-        self._fate[module] = max(fate, self._fate.get(module, _UNTOUCHED))
+        self._fate[place] = max(fate, self._fate.get(place, _UNTOUCHED))

@@ -1,4 +1,4 @@
-"""Which BatchNorm follows which layer: watched in the forward pass, where it is a fact.
+"""Which norm follows which layer: watched in the forward pass, where it is a fact.
 
 A norm follows a layer if it is handed the very tensor that the layer returned, unchanged. No trace
 of the model is needed, so any Python in its forward() is fine, and a layer used twice may have two
@@ -13,18 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Statistic, version_of
+from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 
 OnOutput = Callable[[str, Tensor], None]
-OnNorm = Callable[[str | None, _BatchNorm, Tensor, Tensor], None]
+OnNorm = Callable[[str | None, _NormBase, Tensor, Tensor], None]
 
 
 class FollowingNorms:
-    """Keeps, for every layer, the BatchNorm modules seen behind it, in order of first sight.
+    """Keeps, for every layer, the BatchNorms and InstanceNorms seen behind it, as first seen.
 
     Args:
         on_output: called with (layer name, output) after every forward of a layer.
@@ -39,7 +40,7 @@ class FollowingNorms:
         on_output: OnOutput | None = None,
         on_norm: OnNorm | None = None,
     ) -> None:
-        self._following: dict[str, list[_BatchNorm]] = {name: [] for name in layers}
+        self._following: dict[str, list[_NormBase]] = {name: [] for name in layers}
         self._producers: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
         self._on_output = None if on_output is None else weakref.WeakMethod(on_output)
         self._on_norm = None if on_norm is None else weakref.WeakMethod(on_norm)
@@ -50,11 +51,11 @@ class FollowingNorms:
         handles += [
             module.register_forward_hook(Hook(self._after_norm), with_kwargs=True)
             for module in model.modules()
-            if isinstance(module, _BatchNorm)
+            if isinstance(module, _NormBase)
         ]
         self.close = weakref.finalize(self, remove_all, handles)
 
-    def of(self, name: str) -> list[_BatchNorm]:
+    def of(self, name: str) -> list[_NormBase]:
         """The norms seen to follow the layer of this name so far."""
         return self._following[name]
 
@@ -68,7 +69,7 @@ class FollowingNorms:
             on_output(name, output)
 
     def _after_norm(
-        self, norm: _BatchNorm, args: tuple, kwargs: dict[str, Any], output: Tensor
+        self, norm: _NormBase, args: tuple, kwargs: dict[str, Any], output: Tensor
     ) -> None:
         input: Tensor = args[0] if args else kwargs["input"]
         known, version, producer = self._producers.get(id(input), (None, 0, ""))
@@ -84,9 +85,16 @@ class FollowingNorms:
 class KnowsNorms(Statistic):
     """A statistic that needs to know which norm follows which layer, and nothing else of a pass."""
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        self._norms = FollowingNorms(model, layers)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        # Gate sites say it, where they are known.
+        self._norms = FollowingNorms(model, {} if sites is not None else layers)
 
     def close(self) -> None:
         self._norms.close()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites
 from taylor_kernels.statistics.layers import Layers
 
 
@@ -28,8 +29,18 @@ class WatchesPasses(Statistic):
     #: Threads that run a closure; its passes are those of the meter that runs it, alone.
     in_closure: ClassVar[list[int]] = []
 
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        backend: str | None = None,
+        sites: GateSites | None = None,
+    ) -> None:
+        super().__init__(model, layers, backend, sites)
+        # What is looked at, by name: the layers, or the modules at the sites of their gates.
+        self._watched: dict[str, nn.Module] = {**layers}
+        if sites is not None:
+            self._watched = {s.key: model.get_submodule(s.module) for s in sites.sites}
         self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
@@ -42,7 +53,7 @@ class WatchesPasses(Statistic):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         try:
             tables = self._tables(closure)
-            self.unread = frozenset(self._unreached)
+            self.unread = self._unread_layers()
         finally:
             self.discard()
         self.updates += 1
@@ -56,6 +67,15 @@ class WatchesPasses(Statistic):
     @abstractmethod
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         """What collect() hands over, before the loss scale is divided out; _check() comes first."""
+
+    def _unread_layers(self) -> frozenset[str]:
+        """Layers that no gradient has reached, at any of their sites."""
+        if self.sites is None or not self._unreached:
+            return frozenset(self._unreached)
+        reached = [s.classes for s in self.sites.sites if s.key not in self._unreached]
+        read = torch.cat([torch.tensor([ELSEWHERE]), *reached])
+        of_layers = self.sites.layers
+        return frozenset(n for n in self.layers if not torch.isin(of_layers[n], read).any())
 
     def discard(self) -> None:
         self._unreached.clear()
@@ -77,9 +97,10 @@ class WatchesPasses(Statistic):
             if not self._unreached <= self._told:
                 self._told |= self._unreached
                 warnings.warn(message.format("these layers have no score"), stacklevel=5)
-        missing = [name for name in self.layers if name not in self._called]
+        missing = [name for name in self._watched if name not in self._called]
         for name in missing:
-            grad = self.layers[name].weight.grad
+            weight = getattr(self.layers.get(name), "weight", None)
+            grad = None if weight is None else weight.grad
             if grad is not None and grad.any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
@@ -87,7 +108,7 @@ class WatchesPasses(Statistic):
                     "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion. "
                     "Or the model was compiled before this meter was made, which must come first"
                 )
-        if missing and len(missing) < len(self.layers) and not self._warned:
+        if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True
             warnings.warn(
                 f"{', '.join(missing)}: not called in any pass with gradients so far, and scored "

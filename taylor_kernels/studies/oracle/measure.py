@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.tracing.running import tensors_in
 from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.digest import digest_tensors
 from taylor_kernels.studies.oracle.correlation import agreement
@@ -24,6 +23,7 @@ from taylor_kernels.studies.oracle.settings import MeasurementPlan
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import Json, rounded
 from taylor_kernels.studies.source_code import code_digest
+from taylor_kernels.tracing.running import tensors_in
 
 ORACLE = "oracle"
 

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.running import call
 from taylor_kernels.studies.digest import digest_files
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.problem import (
@@ -30,6 +29,7 @@ from taylor_kernels.studies.oracle.problem import (
     to_device,
 )
 from taylor_kernels.studies.oracle.settings import OracleSettings
+from taylor_kernels.tracing.running import call
 
 _PACKAGE = Path(__file__).parents[2]
 

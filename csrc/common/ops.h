@@ -1,0 +1,44 @@
+// Every op, once: the kernels' declarations, the choice between instruction sets and the functions
+// of the Python module are all made from TK_OPS.
+//
+// The ops over lists of parameters (parameter.h), which sum over the elements e of each output
+// filter, of each input channel, or of both:
+//   filter_moments        ( Σ gw, Σ (gw)², Σ |gw|, Σ w², Σ g² )
+//   second_order_moments  ( Σ q, Σ q² )  with  q = w·(g − ½h),  h a Hessian-vector product Hv
+//   hutchinson_moments    Σ w² z (Hz)
+// w is a weight and g its gradient. z are the random signs of philox.h for the call's seed and the
+// item's stream, of elements numbered as they are stored; they are drawn where they are needed,
+// never read. What the other ops compute stands beside the struct of their call.
+#pragma once
+
+#include <cstdint>
+
+#include "common/conv2d_fisher.h"
+#include "common/gate_gradients.h"
+#include "common/parameter.h"
+#include "common/rademacher.h"
+
+// X(op, Call): the op's name, and the struct that describes a call of it.
+#define TK_OPS(X)                      \
+  X(conv2d_fisher, Conv2dFisherArgs)   \
+  X(filter_moments, ParameterList)     \
+  X(gate_gradients, GateGradientsArgs) \
+  X(hutchinson_moments, ParameterList) \
+  X(rademacher, RademacherList)        \
+  X(second_order_moments, ParameterList)
+
+namespace tk {
+
+// op_cpu runs on `threads` threads.
+//
+// op_cuda launches on `stream` of the current device and returns without waiting. `workspace` is
+// 256-byte-aligned device memory of at least op_cuda_workspace() bytes, which may be 0. dtype f64
+// is not supported on the GPU. Throws std::runtime_error on a launch error.
+#define TK_DECLARE_OP(op, Call)                  \
+  void op##_cpu(const Call& call, int threads);  \
+  int64_t op##_cuda_workspace(const Call& call); \
+  void op##_cuda(const Call& call, void* workspace, void* stream);
+
+TK_OPS(TK_DECLARE_OP)
+
+}  // namespace tk

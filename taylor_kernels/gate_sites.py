@@ -1,0 +1,197 @@
+"""Where the gates of channels stand, read off a trace.
+
+A gate of 1 multiplies all channels that go together. Removing them makes them zero wherever they
+are read, so the slope of the loss in the gate is the sum of those at its sites, so chosen that every
+path from the layers that make the channels to those that read them passes exactly one:
+
+- what made the channels last before they are read: the norm, or the layer where no norm is on the
+  path. In front of a norm a gate has no slope in train mode, since the norm divides it out.
+- the input of a reader, for itself alone, that also receives channels which go on to a norm
+  elsewhere: a convolution that reads the stream of a pre-activation network, say.
+
+A depthwise convolution with a norm behind it is on the way, not a reader. What hooks cannot reach
+(a function in place of a module) is no site: its readers' inputs stand in for it, and where those
+are out of reach too, the outputs of the layers that made the channels, or no gate can stand.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, IN, OUT, GateSites, Site
+from taylor_kernels.statistics.layers import Layers, channel_dim, filter_count
+from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.record import END, NORM, Step, Vector
+
+#: A place: the number of a node of the graph of norms and layers, and which side of it.
+_Place = tuple[int, str]
+
+
+def find_gate_sites(channels: Channels, model: nn.Module, layers: Layers) -> GateSites:
+    """The sites of the gates of all filters of some layers.
+
+    Args:
+        channels: a trace of the model.
+        layers: name -> module, some of the model's.
+    """
+    nodes = _nodes(channels.steps)
+    wanted = np.unique(
+        np.concatenate(
+            [channels.layers[n][1].numpy() for n in layers if n in channels.layers]
+            or [np.zeros(0, np.int64)]
+        )
+    )
+    members: dict[_Place, list[Vector]] = defaultdict(list)
+    unseen: set[str] = set()
+    for classes, taking, giving in _kinds(nodes, wanted):
+        places, out_of_reach = _sites(nodes, taking, giving)
+        unseen.update(nodes[n].layer for n in out_of_reach)
+        if any(nodes[n].kind == NORM for n in out_of_reach):
+            continue  # nor are the layers before it seen
+        for place in places:
+            members[place].append(classes)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    found = []
+    for (number, side), groups in members.items():
+        node = nodes[number]
+        every = node.inputs if side == IN else node.outputs
+        stands = np.isin(every, np.concatenate(groups))
+        placed = torch.from_numpy(np.where(stands, every, ELSEWHERE))
+        dim = node.input_dim if side == IN else node.output_dim
+        assert dim is not None
+        found.append((node.rank(nodes, order), side, Site(node.module, side, dim, placed)))
+    sites = [site for _, _, site in sorted(found, key=lambda item: item[:2])]
+    of_layers = {}
+    next_class = 1 + max((int(s.classes.max()) for s in sites), default=0)
+    next_class = max(next_class, 1 + int(wanted.max(initial=0)))
+    for name, layer in layers.items():
+        if name in channels.layers and name not in unseen:
+            of_layers[name] = channels.layers[name][1]
+            continue
+        of_layers[name] = torch.arange(next_class, next_class + filter_count(layer))
+        next_class += filter_count(layer)
+        if name not in channels.layers:
+            # It did not run in the trace: nothing is known but that it has an output.
+            sites.append(Site(name, OUT, channel_dim(layer), of_layers[name]))
+    return GateSites(tuple(sites), of_layers)
+
+
+class _Node:
+    """All runs of a module as one norm or layer, or one run that hooks cannot reach."""
+
+    def __init__(self, step: Step) -> None:
+        self.kind, self.module, self.layer = step.kind, step.module, step.layer
+        self.inputs, self.outputs = step.inputs, step.outputs
+        self.input_dim, self.output_dim = step.input_dim, step.output_dim
+        self.sources: set[int] = set()
+        self.through = step.depthwise and _same(step)
+
+    def rank(self, nodes: Sequence[_Node], order: Mapping[str, int]) -> tuple[int, int]:
+        """A norm comes where the first layer is whose output it is handed: as its gate always did."""
+        own = order.get(self.module, -1)
+        made = [order.get(nodes[n].module, -1) for n in self.sources if nodes[n].kind != NORM]
+        return (min(made) if self.kind == NORM and made else own, own)
+
+
+def _same(step: Step) -> bool:
+    """Whether each channel that comes in goes together with those that are made of it."""
+    if not step.inputs.size or step.outputs.size % step.inputs.size:
+        return False
+    return bool((step.outputs.reshape(step.inputs.size, -1) == step.inputs[:, None]).all())
+
+
+def _nodes(steps: Sequence[Step]) -> list[_Node]:
+    nodes: list[_Node] = []
+    number: list[int] = []
+    known: dict[tuple[str, str], int] = {}
+    for step in steps:
+        key = (step.module, step.kind)
+        first = nodes[known[key]] if key in known else None
+        dims = (step.input_dim, step.output_dim)
+        if (
+            first is not None
+            and step.kind != END
+            and dims == (first.input_dim, first.output_dim)
+            and np.array_equal(step.inputs, first.inputs)
+            and np.array_equal(step.outputs, first.outputs)
+        ):
+            number.append(known[key])
+        else:
+            if first is not None:
+                # Other channels, or out of reach in one of its runs: no hook can tell them apart.
+                first.input_dim = first.output_dim = None
+            known.setdefault(key, len(nodes))
+            number.append(len(nodes))
+            nodes.append(_Node(step))
+            if first is not None:
+                nodes[-1].input_dim = nodes[-1].output_dim = None
+    for step, own in zip(steps, number, strict=True):
+        nodes[own].sources.update(number[source] for source in step.sources)
+    return nodes
+
+
+def _kinds(
+    nodes: Sequence[_Node], wanted: Vector
+) -> Iterable[tuple[Vector, frozenset[int], frozenset[int]]]:
+    """Classes that run through the same nodes: the classes, what takes them and what gives them."""
+    sides = [side for node in nodes for side in (node.inputs, node.outputs)]
+    pairs = np.unique(
+        np.concatenate(
+            [np.stack((side, np.full_like(side, i)), 1) for i, side in enumerate(sides)]
+            or [np.zeros((0, 2), np.int64)]
+        ),
+        axis=0,
+    )
+    pairs = pairs[np.isin(pairs[:, 0], wanted)]
+    classes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    if not classes.size:
+        return
+    # Sums of random numbers tell sets of sides apart.
+    draw = np.random.default_rng(0).integers(1, 2**62, (len(sides), 2))
+    sums = np.add.reduceat(draw[pairs[:, 1]], first)
+    _, one, kind = np.unique(sums, axis=0, return_index=True, return_inverse=True)
+    for number, example in enumerate(one):
+        start = first[example]
+        runs = pairs[start : start + counts[example], 1]
+        taking, giving = (frozenset((runs[runs % 2 == i] // 2).tolist()) for i in (0, 1))
+        yield classes[kind.ravel() == number], taking, giving
+
+
+def _sites(
+    nodes: Sequence[_Node], taking: Collection[int], giving: Collection[int]
+) -> tuple[set[_Place], set[int]]:
+    """The sites of channels that run through these nodes; and nodes on a path without a site."""
+    made_by = {n: nodes[n].sources & set(giving) for n in taking}
+    undone: set[int] = set()  # what is made there goes on to a norm
+    while True:
+        on_the_way = [
+            n for n in taking if nodes[n].kind == NORM or (nodes[n].through and n in undone)
+        ]
+        found = undone.union(*(made_by[n] for n in on_the_way))
+        if found == undone:
+            break
+        undone = found
+    readers = [n for n in taking if n not in on_the_way]
+    stands = {n for n in giving if n not in undone and nodes[n].output_dim is not None}
+    at_inputs: set[int] = set()
+    while True:
+        mixed = [n for n in readers if n not in at_inputs and not made_by[n] <= stands]
+        if not mixed:
+            break
+        at_inputs.update(mixed)
+        stands -= set().union(*(made_by[n] for n in mixed))
+    places: set[_Place] = {(n, OUT) for n in stands}
+    out_of_reach: set[int] = set()
+    for n in at_inputs:
+        if nodes[n].input_dim is not None:
+            places.add((n, IN))
+            continue
+        seen = {m for m in made_by[n] if nodes[m].output_dim is not None}
+        places |= {(m, OUT) for m in seen}
+        out_of_reach |= made_by[n] - seen
+    return places, out_of_reach

@@ -1,0 +1,186 @@
+"""Gate sites: where in a model the gates of its channels stand, and the hooks on them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
+
+from taylor_kernels.hooks import Hook, remove_all
+
+IN, OUT = "in", "out"
+#: The class of a channel at a site where its gate does not stand.
+ELSEWHERE = -1
+#: Elements gathered at a time: tables have a column for every example, and a row for every channel.
+_GATHERED = 1 << 24
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place of gates: what a module returns, or what it is given.
+
+    Attributes:
+        module: its name.
+        side: OUT or IN.
+        dim: the channels' dimension, from the end.
+        classes: [C] int64, the class of each channel, or ELSEWHERE. Channels of one class share a
+            gate, here and at other sites.
+    """
+
+    module: str
+    side: str
+    dim: int
+    classes: Tensor
+
+    @property
+    def key(self) -> str:
+        """What its table and messages name it by."""
+        return self.module if self.side == OUT else f"{self.module} (input)"
+
+
+@dataclass(frozen=True)
+class GateSites:
+    """All gate sites of some layers, in the order in which their rows add up.
+
+    Attributes:
+        sites: no two have the same key.
+        layers: layer -> [F] int64, the class of each filter.
+    """
+
+    sites: tuple[Site, ...]
+    layers: Mapping[str, Tensor]
+
+    @property
+    def hidden(self) -> list[str]:
+        """Layers with filters whose gates stand nowhere."""
+        placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
+        return [name for name, c in self.layers.items() if not torch.isin(c, placed).all()]
+
+    def without(self, gone: Tensor) -> GateSites:
+        """The sites once the channels of the classes `gone` have been removed from the model."""
+        sites = [replace(s, classes=s.classes[~torch.isin(s.classes, gone)]) for s in self.sites]
+        layers = {name: c[~torch.isin(c, gone)] for name, c in self.layers.items()}
+        return GateSites(tuple(site for site in sites if site.classes.numel()), layers)
+
+
+class SiteRows:
+    """Makes tables of layers, [F, K], of the tables of sites, [C, K]: a filter's row is that of its
+    gate, the sum over all channels of its class at all sites, each counted once."""
+
+    def __init__(self, where: GateSites, layers: Sequence[str]) -> None:
+        wanted, place = torch.cat([where.layers[name] for name in layers]).unique(
+            return_inverse=True
+        )
+        classes = torch.cat([site.classes for site in where.sites])
+        rows = torch.isin(classes, wanted).nonzero().flatten()
+        number = torch.searchsorted(wanted, classes[rows])
+        order = number.argsort(stable=True)
+        rows, number = rows[order], number[order]
+        counts = torch.bincount(number, minlength=len(wanted))
+        first = (counts.cumsum(0) - counts)[number]
+        self._index = torch.full((len(wanted), max(int(counts.max()), 1)), len(classes))
+        self._index[number, torch.arange(len(rows)) - first] = rows
+        self._counts = counts
+        self._place = place
+        self._sizes = [where.layers[name].numel() for name in layers]
+
+    def tables(self, of_sites: Sequence[Tensor], *, mean: bool = False) -> list[Tensor]:
+        """One table for each layer; nan for a filter whose gate stands nowhere.
+
+        Args:
+            of_sites: a table for each site.
+            mean: of the rows that are not nan in place of the sum.
+        """
+        device, width = of_sites[0].device, of_sites[0].size(1)
+        index = self._index = self._index.to(device)
+        rows = torch.cat([*(t.to(device) for t in of_sites), of_sites[0].new_zeros(1, width)])
+        number = (~rows.isnan()).to(rows) if mean else None
+        rows = rows.nan_to_num() if mean else rows
+        at_once = max(_GATHERED // max(index.size(1) * width, 1), 1)
+        total = torch.cat([rows[part].sum(1) for part in index.split(at_once)])
+        if number is not None:
+            number[-1] = 0
+            total = total / number[index].sum(1)
+        total[(self._counts == 0).to(device)] = torch.nan
+        return list(total[self._place.to(device)].split(self._sizes))
+
+
+def change_at(
+    model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """A hook that puts change(tensor) in place of the tensor at a site, if it is not None."""
+    module = model.get_submodule(site.module)
+    if site.side == IN:
+        return module.register_forward_pre_hook(
+            lambda _, args, kwargs: _with_first(change, args, kwargs), with_kwargs=True
+        )
+    return module.register_forward_hook(lambda _, __, output: change(output))
+
+
+def _with_first(
+    change: Callable[[Tensor], Tensor | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a module with another first one."""
+    name = "" if args else next(iter(kwargs))
+    new = change(args[0] if args else kwargs[name])
+    if new is None:
+        return args, kwargs
+    return ((new, *args[1:]), kwargs) if args else (args, kwargs | {name: new})
+
+
+OnOutput = Callable[[str, Tensor], None]
+OnNorm = Callable[[str, _NormBase, Tensor, Tensor], None]
+
+
+class SiteHooks:
+    """Hooks on all gate sites of a model.
+
+    Args:
+        on_output: called with (key, tensor) for what stands at a site.
+        on_norm: called with (key, norm, its input, its output) where that is a norm's output.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], on_output: OnOutput, on_norm: OnNorm
+    ) -> None:
+        self._on_output = weakref.WeakMethod(on_output)
+        self._on_norm = weakref.WeakMethod(on_norm)
+        handles = []
+        for site in sites:
+            module = model.get_submodule(site.module)
+            if site.side == IN:
+                hook = Hook(self._before, site.key)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                hook = Hook(self._after, site.key)
+                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self.close = weakref.finalize(self, remove_all, handles)
+
+    def of(self, key: str) -> list[_NormBase]:
+        """A site has no norm to wait for: it stands behind the last."""
+        return []
+
+    def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def seen(given: Tensor) -> Tensor:
+            # A view of its own: other readers of this tensor have gates of their own.
+            view = given.view_as(given)
+            if (on_output := self._on_output()) is not None:
+                on_output(key, view)
+            return view
+
+        return _with_first(seen, args, kwargs)
+
+    def _after(
+        self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        if isinstance(module, _NormBase):
+            if (on_norm := self._on_norm()) is not None:
+                on_norm(key, module, args[0] if args else kwargs["input"], output)
+        elif (on_output := self._on_output()) is not None:
+            on_output(key, output)

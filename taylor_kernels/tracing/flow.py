@@ -1,0 +1,166 @@
+"""Steps: which norms and products a channel goes through, one after the other.
+
+A norm gives channels a new scale, a product takes them up and makes others. Between two steps
+values are only moved, combined place by place or pooled. What a tensor was made of since the last
+step is kept for its memory, so views and writes in place need no rule of their own; which of its
+channels came from which step is read off the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
+
+if TYPE_CHECKING:
+    from taylor_kernels.tracing.recorder import Call, Recorder
+
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+#: Products of two activations, or with a weight that cannot be followed.
+_CONTRACTIONS = {
+    "mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "addmm", "baddbmm", "addmv", "linear",
+    "convolution", "scaled_dot_product_attention",
+}  # fmt: skip
+
+
+@dataclass
+class _Frame:
+    """A module that is running."""
+
+    module: nn.Module
+    given: list[Tensor]
+    made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
+
+
+class Flow:
+    """Follows a run and writes its steps into the record."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._steps = recorder.record.steps
+        self._marks: dict[int, frozenset[int]] = {}
+        self._frames: list[_Frame] = []
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A module begins to run."""
+        given = [value for value in args if isinstance(value, Tensor)]
+        self._frames.append(_Frame(module, given if len(given) == len(args) else []))
+
+    def leave(self, module: nn.Module, output: Any) -> None:
+        """A module has run."""
+        while self._frames:
+            frame = self._frames.pop()
+            if frame.module is module:
+                break
+        else:
+            return
+        if not isinstance(output, Tensor):
+            return
+        for step, made, dim in frame.made:
+            if not _same_values(output, made):
+                continue
+            vector = self._recorder.labels(output).dims[dim] if output.dim() >= -dim else None
+            if vector is not None:
+                step.outputs, step.output_dim = vector, dim
+
+    def follow(
+        self, call: Call, outs: Sequence[Tensor], products: list[Product], norms: list[Norm]
+    ) -> None:
+        """An operation has run, in which these products and norms were found."""
+        sources: frozenset[int] = frozenset()
+        memories = set()
+        for tensor in call.tensors:
+            key = _memory(tensor)
+            memories.add(key)
+            sources |= self._marks.get(key, frozenset())
+        first = len(self._steps)
+        for norm in norms:
+            step = Step(NORM, self._recorder.module, norm.atoms, norm.atoms, sources)
+            self._add(step, outs, 1 - outs[0].dim())
+        for product in products:
+            self._product(call, outs, product, sources)
+        if call.name in _RECURRENT:
+            self._recurrent(call, outs, sources)
+        elif call.name in _CONTRACTIONS and not products:
+            vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
+            self._end(vectors, sources)
+        made = range(first, len(self._steps))
+        fresh = frozenset(number for number in made if self._steps[number].kind != END)
+        for out in outs:
+            key = _memory(out)
+            mark = fresh or sources
+            if key in memories:
+                mark |= self._marks.get(key, frozenset())
+            self._marks[key] = mark
+
+    def reaches_output(self, tensor: Tensor, labels: Labels) -> None:
+        """The model has returned a tensor."""
+        self._end(labels.vectors(), self._marks.get(_memory(tensor), frozenset()))
+
+    def _add(self, step: Step, outs: Sequence[Tensor], dim: int) -> None:
+        self._steps.append(step)
+        if self._frames and outs:
+            self._frames[-1].made.append((step, outs[0], dim))
+
+    def _end(self, vectors: Sequence[Vector], sources: frozenset[int]) -> None:
+        if vectors and sources:
+            none = np.zeros(0, np.int64)
+            self._steps.append(
+                Step(END, self._recorder.module, np.concatenate(vectors), none, sources)
+            )
+
+    def _product(
+        self, call: Call, outs: Sequence[Tensor], product: Product, sources: frozenset[int]
+    ) -> None:
+        weight = call.arg("weight")
+        space = weight.dim() - 2 if "conv" in call.name and isinstance(weight, Tensor) else 0
+        groups = product.groups
+        depthwise = groups is not None and groups.size == product.inputs.size
+        step = Step(
+            PRODUCT,
+            self._recorder.module,
+            product.inputs,
+            product.outputs,
+            sources,
+            product.module,
+            depthwise,
+        )
+        if step.layer == step.module:
+            step.input_dim = self._given(call, product.inputs, -1 - space)
+        self._add(step, outs, -1 - space)
+
+    def _recurrent(self, call: Call, outs: Sequence[Tensor], sources: frozenset[int]) -> None:
+        inputs = call.of(call.arg("input", "data")).dims[-1]
+        outputs = self._recorder.labels(outs[0]).dims[-1]
+        none = np.zeros(0, np.int64)
+        step = Step(
+            PRODUCT,
+            self._recorder.module,
+            none if inputs is None else inputs,
+            none if outputs is None else outputs,
+            sources,
+        )
+        step.input_dim = self._given(call, step.inputs, -1)
+        self._add(step, (), -1)
+
+    def _given(self, call: Call, inputs: Vector, dim: int) -> int | None:
+        """`dim`, if the module's only argument is what the operation is given."""
+        given = self._frames[-1].given if self._frames else []
+        if len(given) != 1 or given[0].dim() < -dim or given[0].size(dim) != inputs.size:
+            return None
+        return dim if any(_same_values(given[0], tensor) for tensor in call.tensors) else None
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return _memory(one) == _memory(other) and one.numel() == other.numel()
