@@ -11,8 +11,8 @@ NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 demo: $(VENV)/built
 	$(BIN)/taylor-kernels demo
 
-test: $(VENV)/built
-	$(BIN)/python -m pytest
+test: $(VENV)/zoo
+	$(BIN)/python -m pytest --zoo
 
 check: $(VENV)/built
 	$(BIN)/ruff check .
@@ -49,6 +49,13 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 $(VENV)/built: $(VENV)/dependencies $(NATIVE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt \
 		--no-build-isolation --editable '.[dev]'
+	touch $@
+
+# The networks that tests/zoo prunes. pytorchcv names torchvision, which stays away.
+$(VENV)/zoo: $(VENV)/built
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation \
+		transformers monai efficientnet_pytorch requests
+	$(BIN)/python -m pip install -c constraints.txt --no-deps pytorchcv
 	touch $@
 
 $(VENV)/docs: $(VENV)/built

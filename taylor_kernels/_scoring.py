@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 
 class _StartGraph(torch.autograd.Function):
@@ -58,11 +57,13 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
             return _StartGraph.apply(output, root)
         return None
 
+    from taylor_kernels.statistics.layers import is_layer  # statistics import this module
+
     # Before other hooks: those of Importance must see an output that requires a gradient.
     handles = [
         module.register_forward_hook(start, prepend=True)
         for module in model.modules()
-        if isinstance(module, (_ConvNd, nn.Linear, _BatchNorm))
+        if is_layer(module) or isinstance(module, _BatchNorm)
     ]
     try:
         for parameter, _ in flags:

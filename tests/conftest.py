@@ -10,6 +10,14 @@ import torch
 from taylor_kernels.backends.native import _native
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--zoo",
+        action="store_true",
+        help="fail, and do not skip, where a package that tests/zoo takes networks from is missing",
+    )
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Every tensor that PyTorch allocates starts as NaN: an output left unwritten shows."""

@@ -29,6 +29,7 @@ from taylor_kernels.statistics import get_statistic, statistic_names
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.result_blocks import bench_block, demo_block, study_block
+from tools.zoo_block import ZOO, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
@@ -199,6 +200,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "statistics": statistics_table,
     "study": lambda: study_block(study()),
     "study-targets": study_targets,
+    "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
 }
 
 

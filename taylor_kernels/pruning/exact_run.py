@@ -100,13 +100,18 @@ def _wider(value: Any) -> Any:
 
 
 class SmallPools(TorchFunctionMode):
-    """Windows that averages are taken over are no larger than an image that was cut down."""
+    """Windows that averages are taken over are no larger than an image that was cut down.
+
+    Padded ones fit as they are.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
         if func in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d) and len(args) > 1:
             image, kernel, *rest = args
+            if rest[1] if len(rest) > 1 else (kwargs or {}).get("padding", 0):
+                return func(*args, **(kwargs or {}))
             sizes = image.shape[-3:] if func is F.avg_pool3d else image.shape[-2:]
             sizes = image.shape[-1:] if func is F.avg_pool1d else sizes
             kernel = [kernel] * len(sizes) if isinstance(kernel, int) else kernel

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
-from taylor_kernels.statistics import Layers, Reads, filter_count
+from taylor_kernels.statistics import Layers, Reads, filter_count, is_layer
 from taylor_kernels.tracing import Channels, trace
 
 
@@ -60,7 +59,7 @@ def find_prunable(
         TimeoutError: tracing the model takes too long.
     """
     ignored = ignored_modules(model, ignore)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))}
+    layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
     if not layers:
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)

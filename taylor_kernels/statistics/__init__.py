@@ -16,7 +16,7 @@ from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
 from taylor_kernels.statistics.gates import ExampleGates, Gates
-from taylor_kernels.statistics.layers import Layers, filter_count, find_layers
+from taylor_kernels.statistics.layers import Layers, filter_count, find_layers, is_layer
 from taylor_kernels.statistics.loss_change import LossChange
 from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
 from taylor_kernels.statistics.registry import (
@@ -51,6 +51,7 @@ __all__ = [
     "filter_count",
     "find_layers",
     "get_statistic",
+    "is_layer",
     "register_statistic",
     "statistic_names",
     "statistics_table",

@@ -17,7 +17,6 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.hooks import Hook
 from taylor_kernels.ops.filter_moments import filter_moments
@@ -28,7 +27,7 @@ from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
 from taylor_kernels.statistics.hooks.sites import IN, GateSites, SiteHooks
-from taylor_kernels.statistics.layers import Layers, channel_dim
+from taylor_kernels.statistics.layers import Layers, channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -129,7 +128,7 @@ class _Gates(WatchesPasses):
         """From the end."""
         if name in self._at:
             return self._at[name].dim
-        return channel_dim(module) if isinstance(module, (_ConvNd, nn.Linear)) else 1 - output.dim()
+        return channel_dim(module) if is_layer(module) else 1 - output.dim()
 
 
 @register_statistic
@@ -159,7 +158,7 @@ class ExampleGates(_Gates):
 
     def _bias(self, name: str, module: nn.Module) -> Tensor | None:
         given = name in self._at and self._at[name].side == IN
-        return module.bias if isinstance(module, (_ConvNd, nn.Linear)) and not given else None
+        return module.bias if is_layer(module) and not given else None
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))

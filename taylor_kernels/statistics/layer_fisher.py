@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
-from taylor_kernels.statistics.layers import Layer
+from taylor_kernels.statistics.layers import Layer, filter_axis
 
 #: The input of one use of a layer, and the gradient of its output.
 Use = tuple[Tensor, Tensor]
@@ -44,7 +44,8 @@ def layer_fisher(
         (x.to(dy.dtype), dy) if _is_batched(layer, x) else (x.to(dy.dtype)[None], dy[None])
         for x, dy in uses
     ]
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, _ConvNd):
+        weight = weight.movedim(filter_axis(layer), 0)
         if len(uses) == 1:
             x, dy = uses[0]
         else:  # all uses of an example are tokens of it
@@ -126,5 +127,5 @@ def _tokens(tensor: Tensor) -> Tensor:
 
 
 def _is_batched(layer: Layer, tensor: Tensor) -> bool:
-    least = 2 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 2
+    least = len(layer.kernel_size) + 2 if isinstance(layer, _ConvNd) else 2
     return tensor.dim() >= least

@@ -5,14 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-#: A layer whose filters can be scored.
+#: A layer whose filters can be scored; a class of `_LINEAR_TOO` counts as a linear layer.
 Layer = _ConvNd | nn.Linear
 Layers = dict[str, Layer]
+#: Linear layers with a class of their own, which hold their weight as [inputs, outputs].
+_LINEAR_TOO = frozenset({"transformers.pytorch_utils.Conv1D"})
+
+
+def is_layer(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether a module is a convolution or a linear layer."""
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        return True
+    return any(f"{c.__module__}.{c.__qualname__}" in _LINEAR_TOO for c in type(module).__mro__)
 
 
 def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:
@@ -27,9 +37,7 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
             `trainable_only`; nothing is left.
     """
     candidates: Layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (_ConvNd, nn.Linear))
+        name: module for name, module in model.named_modules() if is_layer(module)
     }
     if names is None:
         chosen = candidates
@@ -77,17 +85,22 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
 
 def filter_axis(layer: Layer) -> int:
     """The dimension of the weight that counts output filters: 1 for transposed convolutions."""
-    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+    plain = isinstance(layer, (_ConvNd, nn.Linear)) and not isinstance(layer, _ConvTransposeNd)
+    return 0 if plain else 1
 
 
 def channel_dim(layer: Layer) -> int:
     """The dimension of the layer's output that counts filters, from the end: batch or no batch."""
-    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 def filter_count(layer: Layer) -> int:
     """How many output filters, or neurons, a layer has."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if isinstance(layer, _ConvNd):
+        return layer.out_channels
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return layer.weight.size(filter_axis(layer))
 
 
 def check_output(name: str, output: object) -> Tensor:
@@ -121,7 +134,7 @@ def check_leaf(name: str, weight: Tensor) -> None:
 
 def by_filter_axis(layers: Sequence[Layer]) -> Iterator[tuple[int, list[int]]]:
     """The dimension that counts filters, and the numbers of the layers whose weights have it."""
-    for axis in (0, 1):  # 1: transposed convolutions
+    for axis in (0, 1):  # 1: transposed convolutions, and GPT-2's linear layers
         chosen = [i for i, layer in enumerate(layers) if filter_axis(layer) == axis]
         if chosen:
             yield axis, chosen
@@ -129,4 +142,4 @@ def by_filter_axis(layers: Sequence[Layer]) -> Iterator[tuple[int, list[int]]]:
 
 def filter_groups(layer: Layer) -> int:
     """The groups of a convolution; a linear layer is one."""
-    return 1 if isinstance(layer, nn.Linear) else layer.groups
+    return layer.groups if isinstance(layer, _ConvNd) else 1

@@ -7,7 +7,6 @@ import weakref
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.statistics.base import Closure, Statistic
@@ -18,6 +17,7 @@ from taylor_kernels.statistics.layers import (
     Layers,
     by_filter_axis,
     check_leaf,
+    filter_axis,
     filter_count,
     filter_groups,
 )
@@ -123,8 +123,8 @@ class Magnitudes(Statistic):
     @staticmethod
     def _table(layer: Layer) -> Tensor:
         weight = layer.weight
-        if isinstance(layer, _ConvTransposeNd):  # [in, out / groups, ...] -> filters first
-            weight = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+        if filter_axis(layer):  # [in, out / groups, ...] -> filters first
+            weight = weight.unflatten(0, (filter_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
         rows = weight.flatten(1)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(rows, p, dim=1, dtype=dtype) for p in (1, 2)]

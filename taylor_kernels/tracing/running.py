@@ -43,8 +43,17 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             waiting.extend(vars(item).values())
 
 
+#: What nn.Module keeps in dictionaries; hooks that a first run installs are to go with it.
+_TABLES = (
+    "_buffers", "_parameters", "_modules",
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
 class Untouched:
-    """Puts a model back as it was: modes, buffers, parameters, attributes, values.
+    """Puts a model back as it was: modes, buffers, parameters, hooks, attributes, values.
 
     Values are copied only when something is about to be written into them.
     """
@@ -54,8 +63,8 @@ class Untouched:
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (table, dict(table))
             for module in modules
-            for table in (module._buffers, module._parameters, module._modules)
-            if isinstance(table, dict)  # a ScriptModule's are views of what it holds
+            for name in _TABLES
+            if isinstance(table := getattr(module, name, None), dict)  # a ScriptModule's are views
         ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor

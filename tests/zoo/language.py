@@ -1,0 +1,139 @@
+"""Networks of transformers in tiny configurations, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Built = tuple[nn.Module, Any]
+COMMON = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+)  # fmt: skip
+
+
+def _tokens(length: int = 12) -> torch.Tensor:
+    return torch.randint(0, 50, (1, length))
+
+
+def _images(size: int) -> torch.Tensor:
+    return torch.randn(1, 3, size, size)
+
+
+def _causal(model: nn.Module) -> Built:
+    return model, {"input_ids": _tokens(), "use_cache": False}
+
+
+def llama(attention: str = "sdpa") -> Built:
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        **COMMON, vocab_size=50, num_key_value_heads=2, attn_implementation=attention
+    )
+    return _causal(hf.LlamaForCausalLM(config))
+
+
+def qwen2() -> Built:
+    import transformers as hf
+
+    config = hf.Qwen2Config(**COMMON, vocab_size=50, num_key_value_heads=2)
+    return _causal(hf.Qwen2ForCausalLM(config))
+
+
+def qwen3() -> Built:
+    import transformers as hf
+
+    config = hf.Qwen3Config(**COMMON, vocab_size=50, num_key_value_heads=2, head_dim=8)
+    return _causal(hf.Qwen3ForCausalLM(config))
+
+
+def gpt2() -> Built:
+    import transformers as hf
+
+    config = hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=64)
+    return _causal(hf.GPT2LMHeadModel(config))
+
+
+def bert() -> Built:
+    import transformers as hf
+
+    config = hf.BertConfig(**COMMON, vocab_size=50, max_position_embeddings=64)
+    return hf.BertForSequenceClassification(config), {"input_ids": _tokens()}
+
+
+def t5() -> Built:
+    import transformers as hf
+
+    config = hf.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    inputs = {"input_ids": _tokens(), "decoder_input_ids": _tokens(6), "use_cache": False}
+    return hf.T5ForConditionalGeneration(config), inputs
+
+
+def vit() -> Built:
+    import transformers as hf
+
+    config = hf.ViTConfig(**COMMON, image_size=32, patch_size=8)
+    return hf.ViTForImageClassification(config), _images(32)
+
+
+def swin() -> Built:
+    import transformers as hf
+
+    config = hf.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
+    )
+    return hf.SwinForImageClassification(config), _images(32)
+
+
+def convnext() -> Built:
+    import transformers as hf
+
+    config = hf.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=64)
+    return hf.ConvNextForImageClassification(config), _images(64)
+
+
+def segformer() -> Built:
+    import transformers as hf
+
+    config = hf.SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 32, 64], decoder_hidden_size=32
+    )
+    return hf.SegformerForSemanticSegmentation(config), _images(64)
+
+
+def hf_resnet() -> Built:
+    import transformers as hf
+
+    config = hf.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic"
+    )
+    return hf.ResNetForImageClassification(config), _images(64)
+
+
+def whisper() -> Built:
+    import transformers as hf
+
+    config = hf.WhisperConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, vocab_size=60,
+        num_mel_bins=16, max_source_positions=20, max_target_positions=20, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    inputs = {
+        "input_features": torch.randn(1, 16, 40),
+        "decoder_input_ids": _tokens(6),
+        "use_cache": False,
+    }
+    return hf.WhisperForConditionalGeneration(config), inputs
+
+
+BUILDERS: dict[str, Callable[[], Built]] = {
+    "llama": llama, "llama_eager": lambda: llama("eager"), "qwen2": qwen2, "qwen3": qwen3,
+    "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "swin": swin, "convnext": convnext,
+    "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
+}  # fmt: skip

@@ -1,0 +1,94 @@
+"""The zoo: networks that people bring, and the least that the pruner does for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.zoo import language, vision
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the zoo.
+
+    Attributes:
+        package: that it comes from.
+        build: makes it, with inputs for images of a size.
+        sizes: of the images in the tests and in the table.
+        least: so many of its layers can be pruned, at least.
+        params: the fraction of parameters that it is pruned to.
+    """
+
+    package: str
+    build: Callable[[int], tuple[nn.Module, Any]]
+    sizes: tuple[int, int] = (0, 0)
+    least: int = 1
+    params: float = 0.7
+
+    def built(self, size: int = 0) -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        return self.build(size or self.sizes[0])
+
+
+def _cv(name: str, least: int, sizes: tuple[int, int] = (64, 224), **options: Any) -> Network:
+    return Network("pytorchcv", partial(vision.pytorchcv, name), sizes, least, **options)
+
+
+def _hf(name: str, least: int, **options: Any) -> Network:
+    return Network("transformers", partial(_configured, name), (0, 0), least, **options)
+
+
+def _configured(name: str, _: int) -> tuple[nn.Module, Any]:
+    return language.BUILDERS[name]()
+
+
+CIFAR = (32, 32)
+NETWORKS: dict[str, Network] = {
+    "resnet18": _cv("resnet18", 20),
+    "seresnet18": _cv("seresnet18", 36),
+    "preresnet18": _cv("preresnet18", 20),
+    "diaresnet20_cifar10": _cv("diaresnet20_cifar10", 33, CIFAR),
+    "wrn16_10_cifar10": _cv("wrn16_10_cifar10", 16, CIFAR),
+    "simplepose_resnet18": _cv("simplepose_resnet18_coco", 23),
+    "densenet121": _cv("densenet121", 120),
+    "mobilenetv2_w1": _cv("mobilenetv2_w1", 53),
+    "mobilenetv3_large_w1": _cv("mobilenetv3_large_w1", 63),
+    "efficientnet_b0": _cv("efficientnet_b0", 81),
+    "regnetx004": _cv("regnetx004", 71),
+    "inceptionv3": _cv("inceptionv3", 94, (96, 299)),
+    "squeezenet_v1_1": _cv("squeezenet_v1_1", 25),
+    "hrnet_w18_small_v1": _cv("hrnet_w18_small_v1", 91),
+    "resnext50_32x4d": _cv("resnext50_32x4d", 53),
+    "ghostnet": _cv("ghostnet", 95),
+    "igcv3_w1": _cv("igcv3_w1", 98),
+    # What chains of shuffles couple is, block by block, the whole stage.
+    "shufflenetv2_w1": _cv("shufflenetv2_w1", 40),
+    "shufflenet_g3_w1": _cv("shufflenet_g3_w1", 17),
+    "pyramidnet110_a48_cifar10": _cv("pyramidnet110_a48_cifar10", 109, CIFAR),
+    "resnesta18": _cv("resnesta18", 38),
+    "dpn68": _cv("dpn68", 71),
+    "centernet_resnet18": _cv("centernet_resnet18_voc", 29),
+    "efficientnet_pytorch_b0": Network("efficientnet_pytorch", vision.efficientnet, (64, 224), 81),
+    "monai_unet": Network("monai", vision.monai_unet, (32, 64), 11),
+    "monai_basic_unet": Network("monai", vision.monai_basic_unet, (32, 32), 22),
+    # Those of transformers: a stream that is normalised across its channels stays.
+    "llama": _hf("llama", 10),
+    "llama_eager": _hf("llama_eager", 10),
+    "qwen2": _hf("qwen2", 10),
+    "qwen3": _hf("qwen3", 10),
+    "gpt2": _hf("gpt2", 4),
+    "bert": _hf("bert", 9),
+    "t5": _hf("t5", 22),
+    "vit": _hf("vit", 8),
+    "swin": _hf("swin", 8),
+    "convnext": _hf("convnext", 4),
+    "segformer": _hf("segformer", 25),
+    "whisper": _hf("whisper", 12),
+    "hf_resnet": _hf("hf_resnet", 10),
+}

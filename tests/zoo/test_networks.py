@@ -1,0 +1,22 @@
+"""Networks that people bring: as much can be pruned as the table says, and what is pruned is right.
+
+The table is in networks.py; docs/networks.md tells of the same networks at their own sizes.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.zoo import judging
+from tests.zoo.networks import NETWORKS
+
+
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
+def test_it_is_pruned_to_the_target_and_trains_on(network):
+    model, inputs = network.built()
+    pruner, optimizer = judging.new_pruner(model, inputs, network.params)
+    verdict = judging.prune(model, inputs, pruner, optimizer)
+    assert verdict.prunable >= network.least, verdict.reasons
+    assert verdict.reached
+    assert verdict.left <= network.params
+    assert verdict.error < 1e-6

@@ -1,0 +1,21 @@
+"""One structure each: every layer but those named can be pruned, and the result is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.zoo import judging
+from tests.zoo.structures import STRUCTURES
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_only_the_layers_named_stay(name):
+    structure = STRUCTURES[name]
+    torch.manual_seed(0)
+    model, inputs = structure.build(), structure.inputs()
+    pruner, optimizer = judging.new_pruner(model, inputs, structure.params, structure.criterion)
+    assert set(judging.layers(model)) - set(pruner.widths) <= structure.stays, pruner.skipped
+    verdict = judging.prune(model, inputs, pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12

@@ -1,0 +1,62 @@
+"""What docs/networks.md quotes of the kept run over the zoo: a table for each package."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.markdown import ms, table
+
+#: Relative to the repository; `python -m tools.zoo_table` writes it.
+ZOO = Path("bench/results/zoo/result.json")
+HEAD = (
+    "network", "layers that can be pruned", "forward + backward, ms", "building a pruner", "tracing",
+    "parameters left", "masked − removed",
+)  # fmt: skip
+#: Why the last layer of nearly every network stays.
+OUTPUT = "reaches the output of the model"
+
+
+def zoo_block(result: dict[str, Any]) -> str:
+    """The tables, what stays and why, and where it was measured."""
+    parts = []
+    for package, networks in groupby(result["networks"].items(), lambda item: item[1]["package"]):
+        rows = [_row(name, one) for name, one in networks]
+        parts += [f"### {package} {result['versions'][package]}", table(HEAD, rows)]
+    machine = result["machine"]
+    parts += [
+        "What stays beside the layers that reach the output, and why:",
+        "\n".join(_staying(result["networks"])),
+        f"{machine['processor']}, {machine['threads']} thread; PyTorch "
+        f"{result['versions']['torch']}. Source: `{ZOO.as_posix()}`, written by "
+        "`python -m tools.zoo_table`.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _row(name: str, one: dict[str, Any]) -> list[str]:
+    if "failed" in one:
+        return [name, one["failed"].replace("|", "\\|"), *["–"] * (len(HEAD) - 2)]
+    seconds = one["seconds"]
+    size = f", {one['size']}²" if one["size"] else ""
+    return [
+        name + size,
+        f"{one['prunable']} of {one['layers']}",
+        ms(seconds["forward_backward"]),
+        f"{seconds['build'] / seconds['forward_backward']:.1f}×",
+        f"{seconds['trace'] / seconds['forward']:.1f}×",
+        f"{100 * one['left']:.1f}%" + ("" if one["reached"] else ", target not reached"),
+        "0" if one["error"] == 0 else f"{one['error']:.0e}",
+    ]
+
+
+def _staying(networks: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each network that keeps more than its output."""
+    lines = []
+    for name, one in networks.items():
+        found = {k: n for k, n in one.get("reasons", {}).items() if k != OUTPUT}
+        if found:
+            texts = [f"{n} × {reason}" for reason, n in found.items()]
+            lines.append(f"- {name}: {'; '.join(texts)}")
+    return lines
