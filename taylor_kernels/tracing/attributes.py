@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -79,12 +80,18 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
                 f"{name}: expected ('weight', 0), 'inputs', 'outputs' or 'groups', got {what!r}"
             )
     _RULES.setdefault(module_class, {}).update(counted)
+    _rules_of.cache_clear()
 
 
 def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     """The registered attributes of a module."""
+    return _rules_of(type(module))
+
+
+@cache
+def _rules_of(module_class: type[nn.Module]) -> Mapping[str, Counted]:
     found: dict[str, Counted] = {}
-    for parent in reversed(type(module).__mro__):
+    for parent in reversed(module_class.__mro__):
         found.update(_RULES.get(parent, {}))
         found.update(_RULES.get(f"{parent.__module__}.{parent.__qualname__}", {}))
     return found
@@ -122,11 +129,11 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
     return bool(names)
 
 
-#: Classes that compute one width from another, and the dimensions that therefore stay.
+#: Classes that check one width against another, and the dimensions that therefore stay.
 WHOLE: dict[type[nn.Module], tuple[str, tuple[tuple[str, int], ...]]] = {
     nn.MultiheadAttention: (
-        "belongs to nn.MultiheadAttention, which computes the width of a head from embed_dim",
-        (("in_proj_weight", 0), ("q_proj_weight", 0), ("k_proj_weight", 0), ("v_proj_weight", 0),
-         ("out_proj.weight", 1)),
+        "belongs to nn.MultiheadAttention, whose own forward checks its width against embed_dim",
+        (("in_proj_weight", 0), ("in_proj_weight", 1), ("q_proj_weight", 0), ("q_proj_weight", 1),
+         ("k_proj_weight", 0), ("v_proj_weight", 0), ("out_proj.weight", 1)),
     ),
 }  # fmt: skip

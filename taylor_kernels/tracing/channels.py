@@ -39,18 +39,20 @@ class Channels:
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
         self._record, self._lifted = record, frozenset(lifted)
         resolution = resolve(record, self._lifted)
-        roots, label = np.unique(resolution.label, return_inverse=True)
-        self._label = label.ravel().astype(np.int64)
+        roots = np.flatnonzero(resolution.label == np.arange(record.count))
+        number = np.zeros(record.count, np.int64)
+        number[roots] = np.arange(roots.size)
+        self._label = number[resolution.label]
         self._why = resolution.why[roots]
         self._reasons = resolution.reasons
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
         self.classes: dict[str, tuple[Tensor, ...]] = {}
         self._classes: dict[tuple[str, int], Vector] = {}
+        every = torch.from_numpy(self._label)
         for start, name, dim, size in record.starts:
-            vector = self._label[start : start + size]
-            self._classes[name, dim] = vector
-            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+            self._classes[name, dim] = self._label[start : start + size]
+            self.classes[name] = (*self.classes.get(name, ()), every[start : start + size])
         order = {name: number for number, (name, _) in enumerate(model.named_modules())}
         self._order = order
         self.layers: dict[str, tuple[Tensor, Tensor]] = {}
@@ -93,17 +95,17 @@ class Channels:
                     norms[number][norm.module] = None
         for (classes, table), behind in zip(made, norms, strict=True):
             slots = [
-                Slot(owner, side, index(rows))
+                Slot(owner, side, rows)
                 for (owner, side), rows in table.items()
                 if isinstance(side, str)
             ]
             entries = [
-                Entry(tensor, dim, index(rows), self.fills.get(tensor, {}).get(dim, 0.0))
+                Entry(tensor, dim, rows, self.fills.get(tensor, {}).get(dim, 0.0))
                 for (tensor, dim), rows in table.items()
                 if isinstance(dim, int)
             ]
             slots.sort(key=lambda slot: self._order.get(slot.owner, -1))
-            group = Group(tuple(slots), tuple(entries), index(classes), tuple(behind))
+            group = Group(tuple(slots), tuple(entries), classes, tuple(behind))
             self.groups.append(group)
         self.groups.sort(key=lambda group: self._order.get(group.name, -1))
         offered = {slot.owner for group in self.groups for slot in group.producers}
