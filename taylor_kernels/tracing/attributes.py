@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -38,6 +37,8 @@ _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
     "transformers.pytorch_utils.Conv1D": {"nx": "inputs", "nf": "outputs"},
 }
+#: What has been looked up, by class.
+_FOUND: dict[type[nn.Module], Mapping[str, Counted]] = {}
 #: Integers that modules keep and that count no channels.
 _NO_COUNT = re.compile(
     r"(stride|kernel|padding|dilation|axis|layers?|depth|eps|id|idx|index|count|calls|step)s?$"
@@ -80,20 +81,19 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
                 f"{name}: expected ('weight', 0), 'inputs', 'outputs' or 'groups', got {what!r}"
             )
     _RULES.setdefault(module_class, {}).update(counted)
-    _rules_of.cache_clear()
+    _FOUND.clear()
 
 
 def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     """The registered attributes of a module."""
-    return _rules_of(type(module))
-
-
-@cache
-def _rules_of(module_class: type[nn.Module]) -> Mapping[str, Counted]:
+    module_class = type(module)
+    if module_class in _FOUND:
+        return _FOUND[module_class]
     found: dict[str, Counted] = {}
     for parent in reversed(module_class.__mro__):
         found.update(_RULES.get(parent, {}))
         found.update(_RULES.get(f"{parent.__module__}.{parent.__qualname__}", {}))
+    _FOUND[module_class] = found
     return found
 
 

@@ -65,7 +65,7 @@ class Channels:
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
-            if reason.mixer:
+            if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(self._label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
         self._sizes = self._counted(model)

@@ -70,8 +70,8 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
     classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     counts = np.zeros((classes.size, sizes.size), np.int64)
     np.add.at(counts, (inverse.ravel(), part[chosen]), 1)
-    # In proportion, each part lost the same multiple of its ratio.
-    shares = counts / ratio
+    # In proportion, each part lost the same multiple of its ratio; in whole numbers.
+    shares = counts * (np.lcm.reduce(ratio) // ratio)
     open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
     if not open_.size:
         return vector[:0]
@@ -89,11 +89,11 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
 
 def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
     """Sets of rows whose sums are the same in every column, and the rows that are left."""
-    rows: list[list[float]] = shares.tolist()
+    rows: list[list[int]] = shares.tolist()
     columns = shares.shape[1]
     waiting: list[list[int]] = [[] for _ in range(columns)]
     current: list[int] = []
-    total = [0.0] * columns
+    total = [0] * columns
     for number, row in enumerate(rows):
         filled = [column for column in range(columns) if row[column]]
         if len(filled) == 1:
@@ -107,7 +107,7 @@ def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
     while True:
         if current and min(total) == max(total):
             sets.append(current)
-            current, total = [], [0.0] * columns
+            current, total = [], [0] * columns
         queue = waiting[total.index(min(total))]
         if not queue:
             break
