@@ -239,6 +239,8 @@ class Record:
         core = cells[tuple(slice(None) if dim in on else 0 for dim in range(cells.ndim))]
         if len(on) == 1:
             axes[on[0]] = core
+            if allowed is not None and on[0] not in allowed:
+                self.fix(core, Reason("is given a constant size", *where))
             return axes
         fresh = [self.fresh(size) for size in core.shape]
         may = tuple(i for i, dim in enumerate(on) if allowed is None or dim in allowed)

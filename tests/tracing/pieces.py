@@ -165,7 +165,7 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
         return Apply(rng.choice([_halves, _slices])), c
     if kind == "twice":
         return Apply(lambda s, x: torch.cat([x, s.act(x), x], 1), act=activation(rng)), 3 * c
-    if kind == "shuffle" and even and c > 2:
+    if kind == "shuffle" and even:
         return Apply(_shuffle(2)), c
     if kind == "native_shuffle" and even:
         return nn.ChannelShuffle(2), c
