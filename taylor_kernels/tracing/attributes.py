@@ -63,12 +63,18 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
 
     Example:
         >>> import torch
-        >>> from taylor_kernels.tracing import register_attributes
+        >>> from taylor_kernels.tracing import register_attributes, trace
         >>> class Scale(torch.nn.Module):
         ...     def __init__(self, width):
         ...         super().__init__()
         ...         self.width, self.gain = width, torch.nn.Parameter(torch.ones(width))
+        ...     def forward(self, x):
+        ...         return x * self.gain
         >>> register_attributes(Scale, width=("gain", 0))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), Scale(8), torch.nn.Linear(8, 2))
+        >>> channels = trace(model, torch.randn(1, 4))
+        >>> channels.attributes([torch.arange(8) < 3])["1"]
+        {'width': 5}
     """
     if not isinstance(module_class, str) and not (
         isinstance(module_class, type) and issubclass(module_class, nn.Module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ class Channels:
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
             they are to be filled before those that are zeroed.
+
+    Example:
+        >>> import torch
+        >>> from taylor_kernels.tracing import trace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> channels = trace(model, torch.randn(1, 4))
+        >>> dead = torch.arange(8) < 3
+        >>> channels.entries([dead])["1.weight"]
+        {1: tensor([0, 1, 2])}
+        >>> channels.attributes([dead])
+        {'0': {'out_features': 5}, '1': {'in_features': 5}}
     """
 
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
@@ -226,14 +238,17 @@ class Channels:
     # For people
 
     def table(self) -> str:
-        """One line for each group, then one for each layer that is left out."""
+        """The groups and the layers that they run through, then the layers that are left out."""
         lines = []
         for group in self.groups:
             per = sum(slot.index.size(1) for slot in group.producers)
             through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines)
+        wrap = textwrap.TextWrapper(
+            100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
+        )
+        return "\n".join(wrap.fill(line) for line in lines)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -243,6 +258,14 @@ class Channels:
 
         Returns:
             The path.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from taylor_kernels.tracing import trace
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> folder = tempfile.mkdtemp()
+            >>> trace(model, torch.randn(1, 4)).show(f"{folder}/channels.html").name
+            'channels.html'
         """
         return write_page(self, Path(path))
 

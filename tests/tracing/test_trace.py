@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import re
 from dataclasses import dataclass
 
 import pytest
 import torch
+from removal import faults
 from torch import Tensor, nn
 
+from taylor_kernels import tracing
 from taylor_kernels.tracing import Channels, register_attributes, trace
 
 
@@ -85,6 +88,21 @@ class Holder:
     me: object
 
 
+class Residual(nn.Module):
+    """Every body is added to what it is given."""
+
+    def __init__(self, bodies: nn.Sequential) -> None:
+        super().__init__()
+        self.bodies, self.out = bodies, nn.Conv2d(3, 2, 1)
+        self.enter = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for body in self.bodies:
+            x = x + body(x)
+        return self.out(x)
+
+
 class Wrapped(nn.Module):
     def __init__(self, make) -> None:
         super().__init__()
@@ -125,6 +143,49 @@ def test_outputs_of_any_container_stay(make):
 )
 def test_inputs_of_any_make(inputs):
     assert trace(Wrapped(lambda y: y), inputs).groups[0].size == 8
+
+
+class Attending(nn.Module):
+    """nn.MultiheadAttention between linear layers, of itself or of other widths."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        self.enter, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **widths)
+        if widths:
+            self.keys, self.values = (nn.Linear(5, width) for width in widths.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.enter(x)
+        k, v = (self.keys(x), self.values(x)) if hasattr(self, "keys") else (q, q)
+        return self.out(self.attention(q, k, v)[0])
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 4}], ids=str)
+def test_multihead_attention_keeps_its_width(widths):
+    model, inputs = Attending(**widths), torch.randn(2, 6, 5)
+    channels = trace(model, inputs)
+    assert not faults(model, inputs, channels)
+    assert "whose own forward checks its width" in channels.skipped["enter"]
+    others = {"keys", "values"} if widths else set()
+    assert {group.name for group in channels.groups} == {"attention.out_proj"} | others
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_transformer_layer_in_eval_mode_is_read_in_its_parts(first):
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=first)
+    model = nn.Sequential(
+        nn.Linear(5, 8),
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        nn.Linear(8, 3),
+    ).eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    channels = trace(model, torch.randn(2, 6, 5))
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert [group.name for group in channels.groups] == [
+        "1.layers.0.linear1", "1.layers.1.linear1",
+    ]  # fmt: skip
+    assert "whose own forward checks" in channels.skipped["0"]
 
 
 def complex_model() -> nn.Module:
@@ -221,6 +282,27 @@ def test_wrong_masks_are_refused():
     for dead in ([], [torch.zeros(7, dtype=torch.bool)], [torch.zeros(8)]):
         with pytest.raises(ValueError, match="dead: "):
             channels.entries(dead)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [tracing.tracing, tracing.channels, tracing.attributes],
+    ids=lambda module: module.__name__,
+)
+def test_examples_of_the_documentation(module):
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
+
+
+def test_lines_of_the_table_fit_a_terminal():
+    model = nn.Sequential()
+    for number in range(9):
+        model.append(nn.Sequential())
+        model[-1].add_module(f"convolution_number_{number}", nn.Conv2d(3, 3, 1))
+    text = trace(Residual(model), IMAGE).table()
+    assert text.count("\n") > 2
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_it_prints_and_draws(tmp_path):
