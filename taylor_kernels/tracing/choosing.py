@@ -208,7 +208,8 @@ class Chooser:
             best |= {
                 kind for kind in chosen[option] if self.family[self.uses[kind][0][0]] == family
             }
-        return self._result(*self._apply(best), best)
+        result = results[chosen.index(best)] if best in chosen else self._apply(best)
+        return self._result(*result, best)
 
     def _result(self, forest: Forest, why: Vector, best: set[int]) -> Resolution:
         choices = [
@@ -252,9 +253,12 @@ class Chooser:
         forest.unite(pairs)
         why = _spread(forest, why)
         for parts in self.parts:
-            if (alone := match(parts, forest, why == FREE)).size:
+            before = forest.label
+            alone = match(parts, forest, why == FREE)
+            if alone.size:
                 np.minimum.at(why, alone, self._number(parts.reason))
-            why = _spread(forest, why)
+            if alone.size or forest.label is not before:
+                why = _spread(forest, why)
         return forest, why
 
     def _kept(self, table: Table, live: int | None) -> int:

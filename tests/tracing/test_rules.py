@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pieces import Apply
+from parts import Apply
 from removal import faults
 from torch import Tensor, nn
 from torch.nn import functional as F

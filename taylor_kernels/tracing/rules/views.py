@@ -15,8 +15,9 @@ from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
-from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.recorder import Call, rule
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
 _SLICES = {
