@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Norm
-from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.recorder import Call, rule
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
