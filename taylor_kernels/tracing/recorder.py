@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.record import Reason, Record, Vector
-from taylor_kernels.tracing.flow import Flow
 
 
 class Call:
