@@ -6,8 +6,8 @@
 
 Each network has a process of its own, one thread and ten minutes. Times are of the processor, the
 least of a few runs on the example inputs, one example each: the model in eval mode forward, and
-forward and backward; tracing it; building one pruner, with the proof. Then it is pruned as the tests
-do it.
+forward and backward; tracing it; building one pruner, with the proof. Then it is pruned as the
+tests do it.
 """
 
 from __future__ import annotations
