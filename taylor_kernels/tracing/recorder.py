@@ -169,12 +169,12 @@ class Recorder(TorchDispatchMode):
 
     def origin(self, vector: Vector | None) -> str:
         """The name of the parameter or buffer that the first of these atoms belongs to."""
-        named = [] if vector is None else vector[vector != 0].tolist()
-        place = bisect_right(self.record.starts, named[0], key=lambda s: s[0]) if named else 0
+        first = 0 if vector is None or not vector.size else int(vector[(vector != 0).argmax()])
+        place = bisect_right(self.record.starts, first, key=lambda s: s[0]) if first else 0
         if not place:
             return ""
         start, name, _, size = self.record.starts[place - 1]
-        return name if named[0] < start + size else ""
+        return name if first < start + size else ""
 
     def owner(self, name: str) -> str:
         """The module to which a use of this parameter belongs: the running one if it holds it."""

@@ -53,11 +53,12 @@ def reshaped(
     """
     new = Labels.fixed(shape)
     new.memory, new.uniform = old.memory, old.uniform
-    if not old.labelled and not old.uniform:
+    atoms = set(old.labelled)
+    if not atoms and not old.uniform:
         return new
     if old.shape == new.shape:
         new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
-        for dim in old.labelled:
+        for dim in sorted(atoms):
             if dim not in inferred:
                 tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)
         return new
@@ -66,7 +67,7 @@ def reshaped(
         new.zero = [all(old.zero)] * len(new.shape)
         return new
     for ours, theirs in segments(old.shape, new.shape):
-        labelled = [i for i in ours if i in old.labelled]
+        labelled = [i for i in ours if i in atoms]
         if not labelled:
             continue
         zero = all(old.zero[i] for i in labelled)
