@@ -156,7 +156,8 @@ class Pruner:
 
         Args:
             loss_scale: what the loss was multiplied by before backward() (a GradScaler's
-                get_scale()). Leave step() out for a minibatch whose gradients overflowed.
+                get_scale()). For a minibatch whose gradients overflowed, call skip() in place of
+                step().
             closure: for criteria that run the model themselves (taylor_so_diag and others):
                 `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
                 mode it moves BatchNorm's statistics, and draws dropout, a second time.
@@ -183,6 +184,20 @@ class Pruner:
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
             return self._prune() if self._scores.count >= self._every else None
+
+    def skip(self) -> None:
+        """Forget the minibatch: in place of step(), for one that is not to count, as one whose
+        gradients overflowed.
+
+        Without it the next step() would add what backward() left of that minibatch to its own. It
+        does not count towards `every`.
+
+        Raises:
+            RuntimeError: the pruner is closed.
+        """
+        self._check_open()
+        if self._statistic is not None:
+            self._statistic.discard()
 
     def _prune(self) -> PruneRecord:
         net = self._network

@@ -98,7 +98,7 @@ class Statistic(ABC):
         return []
 
     def discard(self) -> None:  # noqa: B027 - most statistics gather nothing between updates
-        """Forget what was gathered since the last collect()."""
+        """Forget what was gathered since the last collect(): a minibatch is not to count."""
 
     def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
