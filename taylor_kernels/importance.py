@@ -17,6 +17,7 @@ from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    checked_tables,
     filter_count,
     find_layers,
     get_statistic,
@@ -170,7 +171,8 @@ class Importance:
         check_loss_scale(loss_scale)
         self._require_open("update")
         check_closure(self._statistic, closure, self.criterion.name, "update")
-        tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+        found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+        tables = checked_tables(self._statistic, found)
         device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]

@@ -33,6 +33,7 @@ from taylor_kernels.statistics import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    checked_tables,
     get_statistic,
 )
 from taylor_kernels.tracing.running import outside_inference_mode
@@ -179,7 +180,8 @@ class Pruner:
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
         with outside_inference_mode():
-            tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            tables = checked_tables(self._statistic, found)
             check_no_noise(self._statistic)
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
