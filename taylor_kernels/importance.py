@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
@@ -27,7 +28,7 @@ from taylor_kernels.tracing import trace
 _STATE_VERSION = 1
 
 
-class Importance:
+class Importance(OnModel):
     """Scores every filter of a model's convolution and linear layers under one criterion.
 
     Call update() after every backward() of a training loop, and compute() for the scores.

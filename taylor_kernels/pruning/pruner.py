@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
@@ -39,7 +40,7 @@ from taylor_kernels.statistics import (
 from taylor_kernels.tracing.running import outside_inference_mode
 
 
-class Pruner:
+class Pruner(OnModel):
     """Prunes a model while it trains.
 
     Args:
