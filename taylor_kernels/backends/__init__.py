@@ -66,7 +66,7 @@ def available_backends() -> dict[str, Availability]:
         >>> bool(tk.available_backends()["reference"])
         True
     """
-    return {name: Availability(*backend.status()) for name, backend in _backends.items()}
+    return {name: _availability(backend) for name, backend in _backends.items()}
 
 
 def register_backend(backend: Backend) -> None:
@@ -75,8 +75,22 @@ def register_backend(backend: Backend) -> None:
     Where several serve a device, the first that was registered and can run is the default.
 
     Raises:
+        TypeError: it is no `Backend`, or not made of what one is made of.
         ValueError: there is a backend of that name.
     """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: expected a Backend, got {type(backend).__name__}")
+    if not isinstance(backend.name, str) or not backend.name:
+        raise TypeError(f"backend: its name is {backend.name!r}; give it a string that names it")
+    devices = backend.devices
+    if not isinstance(devices, tuple) or not all(isinstance(each, str) for each in devices):
+        raise TypeError(
+            f"backend: the devices of {backend.name!r} are {devices!r}; give a tuple of types of "
+            "torch.device, such as ('cpu',)"
+        )
+    for field in ("status", "kernels", "on_request"):
+        if not callable(getattr(backend, field)):
+            raise TypeError(f"backend: {field} of {backend.name!r} is no function; give it one")
     if backend.name in _backends:
         raise ValueError(f"backend: there is one named {backend.name!r}; choose another name")
     _backends[backend.name] = backend
@@ -93,12 +107,34 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
         ValueError: `backend` is no backend's name, or cannot run on this device or dtype.
         RuntimeError: the named backend is not available here; the message says why.
     """
+    return _chosen(device, dtype, backend).kernels()
+
+
+def kernel(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Callable[..., None]:
+    """The kernel of one op, of those that `select` gives.
+
+    Raises:
+        ValueError, RuntimeError: as `select`; or the backend has not got the op.
+    """
+    chosen = _chosen(device, dtype, backend)
+    kernels = chosen.kernels()
+    try:
+        return getattr(kernels, op)
+    except AttributeError as error:
+        raise RuntimeError(
+            f"backend: {chosen.name!r} has no {op}; name another, such as backend='reference'"
+        ) from error
+
+
+def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Backend:
     wide = dtype == torch.float64
     if backend is None:
         for each in _backends.values():
-            if device.type in each.devices and (each.float64 or not wide) and each.status()[0]:
-                return each.kernels()
-        return reference
+            if device.type in each.devices and (each.float64 or not wide) and _availability(each):
+                return each
+        return _backends["reference"]
     check_name(backend)
     named = _backends[backend]
     if named.devices and device.type not in named.devices and not named.on_request(device.type):
@@ -108,10 +144,19 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
         )
     if wide and not named.float64:
         raise ValueError(f"backend: {backend!r} has no float64; use 'reference'")
-    status = Availability(*named.status())
+    status = _availability(named)
     if not status:
         raise RuntimeError(f"backend: {backend!r} is {status}")
-    return named.kernels()
+    return named
+
+
+def _availability(backend: Backend) -> Availability:
+    """What its status() says. One that fails is not available, and keeps no other from running."""
+    try:
+        ok, detail = backend.status()
+    except Exception as error:
+        return Availability(False, f"status raised {type(error).__name__}: {error}")
+    return Availability(ok, detail)
 
 
 def check_name(backend: object) -> None:

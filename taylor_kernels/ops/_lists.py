@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, native, select
+from taylor_kernels.backends import check_name, kernel, native
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
 from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
@@ -84,13 +84,13 @@ def define_list_op(
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
-        kernels = select(lists[0][0].device, lists[0][0].dtype, backend)
+        compute = kernel(name, lists[0][0].device, lists[0][0].dtype, backend)
         filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
         out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
         items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
-            getattr(kernels, name)(items, *seed)
+            compute(items, *seed)
         return out
 
     lists = ", ".join(f"Tensor[] {each}" for each in inputs)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
 from taylor_kernels.ops._checks import check_tensor
 from taylor_kernels.ops._library import define
@@ -226,13 +226,13 @@ def _run(
     *rest: Any,
 ) -> Tensor:
     stride, padding, dilation, groups, matmul, backend = rest
-    kernels = select(input.device, input.dtype, backend)
+    run = kernel("conv2d_fisher", input.device, input.dtype, backend)
     out = _empty(input, grad_output, weight, weight_size)
     if not (input.numel() and grad_output.numel()):
         return out.zero_()
     geometry = (weight_size, stride, padding, dilation, groups)
     args = conv2d_fisher_args(input, grad_output, weight, *geometry, _may_round(matmul), out)
-    kernels.conv2d_fisher(args)
+    run(args)
     return out
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, activation_args
 from taylor_kernels.ops._checks import check_like, check_tensor
 from taylor_kernels.ops._library import define
@@ -89,13 +89,13 @@ def gate_gradients(
 def _run(
     output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, backend: str | None
 ) -> Tensor:
-    kernels = select(output.device, output.dtype, backend)
+    run = kernel("gate_gradients", output.device, output.dtype, backend)
     out = _empty(output, grad_output, bias, channel_dim)
     if not output.numel():
         return out.zero_()
     bias = None if bias is None else bias.to(output.dtype)  # under autocast y is half, b float32
     args = activation_args(output, grad_output, bias, channel_dim, out)
-    kernels.gate_gradients(args)
+    run(args)
     return out
 
 

@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import RademacherItem, in_order_of
 from taylor_kernels.ops._checks import check_seed, check_streams, check_tensor
 from taylor_kernels.ops._library import define
@@ -110,9 +110,9 @@ def _run(
         for signs, stream in zip(_pieces(out, counts), streams, strict=True)
         if signs.numel()
     ]
-    kernels = select(out.device, out.dtype, backend)
+    run = kernel("rademacher", out.device, out.dtype, backend)
     if items:
-        kernels.rademacher(items, seed)
+        run(items, seed)
     return out
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
@@ -33,12 +34,13 @@ from taylor_kernels.statistics import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    checked_tables,
     get_statistic,
 )
 from taylor_kernels.tracing.running import outside_inference_mode
 
 
-class Pruner:
+class Pruner(OnModel):
     """Prunes a model while it trains.
 
     Args:
@@ -156,7 +158,8 @@ class Pruner:
 
         Args:
             loss_scale: what the loss was multiplied by before backward() (a GradScaler's
-                get_scale()). Leave step() out for a minibatch whose gradients overflowed.
+                get_scale()). For a minibatch whose gradients overflowed, call skip() in place of
+                step().
             closure: for criteria that run the model themselves (taylor_so_diag and others):
                 `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
                 mode it moves BatchNorm's statistics, and draws dropout, a second time.
@@ -178,11 +181,26 @@ class Pruner:
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
         with outside_inference_mode():
-            tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            tables = checked_tables(self._statistic, found)
             check_no_noise(self._statistic)
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
             return self._prune() if self._scores.count >= self._every else None
+
+    def skip(self) -> None:
+        """Forget the minibatch: in place of step(), for one that is not to count, as one whose
+        gradients overflowed.
+
+        Without it the next step() would add what backward() left of that minibatch to its own. It
+        does not count towards `every`.
+
+        Raises:
+            RuntimeError: the pruner is closed.
+        """
+        self._check_open()
+        if self._statistic is not None:
+            self._statistic.discard()
 
     def _prune(self) -> PruneRecord:
         net = self._network

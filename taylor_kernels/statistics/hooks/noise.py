@@ -69,7 +69,7 @@ class Noise:
         if self._sums:
             found = layers(self._sums)
             for name, sums in found.items():
-                seen = sums[:, 2] > 0
+                seen = (sums[:, 2] > 0) & sums[:, 2].isfinite()  # an overflow shows nothing
                 noise = sums[:, 0].abs() <= sums[:, 1]
                 if (noise | ~seen).all():
                     agreeing = self._evidence.get(name, 0) + int(seen.sum())
