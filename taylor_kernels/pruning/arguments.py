@@ -123,17 +123,24 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    if any(isinstance(one, LBFGS) for one in optimizers_in(optimizer)):
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
+                f"{type(one).__name__}"
+            )
+    own = set(model.parameters())
+
+    def holds(one: Optimizer) -> bool:
+        return any(p in own for group in one.param_groups for p in group["params"])
+
+    if any(isinstance(one, LBFGS) and holds(one) for one in optimizers_in(optimizer)):
         raise ValueError(
             "optimizer: LBFGS keeps one flat history of all weights, which cannot be cut with the "
             "model; use another one, or leave it out and make a new one after compact()"
         )
-    own = set(model.parameters())
-    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+    if not given or not all(map(holds, given)):
         raise ValueError(
             "optimizer: it holds no parameter of the model; build it from model.parameters()"
         )

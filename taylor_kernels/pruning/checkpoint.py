@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
+import pickle
 import zipfile
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
+from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
     VERSION,
@@ -41,7 +42,8 @@ def save_checkpoint(
             state_dict): tensors and plain Python.
 
     Raises:
-        TypeError: a part is something else, or an extra is what `load_checkpoint` would refuse.
+        TypeError: a part is something else, or it holds what `load_checkpoint` would refuse:
+            objects other than tensors and plain Python. (numpy's numbers become Python's.)
         FileNotFoundError: there is no such folder.
 
     Example:
@@ -53,15 +55,16 @@ def save_checkpoint(
         ['run.pt']
     """
     _check_parts(model, optimizer)
-    for name, value in extra.items():
-        _check_loads(value, name)
-    content = {
-        "format": FILE_FORMAT,
-        "version": VERSION,
+    parts = {
         "model": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "pruner": None if pruner is None else pruner.state_dict(),
-        "extra": extra,
+    }
+    content = {
+        "format": FILE_FORMAT,
+        "version": VERSION,
+        **{name: as_plain(part, name) for name, part in parts.items()},
+        "extra": {name: as_plain(value, name) for name, value in extra.items()},
     }
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -123,6 +126,14 @@ def load_checkpoint(
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
+    except pickle.UnpicklingError as error:
+        # PyTorch says what is wrong at the end of a long explanation.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        raise ValueError(
+            f"path: {os.fspath(path)!r} is whole, but holds objects other than tensors and plain "
+            f"Python, which are not loaded since that can run code ({reason}); if you trust it, "
+            "read it with torch.load(weights_only=False) and load its parts one by one"
+        ) from error
     except Exception as error:
         raise ValueError(
             f"path: {os.fspath(path)!r} is damaged or not a checkpoint ({first_line(error)})"
@@ -167,19 +178,3 @@ def _check_parts(model: object, optimizer: object) -> None:
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
-
-
-def _check_loads(value: object, name: str) -> None:
-    """What torch.load reads back without running code from the file."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # PyTorch says what is wrong at the end of a long explanation.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
-        raise TypeError(
-            f"{name}: expected tensors and plain Python, which torch.load(weights_only=True) "
-            f"reads back; pass its state_dict or its numbers instead ({reason})"
-        ) from error

@@ -8,10 +8,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.masking import Masks
+from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 
@@ -44,7 +44,7 @@ class Network:
         in_use: its pruner is open and has not reached its targets.
     """
 
-    def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
+    def __init__(self, model: nn.Module, prunable: Prunable, optimizer: object) -> None:
         self.model = model
         self.channels = prunable.channels
         self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in prunable.groups]
@@ -53,6 +53,7 @@ class Network:
         self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
+        self._steps = Steps()
         self._shapes = self._found_shapes()
         self.in_use = True
         _LAST[model] = weakref.ref(self)
@@ -79,14 +80,20 @@ class Network:
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def compact(self) -> list[Tensor]:
-        """Remove what is masked; per group [U] bool, True for the units that went."""
+        """Remove what is masked; per group [U] bool, True for the units that went.
+
+        Raises:
+            ValueError: an optimizer's state cannot be cut. Nothing has changed.
+        """
+        gone = self._remove(self.dead)
         self._masks.close()
-        return self._remove(self.dead)
+        return gone
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
             self.check_unchanged()
-            remove(self.model, self.channels, dead, self._optimizer)
+            stepped = self._steps.optimizers
+            remove(self.model, self.channels, dead, self._optimizer, stepped)
             self.channels = self.channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
@@ -98,6 +105,17 @@ class Network:
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
         names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
+
+    def check_optimizer(self) -> None:
+        """The optimizer's state can be masked and cut, whatever units go.
+
+        Raises:
+            ValueError: a state tensor has no dimensions of its parameter's.
+        """
+        optimizers = optimizers_in(self._optimizer)
+        everything = [torch.ones_like(gone) for gone in self.dead]
+        for name, cuts in self.channels.entries(everything).items():
+            check_follows(optimizers, name, lookup(self.model, name), cuts)
 
     def check_unchanged(self) -> None:
         """Nobody else has cut the model.
@@ -118,6 +136,7 @@ class Network:
         """Take the hooks off the model, for good."""
         self.in_use = False
         self._masks.close()
+        self._steps.close()
 
     @property
     def widths(self) -> dict[str, int]:

@@ -57,8 +57,9 @@ class Pruner(OnModel):
         round_to: widths of pruned layers stay multiples of this, or what they were.
         ignore: module names, patterns (*, ?) or modules whose filters stay; a container stands
             for all layers in it.
-        optimizer: its state is zeroed with the masks and cut with the model. Without one, make a
-            new optimizer after compact(): one made before holds the old parameters.
+        optimizer: one, or a sequence of all that train the model; their state is zeroed with the
+            masks and cut with the model. Without one, make a new optimizer after compact(): one
+            made before holds the old parameters.
         min_filters: every layer keeps at least so many.
         backend: of the kernels; see `tk.available_backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
@@ -104,7 +105,7 @@ class Pruner(OnModel):
         momentum: float = 0.9,
         round_to: int = 1,
         ignore: Sequence[str | nn.Module] = (),
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
@@ -204,6 +205,7 @@ class Pruner(OnModel):
 
     def _prune(self) -> PruneRecord:
         net = self._network
+        net.check_optimizer()
         self._budget.check_in_reach(net.meter, net.groups, net.dead, self._scores.unscored)
         scores = self._scores.close_period(self._momentum, net.dead)
         taken = select(net.groups, net.dead, scores, net.meter, self._budget)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,9 +132,144 @@ def test_what_cannot_be_cut_is_found_inside_too():
 
     optimizer = SharesGroups(model.parameters(), Flat, lr=0.1)
     pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
-    before = copy.deepcopy(model.state_dict())
-    zoo.loss(model, inputs).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"optimizer: its state 'flat' of .* does not follow"):
-        pruner.step()
-    assert model.state_dict().keys() == before.keys()
+    cost, widths = pruner.cost, pruner.widths
+    for _ in range(2):
+        zoo.loss(model, inputs).backward()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"optimizer: its state 'flat' of .* does not follow"):
+            pruner.step()
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        assert (pruner.cost, pruner.widths, pruner.history) == (cost, widths, ())
+
+
+class InObject(Optimizer):
+    """The other optimizer is an attribute of a plain object."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        self.engine = SimpleNamespace(parts={"all": [make(params, **options)]})
+        self.engine.back = self
+
+    def step(self, closure=None):
+        return self.engine.parts["all"][0].step(closure)
+
+
+class InClosure(Optimizer):
+    """The other optimizer is known to functions alone."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        inner = make(params, **options)
+        self.run = functools.partial(lambda closure, much: inner.step(closure), much=1)
+
+    def step(self, closure=None):
+        return self.run(closure)
+
+
+@pytest.mark.parametrize("wrap", [InObject, InClosure])
+def test_optimizers_in_objects_and_closures_are_followed(wrap):
+    expected, reference, _ = pruned("mlp", bare, SGD, momentum=0.9)
+    model, pruner, _ = pruned("mlp", wrap, SGD, momentum=0.9)
+    assert pruner.history == reference.history
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+HIDDEN = {}
+
+
+class InGlobal(SharesGroups):
+    """The other optimizer is where nobody finds it."""
+
+    def __init__(self, params, make, **options):
+        super().__init__(params, make, **options)
+        HIDDEN["inner"] = vars(self).pop("base")
+
+    def step(self, closure=None):
+        return HIDDEN["inner"].step(closure)
+
+
+class Elsewhere(SGD):
+    """Keeps its momentum where nobody finds it."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            HIDDEN[p] = torch.zeros_like(p)
+
+
+def test_hidden_state_is_refused_or_named():
+    model, inputs = zoo.build("mlp")
+    outer = InGlobal(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=outer)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    outer.step()
+    parameters = list(model.parameters())
+    with pytest.raises(ValueError, match="optimizer: it is given without the SGD that keeps"):
+        pruner.compact()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    gone = [(p == 0).sum() for p in parameters]
+    zoo.loss(model, inputs).backward()
+    outer.step()
+    assert [(p == 0).sum() for p in parameters] == gone  # still masked
+
+    model, inputs = zoo.build("mlp")
+    optimizer = Elsewhere(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="Elsewhere has made steps, but no state of .*weight"):
+        pruner.compact()
+    HIDDEN.clear()
+
+
+def two(model):
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    return SGD(matrices, 0.02, momentum=0.9), SGD(
+        [p for p in model.parameters() if p.dim() < 2], 0.01, momentum=0.5
+    )
+
+
+def test_several_optimizers():
+    results = []
+    for compact in (False, True):
+        model, inputs = zoo.build("mlp")
+        optimizers = two(model)
+        pruner = Pruner(
+            model, inputs, "taylor_fo", filters=0.5, every=2, per_step=3, optimizer=optimizers
+        )
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(10):
+                model.zero_grad()
+                zoo.loss(model, zoo.fresh(inputs)).backward()
+                pruner.step()
+                for one in optimizers:
+                    one.step()
+                if compact:
+                    pruner.compact()
+            pruner.compact()
+        results.append([p.detach() for p in model.parameters()])
+        own = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        assert set(own) == set(model.parameters())
+        assert all(set(one.state) <= set(own) for one in optimizers)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_parameters_of_an_optimizer_that_was_not_given_are_named():
+    model, inputs = zoo.build("mlp")
+    given, _ = two(model)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=given)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    with pytest.warns(
+        UserWarning, match=r"optimizer: .*\.bias.* are in none of its groups"
+    ) as seen:
+        pruner.compact()
+    assert seen[0].filename == __file__
