@@ -19,18 +19,19 @@ def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
     None: check_tensor() and check_like() say what is wrong, if anything is. A model has hundreds
     of tensors, so each of their attributes is read once.
     """
-    device = lists[0][0].device if lists[0] and isinstance(lists[0][0], Tensor) else None
-    if device is None or device.type == "meta":
+    if not lists[0]:
         return None
+    first = lists[0][0]
     for tensors in lists:
-        for t in tensors:
-            if (
-                not isinstance(t, Tensor)
-                or t.device != device
-                or t.layout is not torch.strided
-                or t.is_nested
-            ):
-                return None
+        if (
+            not all(_is_plain(kind) for kind in {type(t) for t in tensors})
+            or {t.device for t in tensors} != {first.device}
+            or {t.layout for t in tensors} != {torch.strided}
+            or True in [t.is_nested for t in tensors]
+        ):
+            return None
+    if first.device.type == "meta":
+        return None
     dtypes = [[t.dtype for t in tensors] for tensors in lists]
     shapes = [[t.shape for t in tensors] for tensors in lists]
     if not _FLOATS.issuperset(dtypes[0]) or any(each != dtypes[0] for each in dtypes[1:]):
@@ -43,6 +44,11 @@ def check_tensor(tensor: object, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}"
+        )
+    if not _is_plain(type(tensor)):
+        raise TypeError(
+            f"{name}: a DTensor is not supported; pass tensor.full_tensor(), or score with the "
+            "criteria of gates, which do not read weights"
         )
     if tensor.dtype not in FLOATS:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
@@ -94,6 +100,11 @@ def check_streams(streams: object, count: int) -> Sequence[int]:
         if not isinstance(stream, int) or not 0 <= stream < 2**32:
             raise ValueError(f"streams: {stream!r} is not an integer from 0 to 2**32 - 1")
     return streams
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a class is that of tensors that hold all of their values, which DTensors do not."""
+    return issubclass(kind, Tensor) and not hasattr(kind, "full_tensor")
 
 
 def _hint(value: object) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel, native
 from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
+from taylor_kernels.ops._checks import check_like, check_streams, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -78,16 +78,19 @@ def define_list_op(
     """
     count = len(inputs)
 
+    names = [name + "[{}]" for name in inputs]
+
     def empty(*args: Any) -> tuple[Tensor, Tensor]:
         filters = _filters([w.shape for w in args[0]], *args[count : count + 3])
         return _empty_tables(sums, args[0][0], filters)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
-        compute = kernel(name, lists[0][0].device, lists[0][0].dtype, backend)
-        filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
-        out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
+        shapes = _check_call(lists, names, groups, (0, 1) if cols else (0,), streams)
+        compute = kernel(name, lists[0][0].device, lists[0][0].dtype, backend)
+        filters = _filters(shapes, groups, rows, cols)
+        out = _empty_tables(sums, lists[0][0], filters)
         items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
             compute(items, *seed)
@@ -209,7 +212,7 @@ def _as_lists(inputs: dict[str, object]) -> list[list[Tensor]]:
 
 
 def _check(
-    lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: tuple[str, ...]
+    lists: Sequence[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: Sequence[str]
 ) -> list[torch.Size]:
     """The shapes of the weights, or an error that names what does not fit."""
     weights = lists[0]
@@ -223,6 +226,36 @@ def _check(
     for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
         if n > 1 or not 1 < len(shape) <= 5:
             _check_shape(shape, n, axes, names[0].format(i))
+    return shapes
+
+
+def _check_call(
+    lists: Sequence[list[Tensor]],
+    names: Sequence[str],
+    groups: list[int],
+    axes: tuple[int, ...],
+    streams: Sequence[int] | None,
+) -> list[torch.Size]:
+    """The shapes of the weights of one launch, or an error.
+
+    The kernels trust what they are told, and the op may be called by others than `tables`.
+    """
+    count = len(lists[0])
+    if not count:
+        raise ValueError("weights: no tensors; pass at least one")
+    counts = {name.removesuffix("[{}]"): len(each) for name, each in zip(names, lists, strict=True)}
+    for name, each_count in {**counts, "groups": len(groups)}.items():
+        if each_count != count:
+            raise ValueError(f"{name}: {each_count} for {count} weights")
+    if min(groups) < 1:
+        raise ValueError(f"groups: {min(groups)} is not a positive integer")
+    if streams is not None:
+        check_streams(streams, count)
+    shapes = _check(lists, groups, axes, names)
+    if len(_by_kind(lists[0])) > 1:
+        raise ValueError(
+            "weights: one call takes tensors of one device, all of them float64 or none"
+        )
     return shapes
 
 

@@ -104,6 +104,10 @@ def _run(
     like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
 ) -> Tensor:
     """The op itself: vectors of so many signs in one buffer, each from a 128-byte address on."""
+    check_tensor(like, "like")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"counts: {min(counts)} is negative")
+    check_streams(streams, len(counts))
     out = _empty(like, counts)
     items = [
         RademacherItem(signs, signs.numel(), signs.dtype, stream)
