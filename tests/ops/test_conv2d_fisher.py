@@ -16,6 +16,7 @@ from tests.helpers import cases
 from tests.helpers.geometries import drawn_fisher_case
 
 BACKENDS = ("cpu", "reference")
+EVERY_CASE = pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
 
 
 def check(
@@ -29,13 +30,13 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+@EVERY_CASE
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_matches_float64(backend, case, dtype, poisoned_memory):
     check(case, dtype, backend)
 
 
-@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+@EVERY_CASE
 def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
     for dtype in cases.DTYPES:
         check(case, dtype, "cpu")
@@ -49,12 +50,12 @@ def check_float64(case: cases.FisherCase, backend: str) -> None:
         torch.testing.assert_close(got, cases.fisher_reference64(x, dy, case, scaled)[0])
 
 
-@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+@EVERY_CASE
 def test_float64_stays_float64(case):
     check_float64(case, "reference")
 
 
-@pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+@EVERY_CASE
 def test_every_instruction_set_keeps_float64(case, each_isa):
     check_float64(case, "cpu")
 
