@@ -41,6 +41,8 @@ class Backend(NamedTuple):
     kernels: Callable[[], Kernels]  # imports them, when they are first needed
     float64: bool = False
     on_request: Callable[[str], bool] = _nowhere  # other devices, only where a call names it
+    #: The status on one device, where devices of a type differ.
+    status_on: Callable[[torch.device], tuple[bool, str]] | None = None
 
 
 class Availability(NamedTuple):
@@ -132,7 +134,8 @@ def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ba
     wide = dtype == torch.float64
     if backend is None:
         for each in _backends.values():
-            if device.type in each.devices and (each.float64 or not wide) and _availability(each):
+            serves = device.type in each.devices and (each.float64 or not wide)
+            if serves and _availability(each, device):
                 return each
         return _backends["reference"]
     check_name(backend)
@@ -144,16 +147,19 @@ def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ba
         )
     if wide and not named.float64:
         raise ValueError(f"backend: {backend!r} has no float64; use 'reference'")
-    status = _availability(named)
+    status = _availability(named, device)
     if not status:
         raise RuntimeError(f"backend: {backend!r} is {status}")
     return named
 
 
-def _availability(backend: Backend) -> Availability:
-    """What its status() says. One that fails is not available, and keeps no other from running."""
+def _availability(backend: Backend, device: torch.device | None = None) -> Availability:
+    """Its status, in general or on one device. One that fails keeps no other from running."""
     try:
-        ok, detail = backend.status()
+        if device is None or backend.status_on is None:
+            ok, detail = backend.status()
+        else:
+            ok, detail = backend.status_on(device)
     except Exception as error:
         return Availability(False, f"status raised {type(error).__name__}: {error}")
     return Availability(ok, detail)
@@ -202,7 +208,13 @@ def _find_triton() -> Any:
 _backends = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ("cuda",), native.cuda_status, lambda: native),
+        Backend(
+            "cuda",
+            ("cuda",),
+            native.cuda_status,
+            lambda: native,
+            status_on=native.cuda_status_on,
+        ),
         Backend("triton", ("cuda",), _triton_status, _triton_kernels, on_request=_interprets),
         Backend("cpu", ("cpu",), native.cpu_status, lambda: native, float64=True),
         Backend(

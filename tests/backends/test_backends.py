@@ -50,7 +50,7 @@ def test_default_dispatch(
     for name, ok in {"cpu": native_cpu, "cuda": native_cuda, "triton": triton}.items():
         kernels = "triton" if name == "triton" else "native"
         changed = backends._backends[name]._replace(
-            status=lambda ok=ok: (ok, ""), kernels=lambda kernels=kernels: kernels
+            status=lambda ok=ok: (ok, ""), kernels=lambda kernels=kernels: kernels, status_on=None
         )
         monkeypatch.setitem(backends._backends, name, changed)
     chosen = select(device, dtype, None)
@@ -59,7 +59,7 @@ def test_default_dispatch(
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch):
     missing = backends._backends["cuda"]._replace(
-        status=lambda: (False, "built without CUDA; rebuild")
+        status_on=lambda device: (False, "built without CUDA; rebuild")
     )
     monkeypatch.setitem(backends._backends, "cuda", missing)
     with pytest.raises(RuntimeError, match="'cuda' is not available: built without CUDA; rebuild"):
