@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
+from taylor_kernels.pruning.optimizer_saving import (
+    check_optimizer_states,
+    load_optimizer_states,
+    optimizer_states,
+)
+from taylor_kernels.pruning.optimizer_state import as_list
 from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
     VERSION,
     check_model_state,
-    check_optimizer_shapes,
-    check_optimizer_state,
     check_version,
     first_line,
 )
@@ -31,13 +36,14 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     pruner: Pruner | None = None,
     **extra: Any,
 ) -> None:
     """Write the state of a run to one file, all at once: a crash leaves the old file or the new.
 
     Args:
+        optimizer: one, or a list of them; those that they wrap are saved with them.
         extra: whatever else the run needs to go on (epoch, random state, a scheduler's
             state_dict): tensors and plain Python.
 
@@ -57,7 +63,7 @@ def save_checkpoint(
     _check_parts(model, optimizer)
     parts = {
         "model": model.state_dict(),
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "optimizer": None if optimizer is None else optimizer_states(optimizer),
         "pruner": None if pruner is None else pruner.state_dict(),
     }
     content = {
@@ -74,7 +80,7 @@ def load_checkpoint(
     path: str | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     pruner: Pruner | None = None,
 ) -> dict[str, Any]:
     """Put a run back where `save_checkpoint` left it.
@@ -113,7 +119,8 @@ def load_checkpoint(
     if pruner is not None:
         if pruner.model is not model:
             raise ValueError("pruner: it prunes another model than the one given")
-        if optimizer is not None and pruner.optimizer is not optimizer:
+        known = list(map(id, as_list(pruner.optimizer)))
+        if optimizer is not None and known != list(map(id, as_list(optimizer))):
             raise ValueError(
                 "optimizer: the pruner has another one or none, so this one would keep parameters "
                 "that the model drops; build the pruner with Pruner(optimizer=...)"
@@ -158,23 +165,23 @@ def load_checkpoint(
     cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
     check_model_state(content["model"], shapes | cut)
     if optimizer is not None:
-        check_optimizer_state(content["optimizer"], optimizer)
-        if pruner is not None:
-            after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
-            check_optimizer_shapes(content["optimizer"], optimizer, after)
+        after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
 
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
     model.load_state_dict(content["model"])
     if optimizer is not None:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_states(content["optimizer"], optimizer)
     return content["extra"]
 
 
 def _check_parts(model: object, optimizer: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
+    for one in as_list(optimizer):
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
+                f"{type(one).__name__}"
+            )

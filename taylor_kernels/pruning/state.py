@@ -1,4 +1,4 @@
-"""What a saved state must be before anything takes it on: a pruner's, a model's, an optimizer's.
+"""What a saved state must be before anything takes it on: a pruner's, a model's.
 
 Every check raises a ValueError that says what is wrong, and changes nothing.
 """
@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from taylor_kernels.pruning.records import PruneRecord
 
 PRUNER_FORMAT = "taylor_kernels.Pruner"
 #: Of the format of pruners' states and of checkpoint files.
 VERSION = 2
-#: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.
-_FILLED_IN = {
-    "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
-}  # fmt: skip
 
 
 def check_version(content: Mapping[str, Any], what: str) -> None:
@@ -102,63 +97,6 @@ def check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) 
             f"model: the file is of another model; {len(differing)} entries differ, among them "
             f"{', '.join(differing[:3])}"
         )
-
-
-def check_optimizer_state(state: Any, optimizer: Optimizer) -> None:
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    try:
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        numbers = {number for group in state["param_groups"] for number in group["params"]}
-        sound = state["state"].keys() <= numbers and all(
-            isinstance(entry, Mapping) for entry in state["state"].values()
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError("optimizer: its state in the file is damaged") from error
-    if own != saved:
-        raise ValueError(
-            f"optimizer: the file is of another one, with {saved} parameters in its groups where "
-            f"this one has {own}"
-        )
-    if not sound:
-        raise ValueError("optimizer: its state in the file is damaged")
-    for group in state["param_groups"]:
-        if lacking := optimizer.defaults.keys() - group.keys() - _FILLED_IN:
-            raise ValueError(
-                f"optimizer: the file is of another one than {type(optimizer).__name__}, without "
-                f"{', '.join(sorted(lacking))}"
-            )
-    # What else an optimizer needs, it alone knows: a double of it, with the same parameters, tries.
-    double = object.__new__(type(optimizer))
-    double.__dict__.update(optimizer.__dict__)
-    try:
-        double.load_state_dict(state)
-    except Exception as error:
-        raise ValueError(
-            f"optimizer: {type(optimizer).__name__} does not take its state in the file "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def check_optimizer_shapes(
-    state: Any, optimizer: Optimizer, shapes: Mapping[Any, tuple[int, ...]]
-) -> None:
-    """State tensors must follow their parameters, or they could not have been cut with them."""
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in state["state"].get(number, {}).items():
-            if parameter not in shapes or not isinstance(value, Tensor) or value.numel() == 1:
-                continue
-            shape = shapes[parameter]
-            if value.dim() != len(shape) and shape == parameter.shape:
-                continue  # some optimizers keep tables of their own beside what follows the shape
-            if value.dim() != len(shape) or any(
-                mine not in (1, theirs) for mine, theirs in zip(value.shape, shape, strict=True)
-            ):
-                raise ValueError(
-                    f"optimizer: its state in the file is damaged ({key!r} of parameter {number} "
-                    f"has shape {tuple(value.shape)}, the parameter {shape})"
-                )
 
 
 def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:
