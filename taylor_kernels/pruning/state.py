@@ -5,8 +5,8 @@ Every check raises a ValueError that says what is wrong, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -31,6 +31,27 @@ def check_version(content: Mapping[str, Any], what: str) -> None:
             f"{what}: has version {content.get('version')!r} of the format, this release reads "
             f"{VERSION}"
         )
+
+
+def pruner_state(
+    structure: list,
+    criterion: str,
+    masks: Mapping[str, list[Tensor]],
+    scores: dict[str, Any],
+    steps: int,
+    history: Sequence[PruneRecord],
+) -> dict[str, Any]:
+    """What `check_pruner_state` lets pass."""
+    return {
+        "format": PRUNER_FORMAT,
+        "version": VERSION,
+        "criterion": criterion,
+        "structure": structure,
+        **masks,
+        "scores": scores,
+        "steps": steps,
+        "history": [asdict(record) for record in history],
+    }
 
 
 def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str, Any]:
@@ -67,13 +88,15 @@ def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
             return "units are compacted that were never removed"
     remaining = sum(int((~mask).sum()) for mask in state["compacted"])
     scores = state.get("scores")
-    if not isinstance(scores, dict) or not _is_count(scores.get("count")):
-        return "the running scores are missing"
+    if not isinstance(scores, dict) or scores.keys() != {"sum", "average", "count"}:
+        return "the running scores are missing or not all there"
+    if not _is_count(scores["count"]):
+        return "the count of the scores is none"
     for name in ("sum", "average"):
-        values = scores.get(name)
+        values = scores[name]
         if values is not None and not _is_tensor(values, torch.float64, remaining):
             return f"the {name} of the scores does not fit the units"
-    if (scores["count"] > 0) != (scores.get("sum") is not None):
+    if (scores["count"] > 0) != (scores["sum"] is not None):
         return "the sum of the scores does not fit their count"
     if not _is_count(state.get("steps")):
         return "'steps' is not a count"

@@ -393,6 +393,17 @@ def test_state_dict_of_something_else(state):
         pruner.load_state_dict(state)
 
 
+@pytest.mark.parametrize("lacking", ["sum", "average", "count"])
+def test_state_without_a_part_of_the_scores_changes_nothing(lacking):
+    state = copy.deepcopy(trained(steps=3)[2].state_dict())
+    del state["scores"][lacking]
+    again, other, its_pruner, _ = trained(steps=0)
+    before = everything(again, other, its_pruner)
+    with pytest.raises(ValueError, match=r"state: it is damaged .*scores"):
+        its_pruner.load_state_dict(state)
+    assert same(everything(again, other, its_pruner), before)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     model, optimizer, pruner, _ = trained(steps=0)
     path = tmp_path / "c.pt"
