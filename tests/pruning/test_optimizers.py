@@ -354,3 +354,31 @@ def test_a_failed_load_leaves_a_wrapped_optimizer_as_it_was(tmp_path):
         assert same(now, before)
         assert base.param_groups is groups is parts[1].param_groups
         assert base.state is state
+
+
+def test_attributes_and_hooks_stay_with_their_parameters():
+    model, inputs = zoo.build("mlp")
+    pruner = Pruner(
+        model, inputs, filters=0.5, every=1, per_step=0.5, optimizer=SGD(model.parameters(), 0.1)
+    )
+    weight = model[0].weight
+    weight.no_decay = True
+    calls = []
+    handles = [
+        weight.register_hook(lambda grad: calls.append(("grad", grad.shape))),
+        weight.register_post_accumulate_grad_hook(lambda p: calls.append(("end", p.shape))),
+    ]
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    pruner.compact()
+    assert model[0].weight is not weight
+    assert model[0].weight.no_decay is True
+    calls.clear()
+    zoo.loss(model, inputs).backward()
+    assert calls == [("grad", model[0].weight.shape), ("end", model[0].weight.shape)]
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    zoo.loss(model, inputs).backward()
+    assert calls == []
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
