@@ -33,7 +33,7 @@ FILE_FORMAT = "taylor_kernels.checkpoint"
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -77,7 +77,7 @@ def save_checkpoint(
 
 @outside_inference_mode()
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -125,6 +125,7 @@ def load_checkpoint(
                 "optimizer: the pruner has another one or none, so this one would keep parameters "
                 "that the model drops; build the pruner with Pruner(optimizer=...)"
             )
+    path = os.fsdecode(path)
     try:
         # torch.load takes damaged tensors as they are; the archive holds a checksum of each.
         with zipfile.ZipFile(path) as archive:
@@ -137,17 +138,17 @@ def load_checkpoint(
         # PyTorch says what is wrong at the end of a long explanation.
         reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
         raise ValueError(
-            f"path: {os.fspath(path)!r} is whole, but holds objects other than tensors and plain "
+            f"path: {path!r} is whole, but holds objects other than tensors and plain "
             f"Python, which are not loaded since that can run code ({reason}); if you trust it, "
             "read it with torch.load(weights_only=False) and load its parts one by one"
         ) from error
     except Exception as error:
         raise ValueError(
-            f"path: {os.fspath(path)!r} is damaged or not a checkpoint ({first_line(error)})"
+            f"path: {path!r} is damaged or not a checkpoint ({first_line(error)})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
-        raise ValueError(f"path: {os.fspath(path)!r} was not written by save_checkpoint")
-    check_version(content, f"path: {os.fspath(path)!r}")
+        raise ValueError(f"path: {path!r} was not written by save_checkpoint")
+    check_version(content, f"path: {path!r}")
     for name, part in (("model", model), ("optimizer", optimizer), ("pruner", pruner)):
         if (content.get(name) is None) != (part is None):
             have, lack = ("was given", "is none in the file")
@@ -155,7 +156,7 @@ def load_checkpoint(
                 have, lack = ("is in the file", "was not given")
             raise ValueError(f"{name}: one {have}, but {lack}; pass the parts that were saved")
     if not isinstance(content.get("extra"), dict):
-        raise ValueError(f"path: {os.fspath(path)!r} is damaged (it has no extras)")
+        raise ValueError(f"path: {path!r} is damaged (it has no extras)")
 
     # All is looked at before anything is touched.
     shapes = {

@@ -28,8 +28,8 @@ def remove(
     """Remove the dead units ([U] bool per group) from the model, in place.
 
     Parameters are replaced by smaller ones, with their gradients, `requires_grad`, memory format,
-    attributes and hooks (handles of hooks still take them off); the optimizer's parameter groups and state follow, and so do module attributes that
-    count channels.
+    attributes and hooks (handles of hooks still take them off); the optimizers' parameter groups
+    and state follow, and so do module attributes that count channels.
 
     Args:
         optimizer: one, or a sequence of them.

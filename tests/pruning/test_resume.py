@@ -314,8 +314,8 @@ def test_extras_that_can_be_read_back(tmp_path):
         "seen": Counter("abca"),
         "order": OrderedDict(a=1),
     }
-    save_checkpoint(tmp_path / "c", model=model, **extra)
-    assert same(load_checkpoint(tmp_path / "c", model=model), extra)
+    save_checkpoint(os.fsencode(tmp_path / "c"), model=model, **extra)
+    assert same(load_checkpoint(os.fsencode(tmp_path / "c"), model=model), extra)
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
