@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masking import check_unmasked
-from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.optimizer_state import as_list, optimizers_in
 from taylor_kernels.statistics import get_statistic
 
 
@@ -123,7 +123,7 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:
-    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    given = as_list(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):
             raise TypeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import cast
@@ -9,11 +10,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
+from taylor_kernels.statistics import Layers, Statistic
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -87,6 +90,13 @@ class Network:
         """
         gone = self._remove(self.dead)
         self._masks.close()
+        if self._optimizer is None and any(units.any() for units in gone):
+            warnings.warn(
+                "compact() has put new parameters in place of those it cut: an optimizer made "
+                "before holds the old ones and would not train the model; make a new one, or give "
+                "Pruner(optimizer=...) yours",
+                stacklevel=3,
+            )
         return gone
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
@@ -105,6 +115,17 @@ class Network:
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
         names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
+
+    def statistic(
+        self, kind: type[Statistic], names: Sequence[str], backend: str | None
+    ) -> Statistic:
+        """A meter of that kind on these layers of the model as it is."""
+        modules = dict(self.model.named_modules())
+        layers = cast("Layers", {name: modules[name] for name in names})
+        if not kind.at_gates:
+            return kind(self.model, layers, backend)
+        sites = find_gate_sites(self.channels, self.model, layers)
+        return kind(self.model, layers, backend, sites)
 
     def check_optimizer(self) -> None:
         """The optimizer's state can be masked and cut, whatever units go.
@@ -200,8 +221,8 @@ class Network:
     def restore(self, removed: Sequence[Tensor], compacted: Sequence[Tensor]) -> None:
         """Take on a state: remove what it has removed, mask what it has masked, and no more."""
         stale, before = self.stale(compacted), self._gone()
-        self._masks.close()
         self._remove(stale)
+        self._masks.close()
         self.dead = [off[left] for left, off in zip(self._left(), removed, strict=True)]
         for group, old, new in zip(self.groups, before, self._gone(), strict=True):
             self.meter.take(group, new - old)

@@ -25,6 +25,13 @@ _MOST_OBJECTS = 10_000
 _NOT_OPENED = (bool, bytes, float, int, str, type, ModuleType, Tensor, nn.Module, type(None))
 
 
+def as_list(optimizer: object) -> list[Any]:
+    """The optimizers that an argument `optimizer` gives: one, several or None."""
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
 def optimizers_in(optimizer: object) -> list[Optimizer]:
     """An optimizer, or several, and those that they wrap and that may hold the state.
 

@@ -7,9 +7,7 @@ prunings; the cheapest units of the whole network go.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +15,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
@@ -26,7 +23,7 @@ from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
+from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import (
     Closure,
@@ -285,13 +282,6 @@ class Pruner(OnModel):
             gone = self._network.compact()
             self._scores.drop(gone, self._network.groups)
             self._watch()
-        if self.optimizer is None and any(units.any() for units in gone):
-            warnings.warn(
-                "compact() has put new parameters in place of those it cut: an optimizer made "
-                "before holds the old ones and would not train the model; make a new one, or give "
-                "Pruner(optimizer=...) yours",
-                stacklevel=2,
-            )
         return self.model
 
     def close(self) -> None:
@@ -310,16 +300,9 @@ class Pruner(OnModel):
 
         Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
         """
-        return {
-            "format": PRUNER_FORMAT,
-            "version": VERSION,
-            "criterion": self.criterion.name,
-            "structure": self._prunable.structure,
-            **self._network.state(),
-            "scores": self._scores.state_dict(),
-            "steps": self._steps,
-            "history": [asdict(record) for record in self._history],
-        }
+        masks, scores = self._network.state(), self._scores.state_dict()
+        structure, name = self._prunable.structure, self.criterion.name
+        return pruner_state(structure, name, masks, scores, self._steps, self._history)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a pruner of the same original model stopped.
@@ -365,15 +348,7 @@ class Pruner(OnModel):
 
     @property
     def _scored(self) -> list[str]:
-        """The layers that are looked at: at gate sites one of a group stands for all."""
-        scored = self._prunable.scored
-        if not self._at_gates:
-            return scored
-        firsts = [
-            next(slot.owner for slot in group.producers if slot.owner in scored)
-            for group in self._network.groups
-        ]
-        return [name for name in scored if name in firsts]
+        return self._prunable.scored_at(self._network.groups, gates=self._at_gates)
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
@@ -382,12 +357,6 @@ class Pruner(OnModel):
             self._statistic = None
         self._network.in_use = not self.done and not self._closed
         if self._network.in_use:
-            modules = dict(self.model.named_modules())
-            layers = {name: modules[name] for name in self._scored}
-            statistic = get_statistic(self.criterion.statistic)
-            if statistic.at_gates:
-                sites = find_gate_sites(self._network.channels, self.model, layers)
-                self._statistic = statistic(self.model, layers, self._backend, sites)
-            else:
-                self._statistic = statistic(self.model, layers, self._backend)
+            kind = get_statistic(self.criterion.statistic)
+            self._statistic = self._network.statistic(kind, self._scored, self._backend)
             self._statistic.updates = self._steps

@@ -27,9 +27,9 @@ def remove(
 ) -> None:
     """Remove the dead units ([U] bool per group) from the model, in place.
 
-    Parameters are replaced by smaller ones, with their gradients, `requires_grad` and memory
-    format; the optimizer's parameter groups and state follow, and so do module attributes that
-    count channels.
+    Parameters are replaced by smaller ones, with their gradients, `requires_grad`, memory format,
+    attributes and hooks (handles of hooks still take them off); the optimizers' parameter groups
+    and state follow, and so do module attributes that count channels.
 
     Args:
         optimizer: one, or a sequence of them.
@@ -103,6 +103,11 @@ def smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
     parameter = nn.Parameter(new, tensor.requires_grad)
     if tensor.grad is not None:
         parameter.grad = _cut_as_laid_out(tensor.grad, cuts)
+    vars(parameter).update(vars(tensor))
+    # The tables themselves: the handles that were given out for hooks point at these.
+    for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(tensor, table, None):
+            setattr(parameter, table, hooks)
     return parameter
 
 

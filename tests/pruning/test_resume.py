@@ -314,8 +314,8 @@ def test_extras_that_can_be_read_back(tmp_path):
         "seen": Counter("abca"),
         "order": OrderedDict(a=1),
     }
-    save_checkpoint(tmp_path / "c", model=model, **extra)
-    assert same(load_checkpoint(tmp_path / "c", model=model), extra)
+    save_checkpoint(os.fsencode(tmp_path / "c"), model=model, **extra)
+    assert same(load_checkpoint(os.fsencode(tmp_path / "c"), model=model), extra)
 
 
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
@@ -391,6 +391,17 @@ def test_state_dict_of_something_else(state):
     _, _, pruner, _ = trained(steps=0)
     with pytest.raises(ValueError, match="state: it is not the state_dict"):
         pruner.load_state_dict(state)
+
+
+@pytest.mark.parametrize("lacking", ["sum", "average", "count"])
+def test_state_without_a_part_of_the_scores_changes_nothing(lacking):
+    state = copy.deepcopy(trained(steps=3)[2].state_dict())
+    del state["scores"][lacking]
+    again, other, its_pruner, _ = trained(steps=0)
+    before = everything(again, other, its_pruner)
+    with pytest.raises(ValueError, match=r"state: it is damaged .*scores"):
+        its_pruner.load_state_dict(state)
+    assert same(everything(again, other, its_pruner), before)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
