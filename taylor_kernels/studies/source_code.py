@@ -39,8 +39,13 @@ def deciding_files(*objects: object) -> set[Path]:
     stands for itself. PyTorch's files are left out: its version stands for them, and belongs to the
     settings of whatever is kept.
     """
+    return module_files({name for thing in objects for name in _module_names(thing)})
+
+
+def module_files(names: Iterable[str]) -> set[Path]:
+    """The files that decide what these modules, which are loaded, do; as `deciding_files`."""
     files: set[Path] = set()
-    for name in {name for thing in objects for name in _module_names(thing)}:
+    for name in names:
         top = name.partition(".")[0]
         if top == _PACKAGE:
             files |= imported_files(name)
