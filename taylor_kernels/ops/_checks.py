@@ -11,6 +11,7 @@ from torch import Tensor
 from taylor_kernels.layout import FLOATS
 
 _FLOATS = frozenset(FLOATS)
+_PLAIN = (Tensor, torch.nn.Parameter)  # most are of these classes
 
 
 def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
@@ -19,24 +20,36 @@ def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
     None: check_tensor() and check_like() say what is wrong, if anything is. A model has hundreds
     of tensors, so each of their attributes is read once.
     """
-    if not lists[0]:
+    device = lists[0][0].device if lists[0] and isinstance(lists[0][0], Tensor) else None
+    if device is None or device.type == "meta":
         return None
-    first = lists[0][0]
     for tensors in lists:
-        if (
-            not all(_is_plain(kind) for kind in {type(t) for t in tensors})
-            or {t.device for t in tensors} != {first.device}
-            or {t.layout for t in tensors} != {torch.strided}
-            or True in [t.is_nested for t in tensors]
-        ):
-            return None
-    if first.device.type == "meta":
-        return None
+        for t in tensors:
+            if (
+                not (type(t) in _PLAIN or _is_plain(type(t)))
+                or t.device != device
+                or t.layout is not torch.strided
+                or t.is_nested
+            ):
+                return None
     dtypes = [[t.dtype for t in tensors] for tensors in lists]
     shapes = [[t.shape for t in tensors] for tensors in lists]
     if not _FLOATS.issuperset(dtypes[0]) or any(each != dtypes[0] for each in dtypes[1:]):
         return None
     return shapes[0] if all(each == shapes[0] for each in shapes[1:]) else None
+
+
+def alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether each has the shape, dtype, device and layout of its place in the other list."""
+    for t, other in zip(tensors, others, strict=True):
+        if (
+            t.shape != other.shape
+            or t.dtype is not other.dtype
+            or t.device != other.device
+            or t.layout is not other.layout
+        ):
+            return False
+    return True
 
 
 def check_tensor(tensor: object, name: str) -> None:
@@ -45,7 +58,7 @@ def check_tensor(tensor: object, name: str) -> None:
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}"
         )
-    if not _is_plain(type(tensor)):
+    if not (type(tensor) in _PLAIN or _is_plain(type(tensor))):
         raise TypeError(
             f"{name}: a DTensor is not supported; pass tensor.full_tensor(), or score with the "
             "criteria of gates, which do not read weights"

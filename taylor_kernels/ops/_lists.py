@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel, native
-from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_streams, check_tensor, quick_shapes
+from taylor_kernels.layout import FLOATS, ParameterItem, accumulator, parameter_item
+from taylor_kernels.ops._checks import alike, check_like, check_streams, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -240,22 +240,30 @@ def _check_call(
 
     The kernels trust what they are told, and the op may be called by others than `tables`.
     """
-    count = len(lists[0])
+    weights, *others = lists
+    count = len(weights)
     if not count:
         raise ValueError("weights: no tensors; pass at least one")
-    counts = {name.removesuffix("[{}]"): len(each) for name, each in zip(names, lists, strict=True)}
-    for name, each_count in {**counts, "groups": len(groups)}.items():
-        if each_count != count:
-            raise ValueError(f"{name}: {each_count} for {count} weights")
+    if len(groups) != count or any(len(each) != count for each in others):
+        raise ValueError(f"weights: {count} of them; pass {count} of all that belong to them")
     if min(groups) < 1:
         raise ValueError(f"groups: {min(groups)} is not a positive integer")
     if streams is not None:
         check_streams(streams, count)
-    shapes = _check(lists, groups, axes, names)
-    if len(_by_kind(lists[0])) > 1:
+    if len(_by_kind(weights)) > 1:
         raise ValueError(
             "weights: one call takes tensors of one device, all of them float64 or none"
         )
+    shapes = [weight.shape for weight in weights]
+    for i, (weight, shape, n) in enumerate(zip(weights, shapes, groups, strict=True)):
+        if weight.dtype not in FLOATS or weight.layout is not torch.strided:
+            check_tensor(weight, names[0].format(i))
+        if n > 1 or not 1 < len(shape) <= 5:
+            _check_shape(shape, n, axes, names[0].format(i))
+    for name, each in zip(names[1:], others, strict=True):
+        if not alike(each, weights):
+            for i, (tensor, weight) in enumerate(zip(each, weights, strict=True)):
+                check_like(tensor, name.format(i), weight, names[0].format(i))
     return shapes
 
 

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel
-from taylor_kernels.layout import accumulator, activation_args
-from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
+from taylor_kernels.layout import FLOATS, accumulator, activation_args
+from taylor_kernels.ops._checks import alike, check_like, check_tensor
 from taylor_kernels.ops._library import define
 
 
@@ -63,6 +63,7 @@ def gate_gradients(
     """
     check_name(backend)
     check_tensor(output, "output")
+    check_like(grad_output, "grad_output", output, "output")
     if isinstance(channel_dim, int) and -output.dim() < channel_dim < 0:
         channel_dim += output.dim()
     _check(output, grad_output, bias, channel_dim)
@@ -71,7 +72,7 @@ def gate_gradients(
 
 def _check(output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int) -> None:
     """What the kernels trust, of every call, through the function above or not."""
-    if quick_shapes([[output], [grad_output]]) is None:
+    if output.dtype not in FLOATS or not alike([output], [grad_output]):
         check_tensor(output, "output")
         check_like(grad_output, "grad_output", output, "output")
     if output.dim() < 2:

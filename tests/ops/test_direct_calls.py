@@ -56,8 +56,12 @@ CALLS = [
     ),
     ("ops.filter_moments([w], [w], [0], True, True, None)", "ValueError", "groups: 0 is not"),
     ("ops.filter_moments([w], [w], [-1], True, True, None)", "ValueError", "groups: -1 is not"),
-    ("ops.filter_moments([w], [w], [1, 1], True, True, None)", "ValueError", "groups: 2 for 1"),
-    ("ops.filter_moments([w, w], [w], [1, 1], True, True, None)", "ValueError", "grads: 1 for 2"),
+    ("ops.filter_moments([w], [w], [1, 1], True, True, None)", "ValueError", "weights: 1 of them"),
+    (
+        "ops.filter_moments([w, w], [w], [1, 1], True, True, None)",
+        "ValueError",
+        "weights: 2 of them",
+    ),
     ("ops.filter_moments([], [], [], True, True, None)", "ValueError", "weights: no tensors"),
     (
         "ops.filter_moments([t(3)], [t(3)], [1], True, True, None)",
