@@ -1,8 +1,8 @@
 """Where the gates of channels stand, read off a trace.
 
 A gate of 1 multiplies all channels that go together. Removing them makes them zero wherever they
-are read, so the slope of the loss in the gate is the sum of those at its sites, so chosen that every
-path from the layers that make the channels to those that read them passes exactly one:
+are read, so the slope of the loss in the gate is the sum of those at its sites: so chosen that
+every path from the layers that make the channels to those that read them passes exactly one.
 
 - what made the channels last before they are read: the norm, or the layer where no norm is on the
   path. In front of a norm a gate has no slope in train mode, since the norm divides it out.
@@ -92,7 +92,7 @@ class _Node:
         self.through = step.depthwise and _same(step)
 
     def rank(self, nodes: Sequence[_Node], order: Mapping[str, int]) -> tuple[int, int]:
-        """A norm comes where the first layer is whose output it is handed: as its gate always did."""
+        """Where its rows come in sums: those of a norm where the layer is that it is handed."""
         own = order.get(self.module, -1)
         made = [order.get(nodes[n].module, -1) for n in self.sources if nodes[n].kind != NORM]
         return (min(made) if self.kind == NORM and made else own, own)

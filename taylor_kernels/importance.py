@@ -140,8 +140,8 @@ class Importance(OnModel):
         sites = find_gate_sites(trace(model, example), model, self._layers)
         if hidden := sites.hidden:
             warnings.warn(
-                f"{', '.join(hidden)}: has filters whose channels no module is given or returns, so "
-                "that no gate can stand there; their scores are nan (taylor_fo has scores for them)",
+                f"{', '.join(hidden)}: has filters whose channels no module is given or returns, "
+                "so that no gate can stand there; their scores are nan (taylor_fo has some)",
                 stacklevel=3,
             )
         return statistic(model, self._layers, backend, sites)

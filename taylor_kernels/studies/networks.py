@@ -1,4 +1,4 @@
-"""Small networks for the digits: a plain one, and a residual one with skip connections."""
+"""Small networks for the digits: plain ones and residual ones, with norms in the usual places."""
 
 from __future__ import annotations
 
@@ -61,6 +61,72 @@ class DigitsResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+
+
+class PreActivationBlock(nn.Module):
+    """Norm, ReLU and 3x3 convolution, twice, added to the input or to a 1x1 projection of it."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(y)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(y))))
+
+
+class DigitsPreActivation(nn.Module):
+    """Three pre-activation blocks (He et al. 2016) of `width`, 2·`width` and 4·`width` channels.
+
+    The streams between blocks are read through norms alone, a different one in each block.
+
+    Takes [N, 1, 8, 8] and gives logits [N, 10].
+    """
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(IMAGE_SHAPE[0], width, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(
+            PreActivationBlock(width, width, 1),
+            PreActivationBlock(width, 2 * width, 2),
+            PreActivationBlock(2 * width, 4 * width, 2),
+        )
+        self.norm = nn.BatchNorm2d(4 * width)
+        self.head = nn.Linear(4 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(self.blocks(self.stem(x)))).mean(dim=(2, 3)))
+
+
+class DigitsReluNorm(nn.Sequential):
+    """`DigitsCnn` with BatchNorm behind the ReLU, and behind the pooling, not in front.
+
+    Takes [N, 1, 8, 8] and gives logits [N, 10].
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(IMAGE_SHAPE[0], 16, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(32),
+            nn.Conv2d(32, 48, 3, padding=1),
+            nn.ReLU(),
+            nn.BatchNorm2d(48),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(48, CLASSES),
+        )
 
 
 class DigitsCnn(nn.Sequential):

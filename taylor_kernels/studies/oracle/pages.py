@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from taylor_kernels.studies.oracle import findings
+from taylor_kernels.studies.oracle import findings, late_norms
 from taylor_kernels.studies.oracle.findings import values
 from taylor_kernels.studies.oracle.plots import Curves, Scatter, coefficients, pruning, scatters
 from taylor_kernels.studies.oracle.pruning_curves import CURVE_DRAWS
@@ -48,6 +48,8 @@ def sections(result: Json, folder: Path) -> list[Section]:
         *_scatter_section(result, folder),
         *_curve_section(result, folder),
     ]
+    if late := result.get("late_norms"):
+        found.append(late_norms.section(late))
     if result["kind"] == "digits":
         said = "\n\n".join(remarks(result))
         found.append(Section("What this confirms, and what it contradicts", [Text(said)]))

@@ -14,6 +14,7 @@ from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.digits import ARCHITECTURES, digits_problem, fine_tune
+from taylor_kernels.studies.oracle.late_norms import late_norms
 from taylor_kernels.studies.oracle.measure import measure
 from taylor_kernels.studies.oracle.pages import build_report
 from taylor_kernels.studies.oracle.scores import CannotScore
@@ -21,7 +22,7 @@ from taylor_kernels.studies.oracle.settings import FineTuning, OracleSettings
 from taylor_kernels.studies.oracle.tables import summary_table, target_table
 from taylor_kernels.studies.oracle.user_model import import_users_modules, user_problem
 from taylor_kernels.studies.progress import ProgressLog
-from taylor_kernels.studies.results import circumstances, write_results
+from taylor_kernels.studies.results import circumstances, rounded, write_results
 
 if TYPE_CHECKING:
     from taylor_kernels.studies.report import Table
@@ -85,7 +86,11 @@ def _digits(settings: OracleSettings, device: torch.device, cache: Cache, log: P
             networks.append({"architecture": architecture, "seed": seed, **facts, **found})
     words = " and ".join(ARCHITECTURES[name][1] for name in recipe.architectures)
     facts_of_study = asdict(recipe) | {"seeds": list(seeds), "words": words}
-    return _result("digits", facts_of_study, networks)
+    result = _result("digits", facts_of_study, networks)
+    if recipe.late_norms is not None:
+        late = late_norms(recipe.late_norms, settings.seed, device, cache, log)
+        result["late_norms"] = rounded(late)
+    return result
 
 
 def _user_model(

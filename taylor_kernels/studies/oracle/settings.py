@@ -12,6 +12,7 @@ from torch import nn
 
 from taylor_kernels.criteria import criterion_names, get_criterion
 from taylor_kernels.studies.options import Mistake, check_writable, find_criteria
+from taylor_kernels.studies.oracle.late_norms import RECIPE, LateNorms
 from taylor_kernels.studies.settings import StudySettings
 from taylor_kernels.studies.training import Schedule
 
@@ -34,6 +35,7 @@ class OracleRecipe:
         rescored: the criteria that score again at every point of a curve.
         minibatches: on which they do.
         finetune_epochs: after every point.
+        late_norms: how networks whose norms come late are scored beside; None for not at all.
     """
 
     architectures: tuple[str, ...] = ("cnn", "resnet")
@@ -52,6 +54,7 @@ class OracleRecipe:
     finetune_lr: float = 0.02
     timing_rounds: int = 8
     timing_seconds: float = 60.0
+    late_norms: LateNorms | None = RECIPE
 
     @property
     def schedule(self) -> Schedule:
@@ -64,7 +67,13 @@ class OracleRecipe:
 
 FULL = OracleRecipe()
 QUICK = OracleRecipe(
-    architectures=("cnn",), seeds=1, epochs=25, points=9, minibatches=4, timing_rounds=3
+    architectures=("cnn",),
+    seeds=1,
+    epochs=25,
+    points=9,
+    minibatches=4,
+    timing_rounds=3,
+    late_norms=None,
 )
 
 

@@ -1,0 +1,60 @@
+"""The section on late norms: figures that hold, and how they are shown."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from taylor_kernels.studies.data import load_digits, minibatches
+from taylor_kernels.studies.networks import DigitsPreActivation, DigitsReluNorm
+from taylor_kernels.studies.oracle import late_norms
+from taylor_kernels.studies.oracle.late_norms import RECIPE, scores, section
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [
+        (DigitsReluNorm, {"taylor_fo_bn": 0.8, "taylor_fo_gate": 0.9}),
+        (DigitsPreActivation, {"taylor_fo_bn": 0.65, "taylor_fo_gate": 0.8}),
+    ],
+)
+def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, least, tmp_path):
+    from taylor_kernels.studies.cache import Cache
+    from taylor_kernels.studies.progress import ProgressLog
+
+    torch.set_num_threads(1)
+    criteria = tuple(least)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(late_norms, "CRITERIA", criteria)
+        found = late_norms._measured(
+            make, RECIPE, 0, torch.device("cpu"), Cache(tmp_path), ProgressLog()
+        )
+    for criterion, bound in least.items():
+        assert found[criterion]["train"] > bound
+        without = found[criterion]["without"]
+        assert math.isnan(without) or without < found[criterion]["train"]
+
+
+def test_scoring_leaves_a_network_as_it_was():
+    torch.manual_seed(0)
+    model = DigitsReluNorm().train()
+    batches = list(minibatches(load_digits(0).train, 32, torch.Generator().manual_seed(0)))[:3]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    at_sites, without = map(partial(_scores, model, batches), (True, False))
+    assert all(before[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert (at_sites > 0).any()
+    assert torch.tensor(without).isnan().all()
+
+
+def _scores(model, batches, sites):
+    return scores(model, "taylor_fo_bn", batches, sites=sites)
+
+
+def test_a_layer_without_a_score_is_shown_as_such():
+    row = {"train": 0.912, "without": None, "eval": math.nan}
+    table = section([{"network": "a", "criteria": {"taylor_fo_bn": row}}]).blocks[1]
+    assert list(table.rows[0]) == ["a", "`taylor_fo_bn`", "0.91", "no score", "no score"]
