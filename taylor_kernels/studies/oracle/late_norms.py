@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,10 +120,10 @@ def scores(model: nn.Module, criterion: str, batches: Batches, *, sites: bool) -
     try:
         for x, y in batches:
             if meter.needs_closure:
-                meter.update(closure=lambda x=x, y=y: F.cross_entropy(model(x), y))
+                meter.update(closure=partial(_loss, model, x, y))
             else:
                 model.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                _loss(model, x, y).backward()
                 meter.update()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # layers without a score are nan, and counted
@@ -153,3 +154,7 @@ def section(found: Sequence[Json]) -> Section:
     )
     columns = ["norm", "criterion", "train mode", "train mode, without sites", "eval mode"]
     return Section("Gates behind late norms", [Text(said), Table(columns, rows, numeric=(2, 3, 4))])
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
