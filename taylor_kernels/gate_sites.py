@@ -64,7 +64,8 @@ def find_gate_sites(channels: Channels, model: nn.Module, layers: Layers) -> Gat
         placed = torch.from_numpy(np.where(stands, every, ELSEWHERE))
         dim = node.input_dim if side == IN else node.output_dim
         assert dim is not None
-        found.append((node.rank(nodes, order), side, Site(node.module, side, dim, placed)))
+        behind = tuple(sorted(_layers_before(nodes, number, side)))
+        found.append((node.rank(nodes, order), side, Site(node.module, side, dim, placed, behind)))
     sites = [site for _, _, site in sorted(found, key=lambda item: item[:2])]
     of_layers = {}
     next_class = 1 + max((int(s.classes.max()) for s in sites), default=0)
@@ -77,8 +78,25 @@ def find_gate_sites(channels: Channels, model: nn.Module, layers: Layers) -> Gat
         next_class += filter_count(layer)
         if name not in channels.layers:
             # It did not run in the trace: nothing is known but that it has an output.
-            sites.append(Site(name, OUT, channel_dim(layer), of_layers[name]))
+            sites.append(Site(name, OUT, channel_dim(layer), of_layers[name], (name,)))
     return GateSites(tuple(sites), of_layers)
+
+
+def _layers_before(nodes: Sequence[_Node], number: int, side: str) -> set[str]:
+    """The layers that make what comes to a place; what is made goes through norms alone."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    waiting = [number] if side == OUT else [*nodes[number].sources]
+    while waiting:
+        node = nodes[one := waiting.pop()]
+        if one in seen:
+            continue
+        seen.add(one)
+        if node.kind == NORM:
+            waiting += node.sources
+        elif node.layer:
+            found.add(node.layer)
+    return found
 
 
 class _Node:

@@ -171,14 +171,6 @@ class ExampleGates(_Gates):
             raise RuntimeError(NOTHING_SEEN)
         examples = {n: sum(k for _, k in received) for n, received in self._received.items()}
         most = max(examples, key=examples.__getitem__)
-        if self.sites is not None:
-            for name, count in examples.items():
-                if count and count != examples[most]:
-                    raise RuntimeError(
-                        f"{name}: was given {count} examples (dim 0) and {most} was given "
-                        f"{examples[most]}, so that one channel's gates at both do not add up; use "
-                        "taylor_fo_bn"
-                    )
         tables = {
             name: torch.cat(list(self._received[name].values())).T.contiguous()
             for name in (most, *self._received)  # the first is what missing ones are made like

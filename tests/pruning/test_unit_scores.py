@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
@@ -29,7 +30,10 @@ def test_average_over_minibatches_then_over_prunings(criterion):
     pruner = Pruner(model, inputs, criterion, filters=0.7, every=3, per_step=4, momentum=0.8)
     reference = get_criterion(criterion)
     layers = {name: model.get_submodule(name) for name in pruner.original_widths}
-    statistic = get_statistic(reference.statistic)(model, layers)
+    kind = get_statistic(reference.statistic)
+    # Of statistics at gates, a filter's row is that of its unit's one gate, behind the last norm.
+    sites = find_gate_sites(pruner._network.channels, model, layers) if kind.at_gates else None
+    statistic = kind(model, layers, None, sites) if kind.at_gates else kind(model, layers)
     names = list(layers)
     alive = {
         group.name: torch.ones(group.size, dtype=torch.bool) for group in pruner._network.groups
@@ -41,11 +45,15 @@ def test_average_over_minibatches_then_over_prunings(criterion):
             model.zero_grad()
             zoo.loss(model, batch).backward()
             tables = statistic.collect()
-            units = torch.cat([
-                sum(tables[names.index(slot.owner)][slot.index].sum(1) for slot in group.producers)
+            rows = [
+                [tables[names.index(slot.owner)][slot.index] for slot in group.producers]
                 for group in pruner._network.groups
-            ])  # fmt: skip
-            period.append(reference.score(units))
+            ]
+            units = [
+                slots[0][:, 0] if kind.at_gates else sum(slot.sum(1) for slot in slots)
+                for slots in rows
+            ]
+            period.append(reference.score(torch.cat(units)))
             record = pruner.step()
         mean = torch.stack(period).mean(0)
         average = mean if average is None else 0.8 * average + 0.2 * mean

@@ -30,6 +30,7 @@ class GateTables:
         else:
             self.widths = {site.key: site.classes.numel() for site in sites.sites}
             self._rows = SiteRows(sites, self._layers)
+            self._sites_of = {name: sites.sites_of(name) for name in self._layers}
 
     def finish(self, tables: Mapping[str, Tensor], training: bool) -> list[Tensor]:
         """[F, K] of each layer from those that were filled, by name, at the end of an update.
@@ -45,10 +46,34 @@ class GateTables:
 
     def _by_layer(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         like = next(iter(tables.values()))
-        known = {
-            name: tables[name] if name in tables else like.new_zeros(width, like.size(1))
-            for name, width in self.widths.items()
-        }
         if self._rows is None:
-            return known
-        return dict(zip(self._layers, self._rows.tables(list(known.values())), strict=True))
+            return {
+                name: tables[name] if name in tables else like.new_zeros(width, like.size(1))
+                for name, width in self.widths.items()
+            }
+        # A layer may be given other examples than another, and its table has other columns then.
+        columns = {name: self._columns(name, tables, like.size(1)) for name in self._layers}
+        found: dict[str, Tensor] = {}
+        for count in dict.fromkeys(columns.values()):
+            of_sites = [
+                tables[key]
+                if key in tables and tables[key].size(1) == count
+                else like.new_zeros(width, count)
+                for key, width in self.widths.items()
+            ]
+            made = zip(self._layers, self._rows.tables(of_sites), strict=True)
+            found |= {name: table for name, table in made if columns[name] == count}
+        return {name: found[name] for name in self._layers}
+
+    def _columns(self, layer: str, tables: Mapping[str, Tensor], default: int) -> int:
+        """How many columns the tables have at the sites of a layer's gates."""
+        counts = {key: tables[key].size(1) for key in self._sites_of[layer] if key in tables}
+        if len(set(counts.values())) > 1:
+            most = max(counts, key=counts.__getitem__)
+            other = next(key for key in counts if counts[key] != counts[most])
+            raise RuntimeError(
+                f"{other}: was given {counts[other]} examples (dim 0) and {most} was given "
+                f"{counts[most]}, so that one channel's gates at both do not add up; use "
+                "taylor_fo_bn"
+            )
+        return next(iter(counts.values()), default)

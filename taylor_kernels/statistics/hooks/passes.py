@@ -68,6 +68,13 @@ class WatchesPasses(Statistic):
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         """What collect() hands over, before the loss scale is divided out; _check() comes first."""
 
+    def _layers_unreached(self) -> list[str]:
+        """The layers whose gates stand, or would stand, where no gradient comes."""
+        if self.sites is None:
+            return sorted(self._unreached)
+        behind = {s.key: s.behind or (s.module,) for s in self.sites.sites}
+        return sorted({name for key in self._unreached for name in behind[key]})
+
     def _unread_layers(self) -> frozenset[str]:
         """Layers that no gradient has reached, at any of their sites."""
         if self.sites is None or not self._unreached:
@@ -88,7 +95,7 @@ class WatchesPasses(Statistic):
         """That no layer is about to be scored 0 for want of a look at it."""
         if self._unreached:
             message = (
-                f"no gradient reaches the output of {', '.join(sorted(self._unreached))}, because "
+                f"no gradient reaches the output of {', '.join(self._layers_unreached())}, because "
                 "everything before is frozen, so {}; run the pass inside tk.scoring(model), or use "
                 "taylor_fo, which scores the layers that are trained"
             )

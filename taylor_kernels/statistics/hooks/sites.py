@@ -31,12 +31,14 @@ class Site:
         dim: the channels' dimension, from the end.
         classes: [C] int64, the class of each channel, or ELSEWHERE. Channels of one class share a
             gate, here and at other sites.
+        behind: the layers whose channels come here, with no other layer between; for messages.
     """
 
     module: str
     side: str
     dim: int
     classes: Tensor
+    behind: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -61,6 +63,11 @@ class GateSites:
         """Layers with filters whose gates stand nowhere."""
         placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
         return [name for name, c in self.layers.items() if not torch.isin(c, placed).all()]
+
+    def sites_of(self, layer: str) -> list[str]:
+        """The keys of the sites at which gates of a layer stand."""
+        own = self.layers[layer]
+        return [site.key for site in self.sites if torch.isin(site.classes, own).any()]
 
     def without(self, gone: Tensor) -> GateSites:
         """The sites once the channels of the classes `gone` have been removed from the model."""
