@@ -11,8 +11,9 @@ NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 demo: $(VENV)/built
 	$(BIN)/taylor-kernels demo
 
+# Two processes: a file's tests stay together, since some share what takes long to make.
 test: $(VENV)/zoo
-	$(BIN)/python -m pytest --zoo
+	$(BIN)/python -m pytest --zoo -n 2 --dist loadfile
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

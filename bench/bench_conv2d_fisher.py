@@ -20,6 +20,7 @@ import taylor_kernels as tk
 from bench import reference
 from bench.harness import Provider, matmul_flops
 from bench.models import ConvNet, resnet18, resnet50
+from bench.ours import our_backends
 from bench.reference import EPS32
 from bench.shapes import Layer, layers_of, transformer_layers
 
@@ -107,11 +108,7 @@ def providers(layer: Layer, dtype: torch.dtype, tf32: bool, device: torch.device
         provider(GRADIENT, gradient, "grads", "peer", stored),
         provider(OURS, ours(None), "squares", "ours", eps),
     ]
-    if (
-        device.type == "cuda"
-        and tk.available_backends()["cuda"]
-        and tk.available_backends()["triton"]
-    ):
+    if TRITON in our_backends(device):
         every.append(provider(TRITON, ours("triton"), "squares", "extra", eps))
     return every
 

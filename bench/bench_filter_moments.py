@@ -20,6 +20,7 @@ from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 from bench.models import resnet50
+from bench.ours import ours_by
 
 NETWORKS = {
     "resnet50-fp32": (shapes.resnet50_weights, torch.float32, 25),
@@ -104,14 +105,7 @@ def _ours(
     def run(backend: str | None) -> Callable[[], object]:
         return lambda: tk.filter_moments(data.first, data.second, dim=dim, backend=backend)
 
-    found = [Provider("ours", run(None), check, "ours")]
-    if (
-        device.type == "cuda"
-        and tk.available_backends()["cuda"]
-        and tk.available_backends()["triton"]
-    ):
-        found.append(Provider("ours (triton)", run("triton"), check, "extra"))
-    return found
+    return ours_by(run, check, device)
 
 
 def _torch_pruning(device: torch.device) -> list[Provider]:

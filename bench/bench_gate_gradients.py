@@ -13,6 +13,7 @@ import taylor_kernels as tk
 from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
+from bench.ours import ours_by
 
 LAYOUTS = {
     # layout: shapes, the channels' dimension, the dimensions summed, the einsum
@@ -68,13 +69,7 @@ def providers(layout: str, dtype: str, device: torch.device) -> list[Provider]:
             lambda y, dy: tk.gate_gradients(y, dy, channel_dim=channel_dim, backend=backend)
         )
 
-    every = [Provider("ours", ours(None), check, "ours")]
-    if (
-        device.type == "cuda"
-        and tk.available_backends()["cuda"]
-        and tk.available_backends()["triton"]
-    ):
-        every.append(Provider("ours (triton)", ours("triton"), check, "extra"))
+    every = ours_by(ours, check, device)
     eager = peers.eager_gates if dtype == "fp32" else peers.eager_gates_float
     compiled = peers.dynamic(eager)
     every.append(Provider("eager", layers_by(lambda y, dy: eager(y, dy, dims)), check, "peer"))

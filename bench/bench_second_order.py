@@ -18,6 +18,7 @@ import taylor_kernels as tk
 from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
+from bench.ours import our_backends
 
 NETWORKS = {
     "resnet50-fp32": (shapes.resnet50_weights, torch.float32),
@@ -53,16 +54,6 @@ def probes(data: Buffers) -> list[Tensor]:
     return tk.rademacher_like(data.first, seed=SEED)
 
 
-def backends(device: torch.device) -> dict[str, str | None]:
-    """Ours by label: the one that a user gets, and Triton beside CUDA."""
-    both = (
-        device.type == "cuda"
-        and tk.available_backends()["cuda"]
-        and tk.available_backends()["triton"]
-    )
-    return {"ours": None, **({"ours (triton)": "triton"} if both else {})}
-
-
 def providers(op: str, network: str, axis: str, device: torch.device) -> list[Provider]:
     data, expected = inputs(op, network, device)
     axes = peers.AXES[axis]
@@ -89,7 +80,9 @@ def providers(op: str, network: str, axis: str, device: torch.device) -> list[Pr
     dim = {"rows": 0, "cols": 1, "both": (0, 1)}[axis]
     every = [
         Provider(label, partial(run, dim=dim, backend=backend), check_ours, role, label)
-        for (label, backend), role in zip(backends(device).items(), ("ours", "extra"), strict=False)
+        for (label, backend), role in zip(
+            our_backends(device).items(), ("ours", "extra"), strict=False
+        )
     ]
     in_3d = [peers.as_3d(tensors) for tensors in lists]
     layers = partial(peers.per_layer, function, axes, *in_3d)
@@ -129,7 +122,9 @@ def probe_providers(network: str, device: torch.device) -> list[Provider]:
             role,
             label,
         )
-        for (label, backend), role in zip(backends(device).items(), ("ours", "extra"), strict=False)
+        for (label, backend), role in zip(
+            our_backends(device).items(), ("ours", "extra"), strict=False
+        )
     ]
     return [
         *every,

@@ -45,6 +45,8 @@ function(find_nvcc result)
   elseif(NOT "$ENV{CUDACXX}" STREQUAL "")
     set(nvcc "$ENV{CUDACXX}")
   else()
+    # A build folder keeps what was found, which may have been deleted or moved since.
+    unset(NVCC_PROGRAM CACHE)
     find_program(NVCC_PROGRAM nvcc PATHS ENV PATH ENV CUDA_PATH PATH_SUFFIXES bin NO_DEFAULT_PATH)
     set(nvcc "${NVCC_PROGRAM}")
   endif()

@@ -68,11 +68,21 @@ class Criterion:
     reference: str = ""
 
     def __post_init__(self) -> None:
+        for field in ("name", "statistic", "formula", "reference"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field}: expected a string, got {type(value).__name__}")
+        if not self.name:
+            raise ValueError("name: is empty; give the criterion one to be looked up by")
         get_statistic(self.statistic)
         if not callable(self.score):
             raise TypeError(f"score: expected a function, got {type(self.score).__name__}")
         if self.coupled not in ("sum", "mean", "first"):
             raise ValueError(f"coupled: {self.coupled!r} is not one of sum, mean, first")
+        if not isinstance(self.across_layers, bool):
+            raise TypeError(
+                f"across_layers: expected True or False, got {type(self.across_layers).__name__}"
+            )
 
     @property
     def needs(self) -> str:
@@ -86,6 +96,11 @@ class Criterion:
             ValueError: `score` did not give one number per filter, or per filter and example.
         """
         scores = self.score(table)
+        if not isinstance(scores, Tensor):
+            raise ValueError(
+                f"criterion {self.name!r}: its score function gave {type(scores).__name__}; "
+                "expected a tensor, one number per filter"
+            )
         per_example = get_statistic(self.statistic).per_example and scores.shape == table.shape
         if not per_example and scores.shape != table.shape[:1]:
             raise ValueError(
@@ -102,6 +117,7 @@ def register_criterion(criterion: Criterion) -> Criterion:
     """Make a criterion known by its name.
 
     Raises:
+        TypeError: it is no `Criterion`.
         ValueError: the name is taken.
 
     Example:
@@ -112,6 +128,11 @@ def register_criterion(criterion: Criterion) -> Criterion:
         >>> "weight_sum" in tk.criterion_names()
         True
     """
+    if not isinstance(criterion, Criterion):
+        raise TypeError(
+            f"criterion: expected a tk.Criterion, got {type(criterion).__name__}; make one of a "
+            "name, a statistic and a score function"
+        )
     if criterion.name in _CRITERIA:
         raise ValueError(
             f"criterion: {criterion.name!r} is registered already; choose another name"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -54,6 +54,17 @@ class Hook:
             "torch.jit.script cannot compile the hooks that tk.Pruner and tk.Importance put on a "
             "model: close() them first (compact() before, for a pruner). A copy of the model that "
             "was made before has them too, so copy it again"
+        )
+
+
+class OnModel:
+    """What holds on to a model by its hooks, and so has no copy."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            f"a tk.{type(self).__name__} has hooks on its model and cannot be copied or saved as a "
+            "whole: keep its state_dict(), which load_state_dict() of a new one takes. Where the "
+            "model holds it as an attribute, delete that before the model is copied or saved"
         )
 
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    checked_tables,
     filter_count,
     find_layers,
     get_statistic,
@@ -26,7 +28,7 @@ from taylor_kernels.tracing import trace
 _STATE_VERSION = 1
 
 
-class Importance:
+class Importance(OnModel):
     """Scores every filter of a model's convolution and linear layers under one criterion.
 
     Call update() after every backward() of a training loop, and compute() for the scores.
@@ -159,6 +161,8 @@ class Importance:
                 in its mode, `.grad` stays as it is. The loss is taken as it is, whatever
                 `loss_scale`: return it unscaled.
 
+        For a minibatch whose gradients overflowed, call skip() in place of it.
+
         Raises:
             RuntimeError: there is nothing to read (the message says why and what to do); the meter
                 is closed.
@@ -166,13 +170,10 @@ class Importance:
                 criterion that takes none, or returned no scalar that depends on the model.
         """
         check_loss_scale(loss_scale)
-        if self._closed:
-            raise RuntimeError(
-                "update: the meter is closed; make a new one, whose load_state_dict() goes on from "
-                "this one's state_dict()"
-            )
+        self._require_open("update")
         check_closure(self._statistic, closure, self.criterion.name, "update")
-        tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+        found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+        tables = checked_tables(self._statistic, found)
         device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
@@ -190,6 +191,19 @@ class Importance:
         self._sum_squares = self._sum_squares.to(device) + squares
         self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
         self._updates += 1
+
+    def skip(self) -> None:
+        """Forget what backward() left since the last update(): in place of update(), for a
+        minibatch that is not to count, as one whose gradients overflowed.
+
+        Without it the next update() would add that minibatch's gates to its own. Weight criteria
+        read `.grad`, which zero_grad() clears.
+
+        Raises:
+            RuntimeError: the meter is closed.
+        """
+        self._require_open("skip")
+        self._statistic.discard()
 
     @property
     def needs_closure(self) -> bool:
@@ -300,6 +314,13 @@ class Importance:
     def _per_layer(self, values: Tensor) -> dict[str, Tensor]:
         parts = values.float().split(list(self._sizes.values()))
         return dict(zip(self._sizes, parts, strict=True))
+
+    def _require_open(self, method: str) -> None:
+        if self._closed:
+            raise RuntimeError(
+                f"{method}: the meter is closed; make a new one, whose load_state_dict() goes on "
+                "from this one's state_dict()"
+            )
 
     def _require_updates(self, method: str) -> None:
         if not self._updates:

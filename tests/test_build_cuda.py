@@ -122,6 +122,23 @@ def test_cudacxx_and_cuda_path_are_looked_at(tmp_path: Path) -> None:
         assert found(tmp_path, None, **environment).endswith(str(nvcc))
 
 
+def test_an_nvcc_that_was_moved_is_found_again(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(ask NONE)\n"
+        f'include("{ROOT}/cmake/cuda_compiler.cmake")\n'
+        'find_nvcc(nvcc)\nmessage(STATUS "found ${nvcc}")\n'
+    )
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+        nvcc = fake_nvcc(tmp_path / folder, "12.6")
+        path = f"{nvcc.parent}:{os.environ['PATH']}"
+        run = run_cmake("-S", project, "-B", tmp_path / "build", PATH=path)
+        assert f"found {nvcc}" in run.stdout
+        nvcc.unlink()
+
+
 def test_auto_goes_on_without_an_nvcc_that_is_too_old(tmp_path: Path) -> None:
     run = configure(tmp_path, fake_nvcc(tmp_path, "11.8"), "auto")
     assert run.returncode == 0, run.stderr

@@ -25,7 +25,7 @@ from bench import report
 from bench.figures import Results, load
 from bench.markdown import ms, table
 from taylor_kernels import criteria
-from taylor_kernels.statistics import get_statistic, statistic_names
+from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.result_blocks import bench_block, demo_block, study_block
@@ -71,16 +71,6 @@ def five_criteria() -> str:
     """A few of them, without where they come from."""
     rows = [[f"`{one.name}`", one.formula, one.needs] for one in map(criteria.get_criterion, FIVE)]
     return plain_table(["criterion", "score of a filter", "needs"], rows)
-
-
-def statistics_table() -> str:
-    """Every statistic that the package registers."""
-    rows = []
-    for name in statistic_names():
-        one = get_statistic(name)
-        beside = "" if one.prunable else "; not for the pruner"
-        rows.append([f"`{name}`", f"{one.columns}{beside}", one.reads])
-    return plain_table(["statistic", "columns of a layer's table", "reads"], rows)
 
 
 @cache

@@ -11,8 +11,8 @@ from bench.markdown import ms, table
 #: Relative to the repository; `python -m tools.zoo_table` writes it.
 ZOO = Path("bench/results/zoo/result.json")
 HEAD = (
-    "network", "layers that can be pruned", "forward + backward, ms", "building a pruner", "tracing",
-    "parameters left", "masked − removed",
+    "network", "layers that can be pruned", "forward + backward, ms", "building a pruner",
+    "tracing", "parameters left", "masked − removed",
 )  # fmt: skip
 #: Why the last layer of nearly every network stays.
 OUTPUT = "reaches the output of the model"

@@ -6,8 +6,8 @@
 
 Each network has a process of its own, one thread and ten minutes. Times are of the processor, the
 least of a few runs on the example inputs, one example each: the model in eval mode forward, and
-forward and backward; tracing it; building a pruner, with the proof. Then it is pruned as the tests
-do it.
+forward and backward; tracing it; building one pruner, with the proof. Then it is pruned as the
+tests do it.
 """
 
 from __future__ import annotations
@@ -93,14 +93,15 @@ def apart(name: str) -> dict[str, Any]:
     """One network, in a process of its own; {"failed": why} where nothing comes of it."""
     command = [sys.executable, "-m", "tools.zoo_table", "--one", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    failed = {"package": NETWORKS[name].package}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
         )
     except subprocess.TimeoutExpired:
-        return {"failed": f"takes more than {SECONDS:g} seconds"}
+        return {**failed, "failed": f"takes more than {SECONDS:g} seconds"}
     if done.returncode:
-        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+        return {**failed, "failed": done.stderr.strip().splitlines()[-1][:300]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

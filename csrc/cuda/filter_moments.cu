@@ -1,4 +1,3 @@
-#include "common/ops.h"
 #include "cuda/parameter_tasks.cuh"
 
 namespace tk {
@@ -24,12 +23,6 @@ struct FilterMoments : ParameterOp {
 
 }  // namespace
 
-int64_t filter_moments_cuda_workspace(const ParameterList& call) {
-  return moments_workspace<FilterMoments>(call.items);
-}
-
-void filter_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
-  run_moments(FilterMoments(), call.items, workspace, stream);
-}
+TK_DEFINE_PARAMETER_OP(filter_moments, FilterMoments())
 
 }  // namespace tk

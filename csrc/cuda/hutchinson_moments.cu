@@ -1,4 +1,3 @@
-#include "common/ops.h"
 #include "common/philox.h"
 #include "cuda/parameter_tasks.cuh"
 
@@ -30,12 +29,6 @@ struct HutchinsonMoments : ParameterOp {
 
 }  // namespace
 
-int64_t hutchinson_moments_cuda_workspace(const ParameterList& call) {
-  return moments_workspace<HutchinsonMoments>(call.items);
-}
-
-void hutchinson_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
-  run_moments(HutchinsonMoments(call.seed), call.items, workspace, stream);
-}
+TK_DEFINE_PARAMETER_OP(hutchinson_moments, HutchinsonMoments(call.seed))
 
 }  // namespace tk

@@ -2,7 +2,7 @@
 // asks of an op, it has set_inputs(task, item).
 #pragma once
 
-#include "common/parameter.h"
+#include "common/ops.h"
 #include "cuda/task_launch.cuh"
 
 namespace tk {
@@ -67,15 +67,13 @@ std::vector<Task> make_tasks(const std::vector<ParameterItem>& items) {
   return tasks;
 }
 
-template <class Op>
-int64_t moments_workspace(const std::vector<ParameterItem>& items) {
-  return workspace_bytes<Op>(make_tasks<Op>(items));
-}
-
-template <class Op>
-void run_moments(const Op& op, const std::vector<ParameterItem>& items, void* workspace,
-                 void* stream) {
-  run_tasks(op, make_tasks<Op>(items), workspace, stream);
-}
+// The functions that ops.h declares of an op; `made` is its struct, made for the list `call`.
+#define TK_DEFINE_PARAMETER_OP(op, made)                                            \
+  int64_t op##_cuda_workspace(const ParameterList& call) {                          \
+    return workspace_bytes<decltype(made)>(make_tasks<decltype(made)>(call.items)); \
+  }                                                                                 \
+  void op##_cuda(const ParameterList& call, void* workspace, void* stream) {        \
+    run_tasks(made, make_tasks<decltype(made)>(call.items), workspace, stream);     \
+  }
 
 }  // namespace tk

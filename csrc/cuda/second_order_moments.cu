@@ -1,4 +1,3 @@
-#include "common/ops.h"
 #include "cuda/parameter_tasks.cuh"
 
 namespace tk {
@@ -22,12 +21,6 @@ struct SecondOrderMoments : ParameterOp {
 
 }  // namespace
 
-int64_t second_order_moments_cuda_workspace(const ParameterList& call) {
-  return moments_workspace<SecondOrderMoments>(call.items);
-}
-
-void second_order_moments_cuda(const ParameterList& call, void* workspace, void* stream) {
-  run_moments(SecondOrderMoments(), call.items, workspace, stream);
-}
+TK_DEFINE_PARAMETER_OP(second_order_moments, SecondOrderMoments())
 
 }  // namespace tk

@@ -41,6 +41,8 @@ class Backend(NamedTuple):
     kernels: Callable[[], Kernels]  # imports them, when they are first needed
     float64: bool = False
     on_request: Callable[[str], bool] = _nowhere  # other devices, only where a call names it
+    #: The status on one device, where devices of a type differ.
+    status_on: Callable[[torch.device], tuple[bool, str]] | None = None
 
 
 class Availability(NamedTuple):
@@ -66,7 +68,7 @@ def available_backends() -> dict[str, Availability]:
         >>> bool(tk.available_backends()["reference"])
         True
     """
-    return {name: Availability(*backend.status()) for name, backend in _backends.items()}
+    return {name: _availability(backend) for name, backend in _backends.items()}
 
 
 def register_backend(backend: Backend) -> None:
@@ -75,8 +77,22 @@ def register_backend(backend: Backend) -> None:
     Where several serve a device, the first that was registered and can run is the default.
 
     Raises:
+        TypeError: it is no `Backend`, or not made of what one is made of.
         ValueError: there is a backend of that name.
     """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend: expected a Backend, got {type(backend).__name__}")
+    if not isinstance(backend.name, str) or not backend.name:
+        raise TypeError(f"backend: its name is {backend.name!r}; give it a string that names it")
+    devices = backend.devices
+    if not isinstance(devices, tuple) or not all(isinstance(each, str) for each in devices):
+        raise TypeError(
+            f"backend: the devices of {backend.name!r} are {devices!r}; give a tuple of types of "
+            "torch.device, such as ('cpu',)"
+        )
+    for field in ("status", "kernels", "on_request"):
+        if not callable(getattr(backend, field)):
+            raise TypeError(f"backend: {field} of {backend.name!r} is no function; give it one")
     if backend.name in _backends:
         raise ValueError(f"backend: there is one named {backend.name!r}; choose another name")
     _backends[backend.name] = backend
@@ -93,12 +109,35 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
         ValueError: `backend` is no backend's name, or cannot run on this device or dtype.
         RuntimeError: the named backend is not available here; the message says why.
     """
+    return _chosen(device, dtype, backend).kernels()
+
+
+def kernel(
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None
+) -> Callable[..., None]:
+    """The kernel of one op, of those that `select` gives.
+
+    Raises:
+        ValueError, RuntimeError: as `select`; or the backend has not got the op.
+    """
+    chosen = _chosen(device, dtype, backend)
+    kernels = chosen.kernels()
+    try:
+        return getattr(kernels, op)
+    except AttributeError as error:
+        raise RuntimeError(
+            f"backend: {chosen.name!r} has no {op}; name another, such as backend='reference'"
+        ) from error
+
+
+def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Backend:
     wide = dtype == torch.float64
     if backend is None:
         for each in _backends.values():
-            if device.type in each.devices and (each.float64 or not wide) and each.status()[0]:
-                return each.kernels()
-        return reference
+            serves = device.type in each.devices and (each.float64 or not wide)
+            if serves and _availability(each, device):
+                return each
+        return _backends["reference"]
     check_name(backend)
     named = _backends[backend]
     if named.devices and device.type not in named.devices and not named.on_request(device.type):
@@ -108,10 +147,22 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
         )
     if wide and not named.float64:
         raise ValueError(f"backend: {backend!r} has no float64; use 'reference'")
-    status = Availability(*named.status())
+    status = _availability(named, device)
     if not status:
         raise RuntimeError(f"backend: {backend!r} is {status}")
-    return named.kernels()
+    return named
+
+
+def _availability(backend: Backend, device: torch.device | None = None) -> Availability:
+    """Its status, in general or on one device. One that fails keeps no other from running."""
+    try:
+        if device is None or backend.status_on is None:
+            ok, detail = backend.status()
+        else:
+            ok, detail = backend.status_on(device)
+    except Exception as error:
+        return Availability(False, f"status raised {type(error).__name__}: {error}")
+    return Availability(ok, detail)
 
 
 def check_name(backend: object) -> None:
@@ -157,7 +208,13 @@ def _find_triton() -> Any:
 _backends = {
     backend.name: backend
     for backend in (
-        Backend("cuda", ("cuda",), native.cuda_status, lambda: native),
+        Backend(
+            "cuda",
+            ("cuda",),
+            native.cuda_status,
+            lambda: native,
+            status_on=native.cuda_status_on,
+        ),
         Backend("triton", ("cuda",), _triton_status, _triton_kernels, on_request=_interprets),
         Backend("cpu", ("cpu",), native.cpu_status, lambda: native, float64=True),
         Backend(

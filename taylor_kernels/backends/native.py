@@ -54,31 +54,69 @@ def cpu_status() -> tuple[bool, str]:
     return True, f"{_native.compiler}, {_native.cpu_isa()}"
 
 
-@cache
 def cuda_status() -> tuple[bool, str]:
-    """Whether the kernels run on every GPU that PyTorch sees: what they were built for, or why not.
+    """Whether the kernels run on a GPU that PyTorch sees: what they were built for and which GPUs
+    they do not run on, or why there is none.
 
-    One GPU of each capability is asked, the current one first, so that another backend takes over
-    before a launch fails: asking makes a context on a GPU, which costs its memory.
+    One GPU of each capability is asked, the current one first: asking makes a context on a GPU,
+    which costs its memory.
     """
-    if _native is None:
-        return cpu_status()
-    if not _native.cuda_version:
-        return False, (
-            "the package was built without CUDA; rebuild it where nvcc is on PATH, "
-            "with TAYLOR_KERNELS_CUDA=on"
-        )
-    built = f"CUDA {_native.cuda_version}, {_native.cuda_architectures}"
-    if not torch.cuda.is_available():
-        return False, f"built for {built}, but PyTorch sees no GPU"
+    if missing := _without_gpu():
+        return False, missing
     current = torch.cuda.current_device()
     asked: dict[tuple[int, int], int] = {}
     for number in (current, *range(torch.cuda.device_count())):
         asked.setdefault(torch.cuda.get_device_capability(number), number)
-    for number in asked.values():
-        with torch.cuda.device(number):
-            problem = _native.cuda_device_problem()
-        if problem:
-            name = f"cuda:{number} ({torch.cuda.get_device_name(number)})"
-            return False, f"built for {built}, but the kernels do not run on {name}: {problem}"
-    return True, built
+    problems = [problem for number in asked.values() if (problem := _problem_on(number))]
+    if len(problems) == len(asked):
+        return False, f"built for {_built_for()}, but {'; '.join(problems)}"
+    return True, "; ".join((_built_for(), *problems))
+
+
+def cuda_status_on(device: torch.device) -> tuple[bool, str]:
+    """The same of one GPU, which is asked before a launch on it could fail."""
+    if _lasting.get(device.index) == "":
+        return True, _built_for()
+    if missing := _without_gpu():
+        return False, missing
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if problem := _problem_on(number):
+        return False, f"built for {_built_for()}, but {problem}"
+    return True, _built_for()
+
+
+def _without_gpu() -> str:
+    """Why there is nothing to ask a GPU, or an empty string."""
+    if _native is None:
+        return cpu_status()[1]
+    if not _native.cuda_version:
+        return (
+            "the package was built without CUDA; rebuild it where nvcc is on PATH, "
+            "with TAYLOR_KERNELS_CUDA=on"
+        )
+    if not torch.cuda.is_available():
+        return f"built for {_built_for()}, but PyTorch sees no GPU"
+    return ""
+
+
+def _built_for() -> str:
+    return f"CUDA {_native.cuda_version}, {_native.cuda_architectures}"
+
+
+#: How the problems begin that a GPU keeps, in the words of csrc/cuda/device_check.cu.
+_LASTING = ("they are compiled for other GPUs", "the driver is too old")
+#: GPU -> its problem, or an empty string if it has none. Other errors may pass.
+_lasting: dict[int, str] = {}
+
+
+def _problem_on(number: int) -> str:
+    """Why the kernels do not run on a GPU, or an empty string."""
+    if number in _lasting:
+        return _lasting[number]
+    with torch.cuda.device(number):
+        why = _native.cuda_device_problem()
+    name = f"cuda:{number} ({torch.cuda.get_device_name(number)})"
+    problem = f"the kernels do not run on {name}: {why}" if why else ""
+    if not why or why.startswith(_LASTING):
+        _lasting[number] = problem
+    return problem

@@ -11,6 +11,7 @@ from torch import Tensor
 from taylor_kernels.layout import FLOATS
 
 _FLOATS = frozenset(FLOATS)
+_PLAIN = (Tensor, torch.nn.Parameter)  # most are of these classes
 
 
 def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
@@ -25,7 +26,7 @@ def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
     for tensors in lists:
         for t in tensors:
             if (
-                not isinstance(t, Tensor)
+                not (type(t) in _PLAIN or _is_plain(type(t)))
                 or t.device != device
                 or t.layout is not torch.strided
                 or t.is_nested
@@ -38,11 +39,29 @@ def quick_shapes(lists: Sequence[list[Any]]) -> list[torch.Size] | None:
     return shapes[0] if all(each == shapes[0] for each in shapes[1:]) else None
 
 
+def alike(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether each has the shape, dtype, device and layout of its place in the other list."""
+    for t, other in zip(tensors, others, strict=True):
+        if (
+            t.shape != other.shape
+            or t.dtype is not other.dtype
+            or t.device != other.device
+            or t.layout is not other.layout
+        ):
+            return False
+    return True
+
+
 def check_tensor(tensor: object, name: str) -> None:
     """A dense tensor of a floating dtype with storage behind it, or an error that names it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(
             f"{name}: expected a torch.Tensor, got {type(tensor).__name__}{_hint(tensor)}"
+        )
+    if not (type(tensor) in _PLAIN or _is_plain(type(tensor))):
+        raise TypeError(
+            f"{name}: a DTensor is not supported; pass tensor.full_tensor(), or score with the "
+            "criteria of gates, which do not read weights"
         )
     if tensor.dtype not in FLOATS:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
@@ -94,6 +113,11 @@ def check_streams(streams: object, count: int) -> Sequence[int]:
         if not isinstance(stream, int) or not 0 <= stream < 2**32:
             raise ValueError(f"streams: {stream!r} is not an integer from 0 to 2**32 - 1")
     return streams
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a class is that of tensors that hold all of their values, which DTensors do not."""
+    return issubclass(kind, Tensor) and not hasattr(kind, "full_tensor")
 
 
 def _hint(value: object) -> str:

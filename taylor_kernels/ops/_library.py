@@ -42,13 +42,15 @@ def _each_slice(op: Callable[..., Any]) -> Callable[..., Any]:
     """The rule for vmap: its results are stacked along their first dimension."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        each = [
-            op(*(_slice(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
+        def of_slice(i: int) -> Any:
+            return op(*(_slice(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+
+        # Of no slices the result has a shape and no values: that of a slice of zeros, cut off.
+        count = info.batch_size
+        each = [of_slice(i) for i in range(count)] or [of_slice(0)]
         if isinstance(each[0], Tensor):
-            return torch.stack(each), 0
-        stacked = tuple(torch.stack(results) for results in zip(*each, strict=True))
+            return torch.stack(each)[:count], 0
+        stacked = tuple(torch.stack(results)[:count] for results in zip(*each, strict=True))
         return stacked, (0,) * len(stacked)
 
     return rule
@@ -58,4 +60,6 @@ def _slice(arg: Any, dim: Any, i: int) -> Any:
     """Slice i of a tensor, or of each in a list; what has no dimension to slice is the same."""
     if isinstance(arg, list) and isinstance(dim, (list, tuple)):
         return [_slice(part, of_part, i) for part, of_part in zip(arg, dim, strict=True)]
-    return arg if dim is None else arg.select(dim, i)
+    if dim is None:
+        return arg
+    return arg.select(dim, i) if arg.size(dim) else arg.sum(dim)  # zeros

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, native, select
-from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import check_like, check_tensor, quick_shapes
+from taylor_kernels.backends import check_name, kernel, native
+from taylor_kernels.layout import FLOATS, ParameterItem, accumulator, parameter_item
+from taylor_kernels.ops._checks import alike, check_like, check_streams, check_tensor, quick_shapes
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -78,19 +78,22 @@ def define_list_op(
     """
     count = len(inputs)
 
+    names = [name + "[{}]" for name in inputs]
+
     def empty(*args: Any) -> tuple[Tensor, Tensor]:
         filters = _filters([w.shape for w in args[0]], *args[count : count + 3])
         return _empty_tables(sums, args[0][0], filters)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
         lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
-        kernels = select(lists[0][0].device, lists[0][0].dtype, backend)
-        filters = _filters([w.shape for w in lists[0]], groups, rows, cols)
-        out = _empty_tables(sums, lists[0][0], filters)
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
+        shapes = _check_call(lists, names, groups, (0, 1) if cols else (0,), streams)
+        compute = kernel(name, lists[0][0].device, lists[0][0].dtype, backend)
+        filters = _filters(shapes, groups, rows, cols)
+        out = _empty_tables(sums, lists[0][0], filters)
         items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
-            getattr(kernels, name)(items, *seed)
+            compute(items, *seed)
         return out
 
     lists = ", ".join(f"Tensor[] {each}" for each in inputs)
@@ -209,7 +212,7 @@ def _as_lists(inputs: dict[str, object]) -> list[list[Tensor]]:
 
 
 def _check(
-    lists: list[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: tuple[str, ...]
+    lists: Sequence[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: Sequence[str]
 ) -> list[torch.Size]:
     """The shapes of the weights, or an error that names what does not fit."""
     weights = lists[0]
@@ -223,6 +226,44 @@ def _check(
     for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
         if n > 1 or not 1 < len(shape) <= 5:
             _check_shape(shape, n, axes, names[0].format(i))
+    return shapes
+
+
+def _check_call(
+    lists: Sequence[list[Tensor]],
+    names: Sequence[str],
+    groups: list[int],
+    axes: tuple[int, ...],
+    streams: Sequence[int] | None,
+) -> list[torch.Size]:
+    """The shapes of the weights of one launch, or an error.
+
+    The kernels trust what they are told, and the op may be called by others than `tables`.
+    """
+    weights, *others = lists
+    count = len(weights)
+    if not count:
+        raise ValueError("weights: no tensors; pass at least one")
+    if len(groups) != count or any(len(each) != count for each in others):
+        raise ValueError(f"weights: {count} of them; pass {count} of all that belong to them")
+    if min(groups) < 1:
+        raise ValueError(f"groups: {min(groups)} is not a positive integer")
+    if streams is not None:
+        check_streams(streams, count)
+    if len(_by_kind(weights)) > 1:
+        raise ValueError(
+            "weights: one call takes tensors of one device, all of them float64 or none"
+        )
+    shapes = [weight.shape for weight in weights]
+    for i, (weight, shape, n) in enumerate(zip(weights, shapes, groups, strict=True)):
+        if weight.dtype not in FLOATS or weight.layout is not torch.strided:
+            check_tensor(weight, names[0].format(i))
+        if n > 1 or not 1 < len(shape) <= 5:
+            _check_shape(shape, n, axes, names[0].format(i))
+    for name, each in zip(names[1:], others, strict=True):
+        if not alike(each, weights):
+            for i, (tensor, weight) in enumerate(zip(each, weights, strict=True)):
+                check_like(tensor, name.format(i), weight, names[0].format(i))
     return shapes
 
 

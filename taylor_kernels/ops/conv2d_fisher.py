@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
 from taylor_kernels.ops._checks import check_tensor
 from taylor_kernels.ops._library import define
@@ -75,48 +75,13 @@ def conv2d_fisher(
         [256.0, 256.0]
     """
     check_name(backend)
-    check_tensor(input, "input")
-    check_tensor(grad_output, "grad_output")
-    for name, tensor in (("input", input), ("grad_output", grad_output)):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name}: has shape {tuple(tensor.shape)}; expected [N, C, H, W], a single "
-                "example as [1, C, H, W]"
-            )
-    _check_same(input, grad_output)
     size = _integers(weight_size, "weight_size", 4, 1)
     strides = _integers(stride, "stride", 2, 1)
     paddings = _integers(padding, "padding", 2, 0)
     dilations = _integers(dilation, "dilation", 2, 1)
-    if not _is_integer(groups) or groups < 1 or size[0] % groups:
-        raise ValueError(
-            f"groups: {groups!r} is not a positive integer that divides the {size[0]} filters of "
-            "weight_size"
-        )
-    if input.size(1) != size[1] * groups:
-        raise ValueError(
-            f"input: has {input.size(1)} channels, but weight_size {tuple(size)} with "
-            f"groups={groups} takes {size[1] * groups}"
-        )
-    expected = [input.size(0), size[0]]
-    for dim in (0, 1):
-        room = input.size(2 + dim) + 2 * paddings[dim] - dilations[dim] * (size[2 + dim] - 1) - 1
-        if room < 0:
-            raise ValueError(
-                f"weight_size: a kernel of {tuple(size[2:])} with dilation {tuple(dilations)} does "
-                f"not fit an input of {tuple(input.shape[2:])} with padding {tuple(paddings)}"
-            )
-        expected.append(room // strides[dim] + 1)
-    if list(grad_output.shape) != expected:
-        raise ValueError(
-            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)}, "
-            f"weight_size {tuple(size)}, stride {tuple(strides)}, padding {tuple(paddings)} and "
-            f"dilation {tuple(dilations)} give an output of {tuple(expected)}"
-        )
-    _check_weight(weight, size, input)
-    return _op(
-        input, grad_output, weight, size, strides, paddings, dilations, groups, False, backend
-    )
+    geometry = (size, strides, paddings, dilations, groups)
+    _check(input, grad_output, weight, *geometry)
+    return _op(input, grad_output, weight, *geometry, False, backend)
 
 
 def linear_fisher(
@@ -180,6 +145,54 @@ def _as_image(tensor: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unsqueeze(-1)
 
 
+def _check(
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    """What the kernels trust, of every call, through the functions above or not."""
+    check_tensor(input, "input")
+    check_tensor(grad_output, "grad_output")
+    for name, tensor in (("input", input), ("grad_output", grad_output)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name}: has shape {tuple(tensor.shape)}; expected [N, C, H, W], a single "
+                "example as [1, C, H, W]"
+            )
+    _check_same(input, grad_output)
+    if not _is_integer(groups) or groups < 1 or size[0] % groups:
+        raise ValueError(
+            f"groups: {groups!r} is not a positive integer that divides the {size[0]} filters of "
+            "weight_size"
+        )
+    if input.size(1) != size[1] * groups:
+        raise ValueError(
+            f"input: has {input.size(1)} channels, but weight_size {tuple(size)} with "
+            f"groups={groups} takes {size[1] * groups}"
+        )
+    expected = [input.size(0), size[0]]
+    for dim in (0, 1):
+        room = input.size(2 + dim) + 2 * padding[dim] - dilation[dim] * (size[2 + dim] - 1) - 1
+        if room < 0:
+            raise ValueError(
+                f"weight_size: a kernel of {tuple(size[2:])} with dilation {tuple(dilation)} does "
+                f"not fit an input of {tuple(input.shape[2:])} with padding {tuple(padding)}"
+            )
+        expected.append(room // stride[dim] + 1)
+    if list(grad_output.shape) != expected:
+        raise ValueError(
+            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)}, "
+            f"weight_size {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)} and "
+            f"dilation {tuple(dilation)} give an output of {tuple(expected)}"
+        )
+    _check_weight(weight, size, input)
+
+
 def _check_same(input: Tensor, grad_output: Tensor) -> None:
     for what in ("dtype", "device"):
         got, expected = getattr(grad_output, what), getattr(input, what)
@@ -226,13 +239,20 @@ def _run(
     *rest: Any,
 ) -> Tensor:
     stride, padding, dilation, groups, matmul, backend = rest
-    kernels = select(input.device, input.dtype, backend)
+    run = kernel("conv2d_fisher", input.device, input.dtype, backend)
     out = _empty(input, grad_output, weight, weight_size)
     if not (input.numel() and grad_output.numel()):
         return out.zero_()
-    geometry = (weight_size, stride, padding, dilation, groups)
+    geometry = (
+        _integers(weight_size, "weight_size", 4, 1),
+        _integers(stride, "stride", 2, 1),
+        _integers(padding, "padding", 2, 0),
+        _integers(dilation, "dilation", 2, 1),
+        groups,
+    )
+    _check(input, grad_output, weight, *geometry)
     args = conv2d_fisher_args(input, grad_output, weight, *geometry, _may_round(matmul), out)
-    kernels.conv2d_fisher(args)
+    run(args)
     return out
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
-from taylor_kernels.layout import accumulator, activation_args
-from taylor_kernels.ops._checks import check_like, check_tensor
+from taylor_kernels.backends import check_name, kernel
+from taylor_kernels.layout import FLOATS, accumulator, activation_args
+from taylor_kernels.ops._checks import alike, check_like, check_tensor
 from taylor_kernels.ops._library import define
 
 
@@ -64,13 +64,23 @@ def gate_gradients(
     check_name(backend)
     check_tensor(output, "output")
     check_like(grad_output, "grad_output", output, "output")
+    if isinstance(channel_dim, int) and -output.dim() < channel_dim < 0:
+        channel_dim += output.dim()
+    _check(output, grad_output, bias, channel_dim)
+    return _op(output, grad_output, bias, channel_dim, backend)
+
+
+def _check(output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int) -> None:
+    """What the kernels trust, of every call, through the function above or not."""
+    if output.dtype not in FLOATS or not alike([output], [grad_output]):
+        check_tensor(output, "output")
+        check_like(grad_output, "grad_output", output, "output")
     if output.dim() < 2:
         raise ValueError(f"output: has shape {tuple(output.shape)}; expected [N, C, ...] or more")
-    if not isinstance(channel_dim, int) or not -output.dim() < channel_dim < output.dim():
+    if not isinstance(channel_dim, int) or not 0 <= channel_dim < output.dim():
         raise ValueError(
             f"channel_dim: {channel_dim!r} is not a dimension of {output.dim()}-D output"
         )
-    channel_dim %= output.dim()
     if channel_dim == 0:
         raise ValueError("channel_dim: 0 is the example; the channels must be another dimension")
     if bias is not None:
@@ -83,19 +93,19 @@ def gate_gradients(
                 f"bias: shape {tuple(bias.shape)} on {bias.device} does not match the "
                 f"{output.size(channel_dim)} channels of output on {output.device}"
             )
-    return _op(output, grad_output, bias, channel_dim, backend)
 
 
 def _run(
     output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int, backend: str | None
 ) -> Tensor:
-    kernels = select(output.device, output.dtype, backend)
+    _check(output, grad_output, bias, channel_dim)
+    run = kernel("gate_gradients", output.device, output.dtype, backend)
     out = _empty(output, grad_output, bias, channel_dim)
     if not output.numel():
         return out.zero_()
     bias = None if bias is None else bias.to(output.dtype)  # under autocast y is half, b float32
     args = activation_args(output, grad_output, bias, channel_dim, out)
-    kernels.gate_gradients(args)
+    run(args)
     return out
 
 

@@ -69,8 +69,7 @@ def hutchinson_moments(
     (Hutchinson, 1990), H the Hessian and z random signs.
 
     Args:
-        weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
-            sequence of such; any strides (contiguous and channels_last are read in place).
+        weights: a tensor or a sequence of such, as `filter_moments` takes them.
         hvps: the products Hz, each with its weight's shape, dtype and device.
         seed: that of `rademacher_like`.
         streams: those of `rademacher_like`; by default the place in the list. A list in another

@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, select
+from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import RademacherItem, in_order_of
 from taylor_kernels.ops._checks import check_seed, check_streams, check_tensor
 from taylor_kernels.ops._library import define
@@ -104,15 +104,19 @@ def _run(
     like: Tensor, counts: Sequence[int], seed: int, streams: Sequence[int], backend: str | None
 ) -> Tensor:
     """The op itself: vectors of so many signs in one buffer, each from a 128-byte address on."""
+    check_tensor(like, "like")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"counts: {min(counts)} is negative")
+    check_streams(streams, len(counts))
     out = _empty(like, counts)
     items = [
         RademacherItem(signs, signs.numel(), signs.dtype, stream)
         for signs, stream in zip(_pieces(out, counts), streams, strict=True)
         if signs.numel()
     ]
-    kernels = select(out.device, out.dtype, backend)
+    run = kernel("rademacher", out.device, out.dtype, backend)
     if items:
-        kernels.rademacher(items, seed)
+        run(items, seed)
     return out
 
 

@@ -62,8 +62,7 @@ def second_order_moments(
     The second-order importance of Molchanov et al. (CVPR 2019), of filters and summed over weights.
 
     Args:
-        weights: a tensor of 1 to 5 dimensions (float32, float16, bfloat16 or float64), or a
-            sequence of such; any strides (contiguous and channels_last are read in place).
+        weights: a tensor or a sequence of such, as `filter_moments` takes them.
         grads: their gradients, each with its weight's shape, dtype and device.
         hvps: the products Hv, likewise; for Taylor scores v = w, as in
             `torch.autograd.grad(grads, weights, grad_outputs=weights)`.
@@ -74,10 +73,7 @@ def second_order_moments(
         them. Not differentiable: the result has no grad_fn.
 
     Raises:
-        TypeError: not a tensor; integer, complex, sparse or meta tensors.
-        ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a `dim`
-            or `groups` that does not fit.
-        RuntimeError: the named backend cannot run here.
+        TypeError, ValueError, RuntimeError: as `filter_moments`.
 
     Example:
         >>> import torch

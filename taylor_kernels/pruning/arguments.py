@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masking import check_unmasked
-from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.optimizer_state import as_list, optimizers_in
 from taylor_kernels.statistics import get_statistic
 
 
@@ -123,17 +123,24 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
 
 
 def _check_optimizer(optimizer: object, model: nn.Module) -> None:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-    if any(isinstance(one, LBFGS) for one in optimizers_in(optimizer)):
+    given = as_list(optimizer)
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
+                f"{type(one).__name__}"
+            )
+    own = set(model.parameters())
+
+    def holds(one: Optimizer) -> bool:
+        return any(p in own for group in one.param_groups for p in group["params"])
+
+    if any(isinstance(one, LBFGS) and holds(one) for one in optimizers_in(optimizer)):
         raise ValueError(
             "optimizer: LBFGS keeps one flat history of all weights, which cannot be cut with the "
             "model; use another one, or leave it out and make a new one after compact()"
         )
-    own = set(model.parameters())
-    if not any(p in own for group in optimizer.param_groups for p in group["params"]):
+    if not given or not all(map(holds, given)):
         raise ValueError(
             "optimizer: it holds no parameter of the model; build it from model.parameters()"
         )

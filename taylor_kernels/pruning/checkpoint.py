@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
+import pickle
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
+from taylor_kernels.pruning.optimizer_saving import (
+    check_optimizer_states,
+    load_optimizer_states,
+    optimizer_states,
+)
+from taylor_kernels.pruning.optimizer_state import as_list
+from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
     VERSION,
     check_model_state,
-    check_optimizer_shapes,
-    check_optimizer_state,
     check_version,
     first_line,
 )
@@ -27,21 +33,23 @@ FILE_FORMAT = "taylor_kernels.checkpoint"
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     pruner: Pruner | None = None,
     **extra: Any,
 ) -> None:
     """Write the state of a run to one file, all at once: a crash leaves the old file or the new.
 
     Args:
+        optimizer: one, or a list of them; those that they wrap are saved with them.
         extra: whatever else the run needs to go on (epoch, random state, a scheduler's
             state_dict): tensors and plain Python.
 
     Raises:
-        TypeError: a part is something else, or an extra is what `load_checkpoint` would refuse.
+        TypeError: a part is something else, or it holds what `load_checkpoint` would refuse:
+            objects other than tensors and plain Python. (numpy's numbers become Python's.)
         FileNotFoundError: there is no such folder.
 
     Example:
@@ -53,25 +61,26 @@ def save_checkpoint(
         ['run.pt']
     """
     _check_parts(model, optimizer)
-    for name, value in extra.items():
-        _check_loads(value, name)
+    parts = {
+        "model": model.state_dict(),
+        "optimizer": None if optimizer is None else optimizer_states(optimizer),
+        "pruner": None if pruner is None else pruner.state_dict(),
+    }
     content = {
         "format": FILE_FORMAT,
         "version": VERSION,
-        "model": model.state_dict(),
-        "optimizer": None if optimizer is None else optimizer.state_dict(),
-        "pruner": None if pruner is None else pruner.state_dict(),
-        "extra": extra,
+        **{name: as_plain(part, name) for name, part in parts.items()},
+        "extra": {name: as_plain(value, name) for name, value in extra.items()},
     }
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 @outside_inference_mode()
 def load_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     pruner: Pruner | None = None,
 ) -> dict[str, Any]:
     """Put a run back where `save_checkpoint` left it.
@@ -110,11 +119,13 @@ def load_checkpoint(
     if pruner is not None:
         if pruner.model is not model:
             raise ValueError("pruner: it prunes another model than the one given")
-        if optimizer is not None and pruner.optimizer is not optimizer:
+        known = list(map(id, as_list(pruner.optimizer)))
+        if optimizer is not None and known != list(map(id, as_list(optimizer))):
             raise ValueError(
                 "optimizer: the pruner has another one or none, so this one would keep parameters "
                 "that the model drops; build the pruner with Pruner(optimizer=...)"
             )
+    path = os.fsdecode(path)
     try:
         # torch.load takes damaged tensors as they are; the archive holds a checksum of each.
         with zipfile.ZipFile(path) as archive:
@@ -123,13 +134,21 @@ def load_checkpoint(
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
+    except pickle.UnpicklingError as error:
+        # PyTorch says what is wrong at the end of a long explanation.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
+        raise ValueError(
+            f"path: {path!r} is whole, but holds objects other than tensors and plain "
+            f"Python, which are not loaded since that can run code ({reason}); if you trust it, "
+            "read it with torch.load(weights_only=False) and load its parts one by one"
+        ) from error
     except Exception as error:
         raise ValueError(
-            f"path: {os.fspath(path)!r} is damaged or not a checkpoint ({first_line(error)})"
+            f"path: {path!r} is damaged or not a checkpoint ({first_line(error)})"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
-        raise ValueError(f"path: {os.fspath(path)!r} was not written by save_checkpoint")
-    check_version(content, f"path: {os.fspath(path)!r}")
+        raise ValueError(f"path: {path!r} was not written by save_checkpoint")
+    check_version(content, f"path: {path!r}")
     for name, part in (("model", model), ("optimizer", optimizer), ("pruner", pruner)):
         if (content.get(name) is None) != (part is None):
             have, lack = ("was given", "is none in the file")
@@ -137,7 +156,7 @@ def load_checkpoint(
                 have, lack = ("is in the file", "was not given")
             raise ValueError(f"{name}: one {have}, but {lack}; pass the parts that were saved")
     if not isinstance(content.get("extra"), dict):
-        raise ValueError(f"path: {os.fspath(path)!r} is damaged (it has no extras)")
+        raise ValueError(f"path: {path!r} is damaged (it has no extras)")
 
     # All is looked at before anything is touched.
     shapes = {
@@ -147,39 +166,23 @@ def load_checkpoint(
     cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
     check_model_state(content["model"], shapes | cut)
     if optimizer is not None:
-        check_optimizer_state(content["optimizer"], optimizer)
-        if pruner is not None:
-            after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
-            check_optimizer_shapes(content["optimizer"], optimizer, after)
+        after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
 
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
     model.load_state_dict(content["model"])
     if optimizer is not None:
-        optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_states(content["optimizer"], optimizer)
     return content["extra"]
 
 
 def _check_parts(model: object, optimizer: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
-
-
-def _check_loads(value: object, name: str) -> None:
-    """What torch.load reads back without running code from the file."""
-    buffer = io.BytesIO()
-    try:
-        torch.save(value, buffer)
-        buffer.seek(0)
-        torch.load(buffer, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # PyTorch says what is wrong at the end of a long explanation.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip().split("\n")[0]
-        raise TypeError(
-            f"{name}: expected tensors and plain Python, which torch.load(weights_only=True) "
-            f"reads back; pass its state_dict or its numbers instead ({reason})"
-        ) from error
+    for one in as_list(optimizer):
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
+                f"{type(one).__name__}"
+            )

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, remove_all
-from taylor_kernels.pruning.optimizer_state import Cuts, zero_state
+from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 
@@ -30,7 +29,7 @@ class Masks:
     pruner, but not a copy of the model: there the units are plain zeros.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+    def __init__(self, model: nn.Module, optimizer: object) -> None:
         self._model = model
         self._optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -43,7 +42,7 @@ class Masks:
         entries = channels.entries(dead)
         if not entries:
             return
-        tensors = Tensors(self._model)
+        tensors, optimizers = Tensors(self._model), optimizers_in(self._optimizer)
         masked = fills(tensors, channels, entries)
         parameters = {
             name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
@@ -54,8 +53,7 @@ class Masks:
             zero(parameter)
             if parameter.requires_grad:
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(zero))
-            if self._optimizer is not None:
-                zero_state(self._optimizer, name, parameter, entries[name])
+            zero_state(optimizers, name, parameter, entries[name])
         statistics = {name: parts for name, parts in masked.items() if name not in parameters}
         self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, masked)))
         # Training moves a masked channel's variance off one; it is put back at once.

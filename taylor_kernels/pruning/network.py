@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.masking import Masks
+from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
+from taylor_kernels.statistics import Layers, Statistic
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -44,7 +47,7 @@ class Network:
         in_use: its pruner is open and has not reached its targets.
     """
 
-    def __init__(self, model: nn.Module, prunable: Prunable, optimizer: Optimizer | None) -> None:
+    def __init__(self, model: nn.Module, prunable: Prunable, optimizer: object) -> None:
         self.model = model
         self.channels = prunable.channels
         self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in prunable.groups]
@@ -53,6 +56,7 @@ class Network:
         self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
+        self._steps = Steps()
         self._shapes = self._found_shapes()
         self.in_use = True
         _LAST[model] = weakref.ref(self)
@@ -79,14 +83,27 @@ class Network:
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def compact(self) -> list[Tensor]:
-        """Remove what is masked; per group [U] bool, True for the units that went."""
+        """Remove what is masked; per group [U] bool, True for the units that went.
+
+        Raises:
+            ValueError: an optimizer's state cannot be cut. Nothing has changed.
+        """
+        gone = self._remove(self.dead)
         self._masks.close()
-        return self._remove(self.dead)
+        if self._optimizer is None and any(units.any() for units in gone):
+            warnings.warn(
+                "compact() has put new parameters in place of those it cut: an optimizer made "
+                "before holds the old ones and would not train the model; make a new one, or give "
+                "Pruner(optimizer=...) yours",
+                stacklevel=3,
+            )
+        return gone
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
             self.check_unchanged()
-            remove(self.model, self.channels, dead, self._optimizer)
+            stepped = self._steps.optimizers
+            remove(self.model, self.channels, dead, self._optimizer, stepped)
             self.channels = self.channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
@@ -98,6 +115,28 @@ class Network:
         tensors |= dict(self.model.named_buffers(remove_duplicate=False))
         names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
+
+    def statistic(
+        self, kind: type[Statistic], names: Sequence[str], backend: str | None
+    ) -> Statistic:
+        """A meter of that kind on these layers of the model as it is."""
+        modules = dict(self.model.named_modules())
+        layers = cast("Layers", {name: modules[name] for name in names})
+        if not kind.at_gates:
+            return kind(self.model, layers, backend)
+        sites = find_gate_sites(self.channels, self.model, layers)
+        return kind(self.model, layers, backend, sites)
+
+    def check_optimizer(self) -> None:
+        """The optimizer's state can be masked and cut, whatever units go.
+
+        Raises:
+            ValueError: a state tensor has no dimensions of its parameter's.
+        """
+        optimizers = optimizers_in(self._optimizer)
+        everything = [torch.ones_like(gone) for gone in self.dead]
+        for name, cuts in self.channels.entries(everything).items():
+            check_follows(optimizers, name, lookup(self.model, name), cuts)
 
     def check_unchanged(self) -> None:
         """Nobody else has cut the model.
@@ -118,6 +157,7 @@ class Network:
         """Take the hooks off the model, for good."""
         self.in_use = False
         self._masks.close()
+        self._steps.close()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -181,8 +221,8 @@ class Network:
     def restore(self, removed: Sequence[Tensor], compacted: Sequence[Tensor]) -> None:
         """Take on a state: remove what it has removed, mask what it has masked, and no more."""
         stale, before = self.stale(compacted), self._gone()
-        self._masks.close()
         self._remove(stale)
+        self._masks.close()
         self.dead = [off[left] for left, off in zip(self._left(), removed, strict=True)]
         for group, old, new in zip(self.groups, before, self._gone(), strict=True):
             self.meter.take(group, new - old)

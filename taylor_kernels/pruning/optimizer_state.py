@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import warnings
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from taylor_kernels.hooks import Hook
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
 
 
-def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer and those that it wraps, which may hold the state (as SAM and Lookahead do)."""
+#: What optimizers_in looks at before it gives up; an optimizer that is wrapped lies near.
+_MOST_OBJECTS = 10_000
+_NOT_OPENED = (bool, bytes, float, int, str, type, ModuleType, Tensor, nn.Module, type(None))
+
+
+def as_list(optimizer: object) -> list[Any]:
+    """The optimizers that an argument `optimizer` gives: one, several or None."""
+    if optimizer is None:
+        return []
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+
+
+def optimizers_in(optimizer: object) -> list[Optimizer]:
+    """An optimizer, or several, and those that they wrap and that may hold the state.
+
+    They are looked for in attributes, containers, closures and bound methods.
+    """
     found: list[Optimizer] = []
     seen: set[int] = set()
-    held: list[object] = [optimizer]
+    held: list[Any] = [optimizer]
     for value in held:
-        if id(value) in seen:
+        if isinstance(value, _NOT_OPENED) or id(value) in seen:
             continue
+        if len(seen) > _MOST_OBJECTS:
+            break
         seen.add(id(value))
         if isinstance(value, Optimizer):
             found.append(value)
@@ -26,30 +52,117 @@ def optimizers_in(optimizer: Optimizer) -> list[Optimizer]:
             held += vars(value).values()
         elif isinstance(value, Mapping):
             held += value.values()
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, set, frozenset)):
             held += value
+        elif isinstance(value, MethodType):
+            held += [value.__self__, value.__func__]
+        elif isinstance(value, CellType):
+            with contextlib.suppress(ValueError):  # of a name that has no value yet
+                held.append(value.cell_contents)
+        elif isinstance(value, FunctionType):
+            held += value.__closure__ or ()
+        elif isinstance(value, partial):
+            held += [value.func, value.args, value.keywords]
+        else:
+            held.append(getattr(value, "__dict__", None))
     return found
 
 
-def check_follows(optimizer: Optimizer, name: str, parameter: Tensor, cuts: Cuts) -> None:
+class Steps:
+    """Which optimizers have made a step since."""
+
+    def __init__(self) -> None:
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        handle = register_optimizer_step_post_hook(Hook(self._note))
+        self.close = weakref.finalize(self, handle.remove)
+
+    def _note(self, optimizer: Optimizer, *_: object) -> None:
+        self.optimizers.add(optimizer)
+
+
+def check_complete(
+    optimizers: Sequence[Optimizer], stepped: Collection[Optimizer], cut: Mapping[str, Tensor]
+) -> None:
+    """The optimizers hold all the state there is of parameters that are to be cut.
+
+    Warns where a parameter is in no group, and where no state of it is found though there should
+    be one.
+
+    Args:
+        stepped: the optimizers that have made steps, of whatever parameters.
+        cut: name -> parameter.
+
+    Raises:
+        ValueError: another optimizer has made steps with parameters that these hold too.
+    """
+    grouped = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    trained = {n: p for n, p in cut.items() if isinstance(p, nn.Parameter) and p.requires_grad}
+    for one in stepped:
+        shared = [
+            name for name, p in trained.items() if p in grouped and p in one.state and one.state[p]
+        ]
+        if one not in optimizers and shared:
+            raise ValueError(
+                f"optimizer: it is given without the {type(one).__name__} that keeps the state of "
+                f"{_some(shared)}, which would go on with the old parameters; give both to the "
+                "pruner, as in Pruner(optimizer=[outer, inner]). Nothing has changed"
+            )
+    if outside := [name for name, p in trained.items() if p not in grouped]:
+        warnings.warn(
+            f"optimizer: {_some(outside)} are in none of its groups and are replaced now, so an "
+            "optimizer that holds them would not train the model any more; give all of them, as "
+            "in Pruner(optimizer=[first, second])",
+            stacklevel=6,
+        )
+    acted = [one for one in optimizers if one in stepped and not _is_stateless(one)]
+    having = {p for one in optimizers for p, state in one.state.items() if state}
+    expected = {p for one in acted for group in one.param_groups for p in group["params"]}
+    lacking = [
+        name
+        for name, p in trained.items()
+        if p in expected and p.grad is not None and p not in having
+    ]
+    if lacking:
+        names = ", ".join(sorted({type(one).__name__ for one in acted}))
+        warnings.warn(
+            f"optimizer: {names} has made steps, but no state of {_some(lacking)} is found in it, "
+            "so if it keeps one elsewhere, that is not cut with the model; give the optimizer "
+            "that it wraps too, as in Pruner(optimizer=[outer, inner])",
+            stacklevel=6,
+        )
+
+
+def _is_stateless(optimizer: Optimizer) -> bool:
+    return isinstance(optimizer, SGD) and not any(
+        group.get("momentum") for group in optimizer.param_groups
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+
+
+def check_follows(
+    optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cuts: Cuts
+) -> None:
     """The state of a parameter can be cut with it.
 
     Raises:
         ValueError: a state tensor has no dimensions of the parameter's.
     """
-    for one in optimizers_in(optimizer):
+    for one in optimizers:
         for key, value in one.state.get(parameter, {}).items():
             _state_cuts(name, key, value, parameter, cuts)
 
 
-def follow(optimizer: Optimizer, new: Mapping[str, tuple[Tensor, Tensor, Cuts]]) -> None:
+def follow(optimizers: Iterable[Optimizer], new: Mapping[str, tuple[Tensor, Tensor, Cuts]]) -> None:
     """Put new parameters in the place of old ones, with their state cut.
 
     Args:
         new: name -> the old parameter, the new one, and what was cut.
     """
     replaced = {old: parameter for old, parameter, _ in new.values()}
-    for one in optimizers_in(optimizer):
+    for one in optimizers:
         for group in one.param_groups:
             group["params"] = [replaced.get(p, p) for p in group["params"]]
         for name, (old, parameter, cuts) in new.items():
@@ -61,9 +174,9 @@ def follow(optimizer: Optimizer, new: Mapping[str, tuple[Tensor, Tensor, Cuts]])
                 one.state[parameter] = state
 
 
-def zero_state(optimizer: Optimizer, name: str, parameter: Tensor, cuts: Cuts) -> None:
+def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cuts: Cuts) -> None:
     """Set the state of masked entries to zero, which is where removal would have left them."""
-    for one in optimizers_in(optimizer):
+    for one in optimizers:
         for key, value in one.state.get(parameter, {}).items():
             for dim, index in _state_cuts(name, key, value, parameter, cuts).items():
                 value.index_fill_(dim, index.to(value.device), 0)

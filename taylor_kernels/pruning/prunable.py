@@ -37,6 +37,16 @@ class Prunable:
     skipped: dict[str, str]
     structure: list[list[list[Any]]]
 
+    def scored_at(self, groups: Sequence[Group], *, gates: bool) -> list[str]:
+        """The layers that are looked at: at gate sites one of a group stands for all."""
+        if not gates:
+            return self.scored
+        firsts = [
+            next(slot.owner for slot in group.producers if slot.owner in self.scored)
+            for group in groups
+        ]
+        return [name for name in self.scored if name in firsts]
+
 
 def find_prunable(
     model: nn.Module,

@@ -7,9 +7,7 @@ prunings; the cheapest units of the whole network go.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
@@ -25,7 +23,7 @@ from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.state import PRUNER_FORMAT, VERSION, check_pruner_state
+from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import (
     Closure,
@@ -33,12 +31,13 @@ from taylor_kernels.statistics import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    checked_tables,
     get_statistic,
 )
 from taylor_kernels.tracing.running import outside_inference_mode
 
 
-class Pruner:
+class Pruner(OnModel):
     """Prunes a model while it trains.
 
     Args:
@@ -55,8 +54,9 @@ class Pruner:
         round_to: widths of pruned layers stay multiples of this, or what they were.
         ignore: module names, patterns (*, ?) or modules whose filters stay; a container stands
             for all layers in it.
-        optimizer: its state is zeroed with the masks and cut with the model. Without one, make a
-            new optimizer after compact(): one made before holds the old parameters.
+        optimizer: one, or a sequence of all that train the model; their state is zeroed with the
+            masks and cut with the model. Without one, make a new optimizer after compact(): one
+            made before holds the old parameters.
         min_filters: every layer keeps at least so many.
         backend: of the kernels; see `tk.available_backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
@@ -102,7 +102,7 @@ class Pruner:
         momentum: float = 0.9,
         round_to: int = 1,
         ignore: Sequence[str | nn.Module] = (),
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
@@ -156,7 +156,8 @@ class Pruner:
 
         Args:
             loss_scale: what the loss was multiplied by before backward() (a GradScaler's
-                get_scale()). Leave step() out for a minibatch whose gradients overflowed.
+                get_scale()). For a minibatch whose gradients overflowed, call skip() in place of
+                step().
             closure: for criteria that run the model themselves (taylor_so_diag and others):
                 `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
                 mode it moves BatchNorm's statistics, and draws dropout, a second time.
@@ -178,14 +179,30 @@ class Pruner:
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
         with outside_inference_mode():
-            tables = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            tables = checked_tables(self._statistic, found)
             check_no_noise(self._statistic)
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
             return self._prune() if self._scores.count >= self._every else None
 
+    def skip(self) -> None:
+        """Forget the minibatch: in place of step(), for one that is not to count, as one whose
+        gradients overflowed.
+
+        Without it the next step() would add what backward() left of that minibatch to its own. It
+        does not count towards `every`.
+
+        Raises:
+            RuntimeError: the pruner is closed.
+        """
+        self._check_open()
+        if self._statistic is not None:
+            self._statistic.discard()
+
     def _prune(self) -> PruneRecord:
         net = self._network
+        net.check_optimizer()
         self._budget.check_in_reach(net.meter, net.groups, net.dead, self._scores.unscored)
         scores = self._scores.close_period(self._momentum, net.dead)
         taken = select(net.groups, net.dead, scores, net.meter, self._budget)
@@ -265,13 +282,6 @@ class Pruner:
             gone = self._network.compact()
             self._scores.drop(gone, self._network.groups)
             self._watch()
-        if self.optimizer is None and any(units.any() for units in gone):
-            warnings.warn(
-                "compact() has put new parameters in place of those it cut: an optimizer made "
-                "before holds the old ones and would not train the model; make a new one, or give "
-                "Pruner(optimizer=...) yours",
-                stacklevel=2,
-            )
         return self.model
 
     def close(self) -> None:
@@ -290,16 +300,9 @@ class Pruner:
 
         Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
         """
-        return {
-            "format": PRUNER_FORMAT,
-            "version": VERSION,
-            "criterion": self.criterion.name,
-            "structure": self._prunable.structure,
-            **self._network.state(),
-            "scores": self._scores.state_dict(),
-            "steps": self._steps,
-            "history": [asdict(record) for record in self._history],
-        }
+        masks, scores = self._network.state(), self._scores.state_dict()
+        structure, name = self._prunable.structure, self.criterion.name
+        return pruner_state(structure, name, masks, scores, self._steps, self._history)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a pruner of the same original model stopped.
@@ -345,15 +348,7 @@ class Pruner:
 
     @property
     def _scored(self) -> list[str]:
-        """The layers that are looked at: at gate sites one of a group stands for all."""
-        scored = self._prunable.scored
-        if not self._at_gates:
-            return scored
-        firsts = [
-            next(slot.owner for slot in group.producers if slot.owner in scored)
-            for group in self._network.groups
-        ]
-        return [name for name in scored if name in firsts]
+        return self._prunable.scored_at(self._network.groups, gates=self._at_gates)
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
@@ -362,12 +357,6 @@ class Pruner:
             self._statistic = None
         self._network.in_use = not self.done and not self._closed
         if self._network.in_use:
-            modules = dict(self.model.named_modules())
-            layers = {name: modules[name] for name in self._scored}
-            statistic = get_statistic(self.criterion.statistic)
-            if statistic.at_gates:
-                sites = find_gate_sites(self._network.channels, self.model, layers)
-                self._statistic = statistic(self.model, layers, self._backend, sites)
-            else:
-                self._statistic = statistic(self.model, layers, self._backend)
+            kind = get_statistic(self.criterion.statistic)
+            self._statistic = self._network.statistic(kind, self._scored, self._backend)
             self._statistic.updates = self._steps

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from taylor_kernels.pruning.optimizer_state import check_follows, cut, follow
+from taylor_kernels.pruning.optimizer_state import (
+    check_complete,
+    check_follows,
+    cut,
+    follow,
+    optimizers_in,
+)
 from taylor_kernels.tracing import Channels
 
 
@@ -16,28 +22,34 @@ def remove(
     model: nn.Module,
     channels: Channels,
     dead: Sequence[Tensor],
-    optimizer: Optimizer | None = None,
+    optimizer: object = None,
+    stepped: Collection[Optimizer] = (),
 ) -> None:
     """Remove the dead units ([U] bool per group) from the model, in place.
 
-    Parameters are replaced by smaller ones, with their gradients, `requires_grad` and memory
-    format; the optimizer's parameter groups and state follow, and so do module attributes that
-    count channels.
+    Parameters are replaced by smaller ones, with their gradients, `requires_grad`, memory format,
+    attributes and hooks (handles of hooks still take them off); the optimizers' parameter groups
+    and state follow, and so do module attributes that count channels.
+
+    Args:
+        optimizer: one, or a sequence of them.
+        stepped: the optimizers that have made steps.
 
     Raises:
-        ValueError: a state tensor of the optimizer has no dimensions of the parameter's. Nothing
-            is changed then.
+        ValueError: a state tensor of the optimizer has no dimensions of the parameter's, or an
+            optimizer that is not given holds state beside it. Nothing is changed then.
     """
     entries, tensors = channels.entries(dead), Tensors(model)
     old = {name: tensors[name] for name in entries}
-    if optimizer is not None:
-        for name, cuts in entries.items():
-            check_follows(optimizer, name, old[name], cuts)
+    optimizers = optimizers_in(optimizer)
+    for name, cuts in entries.items():
+        check_follows(optimizers, name, old[name], cuts)
+    if optimizers:
+        check_complete(optimizers, stepped, old)
     new = {name: smaller(old[name], cuts) for name, cuts in entries.items()}
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
-    if optimizer is not None:
-        follow(optimizer, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
+    follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
@@ -91,6 +103,11 @@ def smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
     parameter = nn.Parameter(new, tensor.requires_grad)
     if tensor.grad is not None:
         parameter.grad = _cut_as_laid_out(tensor.grad, cuts)
+    vars(parameter).update(vars(tensor))
+    # The tables themselves: the handles that were given out for hooks point at these.
+    for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(tensor, table, None):
+            setattr(parameter, table, hooks)
     return parameter
 
 

@@ -1,27 +1,22 @@
-"""What a saved state must be before anything takes it on: a pruner's, a model's, an optimizer's.
+"""What a saved state must be before anything takes it on: a pruner's, a model's.
 
 Every check raises a ValueError that says what is wrong, and changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from taylor_kernels.pruning.records import PruneRecord
 
 PRUNER_FORMAT = "taylor_kernels.Pruner"
 #: Of the format of pruners' states and of checkpoint files.
 VERSION = 2
-#: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.
-_FILLED_IN = {
-    "capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize",
-}  # fmt: skip
 
 
 def check_version(content: Mapping[str, Any], what: str) -> None:
@@ -36,6 +31,27 @@ def check_version(content: Mapping[str, Any], what: str) -> None:
             f"{what}: has version {content.get('version')!r} of the format, this release reads "
             f"{VERSION}"
         )
+
+
+def pruner_state(
+    structure: list,
+    criterion: str,
+    masks: Mapping[str, list[Tensor]],
+    scores: dict[str, Any],
+    steps: int,
+    history: Sequence[PruneRecord],
+) -> dict[str, Any]:
+    """What `check_pruner_state` lets pass."""
+    return {
+        "format": PRUNER_FORMAT,
+        "version": VERSION,
+        "criterion": criterion,
+        "structure": structure,
+        **masks,
+        "scores": scores,
+        "steps": steps,
+        "history": [asdict(record) for record in history],
+    }
 
 
 def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str, Any]:
@@ -72,13 +88,15 @@ def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
             return "units are compacted that were never removed"
     remaining = sum(int((~mask).sum()) for mask in state["compacted"])
     scores = state.get("scores")
-    if not isinstance(scores, dict) or not _is_count(scores.get("count")):
-        return "the running scores are missing"
+    if not isinstance(scores, dict) or scores.keys() != {"sum", "average", "count"}:
+        return "the running scores are missing or not all there"
+    if not _is_count(scores["count"]):
+        return "the count of the scores is none"
     for name in ("sum", "average"):
-        values = scores.get(name)
+        values = scores[name]
         if values is not None and not _is_tensor(values, torch.float64, remaining):
             return f"the {name} of the scores does not fit the units"
-    if (scores["count"] > 0) != (scores.get("sum") is not None):
+    if (scores["count"] > 0) != (scores["sum"] is not None):
         return "the sum of the scores does not fit their count"
     if not _is_count(state.get("steps")):
         return "'steps' is not a count"
@@ -102,63 +120,6 @@ def check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) 
             f"model: the file is of another model; {len(differing)} entries differ, among them "
             f"{', '.join(differing[:3])}"
         )
-
-
-def check_optimizer_state(state: Any, optimizer: Optimizer) -> None:
-    own = [len(group["params"]) for group in optimizer.param_groups]
-    try:
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        numbers = {number for group in state["param_groups"] for number in group["params"]}
-        sound = state["state"].keys() <= numbers and all(
-            isinstance(entry, Mapping) for entry in state["state"].values()
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError("optimizer: its state in the file is damaged") from error
-    if own != saved:
-        raise ValueError(
-            f"optimizer: the file is of another one, with {saved} parameters in its groups where "
-            f"this one has {own}"
-        )
-    if not sound:
-        raise ValueError("optimizer: its state in the file is damaged")
-    for group in state["param_groups"]:
-        if lacking := optimizer.defaults.keys() - group.keys() - _FILLED_IN:
-            raise ValueError(
-                f"optimizer: the file is of another one than {type(optimizer).__name__}, without "
-                f"{', '.join(sorted(lacking))}"
-            )
-    # What else an optimizer needs, it alone knows: a double of it, with the same parameters, tries.
-    double = object.__new__(type(optimizer))
-    double.__dict__.update(optimizer.__dict__)
-    try:
-        double.load_state_dict(state)
-    except Exception as error:
-        raise ValueError(
-            f"optimizer: {type(optimizer).__name__} does not take its state in the file "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def check_optimizer_shapes(
-    state: Any, optimizer: Optimizer, shapes: Mapping[Any, tuple[int, ...]]
-) -> None:
-    """State tensors must follow their parameters, or they could not have been cut with them."""
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        for key, value in state["state"].get(number, {}).items():
-            if parameter not in shapes or not isinstance(value, Tensor) or value.numel() == 1:
-                continue
-            shape = shapes[parameter]
-            if value.dim() != len(shape) and shape == parameter.shape:
-                continue  # some optimizers keep tables of their own beside what follows the shape
-            if value.dim() != len(shape) or any(
-                mine not in (1, theirs) for mine, theirs in zip(value.shape, shape, strict=True)
-            ):
-                raise ValueError(
-                    f"optimizer: its state in the file is damaged ({key!r} of parameter {number} "
-                    f"has shape {tuple(value.shape)}, the parameter {shape})"
-                )
 
 
 def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:

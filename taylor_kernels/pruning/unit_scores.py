@@ -92,8 +92,8 @@ class UnitScores:
             if bad.any() and not absent:
                 layers = ", ".join(slot.owner for slot in group.producers)
                 remedy = (
-                    "look for inf or nan in the loss, and leave step() out for minibatches that a "
-                    "GradScaler skips"
+                    "look for inf or nan in the loss, and call skip() in place of step() for "
+                    "minibatches that a GradScaler skips"
                 )
                 if score[bad].isnan().any():
                     remedy = get_statistic(self._criterion.statistic).nan_means or remedy

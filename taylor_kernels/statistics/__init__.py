@@ -11,6 +11,7 @@ from taylor_kernels.statistics.base import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    checked_tables,
 )
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import GateCurvature
@@ -48,6 +49,7 @@ __all__ = [
     "check_closure",
     "check_loss_scale",
     "check_no_noise",
+    "checked_tables",
     "filter_count",
     "find_layers",
     "get_statistic",

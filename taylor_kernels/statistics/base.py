@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from taylor_kernels.statistics.hooks.sites import GateSites
-from taylor_kernels.statistics.layers import Layers
+from taylor_kernels.statistics.layers import Layers, filter_count
 
 #: Runs the model and returns the loss, a scalar.
 Closure = Callable[[], Tensor]
@@ -83,6 +83,8 @@ class Statistic(ABC):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         """The tables of all layers since the last call, [F, K] each, in the order of `layers`.
 
+        A list of floating-point tensors; a graph that they carry is not kept.
+
         A layer that could not be read for a reason of its own (nothing before it is trained, say)
         has a table of zeros, and its name is in `unread`.
 
@@ -98,7 +100,7 @@ class Statistic(ABC):
         return []
 
     def discard(self) -> None:  # noqa: B027 - most statistics gather nothing between updates
-        """Forget what was gathered since the last collect()."""
+        """Forget what was gathered since the last collect(): a minibatch is not to count."""
 
     def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
@@ -123,6 +125,33 @@ def check_closure(statistic: Statistic, closure: object, criterion: str, method:
         )
     if closure is not None and not callable(closure):
         raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
+
+
+def checked_tables(statistic: Statistic, found: object) -> list[Tensor]:
+    """What collect() gave, without its graph, if it is a table of each layer.
+
+    Raises:
+        ValueError: it is not; the message names the statistic and the layer.
+    """
+    given, layers = f"statistic {statistic.name!r}: collect() gave", statistic.layers
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{given} {type(found).__name__}; expected a list of tables")
+    if len(found) != len(layers):
+        raise ValueError(
+            f"{given} {len(found)} tables for {len(layers)} layers; expected one for each of "
+            f"{', '.join(layers)}, in this order"
+        )
+    for (name, layer), table in zip(layers.items(), found, strict=True):
+        expected = f"expected floating-point numbers, [{filter_count(layer)} filters, columns]"
+        if not isinstance(table, Tensor):
+            raise ValueError(f"{given} {type(table).__name__} for layer {name!r}; {expected}")
+        shape = tuple(table.shape)
+        if not table.is_floating_point() or shape[:1] != (filter_count(layer),) or len(shape) != 2:
+            raise ValueError(
+                f"{given} a tensor of {table.dtype}, of shape {shape}, for layer {name!r}; "
+                f"{expected}"
+            )
+    return [table.detach() for table in found]
 
 
 def check_loss_scale(loss_scale: object) -> None:

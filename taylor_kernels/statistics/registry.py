@@ -87,5 +87,8 @@ def get_statistic(name: str) -> type[Statistic]:
 
 def statistics_table() -> str:
     """All registered statistics as a table in Markdown."""
-    rows = [f"| {name} | {s.columns} | {s.reads} |" for name, s in _STATISTICS.items()]
-    return "\n".join(("| statistic | columns of a layer's table | reads |", "|---|---|---|", *rows))
+    rows = [("statistic", "columns of a layer's table", "reads"), (":--", ":--", ":--")]
+    for name, one in _STATISTICS.items():
+        beside = "" if one.prunable else "; not for the pruner"
+        rows.append((f"`{name}`", f"{one.columns}{beside}".replace("|", "\\|"), one.reads))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
+import sysconfig
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from importlib.util import resolve_name
@@ -34,17 +35,56 @@ def code_digest(*objects: object) -> str:
 def deciding_files(*objects: object) -> set[Path]:
     """The files that `code_digest` reads.
 
-    A file outside this package stands for itself, not for what it imports. PyTorch's files are left
-    out: its version stands for them, and belongs to the settings of whatever is kept.
+    A user's file brings those that it imports, one through another. Of installed packages a file
+    stands for itself. PyTorch's files are left out: its version stands for them, and belongs to the
+    settings of whatever is kept.
     """
+    return module_files({name for thing in objects for name in _module_names(thing)})
+
+
+def module_files(names: Iterable[str]) -> set[Path]:
+    """The files that decide what these modules, which are loaded, do; as `deciding_files`."""
     files: set[Path] = set()
-    for name in {name for thing in objects for name in _module_names(thing)}:
+    for name in names:
         top = name.partition(".")[0]
         if top == _PACKAGE:
             files |= imported_files(name)
         elif top != "torch" and (file := getattr(sys.modules.get(name), "__file__", None)):
-            files.add(Path(file))
+            files |= _users_files(name, Path(file))
     return files
+
+
+def _users_files(name: str, file: Path) -> set[Path]:
+    """A module's file, and those of the user that it imports, of the modules that are loaded."""
+    files: set[Path] = set()
+    todo = [(name, file)]
+    while todo:
+        name, file = todo.pop()
+        if file in files:
+            continue
+        files.add(file)
+        if file.suffix != ".py" or _is_installed(file):
+            continue
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        for imported in _imported_names(file, package):
+            if _is_ours(imported):
+                files |= imported_files(imported)
+                continue
+            parts = imported.split(".")  # the packages around a module are run too
+            for i in range(1, len(parts) + 1):
+                inner = ".".join(parts[:i])
+                path = getattr(sys.modules.get(inner), "__file__", None)
+                if path and not _is_installed(Path(path)):
+                    todo.append((inner, Path(path)))
+    return files
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file is of the standard library or of an installed package."""
+    folders = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib")}
+    return not {"site-packages", "dist-packages"}.isdisjoint(file.parts) or any(
+        folder in file.parents for folder in folders
+    )
 
 
 @cache
@@ -62,7 +102,9 @@ def imported_files(module: str) -> frozenset[Path]:
 
 def _module_names(thing: object) -> Iterator[str]:
     if isinstance(thing, partial):
-        thing = thing.func
+        for part in (thing.func, *thing.args, *thing.keywords.values()):
+            yield from _module_names(part)
+        return
     owners: Iterable[object] = thing.modules() if isinstance(thing, nn.Module) else [thing]
     for owner in owners:
         named = owner if inspect.isfunction(owner) or inspect.isclass(owner) else type(owner)
@@ -84,21 +126,29 @@ def _imports(file: Path) -> set[str]:
         return set()
     inside = file.relative_to(ROOT).with_suffix("").parts
     package = ".".join((_PACKAGE, *inside[:-1]))  # of a package's __init__ too: it is itself
+    found = _imported_names(file, package)
+    return {
+        # Of a package, a submodule is meant where there is one of that name.
+        name if _file_of(name) else name.rpartition(".")[0]
+        for name in found
+        if _is_ours(name)
+    }
+
+
+def _imported_names(file: Path, package: str) -> set[str]:
+    """What a file imports: modules, and "module.name" for a name out of one."""
     found: set[str] = set()
     for node in _that_run(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             source = resolve_name("." * node.level + (node.module or ""), package)
-            for alias in node.names:
-                # Of a package, a submodule is meant where there is one of that name.
-                inner = f"{source}.{alias.name}"
-                found.add(inner if _is_ours(inner) and _file_of(inner) else source)
+            found |= {f"{source}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and node.args and "import_module" in ast.dump(node.func):
             name = node.args[0]
             if isinstance(name, ast.Constant) and isinstance(name.value, str):
                 found.add(name.value)
-    return {name for name in found if _is_ours(name)}
+    return found
 
 
 def _that_run(tree: ast.AST) -> Iterator[ast.AST]:

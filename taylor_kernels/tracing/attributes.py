@@ -37,6 +37,8 @@ _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
     "transformers.pytorch_utils.Conv1D": {"nx": "inputs", "nf": "outputs"},
 }
+#: What has been looked up, by class.
+_FOUND: dict[type[nn.Module], Mapping[str, Counted]] = {}
 #: Integers that modules keep and that count no channels.
 _NO_COUNT = re.compile(
     r"(stride|kernel|padding|dilation|axis|layers?|depth|eps|id|idx|index|count|calls|step)s?$"
@@ -61,12 +63,18 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
 
     Example:
         >>> import torch
-        >>> from taylor_kernels.tracing import register_attributes
+        >>> from taylor_kernels.tracing import register_attributes, trace
         >>> class Scale(torch.nn.Module):
         ...     def __init__(self, width):
         ...         super().__init__()
         ...         self.width, self.gain = width, torch.nn.Parameter(torch.ones(width))
+        ...     def forward(self, x):
+        ...         return x * self.gain
         >>> register_attributes(Scale, width=("gain", 0))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), Scale(8), torch.nn.Linear(8, 2))
+        >>> channels = trace(model, torch.randn(1, 4))
+        >>> channels.attributes([torch.arange(8) < 3])["1"]
+        {'width': 5}
     """
     if not isinstance(module_class, str) and not (
         isinstance(module_class, type) and issubclass(module_class, nn.Module)
@@ -79,14 +87,19 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
                 f"{name}: expected ('weight', 0), 'inputs', 'outputs' or 'groups', got {what!r}"
             )
     _RULES.setdefault(module_class, {}).update(counted)
+    _FOUND.clear()
 
 
 def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     """The registered attributes of a module."""
+    module_class = type(module)
+    if module_class in _FOUND:
+        return _FOUND[module_class]
     found: dict[str, Counted] = {}
-    for parent in reversed(type(module).__mro__):
+    for parent in reversed(module_class.__mro__):
         found.update(_RULES.get(parent, {}))
         found.update(_RULES.get(f"{parent.__module__}.{parent.__qualname__}", {}))
+    _FOUND[module_class] = found
     return found
 
 
@@ -122,11 +135,11 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
     return bool(names)
 
 
-#: Classes that compute one width from another, and the dimensions that therefore stay.
+#: Classes that check one width against another, and the dimensions that therefore stay.
 WHOLE: dict[type[nn.Module], tuple[str, tuple[tuple[str, int], ...]]] = {
     nn.MultiheadAttention: (
-        "belongs to nn.MultiheadAttention, which computes the width of a head from embed_dim",
-        (("in_proj_weight", 0), ("q_proj_weight", 0), ("k_proj_weight", 0), ("v_proj_weight", 0),
-         ("out_proj.weight", 1), ("in_proj_weight", 1), ("q_proj_weight", 1)),
+        "belongs to nn.MultiheadAttention, whose own forward checks its width against embed_dim",
+        (("in_proj_weight", 0), ("in_proj_weight", 1), ("q_proj_weight", 0), ("q_proj_weight", 1),
+         ("k_proj_weight", 0), ("v_proj_weight", 0), ("out_proj.weight", 1)),
     ),
 }  # fmt: skip

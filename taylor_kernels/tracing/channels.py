@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +42,26 @@ class Channels:
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
             they are to be filled before those that are zeroed.
+
+    Example:
+        >>> import torch
+        >>> from taylor_kernels.tracing import trace
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> channels = trace(model, torch.randn(1, 4))
+        >>> dead = torch.arange(8) < 3
+        >>> channels.entries([dead])["1.weight"]
+        {1: tensor([0, 1, 2])}
+        >>> channels.attributes([dead])
+        {'0': {'out_features': 5}, '1': {'in_features': 5}}
     """
 
     def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
         self._record, self._lifted = record, frozenset(lifted)
         resolution = resolve(record, self._lifted)
-        roots, label = np.unique(resolution.label, return_inverse=True)
-        self._label = label.ravel().astype(np.int64)
+        roots = np.flatnonzero(resolution.label == np.arange(record.count))
+        number = np.zeros(record.count, np.int64)
+        number[roots] = np.arange(roots.size)
+        self._label = number[resolution.label]
         self._why = resolution.why[roots]
         self._reasons = resolution.reasons
         self.choices: list[Choice] = resolution.choices
@@ -75,7 +89,7 @@ class Channels:
         ]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
-            if reason.mixer:
+            if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(self._label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
         self._sizes = self._counted(model)
@@ -115,17 +129,17 @@ class Channels:
                     norms[number][norm.module] = None
         for (classes, table), behind in zip(made, norms, strict=True):
             slots = [
-                Slot(owner, side, index(rows))
+                Slot(owner, side, rows)
                 for (owner, side), rows in table.items()
                 if isinstance(side, str)
             ]
             entries = [
-                Entry(tensor, dim, index(rows), self.fills.get(tensor, {}).get(dim, 0.0))
+                Entry(tensor, dim, rows, self.fills.get(tensor, {}).get(dim, 0.0))
                 for (tensor, dim), rows in table.items()
                 if isinstance(dim, int)
             ]
             slots.sort(key=lambda slot: self._order.get(slot.owner, -1))
-            group = Group(tuple(slots), tuple(entries), index(classes), tuple(behind))
+            group = Group(tuple(slots), tuple(entries), classes, tuple(behind))
             self.groups.append(group)
         self.groups.sort(key=lambda group: self._order.get(group.name, -1))
         offered = {slot.owner for group in self.groups for slot in group.producers}
@@ -287,14 +301,17 @@ class Channels:
     # For people
 
     def table(self) -> str:
-        """One line for each group, then one for each layer that is left out."""
+        """The groups and the layers that they run through, then the layers that are left out."""
         lines = []
         for group in self.groups:
             per = sum(slot.index.size(1) for slot in group.producers)
             through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
             lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
         lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
-        return "\n".join(lines)
+        wrap = textwrap.TextWrapper(
+            100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
+        )
+        return "\n".join(wrap.fill(line) for line in lines)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -304,6 +321,14 @@ class Channels:
 
         Returns:
             The path.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from taylor_kernels.tracing import trace
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> folder = tempfile.mkdtemp()
+            >>> trace(model, torch.randn(1, 4)).show(f"{folder}/channels.html").name
+            'channels.html'
         """
         return write_page(self, Path(path))
 

@@ -56,22 +56,43 @@ class Resolution:
     choices: list[Choice]
 
 
-def _settle(tables: Sequence[Table], forest: Forest, why: Vector) -> Vector:
+@dataclass(frozen=True)
+class Grids:
+    """The cells of all tables of as many axes.
+
+    Attributes:
+        cells: [n], the cells of one table after the other.
+        axes: [axes, n], for each cell the places on the axes that it belongs to.
+    """
+
+    cells: Vector
+    axes: Vector
+
+
+def grids_of(tables: Sequence[Table]) -> list[Grids]:
+    """The tables, those of as many axes together."""
+    parts: dict[int, list[tuple[Vector, Vector]]] = {}
+    for table in tables:
+        grid = np.stack([part.ravel() for part in np.meshgrid(*table.axes, indexing="ij")])
+        parts.setdefault(len(table.axes), []).append((table.cells, grid))
+    return [
+        Grids(np.concatenate([c for c, _ in part]), np.concatenate([g for _, g in part], axis=1))
+        for part in parts.values()
+    ]
+
+
+def _settle(grids: Sequence[Grids], forest: Forest, why: Vector) -> Vector:
     """Reasons spread over classes, and between cells and axes."""
     label = forest.label
     by_class = np.full(why.size, FREE)
     np.minimum.at(by_class, label, why)
+    labelled = [(label[grid.cells], label[grid.axes]) for grid in grids]
     for _ in range(_ROUNDS):
         before = by_class.copy()
-        for table in tables:
-            shape = [axis.size for axis in table.axes]
-            cells = by_class[label[table.cells]].reshape(shape)
-            axes = [by_class[label[axis]] for axis in table.axes]
-            most = np.max(np.stack(np.broadcast_arrays(*np.ix_(*axes))), axis=0)
-            np.minimum.at(by_class, label[table.cells], most.ravel())
-            for dim, axis in enumerate(table.axes):
-                least = cells.min(axis=tuple(i for i in range(len(shape)) if i != dim))
-                np.minimum.at(by_class, label[axis], least)
+        for cells, axes in labelled:
+            np.minimum.at(by_class, cells, by_class[axes].max(axis=0))
+            for axis in axes:
+                np.minimum.at(by_class, axis, by_class[cells])
         if np.array_equal(before, by_class):
             break
     return by_class[label]
@@ -100,12 +121,19 @@ def _sharing(vectors: Sequence[Vector]) -> Vector:
 class Chooser:
     """Chooses the axes along which tables shrink."""
 
-    def __init__(self, record: Record, forest: Forest, why: Vector, reasons: list[Reason]) -> None:
+    def __init__(
+        self,
+        record: Record,
+        grids: Sequence[Grids],
+        forest: Forest,
+        why: Vector,
+        reasons: list[Reason],
+    ) -> None:
         self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
         self.tables = record.tables
         self.parts = proportional(record)
         self.numbers: dict[Reason, int] = {}
-        settled = _settle(self.tables, forest, why)
+        settled = _settle(grids, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
         label = forest.label
@@ -180,7 +208,8 @@ class Chooser:
             best |= {
                 kind for kind in chosen[option] if self.family[self.uses[kind][0][0]] == family
             }
-        return self._result(*self._apply(best), best)
+        result = results[chosen.index(best)] if best in chosen else self._apply(best)
+        return self._result(*result, best)
 
     def _result(self, forest: Forest, why: Vector, best: set[int]) -> Resolution:
         choices = [
@@ -224,9 +253,12 @@ class Chooser:
         forest.unite(pairs)
         why = _spread(forest, why)
         for parts in self.parts:
-            if (alone := match(parts, forest, why == FREE)).size:
+            before = forest.label
+            alone = match(parts, forest, why == FREE)
+            if alone.size:
                 np.minimum.at(why, alone, self._number(parts.reason))
-            why = _spread(forest, why)
+            if alone.size or forest.label is not before:
+                why = _spread(forest, why)
         return forest, why
 
     def _kept(self, table: Table, live: int | None) -> int:

@@ -70,8 +70,8 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
     classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     counts = np.zeros((classes.size, sizes.size), np.int64)
     np.add.at(counts, (inverse.ravel(), part[chosen]), 1)
-    # In proportion, each part lost the same multiple of its ratio.
-    shares = counts / ratio
+    # In proportion, each part lost the same multiple of its ratio; in whole numbers.
+    shares = counts * (np.lcm.reduce(ratio) // ratio)
     open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
     if not open_.size:
         return vector[:0]
@@ -89,25 +89,28 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
 
 def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
     """Sets of rows whose sums are the same in every column, and the rows that are left."""
+    rows: list[list[int]] = shares.tolist()
     columns = shares.shape[1]
     waiting: list[list[int]] = [[] for _ in range(columns)]
-    mixed: list[int] = []
-    for row in range(len(shares)):
-        filled = np.flatnonzero(shares[row])
-        (waiting[filled[0]] if filled.size == 1 else mixed).append(row)
+    current: list[int] = []
+    total = [0] * columns
+    for number, row in enumerate(rows):
+        filled = [column for column in range(columns) if row[column]]
+        if len(filled) == 1:
+            waiting[filled[0]].append(number)
+        else:
+            current.append(number)
+            total = [sum(pair) for pair in zip(total, row, strict=True)]
     for queue in waiting:
         queue.reverse()
     sets: list[list[int]] = []
-    current: list[int] = list(mixed)
-    total = shares[mixed].sum(axis=0) if mixed else np.zeros(columns)
     while True:
-        if np.ptp(total) == 0 and current:
+        if current and min(total) == max(total):
             sets.append(current)
-            current, total = [], np.zeros(columns)
-        least = int(np.argmin(total)) if np.ptp(total) else 0
-        if not waiting[least]:
+            current, total = [], [0] * columns
+        queue = waiting[total.index(min(total))]
+        if not queue:
             break
-        row = waiting[least].pop()
-        current.append(row)
-        total = total + shares[row]
+        current.append(queue.pop())
+        total = [sum(pair) for pair in zip(total, rows[current[-1]], strict=True)]
     return sets, current + [row for queue in waiting for row in queue]

@@ -9,66 +9,88 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from taylor_kernels.tracing.channels import Channels
 
-_ROW, _LEFT, _GAP = 22, 330, 26
+_ROW, _LEFT, _GAP = 22, 330, 44
 _COLOURS = ("#1b7fa6", "#b3541e", "#4b8b3b", "#7a4fa3", "#a3324b", "#7d6b18")
 _STYLE = """
-body { font: 14px system-ui, sans-serif; margin: 2em; color: #222 }
-svg { display: block } text { font: 12px ui-monospace, monospace }
-.stays { fill: #999 } td { padding: 2px 12px 2px 0; vertical-align: top }
+body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
+svg { display: block } text { font: 12px ui-monospace, monospace; fill: #222 }
+.stays { fill: #888 } .size { font-size: 10px } p { max-width: 60em }
 .group { opacity: .85 } .group:hover { opacity: 1; stroke-width: 4 }
 """
+_LEGEND = (
+    "A row is a layer, a line is a group of channels that go together: filled where they come out "
+    "of a layer, hollow where they go in, with the number of units at its upper end. Point at a "
+    "line for more. Layers in grey stay, for the reason given."
+)
 
 
 def write_page(channels: Channels, path: Path) -> Path:
-    """Write the picture: a row for each layer, a column for each group."""
+    """Write the picture: a row for each layer, a line for each group."""
     rows = {name: number for number, name in enumerate(channels.layers)}
-    width = _LEFT + _GAP * (len(channels.groups) + 1)
-    height = _ROW * (len(rows) + 1)
-    parts = [_names(channels, rows), *_columns(channels, rows)]
-    reasons = "".join(
-        f"<tr><td>{escape(name or 'model')}</td><td>{escape(why)}</td></tr>"
-        for name, why in channels.skipped.items()
-    )
+    columns = _columns(channels, rows)
+    right = _LEFT + _GAP * (max(columns, default=0) + 2)
+    longest = max((len(why) for why in channels.skipped.values()), default=0)
+    width, height = right + 8 * longest, _ROW * (len(rows) + 1)
+    lines = _lines(channels, rows, columns)
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>Channels</title><style>{_STYLE}</style>"
-        "<h1>Channels that go together</h1>"
-        "<p>A line is a group: filled where its channels come out of a layer, hollow where they go "
-        "in. Point at it for its size.</p>"
+        f"<h1>Channels that go together</h1><p>{_LEGEND}</p>"
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'>"
-        f"{''.join(parts)}</svg><h2>Layers that stay</h2><table>{reasons}</table>",
+        f"{_names(channels, rows, right)}{''.join(lines)}</svg>",
         encoding="utf-8",
     )
     return path
 
 
-def _names(channels: Channels, rows: dict[str, int]) -> str:
-    return "".join(
-        f"<text x='0' y='{_y(row) + 4}'{' class=stays' if name in channels.skipped else ''}>"
-        f"{escape((name or 'model')[-44:])}</text>"
-        f"<line x1='{_LEFT}' x2='100%' y1='{_y(row)}' y2='{_y(row)}' stroke='#eee'/>"
-        for name, row in rows.items()
-    )
+def _names(channels: Channels, rows: dict[str, int], right: int) -> str:
+    parts = []
+    for name, row in rows.items():
+        why = channels.skipped.get(name)
+        kind = "" if why is None else " class='stays'"
+        shown = name if len(name) <= 44 else f"…{name[-43:]}"
+        parts.append(
+            f"<text x='0' y='{_y(row) + 4}'{kind}>{escape(shown or 'model')}</text>"
+            f"<line x1='{_LEFT}' x2='{right - 8}' y1='{_y(row)}' y2='{_y(row)}' stroke='#eee'/>"
+        )
+        if why is not None:
+            parts.append(f"<text x='{right}' y='{_y(row) + 4}'{kind}>{escape(why)}</text>")
+    return "".join(parts)
 
 
-def _columns(channels: Channels, rows: dict[str, int]) -> list[str]:
-    columns = []
-    for number, group in enumerate(channels.groups):
-        x, colour = _LEFT + _GAP * (number + 1), _COLOURS[number % len(_COLOURS)]
-        places = [(_y(rows[slot.owner]), slot.side) for slot in group.slots]
+def _columns(channels: Channels, rows: dict[str, int]) -> list[int]:
+    """For each group a column in which its line meets no other."""
+    ends: list[int] = []
+    columns = [0] * len(channels.groups)
+    spans = [sorted(rows[slot.owner] for slot in group.slots) for group in channels.groups]
+    for number in sorted(range(len(spans)), key=spans.__getitem__):
+        first, last = spans[number][0], spans[number][-1]
+        column = next((i for i, end in enumerate(ends) if end < first), len(ends))
+        ends[column : column + 1] = [last]
+        columns[number] = column
+    return columns
+
+
+def _lines(channels: Channels, rows: dict[str, int], columns: list[int]) -> list[str]:
+    lines = []
+    for number, (group, column) in enumerate(zip(channels.groups, columns, strict=True)):
+        x, colour = _LEFT + _GAP * (column + 1), _COLOURS[number % len(_COLOURS)]
+        # Where channels go out and in, as in a depthwise convolution, the filled dot is on top.
+        places = sorted((_y(rows[slot.owner]), slot.side) for slot in group.slots)
         ys = [y for y, _ in places]
-        norms = f", behind them {', '.join(group.norms)}" if group.norms else ""
+        norms = f", normalised by {', '.join(group.norms)}" if group.norms else ""
         title = escape(f"{group.name}: {group.size} units{norms}")
         dots = "".join(
             f"<circle cx='{x}' cy='{y}' r='5' stroke='{colour}' "
             f"fill='{colour if side == 'out' else 'white'}'/>"
-            for y, side in sorted(places)
+            for y, side in places
         )
-        columns.append(
+        lines.append(
             f"<g class='group' stroke-width='2'><title>{title}</title>"
-            f"<line x1='{x}' x2='{x}' y1='{min(ys)}' y2='{max(ys)}' stroke='{colour}'/>{dots}</g>"
+            f"<line x1='{x}' x2='{x}' y1='{ys[0]}' y2='{ys[-1]}' stroke='{colour}'/>{dots}</g>"
+            f"<text class='size' x='{x + 8}' y='{ys[0] + 4}'>{group.size}</text>"
         )
-    return columns
+    return lines
 
 
 def _y(row: int) -> int:
-    return _ROW * (row + 1)
+    return _ROW * row + _ROW // 2

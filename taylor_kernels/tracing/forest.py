@@ -30,18 +30,32 @@ class Forest:
         if not pairs:
             return False
         one, other = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
-        label, changed = self.label, False
-        while True:
-            low, high = label[one], label[other]
-            apart = low != high
-            if not apart.any():
-                return changed
-            changed = True
-            one, other, low, high = one[apart], other[apart], low[apart], high[apart]
-            np.minimum.at(label, np.maximum(low, high), np.minimum(low, high))
-            while True:
-                above = label[label]
-                if np.array_equal(above, label):
-                    break
-                label = above
-            self.label = label
+        low, high = self.label[one], self.label[other]
+        apart = low != high
+        if not apart.any():
+            return False
+        low, high = low[apart], high[apart]
+        # Only the classes that meet are worked on; the others keep their labels.
+        met = np.zeros(self.label.size, bool)
+        met[low] = met[high] = True
+        classes = np.flatnonzero(met)
+        place = np.empty(self.label.size, np.int64)
+        place[classes] = np.arange(classes.size)
+        joined = _least(place[low], place[high], classes.size)
+        least = np.arange(self.label.size)
+        least[classes] = classes[joined]
+        self.label = least[self.label]
+        return True
+
+
+def _least(one: Vector, other: Vector, count: int) -> Vector:
+    """For each of `count` nodes the least one that these edges lead to."""
+    label = np.arange(count)
+    while one.size:
+        np.minimum.at(label, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(above := label[label], label):
+            label = above
+        one, other = label[one], label[other]
+        apart = one != other
+        one, other = one[apart], other[apart]
+    return label

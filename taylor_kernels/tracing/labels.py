@@ -13,7 +13,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from taylor_kernels.tracing.record import Vector
 
@@ -68,15 +67,15 @@ class Labels:
 
 
 class Store:
-    """The labels of all tensors that are alive."""
+    """The labels of all tensors that are alive; it keeps none of them alive."""
 
     def __init__(self) -> None:
-        self._labels = WeakIdKeyDictionary()
+        self._labels: dict[int, tuple[ref[Tensor], Labels]] = {}
         self._owners: dict[int, ref[Tensor]] = {}
 
     def get(self, tensor: Tensor) -> Labels | None:
         """A tensor's labels, also where it is another Python object for a labelled one."""
-        found = self._labels.get(tensor)
+        found = self._of(tensor)
         if found is None and tensor.layout == torch.strided and tensor.numel():
             owner = self._owners.get(tensor.data_ptr(), lambda: None)()
             if (
@@ -85,10 +84,16 @@ class Store:
                 and owner.stride() == tensor.stride()
                 and owner.dtype == tensor.dtype
             ):
-                found = self._labels.get(owner)
+                found = self._of(owner)
         return found
 
+    def _of(self, tensor: Tensor) -> Labels | None:
+        # An id is used again when a tensor is gone.
+        owner, labels = self._labels.get(id(tensor), (None, None))
+        return labels if owner is not None and owner() is tensor else None
+
     def set(self, tensor: Tensor, labels: Labels) -> None:
-        self._labels[tensor] = labels
-        if labels.labelled and tensor.layout == torch.strided and tensor.numel():
-            self._owners[tensor.data_ptr()] = ref(tensor)
+        mine = ref(tensor)
+        self._labels[id(tensor)] = mine, labels
+        if tensor.layout == torch.strided and any(dim is not None for dim in labels.dims):
+            self._owners[tensor.data_ptr()] = mine

@@ -7,9 +7,9 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.int64]
 #: Kinds of steps.
 NORM, PRODUCT, END = "norm", "product", "end"
+
+#: Why an atom that met no other stays.
+MEETS_FIXED = "meets a tensor of fixed width"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,20 @@ class Reason:
 
     def __str__(self) -> str:
         return self.text
+
+
+class Join(NamedTuple):
+    """Two vectors whose atoms are one, place by place; an atom that meets none is fixed.
+
+    Attributes:
+        where: module and operation.
+        after: so many vectors had been fixed before.
+    """
+
+    one: Vector
+    other: Vector
+    where: tuple[str, str]
+    after: int
 
 
 @dataclass(frozen=True)
@@ -174,7 +191,7 @@ class Record:
 
     count: int = 1
     starts: list[tuple[int, str, int, int]] = field(default_factory=list)
-    edges: list[tuple[Vector, Vector]] = field(default_factory=list)
+    joins: list[Join] = field(default_factory=list)
     fixed: list[tuple[Vector, Reason]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
@@ -186,6 +203,7 @@ class Record:
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     step: int = 0
+    _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Vector:
         """New atoms."""
@@ -194,33 +212,37 @@ class Record:
 
     def tensor(self, name: str, shape: Sequence[int]) -> list[Vector]:
         """The atoms of a parameter or buffer, a vector for each dimension."""
+        start = self.count
+        every = self.fresh(sum(shape))
         vectors = []
         for dim, size in enumerate(shape):
-            self.starts.append((self.count, name, dim, size))
-            vectors.append(self.fresh(size))
+            self.starts.append((start, name, dim, size))
+            vectors.append(every[start - self.count : start - self.count + size or None])
+            start += size
         return vectors
 
-    def join(self, one: Vector | None, other: Vector | None, reason: Callable[[], Reason]) -> None:
-        """Place by place these are one; what meets a fixed place is fixed for this reason."""
-        if one is other:
-            return
+    def reason(self, text: str, where: tuple[str, str], *, mixer: bool = False) -> Reason:
+        """A reason that names where this happens: module and operation."""
+        key = (text, where, mixer)
+        if (found := self._reasons.get(key)) is None:
+            module, name = where
+            place = f"{name} in {module!r}" if module else name
+            kind = name.lstrip("_") if mixer else ""
+            found = self._reasons[key] = Reason(f"{text} ({place})", module, name, kind)
+        return found
+
+    def join(self, one: Vector | None, other: Vector | None, where: tuple[str, str]) -> None:
+        """Place by place these are one; what meets a fixed place is fixed."""
         if one is None or other is None:
-            lone = one if other is None else other
-            if lone is not None and lone.any():
-                self.fix(lone, reason())
-            return
-        if not (one.all() and other.all()):
-            free = (one == 0) | (other == 0)
-            if (lone := np.maximum(one, other)[free]).any():
-                self.fix(lone, reason())
-            one, other = one[~free], other[~free]
-        if one.size and not np.array_equal(one, other):
-            self.edges.append((one.copy(), other.copy()))
+            if one is not other:
+                self.fix(one if other is None else other, self.reason(MEETS_FIXED, where))
+        elif one is not other:
+            self.joins.append(Join(one.copy(), other.copy(), where, len(self.fixed)))
 
     def fix(self, vector: Vector | None, reason: Reason) -> None:
         """These atoms cannot go."""
-        if vector is not None and vector.any():
-            self.fixed.append((vector[vector != 0].ravel(), reason))
+        if vector is not None:
+            self.fixed.append((vector.flatten(), reason))
 
     def grid(
         self,
@@ -253,6 +275,8 @@ class Record:
         core = cells[tuple(slice(None) if dim in on else 0 for dim in range(cells.ndim))]
         if len(on) == 1:
             axes[on[0]] = core
+            if allowed is not None and on[0] not in allowed:
+                self.fix(core, Reason("is given a constant size", *where))
             return axes
         fresh = [self.fresh(size) for size in core.shape]
         may = tuple(i for i, dim in enumerate(on) if allowed is None or dim in allowed)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store
+from taylor_kernels.tracing.operations import operation, tensors_of
 from taylor_kernels.tracing.record import Reason, Record, Vector
 
 
@@ -40,17 +38,18 @@ class Call:
         self.out: Any = None
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
-        for value in self.args.values():
-            self._collect(value)
+        self._collect(args)
+        if kwargs:
+            self._collect(kwargs.values())
 
-    def _collect(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if id(value) not in self.labels:
-                self.tensors.append(value)
-                self.labels[id(value)] = self.recorder.labels(value)
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                self._collect(item)
+    def _collect(self, values: Iterable) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) not in self.labels:
+                    self.tensors.append(value)
+                    self.labels[id(value)] = self.recorder.labels(value)
+            elif isinstance(value, (list, tuple)):
+                self._collect(value)
 
     def of(self, tensor: Tensor) -> Labels:
         return self.labels[id(tensor)]
@@ -65,18 +64,16 @@ class Call:
 
     def reason(self, text: str, *, mixer: bool = False) -> Reason:
         """A reason that names where this happens."""
-        module, name = self.where
-        place = f"{name} in {module!r}" if module else name
-        kind = self.name.lstrip("_") if mixer else ""
-        return Reason(f"{text} ({place})", module, name, kind)
+        return self.record.reason(text, self.where, mixer=mixer)
 
     def join(self, one: Vector | None, other: Vector | None) -> None:
         if one is not other:
-            self.record.join(one, other, lambda: self.reason("meets a tensor of fixed width"))
+            self.record.join(one, other, self.where)
 
     def mix(self, vector: Vector | None) -> None:
         """The operation mixes these atoms."""
-        self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
+        if vector is not None:
+            self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
 
     def refuse_all(self, text: str) -> None:
         """No atom of any operand can go."""
@@ -85,13 +82,18 @@ class Call:
                 self.refuse(vector, text)
 
     def refuse(self, vector: Vector | None, text: str) -> None:
-        self.record.fix(vector, self.reason(text))
+        if vector is not None:
+            self.record.fix(vector, self.reason(text))
 
 
 Rule = Callable[[Call], Any]
 RULES: dict[str, Rule] = {}
 #: The name of the rule for operations that have none.
 OTHER = "*"
+
+
+#: Operations that make tensors of their own although they are given one.
+MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -108,47 +110,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@dataclass(frozen=True)
-class Operation:
-    """What is to be known about an overload.
-
-    Attributes:
-        name: without namespace, overload and the underscore of in-place forms.
-        written: the arguments that it writes into.
-        composite: it is made of other operations.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    defaults: tuple[tuple[str, Any], ...]
-    written: tuple[str, ...]
-    composite: bool
-
-
-@cache
-def operation(func: Any) -> Operation:
-    name = func._schema.name.rpartition("::")[2]
-    if name.endswith("_") and not name.endswith("__"):
-        name = name.rstrip("_")
-    arguments = func._schema.arguments
-    return Operation(
-        name,
-        tuple(a.name for a in arguments),
-        tuple((a.name, a.default_value) for a in arguments if a.has_default_value()),
-        tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
-        torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
-        ),
-    )
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors of an operation's result."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in tensors_of(item)]
-    return []
+def followed(labels: Labels) -> bool:
+    """Whether there are atoms to follow, or there may be once something is written."""
+    return any(vector is not None for vector in labels.dims) or labels.name != ""
 
 
 class Recorder(TorchDispatchMode):
@@ -205,12 +169,12 @@ class Recorder(TorchDispatchMode):
 
     def origin(self, vector: Vector | None) -> str:
         """The name of the parameter or buffer that the first of these atoms belongs to."""
-        named = [] if vector is None else vector[vector != 0].tolist()
-        place = bisect_right(self.record.starts, named[0], key=lambda s: s[0]) if named else 0
+        first = 0 if vector is None or not vector.size else int(vector[(vector != 0).argmax()])
+        place = bisect_right(self.record.starts, first, key=lambda s: s[0]) if first else 0
         if not place:
             return ""
         start, name, _, size = self.record.starts[place - 1]
-        return name if named[0] < start + size else ""
+        return name if first < start + size else ""
 
     def owner(self, name: str) -> str:
         """The module to which a use of this parameter belongs: the running one if it holds it."""
@@ -241,12 +205,15 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         call = Call(self, func, args, kwargs)
-        written = [t for name in known.written for t in tensors_of(call.args.get(name))]
+        written: list[Tensor] = []
+        for name in known.written:
+            written += tensors_of(call.args.get(name))
         for tensor in written:
             self.touched(tensor)
         call.out = func(*args, **kwargs)
         self.record.step += 1
-        self._apply(call, written)
+        if not call.tensors or call.name in MAKERS or any(map(followed, call.labels.values())):
+            self._apply(call, written)
         return call.out
 
     def _apply(self, call: Call, written: list[Tensor]) -> None:
@@ -263,8 +230,8 @@ class Recorder(TorchDispatchMode):
         labels += [None] * (len(outs) - len(labels))
         for tensor, new in zip(outs, labels, strict=False):
             new = new or Labels.fixed(tensor.shape)
-            moved = torch.Tag.inplace_view in call.func.tags
-            if any(tensor is other for other in written) and not moved:
+            mine = any(tensor is other for other in written) and not call.operation.moves
+            if mine:
                 self._write(call, tensor, new)
             else:
                 new.shape = tuple(tensor.shape)

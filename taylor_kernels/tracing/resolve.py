@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.choosing import FREE, Chooser, Resolution
+from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Reason, Record, Size, Table, Vector
+from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
 _ROUNDS = 8
 
@@ -20,22 +20,54 @@ def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
         lifted: kinds of mixers (`Reason.mixer`) that keep nothing.
     """
     forest = Forest(record.count)
-    reasons = [Reason("is no parameter's")]
+    lone = _join(record, forest)
+    fixed = [
+        (number, 1, vector, reason)
+        for number, (vector, reason) in enumerate(record.fixed)
+        if reason.mixer not in lifted or not reason.mixer
+    ]
+    # In running order: the first reason of several is the one that is given.
+    ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])
+    reasons = [Reason("is no parameter's"), *(reason for *_, reason in ordered)]
     why = np.full(record.count, FREE)
     why[0] = 0
-    for vector, reason in record.fixed:
-        if reason.mixer not in lifted or not reason.mixer:
-            np.minimum.at(why, vector, len(reasons))
-            reasons.append(reason)
-    forest.unite(record.edges)
+    if ordered:
+        sizes = [vector.size for _, _, vector, _ in ordered]
+        numbers = np.repeat(np.arange(1, len(ordered) + 1), sizes)
+        np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
     # One attribute counts the same number wherever it is used.
     firsts: dict[tuple[str, str], Size] = {}
     for size in counted(record.sizes):
         first = firsts.setdefault((size.module, size.attribute), size)
         both = (first.atoms != 0) & (size.atoms != 0)
         forest.unite([(first.atoms[both], size.atoms[both])])
-    _close(record.tables, forest)
-    return Chooser(record, forest, why, reasons).resolution()
+    grids = grids_of(record.tables)
+    _close(record.tables, grids, forest)
+    return Chooser(record, grids, forest, why, reasons).resolution()
+
+
+def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason]]:
+    """Unite what met, and what met nothing with its reason, by place in running order."""
+    joins = record.joins
+    if not joins:
+        return []
+    one = np.concatenate([join.one for join in joins])
+    other = np.concatenate([join.other for join in joins])
+    both = (one != 0) & (other != 0)
+    forest.unite([(one[both], other[both])])
+    lone = np.flatnonzero((one == 0) != (other == 0))
+    number = np.repeat(np.arange(len(joins)), [join.one.size for join in joins])[lone]
+    atoms = np.maximum(one, other)[lone]
+    begins = np.flatnonzero(np.diff(number, prepend=-1))
+    found = []
+    for at, vector in (
+        zip(number[begins].tolist(), np.split(atoms, begins[1:]), strict=True)
+        if begins.size
+        else ()
+    ):
+        join = joins[at]
+        found.append((join.after, 0, vector, record.reason(MEETS_FIXED, join.where)))
+    return found
 
 
 def counted(sizes: Sequence[Size]) -> list[Size]:
@@ -55,27 +87,22 @@ def counted(sizes: Sequence[Size]) -> list[Size]:
     return kept
 
 
-def _close(tables: Sequence[Table], forest: Forest) -> None:
+def _close(tables: Sequence[Table], grids: Sequence[Grids], forest: Forest) -> None:
     """Cells with the same axes are one; axes of the same cells are one."""
     for _ in range(_ROUNDS):
         pairs: list[tuple[Vector, Vector]] = []
         seen: dict[tuple, Table] = {}
-        rows: dict[int, list[tuple[Vector, Vector]]] = {}
         for table in tables:
             shape = tuple(axis.size for axis in table.axes)
             other = seen.setdefault((shape, forest.label[table.cells].tobytes()), table)
             if other is not table:
                 pairs.extend(zip(table.axes, other.axes, strict=True))
-            grids = np.meshgrid(*(forest.label[axis] for axis in table.axes), indexing="ij")
-            key = np.sort(np.stack([grid.ravel() for grid in grids], 1), axis=1)
-            rows.setdefault(len(shape), []).append((key, table.cells))
-        for parts in rows.values():
-            if len(parts) > 1:
-                keys = np.concatenate([key for key, _ in parts])
-                cells = np.concatenate([cell for _, cell in parts])
-                _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-                same = cells[first][inverse.ravel()]
-                both = (cells != 0) & (same != 0)
-                pairs.append((cells[both], same[both]))
+        for grid in grids:
+            keys = np.sort(forest.label[grid.axes], axis=0)
+            order = np.lexsort(keys)
+            keys, cells = keys[:, order], grid.cells[order]
+            same = (keys[:, 1:] == keys[:, :-1]).all(axis=0)
+            same &= (cells[1:] != 0) & (cells[:-1] != 0)
+            pairs.append((cells[1:][same], cells[:-1][same]))
         if not forest.unite(pairs):
             return

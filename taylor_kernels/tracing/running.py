@@ -64,7 +64,7 @@ class Untouched:
             (table, dict(table))
             for module in modules
             for name in _TABLES
-            if isinstance(table := getattr(module, name, None), dict)  # a ScriptModule's are views
+            if isinstance(table := module.__dict__.get(name), dict)  # a ScriptModule's are views
         ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
@@ -87,17 +87,22 @@ class Untouched:
             for tensor, value in self._saved.values():
                 tensor.data.copy_(value)
         for module, attributes in self._modules:
-            if module.__dict__.keys() != attributes.keys() or any(
-                module.__dict__[name] is not value for name, value in attributes.items()
-            ):
+            if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
         for table, entries in self._tables:
-            if table.keys() != entries.keys() or any(
-                table[name] is not value for name, value in entries.items()
-            ):
+            if not _same(table, entries):
                 table.clear()
                 table.update(entries)
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """The same objects under the same names in the same order; a model has thousands of these."""
+    return (
+        len(one) == len(other)
+        and [*map(id, one.values())] == [*map(id, other.values())]
+        and [*one] == [*other]
+    )
 
 
 def is_lazy(tensor: Tensor) -> bool:

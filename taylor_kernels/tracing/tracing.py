@@ -25,7 +25,8 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
-        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. They
+            are run as they are, since only the caller knows what may be cut: one item is enough.
         seconds: tracing stops with an error after this time.
 
     Returns:

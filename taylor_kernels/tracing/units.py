@@ -99,7 +99,7 @@ Place = tuple[tuple[str, str | int], Vector]
 
 def collect(
     places: Sequence[Place], free: Vector
-) -> list[tuple[Vector, dict[tuple[str, str | int], Vector]]]:
+) -> list[tuple[Tensor, dict[tuple[str, str | int], Tensor]]]:
     """Units of the same make.
 
     Args:
@@ -109,36 +109,51 @@ def collect(
     Returns:
         For each make its classes [U], and by key the places [U, m] of each unit.
     """
-    owner = np.concatenate([np.full(p.size, i) for i, (_, p) in enumerate(places)])
-    where = np.concatenate([np.arange(p.size) for _, p in places])
-    unit = np.concatenate([p for _, p in places])
-    chosen = free[unit]
-    owner, where, unit = owner[chosen], where[chosen], unit[chosen]
-    if not unit.size:
+    sizes = np.array([vector.size for _, vector in places])
+    unit = np.concatenate([vector for _, vector in places])
+    chosen = np.flatnonzero(free[unit])
+    if not chosen.size:
         return []
+    ends = np.cumsum(sizes)
+    owner = np.repeat(np.arange(len(places)), sizes)[chosen]
+    where = chosen - (ends - sizes)[owner]
+    unit = unit[chosen]
     # A make is a multiset of lists: sums of random 64-bit numbers tell makes apart.
     draw = np.random.default_rng(0).integers(1, 2**63, len(places), np.uint64)
     sums = np.zeros(free.size, np.uint64)
     np.add.at(sums, unit, draw[owner])
-    present = np.unique(unit)
-    _, kinds = np.unique(sums[present], return_inverse=True)
     # Units are in the order of their first places.
     first = np.full(free.size, owner.size)
-    np.minimum.at(first, unit, np.arange(owner.size))
+    first[unit[::-1]] = np.arange(owner.size)[::-1]
+    present = np.flatnonzero(first < owner.size)
+    _, kinds = np.unique(sums[present], return_inverse=True)
     order = np.lexsort((first[present], kinds.ravel()))
     present, kinds = present[order], kinds.ravel()[order]
     begins = np.flatnonzero(np.diff(kinds, prepend=-1))
     rank, make = np.zeros(free.size, np.int64), np.zeros(free.size, np.int64)
     rank[present], make[present] = np.arange(present.size), kinds
-    order = np.lexsort((where, rank[unit], owner, make[unit]))
-    owner, where, makes = owner[order], where[order], make[unit][order]
-    tables: list[dict[tuple[str, str | int], Vector]] = [{} for _ in begins]
-    members = np.split(present, begins[1:])
-    starts = np.flatnonzero((np.diff(makes, prepend=-1) != 0) | (np.diff(owner, prepend=-1) != 0))
-    for start, rows in zip(starts.tolist(), np.split(where, starts[1:]), strict=True):
-        kind = makes[start]
-        tables[kind][places[owner[start]][0]] = rows.reshape(members[kind].size, -1)
-    return sorted(zip(members, tables, strict=True), key=lambda item: first[item[0][0]])
+    # Places are sorted by list already, and within a unit by their number.
+    makes = make[unit]
+    order = np.argsort((makes * len(places) + owner) * present.size + rank[unit], kind="stable")
+    owner, makes = owner[order], makes[order]
+    begin = np.diff(makes, prepend=-1) != 0
+    begin[1:] |= np.diff(owner) != 0
+    starts = np.flatnonzero(begin)
+    members = _pieces(present, begins)
+    tables: list[dict[tuple[str, str | int], Tensor]] = [{} for _ in members]
+    for kind, number, rows in zip(
+        makes[starts].tolist(), owner[starts].tolist(), _pieces(where[order], starts), strict=True
+    ):
+        tables[kind][places[number][0]] = rows.view(members[kind].numel(), -1)
+    firsts = first[present[begins]].tolist()
+    numbers = sorted(range(len(members)), key=firsts.__getitem__)
+    return [(members[number], tables[number]) for number in numbers]
+
+
+def _pieces(values: Vector, starts: Vector) -> tuple[Tensor, ...]:
+    """A vector split at these places."""
+    sizes = np.diff(starts, append=values.size).tolist()
+    return torch.from_numpy(values).split(sizes)
 
 
 def index(values: Vector) -> Tensor:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
+from tests.helpers.geometries import drawn_fisher_case
 from tests.helpers.parameter_ops import EVERY_OP, FILTER, ParameterOp
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -86,7 +87,7 @@ def test_moments(op: ParameterOp, at: int) -> None:
     dtype = DTYPES[(at + (op is not FILTER)) % len(DTYPES)]
     tensors = random_like_case(case, dtype, count=op.lists)
     for dim in case.dims[at % 2 :]:  # (0, 1) always, else in turns
-        op.check(tensors, dim, case.groups, "triton", stream=at)
+        op.check(tensors, dim, case.groups, "triton", at)
 
 
 @pytest.mark.parametrize("seed", probes.SEEDS)
@@ -153,16 +154,8 @@ def test_fisher_of_any_geometry(
 ) -> None:
     kernel, stride, (pad_h, pad_w), dilation = geometry
     padding = pad_h - 1, pad_w - 1
-    assume(all(image[i] + 2 * padding[i] > dilation[i] * (kernel[i] - 1) for i in (0, 1)))
-    case = FisherCase(
-        "any",
-        (batch, groups * channels, *image),
-        (groups * filters, channels, *kernel),
-        stride,
-        padding,
-        dilation,
-        groups,
-        *layouts,
+    case = drawn_fisher_case(
+        batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts
     )
     x, dy, weight = random_fisher_inputs(case, dtype)
     scaled = weight if with_weight else None

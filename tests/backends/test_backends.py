@@ -50,7 +50,7 @@ def test_default_dispatch(
     for name, ok in {"cpu": native_cpu, "cuda": native_cuda, "triton": triton}.items():
         kernels = "triton" if name == "triton" else "native"
         changed = backends._backends[name]._replace(
-            status=lambda ok=ok: (ok, ""), kernels=lambda kernels=kernels: kernels
+            status=lambda ok=ok: (ok, ""), kernels=lambda kernels=kernels: kernels, status_on=None
         )
         monkeypatch.setitem(backends._backends, name, changed)
     chosen = select(device, dtype, None)
@@ -59,7 +59,7 @@ def test_default_dispatch(
 
 def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch):
     missing = backends._backends["cuda"]._replace(
-        status=lambda: (False, "built without CUDA; rebuild")
+        status_on=lambda device: (False, "built without CUDA; rebuild")
     )
     monkeypatch.setitem(backends._backends, "cuda", missing)
     with pytest.raises(RuntimeError, match="'cuda' is not available: built without CUDA; rebuild"):
@@ -161,6 +161,63 @@ def test_a_backend_from_outside_can_be_named(monkeypatch: pytest.MonkeyPatch):
         tk.filter_moments(w, w, backend="gone")
     with pytest.raises(ValueError, match="there is one named 'made_up'"):
         register_backend(backends._backends["made_up"])
+
+
+def right() -> tuple[bool, str]:
+    return True, "1.0"
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cpu", "backend: expected a Backend, got str"),
+        (Backend("", ("cpu",), right, dict), "its name is ''; give it a string"),
+        (Backend(3, ("cpu",), right, dict), "its name is 3; give it a string"),
+        (Backend("odd", "cpu", right, dict), "the devices of 'odd' are 'cpu'; give a tuple"),
+        (Backend("odd", (3,), right, dict), r"the devices of 'odd' are \(3,\); give a tuple"),
+        (Backend("odd", ("cpu",), True, dict), "status of 'odd' is no function"),
+        (Backend("odd", ("cpu",), right, reference), "kernels of 'odd' is no function"),
+    ],
+)
+def test_what_is_no_backend(backend: Any, message: str):
+    before = list(backends._backends)
+    with pytest.raises(TypeError, match=message):
+        register_backend(backend)
+    assert list(backends._backends) == before
+
+
+@pytest.mark.parametrize("returned", [None, OSError("no such driver")])
+def test_a_status_that_fails_is_that_backends_alone(monkeypatch: pytest.MonkeyPatch, returned: Any):
+    def status() -> Any:
+        if returned is not None:
+            raise returned
+
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    register_backend(Backend("broken", ("cpu", "odd"), status, lambda: reference))
+    found = tk.available_backends()
+    assert found["reference"]
+    assert not found["broken"]
+    assert str(found["broken"]).startswith("not available: status raised ")
+    assert returned is None or found["broken"].detail.endswith("OSError: no such driver")
+    w = torch.randn(4, 6)
+    assert tk.filter_moments(w, w).shape == (4, 5)
+    with pytest.raises(RuntimeError, match="'broken' is not available: status raised"):
+        tk.filter_moments(w, w, backend="broken")
+
+
+def test_a_backend_without_an_op_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends, "_backends", dict(backends._backends))
+    register_backend(Backend("bare", ("cpu",), right, object))
+    w = torch.randn(4, 6)
+    calls = {
+        "filter_moments": lambda: tk.filter_moments(w, w, backend="bare"),
+        "rademacher": lambda: tk.rademacher_like(w, seed=3, backend="bare"),
+        "gate_gradients": lambda: tk.gate_gradients(w, w, backend="bare"),
+        "conv2d_fisher": lambda: tk.linear_fisher(w, w, backend="bare"),
+    }
+    for op, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"backend: 'bare' has no {op}; name another"):
+            call()
 
 
 def test_new_tensors_in_a_capture_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch):

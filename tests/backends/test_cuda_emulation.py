@@ -24,7 +24,7 @@ from tests.helpers.cases import (
 from tests.helpers.emulated import MOMENTS_CASES, run_moments
 
 GATE_CASES = [
-    *gate_cases(),
+    *(case for case in gate_cases() if 0 not in case.shape),
     GateCase("rows_in_segments", (1, 2, 141, 129), bias=True),
     GateCase("repeated_rows", (2, 300, 16), channel_dim=2, bias=True),
     GateCase("row_blocks", (2, 150, 40), channel_dim=2, bias=True),
@@ -42,8 +42,6 @@ def gates(y: Tensor, dy: Tensor, bias: Tensor | None, dim: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MOMENTS_CASES, ids=lambda case: case.name)
 def test_moments(case: MomentsCase, dtype: torch.dtype) -> None:
-    if 0 in case.shape:
-        pytest.skip("the op answers for empty tensors itself")
     weight, grad = random_like_case(case, dtype)
     for rows, cols in ((True, False), (False, True), (True, True)):
         if cols and len(case.shape) == 1:
@@ -57,8 +55,6 @@ def test_moments(case: MomentsCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATE_CASES, ids=lambda case: case.name)
 def test_gates(case: GateCase, dtype: torch.dtype) -> None:
-    if 0 in case.shape:
-        pytest.skip("the op answers for empty tensors itself")
     y, dy = random_like_case(case, dtype)
     bias = random_bias(case, dtype)
     got = gates(y, dy, bias, case.channel_dim)
@@ -70,7 +66,7 @@ def test_gates(case: GateCase, dtype: torch.dtype) -> None:
 
 def test_infinite_bias_reaches_its_channel_only() -> None:
     for case in GATE_CASES:
-        if 0 in case.shape or not case.bias:
+        if not case.bias:
             continue
         y, dy = random_like_case(case, torch.float32)
         bias = random_bias(case, torch.float32)

@@ -11,7 +11,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from taylor_kernels.backends import native
+from taylor_kernels import backends
+from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
 from tests.helpers import emulated
 from tests.helpers.cases import FisherCase, random_fisher_inputs
@@ -64,7 +65,7 @@ class GPUs:
 
 
 @pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPUs]:
+def gpus(monkeypatch: pytest.MonkeyPatch) -> GPUs:
     found = GPUs()
     module = SimpleNamespace(
         cuda_version="12.6",
@@ -81,9 +82,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[GPUs]:
         "get_device_name": lambda number: f"GPU {number}",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    native.cuda_status.cache_clear()
-    yield found
-    native.cuda_status.cache_clear()
+    monkeypatch.setattr(native, "_lasting", {})
+    return found
 
 
 def test_status_says_what_the_kernels_are_built_for(gpus: GPUs) -> None:
@@ -97,13 +97,56 @@ def test_status_asks_one_gpu_of_each_capability(gpus: GPUs) -> None:
     assert gpus.asked == [1, 0]
 
 
+OTHER = "they are compiled for other GPUs (no kernel image)"
+
+
 @pytest.mark.parametrize("number", [0, 1])
-def test_status_names_the_gpu_that_cannot_run_them(gpus: GPUs, number: int) -> None:
-    gpus.problems[number] = "they are compiled for other GPUs"
+def test_a_gpu_that_cannot_run_them_is_named_and_keeps_no_other(gpus: GPUs, number: int) -> None:
+    gpus.problems[number] = OTHER
+    usable, detail = native.cuda_status()
+    assert usable
+    assert detail.startswith("CUDA 12.6, sm_80 sm_90 compute_90; ")
+    assert f"do not run on cuda:{number} (GPU {number}): {OTHER}" in detail
+    for other in range(3):
+        usable, detail = native.cuda_status_on(torch.device("cuda", other))
+        assert usable == (other != number), detail
+
+
+def test_status_if_no_gpu_can_run_them(gpus: GPUs) -> None:
+    gpus.problems = [OTHER] * 3
     usable, why = native.cuda_status()
     assert not usable
-    assert "built for CUDA 12.6, sm_80 sm_90 compute_90" in why
-    assert f"do not run on cuda:{number} (GPU {number}): they are compiled for other GPUs" in why
+    assert why.startswith("built for CUDA 12.6, sm_80 sm_90 compute_90, but the kernels do not run")
+    assert "cuda:1 (GPU 1)" in why
+    assert "cuda:0 (GPU 0)" in why
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+@pytest.mark.parametrize(
+    ("problem", "asked"),
+    [("", [1]), (OTHER, [1]), ("the driver is too old for them", [1]), ("out of memory", [1, 1])],
+)
+def test_an_error_that_may_pass_is_asked_about_again(
+    gpus: GPUs, device: str, problem: str, asked: list[int]
+) -> None:
+    gpus.problems[1] = problem
+    for _ in range(2):
+        assert native.cuda_status_on(torch.device(device))[0] == (not problem)
+    assert gpus.asked == asked
+    gpus.problems[1] = ""
+    assert native.cuda_status_on(torch.device(device))[0] == (problem in ("", "out of memory"))
+
+
+def test_the_device_of_a_tensor_decides(gpus: GPUs, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus.problems[0] = OTHER
+    triton = backends._backends["triton"]._replace(status=lambda: (False, "not installed"))
+    monkeypatch.setitem(backends._backends, "triton", triton)
+    chosen = [select(torch.device("cuda", n), torch.float32, None) for n in range(3)]
+    assert chosen == [reference, native, native]
+    with pytest.raises(
+        RuntimeError, match=r"'cuda' is not available: .*cuda:0 \(GPU 0\): they are"
+    ):
+        select(torch.device("cuda", 0), torch.float32, "cuda")
 
 
 #: Their launches need different amounts of shared memory, of three kernels.

@@ -240,6 +240,38 @@ def test_a_criterion_of_the_users_own():
         tk.Criterion("x", "hessian", lambda t: t)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"name": ""}, ValueError, "name: is empty; give the criterion one"),
+        ({"name": 3}, TypeError, "name: expected a string, got int"),
+        ({"statistic": ["moments"]}, TypeError, "statistic: expected a string, got list"),
+        ({"formula": None}, TypeError, "formula: expected a string, got NoneType"),
+        ({"reference": 3}, TypeError, "reference: expected a string, got int"),
+        ({"score": 3}, TypeError, "score: expected a function, got int"),
+        ({"coupled": "max"}, ValueError, "coupled: 'max' is not one of sum, mean, first"),
+        ({"across_layers": "no"}, TypeError, "across_layers: expected True or False, got str"),
+    ],
+)
+def test_what_a_criterion_is_made_of_is_checked(wrong, error, message):
+    right = {"name": "right", "statistic": "moments", "score": lambda table: table[:, 0]}
+    with pytest.raises(error, match=message):
+        tk.Criterion(**(right | wrong))
+
+
+def test_only_a_criterion_can_be_registered():
+    before = tk.criterion_names()
+    with pytest.raises(TypeError, match=r"expected a tk.Criterion, got str; make one of a name"):
+        tk.register_criterion("x")
+    assert tk.criterion_names() == before
+
+
+def test_scores_that_are_no_tensor():
+    imp = tk.Importance(nn.Linear(3, 2), tk.Criterion("none", "magnitudes", lambda table: None))
+    with pytest.raises(ValueError, match="criterion 'none': its score function gave NoneType"):
+        imp.update()
+
+
 def test_an_unknown_criterion_names_the_nearest():
     with pytest.raises(ValueError, match=r"'taylor_bn' is not known; did you mean.*'taylor_fo_bn'"):
         tk.Importance(nets.mixed(), "taylor_bn")

@@ -11,15 +11,7 @@ from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
-from tests.helpers import probes
-from tests.helpers.cases import (
-    DTYPES,
-    MomentsCase,
-    assert_close,
-    lay_out,
-    random_like_case,
-    same_bits,
-)
+from tests.helpers import cases, probes
 from tests.helpers.graphs import NEEDS_GPU, check_replay, run_behind_a_late_copy
 from tests.helpers.parameter_ops import EVERY_OP, GPU_CASES, SEED, ParameterOp, axes_of
 
@@ -31,45 +23,48 @@ def op(request: pytest.FixtureRequest) -> ParameterOp:
     return request.param
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
-def test_sums(case: MomentsCase, dtype: torch.dtype, op: ParameterOp, backend: str) -> None:
-    tensors = random_like_case(case, dtype, "cuda", count=op.lists)
+def test_sums(case: cases.MomentsCase, dtype: torch.dtype, op: ParameterOp, backend: str) -> None:
+    tensors = cases.random_like_case(case, dtype, "cuda", count=op.lists)
     for dim in case.dims:
         got = op.run(tensors, dim, case.groups, backend, stream=3)
         again = op.run(tensors, dim, case.groups, backend, stream=3)
-        assert all(same_bits(*both) for both in zip(got, again, strict=True))
+        assert all(cases.same_bits(*both) for both in zip(got, again, strict=True))
         for axis, table in zip(axes_of(dim), got, strict=True):
-            assert_close(table, *op.reference64(tensors, axis, case.groups, stream=3))
+            cases.assert_close(table, *op.reference64(tensors, axis, case.groups, stream=3))
 
 
 def test_bits_do_not_depend_on_the_list(op: ParameterOp, backend: str) -> None:
-    cases = [case for case in GPU_CASES if len(case.shape) > 1]
-    each = [random_like_case(c, DTYPES[i % 3], "cuda", count=op.lists) for i, c in enumerate(cases)]
-    order = range(len(cases))[::-1]
+    chosen = [case for case in GPU_CASES if len(case.shape) > 1]
+    each = [
+        cases.random_like_case(c, cases.DTYPES[i % 3], "cuda", count=op.lists)
+        for i, c in enumerate(chosen)
+    ]
+    order = range(len(chosen))[::-1]
     lists = list(zip(*(each[i] for i in order), strict=True))
-    groups = [cases[i].groups for i in order]
+    groups = [chosen[i].groups for i in order]
     for dim in (0, 1, (0, 1)):
         got = op.call(lists, list(order), dim=dim, groups=groups, backend=backend)
         per_axis = got if isinstance(got, tuple) else (got,)
         for i, *tables in zip(order, *per_axis, strict=True):
-            alone = op.run(each[i], dim, cases[i].groups, backend, i)
+            alone = op.run(each[i], dim, chosen[i].groups, backend, i)
             for table, expected in zip(tables, alone, strict=True):
-                assert same_bits(table.view_as(expected), expected), cases[i].name
+                assert cases.same_bits(table.view_as(expected), expected), chosen[i].name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_bits_do_not_depend_on_alignment(op: ParameterOp, dtype: torch.dtype, backend: str) -> None:
     if backend == "triton":
         pytest.skip("Triton picks another order of sums for unaligned tensors")
     for case in GPU_CASES:
         if case.layout != "contiguous":
             continue
-        tensors = random_like_case(case, dtype, "cuda", count=op.lists)
-        moved = [lay_out(t, "misaligned") for t in tensors]
+        tensors = cases.random_like_case(case, dtype, "cuda", count=op.lists)
+        moved = [cases.lay_out(t, "misaligned") for t in tensors]
         for dim in case.dims:
             here, there = (op.run(t, dim, case.groups, backend) for t in (tensors, moved))
-            assert all(same_bits(*both) for both in zip(here, there, strict=True)), case.name
+            assert all(cases.same_bits(*both) for both in zip(here, there, strict=True)), case.name
 
 
 def test_more_tensors_than_one_table_holds(op: ParameterOp, backend: str) -> None:
@@ -81,7 +76,7 @@ def test_more_tensors_than_one_table_holds(op: ParameterOp, backend: str) -> Non
         tensors = [each[i] for each in lists]
         for axis, table in enumerate(tables):
             table = table.view(len(table), op.sums)
-            assert_close(table, *op.reference64(tensors, axis, stream=i))
+            cases.assert_close(table, *op.reference64(tensors, axis, stream=i))
 
 
 def test_nan_and_infinity_stay_in_their_filter(op: ParameterOp, backend: str) -> None:
@@ -97,7 +92,7 @@ def test_runs_on_the_current_stream(op: ParameterOp, backend: str) -> None:
         return op.run([weight, *others[:-1], late], (0, 1), 1, backend)
 
     got = run_behind_a_late_copy(run, others[-1])
-    assert all(same_bits(*both) for both in zip(got, run(others[-1]), strict=True))
+    assert all(cases.same_bits(*both) for both in zip(got, run(others[-1]), strict=True))
 
 
 def test_second_device(op: ParameterOp, backend: str) -> None:
@@ -113,18 +108,18 @@ def test_backends_agree(op: ParameterOp) -> None:
     if missing:
         pytest.skip(f"no {missing[0]} backend here")
     for case in GPU_CASES:
-        tensors = random_like_case(case, torch.bfloat16, "cuda", count=op.lists)
+        tensors = cases.random_like_case(case, torch.bfloat16, "cuda", count=op.lists)
         for dim in case.dims:
             both = (op.run(tensors, dim, case.groups, name) for name in ("cuda", "triton"))
             for axis, ours, theirs in zip(axes_of(dim), *both, strict=True):
                 _, bound = op.reference64(tensors, axis, case.groups)
-                assert_close(ours, theirs.double(), bound)
+                cases.assert_close(ours, theirs.double(), bound)
 
 
 @pytest.mark.parametrize("seed", probes.SEEDS)
 def test_signs_are_those_of_every_device(seed: int, backend: str) -> None:
     shapes = [(1,), (7,), (129,), (64, 3, 7, 7), (1_000_003,), (5, 0)]
-    like = [torch.empty(s, dtype=DTYPES[i % 3], device="cuda") for i, s in enumerate(shapes)]
+    like = [torch.empty(s, dtype=cases.DTYPES[i % 3], device="cuda") for i, s in enumerate(shapes)]
     like.append(torch.empty(16, 8, 3, 3, device="cuda").to(memory_format=torch.channels_last))
     found = rademacher_like(like, seed=seed, backend=backend)
     on_cpu = rademacher_like([t.cpu() for t in like], seed=seed)

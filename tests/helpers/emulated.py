@@ -32,9 +32,9 @@ KERNEL_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas"
 MODULE_FLAGS = ("-std=c++20", "-O0")
 
 #: Shapes that cross a limit of csrc/cuda/task_plan.h: segments of rows, blocks of rows, tiles of
-#: positions.
+#: positions. Not the empty ones, for which the op answers itself.
 MOMENTS_CASES = [
-    *filter_moments_cases(),
+    *(case for case in filter_moments_cases() if 0 not in case.shape),
     MomentsCase("segments", (2, 20011)),
     MomentsCase("segment_ends_a_vector", (1, 8192 * 2)),
     MomentsCase("row_blocks", (131, 136)),

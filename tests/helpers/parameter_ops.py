@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,29 +68,30 @@ class ParameterOp(NamedTuple):
         return sums64(self.terms([t.double() for t in tensors], signs), dim, groups)
 
     def check(
-        self,
-        tensors: Sequence[Tensor],
-        dim: int | tuple[int, int],
-        groups: int = 1,
-        backend: str | None = None,
-        stream: int = 0,
+        self, tensors: Sequence[Tensor], dim: int | tuple[int, int], groups: int = 1, *where: Any
     ) -> None:
-        """One parameter against float64."""
-        got = self.run(tensors, dim, groups, backend, stream)
-        for axis, table in zip(axes_of(dim), got, strict=True):
-            assert_close(table, *self.reference64(tensors, axis, groups, stream))
+        """One parameter against float64; `where` are a backend and a stream, as in run()."""
+        for table, ref, bound in self.beside_float64(tensors, dim, groups, *where):
+            assert_close(table, ref, bound)
 
     def check_float64(self, case: MomentsCase, backend: str) -> None:
         """float64 is summed in float64."""
         tensors = random_like_case(case, torch.float64, count=self.lists)
         for dim in case.dims:
-            got = self.run(tensors, dim, case.groups, backend)
-            for axis, table in zip(axes_of(dim), got, strict=True):
-                ref, bound = self.reference64(tensors, axis, case.groups)
+            for table, ref, bound in self.beside_float64(tensors, dim, case.groups, backend):
                 assert table.dtype == torch.float64
                 # Two float64 sums of the same terms in different orders.
                 scale = bound.clamp_min(torch.finfo(torch.float64).tiny)
                 torch.testing.assert_close(table / scale, ref / scale, rtol=0, atol=1e-13)
+
+    def beside_float64(
+        self, tensors: Sequence[Tensor], dim: int | tuple[int, int], groups: int, *where: Any
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each dim a table, that in float64 and its bound."""
+        got = self.run(tensors, dim, groups, *where)
+        stream = where[1] if len(where) > 1 else 0
+        for axis, table in zip(axes_of(dim), got, strict=True):
+            yield table, *self.reference64(tensors, axis, groups, stream)
 
     def run(
         self,
@@ -179,3 +180,16 @@ def assert_bits_do_not_depend_on_the_list(
         for axis, others in zip(whole, tables(order), strict=True):
             for i, table in others.items():
                 assert table.equal(axis[i]), f"tensor {i} of shape {shapes[i]}"
+
+
+_W = torch.randn(4, 6, 3, 3)
+#: What no op that takes hvps takes for tensors of shape [4, 6, 3, 3]: other arguments, the error.
+BAD_HVPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "shape": (dict(hvps=_W[:3]), ValueError, r"hvps: shape \(3, 6, 3, 3\).*weights"),
+    "dtype": (dict(hvps=_W.half()), ValueError, "hvps: dtype torch.float16 does not match"),
+    "none": (dict(hvps=None), TypeError, "hvps: expected a torch.Tensor like weights"),
+    "dim": (dict(dim=2), ValueError, "dim: 2 is not one of"),
+    "groups": (dict(dim=1, groups=3), ValueError, "groups: 3 does not divide"),
+    "backend": (dict(backend="cuda"), ValueError, "does not run on cpu"),
+}
+ONE_FOR_TWO = "hvps: 1 Hessian-vector products for 2 weights"

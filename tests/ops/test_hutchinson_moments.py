@@ -7,7 +7,7 @@ import torch
 
 import taylor_kernels as tk
 from tests.helpers import cases
-from tests.helpers.parameter_ops import HUTCHINSON
+from tests.helpers.parameter_ops import BAD_HVPS, HUTCHINSON, ONE_FOR_TWO
 
 BACKENDS = ("cpu", "reference")
 
@@ -90,21 +90,12 @@ def test_a_moment_is_one_number():
 
 W = torch.randn(4, 6, 3, 3)
 BAD_INPUTS = {
-    "shape": (dict(hvps=W[:3]), ValueError, r"hvps: shape \(3, 6, 3, 3\).*weights"),
-    "dtype": (dict(hvps=W.half()), ValueError, "hvps: dtype torch.float16 does not match"),
-    "none": (dict(hvps=None), TypeError, "hvps: expected a torch.Tensor like weights"),
+    **BAD_HVPS,
     "nothing": (dict(weights=None), TypeError, "weights: expected a tensor or a sequence"),
-    "length": (
-        dict(weights=[W, W], hvps=[W]),
-        ValueError,
-        "hvps: 1 Hessian-vector products for 2 weights",
-    ),
+    "length": (dict(weights=[W, W], hvps=[W]), ValueError, ONE_FOR_TWO),
     "seed": (dict(seed=0.5), TypeError, "seed: expected an int, got float"),
     "large_seed": (dict(seed=2**64), ValueError, "seed: 18446744073709551616 does not fit"),
     "streams": (dict(streams=[0, 1]), ValueError, "streams: 2 values for 1 tensors"),
-    "dim": (dict(dim=2), ValueError, "dim: 2 is not one of"),
-    "groups": (dict(dim=1, groups=3), ValueError, "groups: 3 does not divide"),
-    "backend": (dict(backend="cuda"), ValueError, "does not run on cpu"),
 }
 
 

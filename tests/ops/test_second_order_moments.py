@@ -8,7 +8,7 @@ from torch import Tensor
 
 import taylor_kernels as tk
 from taylor_kernels.ops.second_order_moments import second_order_sums
-from tests.helpers.parameter_ops import model_like_lists
+from tests.helpers.parameter_ops import BAD_HVPS, ONE_FOR_TWO, model_like_lists
 
 BACKENDS = ("cpu", "reference")
 
@@ -61,26 +61,17 @@ def test_squaring_runs_inside_torch_compile_and_under_vmap():
 
 W = torch.randn(4, 6, 3, 3)
 BAD_INPUTS = {
-    "shape": (dict(hvps=W[:3]), ValueError, r"hvps: shape \(3, 6, 3, 3\).*weights"),
+    **BAD_HVPS,
     "grad_shape": (dict(grads=W[:3]), ValueError, r"grads: shape \(3, 6, 3, 3\).*weights"),
-    "dtype": (dict(hvps=W.half()), ValueError, "hvps: dtype torch.float16 does not match"),
     "device": (dict(hvps=W.to("meta")), TypeError, "hvps: a meta tensor"),
-    "none": (dict(hvps=None), TypeError, "hvps: expected a torch.Tensor like weights"),
     "a_list": (dict(hvps=[W]), TypeError, "hvps: expected a torch.Tensor like weights, got list"),
     "none_in_list": (
         dict(weights=[W], grads=[W], hvps=[None]),
         TypeError,
         r"hvps\[0\].*NoneType",
     ),
-    "length": (
-        dict(weights=[W, W], grads=[W, W], hvps=[W]),
-        ValueError,
-        "hvps: 1 Hessian-vector products for 2 weights",
-    ),
+    "length": (dict(weights=[W, W], grads=[W, W], hvps=[W]), ValueError, ONE_FOR_TWO),
     "mixed": (dict(weights=[W], grads=[W]), TypeError, "hvps: got one tensor for a sequence"),
-    "dim": (dict(dim=2), ValueError, "dim: 2 is not one of"),
-    "groups": (dict(dim=1, groups=3), ValueError, "groups: 3 does not divide"),
-    "backend": (dict(backend="cuda"), ValueError, "does not run on cpu"),
 }
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
-from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from taylor_kernels.pruning.optimizer_state import optimizers_in
 from tests.helpers import zoo
+from tests.pruning.test_resume import same
 
 
 class SharesGroups(Optimizer):
@@ -129,9 +134,251 @@ def test_what_cannot_be_cut_is_found_inside_too():
 
     optimizer = SharesGroups(model.parameters(), Flat, lr=0.1)
     pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
-    before = copy.deepcopy(model.state_dict())
-    zoo.loss(model, inputs).backward()
     optimizer.step()
-    with pytest.raises(ValueError, match=r"optimizer: its state 'flat' of .* does not follow"):
+    cost, widths = pruner.cost, pruner.widths
+    for _ in range(2):
+        zoo.loss(model, inputs).backward()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=r"optimizer: its state 'flat' of .* does not follow"):
+            pruner.step()
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        assert (pruner.cost, pruner.widths, pruner.history) == (cost, widths, ())
+
+
+class InObject(Optimizer):
+    """The other optimizer is an attribute of a plain object."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        self.engine = SimpleNamespace(parts={"all": [make(params, **options)]})
+        self.engine.back = self
+
+    def step(self, closure=None):
+        return self.engine.parts["all"][0].step(closure)
+
+
+class InClosure(Optimizer):
+    """The other optimizer is known to functions alone."""
+
+    def __init__(self, params, make, **options):
+        params = list(params)
+        super().__init__(params, {})
+        inner = make(params, **options)
+        self.run = functools.partial(lambda closure, much: inner.step(closure), much=1)
+
+    def step(self, closure=None):
+        return self.run(closure)
+
+
+@pytest.mark.parametrize("wrap", [InObject, InClosure])
+def test_optimizers_in_objects_and_closures_are_followed(wrap):
+    expected, reference, _ = pruned("mlp", bare, SGD, momentum=0.9)
+    model, pruner, _ = pruned("mlp", wrap, SGD, momentum=0.9)
+    assert pruner.history == reference.history
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+HIDDEN = {}
+
+
+class InGlobal(SharesGroups):
+    """The other optimizer is where nobody finds it."""
+
+    def __init__(self, params, make, **options):
+        super().__init__(params, make, **options)
+        HIDDEN["inner"] = vars(self).pop("base")
+
+    def step(self, closure=None):
+        return HIDDEN["inner"].step(closure)
+
+
+class Elsewhere(SGD):
+    """Keeps its momentum where nobody finds it."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            HIDDEN[p] = torch.zeros_like(p)
+
+
+def test_hidden_state_is_refused_or_named():
+    model, inputs = zoo.build("mlp")
+    outer = InGlobal(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=outer)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    outer.step()
+    parameters = list(model.parameters())
+    with pytest.raises(ValueError, match="optimizer: it is given without the SGD that keeps"):
+        pruner.compact()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    gone = [(p == 0).sum() for p in parameters]
+    zoo.loss(model, inputs).backward()
+    outer.step()
+    assert [(p == 0).sum() for p in parameters] == gone  # still masked
+
+    model, inputs = zoo.build("mlp")
+    optimizer = Elsewhere(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    optimizer.step()
+    with pytest.warns(UserWarning, match="Elsewhere has made steps, but no state of .*weight"):
+        pruner.compact()
+    HIDDEN.clear()
+
+
+def two(model):
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    return SGD(matrices, 0.02, momentum=0.9), SGD(
+        [p for p in model.parameters() if p.dim() < 2], 0.01, momentum=0.5
+    )
+
+
+def test_several_optimizers():
+    results = []
+    for compact in (False, True):
+        model, inputs = zoo.build("mlp")
+        optimizers = two(model)
+        pruner = Pruner(
+            model, inputs, "taylor_fo", filters=0.5, every=2, per_step=3, optimizer=optimizers
+        )
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(10):
+                model.zero_grad()
+                zoo.loss(model, zoo.fresh(inputs)).backward()
+                pruner.step()
+                for one in optimizers:
+                    one.step()
+                if compact:
+                    pruner.compact()
+            pruner.compact()
+        results.append([p.detach() for p in model.parameters()])
+        own = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        assert set(own) == set(model.parameters())
+        assert all(set(one.state) <= set(own) for one in optimizers)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_parameters_of_an_optimizer_that_was_not_given_are_named():
+    model, inputs = zoo.build("mlp")
+    given, _ = two(model)
+    pruner = Pruner(model, inputs, "taylor_fo", filters=0.5, every=1, optimizer=given)
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    with pytest.warns(
+        UserWarning, match=r"optimizer: .*\.bias.* are in none of its groups"
+    ) as seen:
+        pruner.compact()
+    assert seen[0].filename == __file__
+
+
+class Sam(SharesGroups):
+    """As SAM is written most often: loading a state shares the groups anew."""
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.base.param_groups = self.param_groups
+
+
+def start(wrap):
+    model, inputs = zoo.build("mlp")
+    optimizer = two(model) if wrap is two else wrap(model.parameters(), SGD, lr=0.1, momentum=0.9)
+    pruner = Pruner(
+        model, inputs, "taylor_fo", filters=0.5, every=2, per_step=3, optimizer=optimizer
+    )
+    return model, optimizer, pruner, inputs
+
+
+def go_on(model, optimizer, pruner, inputs, steps):
+    torch.manual_seed(steps)
+    for step in range(steps):
+        model.zero_grad()
+        zoo.loss(model, zoo.fresh(inputs)).backward()
         pruner.step()
-    assert model.state_dict().keys() == before.keys()
+        for one in optimizer if isinstance(optimizer, tuple) else [optimizer]:
+            one.step()
+        if step == 3:
+            pruner.compact()
+
+
+@pytest.mark.parametrize("wrap", [SharesGroups, Sam, OwnGroups, Several, Nested, InObject, two])
+def test_resumed_with_a_wrapped_optimizer_ends_at_the_same_bits(tmp_path, wrap):
+    model, optimizer, pruner, inputs = start(wrap)
+    go_on(model, optimizer, pruner, inputs, 6)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, pruner=pruner)
+    again, other, its_pruner, _ = start(wrap)
+    load_checkpoint(tmp_path / "c", model=again, optimizer=other, pruner=its_pruner)
+    for parts in ((model, optimizer, pruner), (again, other, its_pruner)):
+        for one in optimizers_in(parts[1]):
+            one.param_groups[0]["lr"] = 0.03  # where groups are shared, they still are
+        go_on(*parts, inputs, 7)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[key]), key
+    assert pruner.history == its_pruner.history
+    if wrap in (SharesGroups, Sam):
+        assert other.param_groups is other.base.param_groups
+
+
+def test_a_failed_load_leaves_a_wrapped_optimizer_as_it_was(tmp_path):
+    model, optimizer, pruner, inputs = start(Sam)
+    go_on(model, optimizer, pruner, inputs, 6)
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, pruner=pruner)
+    content = torch.load(tmp_path / "c", weights_only=True)
+    content["optimizer"][1]["state"][0] = {"momentum_buffer": torch.ones(2, 2, 2, 2)}
+    torch.save(content, tmp_path / "shape")
+    content["optimizer"].pop()
+    torch.save(content, tmp_path / "number")
+    parts = start(Sam)
+    go_on(*parts, 1)
+    base = parts[1].base
+    groups, state = base.param_groups, base.state
+    before = copy.deepcopy([parts[0].state_dict(), parts[1].state_dict(), base.state_dict()])
+
+    class Picky(SGD):
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            raise RuntimeError("no")
+
+    for name, kind, message in (
+        ("shape", SGD, "has shape"), ("number", SGD, "states of 1 of them"), ("c", Picky, "no"),
+    ):  # fmt: skip
+        base.__class__ = kind
+        with pytest.raises(ValueError, match=f"optimizer: .*{message}"):
+            load_checkpoint(tmp_path / name, model=parts[0], optimizer=parts[1], pruner=parts[2])
+        now = [parts[0].state_dict(), parts[1].state_dict(), base.state_dict()]
+        assert same(now, before)
+        assert base.param_groups is groups is parts[1].param_groups
+        assert base.state is state
+
+
+def test_attributes_and_hooks_stay_with_their_parameters():
+    model, inputs = zoo.build("mlp")
+    pruner = Pruner(
+        model, inputs, filters=0.5, every=1, per_step=0.5, optimizer=SGD(model.parameters(), 0.1)
+    )
+    weight = model[0].weight
+    weight.no_decay = True
+    calls = []
+    handles = [
+        weight.register_hook(lambda grad: calls.append(("grad", grad.shape))),
+        weight.register_post_accumulate_grad_hook(lambda p: calls.append(("end", p.shape))),
+    ]
+    zoo.loss(model, inputs).backward()
+    pruner.step()
+    pruner.compact()
+    assert model[0].weight is not weight
+    assert model[0].weight.no_decay is True
+    calls.clear()
+    zoo.loss(model, inputs).backward()
+    assert calls == [("grad", model[0].weight.shape), ("end", model[0].weight.shape)]
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    zoo.loss(model, inputs).backward()
+    assert calls == []
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())

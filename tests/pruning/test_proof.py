@@ -106,7 +106,7 @@ class Answers(nn.Module):
     def __init__(self, wrap) -> None:
         super().__init__()
         self.wrap = wrap
-        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 18), nn.Linear(18, 2)
 
     def forward(self, x: Tensor) -> Any:
         y = self.b(self.a(x).relu()).relu()
@@ -120,10 +120,11 @@ CONTAINERS = {
     "back reference": lambda out, other: Box(out=out, other=other),
     "set": lambda out, other: frozenset([out, other.sum()]),
 }
-#: What shows of a hidden tensor [N, 6] in an output, though it is no floating-point number.
+#: What shows of a hidden tensor [N, 18] in an output, though it is no floating-point number.
 SHADOWS = {
     "argmax": lambda y: y.argmax(1),
-    "bool": lambda y: y[:, :3].sum(1) > y[:, 3:].sum(1) * torch.linspace(0.2, 4, 50)[:, None],
+    "bool": lambda y: y[:, :9].sum(1) > y[:, 9:].sum(1) * torch.linspace(0.2, 4, 50)[:, None],
+    "rounded": lambda y: (y.cumsum(1)[:, :3] * 100).long(),
     "count": lambda y: torch.zeros(len(y), dtype=torch.int64) + y.shape[1],
     "complex": lambda y: torch.fft.fft(y, dim=1)[:, :2],
     "sparse": lambda y: y.cumsum(1)[:, :3].to_sparse(),
@@ -133,6 +134,7 @@ SHADOWS = {
 @pytest.mark.parametrize("container", CONTAINERS)
 @pytest.mark.parametrize("shadow", SHADOWS)
 def test_every_output_counts(container, shadow):
+    torch.manual_seed(0)  # a bool shows a difference by luck
     model = Answers(lambda out, y: CONTAINERS[container](out, SHADOWS[shadow](y)))
     pruner = pruned(model, torch.randn(200, 3))
     assert "b" in pruner.skipped

@@ -13,6 +13,7 @@ import warnings
 from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -313,8 +314,63 @@ def test_extras_that_can_be_read_back(tmp_path):
         "seen": Counter("abca"),
         "order": OrderedDict(a=1),
     }
-    save_checkpoint(tmp_path / "c", model=model, **extra)
-    assert same(load_checkpoint(tmp_path / "c", model=model), extra)
+    save_checkpoint(os.fsencode(tmp_path / "c"), model=model, **extra)
+    assert same(load_checkpoint(os.fsencode(tmp_path / "c"), model=model), extra)
+
+
+def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
+    model, inputs = zoo.build("mlp")
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(1e-2), momentum=np.float32(0.5))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: np.float64(0.5) ** epoch)
+    zoo.loss(model, inputs).backward()
+    optimizer.step(), scheduler.step()
+    extra = {"scheduler": scheduler.state_dict(), "best": {np.int64(3): (np.bool_(True), 1)}}
+    save_checkpoint(tmp_path / "c", model=model, optimizer=optimizer, **extra)
+    again = zoo.build("mlp")[0]
+    other = torch.optim.SGD(again.parameters(), lr=0.5, momentum=0.9)
+    loaded = load_checkpoint(tmp_path / "c", model=again, optimizer=other)
+    assert loaded == extra
+    assert same(other.state_dict(), optimizer.state_dict())
+    assert type(other.param_groups[0]["lr"]) is float
+    assert isinstance(optimizer.param_groups[0]["lr"], np.float64)  # what was saved is as it was
+
+
+class Keeps(nn.Linear):
+    def __init__(self, value):
+        super().__init__(3, 2)
+        self.value = value
+
+    def get_extra_state(self):
+        return {"it": self.value}
+
+    def set_extra_state(self, state):
+        self.value = state["it"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    path = tmp_path / "c"
+    model = Keeps(np.float64(3))
+    save_checkpoint(path, model=model)
+    load_checkpoint(path, model=(again := Keeps(0)))
+    assert again.value == 3
+    old = path.read_bytes()
+    model.value = np.zeros(3)
+    with pytest.raises(TypeError, match=r"model: .*'_extra_state'\]\['it'\] is a numpy.ndarray"):
+        save_checkpoint(path, model=model)
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["rule"] = random.Random()
+    with pytest.raises(TypeError, match=r"optimizer: .*\['rule'\] is a random.Random"):
+        save_checkpoint(path, model=nn.Linear(3, 2), optimizer=optimizer)
+    assert path.read_bytes() == old
+
+
+def test_a_whole_file_with_objects_is_not_called_damaged(tmp_path):
+    model = nn.Linear(3, 2)
+    save_checkpoint(tmp_path / "c", model=model)
+    content = torch.load(tmp_path / "c", weights_only=True)
+    torch.save(content | {"extra": {"it": random.Random()}}, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"path: .* is whole, but holds objects .*random.Random"):
+        load_checkpoint(tmp_path / "c", model=model)
 
 
 def test_wrong_parts(tmp_path):
@@ -335,6 +391,17 @@ def test_state_dict_of_something_else(state):
     _, _, pruner, _ = trained(steps=0)
     with pytest.raises(ValueError, match="state: it is not the state_dict"):
         pruner.load_state_dict(state)
+
+
+@pytest.mark.parametrize("lacking", ["sum", "average", "count"])
+def test_state_without_a_part_of_the_scores_changes_nothing(lacking):
+    state = copy.deepcopy(trained(steps=3)[2].state_dict())
+    del state["scores"][lacking]
+    again, other, its_pruner, _ = trained(steps=0)
+    before = everything(again, other, its_pruner)
+    with pytest.raises(ValueError, match=r"state: it is damaged .*scores"):
+        its_pruner.load_state_dict(state)
+    assert same(everything(again, other, its_pruner), before)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

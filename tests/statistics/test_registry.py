@@ -161,6 +161,67 @@ def test_nan_is_explained_by_the_statistic():
 
 
 @pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (lambda one, two: None, "gave NoneType; expected a list of tables"),
+        (lambda one, two: (table for table in (one, two)), "gave generator; expected a list"),
+        (lambda one, two: [one], "gave 1 tables for 2 layers; expected one for each of 0, 1"),
+        (lambda one, two: [one, None], r"gave NoneType for layer '1'; expected .*\[2 filters, col"),
+        (lambda one, two: [one, one], r".*of shape \(4, 1\), for layer '1'; .*\[2 filters"),
+        (lambda one, two: [one[:, 0], two], r".*of shape \(4,\), for layer '0'"),
+        (lambda one, two: [one[0, 0], two], r".*of shape \(\), for layer '0'"),
+        (lambda one, two: [one.long(), two], r".*of torch.int64, of shape \(4, 1\), for layer '0'"),
+    ],
+)
+def test_tables_that_are_none_of_its_layers(tables, message):
+    class Wrong(Own):
+        name, reads = "wrong_of_test", "weights"
+
+        def collect(self, *, loss_scale=1.0, closure=None):
+            return tables(*(norms(layer)[:, None] for layer in self.layers.values()))
+
+    tk.register_statistic(Wrong)
+    criterion = tk.Criterion("wrong", "wrong_of_test", lambda table: table[:, 0])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    message = r"statistic 'wrong_of_test': collect\(\) " + message
+    with pytest.raises(ValueError, match=message):
+        tk.Importance(model, criterion).update()
+    statistic = Wrong(model, dict(model.named_children()))
+    with pytest.raises(ValueError, match=message):
+        statistics.checked_tables(statistic, statistic.collect())
+
+
+def test_pruning_names_a_wrong_table():
+    class Short(Own):
+        name, reads = "short_of_test", "weights"
+
+        def collect(self, *, loss_scale=1.0, closure=None):
+            return [norms(layer)[1:, None] for layer in self.layers.values()]
+
+    tk.register_statistic(Short)
+    criterion = tk.Criterion("short", "short_of_test", lambda table: table[:, 0])
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    pruner = tk.Pruner(model, torch.randn(2, 3), criterion, filters=0.5)
+    with pytest.raises(ValueError, match=r"'short_of_test': .* of shape \(3, 1\), for layer '0'"):
+        pruner.step()
+
+
+def test_a_graph_that_tables_carry_is_not_kept():
+    class Attached(Own):
+        name, reads = "attached_of_test", "weights"
+
+        def collect(self, *, loss_scale=1.0, closure=None):
+            return [layer.weight.sum(1, keepdim=True) for layer in self.layers.values()]
+
+    tk.register_statistic(Attached)
+    imp = tk.Importance(
+        nn.Linear(3, 2), tk.Criterion("attached", "attached_of_test", lambda table: table[:, 0])
+    )
+    imp.update()
+    assert not imp.compute()[""].requires_grad
+
+
+@pytest.mark.parametrize(
     ("statistic", "error", "message"),
     [
         (3, TypeError, "statistic: expected a subclass of tk.Statistic, got 3"),
@@ -185,7 +246,8 @@ def test_what_is_no_statistic(statistic, error, message):
 
 def test_the_packages_docstring_holds_the_table_of_its_statistics():
     table = [line for line in statistics.__doc__.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0].removeprefix("| ") for row in table[1:]] == tk.statistic_names()
+    names = [row.split(" | ")[0].removeprefix("| ").strip("`") for row in table[2:]]
+    assert names == tk.statistic_names()
     documented = {criterion.statistic for criterion in criteria._CRITERIA.values()}
     assert documented == set(tk.statistic_names())
 

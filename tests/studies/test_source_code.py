@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
@@ -172,10 +173,33 @@ def test_imports_for_type_checking_do_not_count(copied):
     }  # fmt: skip
 
 
-def test_a_users_file_stands_for_itself_and_pytorch_for_its_version():
+def test_a_users_file_brings_what_it_imports(tmp_path, monkeypatch):
+    """One through another, in packages and out of them; not what is installed."""
+    (tmp_path / "users_parts").mkdir()
+    sources = {
+        "users_net.py": "import json\nimport torch\nfrom users_parts.layers import WIDTH\n"
+        "class Net(torch.nn.Module):\n    pass\n",
+        "users_parts/__init__.py": "",
+        "users_parts/layers.py": "from . import sizes\nWIDTH = sizes.WIDTH\n",
+        "users_parts/sizes.py": "WIDTH = 3\n",
+        "users_loss.py": "def loss(outputs, targets):\n    return 0\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    net, loss = importlib.import_module("users_net"), importlib.import_module("users_loss")
+    files = {tmp_path / name for name in sources}
+    assert deciding_files(net.Net()) == files - {tmp_path / "users_loss.py"}
+    assert deciding_files(partial(print, loss=loss.loss, model=net.Net())) == files
+    before = code_digest(net.Net())
+    (tmp_path / "users_parts/sizes.py").write_text("WIDTH = 4\n")
+    assert code_digest(net.Net()) != before
+
+
+def test_pytorch_stands_for_its_version():
     class Own(nn.Module):
         pass
 
-    assert deciding_files(nn.Sequential(Own(), nn.ReLU())) == {Path(__file__)}
+    assert Path(__file__) in deciding_files(nn.Sequential(Own(), nn.ReLU()))
     assert deciding_files(nn.functional.cross_entropy, torch.sum) == set()
-    assert deciding_files(partial(lambda scores: scores)) == {Path(__file__)}
+    assert Path(__file__) in deciding_files(partial(lambda scores: scores))

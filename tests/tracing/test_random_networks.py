@@ -42,6 +42,9 @@ def test_what_moves_with_a_channel_goes_with_it(kinds, seed):
     channels = trace(model, inputs)
     body, last = model[:-1], str(len(model) - 1)
     (_, made), (read, _) = channels.layers["0"], channels.layers[last]
+    # A depthwise convolution of several filters per channel makes channels of its own.
+    own = {int(c) for name in channels.layers.keys() - {"0"} for c in channels.layers[name][1]}
+    own -= set(made.tolist())
     with torch.no_grad():
         before = body(inputs)
         for channel, number in enumerate(made.tolist()):
@@ -53,4 +56,5 @@ def test_what_moves_with_a_channel_goes_with_it(kinds, seed):
             if channels.reason(number) is None:
                 assert set(read[moved].tolist()) <= {number}
             else:
-                assert all(channels.reason(other) for other in read[moved].tolist())
+                others = set(read[moved].tolist()) - own
+                assert all(channels.reason(other) for other in others)

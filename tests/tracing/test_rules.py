@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from taylor_kernels.tracing import trace
-from tests.tracing.pieces import Apply
+from tests.tracing.parts import Apply
 from tests.tracing.removal import faults
 
 

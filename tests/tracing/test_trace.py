@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import re
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels import tracing
 from taylor_kernels.tracing import Channels, register_attributes, trace
 
 
@@ -90,6 +92,21 @@ class Holder:
     __slots__ = ("me", "value")
     value: Tensor
     me: object
+
+
+class Residual(nn.Module):
+    """Every body is added to what it is given."""
+
+    def __init__(self, bodies: nn.Sequential) -> None:
+        super().__init__()
+        self.bodies, self.out = bodies, nn.Conv2d(3, 2, 1)
+        self.enter = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for body in self.bodies:
+            x = x + body(x)
+        return self.out(x)
 
 
 class Wrapped(nn.Module):
@@ -228,6 +245,27 @@ def test_wrong_masks_are_refused():
     for dead in ([], [torch.zeros(7, dtype=torch.bool)], [torch.zeros(8)]):
         with pytest.raises(ValueError, match="dead: "):
             channels.entries(dead)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [tracing.tracing, tracing.channels, tracing.attributes],
+    ids=lambda module: module.__name__,
+)
+def test_examples_of_the_documentation(module):
+    failed, tried = doctest.testmod(module)
+    assert tried
+    assert not failed
+
+
+def test_lines_of_the_table_fit_a_terminal():
+    model = nn.Sequential()
+    for number in range(9):
+        model.append(nn.Sequential())
+        model[-1].add_module(f"convolution_number_{number}", nn.Conv2d(3, 3, 1))
+    text = trace(Residual(model), IMAGE).table()
+    assert text.count("\n") > 2
+    assert max(map(len, text.splitlines())) <= 100
 
 
 def test_it_prints_and_draws(tmp_path):

@@ -70,7 +70,7 @@ class Noise:
         if self._sums:
             found = layers(self._sums)
             for name, sums in found.items():
-                seen = sums[:, 2] > 0
+                seen = (sums[:, 2] > 0) & sums[:, 2].isfinite()  # an overflow shows nothing
                 noise = seen & (sums[:, 0].abs() <= sums[:, 1])
                 if 2 * int(noise.sum()) <= int(seen.sum()) > 0:
                     self._cleared.add(name)

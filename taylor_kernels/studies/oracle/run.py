@@ -20,7 +20,7 @@ from taylor_kernels.studies.oracle.pages import build_report
 from taylor_kernels.studies.oracle.scores import CannotScore
 from taylor_kernels.studies.oracle.settings import FineTuning, OracleSettings
 from taylor_kernels.studies.oracle.tables import summary_table, target_table
-from taylor_kernels.studies.oracle.user_model import user_problem
+from taylor_kernels.studies.oracle.user_model import import_users_modules, user_problem
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import circumstances, rounded, write_results
 
@@ -41,6 +41,7 @@ def run(settings: OracleSettings, log: ProgressLog) -> tuple[Json, list[Table]]:
     Raises:
         Mistake: an option cannot be right, or what it names cannot be used.
     """
+    import_users_modules(settings)
     settings.check()
     device = settings.torch_device()
     cache = settings.open_cache()

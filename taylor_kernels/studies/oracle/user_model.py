@@ -29,6 +29,7 @@ from taylor_kernels.studies.oracle.problem import (
     to_device,
 )
 from taylor_kernels.studies.oracle.settings import OracleSettings
+from taylor_kernels.studies.source_code import module_files
 from taylor_kernels.tracing.running import call
 
 _PACKAGE = Path(__file__).parents[2]
@@ -76,6 +77,19 @@ def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Proble
         origin=f"{settings.model} {settings.loss} {_sources(settings)} {first:.4g}",
     )
     return problem, left_out
+
+
+def import_users_modules(settings: OracleSettings) -> None:
+    """Import what --model, --data and --loss name: it may register criteria.
+
+    Raises:
+        Mistake: there is no such thing, or importing it fails.
+    """
+    if settings.model is None or settings.data is None:
+        return
+    for option in ("model", "data", "loss"):
+        if path := getattr(settings, option):
+            find(f"--{option}", path)
 
 
 def find(option: str, path: str) -> Any:
@@ -177,12 +191,10 @@ def _check_loss(
 
 
 def _sources(settings: OracleSettings) -> str:
-    """Stands for the files of the user's modules: a loss made by functools.partial, or a setting
-    of the model that is no weight, is seen nowhere else."""
+    """Stands for the user's modules and what they import: a loss made by functools.partial, or a
+    setting of the model that is no weight, is seen nowhere else."""
     names = {path.partition(":")[0] for path in (settings.model, settings.loss) if path}
-    return digest_files(
-        Path(file) for name in names if (file := getattr(sys.modules[name], "__file__", None))
-    )
+    return digest_files(module_files(names))
 
 
 @contextmanager

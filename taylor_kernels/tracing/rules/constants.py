@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.operations import tensors_of
+from taylor_kernels.tracing.recorder import Call, rule
 
 
 @rule(

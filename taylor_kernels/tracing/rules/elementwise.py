@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.recorder import OTHER, Call, rule, tensors_of
+from taylor_kernels.tracing.recorder import OTHER, Call, rule
 
 #: Elementwise operations without PyTorch's tag for them.
 _UNTAGGED = {
@@ -38,7 +38,7 @@ _QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
 
 
 def is_elementwise(call: Call) -> bool:
-    return torch.Tag.pointwise in call.func.tags or call.name in _UNTAGGED
+    return call.operation.pointwise or call.name in _UNTAGGED
 
 
 @rule(*_UNTAGGED)
@@ -54,6 +54,10 @@ def elementwise(call: Call) -> Labels | list[Labels | None]:
 def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels:
     """Unite the labels of operands that broadcast to a shape."""
     parts = [call.of(tensor) for tensor in operands]
+    first = parts[0] if parts else Labels.fixed(shape)
+    if len(parts) == 1 and first.shape == tuple(shape) and not first.uniform and not first.loose:
+        zero = [_zero(call, parts, parts, dim) for dim in range(len(shape))]
+        return Labels(first.shape, list(first.dims), zero, name=first.name)
     fixed = [part for part in parts if not part.uniform]
     result = Labels.fixed(shape)
     result.uniform = bool(parts) and not fixed

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Norm
-from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.recorder import Call, rule
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
@@ -136,7 +137,7 @@ def batch_norm(call: Call) -> list[Labels | None]:
             continue
         call.join(vector, labels.dims[0])
         if name == "running_var":
-            own = call.recorder.origin(labels.dims[0])
+            own = labels.name or call.recorder.origin(labels.dims[0])
             if own:
                 record.fills[own] = {0: 1.0}
         result.dims[1] = vector = labels.dims[0] if vector is None else vector

@@ -11,6 +11,9 @@ from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.recorder import Call, rule
 
+#: A dimension so many times as wide as those behind it is no number of groups.
+_PLAIN = 4
+
 
 @rule(
     "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy",
@@ -50,11 +53,12 @@ def reshaped(
     """
     new = Labels.fixed(shape)
     new.memory, new.uniform = old.memory, old.uniform
-    if not old.labelled and not old.uniform:
+    atoms = set(old.labelled)
+    if not atoms and not old.uniform:
         return new
     if old.shape == new.shape:
         new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
-        for dim in old.labelled:
+        for dim in sorted(atoms):
             if dim not in inferred:
                 tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)
         return new
@@ -63,14 +67,17 @@ def reshaped(
         new.zero = [all(old.zero)] * len(new.shape)
         return new
     for ours, theirs in segments(old.shape, new.shape):
-        labelled = [i for i in ours if i in old.labelled]
+        labelled = [i for i in ours if i in atoms]
         if not labelled:
             continue
         zero = all(old.zero[i] for i in labelled)
         if len(ours) == 1 and len(theirs) == 1:
-            new.dims[theirs[0]], new.zero[theirs[0]] = old.dims[ours[0]], zero
-            if theirs[0] not in inferred:
-                tie(call, new.shape[theirs[0]], old.dims[ours[0]], index=1, weak=True)
+            place, vector = theirs[0], old.dims[ours[0]]
+            new.dims[place], new.zero[place] = vector, zero
+            if place not in inferred:
+                tie(call, new.shape[place], vector, index=1, weak=True)
+                if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
+                    call.refuse(vector, "becomes as many groups of one, or stays what it is")
             continue
         sizes = [old.shape[i] for i in ours]
         flat = call.record.merge(sizes, [old.dims[i] for i in ours], call.where)
@@ -100,8 +107,10 @@ def _may_shrink(
 ) -> list[int]:
     """Which axes of a new grid the code that made it lets shrink.
 
-    One that PyTorch infers does, one that an attribute counts can be made to. Of the others the
-    widest was worked out from the width, unless PyTorch had to infer one: they are constants then.
+    One that PyTorch infers does, one that an attribute counts can be made to. Of the others one was
+    worked out from the width, unless PyTorch had to infer one: they are constants then. It is taken
+    to be the widest, where that is plain: numbers of groups come first and are few, and of
+    (4, 2) either may be the number.
     """
     may, unknown = [], []
     for place, i in enumerate(theirs):
@@ -110,8 +119,36 @@ def _may_shrink(
         elif grid.shape[place] > 1:
             unknown.append(place)
     if unknown and not any(i in inferred for i in theirs):
-        may.append(max(unknown, key=lambda place: (grid.shape[place], place)))
+        *others, widest = sorted(unknown, key=lambda place: (grid.shape[place], place))
+        least = max((grid.shape[place] for place in others), default=0)
+        if any(place > widest for place in others):
+            least = _PLAIN * least - 1
+        if grid.shape[widest] > least:
+            may.append(widest)
     return may
+
+
+def _may_be_groups(
+    call: Call,
+    old: Sequence[int],
+    new: Sequence[int],
+    before: int,
+    place: int,
+    inferred: Sequence[int],
+    allowed: Collection[int] | None,
+) -> bool:
+    """Whether the size of a dimension that stays whole may be a constant.
+
+    As in view(n, 2, c // 2, h, w) of two channels: the same sizes as those of an added dimension.
+    """
+    size = new[place]
+    added = new[place + 1 : place + 2] == (1,) and old[before + 1 : before + 2] != (1,)
+    if size < 2 or not added:
+        return False
+    if allowed is not None:
+        return place not in allowed
+    follow = any(later > 1 for later in new[place + 2 :])
+    return (follow or place + 1 in inferred) and not tie(call, size, None)
 
 
 def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
-from taylor_kernels.tracing.recorder import Call, rule, tensors_of
+from taylor_kernels.tracing.recorder import Call, rule
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
 _SLICES = {
@@ -68,7 +69,7 @@ def _follow(
     strides = [step if i == dim else 0 for i in range(len(old.shape))]
     spread = labels.as_strided(old.shape, strides, labels.storage_offset())
     rest = {name: spread if value is source else value for name, value in call.args.items()}
-    results = tensors_of(call.func(*_positional(call, rest), **_keywords(call, rest)))
+    results = tensors_of(_again(call, rest))
     parts, whole = [], True
     for result, new in zip(results, outs, strict=True):
         places = [i for i in range(result.dim()) if result.stride(i) and result.size(i) > 1]
@@ -130,23 +131,18 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
         tied = tie(call, stop - start, vector[start:stop])
         if start and not tied:
             tied = tie(call, start, vector[:start])
-    key = (vector.ctypes.data, vector.size)
+    key = (vector.__array_interface__["data"][0], vector.size)
     equal = call.name in ("chunk", "unsafe_chunk", "unbind")
     record.cuts.append(Cut(vector, inner, key, equal, tied, call.where))
 
 
-def _positional(call: Call, values: dict[str, Any]) -> list[Any]:
-    return [
-        values[argument.name] for argument in call.func._schema.arguments if not argument.kwarg_only
-    ]
-
-
-def _keywords(call: Call, values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        argument.name: values[argument.name]
-        for argument in call.func._schema.arguments
-        if argument.kwarg_only and argument.name in values
-    }
+def _again(call: Call, values: dict[str, Any]) -> Any:
+    """Run the operation on other values."""
+    known = call.operation
+    return call.func(
+        *(values[name] for name in known.arguments if name not in known.keywords),
+        **{name: values[name] for name in known.keywords if name in values},
+    )
 
 
 def spread(call: Call, labels: Labels, literal: bool = False) -> Labels:
@@ -167,7 +163,7 @@ def spread(call: Call, labels: Labels, literal: bool = False) -> Labels:
         values = {
             name: coordinates if value is source else value for name, value in call.args.items()
         }
-        result = call.func(*_positional(call, values), **_keywords(call, values))
+        result = _again(call, values)
         moved = result.to(torch.int64).numpy()
         atoms = np.concatenate([np.zeros(1, np.int64), vector])[moved]
         axes = call.record.grid(atoms, call.where)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -71,6 +74,36 @@ def test_a_run_that_is_stopped_goes_on_and_evaluates_nothing_twice(cache, tmp_pa
     assert loss.calls == batches * (1 + filters - done)
     assert loss_changes(problem, problem.filters, settings, cache, quiet()) == plain
     assert loss.calls == batches * (1 + filters - done)  # nothing is left to evaluate
+
+
+class Deadly(Counted):
+    """Ends its process by SIGKILL where Counted stops."""
+
+    def __call__(self, outputs, targets):
+        if self.calls + 1 == self.stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(outputs, targets)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_run_that_is_killed_goes_on_to_the_same_result(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(oracle, "SAVE_SECONDS", -1.0)
+    loss = Deadly()
+    problem = other_loss(small_problem(), loss)
+    settings = identity(problem)
+    plain = loss_changes(problem, problem.filters, settings, Cache(tmp_path / "other"), quiet())
+    calls, loss.calls, loss.stop_at = loss.calls, 0, 50
+
+    def run():
+        loss_changes(problem, problem.filters, settings, cache, quiet())
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL
+    loss.calls, loss.stop_at = 0, None
+    assert loss_changes(problem, problem.filters, settings, cache, quiet()) == plain
+    assert loss.calls < calls
 
 
 def test_what_is_evaluated_is_on_disk_before_the_end(cache, monkeypatch):

@@ -1,0 +1,63 @@
+"""What is to be known about PyTorch's operations, looked up once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is to be known about an overload.
+
+    Attributes:
+        name: without namespace, overload and the underscore of in-place forms.
+        arguments: their names; `keywords` are those that are passed by keyword.
+        written: the arguments that it writes into.
+        composite: it is made of other operations.
+        pointwise: PyTorch says that it works element by element.
+        moves: it makes its argument a view of other sizes, in place.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    keywords: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    written: tuple[str, ...]
+    composite: bool
+    pointwise: bool
+    moves: bool
+
+
+@cache
+def operation(func: Any) -> Operation:
+    name = func._schema.name.rpartition("::")[2]
+    if name.endswith("_") and not name.endswith("__"):
+        name = name.rstrip("_")
+    arguments = func._schema.arguments
+    return Operation(
+        name,
+        tuple(a.name for a in arguments),
+        tuple(a.name for a in arguments if a.kwarg_only),
+        {a.name: a.default_value for a in arguments if a.has_default_value()},
+        tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
+        torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+        ),
+        torch.Tag.pointwise in func.tags,
+        torch.Tag.inplace_view in func.tags,
+    )
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors of an operation's result."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in tensors_of(item)]
+    return []

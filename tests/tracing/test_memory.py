@@ -1,0 +1,51 @@
+"""Labels keep no activation alive: tracing needs about the memory of a forward pass."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The peak is the process's own, so each is measured in a process of its own.
+_PEAK = """
+import torch
+from torch import nn
+from taylor_kernels.tracing import trace
+
+torch.set_num_threads(1)
+layers = [nn.Conv2d(3, 16, 1)]
+for _ in range(12):
+    layers += [nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()]
+model, small = nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8)
+trace(model, small)  # what is loaded at the first use counts for neither
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+before, large = peak(), torch.randn(1, 3, 512, 512)
+{run}
+print(peak() - before)
+"""
+
+
+def peak_kib(run: str) -> int:
+    # What is freed goes back at once: else the heap's gaps count, which differ from run to run.
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK.format(run=run)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_tracing_needs_at_most_twice_the_memory_of_a_forward_pass():
+    forward = peak_kib("with torch.no_grad(): model(large)")
+    assert forward > 2 * 16 * 512 * 512 * 4 / 1024  # two activations at least
+    assert peak_kib("trace(model, large)") <= 2 * forward
