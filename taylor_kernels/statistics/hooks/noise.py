@@ -2,7 +2,7 @@
 
 A normalisation that divides a channel by its own scale makes the loss blind to a gate in front of
 it: Σ y·dy over what it normalises is 0, and a float holds the rounding of its terms. What is no
-more than that in all filters of a layer says nothing of them, and must not be ranked as small.
+more than that in most filters of a layer says nothing of them, and must not be ranked as small.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ _UPDATES = 3
 #: |Σ| ≤ so many eps · Σ|terms| is noise,
 _ROUNDING = 256
 #: but no less than the first of these, since a norm adds its own eps to a variance and so leaves
-#: eps / variance of a gate's gradient; and no more than the second, for half types. The greatest
-#: gradient of a layer behind its norm is some hundredths of its terms.
+#: eps / variance of a gate's gradient; and no more than the second, for half types. In float32 the
+#: median over a layer's filters was 1e-5 at most in front of a norm, 0.02 at least behind it.
 _TOLERANCE = (1e-4, 1e-3)
-#: So many filters of a layer, over all updates, must agree.
+#: So many filters of a layer over all updates must be noise, and most of them in each update: one
+#: with hardly any variance has all the more of the norm's eps.
 _EVIDENCE = 4
 
 
@@ -38,9 +39,9 @@ class Noise:
         self._left = _UPDATES
         self._training: bool | None = None
         self._evidence: dict[str, int] = {}
-        self._sums: dict[
-            str, Tensor
-        ] = {}  # [C, 3] of the update: Σ, tolerance · Σ|terms|, Σ|terms|
+        self._cleared: set[str] = set()
+        # [C, 3] of the update: Σ, what is noise, Σ|terms|.
+        self._sums: dict[str, Tensor] = {}
 
     @property
     def watches(self) -> bool:
@@ -52,9 +53,9 @@ class Noise:
         dtype = accumulator(y.dtype)
         terms = y.detach().to(dtype) * dy.detach().to(dtype)
         others = [dim for dim in range(y.dim()) if dim != channel_dim]
-        total, greatest = terms.sum(others), terms.abs_().sum(others)
+        total, extent = terms.sum(others), terms.abs_().sum(others)
         tolerance = min(max(_ROUNDING * torch.finfo(y.dtype).eps, _TOLERANCE[0]), _TOLERANCE[1])
-        sums = torch.stack((total, tolerance * greatest, greatest), 1)
+        sums = torch.stack((total, tolerance * extent, extent), 1)
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def close_update(
@@ -70,18 +71,17 @@ class Noise:
             found = layers(self._sums)
             for name, sums in found.items():
                 seen = (sums[:, 2] > 0) & sums[:, 2].isfinite()  # an overflow shows nothing
-                noise = sums[:, 0].abs() <= sums[:, 1]
-                if (noise | ~seen).all():
-                    agreeing = self._evidence.get(name, 0) + int(seen.sum())
-                    self._evidence[name] = agreeing
-                    if agreeing >= _EVIDENCE and name not in self.layers:
-                        self.layers.append(name)
-                else:
-                    self._evidence[name] = -(1 << 31)
+                noise = seen & (sums[:, 0].abs() <= sums[:, 1])
+                if 2 * int(noise.sum()) <= int(seen.sum()) > 0:
+                    self._cleared.add(name)
+                self._evidence[name] = self._evidence.get(name, 0) + int(noise.sum())
+            for name, agreeing in self._evidence.items():
+                if agreeing >= _EVIDENCE and name not in (*self._cleared, *self.layers):
+                    self.layers.append(name)
             self._left -= 1
         if training != self._training:
             if self._training is not None:
-                self._left, self._evidence = _UPDATES, {}
+                self._left, self._evidence, self._cleared = _UPDATES, {}, set()
             self._training = training
         self._sums = {}
 
