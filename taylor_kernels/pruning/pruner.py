@@ -25,15 +25,8 @@ from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.statistics import (
-    Closure,
-    Statistic,
-    check_closure,
-    check_loss_scale,
-    check_no_noise,
-    checked_tables,
-    get_statistic,
-)
+from taylor_kernels.statistics import Closure, Statistic, checked_tables, get_statistic
+from taylor_kernels.statistics.base import check_closure, check_loss_scale, check_no_noise
 from taylor_kernels.tracing.running import outside_inference_mode
 
 
@@ -291,9 +284,7 @@ class Pruner(OnModel):
         """
         self._closed = True
         self._network.close()
-        if self._statistic is not None:
-            self._statistic.close()
-            self._statistic = None
+        self._watch()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the pruner needs to go on, as tensors and plain Python.
@@ -326,11 +317,7 @@ class Pruner(OnModel):
             self._watch()
 
     def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shapes that `load_state_dict(state)` would give the tensors that it cuts.
-
-        Raises:
-            ValueError, RuntimeError: as `load_state_dict`.
-        """
+        """The shapes that `load_state_dict(state)` would give what it cuts; raises as that does."""
         return self._network.shapes_after(self._checked(state)["compacted"])
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
