@@ -21,9 +21,8 @@ from taylor_kernels.statistics.hooks.passes import (
     graph_is_kept,
     inside_backward,
 )
-from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
-from taylor_kernels.statistics.layers import Layer, Layers, check_output, filter_count
+from taylor_kernels.statistics.layers import Layer, check_output, filter_count
 from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -89,21 +88,15 @@ class _Fishers(WatchesPasses):
 
     power = 2
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._passes: dict[str, _Pass] = {}  # the last of each layer
         self._waiting: dict[_Pass, str] = {}
         self._sums: dict[str, Tensor] = {}
         self._examples: dict[str, int] = {}
         self._handles += [
             layer.register_forward_hook(Hook(self._on_layer, name), with_kwargs=True)
-            for name, layer in layers.items()
+            for name, layer in self.layers.items()
         ]
 
     def _on_layer(
@@ -221,14 +214,8 @@ class FisherProbe(FromOutput, _Fishers):
     columns = "1: the same, of a random square root of the loss's curvature at the output"
     reads = "closure"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._batch = 0
 
     def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:

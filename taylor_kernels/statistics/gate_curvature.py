@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.statistics.gates import _Gates
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
-from taylor_kernels.statistics.hooks.sites import GateSites
-from taylor_kernels.statistics.layers import Layers
 from taylor_kernels.statistics.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -36,14 +35,8 @@ class GateCurvature(FromOutput, _Gates):
     columns = "1 + n: the gate's gradient; numbers whose squares sum to its curvature"
     reads = "closure"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._batch = 0
         self._at_loss = False
         self._received: dict[str, Tensor] = {}  # [N, F], of one backward pass

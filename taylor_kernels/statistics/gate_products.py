@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from taylor_kernels.statistics.hooks.closure import InClosure, run_closure
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import inside_backward
-from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites, change_at
-from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE, change_at
+from taylor_kernels.statistics.layers import Layer, channel_dim, check_output
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -36,17 +37,13 @@ class GateProducts(InClosure):
     reads = "closure"
     at_gates = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
-        self._norms = FollowingNorms(model, layers if sites is None else {}, None, self._on_norm)
-        self._gate_tables = GateTables(layers, sites)
-        self._active = {s.key: s.classes != ELSEWHERE for s in sites.sites} if sites else {}
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        followed = self.layers if self.sites is None else {}
+        self._norms = FollowingNorms(self.model, followed, None, self._on_norm)
+        self._gate_tables = GateTables(self.layers, self.sites)
+        sites = () if self.sites is None else self.sites.sites
+        self._active = {site.key: site.classes != ELSEWHERE for site in sites}
         self._gates: list[tuple[str, Tensor]] = []  # of all uses of layers, in order
         self._by_output: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # where they are
         self._replaced: set[int] = set()  # by one behind a norm

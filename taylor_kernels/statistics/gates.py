@@ -13,6 +13,7 @@ layer returned, else at that layer's own output.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
-from taylor_kernels.statistics.hooks.sites import IN, GateSites, SiteHooks
-from taylor_kernels.statistics.layers import Layers, channel_dim, is_layer
+from taylor_kernels.statistics.hooks.sites import IN, SiteHooks
+from taylor_kernels.statistics.layers import channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -36,21 +37,15 @@ class _Gates(WatchesPasses):
 
     at_gates = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._norms: FollowingNorms | SiteHooks
-        if sites is None:
-            self._norms = FollowingNorms(model, layers, self._on_output, self._on_norm)
+        if self.sites is None:
+            self._norms = FollowingNorms(self.model, self.layers, self._on_output, self._on_norm)
         else:
-            self._norms = SiteHooks(model, sites.sites, self._on_output, self._on_norm)
-        self._at = {site.key: site for site in sites.sites} if sites is not None else {}
-        self._gate_tables = GateTables(layers, sites)
+            self._norms = SiteHooks(self.model, self.sites.sites, self._on_output, self._on_norm)
+        self._at = {site.key: site for site in self.sites.sites} if self.sites is not None else {}
+        self._gate_tables = GateTables(self.layers, self.sites)
         self._captures = Captures()
 
     @abstractmethod
@@ -146,14 +141,8 @@ class ExampleGates(_Gates):
     reads = "activations"
     per_example = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._received: dict[str, dict[tuple[int, int], Tensor]] = {n: {} for n in self._watched}
 
     def _bias(self, name: str, module: nn.Module) -> Tensor | None:
@@ -198,14 +187,8 @@ class Gates(_Gates):
     columns = "1: the gate's gradient over the minibatch"
     reads = "activations"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._received: dict[str, Tensor] = {}
         self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # its pass and its layer
         self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers

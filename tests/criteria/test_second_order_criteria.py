@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -30,9 +31,7 @@ def test_taylor_so_expands_the_loss_in_all_scored_weights(train):
     model, data = nets.mixed(train=train), nets.batch()
     names = ["stem", "up", "fc"]
 
-    def closure() -> Tensor:
-        return nets.loss_of(model, data)
-
+    closure = partial(nets.loss_of, model, data)
     weights, slope, hessian, split = weight_expansion(model, names, closure)
     w = torch.cat([weight.flatten() for weight in weights])
     q = split(slope * w - w * (hessian @ w) / 2)
@@ -48,9 +47,7 @@ def test_obd_hutchinson_probes_the_hessian_with_new_signs_at_every_update():
     model, data = nets.mixed(train=False), nets.batch()
     names = ["stem", "up", "fc"]
 
-    def closure() -> Tensor:
-        return nets.loss_of(model, data)
-
+    closure = partial(nets.loss_of, model, data)
     weights, _, hessian, split = weight_expansion(model, names, closure)
     w = torch.cat([weight.flatten() for weight in weights])
     expected = torch.zeros(8 + 6 + 5, dtype=torch.float64)

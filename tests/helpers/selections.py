@@ -38,13 +38,7 @@ def chain(sizes: Sequence[int], makes: Sequence[tuple[int, int, int]]) -> tuple[
     return groups, Meter(model, macs, 2 * sum(macs.values()), groups)
 
 
-def plain_select(
-    groups: Sequence[Group],
-    dead: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    meter: Meter,
-    budget: Budget,
-) -> list[Tensor]:
+def plain_select(groups, dead, scores, meter: Meter, budget: Budget) -> list[Tensor]:
     """The algorithm as one would write it down: a bundle after the other."""
     bundles = []
     for number, (group, gone, score) in enumerate(zip(groups, dead, scores, strict=True)):

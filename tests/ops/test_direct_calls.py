@@ -24,131 +24,55 @@ big, one, w = t(512, 512, 3, 3), t(1, 1, 3, 3), t(64, 8, 3, 3)
 y = t(4, 6, 3, 3)
 x, dy, geometry = t(2, 6, 8, 8), t(2, 4, 8, 8), ([1, 1], [1, 1], [1, 1])
 half, double = dict(dtype=torch.float16), dict(dtype=torch.float64)
+moments, fisher, size = ops.filter_moments, ops.conv2d_fisher, [4, 6, 3, 3]
+mixed = [w, w.double()]
 """
 
 #: An expression, the error that it raises, and how its message begins.
 CALLS = [
-    ("ops.filter_moments([big], [one], [1], True, False, None)", "ValueError", "grads[0]: shape"),
-    (
-        "ops.filter_moments([w], [w.half()], [1], True, False, None)",
-        "ValueError",
-        "grads[0]: dtype",
-    ),
-    (
-        "ops.filter_moments([w], [w.to_sparse()], [1], True, False, None)",
-        "TypeError",
-        "grads[0]: layout",
-    ),
-    (
-        "ops.filter_moments([w.int()], [w.int()], [1], True, False, None)",
-        "TypeError",
-        "weights[0]: dtype",
-    ),
-    (
-        "ops.filter_moments([w], [w], [100], True, True, None)",
-        "ValueError",
-        "groups: 100 does not divide",
-    ),
-    (
-        "ops.filter_moments([w], [w], [3], True, True, None)",
-        "ValueError",
-        "groups: 3 does not divide",
-    ),
-    ("ops.filter_moments([w], [w], [0], True, True, None)", "ValueError", "groups: 0 is not"),
-    ("ops.filter_moments([w], [w], [-1], True, True, None)", "ValueError", "groups: -1 is not"),
-    ("ops.filter_moments([w], [w], [1, 1], True, True, None)", "ValueError", "weights: 1 of them"),
-    (
-        "ops.filter_moments([w, w], [w], [1, 1], True, True, None)",
-        "ValueError",
-        "weights: 2 of them",
-    ),
-    ("ops.filter_moments([], [], [], True, True, None)", "ValueError", "weights: no tensors"),
-    (
-        "ops.filter_moments([t(3)], [t(3)], [1], True, True, None)",
-        "ValueError",
-        "weights[0]: has no dim 1",
-    ),
-    (
-        "ops.filter_moments([t(())], [t(())], [1], True, False, None)",
-        "ValueError",
-        "weights[0]: has 0 dim",
-    ),
-    (
-        "ops.filter_moments([w, w.double()], [w, w.double()], [1, 1], True, False, None)",
-        "ValueError",
-        "weights: one call",
-    ),
-    (
-        "ops.second_order_moments([w], [w], [one], [1], True, False, None)",
-        "ValueError",
-        "hvps[0]: shape",
-    ),
-    (
-        "ops.hutchinson_moments([w], [one], [1], True, False, 0, [0], None)",
-        "ValueError",
-        "hvps[0]: shape",
-    ),
-    (
-        "ops.hutchinson_moments([w], [w], [1], True, False, 0, [], None)",
-        "ValueError",
-        "streams: 0 values",
-    ),
-    (
-        "ops.hutchinson_moments([w], [w], [1], True, False, 0, [-1], None)",
-        "ValueError",
-        "streams: -1",
-    ),
-    ("ops.gate_gradients(y, y[:2], None, 1, None)", "ValueError", "grad_output: shape"),
-    ("ops.gate_gradients(y, y.half(), None, 1, None)", "ValueError", "grad_output: dtype"),
-    ("ops.gate_gradients(y, y, t(5), 1, None)", "ValueError", "bias: shape"),
-    ("ops.gate_gradients(y, y, None, -1, None)", "ValueError", "channel_dim: -1"),
-    ("ops.gate_gradients(y, y, None, 0, None)", "ValueError", "channel_dim: 0"),
-    ("ops.gate_gradients(y, y, None, 4, None)", "ValueError", "channel_dim: 4"),
-    ("ops.gate_gradients(t(4), t(4), None, 1, None)", "ValueError", "output: has shape"),
-    (
-        "ops.conv2d_fisher(x, dy[:1], None, [4, 6, 3, 3], *geometry, 1, False, None)",
-        "ValueError",
-        "grad_output: has shape",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy.half(), None, [4, 6, 3, 3], *geometry, 1, False, None)",
-        "ValueError",
-        "grad_output: dtype",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy, t(1), [4, 6, 3, 3], *geometry, 1, False, None)",
-        "ValueError",
-        "weight: shape",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy, None, [4, 6, 3], *geometry, 1, False, None)",
-        "ValueError",
-        "weight_size: expected 4",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy, None, [4, 6, 9, 9], *geometry, 1, False, None)",
-        "ValueError",
-        "grad_output: has shape",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy, None, [4, 6, 3, 3], *geometry, 0, False, None)",
-        "ValueError",
-        "groups: 0",
-    ),
-    (
-        "ops.conv2d_fisher(x, dy, None, [4, 6, 3, 3], [0, 1], [1, 1], [1, 1], 1, False, None)",
-        "ValueError",
-        "stride: expected",
-    ),
-    (
-        "ops.conv2d_fisher(x[0], dy, None, [4, 6, 3, 3], *geometry, 1, False, None)",
-        "ValueError",
-        "input: has shape",
-    ),
-    ("ops.rademacher(w, [-64], 0, [0], None)", "ValueError", "counts: -64"),
-    ("ops.rademacher(w, [64], 0, [], None)", "ValueError", "streams: 0 values"),
-    ("ops.rademacher(w, [64], 0, [2**32], None)", "ValueError", "streams: 4294967296"),
-    ("ops.rademacher(w.int(), [64], 0, [0], None)", "TypeError", "like: dtype"),
+    (call, *said.split(": ", 1))
+    for said, call in (
+        line.split(" <- ")
+        for line in """\
+ValueError: grads[0]: shape <- moments([big], [one], [1], True, False, None)
+ValueError: grads[0]: dtype <- moments([w], [w.half()], [1], True, False, None)
+TypeError: grads[0]: layout <- moments([w], [w.to_sparse()], [1], True, False, None)
+TypeError: weights[0]: dtype <- moments([w.int()], [w.int()], [1], True, False, None)
+ValueError: groups: 100 does not divide <- moments([w], [w], [100], True, True, None)
+ValueError: groups: 3 does not divide <- moments([w], [w], [3], True, True, None)
+ValueError: groups: 0 is not <- moments([w], [w], [0], True, True, None)
+ValueError: groups: -1 is not <- moments([w], [w], [-1], True, True, None)
+ValueError: weights: 1 of them <- moments([w], [w], [1, 1], True, True, None)
+ValueError: weights: 2 of them <- moments([w, w], [w], [1, 1], True, True, None)
+ValueError: weights: no tensors <- moments([], [], [], True, True, None)
+ValueError: weights[0]: has no dim 1 <- moments([t(3)], [t(3)], [1], True, True, None)
+ValueError: weights[0]: has 0 dim <- moments([t(())], [t(())], [1], True, False, None)
+ValueError: weights: one call <- moments(mixed, mixed, [1, 1], True, False, None)
+ValueError: hvps[0]: shape <- ops.second_order_moments([w], [w], [one], [1], True, False, None)
+ValueError: hvps[0]: shape <- ops.hutchinson_moments([w], [one], [1], True, False, 0, [0], None)
+ValueError: streams: 0 values <- ops.hutchinson_moments([w], [w], [1], True, False, 0, [], None)
+ValueError: streams: -1 <- ops.hutchinson_moments([w], [w], [1], True, False, 0, [-1], None)
+ValueError: grad_output: shape <- ops.gate_gradients(y, y[:2], None, 1, None)
+ValueError: grad_output: dtype <- ops.gate_gradients(y, y.half(), None, 1, None)
+ValueError: bias: shape <- ops.gate_gradients(y, y, t(5), 1, None)
+ValueError: channel_dim: -1 <- ops.gate_gradients(y, y, None, -1, None)
+ValueError: channel_dim: 0 <- ops.gate_gradients(y, y, None, 0, None)
+ValueError: channel_dim: 4 <- ops.gate_gradients(y, y, None, 4, None)
+ValueError: output: has shape <- ops.gate_gradients(t(4), t(4), None, 1, None)
+ValueError: grad_output: has shape <- fisher(x, dy[:1], None, size, *geometry, 1, False, None)
+ValueError: grad_output: dtype <- fisher(x, dy.half(), None, size, *geometry, 1, False, None)
+ValueError: weight: shape <- fisher(x, dy, t(1), size, *geometry, 1, False, None)
+ValueError: weight_size: expected 4 <- fisher(x, dy, None, [4, 6, 3], *geometry, 1, False, None)
+ValueError: grad_output: has shape <- fisher(x, dy, None, [4, 6, 9, 9], *geometry, 1, False, None)
+ValueError: groups: 0 <- fisher(x, dy, None, size, *geometry, 0, False, None)
+ValueError: stride: expected <- fisher(x, dy, None, size, [0, 1], [1, 1], [1, 1], 1, False, None)
+ValueError: input: has shape <- fisher(x[0], dy, None, size, *geometry, 1, False, None)
+ValueError: counts: -64 <- ops.rademacher(w, [-64], 0, [0], None)
+ValueError: streams: 0 values <- ops.rademacher(w, [64], 0, [], None)
+ValueError: streams: 4294967296 <- ops.rademacher(w, [64], 0, [2**32], None)
+TypeError: like: dtype <- ops.rademacher(w.int(), [64], 0, [0], None)
+""".splitlines()
+    )
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import pytest
@@ -29,11 +30,9 @@ AT_OUTPUT = ["taylor_so_diag", "obd_bn", "obd_fisher_mc"]
 
 
 def scores(model: nn.Module, criterion: str, closure: Callable[[], Tensor], **options) -> dict:
-    imp = tk.Importance(model, criterion, **options)
-    imp.update(closure=closure)
-    result = imp.compute()
-    imp.close()
-    return result
+    with closing(tk.Importance(model, criterion, **options)) as imp:
+        imp.update(closure=closure)
+        return imp.compute()
 
 
 def same(got: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e-5) -> None:
@@ -260,9 +259,9 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.norm = nn.BatchNorm2d(3)
         self.fc = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.conv(F.relu(self.norm(self.conv(x)))).relu_().mean((2, 3)))

@@ -16,8 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from taylor_kernels._scoring import scoring
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.passes import WatchesPasses, inside_backward
-from taylor_kernels.statistics.hooks.sites import GateSites
-from taylor_kernels.statistics.layers import Layers
 
 
 @contextmanager
@@ -74,14 +72,8 @@ class InClosure(WatchesPasses):
 
     power = 0
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._watching = False
 
     def _tables(self, closure: Closure | None) -> list[Tensor]:
@@ -111,14 +103,8 @@ class InClosure(WatchesPasses):
 class FromOutput(InClosure):
     """Lets gradients of its own choice flow back from the model's output to the layers' outputs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         self._edges: list[torch.autograd.graph.GradientEdge] = []
         self._flowing = False
 

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Statistic, version_of
-from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layers import Layer, Layers, channel_dim, check_output
 
 OnOutput = Callable[[str, Tensor], None]
@@ -85,16 +84,10 @@ class FollowingNorms:
 class KnowsNorms(Statistic):
     """A statistic that needs to know which norm follows which layer, and nothing else of a pass."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         # Gate sites say it, where they are known.
-        self._norms = FollowingNorms(model, {} if sites is not None else layers)
+        self._norms = FollowingNorms(self.model, {} if self.sites is not None else self.layers)
 
     def close(self) -> None:
         self._norms.close()

@@ -6,15 +6,14 @@ import threading
 import warnings
 import weakref
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
-from taylor_kernels.statistics.hooks.sites import ELSEWHERE, GateSites
-from taylor_kernels.statistics.layers import Layers
+from taylor_kernels.statistics.hooks.sites import ELSEWHERE
 
 
 class WatchesPasses(Statistic):
@@ -29,19 +28,13 @@ class WatchesPasses(Statistic):
     #: Threads that run a closure; its passes are those of the meter that runs it, alone.
     in_closure: ClassVar[list[int]] = []
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Layers,
-        backend: str | None = None,
-        sites: GateSites | None = None,
-    ) -> None:
-        super().__init__(model, layers, backend, sites)
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
         # What is looked at, by name: the layers, or the modules at the sites of their gates.
-        self._watched: dict[str, nn.Module] = {**layers}
-        if sites is not None:
-            self._watched = {s.key: model.get_submodule(s.module) for s in sites.sites}
-        self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
+        self._watched: dict[str, nn.Module] = {**self.layers}
+        if self.sites is not None:
+            self._watched = {s.key: self.model.get_submodule(s.module) for s in self.sites.sites}
+        self._handles = [self.model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
         self._in_backward = False
