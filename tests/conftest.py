@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from taylor_kernels import criteria
 from taylor_kernels.backends.native import _native
+from taylor_kernels.statistics import registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +28,17 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_before() -> Iterator[None]:
+    """What a test registers, or an example that it runs, is forgotten after it."""
+    registries = (criteria._CRITERIA, registry._STATISTICS)
+    before = [dict(known) for known in registries]
+    yield
+    for known, old in zip(registries, before, strict=True):
+        known.clear()
+        known.update(old)
 
 
 @pytest.fixture
