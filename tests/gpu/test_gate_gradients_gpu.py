@@ -62,6 +62,7 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     assert same_bits(got, gate_gradients(y, dy, backend=backend))
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements(backend: str) -> None:
     rows, columns = 2**16 + 1, 2**15 + 8
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
