@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import taylor_kernels as tk
 from taylor_kernels import backends
 from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
@@ -78,7 +79,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> GPUs:
         "device_count": lambda: 3,
         "current_device": lambda: found.current,
         "device": found.device,
-        "get_device_capability": lambda number: found.capabilities[number],
+        "get_device_capability": lambda gpu: found.capabilities[getattr(gpu, "index", gpu)],
         "get_device_name": lambda number: f"GPU {number}",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -147,6 +148,49 @@ def test_the_device_of_a_tensor_decides(gpus: GPUs, monkeypatch: pytest.MonkeyPa
         RuntimeError, match=r"'cuda' is not available: .*cuda:0 \(GPU 0\): they are"
     ):
         select(torch.device("cuda", 0), torch.float32, "cuda")
+
+
+@pytest.fixture
+def two_backends(gpus: GPUs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels and Triton's, on an A100 and two H100s."""
+    ops = ("conv2d_fisher", "filter_moments", "gate_gradients")
+    for name in ("cuda", "triton"):
+        kernels = SimpleNamespace(**{op: f"{op} by {name}" for op in ops})
+        there = backends._backends[name]._replace(kernels=lambda kernels=kernels: kernels)
+        if name == "triton":
+            there = there._replace(status=lambda: (True, "Triton"))
+        monkeypatch.setitem(backends._backends, name, there)
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_an_op_goes_where_its_route_leads(gpus: GPUs, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda", i) for i in range(3)]
+
+    def by(op: str, dtype: torch.dtype, backend: str | None = None) -> list[str]:
+        found = [str(backends.kernel(op, device, dtype, backend)) for device in devices]
+        assert all(kernel.startswith(f"{op} by ") for kernel in found)
+        names = [kernel.rpartition(" ")[2] for kernel in found]
+        if backend is None:
+            assert [backends.default_backend(op, each, dtype) for each in devices] == names
+        return names
+
+    for dtype in (torch.float16, torch.bfloat16):
+        assert by("conv2d_fisher", dtype) == ["cuda", "triton", "triton"]
+        assert by("filter_moments", dtype) == ["cuda"] * 3
+        assert by("conv2d_fisher", dtype, "cuda") == ["cuda"] * 3, "what is named is taken"
+    assert by("conv2d_fisher", torch.float32) == ["cuda"] * 3
+    gpus.capabilities = [(9, 0), (10, 0), (12, 0)]
+    assert by("conv2d_fisher", torch.float16) == ["triton", "cuda", "cuda"]
+    missing = backends._backends["triton"]._replace(status=lambda: (False, "not installed"))
+    monkeypatch.setitem(backends._backends, "triton", missing)
+    assert by("conv2d_fisher", torch.float16) == ["cuda"] * 3
+
+
+def test_routes_lead_somewhere() -> None:
+    for route in backends.ROUTES:
+        assert hasattr(reference, route.op)
+        assert route.backend in tuple(tk.available_backends())
+        assert route.why
 
 
 #: Their launches need different amounts of shared memory, of three kernels.
