@@ -185,10 +185,10 @@ __device__ void sum_examples(const FisherTask& task, const TilePlace& place,
     if (staged) {
       Product::template multiply<ChunkA::kPitch, ChunkB::kPitch>(
           sums, stage_a + half * Memory::kHalf, stage_b + half * Memory::kHalf);
-      if (begin % kSpan == 0) squares.add(sums);
+      if (begin % Product::kSpan == 0) squares.add(sums);
       if (begin == 0) {
         squares.end_example(examples);
-      } else if (begin % (kSpan * kSpans) == 0) {
+      } else if (begin % (Product::kSpan * kSpans) == 0) {
         squares.end_spans();
       }
       if (examples == 0) break;

@@ -13,6 +13,7 @@
 #include "common/philox.h"
 #include "cuda/conv2d_fisher/launch_plan.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace {
 
@@ -83,6 +84,10 @@ PYBIND11_MODULE(emulated, m) {
   m.def("fisher_plan", &fisher_plan);
   m.def("fisher", &fisher);
   m.def("philox", &philox);
+  m.def("set_tensor_core", [](int bits, int groups) { tk::tensor_core = {bits, groups}; });
+  m.def("add_products", [](float sum, std::vector<float> a, std::vector<float> b) {
+    return tk::add_products(sum, a.data(), b.data(), static_cast<int>(a.size()));
+  });
   m.def("set_device", [](int device) { emulation::device = device; });
   m.def("set_function_error",
         [](int error) { emulation::function_error = static_cast<cudaError_t>(error); });
