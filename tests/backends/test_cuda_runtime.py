@@ -16,7 +16,13 @@ from taylor_kernels import backends
 from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
 from tests.helpers import emulated
-from tests.helpers.cases import FisherCase, random_fisher_inputs
+from tests.helpers.cases import (
+    FisherCase,
+    MomentsCase,
+    random_fisher_inputs,
+    random_like_case,
+    same_bits,
+)
 
 #: Errors of cudaFuncGetAttributes and what they mean for the user.
 PROBLEMS = {
@@ -33,6 +39,7 @@ def kernels() -> Iterator[ModuleType]:
     module = emulated.kernels()
     yield module
     module.set_function_error(0)
+    module.set_ptx_version(90)
     module.set_device(0)
 
 
@@ -224,6 +231,35 @@ def test_a_kernel_is_allowed_its_most_shared_memory_once_per_device(kernels: Mod
     assert all(len(sizes) == 1 for sizes in most.values()), "not the same on all devices"
     assert len(set(launches)) > 3, "the cases do not differ in what they need"
     assert max(launches) <= max(size for _, _, size in limits) <= 99 << 10, "sm_86 has 99 KB"
+
+
+@pytest.mark.parametrize("ptx_version", [80, 90])
+def test_the_second_stage_is_launched_early_where_it_can_wait(
+    kernels: ModuleType, ptx_version: int
+) -> None:
+    """Code for sm_80 cannot, whatever GPU it is translated for. Either way no sum is read before it
+    is written: the emulated first stage runs when the second waits for it, or first."""
+    kernels.set_device(ptx_version)  # a kernel's code is asked about once for a device
+    kernels.set_ptx_version(ptx_version)
+    case = MomentsCase("segments", (2, 20011))
+    fisher = FisherCase("splits", (17, 40, 3, 3), (11, 40, 1, 1))
+
+    def launch() -> list[torch.Tensor]:
+        pair = random_like_case(case, torch.float32, seed=1)
+        (moments, _), *_ = emulated.run_moments("filter_moments", [pair], [1], True, False)
+        x, dy, _ = random_fisher_inputs(fisher, torch.bfloat16, seed=1)
+        out = torch.full(fisher.size, float("nan"))
+        call = conv2d_fisher_args(x, dy, None, fisher.size, *fisher.geometry, False, out)
+        emulated.run("conv2d_fisher", call)
+        return [moments, out]
+
+    before = kernels.early_launches()
+    found = launch()
+    assert kernels.early_launches() - before == (2 if ptx_version >= 90 else 0)
+    assert all(table.isfinite().all() for table in found)
+    kernels.set_device(0)
+    kernels.set_ptx_version(90)
+    assert all(same_bits(*both) for both in zip(found, launch(), strict=True))
 
 
 def test_threads_allow_a_kernel_its_shared_memory_once(kernels: ModuleType) -> None:

@@ -30,6 +30,8 @@ GATE_CASES = [
     GateCase("volume", (2, 5, 40, 33, 50)),
     GateCase("heads", (2, 300, 12, 64), channel_dim=2),
     GateCase("rows_in_segments", (1, 2, 1000, 501), bias=True),
+    GateCase("features", (512, 2048), bias=True),
+    GateCase("features_odd", (4097, 1001), bias=True),
 ]
 
 

@@ -269,6 +269,7 @@ __device__ void write_filters(const FisherTask& task, const TilePlace& place,
 template <class Product, class Tile>
 __global__ void __launch_bounds__(kThreads, 2)
     fisher_gemm_kernel(const __grid_constant__ FisherTask task) {
+  let_next_kernel_begin();
   using Memory = TileMemory<Product, Tile>;
   __shared__ TilePlace place;
   char* memory = dynamic_shared();

@@ -11,6 +11,9 @@
 
 namespace tk {
 
+inline void let_next_kernel_begin() {}
+inline void wait_for_last_kernel() { emulation::wait_for_last_kernel(); }
+
 inline char* dynamic_shared() { return emulation::dynamic_shared.data(); }
 
 inline void load_matrices(uint32_t (&words)[4], const char* row) {
