@@ -49,7 +49,8 @@ CASES = [
 ]
 GRADIENT = "weight gradient"
 OURS = "ours"
-TRITON = "ours (triton)"
+#: The backend that a user does not get, if there are two.
+OTHERS = ("ours (triton)", "ours (cuda)")
 ROUNDS = 15
 #: Of a product of two float32 that were rounded to TF32, with ten bits after the point.
 TF32_EPS = 2.0**-10
@@ -108,8 +109,9 @@ def providers(layer: Layer, dtype: torch.dtype, tf32: bool, device: torch.device
         provider(GRADIENT, gradient, "grads", "peer", stored),
         provider(OURS, ours(None), "squares", "ours", eps),
     ]
-    if TRITON in our_backends(device):
-        every.append(provider(TRITON, ours("triton"), "squares", "extra", eps))
+    for label, backend in our_backends(device, "conv2d_fisher", dtype).items():
+        if label in OTHERS:
+            every.append(provider(label, ours(backend), "squares", "extra", eps))
     return every
 
 
@@ -130,7 +132,7 @@ def peak(dtype: torch.dtype, tf32: bool, device: torch.device) -> float | None:
         return matmul_flops(dtype, device) if device.type == "cuda" else None
 
 
-@pytest.mark.parametrize("label", [GRADIENT, OURS, TRITON])
+@pytest.mark.parametrize("label", [GRADIENT, OURS, *OTHERS])
 @pytest.mark.parametrize(
     ("network", "on", "precision", "layer"),
     CASES,

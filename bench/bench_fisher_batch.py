@@ -47,7 +47,7 @@ def bench_fisher_batch(network, on, images, way, device, quick, measured, record
         return [provider(label, *data, quick=quick) for label in ways]
 
     case = ("fisher_batch", network, f"{images} images")
-    results = measured.get(case, providers, rounds(ROUNDS))
+    results = measured.get(case, providers, rounds(ROUNDS), keep_busy=False)
     if images == BATCHES[0]:
         _loop_seconds[network] = results[LOOP].median
     record(case, results, way, images=images, **relative(results, way))

@@ -130,5 +130,5 @@ def bench_fisher_step(network, on, threads, way, device, quick, measured, record
         return [provider(label, *data, quick=quick) for label in ways]
 
     with use_threads(threads):
-        results = measured.get(case, providers, rounds(ROUNDS))
+        results = measured.get(case, providers, rounds(ROUNDS), keep_busy=False)
     record(case, results, way, images=images, side=side, **relative(results, way))

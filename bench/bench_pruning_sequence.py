@@ -133,7 +133,7 @@ def nothing_compiled(device: torch.device) -> Iterator[None]:
 def bench_pruning_sequence(provider, device, measured, record, rounds) -> None:
     if not measured.holds(CASE):
         with nothing_compiled(device):
-            results = measured.get(CASE, lambda: providers(device), rounds(ROUNDS))
+            results = measured.get(CASE, lambda: providers(device), rounds(ROUNDS), keep_busy=False)
         for label, result in results.items():
             count = sequences(device)[label].steps
             result.samples = [sample / count for sample in result.samples]

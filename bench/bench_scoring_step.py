@@ -130,6 +130,8 @@ def providers(side: int, device: torch.device) -> list[Provider]:
 @pytest.mark.parametrize("side", list(SIDES))
 def bench_scoring_step(side, provider, device, measured, record, rounds) -> None:
     case = ("scoring_step", "resnet18", f"{BATCH}x3x{side}x{side}")
-    results = measured.get(case, lambda: providers(side, device), rounds(SIDES[side]))
+    results = measured.get(
+        case, lambda: providers(side, device), rounds(SIDES[side]), keep_busy=False
+    )
     ratio = results[provider].median / results[PLAIN].median
     record(case, results, provider, ratio_to_plain=ratio, images=BATCH)

@@ -58,5 +58,5 @@ def providers(sizes: Sequence[int], multiple: int) -> list[Provider]:
 @pytest.mark.parametrize("network", NETWORKS)
 def bench_selection(network, on, provider, measured, record, rounds) -> None:
     case = ("selection", network)
-    results = measured.get(case, lambda: providers(*NETWORKS[network]), rounds(25))
+    results = measured.get(case, lambda: providers(*NETWORKS[network]), rounds(25), keep_busy=False)
     record(case, results, provider)

@@ -42,4 +42,8 @@ def providers(network: str, device: torch.device) -> list[Provider]:
 @pytest.mark.parametrize("network", list(NETWORKS))
 def bench_tracing(network, provider, device, measured, record, rounds) -> None:
     case = ("tracing", network, "batch 1")
-    record(case, measured.get(case, lambda: providers(network, device), rounds(ROUNDS)), provider)
+    record(
+        case,
+        measured.get(case, lambda: providers(network, device), rounds(ROUNDS), keep_busy=False),
+        provider,
+    )

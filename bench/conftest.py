@@ -113,12 +113,19 @@ class Measured:
         self.results: dict[str, Result] = {}
 
     def get(
-        self, case: tuple[str, ...], providers: Callable[[], Sequence[Provider]], rounds: int
+        self,
+        case: tuple[str, ...],
+        providers: Callable[[], Sequence[Provider]],
+        rounds: int,
+        *,
+        keep_busy: bool = True,
     ) -> dict[str, Result]:
         if case != self._case:
             self._case, self.results = (), {}
             with self._capture.global_and_fixture_disabled():  # or its progress would not be seen
-                self.results = measure(" ".join(case), providers(), rounds, self._device)
+                self.results = measure(
+                    " ".join(case), providers(), rounds, self._device, keep_busy=keep_busy
+                )
             self._case = case
         return self.results
 
@@ -154,6 +161,8 @@ def record(benchmark: Any, bandwidth: float | None, device: torch.device) -> Cal
             role=result.role,
             family=result.family,
             first_call_s=result.first_s,
+            host_s=result.host_median,
+            ahead=result.ahead,
             error=result.error,
             peak_mib=None if result.peak_bytes is None else result.peak_bytes / 2**20,
             **_ratios(result, results),

@@ -139,7 +139,7 @@ def targets(results: Results) -> list[PerformanceTarget]:
                 )
             )
     for network, cases in by_second(results.of("conv2d_fisher")).items():
-        for label in ("ours", "ours (triton)"):
+        for label in ("ours", "ours (triton)", "ours (cuda)"):
             entries = [(case.get(label), case) for case in cases]
             ratios = [(e.info["ratio_to_gradient"], case) for e, case in entries if e]
             if ratios and "gpu" in results.machine:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from bench.timing import timer
+
 MIB = 2**20
-# More than any L2 (60 MB on an H200), and long enough (~100 us) for the host to queue what follows.
-_FLUSH_BYTES = 512 * MIB
 
 
 @dataclass
@@ -50,12 +50,18 @@ class Provider:
 
 @dataclass
 class Result:
-    """What was measured of one provider; times in seconds."""
+    """What was measured of one provider; times in seconds.
+
+    On a GPU the samples are its own time; `host` is what the calls took until they returned, and
+    `ahead` the share of them that were queued before the GPU began.
+    """
 
     label: str
     role: str
     family: str
     samples: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    ahead: float | None = None
     first_s: float = 0.0
     peak_bytes: int | None = None
     error: float | None = None
@@ -64,6 +70,10 @@ class Result:
     @property
     def median(self) -> float:
         return statistics.median(self.samples)
+
+    @property
+    def host_median(self) -> float | None:
+        return statistics.median(self.host) if self.host else None
 
 
 class Progress:
@@ -106,12 +116,14 @@ def measure(
     device: torch.device,
     *,
     memory: bool = True,
+    keep_busy: bool = True,
 ) -> dict[str, Result]:
     """Check every provider, time them in turns, then watch their memory; results by label.
 
     In each round every provider runs once, in an order drawn anew, so that a slow second of the
     machine, or a provider that leaves the caches in a bad state, hits all alike. A peer that fails
-    or gives a wrong answer is left out with the reason; ours failing is an error.
+    or gives a wrong answer is left out with the reason; ours failing is an error. On a GPU a sample
+    is its own time if it is kept busy while the host queues the call, else with its waiting.
     """
     progress = Progress(title)
     assert all(p.rounds is None or p.rounds > 0 for p in providers), "no round, no sample"
@@ -122,7 +134,8 @@ def measure(
     able = [p for p in providers if not results[p.label].unavailable]
 
     shuffled = random.Random(0)
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if _cuda(device) else None
+    timing = timer(device, keep_busy)
+    runs_ahead: dict[str, list[bool]] = {p.label: [] for p in able}
     gc.collect()
     gc.disable()
     try:
@@ -132,12 +145,18 @@ def measure(
                 if provider.rounds is not None and not 0 <= turn < provider.rounds:
                     continue
                 provider.before()
-                seconds = _time(provider.run, flush)
-                if turn >= 0:
-                    results[provider.label].samples.append(seconds)
+                found = timing.time(provider.run)
+                if turn < 0:
+                    continue
+                results[provider.label].samples.append(found.seconds)
+                if found.host is not None:
+                    results[provider.label].host.append(found.host)
+                    runs_ahead[provider.label].append(found.ahead)
     finally:
         gc.enable()
-    del flush
+    del timing
+    for label, ahead in runs_ahead.items():
+        results[label].ahead = statistics.mean(ahead) if ahead else None
     for provider in able if memory else ():
         progress.say(f"{provider.label}: memory")
         repeats = min(3, provider.rounds or 3)
@@ -160,22 +179,6 @@ def _check(provider: Provider, result: Result, device: torch.device) -> None:
             raise
         result.unavailable = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         sys.stderr.write(f"\n  {provider.label} is left out: {result.unavailable}\n")
-
-
-def _time(run: Callable[[], Any], flush: Tensor | None) -> float:
-    if flush is None:
-        start = time.perf_counter()
-        answer = run()
-        seconds = time.perf_counter() - start
-        del answer  # after the clock: freeing what was returned is not part of the answer
-        return seconds
-    flush.zero_()
-    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start_event.record()
-    run()
-    end_event.record()
-    end_event.synchronize()
-    return start_event.elapsed_time(end_event) / 1e3
 
 
 def peak_memory(provider: Provider, device: torch.device, repeats: int = 3) -> int | None:
@@ -240,17 +243,20 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second, read and written both counted, of a device-to-device copy of 1 GiB."""
     source = torch.empty(2**30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    times = [_time(lambda: target.copy_(source), flush) for _ in range(15)]
+    times = _times(lambda: target.copy_(source), 15, device)
     return 2 * source.nbytes / statistics.median(times[3:])
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, size: int = 8192) -> float:
     """Operations a second of a square matmul: what the matrix units reach on dense data."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
-    times = [_time(lambda: a @ b, flush) for _ in range(9)]
+    times = _times(lambda: a @ b, 9, device)
     return 2 * size**3 / statistics.median(times[3:])
+
+
+def _times(run: Callable[[], Any], count: int, device: torch.device) -> list[float]:
+    timing = timer(device)
+    return [timing.time(run).seconds for _ in range(count)]
 
 
 @contextmanager

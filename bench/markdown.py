@@ -31,3 +31,11 @@ def number(value: float | None, form: str = "{:.2f}") -> str:
 def timing(entry: Entry) -> list[str]:
     """The provider, and its median, least time and interquartile range in milliseconds."""
     return [entry.label, *(ms(entry.stats[key]) for key in ("median", "min", "iqr"))]
+
+
+def host_ms(entry: Entry) -> str:
+    """What the host took to queue a call on a GPU; in brackets if it was not ahead of the GPU."""
+    if entry.info.get("host_s") is None:
+        return "–"
+    spent = ms(entry.info["host_s"])
+    return spent if entry.info["ahead"] > 0.5 else f"({spent})"

@@ -9,13 +9,18 @@ import torch
 
 import taylor_kernels as tk
 from bench.harness import Provider
+from taylor_kernels.backends import default_backend
 
 
-def our_backends(device: torch.device) -> dict[str, str | None]:
-    """`backend=` by label: None is the one that a user gets."""
+def our_backends(
+    device: torch.device, op: str = "filter_moments", dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
+    """`backend=` by label: None is the one that a user gets, beside it the other one on a GPU."""
     available = tk.available_backends()
-    both = device.type == "cuda" and available["cuda"] and available["triton"]
-    return {"ours": None, **({"ours (triton)": "triton"} if both else {})}
+    if device.type != "cuda" or not (available["cuda"] and available["triton"]):
+        return {"ours": None}
+    other = "triton" if default_backend(op, device, dtype) == "cuda" else "cuda"
+    return {"ours": None, f"ours ({other})": other}
 
 
 def ours_by(
@@ -24,8 +29,8 @@ def ours_by(
     device: torch.device,
 ) -> list[Provider]:
     """A provider for each, of run(backend)."""
-    roles: dict[str, Literal["ours", "extra"]] = {"ours": "ours", "ours (triton)": "extra"}
+    roles: dict[str, Literal["ours", "extra"]] = {"ours": "ours"}
     return [
-        Provider(label, run(backend), check, roles[label])
+        Provider(label, run(backend), check, roles.get(label, "extra"))
         for label, backend in our_backends(device).items()
     ]

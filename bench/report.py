@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import fisher_report
 from bench.figures import OPS, Case, PerformanceTarget, Results, load, targets
-from bench.markdown import TIMING, ms, number, table, timing
+from bench.markdown import TIMING, host_ms, ms, number, table, timing
 from bench.plot import draw
 
 
@@ -20,6 +20,7 @@ def _op_table(case: Case, on_gpu: bool) -> str:
     rows = [
         [
             *timing(e),
+            *([host_ms(e)] if on_gpu else []),
             number(e.info["ratio_to_floor"]),
             number(e.info["ratio_to_ours"]),
             number(e.info["gb_per_s"], "{:.1f}"),
@@ -31,7 +32,8 @@ def _op_table(case: Case, on_gpu: bool) -> str:
         for e in case.entries
     ]
     share = "% of copy" if on_gpu else "% of floor"
-    head = ["provider", *TIMING, "× floor", "× ours"]
+    host = ["host ms"] if on_gpu else []
+    head = ["provider", *TIMING, *host, "× floor", "× ours"]
     return table([*head, "GB/s", share, "peak MiB", "error", "first call s"], rows)
 
 

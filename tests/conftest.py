@@ -18,6 +18,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail, and do not skip, where a package that tests/zoo takes networks from is missing",
     )
+    parser.addoption(
+        "--share",
+        metavar="I/N",
+        help="the I-th of N shares of the tests, to run at the same time on one GPU; those marked "
+        "`large` are all in the first",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the share that is asked for."""
+    if not config.getoption("--share"):
+        return
+    share, count = map(int, config.getoption("--share").split("/"))
+    large = [item for item in items if item.get_closest_marker("large")]
+    others = [item for item in items if not item.get_closest_marker("large")]
+    kept = others[share - 1 :: count] + (large if share == 1 else [])
+    ids = {id(item) for item in kept}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in ids])
+    items[:] = kept
 
 
 @pytest.fixture

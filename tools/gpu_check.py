@@ -3,10 +3,10 @@
     python3 tools/gpu_check.py               # results in $OUT, or bench/results/gpu-check
     python3 tools/gpu_check.py build tune    # these steps, with the time of the others
 
-Needs no network: the system's Python with torch, pybind11, cmake, ninja, pytest and
-pytest-benchmark, and the CUDA toolkit; for the pruner's tests rich and hypothesis.
-Steps have a time limit each, and a failure does not stop the next; the exit code is 1 if any
-failed, 2 without a GPU.
+Needs no network: the system's Python with torch, triton, numpy, pytest, pybind11, cmake and ninja,
+and the CUDA toolkit; pytest-benchmark for the benches. What else is missing is named, and left out.
+Steps have a time limit each, add to the log and to the results as they go, and a failure does not
+stop the next; a summary comes last. The exit code is 1 if any failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -16,64 +16,70 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-#: step -> its cases, and the seconds in which cases begin. Those of `bench` fit the time with
+sys.path.insert(0, str(ROOT))  # as a file, it is started without it
+
+from tools.gpu_steps import Step, run  # noqa: E402
+from tools.gpu_summary import summary  # noqa: E402
+
+#: Step -> its cases, and the seconds in which cases begin. Those of `bench` fit the time with
 #: torch.compile's cold start; `python -m bench` runs all.
 BENCHES = {
     "bench": (
         "(resnet50 or llama-bf16 or nchw or channels_last or scoring_step) and not fisher",
-        120,
+        85,
     ),
-    "fisher-step": ("fisher_step", 50),
-    "fisher-layers": ("conv2d_fisher", 70),
+    "fisher-step": ("fisher_step", 45),
+    "fisher-layers": ("conv2d_fisher", 55),
 }
-#: Seconds for all steps; what the first leave is what the last have.
+#: For the case that began last to end.
+SPARE = 20.0
+#: Seconds for all steps. What one leaves, the next has.
 TOTAL = 560
-SANITIZERS = {"memcheck": 40, "racecheck": 50, "initcheck": 40, "synccheck": 40}
+SANITIZERS = {"memcheck": 35, "racecheck": 45, "initcheck": 40, "synccheck": 40}
 #: Steps that run only where they are named.
 ON_DEMAND = ("initcheck", "synccheck", "tune")
-
-
-class Step(NamedTuple):
-    name: str
-    commands: list[list[str]]  # run at the same time
-    seconds: float
-    spare: float = 0.0  # of them, for the last case to end; the commands are told the others
+#: Processes that share the tests: most of their time Triton compiles, on one core each.
+SHARES = max(1, min(12, (os.cpu_count() or 1) - 2))
+#: Nothing that a machine may lack, nor a plugin that is there by chance.
+PLAIN_PYTEST = ("-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider")
+#: Package -> what is left out without it.
+WANTED = {
+    "pytest_benchmark": "the benches",
+    "torch_pruning": "Torch-Pruning as a peer",
+    "opacus": "Opacus as a peer",
+    "backpack": "BackPACK as a peer",
+    "typer": "the command line",
+    "rich": "the command line, and the oracle's progress",
+}
 
 
 def steps(names: list[str], out: Path) -> list[Step]:
     """The named steps; they share the time of all if they need not be done in their own."""
     python = sys.executable
-    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-    fisher = "tests/gpu/test_fisher_gpu.py"
-    sanitizer = [shutil.which("compute-sanitizer") or "compute-sanitizer", "--error-exitcode", "9"]
-    script = [python, str(ROOT / "tools" / "sanitize.py")]
-    bench = [*tests, "bench", "--quick"]
-    # Most of the time of the tests Triton compiles, on one core each.
-    parallel = [
-        [*tests, fisher, "-k", "triton"],
-        [*tests, fisher, "-k", "not triton"],
-        [*tests, "tests/gpu", f"--ignore={fisher}"],
-    ]
     every = [
-        Step("build", [[python, "setup.py", "build_ext", "--inplace"]], 100.0),
-        Step("tests", parallel, 130.0),
-        Step("pruning", [[*tests, "tests/pruning/test_on_gpu.py"]], 60.0),
+        Step("build", [[python, "setup.py", "build_ext", "--inplace"]], 90.0, environment=card()),
+        tests("tests", "tests/gpu", SHARES, 90.0),
+        tests("pruning", "tests/pruning/test_on_gpu.py", min(SHARES, 6), 45.0),
     ]
+    sanitizer = shutil.which("compute-sanitizer") or "compute-sanitizer"
+    script = [python, str(ROOT / "tools" / "sanitize.py")]
     for tool, seconds in SANITIZERS.items():
-        every.append(Step(tool, [[*sanitizer, "--tool", tool, *script]], seconds))
+        options = ["--error-exitcode", "9", "--tool", tool]
+        if tool != "initcheck":  # which must see PyTorch's kernels write what ours read
+            options += ["--kernel-regex", "kns=_ZN2tk"]
+        every.append(Step(tool, [[sanitizer, *options, *script]], seconds))
     for name, (cases, seconds) in BENCHES.items():
-        command = [*bench, "-k", cases, f"--benchmark-json={measured(out, name)}"]
-        every.append(Step(name, [command], seconds + 30.0, 30.0))
+        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", "bench", "--quick"]
+        command += ["-k", cases, f"--benchmark-json={measured(out, name)}"]
+        every.append(Step(name, [command], seconds + SPARE, SPARE))
     tune = [python, "-m", "tools.tune_fisher", f"--out={out / 'tune_fisher.json'}"]
-    every.append(Step("tune", [tune], 200.0, 20.0))
+    every.append(Step("tune", [tune], 200.0, SPARE))
     there = [step.name for step in every]
     wrong = sorted(set(names) - set(there))
     if wrong:
@@ -81,6 +87,23 @@ def steps(names: list[str], out: Path) -> list[Step]:
     chosen = [s for s in every if (s.name in names if names else s.name not in ON_DEMAND)]
     stretch = max(1.0, TOTAL / sum(step.seconds for step in chosen))
     return [step._replace(seconds=step.seconds * stretch) for step in chosen]
+
+
+def tests(name: str, where: str, shares: int, seconds: float) -> Step:
+    """Tests, by so many processes at once."""
+    command = [sys.executable, "-m", "pytest", *PLAIN_PYTEST, "-v", "--tb=short", where]
+    commands = [[*command, f"--share={i + 1}/{shares}"] for i in range(shares)]
+    return Step(name, commands, seconds, environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+
+
+def card() -> dict[str, str]:
+    """The build's environment: for the GPU that is here alone, which takes a third of the time."""
+    import torch
+
+    if "CUDAARCHS" in os.environ or not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    return {"CUDAARCHS": f"{major}{minor}-real"}
 
 
 def measured(out: Path, name: str) -> Path:
@@ -99,83 +122,6 @@ def gather(out: Path) -> dict[str, object] | None:
     return {**found[0], "benchmarks": [case for each in found for case in each["benchmarks"]]}
 
 
-def run(step: Step, log: Path, left: float) -> dict[str, object]:
-    """Runs one step; its output goes to the log, its end to the screen if it failed."""
-    seconds = min(step.seconds, left)
-    if seconds <= step.spare:
-        return {"step": step.name, "ok": False, "code": 124, "seconds": 0, "last_line": "no time"}
-    commands = step.commands
-    if step.spare:
-        commands = [[*command, f"--seconds={seconds - step.spare:.0f}"] for command in commands]
-    environment = {**os.environ, "TAYLOR_KERNELS_CUDA": "on"}
-    paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    started = time.monotonic()
-    running: list[subprocess.Popen[str]] = []
-    with ThreadPoolExecutor(len(commands)) as pool:
-        try:
-            done = list(pool.map(lambda c: finish(c, environment, seconds, running), commands))
-        finally:  # an interrupt reaches no process of another session
-            for process in running:
-                stop(process)
-    took = round(time.monotonic() - started, 1)
-    ends = []
-    for command, (code, output) in zip(commands, done, strict=True):
-        with log.open("a") as file:
-            file.write(f"$ {' '.join(command)}\n{output}\n[exit code {code}, {took} s]\n\n")
-        lines = [line for line in output.splitlines() if line.strip()]
-        if code:
-            print("\n".join(lines[-25:]))
-        ends += lines[-1:]
-    worst = max(code for code, _ in done)
-    return {
-        "step": step.name,
-        "ok": worst == 0,
-        "code": worst,
-        "seconds": took,
-        "last_line": " | ".join(ends),
-    }
-
-
-def finish(
-    command: list[str],
-    environment: dict[str, str],
-    seconds: float,
-    running: list[subprocess.Popen[str]],
-) -> tuple[int, str]:
-    """A command's exit code and output; 124 if it was stopped, 127 if it could not begin."""
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        return 127, f"{error}\n"
-    running.append(process)
-    code, end = 0, ""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        stop(process)
-        output, _ = process.communicate()
-        code, end = 124, f"\nstopped after {seconds:.0f} s\n"
-    return (code if code >= 0 else 128 - code), output + end
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a command with all that it started: a compiler or a test that ran on would take the next
-    step's time, and the GPU."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def gpu() -> dict[str, str] | None:
     """The GPU and the versions around it, or None."""
     try:
@@ -190,6 +136,11 @@ def gpu() -> dict[str, str] | None:
         "cuda": str(torch.version.cuda),
         "python": sys.version.split()[0],
     }
+
+
+def missing() -> list[str]:
+    """What this machine lacks, and what is left out for it."""
+    return [f"no {name}: without {what}" for name, what in WANTED.items() if not find_spec(name)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,24 +161,20 @@ def main(arguments: list[str] | None = None) -> int:
     for old in (log, out / "tune_fisher.json", *(measured(out, name) for name in BENCHES)):
         old.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    results = []
-    end = time.monotonic() + TOTAL
+    report: dict[str, object] = {"machine": machine, "missing": missing(), "steps": []}
+    results: list[dict[str, object]] = []
+    end = time.monotonic()
+    last = end + TOTAL
     for step in chosen:
         print(f"{step.name} ...", flush=True)
-        results.append(run(step, log, end - time.monotonic()))
-        report = {"machine": machine, "steps": results, "ok": all(r["ok"] for r in results)}
-        report["bench"] = gather(out)
+        end += step.seconds  # not from now on: it has what the steps before have left
+        results.append(run(step, log, min(end, last) - time.monotonic()))
+        report |= {"steps": results, "ok": all(r["ok"] for r in results), "bench": gather(out)}
         (out / "gpu-check.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\n{machine['gpu']}, torch {machine['torch']}; log: {log}")
     for name in BENCHES:
         measured(out, name).unlink(missing_ok=True)  # all of it is in gpu-check.json
-    for result in results:
-        verdict = "pass" if result["ok"] else f"FAIL ({result['code']})"
-        print(
-            f"{result['step']:<14} {verdict:<10} {result['seconds']:>6} s  "
-            f"{str(result['last_line'])[:90]}"
-        )
-    return 0 if all(result["ok"] for result in results) else 1
+    print(f"log: {log}\n{summary(report)}")
+    return 0 if report["ok"] else 1
 
 
 if __name__ == "__main__":

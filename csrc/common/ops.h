@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "common/conv2d_fisher.h"
 #include "common/gate_gradients.h"
@@ -29,15 +30,18 @@
 
 namespace tk {
 
+// Gives so many bytes of 256-byte-aligned memory of the current device, which last until all that
+// was launched before they are given back has run.
+using Allocate = std::function<void*(int64_t bytes)>;
+
 // op_cpu runs on `threads` threads.
 //
-// op_cuda launches on `stream` of the current device and returns without waiting. `workspace` is
-// 256-byte-aligned device memory of at least op_cuda_workspace() bytes, which may be 0. dtype f64
-// is not supported on the GPU. Throws std::runtime_error on a launch error.
-#define TK_DECLARE_OP(op, Call)                  \
-  void op##_cpu(const Call& call, int threads);  \
-  int64_t op##_cuda_workspace(const Call& call); \
-  void op##_cuda(const Call& call, void* workspace, void* stream);
+// op_cuda launches on `stream` of the current device and returns without waiting; it asks for
+// workspace once, or not at all. dtype f64 is not supported on the GPU. Throws std::runtime_error
+// on a launch error.
+#define TK_DECLARE_OP(op, Call)                 \
+  void op##_cpu(const Call& call, int threads); \
+  void op##_cuda(const Call& call, const Allocate& allocate, void* stream);
 
 TK_OPS(TK_DECLARE_OP)
 

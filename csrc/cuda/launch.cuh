@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -41,23 +42,60 @@ inline void allow_shared(const char* name, const void* kernel, int most) {
   allowed.insert({device, kernel});
 }
 
+// Whether a kernel's code on the current device has instructions of sm_90, by which it waits for
+// the one before it. That for sm_80 has none, also where a driver translates it for a later GPU.
+inline bool waits_by_itself(const char* name, const void* kernel) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, bool> known;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({device, kernel}, false);
+  if (is_new) {
+    cudaFuncAttributes attributes = {};
+    check(cudaFuncGetAttributes(&attributes, kernel), name);
+    at->second = attributes.ptxVersion >= 90;
+  }
+  return at->second;
+}
+
 template <class... Parameters, class... Arguments>
-void launch_with_shared(const char* name, cudaStream_t stream, int64_t blocks, DynamicShared shared,
-                        void (*kernel)(Parameters...), const Arguments&... arguments) {
-  allow_shared(name, reinterpret_cast<const void*>(kernel), shared.most);
+void launch_as(const char* name, cudaStream_t stream, int64_t blocks, int shared_bytes, bool early,
+               void (*kernel)(Parameters...), const Arguments&... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared.bytes;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
   check(cudaGetLastError(), name);
 }
 
 template <class... Parameters, class... Arguments>
+void launch_with_shared(const char* name, cudaStream_t stream, int64_t blocks, DynamicShared shared,
+                        void (*kernel)(Parameters...), const Arguments&... arguments) {
+  allow_shared(name, reinterpret_cast<const void*>(kernel), shared.most);
+  launch_as(name, stream, blocks, shared.bytes, false, kernel, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
 void launch(const char* name, cudaStream_t stream, int64_t blocks, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
-  launch_with_shared(name, stream, blocks, {0, 0}, kernel, arguments...);
+  launch_as(name, stream, blocks, 0, false, kernel, arguments...);
+}
+
+// Of a kernel that calls wait_for_last_kernel(), after one that calls let_next_kernel_begin(): it
+// need not wait until the GPU has gone idle and told the host's queue so.
+template <class... Parameters, class... Arguments>
+void launch_early(const char* name, cudaStream_t stream, int64_t blocks,
+                  void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const bool early = waits_by_itself(name, reinterpret_cast<const void*>(kernel));
+  launch_as(name, stream, blocks, 0, early, kernel, arguments...);
 }
 
 }  // namespace tk

@@ -67,13 +67,10 @@ std::vector<Task> make_tasks(const std::vector<ParameterItem>& items) {
   return tasks;
 }
 
-// The functions that ops.h declares of an op; `made` is its struct, made for the list `call`.
-#define TK_DEFINE_PARAMETER_OP(op, made)                                            \
-  int64_t op##_cuda_workspace(const ParameterList& call) {                          \
-    return workspace_bytes<decltype(made)>(make_tasks<decltype(made)>(call.items)); \
-  }                                                                                 \
-  void op##_cuda(const ParameterList& call, void* workspace, void* stream) {        \
-    run_tasks(made, make_tasks<decltype(made)>(call.items), workspace, stream);     \
+// The function that ops.h declares of an op; `made` is its struct, made for the list `call`.
+#define TK_DEFINE_PARAMETER_OP(op, made)                                              \
+  void op##_cuda(const ParameterList& call, const Allocate& allocate, void* stream) { \
+    run_tasks(made, make_tasks<decltype(made)>(call.items), allocate, stream);        \
   }
 
 }  // namespace tk

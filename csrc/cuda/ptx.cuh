@@ -1,8 +1,8 @@
-// PTX instructions of tensor cores, and shared memory whose size the launch decides.
-// tests/backends/emulation has a file of this name that says the same for a CPU.
+// PTX instructions of tensor cores and of launches that overlap, and shared memory whose size the
+// launch decides. tests/backends/emulation has a file of this name that says the same for a CPU.
 //
-// All of a warp's lanes call these together. A product is 16 filters by 8 columns; a step of it
-// takes 32 bytes of either side along the positions: 16 half elements, or 8 of TF32.
+// All of a warp's lanes call those of tensor cores together. A product is 16 filters by 8 columns;
+// a step of it takes 32 bytes of either side along the positions: 16 half elements, or 8 of TF32.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,21 @@ namespace tk {
 __device__ inline char* dynamic_shared() {
   extern __shared__ uint4 memory[];
   return reinterpret_cast<char*>(memory);
+}
+
+// Lets the kernel after this one take multiprocessors as soon as all blocks of this one have one,
+// if it is launched by launch_early(): what it does before wait_for_last_kernel() costs no time.
+__device__ inline void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Until the kernel before this one has ended, and what it wrote can be read.
+__device__ inline void wait_for_last_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #define TK_LOAD_MATRICES(name, instruction)                                              \

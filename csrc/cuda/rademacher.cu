@@ -41,9 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int64_t rademacher_cuda_workspace(const RademacherList&) { return 0; }
-
-void rademacher_cuda(const RademacherList& call, void*, void* stream) {
+void rademacher_cuda(const RademacherList& call, const Allocate&, void* stream) {
   const auto count = static_cast<int64_t>(call.items.size());
   for (int64_t begin = 0; begin < count;) {
     TaskTable<kLongTable> table;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/matrix_reduce.cuh"
+#include "cuda/ptx.cuh"
 
 namespace tk {
 
@@ -36,6 +37,7 @@ constexpr int kBlocks =
 template <class Op, bool kMatrix, int kCapacity>
 __global__ void __launch_bounds__(kThreads, kBlocks<Op, kMatrix>)
     stream_kernel(const __grid_constant__ TaskTable<kCapacity> table, float* workspace, Op op) {
+  let_next_kernel_begin();
   constexpr int kScratch = kMatrix ? kMatrixScratch<Op> : kRowScratch<Op>;
   alignas(16) __shared__ float shared[kScratch];
   const Task& task = table.find(blockIdx.x, &Task::first_block);
@@ -45,7 +47,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Op, kMatrix>)
   });
 }
 
-// The second stage: adds the parts of every result that came in parts, always in one order.
+// The second stage: adds the parts of every result that came in parts, always in one order. It is
+// launched early, behind stream_kernel or the kernels of conv2d_fisher.
 template <class Op, int kCapacity>
 __global__ void __launch_bounds__(kThreads)
     finish_kernel(const __grid_constant__ TaskTable<kCapacity> table, const float* workspace) {
@@ -77,6 +80,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = plane / Op::kSums;
   const int sum = static_cast<int>(plane - group * Op::kSums);
 
+  wait_for_last_kernel();
   float value = 0;
   if (present) {
     const int64_t from = entry + quotient(entry * axis.run, axis.width);

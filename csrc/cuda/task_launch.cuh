@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/ops.h"
 #include "cuda/launch.cuh"
 #include "cuda/task_kernels.cuh"
 
@@ -18,6 +19,11 @@ struct Batch {
   int64_t floats = 0;
   bool has_matrix = false;
 };
+
+// Of so many floats; null for none.
+inline void* workspace_of(int64_t floats, const Allocate& allocate) {
+  return floats ? allocate(floats * int64_t{sizeof(float)}) : nullptr;
+}
 
 inline int64_t whole_regions(int64_t floats) { return divide_up(floats, kRegion) * kRegion; }
 
@@ -59,17 +65,6 @@ Batch next_batch(std::vector<Task>& tasks, int64_t begin) {
   return batch;
 }
 
-template <class Op>
-int64_t workspace_bytes(std::vector<Task> tasks) {
-  int64_t floats = 0;
-  for (int64_t begin = 0; begin < static_cast<int64_t>(tasks.size());) {
-    const Batch batch = next_batch<Op>(tasks, begin);
-    floats = std::max(floats, batch.floats);
-    begin = batch.end;
-  }
-  return floats * int64_t{sizeof(float)};
-}
-
 template <class Op, int kCapacity>
 void launch_batch(const Op& op, const Task* tasks, int64_t count, const Batch& batch,
                   float* workspace, cudaStream_t stream) {
@@ -81,25 +76,36 @@ void launch_batch(const Op& op, const Task* tasks, int64_t count, const Batch& b
       batch.has_matrix ? stream_kernel<Op, true, kCapacity> : stream_kernel<Op, false, kCapacity>,
       table, workspace, op);
   if (batch.finish_blocks) {
-    launch(Op::kName, stream, batch.finish_blocks, finish_kernel<Op, kCapacity>, table,
-           static_cast<const float*>(workspace));
+    launch_early(Op::kName, stream, batch.finish_blocks, finish_kernel<Op, kCapacity>, table,
+                 static_cast<const float*>(workspace));
   }
 }
 
 template <class Op>
-void run_tasks(const Op& op, std::vector<Task> tasks, void* workspace, void* stream) {
-  auto* floats = static_cast<float*>(workspace);
-  auto* on = static_cast<cudaStream_t>(stream);
-  for (int64_t begin = 0; begin < static_cast<int64_t>(tasks.size());) {
-    const Batch batch = next_batch<Op>(tasks, begin);
-    const int64_t count = batch.end - begin;
-    if (Op::kList && count > kShortTable) {
-      if constexpr (Op::kList) {
-        launch_batch<Op, kLongTable>(op, &tasks[begin], count, batch, floats, on);
-      }
-    } else {
-      launch_batch<Op, Op::kList ? kShortTable : 1>(op, &tasks[begin], count, batch, floats, on);
+void run_batch(const Op& op, const Task* tasks, int64_t count, const Batch& batch, float* workspace,
+               cudaStream_t stream) {
+  if constexpr (Op::kList) {
+    if (count > kShortTable) {
+      return launch_batch<Op, kLongTable>(op, tasks, count, batch, workspace, stream);
     }
+  }
+  launch_batch<Op, Op::kList ? kShortTable : 1>(op, tasks, count, batch, workspace, stream);
+}
+
+template <class Op>
+void run_tasks(const Op& op, std::vector<Task> tasks, const Allocate& allocate, void* stream) {
+  std::vector<Batch> batches;
+  int64_t floats = 0;
+  for (int64_t begin = 0; begin < static_cast<int64_t>(tasks.size());) {
+    batches.push_back(next_batch<Op>(tasks, begin));
+    floats = std::max(floats, batches.back().floats);
+    begin = batches.back().end;
+  }
+  auto* workspace = static_cast<float*>(workspace_of(floats, allocate));
+  int64_t begin = 0;
+  for (const Batch& batch : batches) {
+    run_batch(op, &tasks[begin], batch.end - begin, batch, workspace,
+              static_cast<cudaStream_t>(stream));
     begin = batch.end;
   }
 }

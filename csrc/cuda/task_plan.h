@@ -69,9 +69,12 @@ inline void plan_rows(Task& task) {
   task.repeat = 1;
   task.vectors = task.columns >= kMinVectors * vector || task.columns % vector == 0;
 
-  // A vector or two per lane for short rows, up to a warp; then at least four, up to a block.
+  // At least four vectors per lane, as many as it has in flight, up to a block. Where rows are not
+  // made of whole vectors, the elements around those are loaded one after the other: a lane or two
+  // for each, up to a warp.
   const int64_t loads = task.columns / (task.vectors ? vector : 1);
-  task.width_log2 = loads <= 32 ? floor_log2(loads) : std::clamp(floor_log2(loads / 4), 5, 8);
+  const int least = task.columns % vector == 0 ? 0 : floor_log2(std::min<int64_t>(loads, 32));
+  task.width_log2 = std::clamp(floor_log2(loads / 4), least, 8);
   const int64_t lane_groups = kThreads >> task.width_log2;
 
   const int64_t chunks = divide_up(task.columns, chunk);

@@ -58,6 +58,31 @@ class Availability(NamedTuple):
         return f"available ({self.detail})" if self.ok else f"not available: {self.detail}"
 
 
+class Route(NamedTuple):
+    """Where another backend than the device's first one is the default for an op."""
+
+    op: str
+    capability: tuple[int, int]  # of the GPU
+    dtypes: frozenset[torch.dtype]
+    backend: str
+    why: str
+
+
+#: The first that fits a call, and can run, takes it from "cuda". Measure before adding one.
+ROUTES = (
+    Route(
+        "conv2d_fisher",
+        (9, 0),
+        frozenset((torch.float16, torch.bfloat16)),
+        "triton",
+        "not measured yet: counted in machine code, the CUDA kernels (mma.sync) are held under 300 "
+        "TFLOP/s in channels_last and 200 in contiguous order by the instructions that they issue, "
+        "and Triton's, whose wgmma needs fewer, under 350. They compile at the first call of a "
+        "layer, in half a second; backend='cuda' does not",
+    ),
+)
+
+
 def available_backends() -> dict[str, Availability]:
     """Every backend by name: true if it can run here, else its text says why not.
 
@@ -103,7 +128,7 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
 
     Default: CUDA tensors go to the native kernels if they were built, else to Triton; CPU tensors
     to the native kernels, else to the reference. float64 on a GPU goes to the reference, as do
-    devices that no backend serves.
+    devices that no backend serves. ROUTES has the exceptions of single ops.
 
     Raises:
         ValueError: `backend` is no backend's name, or cannot run on this device or dtype.
@@ -115,12 +140,12 @@ def select(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ker
 def kernel(
     op: str, device: torch.device, dtype: torch.dtype, backend: str | None
 ) -> Callable[..., None]:
-    """The kernel of one op, of those that `select` gives.
+    """The kernel of one op, of those that `select` gives or ROUTES.
 
     Raises:
         ValueError, RuntimeError: as `select`; or the backend has not got the op.
     """
-    chosen = _chosen(device, dtype, backend)
+    chosen = _chosen_for(op, device, dtype, backend)
     kernels = chosen.kernels()
     try:
         return getattr(kernels, op)
@@ -128,6 +153,18 @@ def kernel(
         raise RuntimeError(
             f"backend: {chosen.name!r} has no {op}; name another, such as backend='reference'"
         ) from error
+
+
+def default_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs an op where the call names none."""
+    return _chosen_for(op, device, dtype, None).name
+
+
+def _chosen_for(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> Backend:
+    chosen = _chosen(device, dtype, backend)
+    if backend is None and chosen.name == "cuda":
+        return _routed(op, device, dtype) or chosen
+    return chosen
 
 
 def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Backend:
@@ -151,6 +188,16 @@ def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Ba
     if not status:
         raise RuntimeError(f"backend: {backend!r} is {status}")
     return named
+
+
+def _routed(op: str, device: torch.device, dtype: torch.dtype) -> Backend | None:
+    for route in ROUTES:
+        if route.op == op and dtype in route.dtypes:
+            capability = torch.cuda.get_device_capability(device)
+            other = _backends[route.backend]
+            if capability == route.capability and _availability(other, device):
+                return other
+    return None
 
 
 def _availability(backend: Backend, device: torch.device | None = None) -> Availability:

@@ -119,9 +119,10 @@ def fisher(
         return conv2d_fisher(x, case.size, dy, *case.geometry, weight=weight, backend="triton")
 
 
-def test_long_sums_of_one_sign_keep_their_precision() -> None:
-    case = FisherCase("long", (1, 16, 256, 256), (16, 16, 1, 1))
-    x, dy, _ = (t.abs() for t in random_fisher_inputs(case, torch.float32))
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 128), (torch.bfloat16, 256)])
+def test_long_sums_of_one_sign_keep_their_precision(dtype: torch.dtype, width: int) -> None:
+    case = FisherCase("long", (1, 16, 128, width), (16, 16, 1, 1))
+    x, dy, _ = (t.abs() for t in random_fisher_inputs(case, dtype))
     assert_close(fisher(case, x, dy, None, tf32=True), *fisher_reference64(x, dy, case))
 
 

@@ -72,6 +72,10 @@ def test_cuda(source: Path, tmp_path: Path) -> None:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
                 least = VECTOR_LOADS.get(source.name, MIN_VECTOR_LOADS)
                 assert wide >= least, f"{name} for sm_{arch}: {wide} loads of 128 bits"
+            if "flat_kernel" in name:
+                assert len(re.findall(r"\bLDG\.E\.128", sass)) >= MIN_VECTOR_LOADS, name
+                assert re.search(r"\bSTG\.E\.128", sass), f"{name} for sm_{arch}"
+            check_overlap(name, arch, sass)
             if "rademacher_kernel" in name:
                 assert re.search(r"\bSTG\.E\.128", sass), f"{name} for sm_{arch}"
             if "fisher_gemm_kernel" in name:
@@ -79,6 +83,22 @@ def test_cuda(source: Path, tmp_path: Path) -> None:
                 assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
                 assert bool(re.search(r"\bHMMA\.", sass)) == ("3Mma" in name), f"{name}: sm_{arch}"
             assert not LOCAL_MEMORY.findall(sass), f"{name} for sm_{arch}: local memory"
+
+
+def check_overlap(name: str, arch: int, sass: str) -> None:
+    """From sm_90 on the second stage, which is launched early, waits before it reads or writes what
+    other kernels do too, and the first stage lets it come."""
+    waits, lets = re.search(r"\bACQBULK\b", sass), re.search(r"\bPREEXIT\b", sass)
+    if arch < 90:
+        assert not waits, f"{name} for sm_{arch}"
+        assert not lets, f"{name} for sm_{arch}"
+    elif "finish_kernel" in name:
+        touched = re.search(r"\b(?:LDG|STG)\b", sass)
+        assert touched, f"{name} for sm_{arch}"
+        assert waits, f"{name} for sm_{arch}"
+        assert waits.start() < touched.start(), f"{name} for sm_{arch}: reads before it waits"
+    elif "stream_kernel" in name or "fisher_" in name:
+        assert lets, f"{name} for sm_{arch}"
 
 
 def check_triton(

@@ -30,6 +30,9 @@ GATE_CASES = [
     GateCase("row_blocks", (2, 150, 40), channel_dim=2, bias=True),
     GateCase("heads_wide", (2, 5, 10, 40), channel_dim=2, bias=True),
     GateCase("heads_tall", (1, 200, 3, 67), channel_dim=2, bias=True),
+    GateCase("features", (3, 1711), bias=True),  # blocks of a flat product, and a tail
+    GateCase("features_of_few_channels", (700, 3), bias=True),  # that come round inside a vector
+    GateCase("features_in_whole_vectors", (3, 1368)),
 ]
 
 

@@ -11,11 +11,18 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import taylor_kernels as tk
 from taylor_kernels import backends
 from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
 from tests.helpers import emulated
-from tests.helpers.cases import FisherCase, random_fisher_inputs
+from tests.helpers.cases import (
+    FisherCase,
+    MomentsCase,
+    random_fisher_inputs,
+    random_like_case,
+    same_bits,
+)
 
 #: Errors of cudaFuncGetAttributes and what they mean for the user.
 PROBLEMS = {
@@ -32,6 +39,7 @@ def kernels() -> Iterator[ModuleType]:
     module = emulated.kernels()
     yield module
     module.set_function_error(0)
+    module.set_ptx_version(90)
     module.set_device(0)
 
 
@@ -78,7 +86,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> GPUs:
         "device_count": lambda: 3,
         "current_device": lambda: found.current,
         "device": found.device,
-        "get_device_capability": lambda number: found.capabilities[number],
+        "get_device_capability": lambda gpu: found.capabilities[getattr(gpu, "index", gpu)],
         "get_device_name": lambda number: f"GPU {number}",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -149,6 +157,49 @@ def test_the_device_of_a_tensor_decides(gpus: GPUs, monkeypatch: pytest.MonkeyPa
         select(torch.device("cuda", 0), torch.float32, "cuda")
 
 
+@pytest.fixture
+def two_backends(gpus: GPUs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels and Triton's, on an A100 and two H100s."""
+    ops = ("conv2d_fisher", "filter_moments", "gate_gradients")
+    for name in ("cuda", "triton"):
+        kernels = SimpleNamespace(**{op: f"{op} by {name}" for op in ops})
+        there = backends._backends[name]._replace(kernels=lambda kernels=kernels: kernels)
+        if name == "triton":
+            there = there._replace(status=lambda: (True, "Triton"))
+        monkeypatch.setitem(backends._backends, name, there)
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_an_op_goes_where_its_route_leads(gpus: GPUs, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda", i) for i in range(3)]
+
+    def by(op: str, dtype: torch.dtype, backend: str | None = None) -> list[str]:
+        found = [str(backends.kernel(op, device, dtype, backend)) for device in devices]
+        assert all(kernel.startswith(f"{op} by ") for kernel in found)
+        names = [kernel.rpartition(" ")[2] for kernel in found]
+        if backend is None:
+            assert [backends.default_backend(op, each, dtype) for each in devices] == names
+        return names
+
+    for dtype in (torch.float16, torch.bfloat16):
+        assert by("conv2d_fisher", dtype) == ["cuda", "triton", "triton"]
+        assert by("filter_moments", dtype) == ["cuda"] * 3
+        assert by("conv2d_fisher", dtype, "cuda") == ["cuda"] * 3, "what is named is taken"
+    assert by("conv2d_fisher", torch.float32) == ["cuda"] * 3
+    gpus.capabilities = [(9, 0), (10, 0), (12, 0)]
+    assert by("conv2d_fisher", torch.float16) == ["triton", "cuda", "cuda"]
+    missing = backends._backends["triton"]._replace(status=lambda: (False, "not installed"))
+    monkeypatch.setitem(backends._backends, "triton", missing)
+    assert by("conv2d_fisher", torch.float16) == ["cuda"] * 3
+
+
+def test_routes_lead_somewhere() -> None:
+    for route in backends.ROUTES:
+        assert hasattr(reference, route.op)
+        assert route.backend in tuple(tk.available_backends())
+        assert route.why
+
+
 #: Their launches need different amounts of shared memory, of three kernels.
 SHARED_CASES = [
     FisherCase("short", (2, 190, 5, 5), (250, 190, 1, 1)),
@@ -180,6 +231,35 @@ def test_a_kernel_is_allowed_its_most_shared_memory_once_per_device(kernels: Mod
     assert all(len(sizes) == 1 for sizes in most.values()), "not the same on all devices"
     assert len(set(launches)) > 3, "the cases do not differ in what they need"
     assert max(launches) <= max(size for _, _, size in limits) <= 99 << 10, "sm_86 has 99 KB"
+
+
+@pytest.mark.parametrize("ptx_version", [80, 90])
+def test_the_second_stage_is_launched_early_where_it_can_wait(
+    kernels: ModuleType, ptx_version: int
+) -> None:
+    """Code for sm_80 cannot, whatever GPU it is translated for. Either way no sum is read before it
+    is written: the emulated first stage runs when the second waits for it, or first."""
+    kernels.set_device(ptx_version)  # a kernel's code is asked about once for a device
+    kernels.set_ptx_version(ptx_version)
+    case = MomentsCase("segments", (2, 20011))
+    fisher = FisherCase("splits", (17, 40, 3, 3), (11, 40, 1, 1))
+
+    def launch() -> list[torch.Tensor]:
+        pair = random_like_case(case, torch.float32, seed=1)
+        (moments, _), *_ = emulated.run_moments("filter_moments", [pair], [1], True, False)
+        x, dy, _ = random_fisher_inputs(fisher, torch.bfloat16, seed=1)
+        out = torch.full(fisher.size, float("nan"))
+        call = conv2d_fisher_args(x, dy, None, fisher.size, *fisher.geometry, False, out)
+        emulated.run("conv2d_fisher", call)
+        return [moments, out]
+
+    before = kernels.early_launches()
+    found = launch()
+    assert kernels.early_launches() - before == (2 if ptx_version >= 90 else 0)
+    assert all(table.isfinite().all() for table in found)
+    kernels.set_device(0)
+    kernels.set_ptx_version(90)
+    assert all(same_bits(*both) for both in zip(found, launch(), strict=True))
 
 
 def test_threads_allow_a_kernel_its_shared_memory_once(kernels: ModuleType) -> None:

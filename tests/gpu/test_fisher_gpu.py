@@ -63,6 +63,18 @@ def _no_tf32() -> Iterator[None]:
         yield
 
 
+def weights_of(backend: str, case: cases.FisherCase, weight: Tensor, dtype: torch.dtype) -> list:
+    """None, the weight and the weight in the inputs' dtype; for Triton one of the latter, since it
+    compiles its kernels for each."""
+    every = [None, weight, weight.to(dtype)]
+    return every if backend == "cuda" else [None, every[1 + CASES.index(case) // 3 % 2]]
+
+
+def layers_for(backend: str) -> list[cases.FisherCase]:
+    """Layers for tests beside that of right values: Triton compiles its kernel for nearly each."""
+    return LAYERS if backend == "cuda" else LAYERS[::5]
+
+
 def fisher(
     x: Tensor, dy: Tensor, case: cases.FisherCase, backend: str, weight: Tensor | None = None
 ) -> Tensor:
@@ -72,7 +84,7 @@ def fisher(
 @pytest.mark.parametrize(("backend", "case", "dtype"), RUNS, ids=name, indirect=["backend"])
 def test_matches_float64(backend: str, case: cases.FisherCase, dtype: torch.dtype) -> None:
     x, dy, weight = cases.random_fisher_inputs(case, dtype, "cuda")
-    for scaled in (None, weight, weight.to(dtype)):
+    for scaled in weights_of(backend, case, weight, dtype):
         got = fisher(x, dy, case, backend, scaled)
         cases.assert_close(got, *cases.fisher_reference64(x, dy, case, scaled))
         assert cases.same_bits(got, fisher(x, dy, case, backend, scaled))
@@ -121,7 +133,7 @@ def test_bits_do_not_depend_on_alignment(backend: str) -> None:
 
 
 def test_non_finite_values_stay_in_their_filter(backend: str) -> None:
-    for case in LAYERS:
+    for case in layers_for(backend):
         x, dy, _ = cases.random_fisher_inputs(case, torch.bfloat16, "cuda")
         if dy.size(1) < 8:
             continue
@@ -132,12 +144,13 @@ def test_non_finite_values_stay_in_their_filter(backend: str) -> None:
 
 def test_graph_replay_sees_new_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # filling memory is no part of what is captured
-    inputs = [cases.random_fisher_inputs(case, torch.bfloat16, "cuda") for case in LAYERS]
+    layers = layers_for(backend)
+    inputs = [cases.random_fisher_inputs(case, torch.bfloat16, "cuda") for case in layers]
 
     def run() -> list[Tensor]:
         return [
             fisher(x, dy, case, backend, scaled)
-            for case, (x, dy, weight) in zip(LAYERS, inputs, strict=True)
+            for case, (x, dy, weight) in zip(layers, inputs, strict=True)
             for scaled in (None, weight)
         ]
 
@@ -161,6 +174,7 @@ def test_second_device(backend: str) -> None:
     cases.assert_close(got, *cases.fisher_reference64(x, dy, case))
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements(backend: str) -> None:
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
@@ -186,7 +200,7 @@ def test_backends_agree() -> None:
     missing = [name for name in ("cuda", "triton") if not tk.available_backends()[name]]
     if missing:
         pytest.skip(f"no {missing[0]} backend here")
-    for case in LAYERS:
+    for case in layers_for("triton"):
         x, dy, _ = cases.random_fisher_inputs(case, torch.bfloat16, "cuda")
         _, bound = cases.fisher_reference64(x, dy, case)
         cases.assert_close(

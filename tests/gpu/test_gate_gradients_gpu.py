@@ -30,6 +30,8 @@ GATE_CASES = [
     GateCase("volume", (2, 5, 40, 33, 50)),
     GateCase("heads", (2, 300, 12, 64), channel_dim=2),
     GateCase("rows_in_segments", (1, 2, 1000, 501), bias=True),
+    GateCase("features", (512, 2048), bias=True),
+    GateCase("features_odd", (4097, 1001), bias=True),
 ]
 
 
@@ -62,6 +64,7 @@ def test_runs_on_the_current_stream(backend: str) -> None:
     assert same_bits(got, gate_gradients(y, dy, backend=backend))
 
 
+@pytest.mark.large
 def test_more_than_2_to_31_elements(backend: str) -> None:
     rows, columns = 2**16 + 1, 2**15 + 8
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:

@@ -128,6 +128,7 @@ def test_signs_are_those_of_every_device(seed: int, backend: str) -> None:
         assert signs.cpu().double().equal(probes.signs(tensor, seed, i))
 
 
+@pytest.mark.large
 def test_random_signs_of_more_than_2_to_31_elements(backend: str) -> None:
     rows, columns = 2**16 + 1, 2**15 + 8
     if torch.cuda.mem_get_info()[0] < 16 * 2**30:
@@ -145,6 +146,7 @@ def test_random_signs_of_more_than_2_to_31_elements(backend: str) -> None:
     assert q[:, 1].eq(columns / 4).all()
 
 
+@pytest.mark.large
 def test_moments_of_more_than_2_to_31_elements(backend: str) -> None:
     rows, columns = 2**16 + 1, 2**15 + 8
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:

@@ -36,6 +36,8 @@ LIMITS = [
             FisherCase("small_tiles", (2, 27, 6, 6), (70, 27, 3, 3)),
             FisherCase("small_vectors", (3, 128, 1, 17), (32, 128, 1, 1)),
             FisherCase("words", (2, 42, 2, 15), (10, 42, 1, 1)),
+            FisherCase("half_a_span", (2, 40, 8, 8), (9, 40, 1, 1)),  # one in fp16 and TF32
+            FisherCase("half_a_span_and_one", (2, 40, 5, 13), (9, 40, 1, 1)),
             FisherCase("one_span", (2, 40, 8, 16), (9, 40, 1, 1)),
             FisherCase("two_spans", (2, 40, 16, 16), (9, 40, 1, 1)),
             FisherCase("spans", (3, 40, 19, 17), (9, 40, 1, 1)),

@@ -40,16 +40,21 @@ def run_behind_a_late_copy(
 ) -> Sequence[Tensor]:
     """run(a tensor that gets its values late, on the stream that is current during the call).
 
-    What runs on another stream reads zeros. The first call compiles kernels and copies tables of
-    addresses, either of which may wait until the copy is through; so it is the second that counts.
+    What runs on another stream reads zeros. That shows only if the host runs ahead of the copy: a
+    call that compiles a kernel, or copies a table of new addresses, waits for it. So the call is
+    repeated on that stream until it has compiled all, and meets its own outputs' memory again.
     """
     late = torch.zeros_like(values)
-    run(late)
-    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        for _ in range(3):
+            run(late)
+        stream.synchronize()
+        torch.cuda._sleep(500_000_000)  # a quarter of a second
         late.copy_(values)
         got = run(late)
+        waited = stream.query()
     stream.synchronize()
+    assert not waited, "the call waited for the GPU, so that it proves nothing of its stream"
     return got

@@ -33,6 +33,7 @@ GPU_CASES = [
     MomentsCase("resnext", (128, 4, 3, 3), groups=32),
     MomentsCase("patches", (192, 3, 16, 16)),
     MomentsCase("wide", (8, 70_000)),
+    MomentsCase("few_vectors", (100_000, 64)),
     MomentsCase("tall", (70_000, 24)),
     MomentsCase("attention", (1024, 3072)),
     MomentsCase("misaligned", (1024, 776), layout="misaligned"),

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import taylor_kernels as tk
+from tests.conftest import pytest_collection_modifyitems
 from tests.helpers import ROOT
-from tools.gpu_check import TOTAL, Step, finish, run, steps
+from tools import gpu_check
+from tools.gpu_check import BENCHES, ON_DEMAND, SANITIZERS, TOTAL, gather, measured, steps
+from tools.gpu_steps import Step, run, run_together
+from tools.gpu_summary import LENGTH, summary
+
+#: What the machine that these steps are for may lack.
+OPTIONAL = (
+    "torch_pruning", "rich", "typer", "hypothesis", "pytest_benchmark", "xdist", "sklearn", "scipy",
+    "matplotlib", "safetensors", "transformers", "monai", "opacus", "backpack",
+)  # fmt: skip
+
+
+def finish(command, environment, seconds, log):
+    """One command alone."""
+    return run_together([command], environment, seconds, log)[0]
 
 
 def test_a_stopped_step_leaves_nothing_running(tmp_path):
     """What a command has started would go on to take the next step's time, and the GPU."""
     late = tmp_path / "late"
-    script = f"echo begun; (sleep 1; touch {late}) & wait"
-    code, output = finish(["bash", "-c", script], dict(os.environ), 0.3, [])
+    script = f"echo begun; (trap '' INT; sleep 1; touch {late}) & wait"
+    code, output = finish(["bash", "-c", script], dict(os.environ), 0.6, tmp_path / "log")
     assert code == 124
     assert output.startswith("begun")
     time.sleep(1.2)
@@ -40,6 +59,25 @@ def test_an_interrupted_step_leaves_nothing_running(tmp_path):
     assert not late.exists()
 
 
+def test_a_step_cut_short_keeps_what_it_had(tmp_path):
+    """Of tests the failures so far, of benches the results so far, and every line in the log."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = *.py")
+    (tmp_path / "some.py").write_text(
+        "import time\n"
+        "def test_right(benchmark): benchmark(lambda: None)\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_long(): time.sleep(60)\n"
+    )
+    results, log = tmp_path / "results.json", tmp_path / "log"
+    command = [sys.executable, "-m", "pytest", "-v", f"--benchmark-json={results}", str(tmp_path)]
+    result = run(Step("some", [command], 30.0), log, 20.0)
+    assert result["code"] == 124
+    assert len(result["failed"]) == 1
+    assert "test_wrong" in result["failed"][0]
+    assert "test_right PASSED" in log.read_text()
+    assert len(json.loads(results.read_text())["benchmarks"]) == 1
+
+
 def test_exit_codes(tmp_path):
     log = tmp_path / "log"
     for script, code in (("exit 0", 0), ("exit 5", 5), ("kill -9 $$", 137)):
@@ -55,17 +93,89 @@ def test_tests_of_a_backend_that_was_not_built_fail_where_it_is_asked_for(tmp_pa
     (tmp_path / "test_some.py").write_text("def test(backend): pass")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
     environment = {**os.environ, "TAYLOR_KERNELS_CUDA": asked}
-    code, output = finish([*command, str(tmp_path)], environment, 60.0, [])
+    code, output = finish([*command, str(tmp_path)], environment, 60.0, tmp_path / "log")
     fails = asked == "on" and not tk.available_backends()["cuda"]
     assert code == fails
     assert ("backend 'cuda' is asked for, but not available" in output) == fails
 
 
+@pytest.fixture
+def bare(tmp_path):
+    """Runs a command where packages that may be missing are out of reach; returns its output."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "class Find:\n"
+        "    def __call__(self, name, *args):\n"
+        f"        missing = name.partition('.')[0] in {OPTIONAL!r}\n"
+        "        return None if missing else find(name, *args)\n"
+        "PathFinder.find_spec = Find()\n"
+    )
+
+    def run(command, **environment):
+        there = os.environ | environment | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_tests_on_a_gpu_need_none_of_what_may_be_missing(bare, tmp_path):
+    """The steps' own commands collect all that the files hold."""
+    for step in steps(["tests", "pruning"], tmp_path):
+        command = [part for part in step.commands[0] if not part.startswith("--share")]
+        found = bare([*command, "--collect-only", "-qq"], **step.environment)
+        assert found.count("test_") > 10
+
+
+def test_the_pruner_needs_none_of_what_may_be_missing(bare):
+    program = (
+        "import importlib.util\n"
+        "from taylor_kernels.pruning import Pruner\n"
+        "from tests.helpers import zoo\n"
+        "model, inputs = zoo.build('mobilenet')\n"
+        "pruner = Pruner(model, inputs, params=0.5, every=1)\n"
+        "while not pruner.done:\n"
+        "    zoo.loss(model, inputs).backward()\n"
+        "    pruner.step()\n"
+        "    model.zero_grad()\n"
+        "pruner.compact()\n"
+        "print([importlib.util.find_spec(name) for name in ('rich', 'torch_pruning')])\n"
+    )
+    assert bare([sys.executable, "-c", program]) == "[None, None]\n"
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_shares_are_all_tests_once(count):
+    """Those that fill the GPU are in one of them, after the others."""
+
+    def items():
+        large = SimpleNamespace(get_closest_marker=lambda name: name == "large")
+        some = SimpleNamespace(get_closest_marker=lambda name: False)
+        return [copy.copy(large if i % 5 == 3 else some) for i in range(23)]
+
+    every = items()
+    shares = []
+    for i in range(count):
+        config = SimpleNamespace(
+            getoption=lambda name, i=i: f"{i + 1}/{count}",
+            hook=SimpleNamespace(pytest_deselected=lambda items: None),
+        )
+        shares.append(list(every))
+        pytest_collection_modifyitems(config, shares[-1])
+    assert sorted(id(item) for share in shares for item in share) == sorted(map(id, every))
+    large = [item for item in every if item.get_closest_marker("large")]
+    assert shares[0][-len(large) :] == large
+    sizes = [len(share) for share in shares[1:]]
+    assert max(sizes, default=0) - min(sizes, default=0) <= 1
+
+
 def test_benches_are_told_the_time_that_is_left(tmp_path):
     """Not that which they had if all before them had been quick: stopped, they leave no results."""
     step = Step("bench", [["echo"]], 90.0, 30.0)
-    for left, told in ((200.0, "--seconds=60"), (50.0, "--seconds=20")):
-        assert run(step, tmp_path / "log", left)["last_line"] == told
+    for left, told in ((90.0, "--seconds=60"), (50.0, "--seconds=20")):
+        assert run(step, tmp_path / "log", left)["last_lines"] == [told]
     for some in (step, Step("build", [["true"]], 90.0)):
         assert not run(some, tmp_path / "log", some.spare)["ok"]
 
@@ -76,3 +186,47 @@ def test_named_steps_share_the_time_of_all():
     assert [step.name for step in steps(["tune", "build"], Path())] == ["build", "tune"]
     with pytest.raises(SystemExit, match="'biuld' is no step; there are build, tests"):
         steps(["biuld"], Path())
+
+
+def test_all_steps_fit_the_time(monkeypatch):
+    chosen = steps([], Path())
+    assert sum(step.seconds for step in chosen) <= TOTAL + 1e-6
+    names = [step.name for step in chosen]
+    assert names == ["build", "tests", "pruning", "memcheck", "racecheck", *BENCHES]
+    assert set(SANITIZERS) - set(names) == set(ON_DEMAND) - {"tune"}
+    monkeypatch.setattr(gpu_check, "TOTAL", 0)
+    assert sum(step.seconds for step in steps([], Path())) <= TOTAL, "they do not fit unstretched"
+
+
+def test_the_summary_is_short_and_ends_in_the_verdicts(tmp_path):
+    names = [f"test_{i}[{'x' * 200}]" for i in range(500)]
+    case = {
+        "stats": {"median": 1.25e-4},
+        "extra_info": {
+            "case": ["filter_moments", "resnet50-fp32", "rows"],
+            "provider": "ours",
+            "ratio_to_floor": 1.5,
+            "percent_of_copy": 61.2,
+            "host_s": 3e-5,
+        },
+    }
+    measured(tmp_path, "bench").write_text(json.dumps({"benchmarks": [case] * 500}))
+    failed = {"step": "tests", "ok": False, "code": 1, "seconds": 80.0, "last_lines": ["9 failed"]}
+    ended = {"step": "memcheck", "ok": False, "code": 9, "seconds": 30.0, "last_lines": ["bad"]}
+    report = {
+        "machine": {"gpu": "a GPU", "torch": "2", "cuda": "13"},
+        "missing": ["no torch_pruning: without Torch-Pruning as a peer"],
+        "steps": [
+            failed | {"failed": names},
+            ended | {"failed": [], "ends": [["read of 4 bytes"]]},
+        ],
+        "bench": gather(tmp_path),
+    }
+    text = summary(report)
+    assert len(text) <= LENGTH + 2
+    lines = text.splitlines()
+    assert lines[-2].split()[:4] == ["tests", "FAIL", "(1)", "80.0"]
+    assert lines[-1].endswith("bad")
+    for part in ("no torch_pruning", "test_0[", "read of 4 bytes", "125.0 µs  30 µs  61%  1.50×"):
+        assert part in text
+    assert len(summary(report | {"bench": None, "steps": []})) < 200

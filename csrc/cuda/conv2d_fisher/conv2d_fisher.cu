@@ -1,8 +1,7 @@
 #include "common/ops.h"
 #include "cuda/conv2d_fisher/direct.cuh"
 #include "cuda/conv2d_fisher/implicit_gemm.cuh"
-#include "cuda/launch.cuh"
-#include "cuda/task_kernels.cuh"
+#include "cuda/task_launch.cuh"
 
 namespace tk {
 namespace {
@@ -67,18 +66,15 @@ void finish(const FisherPlan& plan, const float* parts, float* out, cudaStream_t
   task.rows = plan.results;
   task.tiles = static_cast<uint32_t>(plan.parts);
   task.row_out = out;
-  launch(Conv2dFisher::kName, stream, row_axis(task).blocks(Conv2dFisher::kSums),
-         finish_kernel<Conv2dFisher, 1>, table, parts);
+  launch_early(Conv2dFisher::kName, stream, row_axis(task).blocks(Conv2dFisher::kSums),
+               finish_kernel<Conv2dFisher, 1>, table, parts);
 }
 
 }  // namespace
 
-int64_t conv2d_fisher_cuda_workspace(const Conv2dFisherArgs& args) {
-  return plan_fisher(args, kWorkspaceBytes).workspace_floats() * int64_t{sizeof(float)};
-}
-
-void conv2d_fisher_cuda(const Conv2dFisherArgs& args, void* workspace, void* stream) {
-  run_fisher(plan_fisher(args, kWorkspaceBytes), args, workspace, stream);
+void conv2d_fisher_cuda(const Conv2dFisherArgs& args, const Allocate& allocate, void* stream) {
+  const FisherPlan plan = plan_fisher(args, kWorkspaceBytes);
+  run_fisher(plan, args, workspace_of(plan.workspace_floats(), allocate), stream);
 }
 
 void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream) {

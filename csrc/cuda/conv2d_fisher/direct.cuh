@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/conv2d_fisher/im2col.cuh"
+#include "cuda/ptx.cuh"
 
 namespace tk {
 
@@ -76,6 +77,7 @@ __device__ void add_across_group(const FisherTask& task, float (&sums)[kSums],
 template <class E, int kFilters, int kColumns, class Int>
 __global__ void __launch_bounds__(kThreads, sizeof(Int) == 4 ? 2 : 1)
     fisher_direct_kernel(const __grid_constant__ FisherTask task) {
+  let_next_kernel_begin();
   using Raw = typename E::Raw;
   constexpr int kSums = kFilters * kColumns;
   __shared__ float buffers[2][kThreads * kSums];

@@ -185,10 +185,10 @@ __device__ void sum_examples(const FisherTask& task, const TilePlace& place,
     if (staged) {
       Product::template multiply<ChunkA::kPitch, ChunkB::kPitch>(
           sums, stage_a + half * Memory::kHalf, stage_b + half * Memory::kHalf);
-      if (begin % kSpan == 0) squares.add(sums);
+      if (begin % Product::kSpan == 0) squares.add(sums);
       if (begin == 0) {
         squares.end_example(examples);
-      } else if (begin % (kSpan * kSpans) == 0) {
+      } else if (begin % (Product::kSpan * kSpans) == 0) {
         squares.end_spans();
       }
       if (examples == 0) break;
@@ -269,6 +269,7 @@ __device__ void write_filters(const FisherTask& task, const TilePlace& place,
 template <class Product, class Tile>
 __global__ void __launch_bounds__(kThreads, 2)
     fisher_gemm_kernel(const __grid_constant__ FisherTask task) {
+  let_next_kernel_begin();
   using Memory = TileMemory<Product, Tile>;
   __shared__ TilePlace place;
   char* memory = dynamic_shared();

@@ -1,6 +1,7 @@
 // What a warp does with a staged chunk: sums[f][c] += Σ_p dy[f][p] · x[c][p] for its 32 filters and
 // 16 or 32 columns. A Product is a struct:
 //   Chunk<kRows>   how either side is staged
+//   kSpan          positions that its sums may add up
 //   rounded()      a word of elements, as they are staged
 //   row(i), column(j)  the filter and the column of a lane's sums[i][j]
 //   multiply()     of the chunk at `a` and `b`, where the warp's first filter and column begin
@@ -27,6 +28,8 @@ struct ProductTypes {
 // On tensor cores. f32 means TF32.
 template <DType kType, bool kInside>
 struct Mma : ProductTypes<kType, kInside> {
+  static constexpr int kSpan = span_of(kType, true);
+
   static __device__ uint32_t rounded(uint32_t word) {
     return kType == DType::f32 ? round_to_tf32(word) : word;
   }
@@ -97,6 +100,8 @@ struct Mma : ProductTypes<kType, kInside> {
 // In float32 throughout, for f32.
 template <bool kInside>
 struct Fma : ProductTypes<DType::f32, kInside> {
+  static constexpr int kSpan = span_of(DType::f32, false);
+
   static __device__ uint32_t rounded(uint32_t word) { return word; }
 
   // Lanes read whole vectors of shared memory: along the positions, or four rows side by side.

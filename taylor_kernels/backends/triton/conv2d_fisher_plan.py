@@ -32,8 +32,9 @@ LEAST_SIDE, LEAST_TILE = 16, 32 * 32
 #: cores, where all of them are in registers.
 CHUNK = {"half": 64, "tf32": 32, "ieee": 16}
 #: Positions whose products are summed at once: tensor cores cut off what does not fit, so that a
-#: long sum of one sign would lose a little with every step.
-SPAN = 256
+#: long sum of one sign would lose a little with every step. csrc/cuda/conv2d_fisher/launch_plan.cuh
+#: says how much; without tensor cores a sum is rounded, and may be longer.
+SPAN = {"bfloat16": 128, "float16": 64, "tf32": 64, "ieee": 256}
 #: More padding than this share of the positions is worth a smaller chunk.
 PADDING = 0.15
 #: Groups of at most this many filters times channels are multiplied element by element: a tile of a
@@ -93,7 +94,7 @@ def choose_tile(args: Conv2dFisherArgs) -> Tile:
             (x_vector, triton.next_power_of_2(columns)),
         )
     )
-    if positions > SPAN and rows * width == SIDE * SIDE and not (x_last and dy_last):
+    if positions > _span(args) and rows * width == SIDE * SIDE and not (x_last and dy_last):
         width = SHORT_SIDE  # a third tile of sums, and addresses of rows, would not fit registers
     tile = Tile(False, rows, width, _chunk(positions, kind), 4)
     while tile.rows * tile.columns > LEAST_TILE:
@@ -149,10 +150,11 @@ def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
     }
     if tile.direct:
         return result | {"FILTERS": args.filters, "CHANNELS": args.channels}
+    span = _span(args)
     return result | {
         "POINTWISE": _is_pointwise(args),
         "PRECISION": "tf32" if args.tf32 else "ieee",
-        "SPAN": SPAN if math.prod(args.out_image) > SPAN else 0,
+        "SPAN": span if math.prod(args.out_image) > span else 0,
     }
 
 
@@ -169,6 +171,11 @@ def _kind(args: Conv2dFisherArgs) -> str:
     if args.input.dtype != torch.float32:
         return "half"
     return "tf32" if args.tf32 else "ieee"
+
+
+def _span(args: Conv2dFisherArgs) -> int:
+    kind = _kind(args)
+    return SPAN[str(args.input.dtype).removeprefix("torch.") if kind == "half" else kind]
 
 
 def _columns(args: Conv2dFisherArgs) -> int:

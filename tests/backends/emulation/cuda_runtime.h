@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,8 @@
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #define __host__
@@ -207,87 +210,4 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
-using cudaStream_t = void*;
-enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInsufficientDriver = 35,
-  cudaErrorInvalidDeviceFunction = 98,
-  cudaErrorNoKernelImageForDevice = 209,
-  cudaErrorUnsupportedPtxVersion = 222,
-};
-
-namespace emulation {
-
-inline int device = 0;                            // the current one
-inline cudaError_t function_error = cudaSuccess;  // what it says of every kernel
-inline cudaError_t last_error = cudaSuccess;
-
-// The dynamic shared memory that a kernel may have on a device, as often as it was set.
-struct Limit {
-  int device;
-  const void* kernel;
-  int bytes;
-};
-inline std::vector<Limit> limits;
-inline std::vector<int> launched_shared;  // bytes of every launch
-
-inline int limit_of(const void* kernel) {
-  int bytes = 48 << 10;
-  for (const Limit& limit : limits) {
-    if (limit.device == device && limit.kernel == kernel) bytes = limit.bytes;
-  }
-  return bytes;
-}
-
-}  // namespace emulation
-
-inline cudaError_t cudaGetDevice(int* device) {
-  *device = emulation::device;
-  return cudaSuccess;
-}
-inline cudaError_t cudaGetLastError() {
-  const cudaError_t error = emulation::last_error;
-  emulation::last_error = cudaSuccess;
-  return error;
-}
-inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "an emulated error";
-}
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  cudaStream_t stream;
-};
-
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  emulation::limits.push_back({emulation::device, kernel, bytes});
-  return cudaSuccess;
-}
-
-struct cudaFuncAttributes {
-  int numRegs;
-};
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
-  return emulation::last_error = emulation::function_error;
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               const Arguments&... arguments) {
-  const auto shared = static_cast<int>(config->dynamicSmemBytes);
-  emulation::launched_shared.push_back(shared);
-  if (shared > emulation::limit_of(reinterpret_cast<const void*>(kernel))) {
-    return cudaErrorInvalidValue;
-  }
-  blockDim = config->blockDim;
-  emulation::body = [&] { kernel(arguments...); };
-  for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
-    emulation::run_block(config->dynamicSmemBytes);
-  }
-  return cudaSuccess;
-}
+#include "emulated_launch.h"

@@ -13,6 +13,7 @@
 #include "common/philox.h"
 #include "cuda/conv2d_fisher/launch_plan.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace {
 
@@ -41,6 +42,7 @@ int fisher(py::handle record, int64_t workspace_bytes, py::handle workspace) {
                          {args.grad_output, args.batch * dy * tk::size_of(args.dtype)},
                          {args.weight, args.weight ? weight : 0}};
   tk::run_fisher(tk::plan_fisher(args, workspace_bytes), args, tk::data_of(workspace), nullptr);
+  emulation::run_pending();
   emulation::readable.clear();
   return emulation::faults;
 }
@@ -83,10 +85,17 @@ PYBIND11_MODULE(emulated, m) {
   m.def("fisher_plan", &fisher_plan);
   m.def("fisher", &fisher);
   m.def("philox", &philox);
+  m.def("set_tensor_core", [](int bits, int groups) { tk::tensor_core = {bits, groups}; });
+  m.def("add_products", [](float sum, std::vector<float> a, std::vector<float> b) {
+    return tk::add_products(sum, a.data(), b.data(), static_cast<int>(a.size()));
+  });
   m.def("set_device", [](int device) { emulation::device = device; });
   m.def("set_function_error",
         [](int error) { emulation::function_error = static_cast<cudaError_t>(error); });
   m.def("take_last_error", [] { return static_cast<int>(cudaGetLastError()); });
+  m.def("synchronize", &emulation::run_pending);
+  m.def("set_ptx_version", [](int version) { emulation::ptx_version = version; });
+  m.def("early_launches", [] { return emulation::early_launches; });
   m.def("shared_limits", &shared_limits);
   m.def("launched_shared", [] { return emulation::launched_shared; });
   m.def("allow_shared_on_threads", &allow_shared_on_threads);

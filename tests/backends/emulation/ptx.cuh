@@ -6,9 +6,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 
 namespace tk {
+
+inline void let_next_kernel_begin() {}
+inline void wait_for_last_kernel() { emulation::wait_for_last_kernel(); }
 
 inline char* dynamic_shared() { return emulation::dynamic_shared.data(); }
 
@@ -32,11 +36,39 @@ inline void load_matrices_transposed(uint32_t (&words)[4], const char* row) {
   }
 }
 
-// A tensor core keeps the sum of a step exactly, or nearly so, and cuts it off: it rounds to zero.
+// How a tensor core adds: it aligns the products of a group, and the sum so far, to the largest of
+// their exponents and cuts off what lies more than `bits` below; the sum, too, is cut to a float.
+// An A100 takes a step in two groups and keeps 24 bits, an H100 all of it at once and 25.
+struct TensorCore {
+  int bits;
+  int groups;
+};
+inline TensorCore tensor_core = {24, 2};
+
+// Of a product it is the sum of its factors' exponents, though it may be up to four times as large.
+inline int exponent_of(float value) {
+  return static_cast<int>(__float_as_uint(value) >> 23 & 255) - 127;
+}
+
 inline float cut_off(double sum) {
   const auto value = static_cast<float>(sum);
   return std::fabs(value) > std::fabs(sum) && std::isfinite(sum) ? std::nextafter(value, 0.0f)
                                                                  : value;
+}
+
+inline float add_products(float sum, const float* a, const float* b, int count) {
+  int most = sum == 0 ? INT32_MIN : exponent_of(sum);
+  double exact = sum;
+  for (int i = 0; i < count; ++i) {
+    const double product = double{a[i]} * b[i];
+    exact += product;
+    if (product != 0) most = std::max(most, exponent_of(a[i]) + exponent_of(b[i]));
+  }
+  if (!std::isfinite(exact) || most == INT32_MIN) return static_cast<float>(exact);
+  const double unit = std::ldexp(1.0, most - tensor_core.bits);
+  auto units = static_cast<int64_t>(sum / unit);
+  for (int i = 0; i < count; ++i) units += static_cast<int64_t>(double{a[i]} * b[i] / unit);
+  return cut_off(static_cast<double>(units) * unit);
 }
 
 // A register holds kPerWord elements; a row of a or b has 8 registers' worth, in four lanes.
@@ -55,13 +87,18 @@ void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uin
   for (int i = 0; i < 4; ++i) {
     const unsigned row = lane / 4;  // and eight below it, in a's second and fourth register
     const unsigned column = lane % 4 * 2 + i % 2;
-    double sum = *sums[i];
+    float from_a[8 * kPerWord], from_b[8 * kPerWord];  // along the positions
     for (int word = 0; word < 8; ++word) {
-      const float* from_a = &lanes[row * 4 + word % 4][(word / 4 * 2 + i / 2) * kPerWord];
-      const float* from_b = &lanes[column * 4 + word % 4][(4 + word / 4) * kPerWord];
-      for (int j = 0; j < kPerWord; ++j) sum += double{from_a[j]} * from_b[j];
+      for (int j = 0; j < kPerWord; ++j) {
+        from_a[word * kPerWord + j] =
+            lanes[row * 4 + word % 4][(word / 4 * 2 + i / 2) * kPerWord + j];
+        from_b[word * kPerWord + j] = lanes[column * 4 + word % 4][(4 + word / 4) * kPerWord + j];
+      }
     }
-    *sums[i] = cut_off(sum);
+    const int count = 8 * kPerWord / tensor_core.groups;
+    for (int first = 0; first < 8 * kPerWord; first += count) {
+      *sums[i] = add_products(*sums[i], from_a + first, from_b + first, count);
+    }
   }
 }
 
