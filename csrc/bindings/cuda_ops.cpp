@@ -1,6 +1,6 @@
 #include "bindings/cuda_ops.h"
 
-#include "bindings/records.h"
+#include "bindings/plans.h"
 #include "common/ops.h"
 #include "cuda/device_check.h"
 
@@ -24,8 +24,8 @@ void define(py::module_& m, const char* name, int64_t (*workspace_bytes)(const C
             void (*run)(const Call&, void*, void*)) {
   const auto read_and_run = [=](py::handle described, uintptr_t stream,
                                 const py::function& allocate, uint64_t seed) {
-    Call call;
-    read_call(described, seed, call);
+    Call space;
+    const Call& call = call_of(described, seed, space);
     with_workspace(workspace_bytes(call), allocate,
                    [&](void* workspace) { run(call, workspace, stream_of(stream)); });
   };
