@@ -94,6 +94,8 @@ OTHER = "*"
 
 #: Operations that make tensors of their own although they are given one.
 MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+#: Operations that repeat places, also of tensors without atoms.
+REPEATS = {"expand", "repeat"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -112,7 +114,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def followed(labels: Labels) -> bool:
     """Whether there are atoms to follow, or there may be once something is written."""
-    return any(vector is not None for vector in labels.dims) or labels.name != ""
+    vectors = any(vector is not None for vector in labels.dims)
+    return vectors or labels.uniform or labels.name != "" or labels.memory.repeated
 
 
 class Recorder(TorchDispatchMode):
@@ -212,7 +215,8 @@ class Recorder(TorchDispatchMode):
             self.touched(tensor)
         call.out = func(*args, **kwargs)
         self.record.step += 1
-        if not call.tensors or call.name in MAKERS or any(map(followed, call.labels.values())):
+        makes = not call.tensors or call.name in MAKERS or call.name in REPEATS
+        if makes or any(map(followed, call.labels.values())):
             self._apply(call, written)
         return call.out
 
@@ -249,6 +253,10 @@ class Recorder(TorchDispatchMode):
             new.shape = tuple(tensor.shape)
             self.store.set(tensor, new)
             return
+        if old.uniform or old.memory.repeated:
+            part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+            other = (old.uniform and not new.is_uniform) or not old.loose <= new.repeated
+            old.memory.uneven |= part or other
         for dim, vector in enumerate(new.dims):
             mine = old.dims[dim]
             if vector is mine:
