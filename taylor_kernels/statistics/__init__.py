@@ -14,7 +14,7 @@ from taylor_kernels.statistics.base import (
     checked_tables,
 )
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
-from taylor_kernels.statistics.gate_curvature import GateCurvature
+from taylor_kernels.statistics.gate_curvature import ExactGateCurvature, GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
 from taylor_kernels.statistics.gates import ExampleGates, Gates
 from taylor_kernels.statistics.layers import (
@@ -38,6 +38,7 @@ from taylor_kernels.statistics.weight_products import Hutchinson, SecondOrder
 __all__ = [
     "BatchNormScale",
     "Closure",
+    "ExactGateCurvature",
     "ExampleGates",
     "Fisher",
     "FisherProbe",

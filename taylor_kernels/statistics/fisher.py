@@ -14,6 +14,7 @@ from torch import Tensor
 from taylor_kernels.hooks import Hook
 from taylor_kernels.statistics.base import Closure, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
 from taylor_kernels.statistics.hooks.passes import (
     NOTHING_SEEN,
     WatchesPasses,
@@ -28,7 +29,7 @@ from taylor_kernels.statistics.layers import (
     held_weight,
     used_weight,
 )
-from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
+from taylor_kernels.statistics.output_curvature import sampled_columns, warn_if_linear
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -168,15 +169,18 @@ class _Fishers(WatchesPasses):
 
     def _means(self) -> list[Tensor]:
         """[F, 1] per layer, over all examples."""
-        waiting, self._waiting = self._waiting, {}
-        for here, name in waiting.items():
-            self._reduce(name, here)
+        self._reduce_waiting()
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
             else held_weight(layer).new_zeros(filter_count(layer), 1, dtype=torch.float32)
             for name, layer in self.layers.items()
         ]
+
+    def _reduce_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for here, name in waiting.items():
+            self._reduce(name, here)
 
     def discard(self) -> None:
         super().discard()
@@ -222,16 +226,26 @@ class FisherProbe(FromOutput, _Fishers):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._batch = 0
+        self._sign = 1
 
-    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
-        self._batch = output.size(0)
-        probe = sign_probe(curvature_root(loss, output), self._generator())
-        self._backward(output, probe.view_as(output).to(output), keep=False)
+    def _tables_at(self, loss: LossFunction) -> list[Tensor]:
+        warn_if_linear(loss, stacklevel=7)
+        factor = sampled_columns(loss, 1, self.updates, leading=False)
+        if not factor.apart or loss.examples is None:
+            raise ValueError(
+                "closure: its loss lets examples meet (dim 0 of the model's output), as a "
+                "contrastive loss does, so that they have no weight gradients each; use "
+                "taylor_so_diag, which adds them up, or taylor_so_bn"
+            )
+        self._batch = loss.examples
+        for vectors, self._sign in factor.columns:
+            self._backward(loss, vectors)
+            self._reduce_waiting()
         return self._means()
 
     def _add(self, name: str, fisher: Tensor, examples: int) -> None:
         check_examples(name, examples, self._batch)
-        self._accumulate(name, fisher, 1)
+        self._accumulate(name, self._sign * fisher, 0)
 
 
 def _kind(layer: Layer) -> str:
