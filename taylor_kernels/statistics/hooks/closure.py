@@ -110,9 +110,9 @@ class FromOutput(InClosure):
 
     def _tables_of(self, closure: Closure) -> list[Tensor]:
         try:
-            with _outputs_of(self.model) as outputs:
+            with outputs_of(self.model) as outputs:
                 loss = run_closure(closure)
-            return self._tables_at(loss, _only_output(outputs))
+            return self._tables_at(loss, only_output(outputs))
         finally:
             self._edges.clear()
 
@@ -158,7 +158,7 @@ def check_examples(name: str, examples: int, batch: int) -> None:
 
 
 @contextmanager
-def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
+def outputs_of(model: nn.Module) -> Iterator[list[Any]]:
     """What the model returns, call by call."""
     outputs: list[Any] = []
 
@@ -192,7 +192,7 @@ def _is_record(part: object) -> bool:
     return dataclasses.is_dataclass(part) and not isinstance(part, type)
 
 
-def _only_output(outputs: Sequence[Any]) -> Tensor:
+def only_output(outputs: Sequence[Any]) -> Tensor:
     """The tensor [N, ...] that the model returned, alone or in a container."""
     if len(outputs) != 1:
         raise ValueError(
