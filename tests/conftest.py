@@ -27,33 +27,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the share that is asked for."""
-    if not config.getoption("--share"):
-        return
-    share, count = map(int, config.getoption("--share").split("/"))
-    large = [item for item in items if item.get_closest_marker("large")]
-    others = [item for item in items if not item.get_closest_marker("large")]
-    kept = others[share - 1 :: count] + (large if share == 1 else [])
-    ids = {id(item) for item in kept}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in ids])
-    items[:] = kept
-
-
 #: How many tests were left out, by what they lack.
 _LEFT_OUT = pytest.StashKey[int]()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests on a GPU are left out where there is none, so that a skip is one to look at."""
-    if torch.cuda.is_available():
-        return
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[_LEFT_OUT] = len(on_gpu)
-    if on_gpu:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=on_gpu)
+    """Tests on a GPU are left out where there is none, so that a skip is one to look at.
+
+    Of the others the share that is asked for is kept.
+    """
+    kept = items[:]
+    if not torch.cuda.is_available():
+        kept = [item for item in items if not item.get_closest_marker("gpu")]
+        config.stash[_LEFT_OUT] = len(items) - len(kept)
+    if share := config.getoption("--share"):
+        kept = _share(kept, *map(int, share.split("/")))
+    if len(kept) < len(items):
+        ids = {id(item) for item in kept}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in ids])
+        items[:] = kept
+
+
+def _share(items: list[pytest.Item], share: int, count: int) -> list[pytest.Item]:
+    large = [item for item in items if item.get_closest_marker("large")]
+    others = [item for item in items if not item.get_closest_marker("large")]
+    return others[share - 1 :: count] + (large if share == 1 else [])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
