@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,12 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
+from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.statistics import Layers, Reads, filter_count, is_layer
-from taylor_kernels.tracing import Channels, trace
+from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ def find_prunable(
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
             matches nothing, or nothing can be pruned.
-        TimeoutError: tracing the model takes too long.
+        TimeoutError, MemoryError: tracing the model takes too long, or too much.
     """
     ignored = ignored_modules(model, ignore)
     layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
     if not layers:
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
-    with FlopCount() as count:
-        channels = trace(plain, example_inputs)
+    count = FlopCount()
+    channels = traced(plain, example_inputs, execute=count.run)
     unscored = _unscored(layers, channels.outside, reads)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
     channels = channels.offering(groups)
@@ -121,7 +122,7 @@ def _unscored(layers: Layers, outside: Mapping[str, str], reads: Reads) -> dict[
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        return copied(model).eval()
     except Exception as error:
         raise ValueError(
             f"model: it cannot be copied to trace it ({type(error).__name__}: {error}); drop "
