@@ -15,14 +15,14 @@ from torch import nn
 _CONSTANT = {type(None), bool, int, float, complex, str, bytes, type, FunctionType}
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """`copy.deepcopy(model)`.
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy(model, memo)`.
 
     A module keeps a dozen tables, most of them empty, which `copy.deepcopy` takes apart one by one.
     Here modules that leave their copying to pickle's protocol are copied table by table. All
     others, and what else modules hold, go to `copy.deepcopy` with the memo of what was copied here.
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
     states: list[tuple[nn.Module, Any]] = []
     for module in model.modules():
         module_class: type = type(module)

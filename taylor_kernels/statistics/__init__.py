@@ -17,7 +17,14 @@ from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
 from taylor_kernels.statistics.gates import ExampleGates, Gates
-from taylor_kernels.statistics.layers import Layers, filter_count, find_layers, is_layer
+from taylor_kernels.statistics.layers import (
+    Layers,
+    filter_count,
+    find_layers,
+    held_weight,
+    is_computed,
+    is_layer,
+)
 from taylor_kernels.statistics.loss_change import LossChange
 from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
 from taylor_kernels.statistics.registry import (
@@ -53,6 +60,8 @@ __all__ = [
     "filter_count",
     "find_layers",
     "get_statistic",
+    "held_weight",
+    "is_computed",
     "is_layer",
     "register_statistic",
     "statistic_names",

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from taylor_kernels.hooks import Hook
-from taylor_kernels.statistics.base import Closure, eval_mode, version_of
+from taylor_kernels.statistics.base import Closure, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.hooks.passes import (
     NOTHING_SEEN,
@@ -22,7 +21,13 @@ from taylor_kernels.statistics.hooks.passes import (
     inside_backward,
 )
 from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
-from taylor_kernels.statistics.layers import Layer, check_output, filter_count
+from taylor_kernels.statistics.layers import (
+    Layer,
+    check_output,
+    filter_count,
+    held_weight,
+    used_weight,
+)
 from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -143,7 +148,7 @@ class _Fishers(WatchesPasses):
             by_count.setdefault(example_count(layer, use[0]), []).append(use)
         for n, alike in by_count.items():
             try:
-                fisher = layer_fisher(layer, alike, _weight(layer), self.backend)
+                fisher = layer_fisher(layer, alike, used_weight(layer), self.backend)
             except ValueError as error:
                 self.discard()
                 raise RuntimeError(
@@ -169,7 +174,7 @@ class _Fishers(WatchesPasses):
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
-            else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            else held_weight(layer).new_zeros(filter_count(layer), 1, dtype=torch.float32)
             for name, layer in self.layers.items()
         ]
 
@@ -232,12 +237,3 @@ class FisherProbe(FromOutput, _Fishers):
 def _kind(layer: Layer) -> str:
     """The class of PyTorch's own that it is."""
     return next(c for c in type(layer).__mro__ if c.__module__.startswith("torch.nn.")).__name__
-
-
-def _weight(layer: Layer) -> Tensor:
-    """The weight that the layer used: reading that of a spectral norm in train mode moves it."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return layer.weight.detach()
-    assert isinstance(layer.parametrizations, nn.Module)
-    with eval_mode(layer.parametrizations):
-        return layer.weight.detach()

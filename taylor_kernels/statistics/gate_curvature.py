@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.statistics.gates import _Gates
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
+from taylor_kernels.statistics.layers import held_weight
 from taylor_kernels.statistics.output_curvature import FEW_OUTPUTS, curvature_root, sign_probe
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -71,7 +72,7 @@ class GateCurvature(FromOutput, _Gates):
         """[N, C] of all that is watched: gate gradients of one backward pass."""
         self._received = {}
         self._backward(tensor, gradient)
-        like = next(iter(self.layers.values())).weight
+        like = held_weight(next(iter(self.layers.values())))
         return {
             name: self._received[name]
             if name in self._received

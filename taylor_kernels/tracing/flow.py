@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.labels import Labels, has_storage
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
@@ -167,7 +166,7 @@ class Flow:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
+    return tensor.untyped_storage()._cdata if has_storage(tensor) else -id(tensor)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

@@ -98,6 +98,8 @@ OTHER = "*"
 
 #: Operations that make tensors of their own although they are given one.
 MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+#: Operations that repeat places, also of tensors without atoms.
+REPEATS = {"expand", "repeat"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -116,7 +118,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def followed(labels: Labels) -> bool:
     """Whether there are atoms to follow, or there may be once something is written."""
-    if labels.name:
+    if labels.name or labels.uniform or labels.memory.repeated:
         return True
     for vector in labels.dims:  # noqa: SIM110 - a generator for each operand costs more than this
         if vector is not None:
@@ -241,7 +243,8 @@ class Recorder(TorchDispatchMode):
             self.touched(tensor)
         call.out = self._execute(func, args, kwargs)
         self.record.step += 1
-        if not call.tensors or call.name in MAKERS or any(map(followed, call.labels.values())):
+        makes = not call.tensors or call.name in MAKERS or call.name in REPEATS
+        if makes or any(map(followed, call.labels.values())):
             self._apply(call, written)
         else:
             self.flow.forget(call)
@@ -282,6 +285,10 @@ class Recorder(TorchDispatchMode):
             new.shape = tuple(tensor.shape)
             self.store.set(tensor, new)
             return
+        if old.uniform or old.memory.repeated:
+            part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+            other = (old.uniform and not new.is_uniform) or not old.loose <= new.repeated
+            old.memory.uneven |= part or other
         for dim, vector in enumerate(new.dims):
             mine = old.dims[dim]
             if vector is mine:

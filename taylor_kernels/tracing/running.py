@@ -63,6 +63,7 @@ class Untouched:
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         self._modules = [(module, dict(module.__dict__)) for module in modules]
+        self._modes = [(module, module.training) for module in modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (table, dict(table) if table else _NOTHING)
             for _, attributes in self._modules
@@ -94,6 +95,9 @@ class Untouched:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+        for module, training in self._modes:
+            if module.training != training:  # a ScriptModule keeps it elsewhere
+                module.training = training
         for table, entries in self._tables:
             if (table or entries) and not _same(table, entries):
                 table.clear()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import taylor_kernels as tk
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import find_layers
+from taylor_kernels.statistics.hooks.gate_tables import GateTables
+from taylor_kernels.statistics.hooks.sites import GateSites, Site
 from tests.helpers.late_norms import NETWORKS, conv, gated, head, lived, readers_of
 
 
@@ -237,3 +239,16 @@ def test_a_filter_that_no_hook_can_reach_is_named():
     found = imp.compute()
     assert found["used"].isnan().all()
     assert (found["a"] > 0).any()
+
+
+def test_gates_of_one_channel_at_sites_with_other_numbers_of_examples_do_not_add_up():
+    tables = {"a": torch.rand(4, 2), "b": torch.rand(4, 6)}
+    sites = GateSites(
+        tuple(Site(name, "out", -1, torch.arange(4)) for name in tables),
+        {"layer": torch.arange(4)},
+    )
+    together = GateTables({"layer": nn.Linear(3, 4)}, sites)
+    with pytest.raises(RuntimeError, match=r"a: was given 2 examples .* b was given\s+6"):
+        together.finish(tables, training=True)
+    (found,) = together.finish({"a": tables["a"], "b": tables["a"]}, training=True)
+    torch.testing.assert_close(found, 2 * tables["a"])
