@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
+from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.statistics import (
@@ -21,7 +21,8 @@ from taylor_kernels.statistics import (
     is_computed,
     is_layer,
 )
-from taylor_kernels.tracing import Channels, trace
+from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,15 @@ def find_prunable(
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
             matches nothing, or nothing can be pruned.
-        TimeoutError: tracing the model takes too long.
+        TimeoutError, MemoryError: tracing the model takes too long, or too much.
     """
     ignored = ignored_modules(model, ignore)
     layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
     if not layers:
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
-    with FlopCount() as count:
-        channels = trace(plain, example_inputs)
+    count = FlopCount()
+    channels = traced(plain, example_inputs, execute=count.run)
     unscored = _unscored(layers, channels.outside, reads)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
     channels = channels.offering(groups)
@@ -136,7 +137,7 @@ def _copied(model: nn.Module) -> nn.Module:
     ]
     detached = {id(value): value.detach().clone() for value in computed}
     try:
-        return copy.deepcopy(model, detached).eval()
+        return copied(model, detached).eval()
     except Exception as error:
         raise ValueError(
             f"model: it cannot be copied to trace it ({type(error).__name__}: {error}); drop "

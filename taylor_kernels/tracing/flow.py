@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels, has_storage
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
 if TYPE_CHECKING:
@@ -98,6 +99,13 @@ class Flow:
             if key in memories:
                 mark |= self._marks.get(key, frozenset())
             self._marks[key] = mark
+
+    def forget(self, call: Call) -> None:
+        """An operation on what no step has made: its memory may have been another tensor's."""
+        memories = {_memory(tensor) for tensor in call.tensors}
+        for out in tensors_of(call.out):
+            if (key := _memory(out)) not in memories:
+                self._marks.pop(key, None)
 
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:
         """The model has returned a tensor."""
