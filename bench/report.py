@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import fisher_report
+from bench import doors_report, fisher_report
 from bench.figures import OPS, Case, PerformanceTarget, Results, load, targets
 from bench.markdown import TIMING, host_ms, ms, number, table, timing
 from bench.plot import draw
@@ -69,7 +69,7 @@ def _step_table(case: Case) -> str:
 
 def all_targets(results: Results) -> list[PerformanceTarget]:
     """What the project set out to reach, from whatever cases the file holds."""
-    return targets(results) + fisher_report.targets(results)
+    return targets(results) + fisher_report.targets(results) + doors_report.targets(results)
 
 
 def machine_line(results: Results) -> str:
@@ -98,6 +98,7 @@ def report(results: Results) -> str:
         for case in results.of(bench):
             parts += [f"## {' · '.join(case.name)}", make(case)]
     parts += fisher_report.parts(results)
+    parts += doors_report.parts(results)
     return "\n\n".join(parts) + "\n"
 
 

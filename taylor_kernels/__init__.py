@@ -15,6 +15,7 @@ from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
+from taylor_kernels.parameter_fisher import ParameterFisher
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 from taylor_kernels.tracing import Channels, trace
@@ -26,6 +27,7 @@ __all__ = [
     "Channels",
     "Criterion",
     "Importance",
+    "ParameterFisher",
     "Pruner",
     "Statistic",
     "available_backends",

@@ -186,8 +186,13 @@ def _share_of_sum(table: Tensor) -> Tensor:
 
 
 def _curvature(table: Tensor) -> Tensor:
-    """h of gates, [F]; of coupled ones that of their shared gate, since its square comes last."""
-    return table[:, 1:].square().sum(1)
+    """h of gates, [F]; of coupled ones that of their shared gate, since products come last."""
+    slopes, signed = table[:, 1:].chunk(2, 1)
+    return (slopes * signed).sum(1)
+
+
+def _second_order(table: Tensor) -> Tensor:
+    return (table[:, 0] - _curvature(table) / 2).square()
 
 
 def _first(table: Tensor) -> Tensor:
@@ -235,13 +240,23 @@ for _criterion in (
         reference=f"{_MOLCHANOV_2019}, the expansion to second order, on gates",
     ),
     Criterion(
-        "taylor_so_diag", "gate_curvature", lambda t: (t[:, 0] - _curvature(t) / 2).square(),
-        formula="(s − ½h)², h the gate's curvature (Gauss-Newton)",
+        "taylor_so_diag", "gate_curvature", _second_order,
+        formula="(s − ½h)², h the gate's curvature (Gauss-Newton), sampled",
+        reference=f"{_MOLCHANOV_2019}, the expansion to second order, one gate at a time",
+    ),
+    Criterion(
+        "taylor_so_diag_exact", "gate_curvature_exact", _second_order,
+        formula="(s − ½h)², h exact: a backward pass per output",
         reference=f"{_MOLCHANOV_2019}, the expansion to second order, one gate at a time",
     ),
     Criterion(
         "obd_bn", "gate_curvature", lambda table: _curvature(table) / 2,
-        formula="½h, h the gate's curvature (Gauss-Newton)",
+        formula="½h, h the gate's curvature (Gauss-Newton), sampled",
+        reference=f"{_OBD}, on gates",
+    ),
+    Criterion(
+        "obd_bn_exact", "gate_curvature_exact", lambda table: _curvature(table) / 2,
+        formula="½h, h exact: a backward pass per output",
         reference=f"{_OBD}, on gates",
     ),
     Criterion(

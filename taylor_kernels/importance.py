@@ -22,6 +22,7 @@ from taylor_kernels.statistics import (
     filter_count,
     find_layers,
     get_statistic,
+    held_weight,
 )
 from taylor_kernels.tracing import trace
 
@@ -122,7 +123,8 @@ class Importance(OnModel):
         trainable_only = statistic.reads == "weight gradients"
         self._layers = find_layers(model, layers, trainable_only=trainable_only)
         for layer in self._layers.values():
-            select(layer.weight.device, layer.weight.dtype, backend)  # says now what cannot run
+            held = held_weight(layer)
+            select(held.device, held.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
         self._statistic = self._made(model, statistic, backend, example_inputs)
         self._sum: Tensor

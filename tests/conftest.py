@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -26,18 +27,55 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+#: How many tests were left out, by what they lack.
+_LEFT_OUT = pytest.StashKey[int]()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the share that is asked for."""
-    if not config.getoption("--share"):
-        return
-    share, count = map(int, config.getoption("--share").split("/"))
+    """Tests on a GPU are left out where there is none, so that a skip is one to look at.
+
+    Of the others the share that is asked for is kept.
+    """
+    kept = items[:]
+    if not torch.cuda.is_available():
+        kept = [item for item in items if not item.get_closest_marker("gpu")]
+        config.stash[_LEFT_OUT] = len(items) - len(kept)
+    if share := config.getoption("--share"):
+        kept = _share(kept, *map(int, share.split("/")))
+    if len(kept) < len(items):
+        ids = {id(item) for item in kept}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in ids])
+        items[:] = kept
+
+
+def _share(items: list[pytest.Item], share: int, count: int) -> list[pytest.Item]:
     large = [item for item in items if item.get_closest_marker("large")]
     others = [item for item in items if not item.get_closest_marker("large")]
-    kept = others[share - 1 :: count] + (large if share == 1 else [])
-    ids = {id(item) for item in kept}
-    config.hook.pytest_deselected(items=[item for item in items if id(item) not in ids])
-    items[:] = kept
+    return others[share - 1 :: count] + (large if share == 1 else [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+
+
+class _FromWorkers:
+    """Each process of pytest-xdist collects all tests; what one left out, all did."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        count = getattr(node, "workeroutput", {}).get("left_out", 0)
+        node.config.stash[_LEFT_OUT] = max(count, node.config.stash.get(_LEFT_OUT, 0))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_FromWorkers())
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if count := config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests need an NVIDIA GPU and were left out")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
-from tools.result_blocks import bench_block, demo_block, study_block
+from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +187,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "findings": study_findings,
     "five-criteria": five_criteria,
     "results": results,
+    "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
     "study": lambda: study_block(study()),
     "study-targets": study_targets,

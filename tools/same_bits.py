@@ -227,7 +227,10 @@ def prunings() -> Iterator[tuple[str, Any]]:
             found = [
                 list(map(repr, pruner.history)), pruner.scores(), pruner.skipped,
                 pruner.compact().state_dict(),
-                [state["momentum_buffer"] for state in optimizer.state.values()],
+                {
+                    name: optimizer.state[parameter].get("momentum_buffer")
+                    for name, parameter in model.named_parameters()
+                },
             ]  # fmt: skip
             yield f"Pruner {criterion}, {name}", found
 

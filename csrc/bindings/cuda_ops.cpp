@@ -1,6 +1,6 @@
 #include "bindings/cuda_ops.h"
 
-#include "bindings/records.h"
+#include "bindings/plans.h"
 #include "common/ops.h"
 #include "cuda/device_check.h"
 
@@ -13,8 +13,8 @@ template <class Call>
 void define(py::module_& m, const char* name, void (*run)(const Call&, const Allocate&, void*)) {
   const auto read_and_run = [=](py::handle described, uintptr_t stream,
                                 const py::function& allocate, uint64_t seed) {
-    Call call;
-    read_call(described, seed, call);
+    Call space;
+    const Call& call = call_of(described, seed, space);
     py::object workspace;
     const py::gil_scoped_release no_gil;
     const auto in_python = [&](int64_t bytes) {

@@ -1,9 +1,9 @@
-// The Python module taylor_kernels._native. An op takes what taylor_kernels/layout.py describes and
-// writes into its outputs; a C++ exception becomes a Python one.
+// The Python module taylor_kernels._native. An op takes a plan (plans.h) or what layout.py
+// describes, and writes into its outputs; a C++ exception becomes a Python one.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "bindings/records.h"
+#include "bindings/plans.h"
 #include "common/ops.h"
 #include "cpu/dispatch.h"
 #if defined(TK_CUDA)
@@ -16,8 +16,8 @@ namespace {
 template <class Call>
 void define(py::module_& m, const char* name, void (*run)(const Call&, int)) {
   const auto read_and_run = [run](py::handle described, int threads, uint64_t seed) {
-    Call call;
-    read_call(described, seed, call);
+    Call space;
+    const Call& call = call_of(described, seed, space);
     const py::gil_scoped_release no_gil;
     run(call, threads);
   };
@@ -35,6 +35,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isas", &tk::cpu_isas);
   m.def("set_cpu_isa", &tk::set_cpu_isa);
   tk::define_set_dtypes(m);
+  tk::define_plans(m);
 
 #define TK_DEFINE(op, Call) tk::define(m, #op "_cpu", &tk::op##_cpu);
   TK_OPS(TK_DEFINE)

@@ -1,5 +1,6 @@
-// Picks the CPU kernels for the processor at hand. TK_X86 says that the AVX2 and AVX-512 builds of
-// them are linked in (CMakeLists.txt); elsewhere there is the baseline alone.
+// Picks the CPU kernels for the processor at hand. CMakeLists.txt says which are linked in: TK_X86,
+// those for AVX2, AVX-512 and the baseline; TK_ARM64, those for NEON alone; else the baseline
+// alone.
 #include "cpu/dispatch.h"
 
 #include <atomic>
@@ -27,7 +28,11 @@ struct Kernels {
   constexpr Kernels kernels = {#isa, TK_OPS(TK_ADDRESS)}; \
   }
 
+#if defined(TK_ARM64)
+TK_CPU_KERNELS(neon)
+#else
 TK_CPU_KERNELS(baseline)
+#endif
 #if defined(TK_X86)
 TK_CPU_KERNELS(avx2)
 TK_CPU_KERNELS(avx512)
@@ -46,7 +51,11 @@ std::vector<Kernels> supported() {
     sets.push_back(avx512::kernels);
   if (has_avx2) sets.push_back(avx2::kernels);
 #endif
+#if defined(TK_ARM64)
+  sets.push_back(neon::kernels);
+#else
   sets.push_back(baseline::kernels);
+#endif
   return sets;
 }
 

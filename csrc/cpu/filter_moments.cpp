@@ -13,7 +13,7 @@ struct Gradient {
 
   void expect(int64_t, int64_t) {}
   template <typename V, class Load>
-  V of(V, int64_t i, Load load) const {
+  [[gnu::always_inline]] V of(V, int64_t i, const Load& load) const {
     return load(grad + i);
   }
   void prefetch(int64_t i) const { __builtin_prefetch(grad + i); }
@@ -23,13 +23,19 @@ struct FilterMoments {
   static constexpr int kSums = 5;
 
   template <typename V>
-  static void terms(V w, V g, V (&terms)[kSums]) {
-    const V gw = g * w;
-    terms[0] = gw;
-    terms[1] = gw * gw;
-    terms[2] = abs(gw);
-    terms[3] = w * w;
-    terms[4] = g * g;
+  struct Terms {
+    V w, g, gw;
+    Terms() = default;
+    Terms(V weight, V grad) : w(weight), g(grad), gw(grad * weight) {}
+  };
+
+  template <int i, typename V>
+  static V add(const Terms<V>& t, V sum) {
+    if constexpr (i == 0) return sum + t.gw;
+    if constexpr (i == 1) return multiply_add(t.gw, t.gw, sum);
+    if constexpr (i == 2) return sum + abs(t.gw);
+    if constexpr (i == 3) return multiply_add(t.w, t.w, sum);
+    if constexpr (i == 4) return multiply_add(t.g, t.g, sum);
   }
 
   template <typename T>

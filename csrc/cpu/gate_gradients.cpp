@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/lanes.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -18,57 +19,90 @@ namespace {
 
 constexpr int64_t kRun = 2048;                // elements summed in float before a double takes over
 constexpr int64_t kPositions = 256;           // the same down a column
-constexpr int64_t kChannels = 4 * kLanes;     // channels side by side: four cache lines a position
+constexpr int64_t kChannels = 64;             // channels side by side: four cache lines a position
 constexpr int64_t kTaskElements = 32768;      // 256 KB of y and dy: 10 µs
 constexpr int64_t kThreadElements = 1 << 18;  // under 100 µs of work a second thread costs more
 
-// Σ (y − bias)·dy along n ≤ kRun contiguous elements, of `readable`.
-template <typename T>
-double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n, int64_t readable) {
-  using V = typename Sum<T>::Vector;
-  V sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    sum0 += (load(y + i) - bias) * load(dy + i);
-    sum1 += (load(y + i + kLanes) - bias) * load(dy + i + kLanes);
-    sum2 += (load(y + i + 2 * kLanes) - bias) * load(dy + i + 2 * kLanes);
-    sum3 += (load(y + i + 3 * kLanes) - bias) * load(dy + i + 3 * kLanes);
-  }
-  for (; i + kLanes <= n; i += kLanes) sum0 += (load(y + i) - bias) * load(dy + i);
-  if (i < n) {  // masked last: the bias may be infinite
-    const V tail = load_first(y + i, n - i, readable - i) - bias;
-    sum1 += keep_first(tail * load_first(dy + i, n - i, readable - i), n - i);
-  }
-  return sum_lanes((sum0 + sum1) + (sum2 + sum3));
+// (y − bias)·dy, added up. Without a bias nothing is subtracted: Inf − 0 and −0 − 0 are themselves.
+template <bool kBias, typename V>
+[[gnu::always_inline]] inline V add(V y, V bias, V dy, V sum) {
+  return multiply_add(kBias ? y - bias : y, dy, sum);
 }
 
-// Σ over `positions` rows of `stride` elements, for `width` ≤ kChannels adjacent channels.
-template <typename T>
-void sum_channels(const T* y, const T* dy, const T* bias, int64_t stride, int64_t positions,
-                  int64_t width, double* totals) {
+// Σ (y − bias)·dy along n ≤ kRun contiguous elements, of `readable`: four times sixteen lanes, in
+// as many passes as it takes to hold them in registers.
+template <bool kBias, typename T>
+[[gnu::noinline]] double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n,
+                                 int64_t readable) {
+  using S = typename Sum<T>::Scalar;
   using V = typename Sum<T>::Vector;
-  const int64_t vectors = (width + kLanes - 1) / kLanes;
-  auto at = [&](const T* p, int64_t v) {
-    const int64_t rest = width - v * kLanes;
-    return rest >= kLanes ? load(p + v * kLanes) : load_first(p + v * kLanes, rest);
-  };
-  V b[kChannels / kLanes] = {};
-  if (bias)
-    for (int64_t v = 0; v < vectors; ++v) b[v] = at(bias, v);
-  std::fill_n(totals, kChannels, 0.0);
+  constexpr int kWidth = Sum<T>::kWidth, kChains = 4;
+  constexpr int kPasses = passes<S>(kChains), kEach = kRegistersOf<S> / kPasses;
+  const int64_t full = n / (kChains * kLanes) * kChains * kLanes;
+  V sums[1][kRegistersOf<S>];
+  unrolled<kPasses>([&](auto pass) {
+    V part[kChains][kEach] = {};
+    auto at = [&](int64_t from, auto chain, auto k) {
+      return from + chain * kLanes + (pass * kEach + k) * kWidth;
+    };
+    for (int64_t from = 0; from < full; from += kChains * kLanes)
+      unrolled<kChains>([&](auto chain) {
+        unrolled<kEach>([&](auto k) {
+          const int64_t i = at(from, chain, k);
+          part[chain][k] = add<kBias>(load(y + i), bias, load(dy + i), part[chain][k]);
+        });
+      });
+    unrolled<kChains>([&](auto chain) {
+      if (full + chain * kLanes >= n) return;
+      unrolled<kEach>([&](auto k) {
+        const int64_t i = at(full, chain, k);
+        const V a = load_first(y + i, n - i, readable - i);
+        const V b = load_first(dy + i, n - i, readable - i);
+        // Masked last: the bias may be infinite.
+        part[chain][k] += keep_first(add<kBias>(a, bias, b, V{}), n - i);
+      });
+    });
+    for (int k = 0; k < kEach; ++k)
+      sums[0][pass * kEach + k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
+  });
+  double total[1] = {};
+  add_lanes(sums, total);
+  return total[0];
+}
+
+// Σ over `positions` rows of `stride` elements, for the kCount registers of adjacent channels of
+// which `width` are there.
+template <int kCount, bool kBias, typename T>
+[[gnu::noinline]] void sum_channels(const T* y, const T* dy, const T* bias, int64_t stride,
+                                    int64_t positions, int64_t width, double* totals) {
+  using V = typename Sum<T>::Vector;
+  constexpr int kWidth = Sum<T>::kWidth;
+  V b[kCount] = {};
+  if (kBias)
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t left = width - v * kWidth;
+      b[v] = load_first(bias + v * kWidth, left, left);
+    }
+  std::fill_n(totals, width, 0.0);
   for (int64_t begin = 0; begin < positions; begin += kPositions) {
     const int64_t end = std::min(begin + kPositions, positions);
-    V sum[kChannels / kLanes] = {};
-    if (width == kChannels) {
+    V sum[kCount] = {};
+    if (width == kCount * kWidth) {
       for (int64_t p = begin; p < end; ++p)
-        for (int64_t v = 0; v < kChannels / kLanes; ++v)
-          sum[v] += (load(y + p * stride + v * kLanes) - b[v]) * load(dy + p * stride + v * kLanes);
+        unrolled<kCount>([&](auto v) {
+          const int64_t i = p * stride + v * kWidth;
+          sum[v] = add<kBias>(load(y + i), b[v], load(dy + i), sum[v]);
+        });
     } else {
       for (int64_t p = begin; p < end; ++p)
-        for (int64_t v = 0; v < vectors; ++v)
-          sum[v] += (at(y + p * stride, v) - b[v]) * at(dy + p * stride, v);
+        unrolled<kCount>([&](auto v) {
+          const int64_t i = p * stride + v * kWidth, left = width - v * kWidth;
+          const int64_t readable = (positions - 1 - p) * stride + left;
+          sum[v] = add<kBias>(load_first(y + i, left, readable), b[v],
+                              load_first(dy + i, left, readable), sum[v]);
+        });
     }
-    for (int64_t c = 0; c < width; ++c) totals[c] += sum[c / kLanes][c % kLanes];
+    for (int64_t c = 0; c < width; ++c) totals[c] += sum[c / kWidth][c % kWidth];
   }
 }
 
@@ -76,11 +110,10 @@ void sum_channels(const T* y, const T* dy, const T* bias, int64_t stride, int64_
 template <typename T>
 void multiply(const T* y, const T* dy, const T* bias, int64_t n, typename Sum<T>::Scalar* out) {
   using V = typename Sum<T>::Vector;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t width = std::min<int64_t>(kLanes, n - i);
-    auto at = [&](const T* p) { return width == kLanes ? load(p + i) : load_first(p + i, width); };
+  for (int64_t i = 0; i < n; i += Sum<T>::kWidth) {
+    auto at = [&](const T* p) { return load_first(p + i, n - i, n - i); };
     const V terms = (at(y) - (bias ? at(bias) : V{})) * at(dy);
-    std::memcpy(out + i, &terms, width * sizeof(*out));
+    std::memcpy(out + i, &terms, std::min<int64_t>(Sum<T>::kWidth, n - i) * sizeof(*out));
   }
 }
 
@@ -102,28 +135,7 @@ class Worker : public IndependentTasks {
     if (args_.inner == 1 && args_.outer == 1)
       return multiply(y + first, dy + first, bias() ? bias() + first : nullptr, last - first,
                       out + first);
-    if (args_.inner == 1) {
-      double totals[kChannels];
-      for (int64_t c = first; c < last; c += kChannels) {
-        const int64_t width = std::min(kChannels, last - c);
-        sum_channels(y + c, dy + c, bias() ? bias() + c : nullptr, args_.channels, args_.outer,
-                     width, totals);
-        std::copy_n(totals, width, out + c);
-      }
-      return;
-    }
-    for (int64_t c = first; c < last; ++c) {
-      const auto b = bias() ? splat<V>(load_first(bias() + c, 1)[0]) : V{};
-      double total = 0;
-      for (int64_t a = 0; a < args_.outer; ++a) {
-        const int64_t at = (a * args_.channels + c) * args_.inner;
-        for (int64_t i = 0; i < args_.inner; i += kRun)
-          total += sum_run(
-              y + at + i, dy + at + i, b, std::min(kRun, args_.inner - i),
-              args_.batch * args_.outer * args_.channels * args_.inner - (example + at + i));
-      }
-      out[c] = total;
-    }
+    return bias() ? sum<true>(y, dy, out, n, first, last) : sum<false>(y, dy, out, n, first, last);
   }
 
  private:
@@ -131,6 +143,36 @@ class Worker : public IndependentTasks {
   using S = typename Sum<T>::Scalar;
 
   const T* bias() const { return static_cast<const T*>(args_.bias); }
+
+  // Channels [first, last) of example n, whose y, dy and out these are.
+  template <bool kBias>
+  void sum(const T* y, const T* dy, S* out, int64_t n, int64_t first, int64_t last) const {
+    if (args_.inner == 1) {
+      // Sums and biases of the channels side by side take half of the registers, or three quarters.
+      constexpr int kCount = kRegisters == 16 && !kBias ? 8 : kBias ? 4 : 8;
+      constexpr int64_t kSide = std::min<int64_t>(kCount * Sum<T>::kWidth, kChannels);
+      double totals[kSide];
+      for (int64_t c = first; c < last; c += kSide) {
+        const int64_t width = std::min(kSide, last - c);
+        sum_channels<kSide / Sum<T>::kWidth, kBias>(y + c, dy + c, bias() + c, args_.channels,
+                                                    args_.outer, width, totals);
+        std::copy_n(totals, width, out + c);
+      }
+      return;
+    }
+    const int64_t example = args_.outer * args_.channels * args_.inner;
+    for (int64_t c = first; c < last; ++c) {
+      const V b = kBias ? load_first(bias() + c, 1, 1)[0] - V{} : V{};
+      double total = 0;
+      for (int64_t a = 0; a < args_.outer; ++a) {
+        const int64_t at = (a * args_.channels + c) * args_.inner;
+        for (int64_t i = 0; i < args_.inner; i += kRun)
+          total += sum_run<kBias>(y + at + i, dy + at + i, b, std::min(kRun, args_.inner - i),
+                                  (args_.batch - n) * example - (at + i));
+      }
+      out[c] = total;
+    }
+  }
 
   GateGradientsArgs args_;
   int64_t span_;

@@ -15,7 +15,7 @@ struct WeightedHvp {  // w z (Hz)
 
   void expect(int64_t begin, int64_t end) { signs.cover(first + begin, first + end); }
   template <typename V, class Load>
-  V of(V w, int64_t i, Load load) const {
+  [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
     return w * negate(load(hvp + i), signs.at(first + i));
   }
   void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
@@ -27,8 +27,15 @@ struct HutchinsonMoments {
   uint64_t seed;
 
   template <typename V>
-  static void terms(V w, V m, V (&terms)[kSums]) {
-    terms[0] = m * w;
+  struct Terms {
+    V w, m;
+    Terms() = default;
+    Terms(V weight, V multiplier) : w(weight), m(multiplier) {}
+  };
+
+  template <int, typename V>
+  static V add(const Terms<V>& t, V sum) {
+    return multiply_add(t.m, t.w, sum);
   }
 
   template <typename T>

@@ -1,21 +1,24 @@
-// The loops of the CPU kernels over the elements of a task, for an op (moment_sums.h).
+// The loops of the CPU kernels over the elements of a task, for an op (moment_sums.h). Each is a
+// function of its own: the compiler has all registers for it, and tests/ops/test_machine_code.py
+// finds it by its name.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/lanes.h"
 #include "cpu/moment_blocking.h"
 #include "cpu/simd.h"
 
 namespace tk {
 inline namespace TK_ISA {
 
-constexpr int64_t kRowRun = 4096;  // elements of a row summed in float before double
+constexpr int64_t kRowRun = 2048;  // elements of a row summed in float before double
 
 template <class Op>
 using Sums = double[Op::kSums];
 
-// Ways to read sixteen elements: all of them, the first n, and those where `readable` may be read.
+// Ways to read a register: all of it, or its first n lanes where `readable` elements may be read.
 struct Whole {
   template <typename T>
   auto operator()(const T* p) const {
@@ -23,13 +26,6 @@ struct Whole {
   }
 };
 struct First {
-  int64_t n;
-  template <typename T>
-  auto operator()(const T* p) const {
-    return load_first(p, n);
-  }
-};
-struct FirstOf {
   int64_t n, readable;
   template <typename T>
   auto operator()(const T* p) const {
@@ -37,128 +33,147 @@ struct FirstOf {
   }
 };
 
-// What the sums of an op add for one vector of elements.
-template <class Op, typename V>
-struct Terms {
-  V of[Op::kSums];
-  Terms(V w, V m) { Op::terms(w, m, of); }
-};
-
-template <class Op, typename V>
-struct Registers {
-  V of[Op::kSums] = {};
-  void add(const Terms<Op, V>& t) {
-    for (int m = 0; m < Op::kSums; ++m) of[m] += t.of[m];
-  }
-  void add(const Registers& other) {
-    for (int m = 0; m < Op::kSums; ++m) of[m] += other.of[m];
-  }
-  void add_to(Sums<Op>& sums) const {
-    for (int m = 0; m < Op::kSums; ++m) sums[m] += sum_lanes(of[m]);
-  }
-};
-
-// Column sums, those of a vector of positions side by side: arrays 4 KB apart, one for each sum,
-// would share their cache sets with each other and with rows of a power-of-two length.
-template <class Op, typename V>
-using Strip = Registers<Op, V>[kStrip / kLanes];
-
-// Row sums alone, of `width` positions of each row: along memory, two vectors at a time. From w
-// on, `readable` elements may be read; the first of them is element 0 of `multiplier`.
-template <class Op, typename T, class Multiplier>
-void sum_rows(const T* w, Multiplier multiplier, int64_t readable, int64_t stride, int64_t rows,
-              int64_t width, Sums<Op>* row_sums) {
+// What the sums of an op are made of, for a register of elements.
+template <class Op, typename T, class Multiplier, class Load>
+[[gnu::always_inline]] inline auto terms_at(const T* w, const Multiplier& multiplier, int64_t i,
+                                            const Load& load) {
   using V = typename Sum<T>::Vector;
-  auto terms = [&](int64_t i, auto load) {
-    const V a = load(w + i);
-    return Terms<Op, V>(a, multiplier.of(a, i, load));
-  };
+  const V a = load(w + i);
+  return typename Op::template Terms<V>(a, multiplier.of(a, i, load));
+}
+
+// Adds them to each sum, `registers` apart, one after another: all at once take more registers.
+template <class Op, class Terms, typename V, int registers>
+[[gnu::always_inline]] inline void add_terms(const Terms& terms, V (&sums)[Op::kSums][registers],
+                                             int to) {
+  unrolled<Op::kSums>([&](auto m) { sums[m][to] = Op::template add<m>(terms, sums[m][to]); });
+}
+
+// Row sums alone, of `width` positions of each row, along memory. From w on, `readable` elements
+// may be read; the first of them is element 0 of `multiplier`.
+template <class Op, typename T, class Multiplier>
+[[gnu::noinline]] void sum_rows(const T* w, Multiplier multiplier, int64_t readable, int64_t stride,
+                                int64_t rows, int64_t width, Sums<Op>* row_sums) {
+  using S = typename Sum<T>::Scalar;
+  using V = typename Sum<T>::Vector;
+  constexpr int kWidth = Sum<T>::kWidth;
+  constexpr int kPasses = passes<S>(Op::kSums), kEach = kRegistersOf<S> / kPasses;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t begin = r * stride; begin < r * stride + width; begin += kRowRun) {
       const int64_t end = std::min(begin + kRowRun, r * stride + width);
+      const int64_t tail = end - (end - begin) % kLanes;
       multiplier.expect(begin, end);
-      Registers<Op, V> even, odd;
-      int64_t i = begin;
-      for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-        even.add(terms(i, Whole()));
-        odd.add(terms(i + kLanes, Whole()));
-      }
-      if (i + kLanes <= end) {
-        even.add(terms(i, Whole()));
-        i += kLanes;
-      }
-      if (i < end) odd.add(terms(i, FirstOf{end - i, readable - i}));
-      even.add(odd);
-      even.add_to(row_sums[r]);
+      V sums[Op::kSums][kRegistersOf<S>];
+      unrolled<kPasses>([&](auto pass) {
+        V part[Op::kSums][kEach] = {};
+        const int64_t first = pass * kEach * kWidth;
+        for (int64_t i = begin + first; i < tail; i += kLanes)
+          unrolled<kEach>([&](auto k) {
+            add_terms<Op>(terms_at<Op>(w, multiplier, i + k * kWidth, Whole()), part, k);
+          });
+        if (tail < end)
+          unrolled<kEach>([&](auto k) {
+            const int64_t i = tail + first + k * kWidth;
+            add_terms<Op>(terms_at<Op>(w, multiplier, i, First{end - i, readable - i}), part, k);
+          });
+        for (int m = 0; m < Op::kSums; ++m)
+          for (int k = 0; k < kEach; ++k) sums[m][pass * kEach + k] = part[m][k];
+      });
+      add_lanes(sums, row_sums[r]);
     }
   }
 }
 
-// `width` ≤ kStrip positions of `rows` rows, two rows at a time: twice the independent sums, half
-// the traffic to the strip. An odd last row is paired with nothing, that is with zeros.
-template <class Op, bool kRows, typename T, class Multiplier>
-void run_strip(const T* w, const Multiplier& multiplier, int64_t stride, int64_t rows,
-               int64_t width, Sums<Op>* row_sums, Strip<Op, typename Sum<T>::Vector>& strip) {
+// Column sums in L1, those of sixteen positions side by side: arrays 4 KB apart, one for each sum,
+// would share their cache sets with each other and with rows of a power-of-two length.
+template <class Op, typename S>
+struct Strip {
+  alignas(64) S sums[kStrip / kLanes][Op::kSums][kLanes];
+};
+
+// `width` ≤ kStrip positions of kCount rows, of which the multipliers read one each. Two rows are
+// twice the independent sums and half the traffic to the strip. From w on, `readable` elements may
+// be read.
+template <class Op, bool kRows, int kCount, typename T, class Multiplier>
+[[gnu::noinline]] void sum_strip(const T* w, const Multiplier* multipliers, int64_t readable,
+                                 int64_t first_row, int64_t stride, int64_t width,
+                                 Sums<Op>* row_sums, Strip<Op, typename Sum<T>::Scalar>& strip) {
+  using S = typename Sum<T>::Scalar;
   using V = typename Sum<T>::Vector;
-  const int64_t full = width / kLanes * kLanes;
-  Multiplier m0 = multiplier, m1 = multiplier;
+  constexpr int kWidth = Sum<T>::kWidth;
+  constexpr int kPasses = kRows ? passes<S>(2 * Op::kSums) : 1;
+  constexpr int kEach = kRegistersOf<S> / kPasses;
+  const int64_t full = width / kLanes * kLanes, start = first_row * stride;
+  V sums[kCount][Op::kSums][kRegistersOf<S>];
+  unrolled<kPasses>([&](auto pass) {
+    V part[kCount][Op::kSums][kEach] = {};
+    auto sixteen = [&](int64_t from, auto load_at) {
+      unrolled<kEach>([&](auto k) {
+        const int64_t i = from + (pass * kEach + k) * kWidth;
+        S* column = strip.sums[from / kLanes][0] + (pass * kEach + k) * kWidth;
+        typename Op::template Terms<V> terms[kCount];
+        unrolled<kCount>([&](auto row) {
+          const int64_t at = start + row * stride + i;
+          terms[row] = terms_at<Op>(w, multipliers[row], at, load_at(i, at));
+        });
+        unrolled<Op::kSums>([&](auto m) {
+          V sum = load(column + m * kLanes);
+          unrolled<kCount>([&](auto row) {
+            sum = Op::template add<m>(terms[row], sum);
+            if (kRows) part[row][m][k] = Op::template add<m>(terms[row], part[row][m][k]);
+          });
+          std::memcpy(column + m * kLanes, &sum, sizeof(sum));
+        });
+      });
+    };
+    for (int64_t i = 0; i < full; i += kLanes) {
+      if (pass == 0)
+        unrolled<kCount>([&](auto row) {
+          // The next rows: the hardware does not follow from one row to the next. Measured on
+          // ResNet-50: 1.0 to 1.4 times the speed without, most where memory is fast.
+          const int64_t next = start + (kCount + row) * stride + i;
+          __builtin_prefetch(w + next);
+          multipliers[row].prefetch(next);
+        });
+      sixteen(i, [](int64_t, int64_t) { return Whole(); });
+    }
+    if (full < width)
+      sixteen(full, [&](int64_t i, int64_t at) { return First{width - i, readable - at}; });
+    for (int row = 0; row < kCount; ++row)
+      for (int m = 0; m < Op::kSums; ++m)
+        for (int k = 0; k < kEach; ++k) sums[row][m][pass * kEach + k] = part[row][m][k];
+  });
+  if (kRows)
+    for (int row = 0; row < kCount; ++row) add_lanes(sums[row], row_sums[first_row + row]);
+}
+
+template <class Op, bool kRows, typename T, class Multiplier>
+void run_strip(const T* w, const Multiplier& multiplier, int64_t readable, int64_t stride,
+               int64_t rows, int64_t width, Sums<Op>* row_sums,
+               Strip<Op, typename Sum<T>::Scalar>& strip) {
+  Multiplier each[] = {multiplier, multiplier};
   for (int64_t r = 0; r < rows; r += 2) {
-    const bool pair = r + 1 < rows;
-    const int64_t row0 = r * stride, row1 = row0 + stride;
-    Registers<Op, V> sum0, sum1;
-    auto step = [&](int64_t i, V a, V b, V c, V d) {
-      const Terms<Op, V> t0(a, b), t1(c, d);
-      auto& column = strip[i / kLanes];
-      for (int m = 0; m < Op::kSums; ++m) {  // one by one: fewer registers than all of a row first
-        if (kRows) sum0.of[m] += t0.of[m];
-        if (kRows) sum1.of[m] += t1.of[m];
-        column.of[m] += t0.of[m] + t1.of[m];
-      }
-    };
-    auto one_row = [&](int64_t i, auto load) {
-      const V a = load(w + row0 + i);
-      step(i, a, m0.of(a, row0 + i, load), V{}, V{});
-    };
-    auto two_rows = [&](int64_t i, auto load) {
-      const V a = load(w + row0 + i), b = m0.of(a, row0 + i, load);
-      const V c = load(w + row1 + i), d = m1.of(c, row1 + i, load);
-      step(i, a, b, c, d);
-    };
-    m0.expect(row0, row0 + width);
-    if (pair) {
-      m1.expect(row1, row1 + width);
-      for (int64_t i = 0; i < full; i += kLanes) {
-        // The next two rows: the hardware does not follow from one row to the next. Measured on
-        // ResNet-50: 1.0 to 1.4 times the speed without, most where memory is fast.
-        __builtin_prefetch(w + row1 + stride + i);
-        m1.prefetch(row1 + stride + i);
-        __builtin_prefetch(w + row1 + 2 * stride + i);
-        m1.prefetch(row1 + 2 * stride + i);
-        two_rows(i, Whole());
-      }
-      if (full < width) two_rows(full, First{width - full});
-    } else {
-      for (int64_t i = 0; i < full; i += kLanes) one_row(i, Whole());
-      if (full < width) one_row(full, First{width - full});
-    }
-    if (kRows) {
-      sum0.add_to(row_sums[r]);
-      if (pair) sum1.add_to(row_sums[r + 1]);
-    }
+    each[0].expect(r * stride, r * stride + width);
+    if (r + 1 == rows)
+      return sum_strip<Op, kRows, 1>(w, each, readable, r, stride, width, row_sums, strip);
+    each[1].expect((r + 1) * stride, (r + 1) * stride + width);
+    sum_strip<Op, kRows, 2>(w, each, readable, r, stride, width, row_sums, strip);
   }
 }
 
 // A vector (bias, BatchNorm): every row has one element, its own terms.
 template <class Op, typename T, class Multiplier>
-void run_vector(const T* w, Multiplier multiplier, int64_t rows, typename Sum<T>::Scalar* out) {
+void run_vector(const T* w, Multiplier multiplier, int64_t readable, int64_t rows,
+                typename Sum<T>::Scalar* out) {
   using V = typename Sum<T>::Vector;
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const First load{std::min<int64_t>(kLanes, rows - r)};
-    multiplier.expect(r, r + load.n);
-    const V a = load(w + r);
-    const Terms<Op, V> t(a, multiplier.of(a, r, load));
-    for (int64_t i = 0; i < load.n; ++i)
-      for (int m = 0; m < Op::kSums; ++m) out[(r + i) * Op::kSums + m] = t.of[m][i];
+  constexpr int kWidth = Sum<T>::kWidth;
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const First load{rows - r, readable - r};
+    multiplier.expect(r, std::min<int64_t>(r + kWidth, rows));
+    V sums[Op::kSums][1] = {};
+    add_terms<Op>(terms_at<Op>(w, multiplier, r, load), sums, 0);
+    for (int64_t i = 0; i < kWidth && r + i < rows; ++i)
+      for (int m = 0; m < Op::kSums; ++m) out[(r + i) * Op::kSums + m] = sums[m][0][i];
   }
 }
 

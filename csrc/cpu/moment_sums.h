@@ -6,12 +6,13 @@
 // are read once for either axis or both.
 //
 // The op is a struct:
-//   kSums                  how many sums a filter has
-//   terms(w, m, terms)       what they add, for a vector of weights and one of their multipliers
+//   kSums                    how many sums a filter has
+//   Terms<V>(w, m)           what they are made of, for a register of weights and of multipliers
+//   add<i>(terms, sum)       a register of sum i with what these add to it
 //   multiplier<T>(item, at)  reads what the weights from element `at` on are multiplied by:
 //     expect(begin, end)       the elements that are read next
-//     of(w, i, load)           a vector of multipliers from i on; w are their weights, load(p)
-//     reads prefetch(i)
+//     of(w, i, load)           a register of multipliers from i on; w are their weights, load(p)
+//     prefetch(i)              reads
 #pragma once
 
 #include <algorithm>
@@ -89,9 +90,10 @@ class MomentWorker {
     const int64_t first = block.row * blocking.positions + block.begin;
     const T* w = static_cast<const T*>(item.weight) + first;
     const auto multiplier = op_.template multiplier<T>(item, first);
+    const int64_t readable = item.rows * blocking.positions - first;
     if (blocking.positions == 1 && !item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;
-      return run_vector<Op>(w, multiplier, block.rows, out);
+      return run_vector<Op>(w, multiplier, readable, block.rows, out);
     }
     if (item.row_out) rows_.clear(block.rows);
     if (item.col_out) {
@@ -99,8 +101,8 @@ class MomentWorker {
       cols_.clear(col_count_);
     }
     if (!item.col_out) {
-      sum_rows<Op>(w, multiplier, item.rows * blocking.positions - first, blocking.positions,
-                   block.rows, block.end - block.begin, rows_.get());
+      sum_rows<Op>(w, multiplier, readable, blocking.positions, block.rows, block.end - block.begin,
+                   rows_.get());
       if (!blocking.merges()) write<S>(rows_, block.rows, item.row_out, block.row);
     } else if (item.row_out)
       sum_columns<T, true>(blocking, block);
@@ -110,28 +112,29 @@ class MomentWorker {
 
   template <typename T, bool kRows>
   void sum_columns(const MomentBlocking& blocking, const Block& block) {
-    using V = typename Sum<T>::Vector;
-    Strip<Op, V> strip;
+    using S = typename Sum<T>::Scalar;
+    const ParameterItem& item = blocking.item;
+    Strip<Op, S> strip;
     for (int64_t begin = block.begin; begin < block.end; begin += kStrip) {
       const int64_t width = std::min(kStrip, block.end - begin);
       const int64_t first = block.row * blocking.positions + begin;
-      std::fill_n(strip, (width + kLanes - 1) / kLanes, Registers<Op, V>());
-      run_strip<Op, kRows>(static_cast<const T*>(blocking.item.weight) + first,
-                           op_.template multiplier<T>(blocking.item, first), blocking.positions,
-                           block.rows, width, rows_.get(), strip);
-      fold(blocking.item, begin, width, strip);
+      std::fill_n(strip.sums[0][0], (width + kLanes - 1) / kLanes * Op::kSums * kLanes, S{});
+      run_strip<Op, kRows>(static_cast<const T*>(item.weight) + first,
+                           op_.template multiplier<T>(item, first),
+                           item.rows * blocking.positions - first, blocking.positions, block.rows,
+                           width, rows_.get(), strip);
+      fold(item, begin, width, strip);
     }
   }
 
   // From positions to channels.
-  template <typename V>
-  void fold(const ParameterItem& item, int64_t begin, int64_t width, const Strip<Op, V>& strip) {
+  template <typename S>
+  void fold(const ParameterItem& item, int64_t begin, int64_t width, const Strip<Op, S>& strip) {
     Sums<Op>* sums = cols_.get() - first_col_;
     int64_t channel = item.channels_last ? begin % item.channels : begin / item.kernel;
     int64_t element = begin % item.kernel;
     for (int64_t i = 0; i < width; ++i) {
-      const Registers<Op, V>& column = strip[i / kLanes];
-      for (int m = 0; m < Op::kSums; ++m) sums[channel][m] += column.of[m][i % kLanes];
+      for (int m = 0; m < Op::kSums; ++m) sums[channel][m] += strip.sums[i / kLanes][m][i % kLanes];
       if (item.channels_last)
         channel = channel + 1 == item.channels ? 0 : channel + 1;
       else if (++element == item.kernel)

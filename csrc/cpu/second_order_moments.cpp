@@ -13,8 +13,8 @@ struct ShiftedGradient {  // g − ½h
 
   void expect(int64_t, int64_t) {}
   template <typename V, class Load>
-  V of(V, int64_t i, Load load) const {
-    return load(grad + i) - splat<V>(0.5) * load(hvp + i);  // half of it is exact
+  [[gnu::always_inline]] V of(V, int64_t i, const Load& load) const {
+    return multiply_add(splat<V>(-0.5), load(hvp + i), load(grad + i));  // half of it is exact
   }
   void prefetch(int64_t i) const {
     __builtin_prefetch(grad + i);
@@ -26,10 +26,16 @@ struct SecondOrderMoments {
   static constexpr int kSums = 2;
 
   template <typename V>
-  static void terms(V w, V m, V (&terms)[kSums]) {
-    const V q = m * w;
-    terms[0] = q;
-    terms[1] = q * q;
+  struct Terms {
+    V q;
+    Terms() = default;
+    Terms(V w, V m) : q(m * w) {}
+  };
+
+  template <int i, typename V>
+  static V add(const Terms<V>& t, V sum) {
+    if constexpr (i == 0) return sum + t.q;
+    if constexpr (i == 1) return multiply_add(t.q, t.q, sum);
   }
 
   template <typename T>

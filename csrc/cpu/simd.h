@@ -1,12 +1,19 @@
-// Sixteen floats (or doubles) at a time, in plain GCC/Clang vector extensions: the compiler splits
-// them to the width of the instruction set this file is compiled for, so the order of every sum,
-// and with it the result, depends on that set only through fused multiply-add.
+// Vectors as wide as the registers of the instruction set that this file is compiled for, in GCC's
+// and Clang's vector extensions. Of wider ones the compiler keeps nothing in registers.
+//
+// Sums have sixteen lanes on every set: element i of a run goes to lane i % 16, whatever the number
+// of registers that sixteen lanes take (sums.h). So the order of a sum depends on the shape alone,
+// and sets that fuse a multiplication and an addition give the same bits: AVX2, AVX-512 and NEON.
+// The baseline of x86-64 rounds the product too. CMakeLists.txt forbids the compiler to fuse on its
+// own; multiply_add() does.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -15,6 +22,19 @@
 namespace tk {
 inline namespace TK_ISA {
 
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kRegisterBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisterBytes = 16;
+constexpr int kRegisters = 16;
+#endif
 constexpr int kLanes = 16;
 
 // Storage types of the half formats; a kernel only ever sees them widened.
@@ -24,12 +44,6 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
-
-using Float16x = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Double16x = double __attribute__((vector_size(kLanes * sizeof(double))));
-using Word16x = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using Short16x = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-using Mask16x = int32_t __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 template <typename T>
 struct ElementType {
@@ -51,144 +65,164 @@ void with_element_type(DType dtype, const Use& use) {
   }
 }
 
-// What a storage type is summed in.
+// What a storage type is summed in: the scalar, a register of it, integers of the same size.
 template <typename T>
 struct Sum {
   using Scalar = float;
-  using Vector = Float16x;
+  static constexpr int kWidth = kRegisterBytes / sizeof(float);
+  typedef float Vector __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t Integers __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int32_t kSign = INT32_MIN;
 };
 template <>
 struct Sum<double> {
   using Scalar = double;
-  using Vector = Double16x;
+  static constexpr int kWidth = kRegisterBytes / sizeof(double);
+  typedef double Vector __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t Integers __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int64_t kSign = INT64_MIN;
 };
 
-inline Float16x load(const float* p) {
-  Float16x v;
+using Floats = Sum<float>::Vector;
+using Doubles = Sum<double>::Vector;
+
+// Sum<> of the scalar that a vector holds.
+template <typename V>
+using SumOf = Sum<decltype(V{}[0] + V{}[0])>;
+
+inline Floats load(const float* p) {
+  Floats v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
-inline Double16x load(const double* p) {
-  Double16x v;
+inline Doubles load(const double* p) {
+  Doubles v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
-inline Float16x load(const BFloat16* p) {
-  Short16x bits;
+typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
+
+inline Floats load(const BFloat16* p) {
+  HalfBits bits;
   std::memcpy(&bits, p, sizeof(bits));
-  Word16x wide = __builtin_convertvector(bits, Word16x) << 16;
-  Float16x v;
-  std::memcpy(&v, &wide, sizeof(v));
-  return v;
+#if defined(__SSE2__) && !defined(__AVX2__)
+  // Between zeros: one instruction, where to widen and to shift are two.
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits));
+  return reinterpret_cast<Floats>(_mm_unpacklo_epi16(_mm_setzero_si128(), low));
+#else
+  return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 
-inline Float16x load(const Half* p) {
-  Float16x v;
+inline Floats load(const Half* p) {
 #if defined(__AVX512F__)
   // The masked form: GCC 12 warns of an undefined source operand in the plain one.
-  __m512 wide =
-      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  std::memcpy(&v, &wide, sizeof(v));
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
-  __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
-  std::memcpy(&v, &low, sizeof(low));
-  std::memcpy(reinterpret_cast<char*>(&v) + sizeof(low), &high, sizeof(high));
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__aarch64__)
+  float16x4_t half;
+  std::memcpy(&half, p, sizeof(half));
+  return vcvt_f32_f16(half);
 #else
   // Move the 15 low bits to float's place and rescale the exponent by 2^112; the product is exact,
   // subnormals included. An exponent of 31 (Inf, NaN) must become 255.
-  Short16x half;
+  HalfBits half;
   std::memcpy(&half, p, sizeof(half));
-  Word16x bits = __builtin_convertvector(half, Word16x);
-  Word16x magnitude = (bits & 0x7fffu) << 13;
-  Float16x scaled;
-  std::memcpy(&scaled, &magnitude, sizeof(scaled));
-  scaled *= 0x1p112f;
-  Word16x result;
-  std::memcpy(&result, &scaled, sizeof(result));
-  Word16x special = Word16x((bits & 0x7c00u) == 0x7c00u);
-  result |= (special & 0x7f800000u) | (bits & 0x8000u) << 16;
-  std::memcpy(&v, &result, sizeof(v));
+  const Words bits = __builtin_convertvector(half, Words);
+  const Words magnitude = (bits & 0x7fffu) << 13;
+  const Words scaled = reinterpret_cast<Words>(reinterpret_cast<Floats>(magnitude) * 0x1p112f);
+  // Signed: SSE2 compares no other words.
+  const auto special =
+      reinterpret_cast<Words>(reinterpret_cast<Sum<float>::Integers>(magnitude) > 0x0f7fffff);
+  return reinterpret_cast<Floats>(scaled | (special & 0x7f800000u) | (bits & 0x8000u) << 16);
 #endif
-  return v;
 }
 
-// The first n < 16 elements, the other lanes 0: a term of 0 leaves every moment as it is.
+// 0, 1, 2, ...
+template <typename S>
+inline typename Sum<S>::Integers lane_numbers() {
+  typename Sum<S>::Integers lane{};
+  for (int i = 0; i < Sum<S>::kWidth; ++i) lane[i] = i;
+  return lane;
+}
+
+// The first n lanes, the others 0, whatever they held. n may be negative, or beyond the last.
+template <typename V>
+inline V keep_first(V v, int64_t n) {
+  using S = SumOf<V>;
+  using I = typename S::Integers;
+  const auto first = static_cast<decltype(I{}[0] + I{}[0])>(n);
+  return reinterpret_cast<V>(reinterpret_cast<I>(v) & (lane_numbers<typename S::Scalar>() < first));
+}
+
+// The first n elements of a register, the other lanes 0: a term of 0 leaves every sum as it is.
+// From p on, `readable` elements may be read: past the end of a row there mostly is another, and
+// one load with a mask is several times as fast as a copy of n elements.
 template <typename T>
-inline typename Sum<T>::Vector load_first(const T* p, int64_t n) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, p, n * sizeof(T));
+inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
+  constexpr int kWidth = Sum<T>::kWidth;
+  if (n <= 0) return typename Sum<T>::Vector{};
+  if (n >= kWidth) return load(p);
+  if (readable >= kWidth) return keep_first(load(p), n);
+  T padded[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
   return load(padded);
 }
 
-// The first n lanes, the others 0, whatever they held.
-inline Float16x keep_first(Float16x v, int64_t n) {
-  const Mask16x lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Mask16x keep = lane < static_cast<int32_t>(n);
-  Mask16x bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  bits &= keep;
-  std::memcpy(&v, &bits, sizeof(v));
-  return v;
-}
-
-inline Double16x keep_first(Double16x v, int64_t n) {
-  for (int i = 0; i < kLanes; ++i) v[i] = i < n ? v[i] : 0;
-  return v;
-}
-
-// The first n < 16 elements where `readable` may be read from p: past the end of a row there mostly
-// is another, and one load with a mask is several times as fast as a copy of n elements.
-template <typename T>
-inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
-  return readable < kLanes ? load_first(p, n) : keep_first(load(p), n);
-}
-
-inline Float16x abs(Float16x v) {
-  Word16x bits;
-  std::memcpy(&bits, &v, sizeof(bits));
-  bits &= 0x7fffffffu;
-  std::memcpy(&v, &bits, sizeof(v));
-  return v;
-}
-
-inline Double16x abs(Double16x v) {
-  for (int i = 0; i < kLanes; ++i) v[i] = __builtin_fabs(v[i]);
-  return v;
+template <typename V>
+inline V abs(V v) {
+  using I = typename SumOf<V>::Integers;
+  return reinterpret_cast<V>(reinterpret_cast<I>(v) & ~SumOf<V>::kSign);
 }
 
 // Lanes whose bit is set, lane 0 the lowest, with the other sign.
-inline Float16x negate(Float16x v, uint32_t bits) {
-  const Word16x lane = {1,   2,   4,    8,    16,   32,   64,    128,
-                        256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  const Word16x flip = Word16x((bits & lane) != 0) & 0x80000000u;
-  Word16x words;
-  std::memcpy(&words, &v, sizeof(v));
-  words ^= flip;
-  std::memcpy(&v, &words, sizeof(v));
-  return v;
+template <typename V>
+inline V negate(V v, uint32_t bits) {
+  using S = SumOf<V>;
+  using I = typename S::Integers;
+  const I lane = lane_numbers<typename S::Scalar>();
+  const I word = static_cast<decltype(I{}[0] + I{}[0])>(bits) - I{};
+#if defined(__AVX2__) || defined(__aarch64__)
+  const I flip = (word << (static_cast<int>(8 * sizeof(I{}[0])) - 1 - lane)) & S::kSign;
+#else
+  const I bit = I{} + 1 << lane;  // a constant: SSE2 shifts all lanes alike
+  const I flip = ((word & bit) == bit) & S::kSign;
+#endif
+  return reinterpret_cast<V>(reinterpret_cast<I>(v) ^ flip);
 }
 
-inline Double16x negate(Double16x v, uint32_t bits) {
-  for (int i = 0; i < kLanes; ++i) v[i] = bits >> i & 1 ? -v[i] : v[i];
-  return v;
+// a·b + c, rounded once where the instruction set can.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
 }
 
 template <typename V>
 inline V splat(double x) {
-  V v;
-  for (int i = 0; i < kLanes; ++i) v[i] = x;
-  return v;
-}
-
-// A fixed tree: lane i with i+8, then +4, +2, +1.
-template <typename V>
-inline double sum_lanes(V v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
-  return (v[0] + v[2]) + (v[1] + v[3]);
+  return static_cast<typename SumOf<V>::Scalar>(x) - V{};
 }
 
 }  // namespace TK_ISA

@@ -2,7 +2,8 @@
 
 PyTorch's dispatcher tells devices apart, but two backends serve CUDA tensors and one serves all,
 what a build contains decides between them, and a call may name one. So each op is registered once,
-for every device (ops/_library.py), and asks `select` here.
+for every device (ops/_library.py), and asks `select` here. A call on plain CPU or CUDA tensors that
+`select` gives to the native kernels goes past the dispatcher (ops/_direct.py).
 
 A device of another package gets its kernels in one of two ways. `register_backend` adds a backend
 that can be named, is listed by `available_backends` and runs by default on its device. Or
@@ -170,9 +171,10 @@ def _chosen_for(op: str, device: torch.device, dtype: torch.dtype, backend: str 
 def _chosen(device: torch.device, dtype: torch.dtype, backend: str | None) -> Backend:
     wide = dtype == torch.float64
     if backend is None:
+        kind = device.type
         for each in _backends.values():
-            serves = device.type in each.devices and (each.float64 or not wide)
-            if serves and _availability(each, device):
+            serves = kind in each.devices and (each.float64 or not wide)
+            if serves and _status(each, device)[0]:
                 return each
         return _backends["reference"]
     check_name(backend)
@@ -201,15 +203,20 @@ def _routed(op: str, device: torch.device, dtype: torch.dtype) -> Backend | None
 
 
 def _availability(backend: Backend, device: torch.device | None = None) -> Availability:
-    """Its status, in general or on one device. One that fails keeps no other from running."""
+    """Its status, in general or on one device."""
+    return Availability(*_status(backend, device))
+
+
+def _status(backend: Backend, device: torch.device | None) -> tuple[bool, str]:
+    """The same without a name, for calls. One that fails keeps no other from running."""
     try:
         if device is None or backend.status_on is None:
             ok, detail = backend.status()
         else:
             ok, detail = backend.status_on(device)
     except Exception as error:
-        return Availability(False, f"status raised {type(error).__name__}: {error}")
-    return Availability(ok, detail)
+        return False, f"status raised {type(error).__name__}: {error}"
+    return ok, detail
 
 
 def check_name(backend: object) -> None:

@@ -1,7 +1,8 @@
 """The C++ and CUDA kernels of csrc/, reached through the module `_native`.
 
-That module knows no torch: it reads the members of layout.py's NamedTuples by their names, of a
-tensor its address, so one build serves every PyTorch.
+That module knows no torch, so one build serves every PyTorch: it reads the members of layout.py's
+NamedTuples by their names, of a tensor its address; and where PyTorch offers DLPack's exchange API,
+from 2.10 on, it makes a plan of a call of the tensors themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 #: What csrc/common/dtype.h calls them.
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -25,6 +27,14 @@ except (
 ) as error:  # AttributeError: built from other sources than these
     _native, _import_error = None, str(error)
 
+_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+#: Whether `_native` makes plans of calls.
+plans_calls = bool(
+    _native is not None
+    and _exchange is not None
+    and _native.set_exchange(_exchange, Tensor, torch.nn.Parameter)
+)
+
 
 def __getattr__(op: str) -> Callable[..., None]:
     """The kernels of an op, which has the name and the arguments of a function of reference.py."""
@@ -36,7 +46,11 @@ def __getattr__(op: str) -> Callable[..., None]:
 def _run(op: str, call: Any, *seed: int) -> None:
     """Call the kernels of a NamedTuple of layout.py, or of a sequence of them, on their device."""
     record = call if hasattr(call, "_fields") else call[0]
-    device = record[0].device  # the first member of each is a tensor
+    launch(op, call, record[0].device, *seed)  # the first member of each is a tensor
+
+
+def launch(op: str, call: Any, device: torch.device, *seed: int) -> None:
+    """Run an op's kernels on a device: of a plan, whose outputs were set, or as above."""
     seed = tuple(number % 2**64 for number in seed)
     if device.type == "cpu":
         getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed)

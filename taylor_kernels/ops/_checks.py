@@ -115,6 +115,39 @@ def check_streams(streams: object, count: int) -> Sequence[int]:
     return streams
 
 
+def check_axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
+    """The axes that tables are made for, or an error."""
+    axes = dim if isinstance(dim, tuple) else (dim,)
+    if axes not in ((0,), (1,), (0, 1)):
+        raise ValueError(f"dim: {dim!r} is not one of 0, 1 and (0, 1)")
+    return axes
+
+
+def check_groups(groups: int | Sequence[int], count: int) -> list[int]:
+    """A number of groups for each of `count` weights, or an error."""
+    if not isinstance(groups, (int, Sequence)):
+        raise TypeError(f"groups: expected an int or one for each tensor, got {groups!r}")
+    each = [groups] * count if isinstance(groups, int) else list(groups)
+    if len(each) != count:
+        raise ValueError(
+            f"groups: {len(each)} values for {count} weights; pass an int or one for each"
+        )
+    for value in each:
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"groups: {value!r} is not a positive integer")
+    return each
+
+
+def check_shape(shape: torch.Size, groups: int, axes: tuple[int, ...], name: str) -> None:
+    """A parameter of this shape has the axes and can be cut into the groups, or an error."""
+    if not 1 <= len(shape) <= 5:
+        raise ValueError(f"{name}: has {len(shape)} dimensions; a parameter has 1 to 5")
+    if 1 in axes and len(shape) == 1:
+        raise ValueError(f"{name}: has no dim 1 (shape {tuple(shape)}); use dim=0 for vectors")
+    if shape[0] % groups:
+        raise ValueError(f"groups: {groups} does not divide the {shape[0]} rows of {name}")
+
+
 def _is_plain(kind: type) -> bool:
     """Whether a class is that of tensors that hold all of their values, which DTensors do not."""
     return issubclass(kind, Tensor) and not hasattr(kind, "full_tensor")

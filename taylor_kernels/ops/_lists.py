@@ -2,20 +2,31 @@
 
 `tables` is the public side: it checks what it is given, splits lists by device and float64, and
 hands out views of the packed tables. `define_list_op` is the inner side: the op that torch.library
-knows, which computes the packed tables.
+knows, which computes the packed tables. Calls on plain tensors go to the native kernels without it
+(_direct.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel, native
 from taylor_kernels.layout import FLOATS, ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import alike, check_like, check_streams, check_tensor, quick_shapes
+from taylor_kernels.ops._checks import (
+    alike,
+    check_axes,
+    check_groups,
+    check_like,
+    check_shape,
+    check_streams,
+    check_tensor,
+    quick_shapes,
+)
+from taylor_kernels.ops._direct import packed_tables
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -24,8 +35,20 @@ if TYPE_CHECKING:
 #: What the lists beside the weights hold, for messages.
 _HOLDS = {"grads": "gradients", "hvps": "Hessian-vector products"}
 
-#: launch(places in the caller's lists, *the lists, groups, rows, cols, backend): packed tables.
-Launch = Callable[..., "tuple[Tensor, Tensor]"]
+
+class ListOp(NamedTuple):
+    """An op over lists of tensors, as `define_list_op` registers it."""
+
+    name: str
+    sums: tuple[int, ...]
+    call: Callable[..., tuple[Tensor, Tensor]]  # the op itself
+
+
+class Draw(NamedTuple):
+    """What an op that draws random signs is told."""
+
+    seed: int
+    streams: Sequence[int] | None  # of the tensors, if not their places
 
 
 class OneAxis(TypedDict, total=False):
@@ -45,24 +68,30 @@ class BothAxes(TypedDict, total=False):
 
 
 def tables(
-    launch: Launch,
+    op: ListOp,
     weights: object,
     *,
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
+    draw: Draw | None = None,
+    finish: Callable[[Tensor], object] | None = None,
     **others: object,
 ) -> Any:
-    """A table for a tensor, a list of them for a sequence; a pair of either for dim=(0, 1)."""
+    """A table for a tensor, a list of them for a sequence; a pair of either for dim=(0, 1).
+
+    `finish` changes a packed table in place before it is handed out.
+    """
     check_name(backend)
-    axes = _axes(dim)
-    lists = _as_lists({"weights": weights, **others})
-    names = ("weights", *others)
-    if not isinstance(weights, Tensor):
-        names = tuple(name + "[{}]" for name in names)
-    each_groups = _each_groups(groups, len(lists[0]))
-    shapes = _check(lists, each_groups, axes, names)
-    found = _split_and_launch(launch, lists, shapes, each_groups, axes, backend)
+    axes = check_axes(dim)
+    direct = packed_tables(op.name, op.sums, weights, others, groups, axes, draw, backend)
+    if direct is not None:
+        if finish is not None:
+            for packed, _ in direct:
+                finish(packed)
+        found = [list(_split(packed, counts)) for packed, counts in direct]
+    else:
+        found = _through_the_dispatcher(op, weights, others, groups, axes, draw, backend, finish)
     if isinstance(weights, Tensor):
         return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
     return found[0] if len(axes) == 1 else (found[0], found[1])
@@ -70,7 +99,7 @@ def tables(
 
 def define_list_op(
     name: str, inputs: Sequence[str], sums: tuple[int, ...], *, draws: bool = False
-) -> Any:
+) -> ListOp:
     """Register an op that makes tables [filters, *sums] out of lists of tensors, weights first.
 
     It gives two packed tables, by rows and by columns, the one not asked for with no filters. If
@@ -98,13 +127,14 @@ def define_list_op(
 
     lists = ", ".join(f"Tensor[] {each}" for each in inputs)
     signs = "int seed, int[] streams, " if draws else ""
-    return define(
+    op = define(
         f"{name}({lists}, int[] groups, bool rows, bool cols, {signs}str? backend)"
         " -> (Tensor, Tensor)",
         run,
         empty,
         _tags(),
     )
+    return ListOp(name, sums, op)
 
 
 def _tags() -> list[torch.Tag]:
@@ -225,7 +255,7 @@ def _check(
         shapes = [weight.shape for weight in weights]
     for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
         if n > 1 or not 1 < len(shape) <= 5:
-            _check_shape(shape, n, axes, names[0].format(i))
+            check_shape(shape, n, axes, names[0].format(i))
     return shapes
 
 
@@ -259,7 +289,7 @@ def _check_call(
         if weight.dtype not in FLOATS or weight.layout is not torch.strided:
             check_tensor(weight, names[0].format(i))
         if n > 1 or not 1 < len(shape) <= 5:
-            _check_shape(shape, n, axes, names[0].format(i))
+            check_shape(shape, n, axes, names[0].format(i))
     for name, each in zip(names[1:], others, strict=True):
         if not alike(each, weights):
             for i, (tensor, weight) in enumerate(zip(each, weights, strict=True)):
@@ -267,61 +297,43 @@ def _check_call(
     return shapes
 
 
-def _split_and_launch(
-    launch: Launch,
-    lists: list[list[Tensor]],
-    shapes: list[torch.Size],
-    groups: list[int],
+def _through_the_dispatcher(
+    op: ListOp,
+    weights: object,
+    others: dict[str, object],
+    groups: int | Sequence[int],
     axes: tuple[int, ...],
+    draw: Draw | None,
     backend: str | None,
+    finish: Callable[[Tensor], object] | None,
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
+    lists = _as_lists({"weights": weights, **others})
+    names: Sequence[str] = ("weights", *others)
+    if not isinstance(weights, Tensor):
+        names = [name + "[{}]" for name in names]
+    each_groups = check_groups(groups, len(lists[0]))
+    streams = None if draw is None else check_streams(draw.streams, len(lists[0]))
+    shapes = _check(lists, each_groups, axes, names)
 
-    def run(places: Sequence[int], *part: Any) -> list[list[Tensor]]:
-        *of_part, shapes, groups = part
+    def launch(places: Sequence[int]) -> list[list[Tensor]]:
+        every: list[list[Any]] = [*lists, each_groups]
+        of_part = [[each[i] for i in places] for each in every]
+        drawn = () if draw is None or streams is None else (draw.seed, [streams[i] for i in places])
         rows, cols = 0 in axes, 1 in axes
-        packed = launch(places, *of_part, groups, rows, cols, backend)
-        filters = _filters(shapes, groups, rows, cols)
+        packed = op.call(*of_part, rows, cols, *drawn, backend)
+        filters = _filters([shapes[i] for i in places], of_part[-1], rows, cols)
+        if finish is not None:
+            for table in packed:
+                finish(table)
         return [list(_split(packed[axis], filters[axis])) for axis in axes]
 
     parts = _by_kind(lists[0])
     if len(parts) == 1:
-        return run(parts[0], *lists, shapes, groups)
+        return launch(parts[0])
     found: list[list[Tensor]] = [[torch.empty(0)] * len(shapes) for _ in axes]
     for part in parts:
-        picked: list[list[Any]] = [*lists, shapes, groups]
-        of_part = run(part, *([each[i] for i in part] for each in picked))
-        for whole, axis_tables in zip(found, of_part, strict=True):
+        for whole, axis_tables in zip(found, launch(part), strict=True):
             for i, table in zip(part, axis_tables, strict=True):
                 whole[i] = table
     return found
-
-
-def _axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
-    axes = dim if isinstance(dim, tuple) else (dim,)
-    if axes not in ((0,), (1,), (0, 1)):
-        raise ValueError(f"dim: {dim!r} is not one of 0, 1 and (0, 1)")
-    return axes
-
-
-def _each_groups(groups: int | Sequence[int], count: int) -> list[int]:
-    if not isinstance(groups, (int, Sequence)):
-        raise TypeError(f"groups: expected an int or one for each tensor, got {groups!r}")
-    each = [groups] * count if isinstance(groups, int) else list(groups)
-    if len(each) != count:
-        raise ValueError(
-            f"groups: {len(each)} values for {count} weights; pass an int or one for each"
-        )
-    for value in each:
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"groups: {value!r} is not a positive integer")
-    return each
-
-
-def _check_shape(shape: torch.Size, groups: int, axes: tuple[int, ...], name: str) -> None:
-    if not 1 <= len(shape) <= 5:
-        raise ValueError(f"{name}: has {len(shape)} dimensions; a parameter has 1 to 5")
-    if 1 in axes and len(shape) == 1:
-        raise ValueError(f"{name}: has no dim 1 (shape {tuple(shape)}); use dim=0 for vectors")
-    if shape[0] % groups:
-        raise ValueError(f"groups: {groups} does not divide the {shape[0]} rows of {name}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
 from taylor_kernels.ops._checks import check_tensor
+from taylor_kernels.ops._direct import one_output, plans
 from taylor_kernels.ops._library import define
 
 
@@ -75,13 +76,23 @@ def conv2d_fisher(
         [256.0, 256.0]
     """
     check_name(backend)
+    if planner := plans():
+        planned = planner.plan_conv2d_fisher(
+            input, weight_size, grad_output, stride, padding, dilation, groups, weight
+        )
+        found = one_output(
+            "conv2d_fisher", planned, backend, lambda plan: plan.set_tf32(_may_round(False))
+        )
+        if found is not None:
+            return found
     size = _integers(weight_size, "weight_size", 4, 1)
     strides = _integers(stride, "stride", 2, 1)
     paddings = _integers(padding, "padding", 2, 0)
     dilations = _integers(dilation, "dilation", 2, 1)
     geometry = (size, strides, paddings, dilations, groups)
     _check(input, grad_output, weight, *geometry)
-    return _op(input, grad_output, weight, *geometry, False, backend)
+    fisher: Tensor = _op(input, grad_output, weight, *geometry, False, backend)
+    return fisher
 
 
 def linear_fisher(
@@ -115,6 +126,13 @@ def linear_fisher(
         [37.0]
     """
     check_name(backend)
+    if planner := plans():
+        planned = planner.plan_linear_fisher(input, grad_output, weight)
+        found = one_output(
+            "conv2d_fisher", planned, backend, lambda plan: plan.set_tf32(_may_round(True))
+        )
+        if found is not None:
+            return found
     check_tensor(input, "input")
     check_tensor(grad_output, "grad_output")
     for name, tensor in (("input", input), ("grad_output", grad_output)):

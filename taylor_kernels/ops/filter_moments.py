@@ -88,7 +88,7 @@ def filter_moments(
         [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
     """
     return tables(
-        lambda _, *of_part: _op(*of_part),
+        _op,
         weights,
         grads=grads,
         dim=dim,

@@ -19,6 +19,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import FLOATS, accumulator, activation_args
 from taylor_kernels.ops._checks import alike, check_like, check_tensor
+from taylor_kernels.ops._direct import one_output, plans
 from taylor_kernels.ops._library import define
 
 
@@ -62,12 +63,18 @@ def gate_gradients(
         [[1.0, 2.0]]
     """
     check_name(backend)
+    if planner := plans():
+        planned = planner.plan_gate_gradients(output, grad_output, bias, channel_dim)
+        found = one_output("gate_gradients", planned, backend)
+        if found is not None:
+            return found
     check_tensor(output, "output")
     check_like(grad_output, "grad_output", output, "output")
     if isinstance(channel_dim, int) and -output.dim() < channel_dim < 0:
         channel_dim += output.dim()
     _check(output, grad_output, bias, channel_dim)
-    return _op(output, grad_output, bias, channel_dim, backend)
+    gates: Tensor = _op(output, grad_output, bias, channel_dim, backend)
+    return gates
 
 
 def _check(output: Tensor, grad_output: Tensor, bias: Tensor | None, channel_dim: int) -> None:

@@ -15,12 +15,12 @@ csrc/common/ops.h, backends/triton/moments.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, TypedDict, overload
 
 from torch import Tensor
 
-from taylor_kernels.ops._checks import check_seed, check_streams
-from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
+from taylor_kernels.ops._checks import check_seed
+from taylor_kernels.ops._lists import BothAxes, Draw, OneAxis, define_list_op, tables
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack
@@ -97,11 +97,5 @@ def hutchinson_moments(
         >>> [table.tolist() for table in tk.hutchinson_moments(weights, hvps, seed=7)]
         [[10.0, 18.0]]
     """
-    seed = check_seed(seed)
-    each_stream = check_streams(streams, len(weights) if isinstance(weights, Sequence) else 1)
-
-    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
-        *shared, backend = of_part
-        return _op(*shared, seed, [each_stream[i] for i in places], backend)
-
-    return tables(launch, weights, hvps=hvps, dim=dim, groups=groups, backend=backend)
+    draw = Draw(check_seed(seed), streams)
+    return tables(_op, weights, hvps=hvps, dim=dim, groups=groups, backend=backend, draw=draw)

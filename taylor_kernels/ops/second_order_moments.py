@@ -100,11 +100,9 @@ def second_order_sums(
 ) -> Any:
     """(Σ q, Σ q²), otherwise as `second_order_moments`: sums that add up over coupled filters."""
 
-    def launch(places: Sequence[int], *of_part: Any) -> tuple[Tensor, Tensor]:
-        packed: tuple[Tensor, Tensor] = _op(*of_part)
-        if squared:
-            for table in packed:
-                table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap
-        return packed
+    finish = _square_first if squared else None
+    return tables(_op, weights, grads=grads, hvps=hvps, finish=finish, **options)
 
-    return tables(launch, weights, grads=grads, hvps=hvps, **options)
+
+def _square_first(table: Tensor) -> None:
+    table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap

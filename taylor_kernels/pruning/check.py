@@ -103,10 +103,12 @@ class _Trial:
             parameter.data = self._noisy(parameter.data, max(fan_in, 1) ** -0.5)
         self._held = Tensors(model)
         self._originals = {name: self._held[name] for name in self._held}
+        self._changed: set[str] = set()
         buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         self._written = buffers
         back = widen(model)
         self._exact = True
+        self._untouched = self._snapshot()
         # Code may need all of the example, and may neither know float64 nor let itself be told.
         if not self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
             try:
@@ -114,6 +116,7 @@ class _Trial:
             except Exception:
                 back()
                 self._exact = False
+                self._untouched = self._snapshot()
                 self._runs(example_inputs)
         self._train_too = False
         if train_too:
@@ -176,7 +179,10 @@ class _Trial:
             return f"the model does not run with some of its channels at zero ({_short(error)})"
         try:
             with self._restored():
-                self._put({n: smaller(self._originals[n], cuts) for n, cuts in entries.items()})
+                kept: dict[int, Tensor] = {}
+                self._put(
+                    {n: smaller(self._originals[n], cuts, kept) for n, cuts in entries.items()}
+                )
                 set_attributes(self._modules, channels.attributes(dead))
                 removed = self._outputs()
                 if self._train_too:
@@ -192,22 +198,23 @@ class _Trial:
     @contextmanager
     def _restored(self) -> Iterator[None]:
         """Afterwards the model has the tensors and attributes that it had before."""
-        untouched = Untouched(list(self._modules.values()), [])
-        self._changed: set[str] = set()
+        self._changed.clear()
         self._put({name: _clone(self._originals[name]) for name in self._written})
         try:
             yield
         finally:
             self._held.put({name: self._originals[name] for name in self._changed})
-            untouched.restore()
+            self._untouched.restore()
+
+    def _snapshot(self) -> Untouched:
+        return Untouched(list(self._modules.values()), [])
 
     def _outputs(self, *, train: bool = False) -> list[Tensor]:
-        self._model.train(train)
+        if any(module.training is not train for module in self._modules.values()):
+            self._model.train(train)
         with ExitStack() as stack:
             stack.enter_context(quiet())  # every run starts from the caller's random state
-            stack.enter_context(SmallPools())
-            if self._exact:
-                stack.enter_context(InDouble())
+            stack.enter_context(InDouble() if self._exact else SmallPools())
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())

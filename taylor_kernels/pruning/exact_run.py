@@ -75,30 +75,6 @@ def cut_down(example_inputs: Any) -> Any:
     return tree_map(cut, example_inputs)
 
 
-class InDouble(TorchFunctionMode):
-    """What code would cast to, or make in, a lower precision is in double precision."""
-
-    def __enter__(self) -> InDouble:
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self._default)
-        super().__exit__(*error)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
-    ) -> Any:
-        args = tuple(_wider(value) for value in args)
-        kwargs = {name: _wider(value) for name, value in (kwargs or {}).items()}
-        return _CASTS.get(func, func)(*args, **kwargs)
-
-
-def _wider(value: Any) -> Any:
-    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
-
-
 class SmallPools(TorchFunctionMode):
     """Windows that averages are taken over are no larger than an image that was cut down.
 
@@ -117,6 +93,35 @@ class SmallPools(TorchFunctionMode):
             kernel = [kernel] * len(sizes) if isinstance(kernel, int) else kernel
             args = (image, [min(pair) for pair in zip(kernel, sizes, strict=True)], *rest)
         return func(*args, **(kwargs or {}))
+
+
+class InDouble(SmallPools):
+    """What code would cast to, or make in, a lower precision is in double precision.
+
+    It is one mode with `SmallPools`, since every mode adds to the time of every operation.
+    """
+
+    def __enter__(self) -> InDouble:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_default_dtype(self._default)
+        super().__exit__(*error)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> Any:
+        if torch.dtype in map(type, args):
+            args = tuple(_wider(value) for value in args)
+        if kwargs:
+            kwargs = {name: _wider(value) for name, value in kwargs.items()}
+        return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
+
+
+def _wider(value: Any) -> Any:
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.

@@ -88,7 +88,7 @@ class Meter:
 
 
 class FlopCount(TorchDispatchMode):
-    """Counts the FLOPs of what runs inside, with the formulas of `torch.utils.flop_counter`.
+    """Counts the FLOPs of operations, with the formulas of `torch.utils.flop_counter`.
 
     Attributes:
         total: so far.
@@ -101,10 +101,8 @@ class FlopCount(TorchDispatchMode):
         self._formulas = flop_registry
         self.total = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
+        """Run an operation; of a composite one, what it is made of is counted."""
         if operation(func).composite:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -112,3 +110,12 @@ class FlopCount(TorchDispatchMode):
         formula = self._formulas.get(func.overloadpacket)
         self.total += formula(*args, **kwargs, out_val=out) if formula else 0
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in the tracer's own mode
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
+    ) -> Any:
+        return self.run(func, args, kwargs or {})

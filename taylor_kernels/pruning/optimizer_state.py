@@ -182,12 +182,22 @@ def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cu
                 value.index_fill_(dim, index.to(value.device), 0)
 
 
-def cut(tensor: Tensor, cuts: Cuts) -> Tensor:
-    """The tensor without these indices."""
+def cut(tensor: Tensor, cuts: Cuts, kept: dict[int, Tensor] | None = None) -> Tensor:
+    """The tensor without these indices.
+
+    Args:
+        kept: indices that stay, by the id of those that go: `Channels.entries` has one index
+            tensor for all places of one make, and they are worked out once. To be kept no longer
+            than the cuts.
+    """
+    kept = {} if kept is None else kept
     for dim, index in cuts.items():
-        keep = torch.ones(tensor.size(dim), dtype=torch.bool)
-        keep[index] = False
-        tensor = tensor.index_select(dim, keep.nonzero().flatten().to(tensor.device))
+        left = kept.get(id(index))
+        if left is None:
+            stays = torch.ones(tensor.size(dim), dtype=torch.bool)
+            stays[index] = False
+            left = kept[id(index)] = stays.nonzero().flatten()
+        tensor = tensor.index_select(dim, left.to(tensor.device))
     return tensor
 
 

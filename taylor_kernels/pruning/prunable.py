@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.check import unsound
+from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
-from taylor_kernels.statistics import Layers, Reads, filter_count, is_layer
-from taylor_kernels.tracing import Channels, trace
+from taylor_kernels.statistics import (
+    Layers,
+    Reads,
+    filter_count,
+    held_weight,
+    is_computed,
+    is_layer,
+)
+from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.tracing import traced
 
 
 @dataclass(frozen=True)
@@ -66,15 +74,15 @@ def find_prunable(
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
             matches nothing, or nothing can be pruned.
-        TimeoutError: tracing the model takes too long.
+        TimeoutError, MemoryError: tracing the model takes too long, or too much.
     """
     ignored = ignored_modules(model, ignore)
     layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
     if not layers:
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
-    with FlopCount() as count:
-        channels = trace(plain, example_inputs)
+    count = FlopCount()
+    channels = traced(plain, example_inputs, execute=count.run)
     unscored = _unscored(layers, channels.outside, reads)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
     channels = channels.offering(groups)
@@ -106,10 +114,10 @@ def _unscored(layers: Layers, outside: Mapping[str, str], reads: Reads) -> dict[
     """Layers that a criterion cannot score -> why."""
     found: dict[str, str] = {}
     for name, layer in layers.items():
-        computed = not isinstance(layer.weight, nn.Parameter)
+        computed = is_computed(layer)
         if computed and reads in ("weight gradients", "closure"):
             found[name] = "its weight is computed from other parameters and holds no gradient"
-        elif reads == "weight gradients" and not layer.weight.requires_grad:
+        elif reads == "weight gradients" and not held_weight(layer).requires_grad:
             found[name] = "its weights are frozen and this criterion reads their gradients"
         elif name in outside and reads not in ("weights", "weight gradients"):
             found[name] = (
@@ -120,8 +128,16 @@ def _unscored(layers: Layers, outside: Mapping[str, str], reads: Reads) -> dict[
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    # What the old weight_norm computes has a graph, which cannot be copied; it is made anew anyway.
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    detached = {id(value): value.detach().clone() for value in computed}
     try:
-        return copy.deepcopy(model).eval()
+        return copied(model, detached).eval()
     except Exception as error:
         raise ValueError(
             f"model: it cannot be copied to trace it ({type(error).__name__}: {error}); drop "

@@ -27,7 +27,7 @@ from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Closure, Statistic, checked_tables, get_statistic
 from taylor_kernels.statistics.base import check_closure, check_loss_scale, check_no_noise
-from taylor_kernels.tracing.running import outside_inference_mode
+from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
 
 
 class Pruner(OnModel):
@@ -60,7 +60,7 @@ class Pruner(OnModel):
         ValueError, TypeError: an argument is wrong, a target cannot be reached, nothing can be
             pruned, or an earlier Pruner of the model is open. The model is as it was.
         RuntimeError: the backend is not available here.
-        TimeoutError: the model takes minutes to trace.
+        TimeoutError, MemoryError: the model takes minutes, or gigabytes of labels, to trace.
 
     Example:
         >>> import torch, taylor_kernels as tk
@@ -121,7 +121,7 @@ class Pruner(OnModel):
         self._reads = get_statistic(self.criterion.statistic).reads
         self._at_gates = get_statistic(self.criterion.statistic).at_gates
         self._every, self._momentum, self._backend = every, momentum, backend
-        with outside_inference_mode():
+        with outside_inference_mode(), new_garbage_only():
             prunable = find_prunable(
                 model,
                 example_inputs,

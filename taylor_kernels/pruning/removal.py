@@ -46,7 +46,8 @@ def remove(
         check_follows(optimizers, name, old[name], cuts)
     if optimizers:
         check_complete(optimizers, stepped, old)
-    new = {name: smaller(old[name], cuts) for name, cuts in entries.items()}
+    kept: dict[int, Tensor] = {}
+    new = {name: smaller(old[name], cuts, kept) for name, cuts in entries.items()}
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
     follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
@@ -82,8 +83,13 @@ class Tensors:
         """Put others in the places of those of these names."""
         for name, tensor in tensors.items():
             for module, leaf in self._holders[name]:
-                # Not into the tables: recurrent layers keep a list of their parameters beside.
-                setattr(module, leaf, tensor)
+                if type(module).__setattr__ is not nn.Module.__setattr__:
+                    # Recurrent layers keep a list of their parameters beside.
+                    setattr(module, leaf, tensor)
+                elif leaf in module._parameters:
+                    module._parameters[leaf] = tensor  # type: ignore[assignment]
+                else:
+                    module._buffers[leaf] = tensor
 
 
 def set_attributes(
@@ -95,14 +101,20 @@ def set_attributes(
 
 
 @torch.no_grad()
-def smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    """A parameter, with its gradient, or a buffer without these indices."""
-    new = _cut_as_laid_out(tensor.detach(), cuts)
+def smaller(
+    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None = None
+) -> Tensor:
+    """A parameter, with its gradient, or a buffer without these indices.
+
+    Args:
+        kept: see `cut`.
+    """
+    new = _cut_as_laid_out(tensor.detach(), cuts, kept)
     if not isinstance(tensor, nn.Parameter):
         return new
     parameter = nn.Parameter(new, tensor.requires_grad)
     if tensor.grad is not None:
-        parameter.grad = _cut_as_laid_out(tensor.grad, cuts)
+        parameter.grad = _cut_as_laid_out(tensor.grad, cuts, kept)
     vars(parameter).update(vars(tensor))
     # The tables themselves: the handles that were given out for hooks point at these.
     for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
@@ -111,8 +123,10 @@ def smaller(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
     return parameter
 
 
-def _cut_as_laid_out(tensor: Tensor, cuts: Mapping[int, Tensor]) -> Tensor:
-    new = cut(tensor, cuts)
+def _cut_as_laid_out(
+    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None
+) -> Tensor:
+    new = cut(tensor, cuts, kept)
     if tensor.dim() == 4 and tensor.layout == torch.strided and not tensor.is_contiguous():
         return new.contiguous(memory_format=torch.channels_last)
     return new

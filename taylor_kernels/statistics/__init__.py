@@ -14,10 +14,17 @@ from taylor_kernels.statistics.base import (
     checked_tables,
 )
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
-from taylor_kernels.statistics.gate_curvature import GateCurvature
+from taylor_kernels.statistics.gate_curvature import ExactGateCurvature, GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
 from taylor_kernels.statistics.gates import ExampleGates, Gates
-from taylor_kernels.statistics.layers import Layers, filter_count, find_layers, is_layer
+from taylor_kernels.statistics.layers import (
+    Layers,
+    filter_count,
+    find_layers,
+    held_weight,
+    is_computed,
+    is_layer,
+)
 from taylor_kernels.statistics.loss_change import LossChange
 from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
 from taylor_kernels.statistics.registry import (
@@ -31,6 +38,7 @@ from taylor_kernels.statistics.weight_products import Hutchinson, SecondOrder
 __all__ = [
     "BatchNormScale",
     "Closure",
+    "ExactGateCurvature",
     "ExampleGates",
     "Fisher",
     "FisherProbe",
@@ -53,6 +61,8 @@ __all__ = [
     "filter_count",
     "find_layers",
     "get_statistic",
+    "held_weight",
+    "is_computed",
     "is_layer",
     "register_statistic",
     "statistic_names",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
@@ -173,15 +172,3 @@ def check_no_noise(statistic: Statistic) -> None:
 def version_of(tensor: Tensor) -> int:
     """Counts changes in place; those of tensors of torch.inference_mode() are not counted."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, every module is in eval mode; then each in its own again."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

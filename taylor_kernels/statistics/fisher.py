@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from taylor_kernels.hooks import Hook
-from taylor_kernels.statistics.base import Closure, eval_mode, version_of
+from taylor_kernels.statistics.base import Closure, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
 from taylor_kernels.statistics.hooks.passes import (
     NOTHING_SEEN,
     WatchesPasses,
@@ -22,8 +22,14 @@ from taylor_kernels.statistics.hooks.passes import (
     inside_backward,
 )
 from taylor_kernels.statistics.layer_fisher import Use, example_count, layer_fisher
-from taylor_kernels.statistics.layers import Layer, check_output, filter_count
-from taylor_kernels.statistics.output_curvature import curvature_root, sign_probe
+from taylor_kernels.statistics.layers import (
+    Layer,
+    check_output,
+    filter_count,
+    held_weight,
+    used_weight,
+)
+from taylor_kernels.statistics.output_curvature import sampled_columns, warn_if_linear
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -143,7 +149,7 @@ class _Fishers(WatchesPasses):
             by_count.setdefault(example_count(layer, use[0]), []).append(use)
         for n, alike in by_count.items():
             try:
-                fisher = layer_fisher(layer, alike, _weight(layer), self.backend)
+                fisher = layer_fisher(layer, alike, used_weight(layer), self.backend)
             except ValueError as error:
                 self.discard()
                 raise RuntimeError(
@@ -163,15 +169,18 @@ class _Fishers(WatchesPasses):
 
     def _means(self) -> list[Tensor]:
         """[F, 1] per layer, over all examples."""
-        waiting, self._waiting = self._waiting, {}
-        for here, name in waiting.items():
-            self._reduce(name, here)
+        self._reduce_waiting()
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
-            else layer.weight.new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            else held_weight(layer).new_zeros(filter_count(layer), 1, dtype=torch.float32)
             for name, layer in self.layers.items()
         ]
+
+    def _reduce_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for here, name in waiting.items():
+            self._reduce(name, here)
 
     def discard(self) -> None:
         super().discard()
@@ -217,27 +226,28 @@ class FisherProbe(FromOutput, _Fishers):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._batch = 0
+        self._sign = 1
 
-    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
-        self._batch = output.size(0)
-        probe = sign_probe(curvature_root(loss, output), self._generator())
-        self._backward(output, probe.view_as(output).to(output), keep=False)
+    def _tables_at(self, loss: LossFunction) -> list[Tensor]:
+        warn_if_linear(loss, stacklevel=7)
+        factor = sampled_columns(loss, 1, self.updates, leading=False)
+        if not factor.apart or loss.examples is None:
+            raise ValueError(
+                "closure: its loss lets examples meet (dim 0 of the model's output), as a "
+                "contrastive loss does, so that they have no weight gradients each; use "
+                "taylor_so_diag, which adds them up, or taylor_so_bn"
+            )
+        self._batch = loss.examples
+        for vectors, self._sign in factor.columns:
+            self._backward(loss, vectors)
+            self._reduce_waiting()
         return self._means()
 
     def _add(self, name: str, fisher: Tensor, examples: int) -> None:
         check_examples(name, examples, self._batch)
-        self._accumulate(name, fisher, 1)
+        self._accumulate(name, self._sign * fisher, 0)
 
 
 def _kind(layer: Layer) -> str:
     """The class of PyTorch's own that it is."""
     return next(c for c in type(layer).__mro__ if c.__module__.startswith("torch.nn.")).__name__
-
-
-def _weight(layer: Layer) -> Tensor:
-    """The weight that the layer used: reading that of a spectral norm in train mode moves it."""
-    if not parametrize.is_parametrized(layer, "weight"):
-        return layer.weight.detach()
-    assert isinstance(layer.parametrizations, nn.Module)
-    with eval_mode(layer.parametrizations):
-        return layer.weight.detach()

@@ -20,7 +20,7 @@ from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import inside_backward
 from taylor_kernels.statistics.hooks.sites import ELSEWHERE, change_at
-from taylor_kernels.statistics.layers import Layer, channel_dim, check_output
+from taylor_kernels.statistics.layers import Layer, channel_dim, check_output, held_weight
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -64,7 +64,7 @@ class GateProducts(InClosure):
         finally:
             remove_all(handles)
             self._gates, self._by_output, self._replaced = [], {}, set()
-        like = next(iter(self.layers.values())).weight
+        like = held_weight(next(iter(self.layers.values())))
         tables = {
             name: like.new_zeros(width, 1, dtype=accumulator(like.dtype))
             for name, width in self._gate_tables.widths.items()

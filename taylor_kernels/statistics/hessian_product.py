@@ -10,11 +10,12 @@ attention, cdist, ctc_loss, once_differentiable functions have neither).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _OF_MODEL = (
@@ -60,7 +61,9 @@ def gradient_and_product(
     return [s.detach() for s in slopes], list(products)
 
 
-def slopes_with_graph(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+def slopes_with_graph(
+    loss: Tensor, leaves: Sequence[Tensor] | Sequence[GradientEdge]
+) -> tuple[Tensor | None, ...]:
     """∂L/∂leaves to be differentiated once more; None where L does not depend on a leaf."""
     # A function that is marked as once differentiable says so in the graph only if the gradient
     # that it is given has one, which that of the loss, and of sums, has not by itself.
@@ -80,13 +83,15 @@ def second_derivatives(message: str) -> Iterator[None]:
         raise RuntimeError(message.format(error)) from error
 
 
-def check_graph(tensors: Sequence[Tensor], message: str) -> None:
+def check_graph(tensors: Sequence[Tensor], message: str, inputs: Set[object] = frozenset()) -> None:
     """That no gradient came out of a function that is marked as once differentiable.
+
+    Nodes of the graph that are `inputs`, and what is behind them, are not looked at.
 
     torch.autograd.grad would not meet the error that such a function leaves in the graph, and
     leave out what is behind it.
     """
-    seen = set()
+    seen: set[object] = set(inputs)
     stack = [tensor.grad_fn for tensor in tensors]
     while stack:
         node = stack.pop()

@@ -1,4 +1,4 @@
-"""The Fisher diagonal of one layer, per filter: Σ_k w_k² Σ_n g_{n,k}² from its inputs and dy.
+"""The Fisher diagonal of one layer's weight, or per filter, from its inputs and output gradients.
 
 `conv2d_fisher` and `linear_fisher` compute the common layers. The others are brought to their form:
 a 1-D convolution is a 2-D one of height 1; padding that the op does not know is added to the input;
@@ -40,25 +40,59 @@ def layer_fisher(
             gradient's dtype, which is what the layer computed in under autocast.
         weight: the layer's, as it was used.
     """
-    uses = [
+    uses = _batched(layer, uses)
+    if not isinstance(layer, _ConvNd):
+        weight = weight.movedim(filter_axis(layer), 0)
+        return linear_fisher(*_as_one(uses), weight=weight, backend=backend)
+    problems = [_as_convolution(layer, use, weight.shape) for use in uses]
+    first = problems[0]
+    if not _by_example_alone(problems) and not isinstance(layer, _ConvTransposeNd):
+        return conv2d_fisher(*first, weight=weight.view(first.weight_size), backend=backend)
+    fisher = _of_convolutions(problems, backend)
+    return _filters(layer, fisher.view_as(weight) * weight.to(fisher.dtype).square())
+
+
+def weight_fisher(layer: Layer, uses: Sequence[Use], backend: str | None = None) -> Tensor:
+    """Σ_n (Σ over uses of g_n)² in the shape of the layer's weight; `uses` as of layer_fisher."""
+    uses = _batched(layer, uses)
+    if isinstance(layer, _ConvNd):
+        size = layer.weight.shape
+        problems = [_as_convolution(layer, use, size) for use in uses]
+        return _of_convolutions(problems, backend).view(size)
+    x, dy = _as_one(uses)
+    if x.size(1) == 1:  # g_n is an outer product, so that the squares are a matrix product
+        dtype = accumulator(x.dtype)
+        fisher = dy[:, 0].to(dtype).square().T @ x[:, 0].to(dtype).square()
+    else:
+        fisher = linear_fisher(x, dy, backend=backend)
+    return fisher.movedim(0, filter_axis(layer))
+
+
+def weight_gradients(layer: Layer, use: Use) -> Tensor:
+    """[N, *weight]: the gradient of each example, for a few of them."""
+    (use,) = _batched(layer, [use])
+    if isinstance(layer, _ConvNd):
+        size = layer.weight.shape
+        problem = _as_convolution(layer, use, size)
+        one = [_gradient(problem, slice(n, n + 1)) for n in range(len(use[0]))]
+        return torch.stack(one).view(-1, *size)
+    x, dy = (tensor.to(accumulator(tensor.dtype)) for tensor in _as_one([use]))
+    return (dy.transpose(1, 2) @ x).movedim(1, 1 + filter_axis(layer))
+
+
+def _batched(layer: Layer, uses: Sequence[Use]) -> list[Use]:
+    return [
         (x.to(dy.dtype), dy) if _is_batched(layer, x) else (x.to(dy.dtype)[None], dy[None])
         for x, dy in uses
     ]
-    if not isinstance(layer, _ConvNd):
-        weight = weight.movedim(filter_axis(layer), 0)
-        if len(uses) == 1:
-            x, dy = uses[0]
-        else:  # all uses of an example are tokens of it
-            x, dy = (torch.cat([_tokens(use[i]) for use in uses], 1) for i in (0, 1))
-        return linear_fisher(x, dy, weight=weight, backend=backend)
 
-    problems = [_as_convolution(layer, x, dy, weight) for x, dy in uses]
-    first = problems[0]
-    by_example = len(uses) > 1 or len(layer.kernel_size) == 3
-    if not by_example and not isinstance(layer, _ConvTransposeNd):
-        return conv2d_fisher(*first, weight=weight.view(first.weight_size), backend=backend)
-    fisher = _by_example(problems) if by_example else conv2d_fisher(*first, backend=backend)
-    return _filters(layer, fisher.view_as(weight) * weight.to(fisher.dtype).square())
+
+def _as_one(uses: Sequence[Use]) -> Use:
+    """[N, tokens, features]: all uses of an example are tokens of it."""
+    tokens = [(_tokens(x), _tokens(dy)) for x, dy in uses]
+    if len(tokens) == 1:
+        return tokens[0]
+    return torch.cat([x for x, _ in tokens], 1), torch.cat([dy for _, dy in tokens], 1)
 
 
 class _Convolution(NamedTuple):
@@ -73,7 +107,8 @@ class _Convolution(NamedTuple):
     groups: int
 
 
-def _as_convolution(layer: _ConvNd, x: Tensor, dy: Tensor, weight: Tensor) -> _Convolution:
+def _as_convolution(layer: _ConvNd, use: Use, size: tuple[int, ...]) -> _Convolution:
+    x, dy = use
     stride, dilation = layer.stride, layer.dilation
     padding = (0,) * len(stride) if isinstance(layer.padding, str) else layer.padding
     if isinstance(layer, _ConvTransposeNd):
@@ -90,7 +125,6 @@ def _as_convolution(layer: _ConvNd, x: Tensor, dy: Tensor, weight: Tensor) -> _C
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(stride)
-    size = tuple(weight.shape)
     if len(stride) == 1:
         x, dy = x.unsqueeze(2), dy.unsqueeze(2)
         size, stride, dilation = (*size[:2], 1, size[2]), (1, *stride), (1, *dilation)
@@ -98,20 +132,28 @@ def _as_convolution(layer: _ConvNd, x: Tensor, dy: Tensor, weight: Tensor) -> _C
     return _Convolution(x, size, dy, stride, padding, dilation, layer.groups)
 
 
-def _by_example(uses: Sequence[_Convolution]) -> Tensor:
-    """Σ_n of squares, in the weight's shape, of gradients that are formed one at a time."""
+def _by_example_alone(uses: Sequence[_Convolution]) -> bool:
+    """Whether no op computes it: several uses, or three dimensions."""
+    return len(uses) > 1 or len(uses[0].stride) == 3
+
+
+def _of_convolutions(uses: Sequence[_Convolution], backend: str | None) -> Tensor:
+    """Σ_n of squares, in the weight's shape as a convolution sees it."""
     first = uses[0]
-    dtype = accumulator(first.input.dtype)
-    gradient = conv3d_weight if len(first.stride) == 3 else conv2d_weight
-    fisher = first.input.new_zeros(first.weight_size, dtype=dtype)
+    if not _by_example_alone(uses):
+        return conv2d_fisher(*first, backend=backend)
+    fisher = first.input.new_zeros(first.weight_size, dtype=accumulator(first.input.dtype))
     for n in range(first.input.size(0)):
         one = slice(n, n + 1)
-        total = sum(
-            gradient(use.input[one].to(dtype), use[1], use.grad_output[one].to(dtype), *use[3:])
-            for use in uses
-        )
-        fisher += total.square()
+        fisher += sum((_gradient(use, one) for use in uses), fisher.new_zeros(())).square()
     return fisher
+
+
+def _gradient(use: _Convolution, examples: slice) -> Tensor:
+    dtype = accumulator(use.input.dtype)
+    gradient = conv3d_weight if len(use.stride) == 3 else conv2d_weight
+    x, dy = (t[examples].to(dtype) for t in (use.input, use.grad_output))
+    return gradient(x, use.weight_size, dy, *use[3:])
 
 
 def _filters(layer: _ConvNd, table: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
 
 #: A layer whose filters can be scored; a class of `_LINEAR_TOO` counts as a linear layer.
 Layer = _ConvNd | nn.Linear
@@ -53,7 +55,9 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
                     f"there are {', '.join(candidates) or 'none'}"
                 )
             chosen |= matches
-    frozen = [n for n, m in chosen.items() if not m.weight.requires_grad] if trainable_only else []
+    frozen: list[str] = []
+    if trainable_only:
+        frozen = [n for n, m in chosen.items() if not held_weight(m).requires_grad]
     if frozen and names is not None:
         raise ValueError(
             f"layers: {', '.join(frozen)} have frozen weights, so this criterion has nothing to "
@@ -68,7 +72,8 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
     if names is not None and not chosen:
         raise ValueError("layers: is empty; name a layer, or pass None for all")
     for name, layer in chosen.items():
-        if isinstance(layer.weight, UninitializedParameter) or layer.weight.is_meta:
+        held = held_weight(layer)
+        if isinstance(held, UninitializedParameter) or held.is_meta:
             raise ValueError(
                 f"model: {name} has no values yet (a lazy module, or the meta device); run the "
                 "model once, or move it to a real device first"
@@ -81,6 +86,38 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
             + ", so there is nothing to score"
         )
     return chosen
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, every module is in eval mode; then each in its own again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def held_weight(layer: Layer) -> Tensor:
+    """The weight, or where a parametrization computes it what that holds for it.
+
+    For questions that need no values: reading the weight of a spectral norm in train mode moves it.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight
+    assert isinstance(layer.parametrizations, nn.ModuleDict)
+    return next(layer.parametrizations["weight"].parameters())
+
+
+def used_weight(layer: Layer) -> Tensor:
+    """The values of the weight that the layer used last, without a graph."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight.detach()
+    assert isinstance(layer.parametrizations, nn.Module)
+    with eval_mode(layer.parametrizations):
+        return layer.weight.detach()
 
 
 def filter_axis(layer: Layer) -> int:
@@ -117,14 +154,20 @@ def check_output(name: str, output: object) -> Tensor:
     return output
 
 
-def check_leaf(name: str, weight: Tensor) -> None:
+def is_computed(layer: Layer) -> bool:
+    """Whether a layer's weight is made of other parameters."""
+    return parametrize.is_parametrized(layer, "weight") or not (
+        layer.weight.is_leaf and isinstance(layer.weight, nn.Parameter)
+    )
+
+
+def check_leaf(name: str, layer: Layer) -> None:
     """A layer's weight is a parameter of its own.
 
     Raises:
         RuntimeError: it is not.
     """
-    # One that was computed while nothing required a gradient is a leaf too.
-    if not (weight.is_leaf and isinstance(weight, nn.Parameter)):
+    if is_computed(layer):
         raise RuntimeError(
             f"{name}.weight is computed from other parameters (a parametrization or a pruning "
             "mask), so it holds no gradient; use taylor_fo_gate, or make the parametrization "

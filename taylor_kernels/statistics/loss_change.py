@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.statistics.base import Closure, eval_mode
+from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.hooks.sites import GateSites, change_at
-from taylor_kernels.statistics.layers import channel_dim, filter_count
+from taylor_kernels.statistics.layers import channel_dim, eval_mode, filter_count, held_weight
 from taylor_kernels.statistics.registry import register_statistic
 
 #: A filter: the name of its layer and its number in it.
@@ -38,7 +38,7 @@ class LossChange(KnowsNorms):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None
         tables = {
-            name: torch.empty(filter_count(layer), 1, device=layer.weight.device)
+            name: torch.empty(filter_count(layer), 1, device=held_weight(layer).device)
             for name, layer in self.layers.items()
         }
         filters = [(name, number) for name, table in tables.items() for number in range(len(table))]
@@ -88,7 +88,7 @@ class LossChange(KnowsNorms):
             for name, gone in numbers.items():
                 layer = self.layers[name]
                 gated: list[nn.Module] = [*self._norms.of(name)] or [layer]
-                zeroing = _zeroing(channel_dim(layer), gone, layer.weight.device)
+                zeroing = _zeroing(channel_dim(layer), gone, held_weight(layer).device)
                 handles += [
                     module.register_forward_hook(lambda _, __, y, zeroing=zeroing: zeroing(y))
                     for module in gated
@@ -106,7 +106,7 @@ class LossChange(KnowsNorms):
             channels = torch.isin(site.classes, classes).nonzero().flatten().tolist()
             if not channels:
                 continue
-            device = next(iter(self.layers.values())).weight.device
+            device = held_weight(next(iter(self.layers.values()))).device
             handles.append(change_at(self.model, site, _zeroing(site.dim, channels, device)))
         return handles
 

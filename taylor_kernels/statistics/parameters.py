@@ -20,6 +20,8 @@ from taylor_kernels.statistics.layers import (
     filter_axis,
     filter_count,
     filter_groups,
+    held_weight,
+    used_weight,
 )
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -77,8 +79,8 @@ class WeightMoments(Statistic):
         weights: list[Tensor] = []
         grads: list[Tensor | None] = []
         for name, layer in self.layers.items():
+            check_leaf(name, layer)
             weight = layer.weight
-            check_leaf(name, weight)
             if not weight.requires_grad:
                 raise RuntimeError(
                     f"{name}.weight requires no gradient, so this criterion has nothing to read; "
@@ -122,7 +124,7 @@ class Magnitudes(Statistic):
 
     @staticmethod
     def _table(layer: Layer) -> Tensor:
-        weight = layer.weight
+        weight = used_weight(layer)
         if filter_axis(layer):  # [in, out / groups, ...] -> filters first
             weight = weight.unflatten(0, (filter_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
         rows = weight.flatten(1)
@@ -166,13 +168,14 @@ class BatchNormScale(KnowsNorms):
         module = self.model.get_submodule(site.module)
         if site.side == OUT and isinstance(module, _NormBase) and module.weight is not None:
             return module.weight.abs().float()[:, None]
-        like = next(iter(self.layers.values())).weight
+        like = held_weight(next(iter(self.layers.values())))
         return like.new_full((site.classes.numel(), 1), torch.nan, dtype=torch.float32)
 
     def _table(self, name: str, layer: Layer) -> Tensor:
         scales = [n.weight.abs().float() for n in self._norms.of(name) if n.weight is not None]
         if not scales:
-            return layer.weight.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
+            like = held_weight(layer)
+            return like.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
         return torch.stack(scales, 1).sum(1, keepdim=True)
 
 
@@ -191,7 +194,7 @@ class Random(Statistic):
         super().__init__(model, layers, backend)
         generator = torch.Generator().manual_seed(self.seed)
         self._draws = [
-            torch.rand(filter_count(layer), 1, generator=generator).to(layer.weight.device)
+            torch.rand(filter_count(layer), 1, generator=generator).to(held_weight(layer).device)
             for layer in layers.values()
         ]
 

@@ -30,7 +30,7 @@ class _WeightProducts(Statistic):
         assert closure is not None
         place: dict[Tensor, int] = {}  # of each weight, among all
         for name, layer in self.layers.items():
-            check_leaf(name, layer.weight)
+            check_leaf(name, layer)
             place.setdefault(layer.weight, len(place))
         weights = list(place)
         values = [weight.detach() for weight in weights]

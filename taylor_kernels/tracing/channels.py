@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +66,12 @@ class Channels:
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
         self._classes: dict[tuple[str, int], Vector] = {}
+        same: dict[bytes, Vector] = {}  # most vectors are the same as some others
         for start, name, dim, size in record.starts:
-            self._classes[name, dim] = self._label[start : start + size]
-        order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-        self._order = order
+            vector = self._label[start : start + size]
+            self._classes[name, dim] = same.setdefault(vector.tobytes(), vector)
+        modules = dict(model.named_modules())
+        self._order = {name: number for number, name in enumerate(modules)}
         self._layers: dict[str, tuple[Vector, Vector]] = {}
         self.macs: dict[str, int] = {}
         self.outside: dict[str, str] = {}
@@ -84,15 +85,14 @@ class Channels:
         self._publish()
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
         self.steps: list[Step] = [
-            replace(step, inputs=self._label[step.inputs], outputs=self._label[step.outputs])
-            for step in record.steps
+            step.of(self._label[step.inputs], self._label[step.outputs]) for step in record.steps
         ]
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(self._label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
-        self._sizes = self._counted(model)
+        self._sizes = self._counted(model, modules)
         self.groups: list[Group] = []
         self.skipped: dict[str, str] = {}
         self._make_groups()
@@ -100,8 +100,11 @@ class Channels:
     def _publish(self) -> None:
         """Vectors of classes as tensors."""
         self.classes: dict[str, tuple[Tensor, ...]] = {}
+        known: dict[int, Tensor] = {}
         for (name, _), vector in self._classes.items():
-            self.classes[name] = (*self.classes.get(name, ()), index(vector))
+            if (key := id(vector)) not in known:
+                known[key] = index(vector)
+            self.classes[name] = (*self.classes.get(name, ()), known[key])
         self.layers: dict[str, tuple[Tensor, Tensor]] = {
             name: (index(inputs), index(outputs))
             for name, (inputs, outputs) in self._layers.items()
@@ -123,8 +126,9 @@ class Channels:
         for number, (classes, _) in enumerate(made):
             group_of[classes] = number
         norms: list[dict[str, None]] = [{} for _ in made]
-        for norm in self._record.norms:
-            for number in np.unique(group_of[self._label[norm.atoms]]).tolist():
+        behind_norms = [group_of[self._label[norm.atoms]] for norm in self._record.norms]
+        for norm, numbers in zip(self._record.norms, behind_norms, strict=True):
+            for number in dict.fromkeys(numbers.tolist()):
                 if number >= 0:
                     norms[number][norm.module] = None
         for (classes, table), behind in zip(made, norms, strict=True):
@@ -204,14 +208,13 @@ class Channels:
             for side, vector in zip((IN, OUT), sides, strict=True):
                 moved[name, side] = np.cumsum(~gone[vector]) - 1
         other = copy.copy(self)
-        other._classes = {key: left(vector) for key, vector in self._classes.items()}
+        vectors = {id(vector): vector for vector in self._classes.values()}
+        fewer = {key: left(vector) for key, vector in vectors.items()}
+        other._classes = {key: fewer[id(vector)] for key, vector in self._classes.items()}
         other._layers = {name: (left(i), left(o)) for name, (i, o) in self._layers.items()}
         other._publish()
         other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
-        other.steps = [
-            replace(step, inputs=left(step.inputs), outputs=left(step.outputs))
-            for step in self.steps
-        ]
+        other.steps = [step.of(left(step.inputs), left(step.outputs)) for step in self.steps]
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
@@ -231,10 +234,13 @@ class Channels:
         """
         gone = self._gone(dead)
         found: dict[str, dict[int, Tensor]] = {}
+        known: dict[int, Tensor | None] = {}
         for (name, dim), vector in self._classes.items():
-            places = np.flatnonzero(gone[vector])
-            if places.size:
-                found.setdefault(name, {})[dim] = index(places)
+            if (key := id(vector)) not in known:
+                places = np.flatnonzero(gone[vector])
+                known[key] = index(places) if places.size else None
+            if (going := known[key]) is not None:
+                found.setdefault(name, {})[dim] = going
         return found
 
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, int | tuple[int, ...]]]:
@@ -267,7 +273,9 @@ class Channels:
             gone[group.classes[mask.cpu()].numpy()] = True
         return gone
 
-    def _counted(self, model: nn.Module) -> list[tuple[str, str, Any, Vector]]:
+    def _counted(
+        self, model: nn.Module, modules: Mapping[str, nn.Module]
+    ) -> list[tuple[str, str, Any, Vector]]:
         """Attributes that count channels: module, attribute, value, classes counted."""
         found: list[tuple[str, str, Any, Vector]] = []
         firsts: dict[int, str] = {}
@@ -276,7 +284,7 @@ class Channels:
         groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
         norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
         norms |= {s.module: s.outputs for s in self.steps if s.output_dim and s.kind == NORM}
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             for attribute, what in attributes.rules_of(module).items():
                 vector = None
                 if isinstance(what, tuple):

@@ -9,6 +9,7 @@ that leaves most output channels free is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -133,6 +134,7 @@ class Chooser:
         self.tables = record.tables
         self.parts = proportional(record)
         self.numbers: dict[Reason, int] = {}
+        self.keeping: dict[tuple[int, int | None], int] = {}
         settled = _settle(grids, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
@@ -146,11 +148,13 @@ class Chooser:
             for dim, axis in enumerate(table.axes):
                 kind = self.kinds[number][dim]
                 self.uses.setdefault(kind, []).append((number, dim))
-                free = np.unique(label[axis][settled[axis] == FREE])
+                classes = label[axis]
+                free = set(classes[settled[axis] == FREE].tolist())
                 self.width[kind] = max(self.width.get(kind, 0), len(free))
-                here = not heads.isdisjoint(label[axis].tolist())
+                every = classes.tolist()
+                here = not heads.isdisjoint(every)
                 self.head[kind] = self.head.get(kind, False) or here
-                if dim not in table.allowed or not len(free) or len(np.unique(label[axis])) < 2:
+                if dim not in table.allowed or not free or every.count(every[0]) == len(every):
                     dead.add(kind)
         self.candidates = [kind for kind in self.uses if kind not in dead]
 
@@ -236,20 +240,23 @@ class Chooser:
         """Classes and reasons with these kinds of axes shrinking."""
         forest, why = self.forest.copy(), self.why.copy()
         pairs = []
+        fixed: list[tuple[Vector, int]] = []
         for number, table in enumerate(self.tables):
-            shape = [axis.size for axis in table.axes]
             live = next((d for d, kind in enumerate(self.kinds[number]) if kind in kinds), None)
-            kept = self._kept(table, live)
-            for dim, axis in enumerate(table.axes):
-                if dim != live:
-                    np.minimum.at(why, axis, kept)
+            kept = self._kept(number, live)
+            fixed += [(axis, kept) for dim, axis in enumerate(table.axes) if dim != live]
             if live is None:
-                np.minimum.at(why, table.cells, kept)
+                fixed.append((table.cells, kept))
             else:
-                spread = [-1 if dim == live else 1 for dim in range(len(shape))]
-                cells = np.broadcast_to(table.axes[live].reshape(spread), shape).ravel()
+                after = math.prod(axis.size for axis in table.axes[live + 1 :])
+                axis = table.axes[live]
+                cells = np.tile(axis.repeat(after), table.cells.size // (after * axis.size))
                 both = (cells != 0) & (table.cells != 0)
                 pairs.append((cells[both], table.cells[both]))
+        if fixed:
+            sizes = [atoms.size for atoms, _ in fixed]
+            numbers = np.repeat([kept for _, kept in fixed], sizes)
+            np.minimum.at(why, np.concatenate([atoms for atoms, _ in fixed]), numbers)
         forest.unite(pairs)
         why = _spread(forest, why)
         for parts in self.parts:
@@ -261,14 +268,19 @@ class Chooser:
                 why = _spread(forest, why)
         return forest, why
 
-    def _kept(self, table: Table, live: int | None) -> int:
+    def _kept(self, number: int, live: int | None) -> int:
         """The number of the reason that keeps a table's other axes."""
-        module, operation = table.where
-        shape = " x ".join(str(axis.size) for axis in table.axes)
-        text = f"is cut into {shape} by {operation} in {module!r}, " + (
-            "which has to stay so" if live is None else f"of which only dimension {live} shrinks"
-        )
-        return self._number(Reason(text, module, operation))
+        if (number, live) not in self.keeping:
+            table = self.tables[number]
+            module, operation = table.where
+            shape = " x ".join(str(axis.size) for axis in table.axes)
+            text = f"is cut into {shape} by {operation} in {module!r}, " + (
+                "which has to stay so"
+                if live is None
+                else f"of which only dimension {live} shrinks"
+            )
+            self.keeping[number, live] = self._number(Reason(text, module, operation))
+        return self.keeping[number, live]
 
     def _number(self, reason: Reason) -> int:
         if reason not in self.numbers:

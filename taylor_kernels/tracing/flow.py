@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.labels import Labels, has_storage
+from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
 if TYPE_CHECKING:
@@ -100,6 +100,13 @@ class Flow:
                 mark |= self._marks.get(key, frozenset())
             self._marks[key] = mark
 
+    def forget(self, call: Call) -> None:
+        """An operation on what no step has made: its memory may have been another tensor's."""
+        memories = {_memory(tensor) for tensor in call.tensors}
+        for out in tensors_of(call.out):
+            if (key := _memory(out)) not in memories:
+                self._marks.pop(key, None)
+
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:
         """The model has returned a tensor."""
         self._end(labels.vectors(), self._marks.get(_memory(tensor), frozenset()))
@@ -159,7 +166,7 @@ class Flow:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else -id(tensor)
+    return tensor.untyped_storage()._cdata if has_storage(tensor) else -id(tensor)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

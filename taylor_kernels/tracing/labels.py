@@ -23,9 +23,13 @@ class Memory:
 
     Attributes:
         spoiled: something was written that is not zero where the atoms are masked.
+        repeated: there may be dimensions along which one place was repeated.
+        uneven: something was written into a part, so that what was one value is several.
     """
 
     spoiled: bool = False
+    repeated: bool = False
+    uneven: bool = False
 
 
 @dataclass
@@ -58,12 +62,27 @@ class Labels:
         return self.zero[dim] and not self.memory.spoiled
 
     @property
+    def is_uniform(self) -> bool:
+        return self.uniform and not self.memory.uneven
+
+    @property
+    def repeated(self) -> frozenset[int]:
+        """The dimensions that are loose still."""
+        return frozenset() if self.memory.uneven else self.loose
+
+    @property
     def labelled(self) -> list[int]:
         """The dimensions that have atoms."""
         return [i for i, dim in enumerate(self.dims) if dim is not None and dim.any()]
 
     def vectors(self) -> list[Vector]:
         return [dim for dim in self.dims if dim is not None and dim.any()]
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own to know it by; those inside vmap do not."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not wrapped
 
 
 class Store:
@@ -76,7 +95,7 @@ class Store:
     def get(self, tensor: Tensor) -> Labels | None:
         """A tensor's labels, also where it is another Python object for a labelled one."""
         found = self._of(tensor)
-        if found is None and tensor.layout == torch.strided and tensor.numel():
+        if found is None and has_storage(tensor) and tensor.numel():
             owner = self._owners.get(tensor.data_ptr(), lambda: None)()
             if (
                 owner is not None
@@ -95,5 +114,5 @@ class Store:
     def set(self, tensor: Tensor, labels: Labels) -> None:
         mine = ref(tensor)
         self._labels[id(tensor)] = mine, labels
-        if tensor.layout == torch.strided and any(dim is not None for dim in labels.dims):
+        if has_storage(tensor) and any(dim is not None for dim in labels.dims):
             self._owners[tensor.data_ptr()] = mine

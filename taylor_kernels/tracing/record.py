@@ -18,6 +18,8 @@ Vector = npt.NDArray[np.int64]
 #: Kinds of steps.
 NORM, PRODUCT, END = "norm", "product", "end"
 
+#: So many numbers a trace writes down at most: 2 GiB.
+MOST = 2**28
 #: Why an atom that met no other stays.
 MEETS_FIXED = "meets a tensor of fixed width"
 
@@ -166,6 +168,13 @@ class Step:
     input_dim: int | None = None
     output_dim: int | None = None
 
+    def of(self, inputs: Vector, outputs: Vector) -> Step:
+        """The same step of other channels."""
+        return Step(
+            self.kind, self.module, inputs, outputs, self.sources, self.layer, self.depthwise,
+            self.input_dim, self.output_dim,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Size:
@@ -187,6 +196,7 @@ class Record:
 
     Attributes:
         failures: operations whose rule did not foresee their arguments; their channels stay.
+        size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
     """
 
     count: int = 1
@@ -203,12 +213,22 @@ class Record:
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     step: int = 0
+    size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)
 
     def fresh(self, size: int) -> Vector:
         """New atoms."""
+        self._grow(size)
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
+
+    def _grow(self, numbers: int) -> None:
+        self.size += numbers
+        if self.size > MOST:
+            raise MemoryError(
+                f"model: its trace is of more than {MOST} labels; pass a smaller example (fewer "
+                "entries, steps or pixels)"
+            )
 
     def tensor(self, name: str, shape: Sequence[int]) -> list[Vector]:
         """The atoms of a parameter or buffer, a vector for each dimension."""
@@ -237,11 +257,13 @@ class Record:
             if one is not other:
                 self.fix(one if other is None else other, self.reason(MEETS_FIXED, where))
         elif one is not other:
+            self._grow(2 * one.size)
             self.joins.append(Join(one.copy(), other.copy(), where, len(self.fixed)))
 
     def fix(self, vector: Vector | None, reason: Reason) -> None:
         """These atoms cannot go."""
         if vector is not None:
+            self._grow(vector.size)
             self.fixed.append((vector.flatten(), reason))
 
     def grid(

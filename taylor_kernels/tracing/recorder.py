@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store
-from taylor_kernels.tracing.operations import operation, tensors_of
+from taylor_kernels.tracing.operations import Operation, operation, tensors_of
 from taylor_kernels.tracing.record import Reason, Record, Vector
 
 
@@ -26,15 +26,19 @@ class Call:
         labels: of each tensor among the arguments, by id, as they were before.
     """
 
-    def __init__(self, recorder: Recorder, func: Any, args: tuple, kwargs: Mapping) -> None:
+    def __init__(
+        self, recorder: Recorder, func: Any, known: Operation, args: tuple, kwargs: Mapping
+    ) -> None:
         self.recorder = recorder
         self.record = recorder.record
         self.func = func
-        self.operation = operation(func)
-        self.name = self.operation.name
-        self.args: dict[str, Any] = dict(self.operation.defaults)
-        self.args.update(zip(self.operation.arguments, args, strict=False))
-        self.args.update(kwargs)
+        self.operation = known
+        self.name = known.name
+        self.args: dict[str, Any] = {
+            **known.defaults,
+            **dict(zip(known.arguments, args, strict=False)),
+            **kwargs,
+        }
         self.out: Any = None
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
@@ -94,6 +98,8 @@ OTHER = "*"
 
 #: Operations that make tensors of their own although they are given one.
 MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
+#: Operations that repeat places, also of tensors without atoms.
+REPEATS = {"expand", "repeat"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -112,7 +118,19 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def followed(labels: Labels) -> bool:
     """Whether there are atoms to follow, or there may be once something is written."""
-    return any(vector is not None for vector in labels.dims) or labels.name != ""
+    if labels.name or labels.uniform or labels.memory.repeated:
+        return True
+    for vector in labels.dims:  # noqa: SIM110 - a generator for each operand costs more than this
+        if vector is not None:
+            return True
+    return False
+
+
+Execute = Callable[[Any, tuple, Mapping], Any]
+
+
+def _execute(func: Any, args: tuple, kwargs: Mapping) -> Any:
+    return func(*args, **kwargs)
 
 
 class Recorder(TorchDispatchMode):
@@ -122,12 +140,20 @@ class Recorder(TorchDispatchMode):
         record: what was written down.
         flow: the norms and products that channels go through.
         touched: called with a tensor before something is written into it.
+
+    Args:
+        execute: runs an operation; for callers that count what runs.
     """
 
     def __init__(
-        self, names: Mapping[nn.Module, str], touched: Callable[[Tensor], None], seconds: float
+        self,
+        names: Mapping[nn.Module, str],
+        touched: Callable[[Tensor], None],
+        seconds: float,
+        execute: Execute | None = None,
     ) -> None:
         super().__init__()
+        self._execute = execute or _execute
         self.record = Record()
         self.store = Store()
         self.flow = Flow(self)
@@ -189,6 +215,11 @@ class Recorder(TorchDispatchMode):
 
     # Operations
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # False: PyTorch need not wrap each call so that no compiler looks into it.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
@@ -204,16 +235,19 @@ class Recorder(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        call = Call(self, func, args, kwargs)
+        call = Call(self, func, known, args, kwargs)
         written: list[Tensor] = []
         for name in known.written:
             written += tensors_of(call.args.get(name))
         for tensor in written:
             self.touched(tensor)
-        call.out = func(*args, **kwargs)
+        call.out = self._execute(func, args, kwargs)
         self.record.step += 1
-        if not call.tensors or call.name in MAKERS or any(map(followed, call.labels.values())):
+        makes = not call.tensors or call.name in MAKERS or call.name in REPEATS
+        if makes or any(map(followed, call.labels.values())):
             self._apply(call, written)
+        else:
+            self.flow.forget(call)
         return call.out
 
     def _apply(self, call: Call, written: list[Tensor]) -> None:
@@ -221,6 +255,8 @@ class Recorder(TorchDispatchMode):
         products, norms = len(self.record.products), len(self.record.norms)
         try:
             result = RULES.get(call.name, RULES[OTHER])(call)
+        except MemoryError:
+            raise
         except Exception as error:
             # Arguments that the rule does not foresee: what it cannot follow cannot go.
             self.record.failures.append(f"{call.name} in {self.module!r}: {error!r}")
@@ -249,6 +285,10 @@ class Recorder(TorchDispatchMode):
             new.shape = tuple(tensor.shape)
             self.store.set(tensor, new)
             return
+        if old.uniform or old.memory.repeated:
+            part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+            other = (old.uniform and not new.is_uniform) or not old.loose <= new.repeated
+            old.memory.uneven |= part or other
         for dim, vector in enumerate(new.dims):
             mine = old.dims[dim]
             if vector is mine:

@@ -37,10 +37,12 @@ def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
         np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
     # One attribute counts the same number wherever it is used.
     firsts: dict[tuple[str, str], Size] = {}
+    pairs = []
     for size in counted(record.sizes):
         first = firsts.setdefault((size.module, size.attribute), size)
         both = (first.atoms != 0) & (size.atoms != 0)
-        forest.unite([(first.atoms[both], size.atoms[both])])
+        pairs.append((first.atoms[both], size.atoms[both]))
+    forest.unite(pairs)
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
     return Chooser(record, grids, forest, why, reasons).resolution()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -50,6 +52,7 @@ _TABLES = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
+_NOTHING: dict[str, Any] = {}
 
 
 class Untouched:
@@ -60,11 +63,12 @@ class Untouched:
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         self._modules = [(module, dict(module.__dict__)) for module in modules]
+        self._modes = [(module, module.training) for module in modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (table, dict(table))
-            for module in modules
+            (table, dict(table) if table else _NOTHING)
+            for _, attributes in self._modules
             for name in _TABLES
-            if isinstance(table := module.__dict__.get(name), dict)  # a ScriptModule's are views
+            if isinstance(table := attributes.get(name), dict)  # a ScriptModule's are views
         ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
@@ -83,6 +87,7 @@ class Untouched:
             self._saved[key] = (mine, mine.detach().clone())
 
     def restore(self) -> None:
+        """The model is as it was; this can be done again after another run."""
         with torch.no_grad():
             for tensor, value in self._saved.values():
                 tensor.data.copy_(value)
@@ -90,8 +95,11 @@ class Untouched:
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
+        for module, training in self._modes:
+            if module.training != training:  # a ScriptModule keeps it elsewhere
+                module.training = training
         for table, entries in self._tables:
-            if not _same(table, entries):
+            if (table or entries) and not _same(table, entries):
                 table.clear()
                 table.update(entries)
 
@@ -100,8 +108,8 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """The same objects under the same names in the same order; a model has thousands of these."""
     return (
         len(one) == len(other)
-        and [*map(id, one.values())] == [*map(id, other.values())]
-        and [*one] == [*other]
+        and all(map(is_, one.values(), other.values()))
+        and all(map(is_, one, other))
     )
 
 
@@ -122,6 +130,23 @@ def quiet() -> Iterator[None]:
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+@contextmanager
+def new_garbage_only() -> Iterator[None]:
+    """Inside, the collector does not search what was there before.
+
+    Tracing and proving make many small objects, for which it would go through all of a process's
+    objects again and again, at a tenth of a second each time.
+    """
+    if gc.get_freeze_count():  # somebody else's, who counts on it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -12,8 +12,16 @@ from taylor_kernels.tracing.attributes import WHOLE
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.leaks import Leaks
 from taylor_kernels.tracing.record import Reason
-from taylor_kernels.tracing.recorder import Recorder
-from taylor_kernels.tracing.running import Untouched, call, copied, is_lazy, quiet, tensors_in
+from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.running import (
+    Untouched,
+    call,
+    copied,
+    is_lazy,
+    new_garbage_only,
+    quiet,
+    tensors_in,
+)
 
 
 def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> Channels:
@@ -37,6 +45,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
             example inputs.
         TimeoutError: it takes longer than `seconds`.
+        MemoryError: labels need more than 2 GiB.
 
     Example:
         >>> import torch
@@ -47,10 +56,21 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         >>> channels.groups[0].size, channels.skipped
         (8, {'2': 'reaches the output of the model'})
     """
+    return traced(model, example_inputs, seconds)
+
+
+def traced(
+    model: nn.Module, example_inputs: Any, seconds: float = 300.0, execute: Execute | None = None
+) -> Channels:
+    """`trace` for callers that run the operations themselves.
+
+    Args:
+        execute: called with an operation, its arguments and its keyword arguments; runs it.
+    """
     tensors = _checked(model)
     names = {module: name for name, module in model.named_modules()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    recorder = Recorder(names, untouched.touch, seconds)
+    recorder = Recorder(names, untouched.touch, seconds, execute)
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
             lambda module, args: recorder.enter(module, args)
@@ -60,7 +80,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         ),
     ]
     try:
-        with quiet():
+        with new_garbage_only(), quiet():
             model.eval()
             for name, tensor in tensors:
                 recorder.add(name, tensor)
@@ -68,7 +88,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
             with torch._C._AutoDispatchBelowAutograd(), recorder, Leaks(recorder):
                 try:
                     outputs = call(model, copied(example_inputs))
-                except TimeoutError:
+                except (TimeoutError, MemoryError):
                     raise
                 except Exception as error:
                     raise ValueError(_refusal(recorder, error)) from error

@@ -51,13 +51,26 @@ def test_traces_with_sizes_unknown(mode):
 
 PRECISIONS = """
 import os, torch, taylor_kernels as tk
-from unittest.mock import patch
+from unittest.mock import Mock, patch
+
+def call():
+    tk.conv2d_fisher(torch.ones(1, 1, 1, 1), (1, 1, 1, 1), torch.ones(1, 1, 1, 1))
+    tk.linear_fisher(torch.ones(1, 1), torch.ones(1, 1))
 
 def asks():  # what a kernel is told of a convolution, then of a linear layer
-    with patch("taylor_kernels.backends.native.conv2d_fisher") as kernel:
-        tk.conv2d_fisher(torch.ones(1, 1, 1, 1), (1, 1, 1, 1), torch.ones(1, 1, 1, 1))
-        tk.linear_fisher(torch.ones(1, 1), torch.ones(1, 1))
-    return [call.args[0].tf32 for call in kernel.call_args_list]
+    with (
+        patch("taylor_kernels.backends.native.plans_calls", False),
+        patch("taylor_kernels.backends.native.conv2d_fisher") as kernel,
+    ):
+        call()
+    with patch("taylor_kernels.ops.conv2d_fisher.one_output") as direct:
+        call()
+    plans = [Mock(), Mock()]
+    for plan, run in zip(plans, direct.call_args_list):
+        run.args[3](plan)  # as a GPU would have it
+    told = [run.args[0].tf32 for run in kernel.call_args_list]
+    assert not direct.called or told == [plan.set_tf32.call_args.args[0] for plan in plans]
+    return told
 
 def check(setting, *expected):  # in a process of its own: new words cannot be taken back in old
     if os.fork() == 0:

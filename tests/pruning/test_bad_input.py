@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -94,9 +95,19 @@ def test_wrong_model():
     with pytest.raises(ValueError, match=r"nothing to prune.*reaches the output"):
         Pruner(nn.Linear(3, 4), torch.randn(1, 3), params=0.5)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    model.cache = model(torch.randn(1, 3))
+    model.lock = threading.Lock()
     with pytest.raises(ValueError, match="model: it cannot be copied to trace it"):
         Pruner(model, torch.randn(1, 3), params=0.5)
+
+
+def test_a_model_that_keeps_an_output_with_its_graph_is_pruned():
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2))
+    model.cache = model(torch.randn(1, 3))
+    pruner = Pruner(model, torch.randn(1, 3), "magnitude_l2", params=0.6, every=1)
+    while not pruner.done:
+        pruner.step()
+    assert pruner.compact()[0].out_features < 6
+    assert model.cache.grad_fn is not None
 
 
 def test_model_without_memory():

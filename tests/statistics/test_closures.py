@@ -26,7 +26,9 @@ CLOSURES = [
     for name in tk.criterion_names()
     if name != "oracle" and get_statistic(get_criterion(name).statistic).reads == "closure"
 ]
-AT_OUTPUT = ["taylor_so_diag", "obd_bn", "obd_fisher_mc"]
+AT_OUTPUT = [
+    "taylor_so_diag", "taylor_so_diag_exact", "obd_bn", "obd_bn_exact", "obd_fisher_mc"
+]  # fmt: skip
 
 
 def scores(model: nn.Module, criterion: str, closure: Callable[[], Tensor], **options) -> dict:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import taylor_kernels as tk
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import find_layers
+from taylor_kernels.statistics.hooks.gate_tables import GateTables
+from taylor_kernels.statistics.hooks.sites import GateSites, Site
 from tests.helpers.late_norms import NETWORKS, conv, gated, head, lived, readers_of
 
 
@@ -163,7 +165,13 @@ def test_other_statistics_stand_on_the_same_sites(network):
     sites = find_gate_sites(channels, model, layers)
     found = {
         criterion: scores(model, data, criterion, layers=list(layers))
-        for criterion in ("taylor_fo_gate", "taylor_so_bn", "taylor_so_diag", "obd_bn", "oracle")
+        for criterion in (
+            "taylor_fo_gate",
+            "taylor_so_bn",
+            "taylor_so_diag_exact",
+            "obd_bn_exact",
+            "oracle",
+        )
     }
     own = {s.key for s in sites.sites if isinstance(model.get_submodule(s.module), nn.Conv2d)}
     gates = torch.ones(int(max(s.classes.max() for s in sites.sites)) + 1, dtype=torch.float64)
@@ -192,9 +200,9 @@ def test_other_statistics_stand_on_the_same_sites(network):
         torch.testing.assert_close(
             found["oracle"][layer], torch.stack(without).float(), rtol=1e-3, atol=1e-9
         )
-        bent = found["obd_bn"][layer]
+        bent = found["obd_bn_exact"][layer]
         torch.testing.assert_close(
-            found["taylor_so_diag"][layer], (slope[classes].float() - bent).square(),
+            found["taylor_so_diag_exact"][layer], (slope[classes].float() - bent).square(),
             rtol=1e-3, atol=1e-9,
         )  # fmt: skip
         if not own:  # where a layer has its own output for a site its bias is no part of it
@@ -237,3 +245,16 @@ def test_a_filter_that_no_hook_can_reach_is_named():
     found = imp.compute()
     assert found["used"].isnan().all()
     assert (found["a"] > 0).any()
+
+
+def test_gates_of_one_channel_at_sites_with_other_numbers_of_examples_do_not_add_up():
+    tables = {"a": torch.rand(4, 2), "b": torch.rand(4, 6)}
+    sites = GateSites(
+        tuple(Site(name, "out", -1, torch.arange(4)) for name in tables),
+        {"layer": torch.arange(4)},
+    )
+    together = GateTables({"layer": nn.Linear(3, 4)}, sites)
+    with pytest.raises(RuntimeError, match=r"a: was given 2 examples .* b was given\s+6"):
+        together.finish(tables, training=True)
+    (found,) = together.finish({"a": tables["a"], "b": tables["a"]}, training=True)
+    torch.testing.assert_close(found, 2 * tables["a"])

@@ -1,18 +1,54 @@
-"""The root of the loss's curvature at the model's output, down to where little is left of it."""
+"""Columns of the loss's curvature at what it reads, against the Hessian by autograd."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from taylor_kernels.statistics.output_curvature import curvature_root
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, Place
+from taylor_kernels.statistics.output_curvature import Columns, exact_columns, sampled_columns
 
 
-def softmax_hessian(logits: torch.Tensor) -> torch.Tensor:
+def function(loss: Callable[..., Tensor], *inputs: Tensor) -> LossFunction:
+    """The loss as a function of tensors that stand in a graph."""
+    own = [z.clone().requires_grad_().view_as(z) for z in inputs]
+    places = [Place.of(z) for z in own]
+    return LossFunction(loss(*own), places, places)
+
+
+def flat_hessian(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def of_flat(flat: Tensor) -> Tensor:
+        parts = flat.split([z.numel() for z in inputs])
+        return loss(*(part.view_as(z) for part, z in zip(parts, inputs, strict=True)))
+
+    return torch.autograd.functional.hessian(of_flat, torch.cat([z.flatten() for z in inputs]))
+
+
+def outer(factor: Columns) -> Tensor:
+    """Σ σ c cᵀ over everything."""
+    total = torch.zeros(())
+    for vectors, sign in factor.columns:
+        column = torch.cat([v.reshape(-1) for v in vectors]).double()
+        total = total + sign * column[:, None] * column
+    return total
+
+
+def softmax_hessian(logits: Tensor) -> Tensor:
     """[N, K, K] float64 of a mean cross-entropy: (diag(p) − p pᵀ) / N."""
-    p = logits.detach().double().softmax(1)
+    p = logits.double().softmax(1)
     return (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]) / len(p)
+
+
+def of_examples(factor: Columns, loss: LossFunction) -> Tensor:
+    """[N, K, K]: Σ σ c cᵀ of each example alone, the slope's column too."""
+    columns = [(vectors[0].flatten(1), sign) for vectors, sign in factor.columns]
+    if factor.of_slope is not None:
+        columns.append((loss.slopes[0] * factor.of_slope[:, None], 1))
+    return sum(s * c.double()[:, :, None] * c.double()[:, None, :] for c, s in columns)
 
 
 @pytest.mark.parametrize("margin", [0, 5, 10, 20, 40, 200])
@@ -20,21 +56,96 @@ def softmax_hessian(logits: torch.Tensor) -> torch.Tensor:
 def test_examples_that_the_model_is_sure_of_have_a_curvature_too(margin, classes):
     labels = torch.randint(0, classes, (33,))
     logits = torch.randn(33, classes) + margin * F.one_hot(labels, classes)
-    logits.requires_grad_()
-    root = curvature_root(F.cross_entropy(logits, labels), logits).double()
-    error = (root @ root.transpose(1, 2) - softmax_hessian(logits)).abs().max()
-    assert error <= 16 * torch.finfo(torch.float32).eps / len(labels)
+    expected = softmax_hessian(logits)
+    bound = 16 * torch.finfo(torch.float32).eps / len(labels)
+    loss = function(lambda z: F.cross_entropy(z, labels), logits)
+    assert (of_examples(exact_columns(loss), loss) - expected).abs().max() <= bound
+    # As many passes as there are columns: the closed form has nothing left to chance.
+    every = of_examples(sampled_columns(loss, classes - 1, 0), loss)
+    assert (every - expected).abs().max() <= 1e-3 * expected.abs().max() + bound
+    sure = expected.diagonal(0, 1, 2).sum(1) < 1e-2 / len(labels)
+    if sure.any():  # to their own scale, not to that of the others
+        own = expected[sure].abs().amax((1, 2))
+        assert ((every - expected)[sure].abs().amax((1, 2)) <= 2e-3 * own + 1e-16).all()
+
+
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_few_columns_of_a_cross_entropy_have_no_bias(passes):
+    labels = torch.randint(0, 7, (6,))
+    logits = 2 * torch.randn(6, 7, dtype=torch.float64)
+    loss = function(lambda z: F.cross_entropy(z, labels), logits)
+    draws = torch.stack(
+        [of_examples(sampled_columns(loss, passes, seed), loss) for seed in range(150)]
+    )
+    expected = softmax_hessian(logits)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-9).all()
+    assert sampled_columns(loss, passes, 0).of_slope is not None
+
+
+LOSSES = {
+    "softmax of positions": lambda z: F.cross_entropy(z, torch.ones(3, 2).long()),
+    "softmax, classes last": lambda z: F.cross_entropy(z.flatten(0, 1), torch.ones(12).long()),
+    "of each alone": lambda z: F.binary_cross_entropy_with_logits(z, z.detach().sign().relu()),
+    "bent both ways": lambda z: (z.cos() + 0.1 * z.square()).sum(),
+    "all meet": lambda z: z.flatten(1).cumsum(0).sin().sum() + z.sum().square(),
+    "dice": lambda z: 1 - 2 * z.sigmoid()[:, 0].sum() / (z.sigmoid().sum() + 1),
+    "ignored": lambda z: F.cross_entropy(z, torch.tensor([[1, -100], [-100, 0], [0, 1]])),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_columns_of_any_loss_have_no_bias(loss):
+    z = torch.randn(3, 4, 2, dtype=torch.float64)
+    at = function(LOSSES[loss], z)
+    expected = flat_hessian(LOSSES[loss], z)
+    draws = torch.stack([outer(sampled_columns(at, 2, s, apart=False)) for s in range(150)])
+    error = draws.std(0) / len(draws) ** 0.5
+    scale = expected.abs().max()
+    assert scale > 0
+    assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-6 * scale).all()
+
+
+def test_columns_over_several_tensors_have_no_bias():
+    logits, boxes = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 2).double()
+    labels = torch.randint(0, 3, (5,))
+
+    def loss(z: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(z, labels) + F.smooth_l1_loss(b * z[:4, :2].sigmoid(), b.detach())
+
+    at = function(loss, logits, boxes)
+    assert at.examples is None
+    expected = flat_hessian(loss, logits, boxes)
+    draws = torch.stack([outer(sampled_columns(at, 1, s)) for s in range(200)])
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-6 * expected.abs().max()).all()
+    with pytest.raises(ValueError, match=r"\(5, 3\), \(4, 2\).*same examples.*taylor_so_diag"):
+        exact_columns(at)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_columns_of_a_seed_are_the_same_bits_and_others_of_another(seed):
+    at = function(LOSSES["all meet"], torch.randn(3, 4, 2))
+    state = torch.get_rng_state()
+    first, again, other = (outer(sampled_columns(at, 2, s)) for s in (seed, seed, seed + 1))
+    assert first.equal(again)
+    assert not first.equal(other)
+    assert torch.get_rng_state().equal(state)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (3, 11), (12, 4), (7, 8)])
 def test_two_examples_that_meet_are_found_wherever_they_are(first, second):
-    output = torch.randn(13, 4, requires_grad=True)
-    loss = output.square().sum() + 1e-6 * (output[first] + output[second]).square().sum()
+    def loss(z: Tensor) -> Tensor:
+        return z.square().sum() + 1e-6 * (z[first] + z[second]).square().sum()
+
+    at = function(loss, torch.randn(13, 4))
     with pytest.raises(ValueError, match="lets examples meet"):
-        curvature_root(loss, output)
+        exact_columns(at)
+    assert not sampled_columns(at, 1, 0).apart
 
 
 def test_a_curvature_that_is_not_finite_is_handed_on():
-    output = torch.randn(3, 4, requires_grad=True)
     scale = torch.tensor([1.0, float("inf"), 1.0])[:, None]
-    assert not curvature_root((output.square() * scale).sum(), output).isfinite().all()
+    at = function(lambda z: (z.square() * scale).sum(), torch.randn(3, 4))
+    assert not outer(exact_columns(at)).isfinite().all()
+    assert not outer(sampled_columns(at, 1, 0)).isfinite().all()

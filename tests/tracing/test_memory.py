@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from taylor_kernels.tracing import record, trace
 
 # The peak is the process's own, so each is measured in a process of its own.
 _PEAK = """
@@ -49,3 +53,13 @@ def test_tracing_needs_at_most_twice_the_memory_of_a_forward_pass():
     forward = peak_kib("with torch.no_grad(): model(large)")
     assert forward > 2 * 16 * 512 * 512 * 4 / 1024  # two activations at least
     assert peak_kib("trace(model, large)") <= 2 * forward
+
+
+def test_the_size_of_labels_is_bounded(monkeypatch):
+    """One error that says what to do, and the model is as it was."""
+    model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)).train()
+    trace(model, torch.randn(1, 4))
+    monkeypatch.setattr(record, "MOST", 100)
+    with pytest.raises(MemoryError, match=r"more than 100 labels; pass a smaller example"):
+        trace(model, torch.randn(1, 4))
+    assert all(module.training for module in model.modules())

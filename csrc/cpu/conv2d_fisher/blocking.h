@@ -63,7 +63,7 @@ struct Mapping {
 // there are few, as in a stem, where filters take their place; groups where each has few of both.
 template <typename S>
 Mapping choose_mapping(const Conv2dFisherArgs& args) {
-  constexpr int64_t kWidth = Register<S>::kWidth;
+  constexpr int64_t kWidth = Sum<S>::kWidth;
   auto even = [](int64_t count, int64_t most) { return ceil_div(count, ceil_div(count, most)); };
   Mapping best = {};
   int64_t least = INT64_MAX;
@@ -109,7 +109,7 @@ struct Blocking {
 
   Blocking(const Conv2dFisherArgs& arguments, int most_threads)
       : args(arguments), mapping(choose_mapping<S>(arguments)), threads(useful(most_threads)) {
-    constexpr int64_t kWidth = Register<S>::kWidth;
+    constexpr int64_t kWidth = Sum<S>::kWidth;
     const bool lanewise = mapping.lanes == Lanes::groups;
     const int64_t gang = lanewise ? kWidth : 1;
     const int64_t lanes = lanewise ? mapping.vectors : mapping.vectors * kWidth;

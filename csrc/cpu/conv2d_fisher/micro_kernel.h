@@ -14,33 +14,11 @@
 namespace tk {
 inline namespace TK_ISA {
 
-// Vectors as wide as the registers: of wider ones the compiler keeps no sums in registers. The sums
-// of the largest tile take half of those of AVX-512, three quarters of the others'.
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-constexpr int kMaxRows = 8;
-#elif defined(__AVX__)
-constexpr int kRegisterBytes = 32;
-constexpr int kMaxRows = 6;
-#else
-constexpr int kRegisterBytes = 16;
-constexpr int kMaxRows = 6;
-#endif
+// The sums of the largest tile take half of the registers where there are many, else three
+// quarters.
+constexpr int kMaxRows = kRegisters == 32 ? 8 : 6;
 constexpr int kMaxVectors = 2;
 constexpr int kMaxLanewiseRows = 4;
-
-template <typename S>
-struct Register {
-  typedef S Vector __attribute__((vector_size(kRegisterBytes)));
-  static constexpr int kWidth = kRegisterBytes / sizeof(S);
-
-  static Vector load(const S* p) {
-    Vector v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-  }
-  static Vector broadcast(const S* p) { return *p - Vector{}; }
-};
 
 // Where the products of a tile lie: rows × columns positions of each example, as steps through the
 // panels.
@@ -52,9 +30,9 @@ struct Walk {
 
 // sums[r][v] += (Σ over positions of a[r]·b[v])² for each example; without the square if !square.
 template <typename S, int kRows, int kVectors, bool kLanewise>
-void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
-  using R = Register<S>;
-  using V = typename R::Vector;
+[[gnu::noinline]] void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
+  constexpr int kWidth = Sum<S>::kWidth;
+  using V = typename Sum<S>::Vector;
   // Positions side by side: about eight independent sums hide the latency of an addition.
   constexpr int kTile = kRows * kVectors;
   constexpr int kSplit = kTile >= 8 ? 1 : kTile >= 3 ? 2 : 4;
@@ -67,10 +45,11 @@ void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
       const S* pb = b + n * walk.b_example + row * walk.b_row;
       auto step = [&](int split) {
         V lanes[kVectors];
-        for (int v = 0; v < kVectors; ++v) lanes[v] = R::load(pb + v * R::kWidth);
+        for (int v = 0; v < kVectors; ++v) lanes[v] = load(pb + v * kWidth);
         for (int r = 0; r < kRows; ++r) {
-          const V factor = kLanewise ? R::load(pa + r * R::kWidth) : R::broadcast(pa + r);
-          for (int v = 0; v < kVectors; ++v) sum[split][r][v] += factor * lanes[v];
+          const V factor = kLanewise ? load(pa + r * kWidth) : pa[r] - V{};
+          for (int v = 0; v < kVectors; ++v)
+            sum[split][r][v] = multiply_add(factor, lanes[v], sum[split][r][v]);
         }
         pa += walk.a_column;
         pb += walk.b_column;
@@ -84,7 +63,8 @@ void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) {
         for (int split = 1; split < kSplit; ++split) sum[0][r][v] += sum[split][r][v];
-        total[r][v] += square ? sum[0][r][v] * sum[0][r][v] : sum[0][r][v];
+        total[r][v] = square ? multiply_add(sum[0][r][v], sum[0][r][v], total[r][v])
+                             : total[r][v] + sum[0][r][v];
       }
   }
   std::memcpy(sums, &total, sizeof(total));

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/conv2d_fisher/micro_kernel.h"
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 
 namespace tk {
@@ -57,18 +58,16 @@ inline void transpose_square(V (&rows)[kWidth]) {
 template <typename S>
 inline void transpose(const S* from, int64_t from_step, int64_t n, S* to, int64_t to_step,
                       int64_t m) {
-  using R = Register<S>;
-  constexpr int kSquares = kLanes / R::kWidth;
+  using V = typename Sum<S>::Vector;
+  constexpr int kWidth = Sum<S>::kWidth, kSquares = kLanes / kWidth;
   for (int j = 0; j < kSquares; ++j) {
-    typename R::Vector rows[kSquares][R::kWidth];
+    V rows[kSquares][kWidth];
     for (int i = 0; i < kLanes; ++i)
-      rows[i / R::kWidth][i % R::kWidth] =
-          i < n ? R::load(from + i * from_step + j * R::kWidth) : typename R::Vector{};
-    for (auto& square : rows) transpose_square<R::kWidth / 2>(square);
-    for (int k = 0; k < R::kWidth && j * R::kWidth + k < m; ++k)
+      rows[i / kWidth][i % kWidth] = i < n ? load(from + i * from_step + j * kWidth) : V{};
+    for (auto& square : rows) transpose_square<kWidth / 2>(square);
+    for (int k = 0; k < kWidth && j * kWidth + k < m; ++k)
       for (int i = 0; i < kSquares; ++i)
-        std::memcpy(to + (j * R::kWidth + k) * to_step + i * R::kWidth, &rows[i][k],
-                    sizeof(rows[i][k]));
+        std::memcpy(to + (j * kWidth + k) * to_step + i * kWidth, &rows[i][k], sizeof(rows[i][k]));
   }
 }
 
@@ -79,32 +78,27 @@ using Square = S[kLanes][kLanes];
 template <typename T>
 void gather(const Factor& f, int64_t example, int64_t channel, int64_t step, int64_t n,
             int64_t position, int64_t m, Square<typename Sum<T>::Scalar>& to) {
-  using V = typename Sum<T>::Vector;
   const int64_t channels = f.groups * f.channels;
   const int64_t size = f.batch * channels * f.positions();
   const T* data = static_cast<const T*>(f.data);
-  auto read = [&](int64_t at, int64_t count) {
-    return count == kLanes ? load(data + at) : load_first(data + at, count, size - at);
-  };
   if (!f.channels_last && f.positions() > 1) {
     Square<typename Sum<T>::Scalar> rows;
     for (int64_t c = 0; c < n; ++c) {
       const int64_t at = (example * channels + channel + c * step) * f.positions() + position;
       // Sixteen rows at once are too many for the hardware to follow: 2 to 4 times the speed.
       __builtin_prefetch(data + at + 4 * kLanes);
-      const V v = read(at, m);
-      std::memcpy(rows[c], &v, sizeof(v));
+      widen(data + at, m, size - at, rows[c]);
     }
     return transpose(rows[0], kLanes, n, to[0], kLanes, m);
   }
   for (int64_t p = 0; p < m; ++p) {
     const int64_t at = (example * f.positions() + position + p) * channels + channel;
-    V v = {};
-    if (step == 1)
-      v = read(at, n);
-    else
-      for (int64_t c = 0; c < n; ++c) v[c] = load_first(data + at + c * step, 1)[0];
-    std::memcpy(to[p], &v, sizeof(v));
+    if (step == 1) {
+      widen(data + at, n, size - at, to[p]);
+      continue;
+    }
+    std::fill_n(to[p], kLanes, 0);
+    for (int64_t c = 0; c < n; ++c) to[p][c] = load_first(data + at + c * step, 1, 1)[0];
   }
 }
 

@@ -9,6 +9,7 @@
 #include "cpu/conv2d_fisher/blocking.h"
 #include "cpu/conv2d_fisher/micro_kernel.h"
 #include "cpu/conv2d_fisher/pack_tasks.h"
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 
 namespace tk {
@@ -22,7 +23,7 @@ class Summer : public IndependentTasks {
 
   Summer(const Blocking<S>& blocking, const Chunk<S>& chunk, double* partials)
       : blocking_(&blocking), chunk_(chunk), partials_(partials) {
-    const int64_t filters = kMaxRows + kMaxVectors * Register<S>::kWidth;
+    const int64_t filters = kMaxRows + kMaxVectors * Sum<S>::kWidth;
     sums_.resize(kTiles * blocking.tile_size + kLanes);
     gradients_.resize(kTiles * blocking.tile_size);
     bands_.resize(kTiles * blocking.tile_size);
@@ -130,7 +131,7 @@ class Summer : public IndependentTasks {
   // From tiles to filters.
   void write() {
     const Blocking<S>& p = *blocking_;
-    constexpr int64_t kWidth = Register<S>::kWidth;
+    constexpr int64_t kWidth = Sum<S>::kWidth;
     const int64_t row_step = p.mapping.vectors * kWidth;
     for (int64_t r = rows_.begin; r < rows_.end; ++r) {
       const S* sums = sums_.data() + tile(r, taps_.begin);
@@ -213,17 +214,24 @@ class Summer : public IndependentTasks {
     const Conv2dFisherArgs& g = blocking_->args;
     const int64_t size = g.groups * g.filters * g.channels * blocking_->taps;
     const W* weight = static_cast<const W*>(g.weight);
-    V sum = {};
+    V sums[1][kRegistersOf<S>] = {};
     for (int64_t k = 0; k < pieces; ++k, first += blocking_->taps, run += length) {
       for (int64_t i = 0; i < length; i += kLanes) {
-        const int64_t n = std::min<int64_t>(kLanes, length - i), at = first + i;
-        const V f = n == kLanes ? load(run + i) : load_first(run + i, n);
-        const V w = __builtin_convertvector(
-            n == kLanes ? load(weight + at) : load_first(weight + at, n, size - at), V);
-        sum += w * f * w;
+        typename Sum<W>::Scalar read[kLanes] = {};
+        S w[kLanes];
+        widen(weight + first + i, length - i, size - first - i, read);
+        std::copy_n(read, kLanes, w);
+        for (int r = 0; r < kRegistersOf<S>; ++r) {
+          const int64_t at = i + r * Sum<S>::kWidth;
+          const V f = load_first(run + at, length - at, Sum<S>::kWidth);  // runs have room behind
+          const V each = load(w + r * Sum<S>::kWidth);
+          sums[0][r] = multiply_add(each * f, each, sums[0][r]);
+        }
       }
     }
-    return sum_lanes(sum);
+    double total[1] = {};
+    add_lanes(sums, total);
+    return total[0];
   }
 
   const Blocking<S>* blocking_;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import Tensor
 
 from taylor_kernels._scoring import scoring
 from taylor_kernels.statistics.base import Closure
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs, Place
 from taylor_kernels.statistics.hooks.passes import WatchesPasses, inside_backward
 
 
@@ -95,40 +94,38 @@ class InClosure(WatchesPasses):
     def _tables_of(self, closure: Closure) -> list[Tensor]:
         """Run the closure, and make of it what collect() hands over."""
 
-    def _generator(self) -> torch.Generator:
-        """Seeded by the number of this update, so that a resumed meter draws the same numbers."""
-        return torch.Generator().manual_seed(self.updates)
-
 
 class FromOutput(InClosure):
-    """Lets gradients of its own choice flow back from the model's output to the layers' outputs."""
+    """Lets vectors of its own choice flow back from what the loss read to the layers' outputs."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._edges: list[torch.autograd.graph.GradientEdge] = []
+        self._inputs = LossInputs(self.model)
+        self._places: list[Place] = []
         self._flowing = False
 
     def _tables_of(self, closure: Closure) -> list[Tensor]:
         try:
-            with _outputs_of(self.model) as outputs:
+            with self._inputs.noted():
                 loss = run_closure(closure)
-            return self._tables_at(loss, _only_output(outputs))
+            return self._tables_at(self._inputs.function(loss, self._places))
         finally:
-            self._edges.clear()
+            self._places.clear()
+            self._inputs.forget()
 
     @abstractmethod
-    def _tables_at(self, loss: Tensor, output: Tensor) -> list[Tensor]:
-        """What collect() hands over, from the loss and the model's output it was computed from."""
+    def _tables_at(self, loss: LossFunction) -> list[Tensor]:
+        """What collect() hands over, from the loss as a function of what it read of the model."""
 
-    def _backward(
-        self, tensor: Tensor, gradient: Tensor | None = None, *, keep: bool = True
-    ) -> None:
-        """Let `gradient` flow back from `tensor` to the outputs of all layers that are watched."""
-        if not self._edges:
+    def _backward(self, loss: LossFunction, vectors: Sequence[Tensor]) -> None:
+        """Let `vectors` flow back from what the loss read to all outputs that are watched."""
+        if not self._places:
             raise RuntimeError("closure: it called none of the layers that are to be scored")
+        edges = [place.edge for place in self._places]
+        given = [v.view_as(slope).to(slope) for v, slope in zip(vectors, loss.slopes, strict=True)]
         self._flowing = True
         try:
-            torch.autograd.grad(tensor, self._edges, gradient, retain_graph=keep, allow_unused=True)
+            torch.autograd.grad(loss.roots, edges, given, retain_graph=True, allow_unused=True)
         finally:
             self._flowing = False
 
@@ -139,7 +136,7 @@ class FromOutput(InClosure):
         awaits = super()._awaits_gradient(name, output)
         if awaits and not inside_backward():
             # Not the tensor: an operation in place would move it to another place in the graph.
-            self._edges.append(torch.autograd.graph.get_gradient_edge(output))
+            self._places.append(Place.of(output))
         return awaits
 
 
@@ -153,66 +150,5 @@ def check_examples(name: str, examples: int, batch: int) -> None:
         raise RuntimeError(
             f"{name}: was given {examples} examples (dim 0) where the model returned {batch}, and "
             "this criterion squares the gradients of one example; leave it out (layers= of "
-            "Importance, ignore= of Pruner), or use taylor_so_bn"
+            "Importance, ignore= of Pruner), or use taylor_so_diag"
         )
-
-
-@contextmanager
-def _outputs_of(model: nn.Module) -> Iterator[list[Any]]:
-    """What the model returns, call by call."""
-    outputs: list[Any] = []
-
-    def keep(_: nn.Module, __: tuple, output: Any) -> Any:
-        outputs.append(tree_map(_apart, output))
-        return outputs[-1]
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
-def _apart(part: Any) -> Any:
-    """A tensor with the same values, of which the model's output is an input of the graph.
-
-    The output of the last layer has hooks of its own, which must not see the gradients that are
-    sent back from here. Half types are widened, so that the loss's curvature is not rounded.
-    """
-    if isinstance(part, Tensor):
-        half = part.dtype in (torch.float16, torch.bfloat16)
-        return part.float() if half else part.view_as(part)
-    if not _is_record(part):
-        return part
-    fields = [field.name for field in dataclasses.fields(part) if field.init]
-    return dataclasses.replace(part, **{f: tree_map(_apart, getattr(part, f)) for f in fields})
-
-
-def _is_record(part: object) -> bool:
-    return dataclasses.is_dataclass(part) and not isinstance(part, type)
-
-
-def _only_output(outputs: Sequence[Any]) -> Tensor:
-    """The tensor [N, ...] that the model returned, alone or in a container."""
-    if len(outputs) != 1:
-        raise ValueError(
-            f"closure: called the model {len(outputs)} times, but this criterion takes the loss's "
-            "curvature at one output; call it once, or use taylor_so_bn"
-        )
-    found = [
-        leaf
-        for part in tree_leaves(outputs[0])
-        for leaf in tree_leaves(vars(part) if _is_record(part) else part)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim()
-    ]
-    full = [leaf for leaf in found if leaf.numel()]
-    if found and not full:
-        raise ValueError("closure: what the model returned is empty; leave out empty batches")
-    found = full
-    if len(found) != 1:
-        raise ValueError(
-            f"model: its output holds {len(found)} floating tensors, but this criterion takes the "
-            "loss's curvature at one; wrap the model so that it returns that one, or use "
-            "taylor_so_bn"
-        )
-    return found[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.sites import ELSEWHERE
+from taylor_kernels.statistics.layers import held_weight
 
 
 class WatchesPasses(Statistic):
@@ -99,8 +100,8 @@ class WatchesPasses(Statistic):
                 warnings.warn(message.format("these layers have no score"), stacklevel=5)
         missing = [name for name in self._watched if name not in self._called]
         for name in missing:
-            weight = getattr(self.layers.get(name), "weight", None)
-            grad = None if weight is None else weight.grad
+            layer = self.layers.get(name)
+            grad = None if layer is None else held_weight(layer).grad
             if grad is not None and grad.any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,12 +68,6 @@ class GateSites:
         """The keys of the sites at which gates of a layer stand."""
         own = self.layers[layer]
         return [site.key for site in self.sites if torch.isin(site.classes, own).any()]
-
-    def without(self, gone: Tensor) -> GateSites:
-        """The sites once the channels of the classes `gone` have been removed from the model."""
-        sites = [replace(s, classes=s.classes[~torch.isin(s.classes, gone)]) for s in self.sites]
-        layers = {name: c[~torch.isin(c, gone)] for name, c in self.layers.items()}
-        return GateSites(tuple(site for site in sites if site.classes.numel()), layers)
 
 
 class SiteRows:

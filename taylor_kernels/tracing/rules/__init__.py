@@ -7,5 +7,6 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     products,
     reductions,
     reshapes,
+    scatters,
     views,
 )

@@ -33,7 +33,7 @@ def like(call: Call) -> Labels:
     source = call.of(call.args["self"])
     vectors = [None if vector is None else vector.copy() for vector in source.dims]
     zero = call.name == "zeros_like"
-    return Labels(source.shape, vectors, [zero] * len(vectors), uniform=source.uniform)
+    return Labels(source.shape, vectors, [zero] * len(vectors), uniform=source.is_uniform)
 
 
 @rule(

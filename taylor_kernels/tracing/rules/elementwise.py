@@ -19,6 +19,7 @@ _UNTAGGED = {
     "rrelu_with_noise", "hardswish", "_fused_dropout", "celu", "selu", "threshold", "rrelu",
     "fake_quantize_per_tensor_affine", "dropout", "alpha_dropout", "feature_dropout", "exponential",
     "random", "_conj", "conj", "resolve_conj", "resolve_neg", "type_as", "nan_to_num",
+    "complex", "polar",
 }  # fmt: skip
 #: f(0) = 0, whatever the other arguments are.
 _KEEP_ZERO = {
@@ -47,7 +48,11 @@ def elementwise(call: Call) -> Labels | list[Labels | None]:
     operands = call.tensors
     if call.name in ("zero", "type_as", "bernoulli", "uniform"):
         operands = operands[:1]
+    if call.name == "copy":
+        operands = [call.args["src"]]  # what was there before is gone
     labels = meet(call, operands, shapes[0])
+    if call.name == "copy":
+        labels.name = ""
     return labels if len(shapes) == 1 else [labels] * len(shapes)
 
 
@@ -58,7 +63,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     if len(parts) == 1 and first.shape == tuple(shape) and not first.uniform and not first.loose:
         zero = [_zero(call, parts, parts, dim) for dim in range(len(shape))]
         return Labels(first.shape, list(first.dims), zero, name=first.name)
-    fixed = [part for part in parts if not part.uniform]
+    fixed = [part for part in parts if not part.is_uniform]
     result = Labels.fixed(shape)
     result.uniform = bool(parts) and not fixed
     if result.uniform:
@@ -72,7 +77,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         # Scalars in a tensor, and tensors with fewer dimensions, broadcast too.
         here = [part for part in fixed if len(part.shape) >= -dim]
         same = [part for part in here if part.shape[dim] == size]
-        wide = [part for part in same if len(part.shape) + dim not in part.loose]
+        wide = [part for part in same if len(part.shape) + dim not in part.repeated]
         if same and not wide:
             loose.add(len(shape) + dim)
         for part in here:
@@ -83,6 +88,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         if merged is not None:
             result.zero[dim] = _zero(call, parts, wide, dim)
     result.loose = frozenset(loose)
+    result.memory.repeated = bool(loose)
     if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
         result.name = parts[0].name
     return result

@@ -24,7 +24,7 @@ def cat(call: Call) -> Labels:
     for dim in range(len(result.shape)):
         vectors = [part.dims[dim] for part in parts]
         if dim != along:
-            here = [part.dims[dim] for part in parts if not part.uniform]
+            here = [part.dims[dim] for part in parts if not part.is_uniform]
             result.dims[dim] = merged_vector(call, here)
         elif any(vector is not None and vector.any() for vector in vectors):
             whole = [
@@ -45,7 +45,7 @@ def stack(call: Call) -> Labels:
     new = call.args.get("dim", 0) % len(result.shape)
     kept = [dim for dim in range(len(result.shape)) if dim != new]
     for dim, place in enumerate(kept):
-        here = [part.dims[dim] for part in parts if not part.uniform]
+        here = [part.dims[dim] for part in parts if not part.is_uniform]
         result.dims[place] = merged_vector(call, here)
         result.zero[place] = all(part.is_zero(dim) for part in parts)
     return result

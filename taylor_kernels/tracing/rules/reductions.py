@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from taylor_kernels.tracing.attributes import tie
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Norm
@@ -130,10 +131,12 @@ def batch_norm(call: Call) -> list[Labels | None]:
         if not isinstance(tensor, Tensor):
             continue
         labels = call.of(tensor)
+        if labels.is_uniform:
+            # Made by code: of any width, which an attribute may say.
+            tie(call, tensor.size(0), vector, index=1, weak=True)
+            continue
         if labels.dims[0] is None:
-            # Made by code: of any width if of one value.
-            if not labels.uniform:
-                call.refuse(vector, "meets a tensor of fixed width")
+            call.refuse(vector, "meets a tensor of fixed width")
             continue
         call.join(vector, labels.dims[0])
         if name == "running_var":
@@ -236,7 +239,7 @@ def recurrent(call: Call) -> list[Labels | None]:
                 call.join(hidden, row)
     for state in states if isinstance(states, (list, tuple)) else [states]:
         labels = call.of(state)
-        if not labels.uniform:
+        if not labels.is_uniform:
             call.join(hidden, labels.dims[-1])
             call.mix(labels.dims[-1])
     outs = tensors_of(call.out)

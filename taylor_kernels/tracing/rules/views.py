@@ -51,8 +51,9 @@ def view(call: Call) -> list[Labels | None]:
         outs[0].loose = frozenset(
             dim
             for dim, (size, now) in enumerate(zip(widths, outs[0].shape, strict=True))
-            if size != now or dim - more in old.loose
+            if size != now or dim - more in old.repeated
         )
+        outs[0].memory.repeated |= bool(outs[0].loose)
     for dim, vector in enumerate(old.dims):
         if vector is not None and (old.uniform or vector.any()):
             _follow(call, source, old, dim, vector, outs)
@@ -179,12 +180,43 @@ def spread(call: Call, labels: Labels, literal: bool = False) -> Labels:
     return new
 
 
-@rule("flip", "repeat", "tile", "triu", "tril", "repeat_interleave", "fliplr", "flipud")
+@rule("flip", "repeat", "tile", "repeat_interleave", "fliplr", "flipud")
 def moved(call: Call) -> Labels:
     source = call.arg("self", "input")
     if call.name == "repeat_interleave" and not isinstance(call.args.get("repeats"), int):
         return spread(call, call.of(source), literal=True)
-    return spread(call, call.of(source))
+    old = call.of(source)
+    new = spread(call, old)
+    if call.name == "repeat":
+        more = len(new.shape) - len(old.shape)
+        new.loose = frozenset(
+            dim
+            for dim, size in enumerate(new.shape)
+            if size > 1 and (dim < more or old.shape[dim - more] == 1 or dim - more in old.repeated)
+        )
+        new.memory.repeated = bool(new.loose)
+    return new
+
+
+@rule("triu", "tril")
+def triangle(call: Call) -> Labels:
+    """Zero on one side of a diagonal, which removal would move."""
+    old = call.of(call.args["self"])
+    for vector in old.dims[-2:]:
+        call.refuse(vector, "is cut along a diagonal")
+    return Labels(old.shape, [*old.dims[:-2], None, None], list(old.zero))
+
+
+@rule("view_as_real", "view_as_complex")
+def parts_of_complex(call: Call) -> Labels:
+    """A last dimension more, or one less, of real and imaginary parts."""
+    old = call.of(call.args["self"])
+    if call.name == "view_as_real":
+        shape, dims, zero = (*old.shape, 2), [*old.dims, None], [*old.zero, False]
+    else:
+        call.refuse(old.dims[-1], "is a part of a complex number")
+        shape, dims, zero = old.shape[:-1], old.dims[:-1], old.zero[:-1]
+    return Labels(shape, dims, zero, memory=old.memory)
 
 
 @rule("index_select", "gather", "index", "take_along_dim", "roll", "rot90", "take", "unfold_copy")

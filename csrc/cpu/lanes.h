@@ -1,0 +1,96 @@
+// Sixteen lanes in the registers that they take, and the tree that adds lanes up (simd.h).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/simd.h"
+
+namespace tk {
+inline namespace TK_ISA {
+
+// Registers that sixteen lanes take.
+template <typename S>
+constexpr int kRegistersOf = kLanes / Sum<S>::kWidth;
+
+// In how many passes over a run its lanes are summed, so that the accumulators stay in registers:
+// `sums` of sixteen lanes each. Six are left for what is added, ten more where there are plenty.
+// Which pass sums a lane changes no bit.
+template <typename S>
+constexpr int passes(int sums) {
+  const int most = kRegisters == 32 ? 24 : 10;
+  int count = 1;
+  while (sums * kRegistersOf<S> > most * count && count < kRegistersOf<S>) count *= 2;
+  return count;
+}
+
+// Calls body(std::integral_constant<int, i>()) for i = 0 to n - 1; nothing is left of the loop.
+template <int n, class Body>
+[[gnu::always_inline]] inline void unrolled(const Body& body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (body(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, n>());
+}
+
+// Sixteen elements from p on, of which the first n count and `readable` may be read, as scalars.
+template <typename T>
+inline void widen(const T* p, int64_t n, int64_t readable, typename Sum<T>::Scalar* to) {
+  for (int i = 0; i < kLanes; i += Sum<T>::kWidth) {
+    const auto v = load_first(p + i, n - i, readable - i);
+    std::memcpy(to + i, &v, sizeof(v));
+  }
+}
+
+template <typename S>
+struct Quad {
+  typedef S Vector __attribute__((vector_size(4 * sizeof(S))));
+};
+template <typename V>
+using QuadOf = typename Quad<typename SumOf<V>::Scalar>::Vector;
+
+// Lane i with i + 8, then + 4.
+template <typename V>
+inline QuadOf<V> fold(const V (&v)[kRegistersOf<typename SumOf<V>::Scalar>]) {
+  constexpr int kWidth = SumOf<V>::kWidth;
+  if constexpr (kWidth == 16) {
+    const auto eight = __builtin_shufflevector(v[0], v[0], 0, 1, 2, 3, 4, 5, 6, 7) +
+                       __builtin_shufflevector(v[0], v[0], 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+           __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  } else if constexpr (kWidth == 8) {
+    const V eight = v[0] + v[1];
+    return __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+           __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  } else if constexpr (kWidth == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    const V low = (v[0] + v[4]) + (v[2] + v[6]), high = (v[1] + v[5]) + (v[3] + v[7]);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3);
+  }
+}
+
+// Adds the lanes of each of `n` sums to its total; after fold(), + 2 and + 1. Four sums share their
+// additions, since a row may be no longer than this tree.
+template <int n, typename V>
+inline void add_lanes(const V (&sums)[n][kRegistersOf<typename SumOf<V>::Scalar>], double* totals) {
+  using Q = QuadOf<V>;
+  unrolled<(n + 3) / 4>([&](auto group) {
+    constexpr int at = 4 * group, left = n - at < 4 ? n - at : 4;
+    auto pair = [&](auto i) {  // lanes 0 + 2 and 1 + 3 of two sums
+      constexpr int a = i < left ? at + i : at, b = i + 1 < left ? at + i + 1 : a;
+      const Q first = fold(sums[a]), second = a == b ? first : fold(sums[b]);
+      return __builtin_shufflevector(first, second, 0, 1, 4, 5) +
+             __builtin_shufflevector(first, second, 2, 3, 6, 7);
+    };
+    const Q low = pair(std::integral_constant<int, 0>());
+    const Q high = left > 2 ? pair(std::integral_constant<int, 2>()) : low;
+    const Q sum = __builtin_shufflevector(low, high, 0, 2, 4, 6) +
+                  __builtin_shufflevector(low, high, 1, 3, 5, 7);
+    for (int i = 0; i < left; ++i) totals[at + i] += static_cast<double>(sum[i]);
+  });
+}
+
+}  // namespace TK_ISA
+}  // namespace tk

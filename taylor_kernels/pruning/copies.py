@@ -1,0 +1,70 @@
+"""Copies of models: what `copy.deepcopy` makes, without its cost for each of their many parts."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import OrderedDict
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+#: Their values are never changed, so that copies share them, as those of `copy.deepcopy` do.
+_CONSTANT = {type(None), bool, int, float, complex, str, bytes, type, FunctionType}
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """`copy.deepcopy(model, memo)`.
+
+    A module keeps a dozen tables, most of them empty, which `copy.deepcopy` takes apart one by one.
+    Here modules that leave their copying to pickle's protocol are copied table by table. All
+    others, and what else modules hold, go to `copy.deepcopy` with the memo of what was copied here.
+    """
+    memo = {} if memo is None else memo
+    states: list[tuple[nn.Module, Any]] = []
+    for module in model.modules():
+        module_class: type = type(module)
+        if _follows_protocol(module_class) and "__deepcopy__" not in module.__dict__:
+            state = module.__getstate__()
+            if type(state) is dict:
+                memo[id(module)] = new = type(module).__new__(type(module))
+                states.append((new, state))
+    for new, state in reversed(states):  # children first: parents may look into them
+        new.__setstate__({name: _value(value, memo) for name, value in state.items()})
+    return copy.deepcopy(model, memo)
+
+
+def _value(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _CONSTANT:
+        return value
+    if (known := memo.get(id(value))) is not None:
+        return known
+    if kind is nn.Parameter:
+        return value.__deepcopy__(memo)
+    if kind is tuple and all(type(part) in _CONSTANT for part in value):
+        return value
+    if kind is dict or kind is OrderedDict:
+        table = memo[id(value)] = kind()
+        for key, part in value.items():
+            table[key if type(key) in _CONSTANT else copy.deepcopy(key, memo)] = _value(part, memo)
+        return table
+    return copy.deepcopy(value, memo)
+
+
+@cache
+def _follows_protocol(module_class: type) -> bool:
+    """Whether a copy is a new instance that `__setstate__` gets a copy of `__getstate__()`."""
+    return (
+        module_class.__new__ is object.__new__
+        and module_class.__reduce_ex__ is object.__reduce_ex__
+        and module_class.__reduce__ is object.__reduce__
+        and not any(
+            hasattr(module_class, name)
+            for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+        )
+        and module_class not in copyreg.dispatch_table
+        and not any("__slots__" in vars(parent) for parent in module_class.__mro__)
+    )

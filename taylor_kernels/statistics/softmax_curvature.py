@@ -1,0 +1,130 @@
+"""The curvature of a cross-entropy, in closed form.
+
+Of a row of logits with p = softmax(z) and a target q, the loss c · CE(z, q) has the slope c (p − q)
+and the Hessian c (diag p − p pᵀ), whatever q is. Taking the classes one after the other, with r
+what is left of p and m its sum, the Hessian of what is left falls apart into that of "this class k
+or another", of rank one, and that of the others:
+
+    diag r − r rᵀ / m = v vᵀ + the same without k,   v = √(r_k m' / m) (r' / m' − e_k)
+
+where r' is r without k and m' = m − r_k: the chain rule of a variance, and nothing cancels in it.
+With the label taken first, v is the loss's own slope times a number: that part of the curvature
+needs no backward pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
+
+_NOTHING = 1e-30
+
+
+@dataclass
+class SoftmaxRows:
+    """What of the loss reads one tensor: rows of logits, each in a cross-entropy.
+
+    Attributes:
+        p: [rows, classes].
+        scale: [rows], c.
+        target: [rows, classes], q, where c > 0.
+        shape, dim: of the tensor, and where its classes are.
+    """
+
+    p: Tensor
+    scale: Tensor
+    target: Tensor
+    shape: torch.Size
+    dim: int
+
+    def as_tensor(self, rows: Tensor) -> Tensor:
+        moved = [*self.shape[: self.dim], *self.shape[self.dim + 1 :], self.shape[self.dim]]
+        return rows.view(moved).movedim(-1, self.dim)
+
+    def combined(self, signs: Tensor, left: Tensor | None = None) -> Tensor:
+        """[rows, classes]: V·signs with V Vᵀ the Hessian, or of what is `left` of p."""
+        r = self.p if left is None else left
+        root = r.sqrt() * signs
+        mass = r.sum(1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
+        return self.scale.sqrt()[:, None] * (root - r * (root.sum(1, True) / mass))
+
+    def label(self) -> tuple[Tensor, Tensor]:
+        """([rows], [rows]): the label, and what the slope is to be multiplied by for its column.
+
+        0 where the target is no label, or the slope is mostly rounding.
+        """
+        label = self.target.argmax(1)
+        chosen = self.target.gather(1, label[:, None])[:, 0]
+        others = (self.target.abs().sum(1) - chosen.abs()).abs()
+        of_label = self.p.gather(1, label[:, None])[:, 0]
+        left = self.p.scatter(1, label[:, None], 0.0).sum(1)
+        sure = torch.finfo(self.p.dtype).eps ** 0.5
+        clean = ((chosen - 1).abs() < 0.01) & (others < 0.01) & (left > sure) & (self.scale > 0)
+        factor = (of_label / (left * self.scale)).sqrt()
+        return label, torch.where(clean, factor, 0.0)
+
+    def leading(self, count: int, signs: Tensor, first: Tensor | None) -> Iterator[Tensor]:
+        """Up to `count` of [rows, classes]; if that is fewer than the rank, the last is a random
+        combination of all that is left.
+
+        Args:
+            signs: [rows, classes]
+            first: [rows], classes that are left out beforehand; -1 for none.
+        """
+        r, rank = self.p, self.p.size(1) - 1
+        if first is not None:
+            r = torch.where(torch.arange(r.size(1), device=r.device) == first[:, None], 0.0, r)
+            rank -= int((first >= 0).all())
+        tiny = torch.finfo(r.dtype).tiny
+        for _ in range(rank if count >= rank else count - 1):
+            most, k = r.max(1, keepdim=True)
+            rest = r.scatter(1, k, 0.0)
+            mass, left = r.sum(1, True).clamp_min(tiny), rest.sum(1, True)
+            length = (most * left / mass).sqrt()
+            column = (rest / left.clamp_min(tiny) * length).scatter(1, k, -length)
+            yield self.scale.sqrt()[:, None] * column * signs[:, :1]
+            r = rest
+        if count < rank:
+            yield self.combined(signs, r)
+
+
+def softmax_rows(loss: LossFunction) -> list[SoftmaxRows] | None:
+    """Of each tensor that the loss reads, or None where it is not made of cross-entropies.
+
+    That is seen in the Hessian's product with a vector like no other: no other Hessian has it.
+    """
+    values = [value for value in loss.values if value is not None]
+    if len(values) != len(loss.slopes) or any(value.dim() < 2 for value in values):
+        return None
+    if (found := _matching(loss, values, -1)) or all(value.dim() == 2 for value in values):
+        return found
+    return _matching(loss, values, 1)
+
+
+def _matching(loss: LossFunction, values: Sequence[Tensor], dim: int) -> list[SoftmaxRows] | None:
+    found = []
+    for value, slope, vector, product in zip(values, loss.slopes, *loss.look(dim), strict=True):
+        p = _rows(value.to(torch.promote_types(value.dtype, torch.float32)), dim).softmax(1)
+        v, got, g = (_rows(one, dim).to(p) for one in (vector, product, slope))
+        form = p * (v - (p * v).sum(1, keepdim=True))
+        size = form.abs().amax(1, keepdim=True).clamp_min(_NOTHING)
+        form, got = form / size, got / size
+        scale = (got * form).sum(1) / form.square().sum(1).clamp_min(_NOTHING)
+        error = (got - scale[:, None] * form).square().sum(1)
+        close = min(8 * torch.finfo(slope.dtype).eps ** 0.5, 0.1) ** 2
+        if (scale < 0).any() or not (error <= close * got.square().sum(1)).all():
+            return None
+        target = p - g / scale.clamp_min(_NOTHING)[:, None]
+        target = torch.where((scale > 0)[:, None], target, 0.0)
+        found.append(SoftmaxRows(p, scale, target, slope.shape, dim % slope.dim()))
+    return found
+
+
+def _rows(tensor: Tensor, dim: int) -> Tensor:
+    moved = tensor.movedim(dim, -1)
+    return moved.reshape(-1, moved.size(-1))

@@ -1,0 +1,99 @@
+"""Writes to places that a tensor names by their numbers, or by a mask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.recorder import Call, rule
+from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+
+_INDEX = "is used as an index"
+_NUMBER = "is written by its number"
+
+
+@rule(
+    "index_add", "index_copy", "index_reduce", "index_fill", "scatter", "scatter_add",
+    "scatter_reduce",
+)  # fmt: skip
+def along_one(call: Call) -> Labels:
+    """Places along one dimension are written by their numbers; the other dimensions go along."""
+    old = call.of(call.args["self"])
+    along = call.args["dim"] % max(len(old.shape), 1)
+    for vector in call.of(call.args["index"]).vectors():
+        call.refuse(vector, _INDEX)
+    source = call.arg("source", "src", "value")
+    # index_fill takes no more than a scalar, which may be a tensor.
+    given = call.of(source) if isinstance(source, Tensor) and source.dim() else None
+    result = Labels.fixed(old.shape)
+    for dim in range(len(old.shape)):
+        places = list(range(len(given.shape))) if given is not None else []
+        if dim == along:
+            call.refuse(old.dims[dim], _NUMBER)
+            if given is not None:
+                call.refuse(given.dims[dim], _NUMBER)
+        elif given is not None and dim in places and given.shape[dim] == old.shape[dim]:
+            _beside(call, result, old, given, dim, dim)
+        elif given is None:
+            _scalar(call, result, old, dim)
+        else:
+            call.refuse(old.dims[dim], _NUMBER)
+            call.refuse(given.dims[dim] if dim in places else None, _NUMBER)
+    return result
+
+
+def _beside(call: Call, result: Labels, old: Labels, given: Labels, dim: int, theirs: int) -> None:
+    """What is written has the places of this dimension, in the same order."""
+    parts = [(old, dim), (given, theirs)]
+    here = [labels.dims[i] for labels, i in parts if not labels.is_uniform]
+    result.dims[dim] = merged_vector(call, here)
+    result.zero[dim] = all(labels.is_zero(i) for labels, i in parts)
+
+
+def _scalar(call: Call, result: Labels, old: Labels, dim: int) -> None:
+    """One value is written to all places of this dimension, or to none of a row."""
+    result.dims[dim] = old.dims[dim]
+    result.zero[dim] = old.is_zero(dim) and call.arg("value") == 0
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(call: Call) -> Labels | None:
+    """A mask of the tensor's own shape works element by element; else one index names places."""
+    target, values = call.args["self"], call.args["values"]
+    old, given = call.of(target), call.of(values)
+    found = [(place, i) for place, i in enumerate(call.args["indices"]) if i is not None]
+    if len(found) != 1:
+        call.refuse_all("is written by several indices")
+        return None
+    place, index = found[0]
+    mask = index.dtype in (torch.bool, torch.uint8)
+    if mask and index.shape == target.shape and values.numel() == 1:
+        for vector in given.vectors():
+            call.refuse(vector, "is a single channel that is broadcast")
+        result = meet(call, [target, index], old.shape)
+        result.zero = [False] * len(old.shape)
+        return result
+    for vector in call.of(index).vectors():
+        call.refuse(vector, _INDEX)
+    covered = index.dim() if mask else 1
+    written = len(old.shape) - covered + (1 if mask else index.dim())  # dimensions
+    result = Labels.fixed(old.shape)
+    for dim in range(len(old.shape)):
+        if place <= dim < place + covered:
+            call.refuse(old.dims[dim], _NUMBER)
+            continue
+        back = dim - len(old.shape) if dim >= place else dim - written
+        wide = len(given.shape) >= -back and given.shape[back] == old.shape[dim]
+        if wide and old.shape[dim] > 1:
+            _beside(call, result, old, given, dim, back + len(given.shape))
+        else:
+            result.dims[dim] = old.dims[dim]
+            if len(given.shape) >= -back:
+                call.refuse(given.dims[back], "is a single channel that is broadcast")
+    # The dimensions that stand in the place of those that the index covers.
+    covers = range(place - written, place - len(old.shape) + covered)
+    for back in covers:
+        if len(given.shape) >= -back:
+            call.refuse(given.dims[back], _NUMBER)
+    return result
