@@ -1,7 +1,8 @@
 """Runs CMake (see CMakeLists.txt) and puts the native module into the package.
 
 TAYLOR_KERNELS_CUDA=auto|on|off chooses whether the CUDA kernels are built; the default, auto,
-builds them where an nvcc is found that can, and goes on without them where it fails.
+builds them where a GPU is seen and an nvcc is found that can, and goes on without them where it
+fails. For a GPU of another machine say on.
 """
 
 import os

@@ -1,8 +1,9 @@
 """`python -m bench`: run all benches, then write the report, its plots and a table of targets.
 
-Results replace the last ones only when every bench has run. With `-k` the cases that were not run
-keep theirs, and the report names every commit and day that it holds results of. `--quick` runs a
-few rounds, into a folder of its own, to see that all works; other arguments go to pytest.
+Results are written bench by bench into part.json, which replaces the last ones when every bench has
+run; a run that was stopped goes on with `--resume`. With `-k` the cases that were not run keep
+their results, and the report names every commit and day that it holds results of. `--quick` runs
+a few rounds, into a folder of its own, to see that all works; other arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -25,10 +26,18 @@ def main(arguments: list[str]) -> int:
     folder = Path("bench/results") / kind
     (ROOT / folder).mkdir(parents=True, exist_ok=True)
     latest, part = folder / "latest.json", folder / "part.json"
-    command = [sys.executable, "-m", "pytest", "bench", f"--benchmark-json={part}", *arguments]
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if code or not (ROOT / part).stat().st_size:  # --help and the like measure nothing
+    if "--resume" not in arguments:
         (ROOT / part).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "bench", f"--results={ROOT / part}", *arguments]
+    try:
+        code = subprocess.run(command, cwd=ROOT).returncode
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        if (ROOT / part).exists():
+            print(f"What was measured is in {part}; the same command with --resume goes on from it")
+        return code
+    if not (ROOT / part).exists():  # --help and the like measure nothing
         return code
     if "-k" in arguments and (ROOT / latest).exists():
         keep_others(ROOT / latest, ROOT / part)

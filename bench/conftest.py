@@ -23,15 +23,20 @@ import torch  # noqa: E402
 import taylor_kernels as tk  # noqa: E402
 from bench.figures import run_of  # noqa: E402
 from bench.harness import Provider, Result, copy_bandwidth, measure  # noqa: E402
+from bench.kept import Kept  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="few rounds: does it run, not how fast")
     parser.addoption("--seconds", type=float, help="cases after so long are left out")
+    parser.addoption("--results", help="a file that is written anew after every bench")
+    parser.addoption("--resume", action="store_true", help="leave out what --results holds")
     parser.addoption("--device", default=None, help="cpu or cuda; default: cuda if there is one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--results"):
+        config.pluginmanager.register(Kept(config))
     # Dynamo gives up on a function after 8 variants and runs it eagerly; let it compile them all.
     import torch._dynamo.config as dynamo
 

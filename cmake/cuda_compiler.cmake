@@ -53,6 +53,29 @@ function(find_nvcc result)
   set(${result} "${nvcc}" PARENT_SCOPE)
 endfunction()
 
+# Whether this machine has an NVIDIA GPU, or none that shows: a device file, or what the driver's own
+# program lists, which is how one shows under Windows.
+function(find_gpu result)
+  file(GLOB devices /dev/nvidia[0-9]* /dev/nvhost-gpu)
+  set(seen "${devices}")
+  if(NOT seen)
+    unset(NVIDIA_SMI_PROGRAM CACHE)
+    find_program(NVIDIA_SMI_PROGRAM nvidia-smi PATHS ENV PATH /usr/lib/wsl/lib NO_DEFAULT_PATH)
+    if(NVIDIA_SMI_PROGRAM)
+      execute_process(COMMAND "${NVIDIA_SMI_PROGRAM}" -L OUTPUT_VARIABLE said ERROR_QUIET
+                      RESULT_VARIABLE failed)
+      if(NOT failed AND said MATCHES "GPU [0-9]+:")
+        set(seen "${said}")
+      endif()
+    endif()
+  endif()
+  if(seen)
+    set(${result} TRUE PARENT_SCOPE)
+  else()
+    set(${result} FALSE PARENT_SCOPE)
+  endif()
+endfunction()
+
 # Sets in the caller: `problem`, why CUDA cannot be built, or empty; and then CMAKE_CUDA_COMPILER,
 # CMAKE_CUDA_ARCHITECTURES (CUDAARCHS, if that is set) and CUDA_ARCHITECTURES, the same in words.
 # A program is compiled and linked before CMake's own check, which would end the whole build.

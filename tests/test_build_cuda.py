@@ -32,6 +32,11 @@ def fake_nvcc(folder: Path, version: str, compile_with: str = "exit 0") -> Path:
     return script(folder / "bin" / "nvcc", f"{says}; exit 0; fi\n{compile_with}")
 
 
+def fake_gpu(folder: Path, said: str = "GPU 0: NVIDIA A100 (UUID: GPU-1)", rc: int = 0) -> Path:
+    """The driver's program that lists GPUs."""
+    return script(folder / "bin" / "nvidia-smi", f'[ "$1" = -L ] && echo "{said}"; exit {rc}')
+
+
 def run_cmake(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "CMAKE_CUDA"))}
     return subprocess.run(
@@ -140,9 +145,36 @@ def test_an_nvcc_that_was_moved_is_found_again(tmp_path: Path) -> None:
 
 
 def test_auto_goes_on_without_an_nvcc_that_is_too_old(tmp_path: Path) -> None:
+    fake_gpu(tmp_path)
     run = configure(tmp_path, fake_nvcc(tmp_path, "11.8"), "auto")
     assert run.returncode == 0, run.stderr
     assert "without CUDA: nvcc 11.8 " in run.stdout
+
+
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("said", "rc"), [(None, 0), ("No devices were found", 0), ("GPU 0: lost", 9)]
+)
+def test_auto_builds_nothing_for_a_gpu_that_is_not_there(
+    said: str | None, rc: int, tmp_path: Path
+) -> None:
+    if said is not None:
+        fake_gpu(tmp_path, said, rc)
+    run = configure(tmp_path, fake_nvcc(tmp_path, "13.0", f"touch {tmp_path}/compiled"), "auto")
+    assert run.returncode == 0, run.stderr
+    assert "without CUDA: no NVIDIA GPU is seen; TAYLOR_KERNELS_CUDA=on builds for" in run.stdout
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_auto_builds_for_a_gpu_that_the_driver_lists(tmp_path: Path) -> None:
+    fake_gpu(tmp_path)
+    run = configure(tmp_path, fake_nvcc(tmp_path, "13.0", "echo no compiler >&2; exit 1"), "auto")
+    assert run.returncode == 0, run.stderr
+    assert "without CUDA: nvcc 13.0 " in run.stdout
+    assert "no compiler" in run.stdout
 
 
 def test_on_fails_with_an_nvcc_that_is_too_old(tmp_path: Path) -> None:

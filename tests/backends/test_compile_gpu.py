@@ -9,7 +9,9 @@ import importlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +23,7 @@ from tests.helpers.gpu_compile import (
     LOCAL_MEMORY,
     ROOT,
     TYPE_NAMES,
+    Resources,
     compile_cuda,
     compile_triton,
     cuobjdump,
@@ -56,10 +59,20 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
         os.environ["TRITON_CACHE_DIR"] = before
 
 
+Compiled = Callable[[Path], tuple[Path, list[Resources]]]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """Each source once, for the test of it and that of all."""
+    folder = tmp_path_factory.mktemp("objects")
+    return cache(lambda source: compile_cuda(source, folder))
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_cuda(source: Path, tmp_path: Path) -> None:
-    binary, kernels = compile_cuda(source, tmp_path)
+def test_cuda(source: Path, compiled: Compiled) -> None:
+    binary, kernels = compiled(source)
     assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES)
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
@@ -99,6 +112,39 @@ def check_overlap(name: str, arch: int, sass: str) -> None:
         assert waits.start() < touched.start(), f"{name} for sm_{arch}: reads before it waits"
     elif "stream_kernel" in name or "fisher_" in name:
         assert lets, f"{name} for sm_{arch}"
+
+
+#: What the Python module calls; its own code is compiled by tests/helpers/emulated.py.
+EVERY_OP = """
+#include <cstdio>
+#include "common/ops.h"
+#include "cuda/device_check.h"
+#define TK_SAY(op, Call) \\
+  std::printf("%s %d\\n", #op, &tk::op##_cuda != nullptr);
+int main() {
+  TK_OPS(TK_SAY)
+  std::printf("problem: %s\\n", std::string(tk::cuda_device_problem()).c_str());
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
+def test_what_is_compiled_links_and_finds_the_gpu_or_says_why_not(
+    compiled: Compiled, tmp_path: Path
+) -> None:
+    main = tmp_path / "main.cpp"
+    main.write_text(EVERY_OP)
+    objects = [compiled(source)[0] for source in SOURCES]
+    program = tmp_path / "main"
+    command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", main, *objects, "-o", program]
+    linked = subprocess.run(command, capture_output=True, text=True)
+    assert linked.returncode == 0, linked.stderr[-4000:]
+    *ops, problem = subprocess.run(
+        [program], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(ops) == len(re.findall(r"^  X\(", (ROOT / "csrc/common/ops.h").read_text(), re.M))
+    assert all(op.endswith(" 1") for op in ops)
+    assert (problem == "problem: ") == torch.cuda.is_available()
 
 
 def check_triton(
