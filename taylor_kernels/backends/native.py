@@ -2,10 +2,14 @@
 
 That module knows no torch: it reads the members of layout.py's NamedTuples by their names, of a
 tensor its address, so one build serves every PyTorch.
+
+The CPU kernels are those of the best instruction set that the processor has, or of the one that the
+environment names in TAYLOR_KERNELS_ISA when this module is imported.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -24,6 +28,20 @@ except (
     AttributeError,
 ) as error:  # AttributeError: built from other sources than these
     _native, _import_error = None, str(error)
+
+
+def choose_isa(name: str) -> None:
+    """Run the CPU kernels of this instruction set, one of `_native.cpu_isas()`."""
+    if _native is None:
+        return
+    if name not in _native.cpu_isas():
+        some = ", ".join(_native.cpu_isas())
+        raise ValueError(f"TAYLOR_KERNELS_ISA is {name!r}; this processor can run {some}")
+    _native.set_cpu_isa(name)
+
+
+if _ISA := os.environ.get("TAYLOR_KERNELS_ISA"):
+    choose_isa(_ISA)
 
 
 def __getattr__(op: str) -> Callable[..., None]:
