@@ -20,7 +20,7 @@ from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 from bench.models import resnet50
-from bench.ours import ours_by
+from bench.ours import OURS, ours_by
 
 NETWORKS = {
     "resnet50-fp32": (shapes.resnet50_weights, torch.float32, 25),
@@ -28,8 +28,7 @@ NETWORKS = {
     "llama-bf16": (shapes.llama_weights, torch.bfloat16, 5),
 }
 PROVIDERS = (
-    "ours",
-    "ours (triton)",
+    *OURS,
     "eager",
     "torch._foreach",
     "torch.compile",

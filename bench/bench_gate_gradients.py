@@ -13,7 +13,7 @@ import taylor_kernels as tk
 from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
-from bench.ours import ours_by
+from bench.ours import OURS, ours_by
 
 LAYOUTS = {
     # layout: shapes, the channels' dimension, the dimensions summed, the einsum
@@ -23,8 +23,7 @@ LAYOUTS = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROVIDERS = (
-    "ours",
-    "ours (triton)",
+    *OURS,
     "eager",
     "einsum",
     "torch.compile",

@@ -18,7 +18,7 @@ import taylor_kernels as tk
 from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
-from bench.ours import our_backends
+from bench.ours import OURS, ours_by
 
 NETWORKS = {
     "resnet50-fp32": (shapes.resnet50_weights, torch.float32),
@@ -29,8 +29,7 @@ SEED = 1
 #: Of w, g and Hv, or of w and Hz.
 SCALES = {"second_order_moments": (0.05, 0.001, 0.001), "hutchinson_moments": (0.05, 0.001)}
 PROVIDERS = (
-    "ours",
-    "ours (triton)",
+    *OURS,
     "eager",
     "torch.compile",
     "torch.compile, one graph",
@@ -38,7 +37,7 @@ PROVIDERS = (
     "floor: compiled dot",
     "floor: torch.sum",
 )
-PROBE_PROVIDERS = ("ours", "ours (triton)", "randint", "bernoulli_", "floor: zero_")
+PROBE_PROVIDERS = (*OURS, "randint", "bernoulli_", "floor: zero_")
 
 
 @lru_cache(maxsize=1)
@@ -78,12 +77,7 @@ def providers(op: str, network: str, axis: str, device: torch.device) -> list[Pr
         return reference.check(peers.named(layers, names, axes), expected)
 
     dim = {"rows": 0, "cols": 1, "both": (0, 1)}[axis]
-    every = [
-        Provider(label, partial(run, dim=dim, backend=backend), check_ours, role, label)
-        for (label, backend), role in zip(
-            our_backends(device).items(), ("ours", "extra"), strict=False
-        )
-    ]
+    every = ours_by(lambda backend: partial(run, dim=dim, backend=backend), check_ours, device)
     in_3d = [peers.as_3d(tensors) for tensors in lists]
     layers = partial(peers.per_layer, function, axes, *in_3d)
     every.append(Provider("eager", layers, check, "peer", "eager"))
@@ -114,18 +108,11 @@ def probe_providers(network: str, device: torch.device) -> list[Provider]:
     def bernoulli() -> list[Tensor]:
         return [torch.empty_like(w).bernoulli_().mul_(2).sub_(1) for w in weights]
 
-    every = [
-        Provider(
-            label,
-            partial(tk.rademacher_like, weights, seed=SEED, backend=backend),
-            check,
-            role,
-            label,
-        )
-        for (label, backend), role in zip(
-            our_backends(device).items(), ("ours", "extra"), strict=False
-        )
-    ]
+    every = ours_by(
+        lambda backend: partial(tk.rademacher_like, weights, seed=SEED, backend=backend),
+        check,
+        device,
+    )
     return [
         *every,
         Provider("randint", randint, check, "peer", "eager"),

@@ -24,6 +24,7 @@ import taylor_kernels as tk  # noqa: E402
 from bench.figures import run_of  # noqa: E402
 from bench.harness import Provider, Result, copy_bandwidth, measure  # noqa: E402
 from bench.kept import Kept  # noqa: E402
+from bench.ours import isa_of, why_missing  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -158,13 +159,14 @@ def record(benchmark: Any, bandwidth: float | None, device: torch.device) -> Cal
         result = results.get(label)
         if result is None or result.unavailable:
             benchmark.skipped = True
-            pytest.skip(result.unavailable if result else "not available on this device")
+            pytest.skip(result.unavailable if result else why_missing(label))
         benchmark.group = " ".join(case)
         benchmark.extra_info.update(
             case=list(case),
             provider=label,
             role=result.role,
             family=result.family,
+            isa=isa_of(label) if device.type == "cpu" else None,
             first_call_s=result.first_s,
             host_s=result.host_median,
             ahead=result.ahead,

@@ -20,7 +20,7 @@ def _op_table(case: Case, on_gpu: bool) -> str:
     rows = [
         [
             *timing(e),
-            *([host_ms(e)] if on_gpu else []),
+            host_ms(e) if on_gpu else e.info.get("isa") or "",
             number(e.info["ratio_to_floor"]),
             number(e.info["ratio_to_ours"]),
             number(e.info["gb_per_s"], "{:.1f}"),
@@ -32,9 +32,23 @@ def _op_table(case: Case, on_gpu: bool) -> str:
         for e in case.entries
     ]
     share = "% of copy" if on_gpu else "% of floor"
-    host = ["host ms"] if on_gpu else []
-    head = ["provider", *TIMING, *host, "× floor", "× ours"]
+    where = "host ms" if on_gpu else "set"
+    head = ["provider", *TIMING, where, "× floor", "× ours"]
     return table([*head, "GB/s", share, "peak MiB", "error", "first call s"], rows)
+
+
+def _in_cache_table(case: Case) -> str:
+    rows = [
+        [
+            e.label,
+            e.info.get("isa") or "",
+            number(1e9 * e.median / e.info["elements"], "{:.3f}"),
+            number(e.info["ratio_to_ours"]),
+            number(e.info["error"], "{:.1f}"),
+        ]
+        for e in case.entries
+    ]
+    return table(["provider", "set", "ns an element", "× ours", "error"], rows)
 
 
 def _sequence_table(case: Case) -> str:
@@ -91,6 +105,7 @@ def report(results: Results) -> str:
     )
     how: dict[str, Callable[[Case], str]] = {
         **dict.fromkeys(OPS, lambda case: _op_table(case, on_gpu)),
+        "in_cache": _in_cache_table,
         "pruning_sequence": _sequence_table,
         "scoring_step": _step_table,
     }

@@ -24,16 +24,15 @@ struct FilterMoments {
 
   template <typename V>
   struct Terms {
-    V w, g, gw;
-    Terms() = default;
-    Terms(V weight, V grad) : w(weight), g(grad), gw(grad * weight) {}
+    V w, g;
+    V gw() const { return g * w; }
   };
 
   template <int i, typename V>
   static V add(const Terms<V>& t, V sum) {
-    if constexpr (i == 0) return sum + t.gw;
-    if constexpr (i == 1) return multiply_add(t.gw, t.gw, sum);
-    if constexpr (i == 2) return sum + abs(t.gw);
+    if constexpr (i == 0) return sum + t.gw();
+    if constexpr (i == 1) return multiply_add(t.gw(), t.gw(), sum);
+    if constexpr (i == 2) return sum + abs(t.gw());
     if constexpr (i == 3) return multiply_add(t.w, t.w, sum);
     if constexpr (i == 4) return multiply_add(t.g, t.g, sum);
   }

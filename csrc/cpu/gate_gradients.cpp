@@ -40,7 +40,7 @@ template <bool kBias, typename T>
   constexpr int kPasses = passes<S>(kChains), kEach = kRegistersOf<S> / kPasses;
   const int64_t full = n / (kChains * kLanes) * kChains * kLanes;
   V sums[1][kRegistersOf<S>];
-  unrolled<kPasses>([&](auto pass) {
+  unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
     V part[kChains][kEach] = {};
     auto at = [&](int64_t from, auto chain, auto k) {
       return from + chain * kLanes + (pass * kEach + k) * kWidth;
@@ -53,14 +53,20 @@ template <bool kBias, typename T>
         });
       });
     unrolled<kChains>([&](auto chain) {
-      if (full + chain * kLanes >= n) return;
-      unrolled<kEach>([&](auto k) {
-        const int64_t i = at(full, chain, k);
-        const V a = load_first(y + i, n - i, readable - i);
-        const V b = load_first(dy + i, n - i, readable - i);
-        // Masked last: the bias may be infinite.
-        part[chain][k] += keep_first(add<kBias>(a, bias, b, V{}), n - i);
-      });
+      const int64_t from = full + chain * kLanes;
+      if (from + kLanes <= n)
+        unrolled<kEach>([&](auto k) {
+          const int64_t i = at(full, chain, k);
+          part[chain][k] = add<kBias>(load(y + i), bias, load(dy + i), part[chain][k]);
+        });
+      else if (from < n)
+        unrolled<kEach>([&](auto k) {
+          const int64_t i = at(full, chain, k);
+          const V a = load_first(y + i, n - i, readable - i);
+          const V b = load_first(dy + i, n - i, readable - i);
+          // Masked last: the bias may be infinite.
+          part[chain][k] += keep_first(add<kBias>(a, bias, b, V{}), n - i);
+        });
     });
     for (int k = 0; k < kEach; ++k)
       sums[0][pass * kEach + k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
@@ -86,23 +92,27 @@ template <int kCount, bool kBias, typename T>
   std::fill_n(totals, width, 0.0);
   for (int64_t begin = 0; begin < positions; begin += kPositions) {
     const int64_t end = std::min(begin + kPositions, positions);
-    V sum[kCount] = {};
-    if (width == kCount * kWidth) {
+    typename Sum<T>::Scalar columns[kCount * kWidth];
+    auto run = [&](auto load_at) {
+      V sum[kCount] = {};
       for (int64_t p = begin; p < end; ++p)
         unrolled<kCount>([&](auto v) {
           const int64_t i = p * stride + v * kWidth;
-          sum[v] = add<kBias>(load(y + i), b[v], load(dy + i), sum[v]);
+          sum[v] = add<kBias>(load_at(y + i, p, v), b[v], load_at(dy + i, p, v), sum[v]);
         });
-    } else {
-      for (int64_t p = begin; p < end; ++p)
-        unrolled<kCount>([&](auto v) {
-          const int64_t i = p * stride + v * kWidth, left = width - v * kWidth;
-          const int64_t readable = (positions - 1 - p) * stride + left;
-          sum[v] = add<kBias>(load_first(y + i, left, readable), b[v],
-                              load_first(dy + i, left, readable), sum[v]);
-        });
-    }
-    for (int64_t c = 0; c < width; ++c) totals[c] += sum[c / kWidth][c % kWidth];
+      unrolled<kCount>([&](auto v) {
+        const V each = sum[v];
+        std::memcpy(columns + v * kWidth, &each, sizeof(each));
+      });
+    };
+    if (width == kCount * kWidth)
+      run([](const T* from, int64_t, int) { return load(from); });
+    else
+      run([&](const T* from, int64_t p, int v) {
+        const int64_t left = width - v * kWidth;
+        return load_first(from, left, (positions - 1 - p) * stride + left);
+      });
+    for (int64_t c = 0; c < width; ++c) totals[c] += columns[c];
   }
 }
 
@@ -148,16 +158,10 @@ class Worker : public IndependentTasks {
   template <bool kBias>
   void sum(const T* y, const T* dy, S* out, int64_t n, int64_t first, int64_t last) const {
     if (args_.inner == 1) {
-      // Sums and biases of the channels side by side take half of the registers, or three quarters.
-      constexpr int kCount = kRegisters == 16 && !kBias ? 8 : kBias ? 4 : 8;
-      constexpr int64_t kSide = std::min<int64_t>(kCount * Sum<T>::kWidth, kChannels);
-      double totals[kSide];
-      for (int64_t c = first; c < last; c += kSide) {
-        const int64_t width = std::min(kSide, last - c);
-        sum_channels<kSide / Sum<T>::kWidth, kBias>(y + c, dy + c, bias() + c, args_.channels,
-                                                    args_.outer, width, totals);
-        std::copy_n(totals, width, out + c);
-      }
+      // Sums and biases of the channels side by side take half of sixteen registers.
+      constexpr int kMost = std::min<int>(kBias ? 4 : 8, kChannels / Sum<T>::kWidth);
+      for (int64_t c = first; c < last;)
+        c += sum_side_by_side<kMost, kBias>(y + c, dy + c, bias() + c, last - c, out + c);
       return;
     }
     const int64_t example = args_.outer * args_.channels * args_.inner;
@@ -172,6 +176,19 @@ class Worker : public IndependentTasks {
       }
       out[c] = total;
     }
+  }
+
+  // As many of the `left` channels as kCount registers hold, fewer where fewer are left; how many.
+  template <int kCount, bool kBias>
+  int64_t sum_side_by_side(const T* y, const T* dy, const T* bias, int64_t left, S* out) const {
+    constexpr int64_t kSide = kCount * Sum<T>::kWidth;
+    if constexpr (kCount > 1)
+      if (left < kSide) return sum_side_by_side<kCount / 2, kBias>(y, dy, bias, left, out);
+    const int64_t width = std::min(kSide, left);
+    double totals[kSide];
+    sum_channels<kCount, kBias>(y, dy, bias, args_.channels, args_.outer, width, totals);
+    std::copy_n(totals, width, out);
+    return width;
   }
 
   GateGradientsArgs args_;

@@ -29,8 +29,6 @@ struct HutchinsonMoments {
   template <typename V>
   struct Terms {
     V w, m;
-    Terms() = default;
-    Terms(V weight, V multiplier) : w(weight), m(multiplier) {}
   };
 
   template <int, typename V>

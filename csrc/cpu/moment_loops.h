@@ -39,7 +39,7 @@ template <class Op, typename T, class Multiplier, class Load>
                                             const Load& load) {
   using V = typename Sum<T>::Vector;
   const V a = load(w + i);
-  return typename Op::template Terms<V>(a, multiplier.of(a, i, load));
+  return typename Op::template Terms<V>{a, multiplier.of(a, i, load)};
 }
 
 // Adds them to each sum, `registers` apart, one after another: all at once take more registers.
@@ -52,8 +52,8 @@ template <class Op, class Terms, typename V, int registers>
 // Row sums alone, of `width` positions of each row, along memory. From w on, `readable` elements
 // may be read; the first of them is element 0 of `multiplier`.
 template <class Op, typename T, class Multiplier>
-[[gnu::noinline]] void sum_rows(const T* w, Multiplier multiplier, int64_t readable, int64_t stride,
-                                int64_t rows, int64_t width, Sums<Op>* row_sums) {
+[[gnu::noinline]] void sum_rows(const T* w, Multiplier& multiplier, int64_t readable,
+                                int64_t stride, int64_t rows, int64_t width, Sums<Op>* row_sums) {
   using S = typename Sum<T>::Scalar;
   using V = typename Sum<T>::Vector;
   constexpr int kWidth = Sum<T>::kWidth;
@@ -64,7 +64,7 @@ template <class Op, typename T, class Multiplier>
       const int64_t tail = end - (end - begin) % kLanes;
       multiplier.expect(begin, end);
       V sums[Op::kSums][kRegistersOf<S>];
-      unrolled<kPasses>([&](auto pass) {
+      unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
         V part[Op::kSums][kEach] = {};
         const int64_t first = pass * kEach * kWidth;
         for (int64_t i = begin + first; i < tail; i += kLanes)
@@ -105,9 +105,9 @@ template <class Op, bool kRows, int kCount, typename T, class Multiplier>
   constexpr int kEach = kRegistersOf<S> / kPasses;
   const int64_t full = width / kLanes * kLanes, start = first_row * stride;
   V sums[kCount][Op::kSums][kRegistersOf<S>];
-  unrolled<kPasses>([&](auto pass) {
+  unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
     V part[kCount][Op::kSums][kEach] = {};
-    auto sixteen = [&](int64_t from, auto load_at) {
+    auto sixteen = [&](int64_t from, auto load_at) __attribute__((always_inline)) {
       unrolled<kEach>([&](auto k) {
         const int64_t i = from + (pass * kEach + k) * kWidth;
         S* column = strip.sums[from / kLanes][0] + (pass * kEach + k) * kWidth;
@@ -116,7 +116,10 @@ template <class Op, bool kRows, int kCount, typename T, class Multiplier>
           const int64_t at = start + row * stride + i;
           terms[row] = terms_at<Op>(w, multipliers[row], at, load_at(i, at));
         });
-        unrolled<Op::kSums>([&](auto m) {
+        unrolled<Op::kSums>([&](auto index) {
+          // The last sums first: those of factors alone, which are done with before products are
+          // made. So the sums of two rows fit sixteen registers.
+          constexpr std::integral_constant<int, Op::kSums - 1 - index> m;
           V sum = load(column + m * kLanes);
           unrolled<kCount>([&](auto row) {
             sum = Op::template add<m>(terms[row], sum);

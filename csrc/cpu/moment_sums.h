@@ -89,7 +89,7 @@ class MomentWorker {
     const Block block(blocking, task - blocking.first_task);
     const int64_t first = block.row * blocking.positions + block.begin;
     const T* w = static_cast<const T*>(item.weight) + first;
-    const auto multiplier = op_.template multiplier<T>(item, first);
+    auto multiplier = op_.template multiplier<T>(item, first);
     const int64_t readable = item.rows * blocking.positions - first;
     if (blocking.positions == 1 && !item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;

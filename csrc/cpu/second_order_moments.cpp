@@ -27,15 +27,14 @@ struct SecondOrderMoments {
 
   template <typename V>
   struct Terms {
-    V q;
-    Terms() = default;
-    Terms(V w, V m) : q(m * w) {}
+    V w, m;
+    V q() const { return m * w; }
   };
 
   template <int i, typename V>
   static V add(const Terms<V>& t, V sum) {
-    if constexpr (i == 0) return sum + t.q;
-    if constexpr (i == 1) return multiply_add(t.q, t.q, sum);
+    if constexpr (i == 0) return sum + t.q();
+    if constexpr (i == 1) return multiply_add(t.q(), t.q(), sum);
   }
 
   template <typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "common/philox.h"
 #include "cpu/simd.h"
@@ -23,10 +24,13 @@ class SignWindow {
     for (uint32_t* to = words_; end_ < end; to += kBatch / 32, end_ += kBatch) draw(to);
   }
 
-  // Of the sixteen elements from `element` on, the first one's in the lowest bit.
+  // Of the sixteen elements from `element` on, the first one's in the lowest bit; higher bits are
+  // of no meaning. Words are little-endian: their bytes follow each other.
   uint32_t at(int64_t element) const {
-    const uint32_t* word = words_ + (element - begin_) / 32;
-    return static_cast<uint32_t>((uint64_t{word[1]} << 32 | word[0]) >> (element & 31));
+    const int64_t bit = element - begin_;
+    uint32_t bits;
+    std::memcpy(&bits, reinterpret_cast<const char*>(words_) + bit / 8, sizeof(bits));
+    return bits >> (bit & 7);
   }
 
  private:

@@ -189,7 +189,7 @@ inline V negate(V v, uint32_t bits) {
 #if defined(__AVX2__) || defined(__aarch64__)
   const I flip = (word << (static_cast<int>(8 * sizeof(I{}[0])) - 1 - lane)) & S::kSign;
 #else
-  const I bit = I{} + 1 << lane;  // a constant: SSE2 shifts all lanes alike
+  const I bit = (I{} + 1) << lane;  // a constant: SSE2 shifts all lanes alike
   const I flip = ((word & bit) == bit) & S::kSign;
 #endif
   return reinterpret_cast<V>(reinterpret_cast<I>(v) ^ flip);

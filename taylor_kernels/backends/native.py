@@ -3,10 +3,14 @@
 That module knows no torch, so one build serves every PyTorch: it reads the members of layout.py's
 NamedTuples by their names, of a tensor its address; and where PyTorch offers DLPack's exchange API,
 from 2.10 on, it makes a plan of a call of the tensors themselves.
+
+The CPU kernels are those of the best instruction set that the processor has, or of the one that the
+environment names in TAYLOR_KERNELS_ISA when this module is imported.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
@@ -34,6 +38,20 @@ plans_calls = bool(
     and _exchange is not None
     and _native.set_exchange(_exchange, Tensor, torch.nn.Parameter)
 )
+
+
+def choose_isa(name: str) -> None:
+    """Run the CPU kernels of this instruction set, one of `_native.cpu_isas()`."""
+    if _native is None:
+        return
+    if name not in _native.cpu_isas():
+        some = ", ".join(_native.cpu_isas())
+        raise ValueError(f"TAYLOR_KERNELS_ISA is {name!r}; this processor can run {some}")
+    _native.set_cpu_isa(name)
+
+
+if _ISA := os.environ.get("TAYLOR_KERNELS_ISA"):
+    choose_isa(_ISA)
 
 
 def __getattr__(op: str) -> Callable[..., None]:

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 
 namespace tk {
@@ -43,29 +44,29 @@ template <typename S, int kRows, int kVectors, bool kLanewise>
     for (int64_t row = 0; row < walk.rows; ++row) {
       const S* pa = a + n * walk.a_example + row * walk.a_row;
       const S* pb = b + n * walk.b_example + row * walk.b_row;
-      auto step = [&](int split) {
+      auto step = [&](auto split) {
         V lanes[kVectors];
-        for (int v = 0; v < kVectors; ++v) lanes[v] = load(pb + v * kWidth);
-        for (int r = 0; r < kRows; ++r) {
+        unrolled<kVectors>([&](auto v) { lanes[v] = load(pb + v * kWidth); });
+        unrolled<kRows>([&](auto r) {
           const V factor = kLanewise ? load(pa + r * kWidth) : pa[r] - V{};
-          for (int v = 0; v < kVectors; ++v)
-            sum[split][r][v] = multiply_add(factor, lanes[v], sum[split][r][v]);
-        }
+          unrolled<kVectors>(
+              [&](auto v) { sum[split][r][v] = multiply_add(factor, lanes[v], sum[split][r][v]); });
+        });
         pa += walk.a_column;
         pb += walk.b_column;
       };
       int64_t column = 0;
-      for (; column + kSplit <= walk.columns; column += kSplit)
-        for (int split = 0; split < kSplit; ++split) step(split);
+      for (; column + kSplit <= walk.columns; column += kSplit) unrolled<kSplit>(step);
       if (kSplit > 1)
-        for (; column < walk.columns; ++column) step(0);
+        for (; column < walk.columns; ++column) step(std::integral_constant<int, 0>());
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) {
-        for (int split = 1; split < kSplit; ++split) sum[0][r][v] += sum[split][r][v];
-        total[r][v] = square ? multiply_add(sum[0][r][v], sum[0][r][v], total[r][v])
-                             : total[r][v] + sum[0][r][v];
-      }
+    unrolled<kRows>([&](auto r) {
+      unrolled<kVectors>([&](auto v) {
+        V each = sum[0][r][v];
+        for (int split = 1; split < kSplit; ++split) each += sum[split][r][v];
+        total[r][v] = square ? multiply_add(each, each, total[r][v]) : total[r][v] + each;
+      });
+    });
   }
   std::memcpy(sums, &total, sizeof(total));
 }
