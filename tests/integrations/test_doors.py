@@ -1,0 +1,33 @@
+"""What all integrations share: nothing is imported unasked, and an absent library says so."""
+
+import subprocess
+import sys
+
+import pytest
+
+from taylor_kernels.integrations import absent
+
+LIBRARIES = ["torch_pruning"]
+
+
+def test_the_package_imports_no_library():
+    code = (
+        "import sys, taylor_kernels, taylor_kernels.integrations\n"
+        f"print([name for name in {LIBRARIES} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_what_a_present_library_lacks_is_not_called_its_absence():
+    error = ModuleNotFoundError("No module named 'something'", name="something")
+    assert absent(error, "library", "library", "1.0") is error
+
+
+def test_an_absent_library_is_one_line():
+    with pytest.raises(ModuleNotFoundError) as caught:
+        raise absent(ModuleNotFoundError(name="lib"), "lib", "the-lib", "1.0 and 2.1")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "pip install the-lib" in message
+    assert "1.0 and 2.1" in message
