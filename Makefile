@@ -6,13 +6,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 
-.PHONY: demo test check format bench docs gpu-check clean
+.PHONY: demo test check format bench peers docs gpu-check clean
 
 demo: $(VENV)/built
 	$(BIN)/taylor-kernels demo
 
 # Two processes: a file's tests stay together, since some share what takes long to make.
-test: $(VENV)/zoo
+test: $(VENV)/zoo $(VENV)/peers
 	$(BIN)/python -m pytest --zoo -n 2 --dist loadfile
 
 check: $(VENV)/built
@@ -58,6 +58,16 @@ $(VENV)/zoo: $(VENV)/built
 		transformers monai efficientnet_pytorch requests
 	$(BIN)/python -m pip install -c constraints.txt --no-deps pytorchcv
 	touch $@
+
+# The libraries that tests/integrations stand beside. Avalanche names torchvision, which stays away,
+# and brings a package named `tests`, which would hide ours.
+$(VENV)/peers: $(VENV)/built
+	$(BIN)/python -m pip install -c constraints.txt --no-deps \
+		avalanche-lib dill psutil torchmetrics lightning-utilities
+	rm -rf $(VENV)/lib/python3*/site-packages/tests
+	touch $@
+
+peers: $(VENV)/peers
 
 $(VENV)/docs: $(VENV)/built
 	$(BIN)/python -m pip install -c constraints.txt mkdocs-material 'mkdocstrings[python]'
