@@ -172,7 +172,7 @@ def test_shares_are_all_tests_once(count):
         pytest_collection_modifyitems(config, shares[-1])
     assert sorted(id(item) for share in shares for item in share) == sorted(map(id, every))
     large = [item for item in every if item.get_closest_marker("large")]
-    assert shares[0][-len(large) :] == large
+    assert count == 1 or shares[0][-len(large) :] == large
     sizes = [len(share) for share in shares[1:]]
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
