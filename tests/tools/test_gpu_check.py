@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -115,7 +116,9 @@ def bare(tmp_path):
     def run(command, **environment):
         there = os.environ | environment | {"PYTHONPATH": str(tmp_path)}
         done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        # Without a GPU no test is left, which is an end of its own.
+        fine = (0, pytest.ExitCode.NO_TESTS_COLLECTED)
+        assert done.returncode in fine, done.stdout + done.stderr
         return done.stdout
 
     return run
@@ -125,8 +128,10 @@ def test_tests_on_a_gpu_need_none_of_what_may_be_missing(bare, tmp_path):
     """The steps' own commands collect all that the files hold."""
     for step in steps(["tests", "pruning"], tmp_path):
         command = [part for part in step.commands[0] if not part.startswith("--share")]
-        found = bare([*command, "--collect-only", "-qq"], **step.environment)
-        assert found.count("test_") > 10
+        found = bare([*command, "--collect-only", "-q"], **step.environment)
+        counted = re.search(r"(\d+) (?:tests collected|deselected)", found)  # with a GPU, without
+        assert counted, found
+        assert int(counted[1]) > 10
 
 
 def test_the_pruner_needs_none_of_what_may_be_missing(bare):
@@ -160,13 +165,14 @@ def test_shares_are_all_tests_once(count):
     for i in range(count):
         config = SimpleNamespace(
             getoption=lambda name, i=i: f"{i + 1}/{count}",
+            stash={},
             hook=SimpleNamespace(pytest_deselected=lambda items: None),
         )
         shares.append(list(every))
         pytest_collection_modifyitems(config, shares[-1])
     assert sorted(id(item) for share in shares for item in share) == sorted(map(id, every))
     large = [item for item in every if item.get_closest_marker("large")]
-    assert shares[0][-len(large) :] == large
+    assert count == 1 or shares[0][-len(large) :] == large
     sizes = [len(share) for share in shares[1:]]
     assert max(sizes, default=0) - min(sizes, default=0) <= 1
 
