@@ -28,14 +28,17 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
+from tools.door_blocks import doors_table, figures_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
+DOOR_EXAMPLE = Path("examples/torch_pruning_importance.py")
 STUDY = Path("bench/results/study/result.json")
 DEMO = Path("bench/results/demo/result.json")
 CPU = Path("bench/results/cpu/latest.json")
+DOORS = Path("bench/results/doors/latest.json")
 #: The criteria that the README names.
 FIVE = ("taylor_fo_bn", "taylor_fo_gate", "taylor_so_diag", "obd_fisher", "magnitude_l2")
 MARKED = re.compile(r"<!-- ([a-z0-9-]+):begin -->\n(.*?)<!-- \1:end -->", re.DOTALL)
@@ -52,9 +55,9 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def example() -> str:
-    """The example as a reader would paste it."""
-    code = (ROOT / EXAMPLE).read_text().split('"""\n\n', 1)[1]
+def example(path: Path = EXAMPLE) -> str:
+    """An example as a reader would paste it."""
+    code = (ROOT / path).read_text().split('"""\n\n', 1)[1]
     return f"```python\n{code}```"
 
 
@@ -84,10 +87,19 @@ def demo() -> dict[str, Any]:
 
 
 @cache
-def cpu() -> Results:
-    results = load(ROOT / CPU)
-    results.path = CPU  # as it is quoted
+def bench_results(path: Path) -> Results:
+    results = load(ROOT / path)
+    results.path = path  # as it is quoted
     return results
+
+
+def cpu() -> Results:
+    return bench_results(CPU)
+
+
+def doors() -> Results:
+    """Of doors into other libraries, which may be measured on another machine than the rest."""
+    return bench_results(DOORS)
 
 
 def study_findings() -> str:
@@ -183,6 +195,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bench-targets": bench_targets,
     "criteria": criteria_table,
     "demo": lambda: demo_block(demo()),
+    "door-example": lambda: example(DOOR_EXAMPLE),
+    "door-figures": lambda: figures_block(doors()),
+    "doors": lambda: doors_table(doors()),
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,

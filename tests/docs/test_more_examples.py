@@ -1,0 +1,21 @@
+"""The short examples in examples/ run as they stand."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+
+from tests.helpers import ROOT
+
+#: The README's example has a test of its own, which looks at what it prints.
+SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name != "prune_digits.py"]
+
+
+@pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
+def test_it_runs_and_is_short(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = [line for line in path.read_text().split('"""\n', 1)[1].splitlines() if line.strip()]
+    assert len(code) <= 16
+    names = runpy.run_path(str(path), run_name="__main__")
+    assert all(p.isfinite().all() for p in names["model"].parameters())
