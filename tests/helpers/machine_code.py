@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +108,17 @@ def compiled(folder: Path, isa: str, stems: Sequence[str] = SOURCES) -> dict[str
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(build, stems))
     return objects
+
+
+def linked(objects: Mapping[str, Path], isa: str, main: Path, folder: Path) -> Path:
+    """A program of these kernels and a main()."""
+    cross = isa == "neon" and X86
+    needed = [objects[stem] for stem in ("filter_moments", "gate_gradients")]
+    options = ["-std=c++20", "-O2", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
+    words = [f"{ARM64}g++" if cross else "g++", *options, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
+    program = folder / f"{main.stem}.{isa}"
+    _run([*words, main, ROOT / "csrc/cpu/parallel.cpp", *needed, "-ldl", "-o", program])
+    return program
 
 
 def inner_loops(object_file: Path, isa: str) -> Iterator[Loop]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from taylor_kernels.backends.native import _native
 from tests.helpers import machine_code
 from tests.helpers.machine_code import Loop
 
@@ -46,13 +48,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def loops(request: pytest.FixtureRequest, build: Path) -> tuple[str, list[Loop]]:
-    """An instruction set, and all inner loops of its kernels."""
+def objects(request: pytest.FixtureRequest, build: Path) -> tuple[str, dict[str, Path]]:
+    """An instruction set, and its kernels as compiled."""
     isa = request.param
     if isa == "neon" and machine_code.X86 and not shutil.which(f"{machine_code.ARM64}g++"):
         pytest.skip("no compiler for arm64: apt-get install g++-aarch64-linux-gnu")
-    objects = machine_code.compiled(build, isa)
-    return isa, [loop for o in objects.values() for loop in machine_code.inner_loops(o, isa)]
+    return isa, machine_code.compiled(build, isa)
+
+
+@pytest.fixture(scope="module")
+def loops(objects: tuple[str, dict[str, Path]]) -> tuple[str, list[Loop]]:
+    """An instruction set, and all inner loops of its kernels."""
+    isa, found = objects
+    return isa, [loop for o in found.values() for loop in machine_code.inner_loops(o, isa)]
 
 
 def of_one_kernel(loops: list[Loop], pattern: str) -> list[Loop]:
@@ -89,3 +97,26 @@ def test_sums_stay_in_registers(loops):
         most = SPILLED if isa == "baseline" else 0
         assert len(loop.vectors_on_stack) <= most, f"{loop.function}\n{loop.text}"
     assert checked >= 12
+
+
+#: Of the sets that fuse, case by case: the first that ran says what bits the others give.
+BITS: dict[int, str] = {}
+
+
+def test_kernels_run_without_python_and_fused_sets_give_the_same_bits(objects, tmp_path):
+    """Beside test_instruction_sets.py this runs arm64, under an emulator."""
+    isa, found = objects
+    emulated = isa == "neon" and machine_code.X86
+    if emulated and not shutil.which("qemu-aarch64"):
+        pytest.skip("nothing emulates arm64: apt-get install qemu-user")
+    if not emulated and isa not in _native.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    program = machine_code.linked(found, isa, Path(__file__).parent / "run_kernels.cpp", tmp_path)
+    words = [*(["qemu-aarch64"] if emulated else []), str(program)]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 40
+    for number, line in enumerate(lines):
+        name, error, bits = line.split()
+        assert float(error) <= 16, f"{name} is off by {error} roundings"
+        if isa != "baseline":
+            assert BITS.setdefault(number, bits) == bits, f"case {number}: {name}"
