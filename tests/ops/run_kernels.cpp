@@ -1,4 +1,4 @@
-// Runs the CPU kernels of one instruction set against sums in double, without Python: under an
+// Runs the CPU kernels of one instruction set against sums in long double, without Python: under an
 // emulator, too. Prints for every case its name, the largest error in roundings of Σ|terms|, and a
 // hash of the bits of all results.
 #include <algorithm>
@@ -44,7 +44,7 @@ struct Values {
 };
 
 static void report(const char* name, DType dtype, const std::vector<char>& out,
-                   const std::vector<double>& sums, const std::vector<double>& scale) {
+                   const std::vector<long double>& sums, const std::vector<long double>& scale) {
   uint64_t hash = 14695981039346656037u;
   for (const char byte : out) hash = (hash ^ static_cast<unsigned char>(byte)) * 1099511628211u;
   double worst = 0;
@@ -55,8 +55,9 @@ static void report(const char* name, DType dtype, const std::vector<char>& out,
       std::memcpy(&got, &out[8 * i], 8);
     else
       std::memcpy(&single, &out[4 * i], 4), got = single;
-    const double unit = (dtype == DType::f64 ? 0x1p-52 : 0x1p-23) * std::max(scale[i], 1e-30);
-    const double error = std::abs(got - sums[i]) / unit;
+    const double unit =
+        (dtype == DType::f64 ? 0x1p-52 : 0x1p-23) * std::max(static_cast<double>(scale[i]), 1e-30);
+    const double error = static_cast<double>(std::abs(got - sums[i])) / unit;
     worst = error > worst || std::isnan(error) ? error : worst;
   }
   std::printf("%s-%d %.3f %016llx\n", name, static_cast<int>(dtype), worst,
@@ -73,11 +74,11 @@ static void run_filter_moments(DType dtype, int64_t rows, int64_t channels, int6
   call.items = {{w.bytes.data(), g.bytes.data(), nullptr, rows, channels, kernel, 1, out.data(),
                  out.data() + rows * 5 * size, dtype, channels_last, 0}};
   TK_ISA::filter_moments(call, 1);
-  std::vector<double> sums(filters * 5), scale(filters * 5);
+  std::vector<long double> sums(filters * 5), scale(filters * 5);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t p = i % (channels * kernel);
-    const double a = w.exact[i], b = g.exact[i];
-    const double terms[] = {a * b, a * a * b * b, std::abs(a * b), a * a, b * b};
+    const long double a = w.exact[i], b = g.exact[i];
+    const long double terms[] = {a * b, a * a * b * b, std::abs(a * b), a * a, b * b};
     for (const int64_t f :
          {i / (channels * kernel), rows + (channels_last ? p % channels : p / kernel)})
       for (int m = 0; m < 5; ++m)
@@ -94,10 +95,10 @@ static void run_gate_gradients(DType dtype, int64_t batch, int64_t outer, int64_
   TK_ISA::gate_gradients({y.bytes.data(), dy.bytes.data(), bias.bytes.data(), out.data(), batch,
                           outer, channels, inner, dtype},
                          1);
-  std::vector<double> sums(batch * channels), scale(batch * channels);
+  std::vector<long double> sums(batch * channels), scale(batch * channels);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = i / inner % channels, to = i / (outer * channels * inner) * channels + c;
-    const double term = (y.exact[i] - bias.exact[c]) * dy.exact[i];
+    const long double term = (y.exact[i] - bias.exact[c]) * dy.exact[i];
     sums[to] += term, scale[to] += std::abs(term);
   }
   report("gate_gradients", dtype, out, sums, scale);
