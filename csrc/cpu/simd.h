@@ -108,10 +108,12 @@ typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 inline Floats load(const BFloat16* p) {
   HalfBits bits;
   std::memcpy(&bits, p, sizeof(bits));
+  // One instruction, where to widen and to shift are two; AVX2 and AVX-512 have none.
 #if defined(__SSE2__) && !defined(__AVX2__)
-  // Between zeros: one instruction, where to widen and to shift are two.
   const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits));
   return reinterpret_cast<Floats>(_mm_unpacklo_epi16(_mm_setzero_si128(), low));
+#elif defined(__aarch64__)
+  return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
 #else
   return reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
 #endif

@@ -1,0 +1,122 @@
+"""Inner loops as compiled: how many instructions an element takes, and that sums stay in registers.
+
+Timings depend on the machine; these do not. A compiler, or an edit, that puts accumulators on the
+stack costs a factor of three on AVX2 and changes no result: only this sees it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from taylor_kernels.backends.native import _native
+from tests.helpers import machine_code
+from tests.helpers.machine_code import Loop
+
+pytestmark = pytest.mark.slow  # compiles the kernels again, for their names
+ISAS = ("baseline", "avx2", "avx512", "neon") if machine_code.X86 else ("neon",)
+#: What a register of elements takes in a kernel's inner loop, in instructions, addresses and the
+#: loop itself included: (its functions, multiplications in it without and with FMA, instructions
+#: at most in each set of ORDER). Both axes take pairs of rows.
+ORDER = ("baseline", "avx2", "avx512", "neon")
+BOUNDS = {
+    "filter_moments rows": ("sum_rows<.*FilterMoments, float", (4, 4), (16, 11, 13, 12)),
+    "filter_moments both": ("sum_strip<.*FilterMoments, true, 2, float", (4, 7), (38, 28, 28, 34)),
+    "filter_moments columns": (
+        "sum_strip<.*FilterMoments, false, 2, float",
+        (4, 4),
+        (23, 19, 23, 23),
+    ),
+    "filter_moments bfloat16": ("sum_rows<.*FilterMoments, .*BFloat16", (4, 4), (20, 21, 23, 17)),
+    "filter_moments float16": ("sum_rows<.*FilterMoments, .*Half", (12, 4), (120, 11, 13, 15)),
+    "second_order_moments rows": ("sum_rows<.*SecondOrderMoments, float", (3, 3), (11, 8, 9, 9)),
+    "hutchinson_moments rows": ("sum_rows<.*HutchinsonMoments, float", (2, 2), (22, 17, 19, 19)),
+    "gate_gradients rows": ("sum_run<false, float", (1, 1), (5, 3, 3, 4)),
+    "gate_gradients channels": ("sum_channels<[48], false, float", (1, 1), (6, 4, 4, 5)),
+}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cmake")
+    machine_code.configure(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def objects(request: pytest.FixtureRequest, build: Path) -> tuple[str, dict[str, Path]]:
+    """An instruction set, and its kernels as compiled."""
+    isa = request.param
+    if isa == "neon" and machine_code.X86 and not shutil.which(f"{machine_code.ARM64}g++"):
+        pytest.skip("no compiler for arm64: apt-get install g++-aarch64-linux-gnu")
+    return isa, machine_code.compiled(build, isa)
+
+
+@pytest.fixture(scope="module")
+def loops(objects: tuple[str, dict[str, Path]]) -> tuple[str, list[Loop]]:
+    """An instruction set, and all inner loops of its kernels."""
+    isa, found = objects
+    return isa, [loop for o in found.values() for loop in machine_code.inner_loops(o, isa)]
+
+
+def of_one_kernel(loops: list[Loop], pattern: str) -> list[Loop]:
+    found = [loop for loop in loops if re.search(pattern, loop.function)]
+    assert found, f"no inner loop of {pattern}"
+    return found
+
+
+@pytest.mark.parametrize("kernel", BOUNDS)
+def test_instructions_of_an_element(kernel, loops):
+    isa, every = loops
+    pattern, products, bounds = BOUNDS[kernel]
+    bound = bounds[ORDER.index(isa)]
+    for loop in of_one_kernel(every, pattern):
+        registers = loop.products / products[isa != "baseline"]
+        assert registers >= 1, loop.text
+        each = len(loop.instructions) / registers
+        assert each <= bound, f"{each:.1f} of {bound} instructions a register:\n{loop.text}"
+
+
+#: References to the stack in a loop of the baseline, whose products are not fused: they, two rows
+#: of sums and what they are added to are more than sixteen registers.
+SPILLED = 8
+
+
+def test_sums_stay_in_registers(loops):
+    """float32 and bfloat16: what a loop keeps on the stack it stores and loads again each time."""
+    isa, every = loops
+    checked = 0
+    for loop in every:
+        if not re.search(r"float|BFloat16", loop.function.split("(")[0]):
+            continue
+        checked += 1
+        most = SPILLED if isa == "baseline" else 0
+        assert len(loop.vectors_on_stack) <= most, f"{loop.function}\n{loop.text}"
+    assert checked >= 12
+
+
+#: Of the sets that fuse, case by case: the first that ran says what bits the others give.
+BITS: dict[int, str] = {}
+
+
+def test_kernels_run_without_python_and_fused_sets_give_the_same_bits(objects, tmp_path):
+    """Beside test_instruction_sets.py this runs arm64, under an emulator."""
+    isa, found = objects
+    emulated = isa == "neon" and machine_code.X86
+    if emulated and not shutil.which("qemu-aarch64"):
+        pytest.skip("nothing emulates arm64: apt-get install qemu-user")
+    if not emulated and isa not in _native.cpu_isas():
+        pytest.skip(f"this processor has no {isa}")
+    program = machine_code.linked(found, isa, Path(__file__).parent / "run_kernels.cpp", tmp_path)
+    words = [*(["qemu-aarch64"] if emulated else []), str(program)]
+    lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 40
+    for number, line in enumerate(lines):
+        name, error, bits = line.split()
+        assert float(error) <= 16, f"{name} is off by {error} roundings"
+        if isa != "baseline":
+            assert BITS.setdefault(number, bits) == bits, f"case {number}: {name}"
