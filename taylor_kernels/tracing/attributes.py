@@ -2,15 +2,18 @@
 
 PyTorch's own classes are in a table that `register_attributes` extends. For other modules the run
 itself shows candidates: where a module cuts a dimension into parts of a size that one of its
-integer attributes has, that attribute counts them.
+integer attributes has, that attribute counts them. So does an entry of a list or tuple of integers,
+which goes by the name "widths[1]".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -129,10 +132,78 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
         widths = [attribute for attribute in names if _WIDTH.search(attribute)]
         counts = [attribute for attribute in names if attribute not in widths]
         names = (counts or names) if index == 0 else (widths or names)
+    if not names and not weak:
+        names = [
+            f"{attribute}[{place}]"
+            for attribute, values in _lists(module)
+            for place, value in enumerate(values)
+            if value == size
+        ]
     for attribute in names:
         if vector is not None:
             call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
     return bool(names)
+
+
+def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> bool:
+    """Find the list of the running module that holds the sizes of all parts of a dimension."""
+    ends = [0, *(end for _, end in spans)]
+    if not call.recorder.stack or [start for start, _ in spans] != ends[:-1]:
+        return False
+    name, module = call.recorder.stack[-1]
+    sizes = [end - start for start, end in spans]
+    names = [attribute for attribute, values in _lists(module) if list(values) == sizes]
+    for attribute in names:
+        for place, (start, end) in enumerate(spans):
+            part = vector[start:end].copy()
+            call.record.sizes.append(Size(name, f"{attribute}[{place}]", part, False))
+    return bool(names)
+
+
+def _lists(module: nn.Module) -> list[tuple[str, Sequence[int]]]:
+    """The lists and tuples of integers that a module keeps."""
+    if type(module).__module__.startswith("torch.nn."):
+        return []
+    known = rules_of(module)
+    return [
+        (attribute, value)
+        for attribute, value in vars(module).items()
+        if type(value) in (list, tuple, torch.Size)
+        and len(value) > 0
+        and all(type(item) is int for item in value)
+        and attribute not in known
+        and not _NO_COUNT.search(attribute)
+    ]
+
+
+def shrunk(
+    sizes: Iterable[tuple[str, str, Any, Vector]], gone: npt.NDArray[Any]
+) -> dict[str, dict[str, Any]]:
+    """What becomes of attributes: module -> attribute -> value, of those that change.
+
+    Args:
+        sizes: module, attribute, its value where that is a list or tuple, classes that it counts.
+        gone: [classes] bool.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    lists: dict[tuple[str, str], tuple[Any, dict[int, int]]] = {}
+    changed = set()
+    for module, attribute, old, vector in sizes:
+        left = int(vector.size - gone[vector].sum())
+        name, _, place = attribute.partition("[")
+        if place:
+            # Entries that stay this time may have changed before.
+            lists.setdefault((module, name), (old, {}))[1][int(place[:-1])] = left
+            if left != vector.size:
+                changed.add((module, name))
+        elif left != vector.size:
+            value = (*old[:-1], left) if isinstance(old, tuple) else left
+            found.setdefault(module, {})[attribute] = value
+    for module, name in lists.keys() & changed:
+        old, entries = lists[module, name]
+        values = type(old)(entries.get(place, value) for place, value in enumerate(old))
+        found.setdefault(module, {})[name] = values
+    return found
 
 
 #: Classes that check one width against another, and the dimensions that therefore stay.

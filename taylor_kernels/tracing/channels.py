@@ -243,20 +243,15 @@ class Channels:
                 found.setdefault(name, {})[dim] = going
         return found
 
-    def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, int | tuple[int, ...]]]:
+    def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.
+
+        An integer stays an integer, a tuple or list of them a tuple or list.
 
         Args:
             dead: for each group [U] bool, True for units that go.
         """
-        gone = self._gone(dead)
-        found: dict[str, dict[str, int | tuple[int, ...]]] = {}
-        for module, attribute, old, vector in self._sizes:
-            left = int(vector.size - gone[vector].sum())
-            if left != vector.size:
-                value = (*old[:-1], left) if isinstance(old, tuple) else left
-                found.setdefault(module, {})[attribute] = value
-        return found
+        return attributes.shrunk(self._sizes, self._gone(dead))
 
     def _gone(self, dead: Sequence[Tensor]) -> Vector:
         if len(dead) != len(self.groups):
@@ -303,7 +298,9 @@ class Channels:
                 if vector is not None and old is not None:
                     found.append((name, attribute, old, vector))
         for size in counted(self._record.sizes):
-            found.append((size.module, size.attribute, 0, self._label[size.atoms]))
+            listed, _, place = size.attribute.partition("[")
+            kept = getattr(model.get_submodule(size.module), listed) if place else 0
+            found.append((size.module, size.attribute, kept, self._label[size.atoms]))
         return found
 
     # For people

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taylor_kernels.tracing.cuts import match, proportional
+from taylor_kernels.tracing.cuts import Parts, match, proportional
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import Reason, Record, Table, Vector
+from taylor_kernels.tracing.shuffles import runs, shuffles
 
 #: More than the number of any reason: nothing keeps this atom.
 FREE = np.iinfo(np.int64).max
@@ -133,6 +134,7 @@ class Chooser:
         self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
         self.tables = record.tables
         self.parts = proportional(record)
+        self.shuffles = shuffles(record, forest.label)
         self.numbers: dict[Reason, int] = {}
         self.keeping: dict[tuple[int, int | None], int] = {}
         settled = _settle(grids, forest, why)
@@ -239,15 +241,21 @@ class Chooser:
     def _apply(self, kinds: Collection[int]) -> tuple[Forest, Vector]:
         """Classes and reasons with these kinds of axes shrinking."""
         forest, why = self.forest.copy(), self.why.copy()
-        pairs = []
+        pairs, rows = [], []
         fixed: list[tuple[Vector, int]] = []
+        lives = [next((d for d, k in enumerate(ks) if k in kinds), None) for ks in self.kinds]
+        turned = [s for s in self.shuffles if all(lives[n] == d for n, d in s.live)]
+        moved = {number for shuffle in turned for number, _ in shuffle.live}
         for number, table in enumerate(self.tables):
-            live = next((d for d, kind in enumerate(self.kinds[number]) if kind in kinds), None)
+            live = lives[number]
             kept = self._kept(number, live)
             fixed += [(axis, kept) for dim, axis in enumerate(table.axes) if dim != live]
             if live is None:
                 fixed.append((table.cells, kept))
-            else:
+            elif table.kind == "rows" and live == 1:
+                bounds = tuple(range(0, table.cells.size + 1, table.axes[1].size))
+                rows.append(Parts(table.cells, bounds, self.reasons[kept]))
+            elif number not in moved:
                 after = math.prod(axis.size for axis in table.axes[live + 1 :])
                 axis = table.axes[live]
                 cells = np.tile(axis.repeat(after), table.cells.size // (after * axis.size))
@@ -258,8 +266,12 @@ class Chooser:
             numbers = np.repeat([kept for _, kept in fixed], sizes)
             np.minimum.at(why, np.concatenate([atoms for atoms, _ in fixed]), numbers)
         forest.unite(pairs)
+        for shuffle in turned:
+            left = runs(shuffle, forest)
+            if left.size:
+                np.minimum.at(why, left, self._number(shuffle.reason))
         why = _spread(forest, why)
-        for parts in self.parts:
+        for parts in (*self.parts, *rows):
             before = forest.label
             alone = match(parts, forest, why == FREE)
             if alone.size:

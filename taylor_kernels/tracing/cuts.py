@@ -75,7 +75,7 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
     open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
     if not open_.size:
         return vector[:0]
-    order = open_[np.lexsort((first[open_], -counts[open_].max(axis=1)))]
+    order = open_[np.argsort(first[open_])]
     sets, left = _together(shares[order])
     if len(sets) == 1 and len(sets[0]) == classes.size:
         return classes  # all or nothing
@@ -88,29 +88,39 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
 
 
 def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
-    """Sets of rows whose sums are the same in every column, and the rows that are left."""
-    rows: list[list[int]] = shares.tolist()
-    columns = shares.shape[1]
-    waiting: list[list[int]] = [[] for _ in range(columns)]
-    current: list[int] = []
-    total = [0] * columns
-    for number, row in enumerate(rows):
-        filled = [column for column in range(columns) if row[column]]
-        if len(filled) == 1:
-            waiting[filled[0]].append(number)
-        else:
-            current.append(number)
-            total = [sum(pair) for pair in zip(total, row, strict=True)]
-    for queue in waiting:
-        queue.reverse()
+    """Sets of rows whose sums are the same in every column, and the rows that are left.
+
+    A set takes the row that leaves the least to make up for, until nothing is left to.
+    """
+    kinds, kind = np.unique(shares, axis=0, return_inverse=True)
+    order = np.argsort(kind.ravel(), kind="stable")
+    bounds = np.cumsum(np.bincount(kind.ravel(), minlength=len(kinds)))
+    waiting = [rows.tolist() for rows in np.split(order, bounds[:-1])]
+    taken = np.zeros(len(kinds), np.int64)
+    counts = np.array([len(rows) for rows in waiting])
+    # Rows of several columns come first: the others can make up for them.
+    mixed = (kinds != 0).sum(axis=1) > 1
     sets: list[list[int]] = []
-    while True:
-        if current and min(total) == max(total):
-            sets.append(current)
-            current, total = [], [0] * columns
-        queue = waiting[total.index(min(total))]
-        if not queue:
+    while (left := np.flatnonzero(counts > taken)).size:
+        heads = {k: waiting[k][taken[k]] for k in left.tolist()}
+        start = min(heads, key=lambda k: (not mixed[k], heads[k]))
+        need = np.zeros(len(kinds), np.int64)
+        need[start] = 1
+        total = kinds[start].copy()
+        while total.min() != total.max():
+            open_ = np.flatnonzero(counts > taken + need)
+            if not open_.size:
+                break
+            sums = total + kinds[open_]
+            missing = ((sums.max(axis=1, keepdims=True) - sums) ** 2).sum(axis=1)
+            best = open_[missing == missing.min()].tolist()
+            pick = min(best, key=lambda k: waiting[k][taken[k] + need[k]])
+            need[pick] += 1
+            total += kinds[pick]
+        if total.min() != total.max():
             break
-        current.append(queue.pop())
-        total = [sum(pair) for pair in zip(total, rows[current[-1]], strict=True)]
-    return sets, current + [row for queue in waiting for row in queue]
+        used = np.flatnonzero(need)
+        for _ in range(int(((counts - taken)[used] // need[used]).min())):
+            sets.append([row for k in used for row in waiting[k][taken[k] : taken[k] + need[k]]])
+            taken += need
+    return sets, [row for k, rows in enumerate(waiting) for row in rows[taken[k] :]]

@@ -69,7 +69,8 @@ class Table:
     Attributes:
         cells: the atoms of the grid, row by row.
         axes: one vector of atoms for each dimension of the grid.
-        kind: "reshape", or "groups" of a convolution.
+        kind: "reshape", "groups" of a convolution, or "rows" of its weight: of those each group
+            has to lose as many as the others, and not the same ones.
         allowed: the axes that the code may let shrink; the sizes of the others are constants.
         where: module and operation.
     """
@@ -197,6 +198,8 @@ class Record:
     Attributes:
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
+        seen: the first atoms of the dimensions of what was given to operations that do more than
+            move elements.
     """
 
     count: int = 1
@@ -212,6 +215,7 @@ class Record:
     heads: list[Vector] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
     step: int = 0
     size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)

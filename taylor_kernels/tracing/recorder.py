@@ -100,6 +100,12 @@ OTHER = "*"
 MAKERS = {"new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided"}
 #: Operations that repeat places, also of tensors without atoms.
 REPEATS = {"expand", "repeat"}
+#: Operations that leave every value as it is, and only say where it lies.
+MOVES = {
+    "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "transpose",
+    "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unsqueeze", "squeeze",
+    "contiguous", "clone", "alias", "detach",
+}  # fmt: skip
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -248,6 +254,9 @@ class Recorder(TorchDispatchMode):
             self._apply(call, written)
         else:
             self.flow.forget(call)
+        if call.name not in MOVES:
+            given = (v for labels in call.labels.values() for v in labels.vectors())
+            self.record.seen.update(int(vector[0]) for vector in given if vector.size)
         return call.out
 
     def _apply(self, call: Call, written: list[Tensor]) -> None:

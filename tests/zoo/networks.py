@@ -68,8 +68,8 @@ NETWORKS: dict[str, Network] = {
     "ghostnet": _cv("ghostnet", 95),
     "igcv3_w1": _cv("igcv3_w1", 98),
     # What chains of shuffles couple is, block by block, the whole stage.
-    "shufflenetv2_w1": _cv("shufflenetv2_w1", 40),
-    "shufflenet_g3_w1": _cv("shufflenet_g3_w1", 17),
+    "shufflenetv2_w1": _cv("shufflenetv2_w1", 46),
+    "shufflenet_g3_w1": _cv("shufflenet_g3_w1", 49),
     "pyramidnet110_a48_cifar10": _cv("pyramidnet110_a48_cifar10", 109, CIFAR),
     "resnesta18": _cv("resnesta18", 38),
     "dpn68": _cv("dpn68", 71),

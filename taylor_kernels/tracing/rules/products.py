@@ -180,7 +180,7 @@ def _grouped(
     # Whole groups can go where the number of groups is an attribute that follows.
     known = "groups" in rules_of(module) if module is not None else False
     may = [0, 1] if known or tie(call, groups, None) else [1]
-    axis, _ = record.grid(rows.reshape(groups, -1), where, "groups", may)
+    axis, _ = record.grid(rows.reshape(groups, -1), where, "rows", may)
     if axis is None:
         axis = record.fresh(groups)
         record.fix(axis, call.reason("is a group whose channels are shared"))

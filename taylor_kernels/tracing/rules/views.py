@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.attributes import tie, tie_parts
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
@@ -124,7 +124,7 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
         return
     spans = tuple((start, start + size) for start, size, _ in parts)
     inner = tuple(span for span in spans if span != (0, vector.size))
-    tied = all(
+    tied = (len(spans) > 1 and tie_parts(call, vector, spans)) or all(
         [tie(call, stop - start, vector[start:stop]) for start, stop in inner[:-1]] or [True]
     )
     if len(inner) == 1 and len(spans) == 1:

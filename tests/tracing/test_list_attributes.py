@@ -1,0 +1,70 @@
+"""Widths that a module keeps in a list or tuple and cuts its channels by."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.tracing import trace
+from tests.tracing.removal import faults, removed
+
+
+class Parts(nn.Module):
+    """Cuts what a convolution gives by a list of widths, and puts it together in another order."""
+
+    def __init__(self, widths: list[int] | tuple[int, ...], how: str) -> None:
+        super().__init__()
+        self.widths, self.how = widths, how
+        self.enter = nn.Conv2d(3, sum(widths), 3, padding=1)
+        self.bodies = nn.ModuleList(nn.Conv2d(width, 4, 1) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.how == "split":
+            parts = x.split(list(self.widths), 1)
+        elif self.how == "attribute":
+            parts = x.split(self.widths, 1)
+        else:
+            parts, start = [], 0
+            for width in self.widths:
+                parts.append(x.narrow(1, start, width))
+                start += width
+        return torch.cat(
+            [body(part).relu() for body, part in zip(self.bodies, parts, strict=True)], 1
+        )
+
+
+@pytest.mark.parametrize("how", ["split", "attribute", "narrow"])
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("seed", range(4))
+def test_widths_in_a_list_follow(how, kind, seed):
+    rng = random.Random(seed)
+    widths = kind(rng.choices([3, 4, 6, 7], k=rng.randint(2, 4)))
+    model = nn.Sequential(Parts(widths, how), nn.Conv2d(4 * len(widths), 2, 1))
+    inputs = torch.randn(1, 3, 4, 4)
+    channels = trace(model, inputs)
+    if how != "narrow":
+        assert set(channels.skipped) == {"1"}
+    assert not faults(model, inputs, channels)
+
+
+def test_each_entry_counts_its_own_part_over_several_removals():
+    model = nn.Sequential(Parts((5, 3, 5), "split"), nn.Conv2d(12, 2, 1))
+    inputs = torch.randn(1, 3, 4, 4)
+    channels = trace(model, inputs)
+    widths = [5, 3, 5]
+    for part, place in ((2, 0), (0, 0), (1, 1), (2, 1)):
+        group = next(
+            number for number, group in enumerate(channels.groups)
+            if f"0.bodies.{part}" in {slot.owner for slot in group.slots if slot.side == "in"}
+        )  # fmt: skip
+        dead = [torch.zeros(group.size, dtype=torch.bool) for group in channels.groups]
+        dead[group][place] = True
+        model = removed(model, channels, dead)
+        channels = channels.without(dead)
+        widths[part] -= 1
+        assert model[0].widths == tuple(widths)
+        model(inputs)
