@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing import attributes
 from taylor_kernels.tracing.choosing import FREE, Choice
@@ -82,6 +83,10 @@ class Channels:
             self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
             if product.caller != product.module:
                 self.outside[product.module] = product.caller
+        # A layer that ran, and whose weight was none of the model's tensors.
+        for name, module in model.named_modules():
+            if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
+                self._layers.setdefault(name, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
         self._publish()
         self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
         self.steps: list[Step] = [

@@ -198,6 +198,7 @@ class Record:
     Attributes:
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
+        ran: names of the modules that ran.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
     """
@@ -215,6 +216,7 @@ class Record:
     heads: list[Vector] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     step: int = 0
     size: int = 0

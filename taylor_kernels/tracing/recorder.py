@@ -173,6 +173,7 @@ class Recorder(TorchDispatchMode):
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.flow.enter(module, args)
         self.stack.append((self._names.get(module, ""), module))
+        self.record.ran.add(self.module)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         self.flow.leave(module, output)

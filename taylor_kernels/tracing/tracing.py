@@ -43,7 +43,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
     Raises:
         TypeError: `model` is no module.
         ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
-            example inputs.
+            example inputs, or nothing is in these.
         TimeoutError: it takes longer than `seconds`.
         MemoryError: labels need more than 2 GiB.
 
@@ -68,6 +68,12 @@ def traced(
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
     tensors = _checked(model)
+    given = list(tensors_in(example_inputs))
+    if given and not any(tensor.numel() for tensor in given):
+        raise ValueError(
+            f"example_inputs: nothing is in them (shape {tuple(given[0].shape)}), so "
+            "sizes cannot be told apart; pass at least one example"
+        )
     names = {module: name for name, module in model.named_modules()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
     recorder = Recorder(names, untouched.touch, seconds, execute)

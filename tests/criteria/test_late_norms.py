@@ -104,6 +104,23 @@ def test_no_other_gates_are_called_noise(criterion):
             assert all(score.isfinite().all() for score in found.values())
 
 
+def test_a_stem_of_a_pre_activation_network_is_no_noise_and_too_small_without_a_trace():
+    """Its norms undo a gate only together with what was added to the stream: see docs/limits.md."""
+    torch.manual_seed(0)
+    task, model = Task(), PreActivation().train()
+    task.train(model, 5)
+    batches = [task.batch() for _ in range(4)]
+    doubles = [(x.double(), y) for x, y in batches]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scored(copy.deepcopy(model), batches, "taylor_fo_gate")["stem"]
+        exact = scored(copy.deepcopy(model).double(), doubles, "taylor_fo_gate")["stem"]
+        options = {"example_inputs": batches[0][0][:1]}
+        traced = scored(copy.deepcopy(model), batches, "taylor_fo_gate", **options)["stem"]
+    assert torch.allclose(found.double(), exact.double(), rtol=0.02, atol=0.02 * float(exact.max()))
+    assert found.sum() < traced.sum()
+
+
 def test_noise_stays_in_a_meter_that_goes_on():
     task, model = Task(), ReluNorm().train()
     imp = tk.Importance(model, "taylor_fo_bn")

@@ -53,7 +53,7 @@ WRONG = {
     "inputs none": ({"example_inputs": None}, ValueError, "example_inputs: the model does not run"),
     "empty batch": (
         {"example_inputs": torch.randn(0, 3, 8, 8), "flops": 0.5}, ValueError,
-        "example_inputs: the model does no FLOPs",
+        "example_inputs: nothing is in them",
     ),
     "too many inputs": (
         {"example_inputs": (torch.randn(2, 3, 8, 8), 1)}, ValueError, "example_inputs: .*does not",

@@ -277,3 +277,30 @@ def test_it_prints_and_draws(tmp_path):
     assert "<svg" in page
     assert "reaches the output" in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+class Detached(nn.Module):
+    """A parametrization whose result a trace cannot follow."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(weight.detach().numpy().copy())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_layer_whose_weight_cannot_be_followed_says_so(place, bias):
+    model = nn.Sequential(
+        nn.Linear(4, 6, bias=bias), nn.ReLU(), nn.Linear(6, 6, bias=bias), nn.ReLU(),
+        nn.Linear(6, 2),
+    )  # fmt: skip
+    nn.utils.parametrize.register_parametrization(model[place], "weight", Detached())
+    skipped = trace(model, torch.randn(2, 4)).skipped
+    assert "not reached" not in skipped[str(place)]
+    if not bias:
+        assert "cannot be followed" in skipped[str(place)]
+
+
+def test_inputs_with_nothing_in_them_are_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(ValueError, match=r"^example_inputs: nothing is in them .*\(0, 3, 4, 4\)"):
+        trace(model, torch.randn(0, 3, 4, 4))
