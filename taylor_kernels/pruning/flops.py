@@ -38,6 +38,10 @@ class Cost:
         }
 
 
+#: Of a tensor: its extents, the FLOPs of an entry, and (dimension, channels there) of a unit.
+_Shrinking = tuple[list[int], int, list[tuple[int, int]]]
+
+
 class Meter:
     """The cost of a model with some units gone; `take()` updates it.
 
@@ -57,6 +61,7 @@ class Meter:
             for name, extents in self._extents.items()
             if macs.get(name)
         }
+        self._shrinking: dict[int, tuple[Group, list[_Shrinking]]] = {}
         self._flops = flops
         self._params = sum(prod(extents) for extents in self._extents.values())
         self._filters = sum(group.size * group.filters_per_unit for group in groups)
@@ -64,18 +69,28 @@ class Meter:
     def take(self, group: Group, units: int) -> None:
         """Count `units` of the group as gone (back again if negative)."""
         self._filters -= units * group.filters_per_unit
-        for tensor in {entry.tensor for entry in group.entries} & self._extents.keys():
-            extents = self._extents[tensor]
-            self._params -= prod(extents)
-            self._flops -= self._entry_flops(tensor)
-            for entry in group.entries:
-                if entry.tensor == tensor:
-                    extents[entry.dim] -= units * entry.index.size(1)
-            self._params += prod(extents)
-            self._flops += self._entry_flops(tensor)
+        for extents, per_entry, shrinking in self._tensors_of(group):
+            before = prod(extents)
+            for dim, channels in shrinking:
+                extents[dim] -= units * channels
+            change = prod(extents) - before
+            self._params += change
+            self._flops += per_entry * change
 
-    def _entry_flops(self, tensor: str) -> int:
-        return self._per_entry.get(tensor, 0) * prod(self._extents[tensor])
+    def _tensors_of(self, group: Group) -> list[_Shrinking]:
+        known = self._shrinking.get(id(group))
+        if known is None or known[0] is not group:
+            found: dict[str, list[tuple[int, int]]] = {}
+            for entry in group.entries:
+                if entry.tensor in self._extents:
+                    found.setdefault(entry.tensor, []).append((entry.dim, entry.index.size(1)))
+            shrinking = [
+                (self._extents[name], self._per_entry.get(name, 0), dims)
+                for name, dims in found.items()
+            ]
+            # With the group, because another one may have its id in a copy of this meter.
+            known = self._shrinking[id(group)] = group, shrinking
+        return known[1]
 
     @property
     def cost(self) -> Cost:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd, lcm
 
 from taylor_kernels import tracing
@@ -25,7 +26,7 @@ class Group(tracing.Group):
     multiple: int = 1
     minimum: int = 1
 
-    @property
+    @cached_property
     def filters_per_unit(self) -> int:
         return sum(slot.index.size(1) for slot in self.producers)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,33 +35,22 @@ def select(
     Returns:
         Per group [n] int64, ascending; all empty if nothing can go.
     """
-    bundles = [
-        _Bundles(group, gone, score, budget.filters)
-        for group, gone, score in zip(groups, dead, scores, strict=True)
-    ]
-    counts = torch.tensor([bundle.worth.numel() for bundle in bundles])
-    owner = torch.arange(len(groups)).repeat_interleave(counts)
-    filters = torch.tensor([g.multiple * g.filters_per_unit for g in groups])[owner]
-    for place, start in enumerate((counts.cumsum(0) - counts).tolist()):
-        if counts[place]:
-            filters[start] = bundles[place].units_in(1) * groups[place].filters_per_unit
-    least = int(filters.min()) if filters.numel() else 1
-    worth = torch.cat([bundle.worth for bundle in bundles])
-    order = _cheapest(worth, min(-(-budget.filters // least), worth.numel()))
-    owner, filters = owner[order], filters[order].cumsum(0)
+    bundles = _Bundles(groups, dead, scores, budget.filters)
+    least = int(bundles.filters.min()) if bundles.filters.size else 1
+    order = _cheapest(bundles.worth, min(-(-budget.filters // least), bundles.worth.size))
+    owner, filters = bundles.owner[order], bundles.filters[order].cumsum()
     # One bundle more than stays below the number of filters, and none that has no score.
-    most = int(torch.searchsorted(filters, budget.filters)) + 1
-    most = min(most, int(worth[order].isfinite().sum()))
+    most = int(filters.searchsorted(budget.filters)) + 1
+    most = min(most, int(np.isfinite(bundles.worth[order]).sum()))
 
-    taken = [0] * len(groups)  # bundles that the meter counts as gone
+    taken = [0] * len(groups)  # units that the meter counts as gone
 
     def take(number: int) -> None:
         """Let the meter count the cheapest `number` bundles as gone, and no others."""
-        wanted = torch.bincount(owner[:number], minlength=len(groups)).tolist()
-        for place, bundle in enumerate(bundles):
-            units = bundle.units_in(wanted[place]) - bundle.units_in(taken[place])
-            if units:
-                meter.take(groups[place], units)
+        wanted = bundles.units_in(np.bincount(owner[:number], minlength=len(groups))).tolist()
+        for group, before, after in zip(groups, taken, wanted, strict=True):
+            if after != before:
+                meter.take(group, after - before)
         taken[:] = wanted
 
     def met(number: int) -> bool:
@@ -74,54 +64,98 @@ def select(
             middle = (low + high) // 2
             low, high = (low, middle) if met(middle) else (middle + 1, high)
         take(low)
-    nothing = torch.empty(0, dtype=torch.int64)
-    return [
-        bundle.order[: bundle.units_in(number)].sort().values if number else nothing
-        for bundle, number in zip(bundles, taken, strict=True)
-    ]
+    return bundles.cheapest_units(taken)
 
 
-def _cheapest(values: Tensor, number: int) -> Tensor:
+def _stable_order(values: np.ndarray) -> np.ndarray:
+    """Where the values are, ascending; equal ones in the order they have, NaN last."""
+    order = values.argsort()
+    ranked = values[order]
+    # Sorting that need not keep the order of equal values takes a fifth of the time, and most
+    # scores are all different; NaN is not less than anything and counts as equal here.
+    if (ranked[:-1] < ranked[1:]).all():
+        return order
+    return values.argsort(kind="stable")
+
+
+def _cheapest(values: np.ndarray, number: int) -> np.ndarray:
     """[number] int64: where the least values are, ascending; equal ones in the order they have."""
-    if 4 * number >= values.numel():
-        return values.sort(stable=True).indices[:number]
+    if not 0 < 4 * number < values.size:
+        return _stable_order(values)[:number]
     # Few are wanted: those that are as small as the last of them are fewer to sort than all.
-    bound = values.kthvalue(number).values if number else -torch.inf
-    found = (values <= bound).nonzero().flatten()
-    return found[values[found].sort(stable=True).indices[:number]]
+    bound = np.partition(values, number - 1)[number - 1]
+    found = (~(values > bound)).nonzero()[0]
+    return found[_stable_order(values[found])[:number]]
 
 
 class _Bundles:
-    """The units of a group that could go at a pruning of `most` filters, as bundles.
+    """The units that could go at a pruning of `most` filters, as bundles, a group's in a row.
 
-    The first bundle brings the width to a multiple, each of the others holds as many units as the
-    multiple says.
+    The first bundle of a group brings its width to a multiple, each of the others holds as many
+    units as the multiple says.
 
     Attributes:
-        order: [n] int64, the units, cheapest first.
+        owner: [b] int64, the place of each bundle's group.
         worth: [b] float64, of each bundle.
+        filters: [b] int64, how many go with it.
     """
 
-    def __init__(self, group: Group, gone: Tensor, score: Tensor, most: int) -> None:
-        alive = (~gone).nonzero().flatten()
-        self._first = group.next_to_go(alive.numel())
-        self._multiple = group.multiple
-        number = 0
-        if self._first:
-            number = 1 + (alive.numel() - self._first - group.minimum) // group.multiple
-            # Bundles behind `most` filters of one group cannot go at this pruning.
-            enough = max(-(-most // group.filters_per_unit) - self._first, 0)
-            number = min(number, 1 + -(-enough // group.multiple))
-        units = self.units_in(number)
-        self.order = alive[_cheapest(score[alive].double(), units)]
-        ranked = score[self.order].double()
-        if self._multiple > 1 and number:
-            rest = ranked[self._first :].view(-1, self._multiple)
-            ranked = torch.cat((ranked[: self._first].mean()[None], rest.mean(1)))
-            # Means of equal scores may differ by rounding; the first must still go first.
-            ranked = ranked.cummax(0).values
-        self.worth = ranked
+    def __init__(
+        self, groups: Sequence[Group], dead: Sequence[Tensor], scores: Sequence[Tensor], most: int
+    ) -> None:
+        sizes = np.array([gone.numel() for gone in dead])
+        of_all = np.arange(len(groups)).repeat(sizes)
+        alive = torch.cat(tuple(dead)).logical_not().numpy().nonzero()[0]
+        of_alive = of_all[alive]
+        counts = np.bincount(of_alive, minlength=len(groups))
+        values = torch.cat(tuple(scores)).double().numpy()[alive]
+        order = _stable_order(values)
+        # Few different numbers in few bits, which numpy sorts without comparing any.
+        small = np.min_scalar_type(len(groups))
+        order = order[of_alive[order].astype(small).argsort(kind="stable")]
+        ranked = values[order]
+        self._begins = counts.cumsum() - counts
+        self._units = (alive - (sizes.cumsum() - sizes)[of_alive])[order]
 
-    def units_in(self, number: int) -> int:
-        """How many units the first `number` bundles hold."""
-        return self._first + (number - 1) * self._multiple if number else 0
+        numbers = []
+        firsts = []
+        for group, count in zip(groups, counts.tolist(), strict=True):
+            first = group.next_to_go(count)
+            number = 0
+            if first:
+                number = 1 + (count - first - group.minimum) // group.multiple
+                # Bundles behind `most` filters of one group cannot go at this pruning.
+                enough = max(-(-most // group.filters_per_unit) - first, 0)
+                number = min(number, 1 + -(-enough // group.multiple))
+            numbers.append(number)
+            firsts.append(first)
+        self._first = np.array(firsts)
+        self._multiple = np.array([group.multiple for group in groups])
+        number = np.array(numbers)
+        start = number.cumsum() - number
+        self.owner = np.arange(len(groups)).repeat(number)
+        place = np.arange(self.owner.size) - start[self.owner]
+        begin = self._begins[self.owner] + self.units_in(place, self.owner)
+        length = np.where(place, self._multiple[self.owner], self._first[self.owner])
+        self.filters = length * np.array([g.filters_per_unit for g in groups])[self.owner]
+        self.worth = ranked[begin]
+        for width in set(length.tolist()) - {1}:
+            at = (length == width).nonzero()[0]
+            rows = torch.from_numpy(ranked[begin[at, None] + np.arange(width)])
+            self.worth[at] = rows.mean(1).numpy()
+        # Means of equal scores may differ by rounding; the first must still go first.
+        for at in (self._multiple > 1).nonzero()[0].tolist():
+            mine = self.worth[start[at] : start[at] + number[at]]
+            np.maximum.accumulate(mine, out=mine)
+
+    def units_in(self, number: np.ndarray, at: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """How many units the first so many bundles hold, of each group or of those at `at`."""
+        return np.where(number, self._first[at] + (number - 1) * self._multiple[at], 0)
+
+    def cheapest_units(self, counts: Sequence[int]) -> list[Tensor]:
+        """Per group so many of its units, the cheapest, ascending."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        return [
+            torch.from_numpy(np.sort(self._units[begin : begin + count])) if count else nothing
+            for begin, count in zip(self._begins.tolist(), counts, strict=True)
+        ]
