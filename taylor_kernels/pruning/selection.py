@@ -131,9 +131,9 @@ class _Bundles:
             firsts.append(first)
         self._first = np.array(firsts)
         self._multiple = np.array([group.multiple for group in groups])
-        number = np.array(numbers)
-        start = number.cumsum() - number
-        self.owner = np.arange(len(groups)).repeat(number)
+        bundles = np.array(numbers)
+        start = bundles.cumsum() - bundles
+        self.owner = np.arange(len(groups)).repeat(bundles)
         place = np.arange(self.owner.size) - start[self.owner]
         begin = self._begins[self.owner] + self.units_in(place, self.owner)
         length = np.where(place, self._multiple[self.owner], self._first[self.owner])
@@ -145,7 +145,7 @@ class _Bundles:
             self.worth[at] = rows.mean(1).numpy()
         # Means of equal scores may differ by rounding; the first must still go first.
         for at in (self._multiple > 1).nonzero()[0].tolist():
-            mine = self.worth[start[at] : start[at] + number[at]]
+            mine = self.worth[start[at] : start[at] + bundles[at]]
             np.maximum.accumulate(mine, out=mine)
 
     def units_in(self, number: np.ndarray, at: np.ndarray | slice = slice(None)) -> np.ndarray:
