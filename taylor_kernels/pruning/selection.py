@@ -106,10 +106,10 @@ class _Bundles:
         sizes = np.array([gone.numel() for gone in dead])
         of_all = np.arange(len(groups)).repeat(sizes)
         # In numpy, as waking PyTorch's threads takes longer than any of this.
-        alive = (~torch.cat(tuple(dead)).numpy()).nonzero()[0]
+        alive = (~np.concatenate([gone.numpy() for gone in dead])).nonzero()[0]
         of_alive = of_all[alive]
         counts = np.bincount(of_alive, minlength=len(groups))
-        values = torch.cat(tuple(scores)).numpy()[alive].astype(np.float64)
+        values = np.concatenate([score.double().numpy() for score in scores])[alive]
         order = _stable_order(values)
         # Few different numbers in few bits, which numpy sorts without comparing any.
         small = np.min_scalar_type(len(groups))
