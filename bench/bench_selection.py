@@ -1,4 +1,4 @@
-"""Choosing what goes at a pruning: 100 000 units in 5 groups and in 100, against the plain loop.
+"""Choosing what goes at a pruning: 100 000 units in 5, 100 and 200 groups, against the plain loop.
 
 The floor sorts all scores, which a selection has to do at least in part.
 """
@@ -21,6 +21,8 @@ NETWORKS = {
     "5 groups": ([1000, 3000, 6000, 20_000, 70_000], 1),
     "5 groups, multiples of 8": ([1000, 3000, 6000, 20_000, 70_000], 8),
     "100 groups": ([1000] * 100, 1),
+    "200 groups": ([500] * 200, 1),
+    "200 groups, multiples of 8": ([500] * 200, 8),
 }
 PROVIDERS = ("ours", "plain loop", "sort")
 

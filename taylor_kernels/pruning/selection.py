@@ -105,10 +105,11 @@ class _Bundles:
     ) -> None:
         sizes = np.array([gone.numel() for gone in dead])
         of_all = np.arange(len(groups)).repeat(sizes)
-        alive = torch.cat(tuple(dead)).logical_not().numpy().nonzero()[0]
+        # In numpy, as waking PyTorch's threads takes longer than any of this.
+        alive = (~np.concatenate([gone.numpy() for gone in dead])).nonzero()[0]
         of_alive = of_all[alive]
         counts = np.bincount(of_alive, minlength=len(groups))
-        values = torch.cat(tuple(scores)).double().numpy()[alive]
+        values = np.concatenate([score.double().numpy() for score in scores])[alive]
         order = _stable_order(values)
         # Few different numbers in few bits, which numpy sorts without comparing any.
         small = np.min_scalar_type(len(groups))
@@ -131,26 +132,29 @@ class _Bundles:
             firsts.append(first)
         self._first = np.array(firsts)
         self._multiple = np.array([group.multiple for group in groups])
-        bundles = np.array(numbers)
-        start = bundles.cumsum() - bundles
-        self.owner = np.arange(len(groups)).repeat(bundles)
-        place = np.arange(self.owner.size) - start[self.owner]
-        begin = self._begins[self.owner] + self.units_in(place, self.owner)
-        length = np.where(place, self._multiple[self.owner], self._first[self.owner])
-        self.filters = length * np.array([g.filters_per_unit for g in groups])[self.owner]
+        held = np.array(numbers)
+        start = held.cumsum() - held
+        self.owner = np.arange(len(groups)).repeat(held)
+        length = self._multiple.repeat(held)
+        begin = (self._begins + self._first - self._multiple).repeat(held)
+        begin += (np.arange(self.owner.size) - start.repeat(held)) * length
+        opening = start[held > 0]
+        begin[opening] = self._begins[held > 0]
+        length[opening] = self._first[held > 0]
+        self.filters = length * np.array([g.filters_per_unit for g in groups]).repeat(held)
         self.worth = ranked[begin]
-        for width in set(length.tolist()) - {1}:
+        for width in set(np.bincount(length).nonzero()[0].tolist()) - {1}:
             at = (length == width).nonzero()[0]
             rows = torch.from_numpy(ranked[begin[at, None] + np.arange(width)])
             self.worth[at] = rows.mean(1).numpy()
         # Means of equal scores may differ by rounding; the first must still go first.
         for at in (self._multiple > 1).nonzero()[0].tolist():
-            mine = self.worth[start[at] : start[at] + bundles[at]]
+            mine = self.worth[start[at] : start[at] + held[at]]
             np.maximum.accumulate(mine, out=mine)
 
-    def units_in(self, number: np.ndarray, at: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """How many units the first so many bundles hold, of each group or of those at `at`."""
-        return np.where(number, self._first[at] + (number - 1) * self._multiple[at], 0)
+    def units_in(self, number: np.ndarray) -> np.ndarray:
+        """How many units the first so many bundles of each group hold."""
+        return np.where(number, self._first + (number - 1) * self._multiple, 0)
 
     def cheapest_units(self, counts: Sequence[int]) -> list[Tensor]:
         """Per group so many of its units, the cheapest, ascending."""
