@@ -31,10 +31,12 @@ def test_last(benchmark): benchmark(lambda: None)
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--results=part.json"]
+    # Inside of a process of pytest-xdist, pytest-benchmark would measure nothing.
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
     return subprocess.run(
         [*command, *arguments, "."],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=alone | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -60,8 +60,10 @@ def test_an_interrupted_step_leaves_nothing_running(tmp_path):
     assert not late.exists()
 
 
-def test_a_step_cut_short_keeps_what_it_had(tmp_path):
+def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):
     """Of tests the failures so far, of benches the results so far, and every line in the log."""
+    for name in [name for name in os.environ if "XDIST" in name]:
+        monkeypatch.delenv(name)  # with which pytest-benchmark would measure nothing
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = *.py")
     (tmp_path / "some.py").write_text(
         "import time\n"
