@@ -156,6 +156,11 @@ def kernel(
         ) from error
 
 
+def runs_natively(op: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether the kernel that `kernel` gives is one of csrc/; raises what it raises."""
+    return _chosen_for(op, device, dtype, backend).kernels() is native
+
+
 def default_backend(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that runs an op where the call names none."""
     return _chosen_for(op, device, dtype, None).name

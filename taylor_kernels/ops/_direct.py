@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import native, select
+from taylor_kernels.backends import native, runs_natively
 
 _KINDS = {False: torch.float32, True: torch.float64}
 _CPU = torch.device("cpu")
@@ -67,7 +67,8 @@ def packed_tables(
         return None
     plan, on_gpu, index, wide, counts = planned
     device, dtype = _place(on_gpu, index), _KINDS[wide]
-    if select(device, dtype, backend) is not native:
+    first = held[0][0] if isinstance(held[0], list) else held[0]
+    if not runs_natively(op, device, first.dtype, backend):
         return None
     found: list[Any] = [None, None]
     for axis in axes:
@@ -78,14 +79,21 @@ def packed_tables(
 
 
 def one_output(
-    op: str, planned: Any, backend: str | None, prepare: Callable[[Any], object] | None = None
+    op: str,
+    planned: Any,
+    like: Tensor,
+    backend: str | None,
+    prepare: Callable[[Any], object] | None = None,
 ) -> Tensor | None:
-    """Run the plan of an op with one output, if there is one; `prepare` is told it on a GPU."""
+    """Run the plan of an op with one output, if there is one; `prepare` is told it on a GPU.
+
+    `like` has the dtype of the call, by which its backend is chosen.
+    """
     if planned is None:
         return None
     plan, on_gpu, index, wide, sizes = planned
     device, dtype = _place(on_gpu, index), _KINDS[wide]
-    if select(device, dtype, backend) is not native:
+    if not runs_natively(op, device, like.dtype, backend):
         return None
     out = torch.empty(sizes, dtype=dtype, device=device)
     plan.set_out(out)

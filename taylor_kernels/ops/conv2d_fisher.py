@@ -81,7 +81,7 @@ def conv2d_fisher(
             input, weight_size, grad_output, stride, padding, dilation, groups, weight
         )
         found = one_output(
-            "conv2d_fisher", planned, backend, lambda plan: plan.set_tf32(_may_round(False))
+            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(_may_round(False))
         )
         if found is not None:
             return found
@@ -129,7 +129,7 @@ def linear_fisher(
     if planner := plans():
         planned = planner.plan_linear_fisher(input, grad_output, weight)
         found = one_output(
-            "conv2d_fisher", planned, backend, lambda plan: plan.set_tf32(_may_round(True))
+            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(_may_round(True))
         )
         if found is not None:
             return found

@@ -65,7 +65,7 @@ def gate_gradients(
     check_name(backend)
     if planner := plans():
         planned = planner.plan_gate_gradients(output, grad_output, bias, channel_dim)
-        found = one_output("gate_gradients", planned, backend)
+        found = one_output("gate_gradients", planned, output, backend)
         if found is not None:
             return found
     check_tensor(output, "output")

@@ -15,6 +15,7 @@ import taylor_kernels as tk
 from taylor_kernels import backends
 from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
+from taylor_kernels.ops._direct import one_output
 from tests.helpers import emulated
 from tests.helpers.cases import (
     FisherCase,
@@ -191,6 +192,23 @@ def test_an_op_goes_where_its_route_leads(gpus: GPUs, monkeypatch: pytest.Monkey
     missing = backends._backends["triton"]._replace(status=lambda: (False, "not installed"))
     monkeypatch.setitem(backends._backends, "triton", missing)
     assert by("conv2d_fisher", torch.float16) == ["cuda"] * 3
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_a_planned_call_goes_where_its_route_leads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on plain tensors, which pass PyTorch's dispatcher by, do not pass the routes by."""
+    cuda = backends._backends["cuda"]._replace(kernels=lambda: native)
+    monkeypatch.setitem(backends._backends, "cuda", cuda)
+    h100, half = 1, torch.empty(1, dtype=torch.float16)
+    planned = (None, True, h100, False, (1,))
+    assert one_output("conv2d_fisher", planned, half, None) is None
+    for op, like, backend, index in (
+        ("conv2d_fisher", half, "cuda", h100),
+        ("conv2d_fisher", half.float(), None, h100),
+        ("conv2d_fisher", half, None, 0),
+        ("gate_gradients", half, None, h100),
+    ):
+        assert backends.runs_natively(op, torch.device("cuda", index), like.dtype, backend), op
 
 
 def test_routes_lead_somewhere() -> None:
