@@ -82,19 +82,22 @@ def exact_columns(loss: LossFunction) -> Columns:
         shapes = ", ".join(str(tuple(slope.shape)) for slope in loss.slopes)
         raise ValueError(
             f"closure: its loss reads tensors of shapes {shapes}, which do not have the same "
-            "examples (dim 0); use taylor_so_diag, which samples"
+            "examples (dim 0); use taylor_so_diag or "
+            "samples= of ParameterFisher, which sample"
         )
     size = _outputs(loss)
     if size > MOST_OUTPUTS:
         raise ValueError(
             f"model: has {size} outputs per example, and this criterion forms the loss's Hessian "
-            f"for up to {MOST_OUTPUTS}; use taylor_so_diag, which samples"
+            f"for up to {MOST_OUTPUTS}; use taylor_so_diag or "
+            "samples= of ParameterFisher, which sample"
         )
     hessian = _hessian(loss)
     if _examples_meet(loss):
         raise ValueError(
             "closure: its loss lets examples meet (dim 0 of the model's output), as a contrastive "
-            "loss does, so that they have no curvature each; use taylor_so_diag, which samples"
+            "loss does, so that they have no curvature each; use taylor_so_diag or "
+            "samples= of ParameterFisher, which sample"
         )
     parts = zip((1, -1), _roots(hessian), strict=True)
     return Columns(
