@@ -59,11 +59,14 @@ $(VENV)/zoo: $(VENV)/built
 	$(BIN)/python -m pip install -c constraints.txt --no-deps pytorchcv
 	touch $@
 
-# The libraries that tests/integrations stand beside. Avalanche names torchvision, which stays away,
-# and brings a package named `tests`, which would hide ours.
+# The libraries that tests/integrations stand beside, and what they import. Several name torchvision,
+# which stays away; Avalanche brings a package named `tests`, which would hide ours.
 $(VENV)/peers: $(VENV)/built
 	$(BIN)/python -m pip install -c constraints.txt --no-deps \
-		avalanche-lib dill psutil torchmetrics lightning-utilities
+		avalanche-lib dill psutil torchmetrics lightning lightning-utilities accelerate \
+		opacus opt_einsum backpack-for-pytorch einops unfoldNd \
+		laplace-torch asdl asdfghjkl curvlinops-for-pytorch einconv linear_operator jaxtyping wadler_lindig \
+		nvidia-modelopt omegaconf antlr4-python3-runtime pulp onnx onnxscript onnx-ir ml_dtypes protobuf
 	rm -rf $(VENV)/lib/python3*/site-packages/tests
 	touch $@
 
