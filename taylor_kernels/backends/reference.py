@@ -14,8 +14,11 @@ from torch.nn.grad import conv2d_weight
 from taylor_kernels.layout import (
     Conv2dFisherArgs,
     GateGradientsArgs,
+    GlobalThresholdArgs,
     ParameterItem,
     RademacherItem,
+    ScoreItem,
+    SparseMomentumArgs,
     accumulator,
 )
 
@@ -74,6 +77,68 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     if args.weight is not None:
         fisher = (fisher * args.weight.to(dtype).square()).flatten(1).sum(1)
     args.out.copy_(fisher)
+
+
+def global_threshold(args: GlobalThresholdArgs) -> None:
+    """Write into `args.table` what tells the `args.wanted` greatest scores from the others."""
+    scores = [_score(item) for item in args.items]
+    ranked = [s for s, item in zip(scores, args.items, strict=True) if item.ranked]
+    keys = torch.cat([sort_keys(s, args.is_signed) for s in ranked])
+    ordered, positions = keys.sort(descending=True, stable=True)
+    key, last = ordered[args.wanted - 1], positions[args.wanted - 1]
+    all_of_them = ((keys == key) & (torch.arange(len(keys), device=keys.device) > last)).sum() == 0
+    whole = torch.stack([s.isfinite().all() for s in scores])
+    broken = torch.arange(len(scores), 0, -1, device=keys.device).where(~whole, 0).max()
+    everything = torch.iinfo(torch.int64).max
+    args.table.copy_(torch.stack((key, last.where(~all_of_them, everything), broken)))
+
+
+def sparse_momentum(args: SparseMomentumArgs) -> None:
+    """z ← (beta·z + decay·w) + (active ? g : 0), w ← w − lr·z, of all items or of none."""
+    fine = args.table[2] == 0
+    for item in args.items:
+        w, g, z = _widened(item.weight, item.grad, item.momentum)
+        if item.row_scores is not None:
+            active = among_the_greatest(item.row_scores, args.table, item.first)
+            active = active.repeat_interleave(item.row_elements)
+        elif item.ranked:
+            active = among_the_greatest(narrowed(g * w), args.table, item.first)
+        else:
+            active = torch.ones_like(g, dtype=torch.bool)
+        moved = (item.beta * z + item.decay * w) + g.where(active, torch.zeros_like(g))
+        for tensor, old, new in ((item.momentum, z, moved), (item.weight, w, w - item.lr * moved)):
+            tensor.copy_(new.where(fine, old).view(tensor.shape))
+
+
+def sort_keys(scores: Tensor, is_signed: bool) -> Tensor:
+    """int64 numbers below 2**32 in the order of scores, or of their magnitudes."""
+    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
+    if not is_signed:
+        return bits & 0x7FFFFFFF
+    return bits ^ torch.where(bits >= 2**31, 0xFFFFFFFF, 2**31)
+
+
+def among_the_greatest(
+    scores: Tensor, table: Tensor, first: int, is_signed: bool = False
+) -> Tensor:
+    """Which scores, a vector whose first has the position `first`, a table names."""
+    keys, positions = sort_keys(scores, is_signed), torch.arange(len(scores), device=scores.device)
+    return (keys > table[0]) | ((keys == table[0]) & (positions + first <= table[1]))
+
+
+def narrowed(values: Tensor) -> Tensor:
+    """In float32, infinite only where they are."""
+    most = torch.finfo(torch.float32).max
+    return values.clamp(-most, most).where(values.isfinite(), values).float()
+
+
+def _score(item: ScoreItem) -> Tensor:
+    """Of an item that is not ranked, what is looked at."""
+    a = item.a.to(accumulator(item.dtype)).reshape(-1)
+    if item.b is None:
+        return narrowed(a)
+    b = item.b.to(accumulator(item.dtype)).reshape(-1)
+    return narrowed(b * a if item.ranked else b)
 
 
 def random_signs(seed: int, stream: int, like: Tensor) -> Tensor:

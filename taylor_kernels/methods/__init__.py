@@ -3,3 +3,7 @@
 Each is an object with the verbs of PyTorch's optimizers or of the pruner, `state_dict` included.
 `taylor_kernels.methods` hands on their names.
 """
+
+from taylor_kernels.methods.gsm import GSM
+
+__all__ = ["GSM"]
