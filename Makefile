@@ -11,9 +11,10 @@ NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 demo: $(VENV)/built
 	$(BIN)/taylor-kernels demo
 
-# Two processes: a file's tests stay together, since some share what takes long to make.
+# Two processes: a file's tests stay together, since some share what takes long to make, and files
+# are taken in the order of tests/conftest.py, long ones first.
 test: $(VENV)/zoo $(VENV)/peers
-	$(BIN)/python -m pytest --zoo -n 2 --dist loadfile
+	$(BIN)/python -m pytest --zoo -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

@@ -29,8 +29,12 @@ class CMakeBuild(build_ext):
     def run_cmake(self, ext: Extension, cuda: str) -> None:
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # What an editable install compiled is kept: the next one compiles what has changed since,
+        # and the tests read its machine code. Which tree and Python it was for is asked anew.
+        kept = source / "build" if self.editable_mode else Path(self.build_temp).resolve()
+        build = kept / "cmake"
         build.mkdir(parents=True, exist_ok=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,

@@ -35,8 +35,15 @@ _LEFT_OUT = pytest.StashKey[int]()
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests on a GPU are left out where there is none, so that a skip is one to look at.
 
-    Of the others the share that is asked for is kept.
+    Of the others the share that is asked for is kept. Files that take long come first: under
+    pytest-xdist every other process would wait for one that began last.
     """
+    long = {
+        item.path
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("long")
+    }
+    items.sort(key=lambda item: item.path not in long)
     kept = items[:]
     if not torch.cuda.is_available():
         kept = [item for item in items if not item.get_closest_marker("gpu")]

@@ -144,11 +144,10 @@ py::object plan_gate_gradients(py::handle output, py::handle grad_output, py::ha
                                py::handle channel_dim) {
   const auto y = exchange.view(output);
   const auto dy = exchange.view(grad_output);
-  if (!y || !dy || !dy->like(*y) || !PyLong_CheckExact(channel_dim.ptr())) return py::none();
+  const auto given = integer(channel_dim.ptr(), -Dims::kMost);
+  if (!y || !dy || !dy->like(*y) || !given) return py::none();
   const Dims& dims = y->dims;
-  int64_t channel = PyLong_AsLong(channel_dim.ptr());
-  if (channel < 0) channel += dims.count;
-  if (PyErr_Occurred()) PyErr_Clear();
+  const int64_t channel = *given < 0 ? *given + dims.count : *given;
   if (channel < 1 || channel >= dims.count) return py::none();
   GateGradientsArgs call{};
   call.batch = dims.size[0];
@@ -289,7 +288,7 @@ py::object plan_linear_fisher(py::handle input, py::handle grad_output, py::hand
 
 void define_plans(py::module_& m) {
   m.def("set_exchange",
-        [](const py::capsule& api, const py::object& tensor, const py::object& parameter) {
+        [](const py::capsule& api, const py::type& tensor, const py::type& parameter) {
           return exchange.set(api, tensor, parameter);
         });
   py::class_<Plan<ParameterList>>(m, "ParameterPlan").def("set_tables", &set_tables);

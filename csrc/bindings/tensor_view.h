@@ -120,6 +120,7 @@ class Exchange {
   dlpack::ExchangeApi* api_ = nullptr;
   py::handle tensor_;
   py::handle parameter_;
+  py::handle is_neg_;
 
   static std::optional<DType> dtype_of(dlpack::Number number) {
     if (number.lanes != 1) return {};
@@ -131,27 +132,25 @@ class Exchange {
     return {};
   }
 
-  // Whether the values are those in memory with the sign turned, as those of x.conj().imag are.
-  // Such a tensor steps over the real parts, so it has no gaps only where it has one element, and
-  // no other needs to be asked, which takes longer than all that is read otherwise.
-  static bool negated(py::handle tensor, const Dims& dims) {
-    if (dims.elements() != 1) return false;
-    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  // Whether the values are those in memory with the sign turned, as those of x.conj().imag are:
+  // DLPack does not tell, and such a tensor may lie without gaps, as one read from a file does.
+  bool negated(PyObject* tensor) const {
     const auto answer =
-        py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), name));
+        py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), tensor));
     if (!answer) throw py::error_already_set();
     return answer.ptr() != Py_False;
   }
 
  public:
   // False: PyTorch's functions are not those that stand here.
-  bool set(const py::capsule& capsule, const py::object& tensor, const py::object& parameter) {
+  bool set(const py::capsule& capsule, const py::type& tensor, const py::type& parameter) {
     auto* api = static_cast<dlpack::ExchangeApi*>(capsule.get_pointer());
     while (api && api->major > 1) api = api->older;
     if (!api || api->major != 1 || !api->view_object) return false;
     api_ = api;
     tensor_ = py::object(tensor).release();
     parameter_ = py::object(parameter).release();
+    is_neg_ = tensor.attr("is_neg").cast<py::object>().release();
     return true;
   }
 
@@ -167,12 +166,13 @@ class Exchange {
     }
     const auto dtype = dtype_of(raw.number);
     const bool readable = raw.device.type == dlpack::kCpu || raw.device.type == dlpack::kCuda;
-    if (!raw.data || !dtype || !readable || raw.dimensions < 1 || raw.dimensions > Dims::kMost) {
+    if (!raw.data || !raw.strides || !dtype || !readable || raw.dimensions < 1 ||
+        raw.dimensions > Dims::kMost) {
       return {};
     }
     TensorView found{static_cast<char*>(raw.data) + raw.byte_offset, raw.device, *dtype, {}};
     for (int d = 0; d < raw.dimensions; ++d) found.dims.add(raw.shape[d], raw.strides[d]);
-    if (found.dims.elements() == 0 || negated(object, found.dims)) return {};
+    if (found.dims.elements() == 0 || negated(object.ptr())) return {};
     return found;
   }
 };

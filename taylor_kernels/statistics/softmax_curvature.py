@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, generic
 
 _NOTHING = 1e-30
 
@@ -56,7 +56,9 @@ class SoftmaxRows:
     def label(self) -> tuple[Tensor, Tensor]:
         """([rows], [rows]): the label, and what the slope is to be multiplied by for its column.
 
-        0 where the target is no label, or the slope is mostly rounding.
+        0 where the target is no label, or the slope is mostly rounding. A target that is nearly a
+        label, of label smoothing or a sure teacher, is none to a model that is about as sure: what
+        it lacks is to be small beside what p lacks.
         """
         label = self.target.argmax(1)
         chosen = self.target.gather(1, label[:, None])[:, 0]
@@ -64,7 +66,8 @@ class SoftmaxRows:
         of_label = self.p.gather(1, label[:, None])[:, 0]
         left = self.p.scatter(1, label[:, None], 0.0).sum(1)
         sure = torch.finfo(self.p.dtype).eps ** 0.5
-        clean = ((chosen - 1).abs() < 0.01) & (others < 0.01) & (left > sure) & (self.scale > 0)
+        lacks = torch.maximum((chosen - 1).abs(), others)
+        clean = (lacks < 0.002 * left) & (left > sure) & (self.scale > 0)
         factor = (of_label / (left * self.scale)).sqrt()
         return label, torch.where(clean, factor, 0.0)
 
@@ -101,13 +104,18 @@ def softmax_rows(loss: LossFunction) -> list[SoftmaxRows] | None:
     values = [value for value in loss.values if value is not None]
     if len(values) != len(loss.slopes) or any(value.dim() < 2 for value in values):
         return None
-    if (found := _matching(loss, values, -1)) or all(value.dim() == 2 for value in values):
-        return found
-    return _matching(loss, values, 1)
+    dims = (-1,) if all(value.dim() == 2 for value in values) else (-1, 1)
+    for dim in dims:
+        found = _matching(loss, values, dim)
+        if found and _flat_where_no_scale(loss, found):
+            return found
+    return None
 
 
 def _matching(loss: LossFunction, values: Sequence[Tensor], dim: int) -> list[SoftmaxRows] | None:
     found = []
+    if any(value.size(dim) < 2 for value in values):
+        return None  # one number has no softmax, and any loss
     for value, slope, vector, product in zip(values, loss.slopes, *loss.look(dim), strict=True):
         p = _rows(value.to(torch.promote_types(value.dtype, torch.float32)), dim).softmax(1)
         v, got, g = (_rows(one, dim).to(p) for one in (vector, product, slope))
@@ -123,6 +131,21 @@ def _matching(loss: LossFunction, values: Sequence[Tensor], dim: int) -> list[So
         target = torch.where((scale > 0)[:, None], target, 0.0)
         found.append(SoftmaxRows(p, scale, target, slope.shape, dim % slope.dim()))
     return found
+
+
+def _flat_where_no_scale(loss: LossFunction, found: Sequence[SoftmaxRows]) -> bool:
+    """Whether rows that the loss seems to leave out have no curvature, but for rounding.
+
+    The vector looked with is 0 where a row is greatest, and a loss may read that number alone.
+    """
+    if all((rows.scale > 0).all() for rows in found):
+        return True
+    vectors = [generic(slope, number) for number, slope in enumerate(loss.slopes)]
+    for rows, product in zip(found, loss.product(vectors), strict=True):
+        size = _rows(product, rows.dim).abs().amax(1)[rows.scale == 0]
+        if (size > torch.finfo(rows.p.dtype).eps ** 0.5 * rows.scale.max()).any():
+            return False
+    return True
 
 
 def _rows(tensor: Tensor, dim: int) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 import taylor_kernels as tk
 from taylor_kernels import backends
 from taylor_kernels.backends import Backend, reference, register_backend, select
+from tests.helpers.programs import run_program
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -72,8 +71,8 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatc
 
 
 def run_script(script: str) -> str:
-    """What a new interpreter prints."""
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    """What a process of its own prints."""
+    run = run_program(script)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

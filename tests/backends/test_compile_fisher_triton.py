@@ -65,12 +65,6 @@ TENSOR_CORES = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 COPY_16 = r"cp\.async\.cg\.shared\.global [^;]*, 0x10,"
 
 
-@pytest.fixture(autouse=True)
-def _cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was compiled before would prove nothing about today's source."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-
-
 def meta_args(
     case: FisherCase, dtype: torch.dtype, tf32: bool, weight: bool = False
 ) -> Conv2dFisherArgs:

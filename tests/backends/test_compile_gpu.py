@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -23,10 +21,9 @@ from tests.helpers.gpu_compile import (
     LOCAL_MEMORY,
     ROOT,
     TYPE_NAMES,
-    Resources,
-    compile_cuda,
     compile_triton,
     cuobjdump,
+    kept_cuda,
     sass_of_functions,
     uses_local_memory,
 )
@@ -47,32 +44,10 @@ not_interpreted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Triton keeps what it compiled; a cache hit would prove nothing about today's source."""
-    before = os.environ.get("TRITON_CACHE_DIR")
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    yield
-    if before is None:
-        del os.environ["TRITON_CACHE_DIR"]
-    else:
-        os.environ["TRITON_CACHE_DIR"] = before
-
-
-Compiled = Callable[[Path], tuple[Path, list[Resources]]]
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """Each source once, for the test of it and that of all."""
-    folder = tmp_path_factory.mktemp("objects")
-    return cache(lambda source: compile_cuda(source, folder))
-
-
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_cuda(source: Path, compiled: Compiled) -> None:
-    binary, kernels = compiled(source)
+def test_cuda(source: Path) -> None:
+    binary, kernels = kept_cuda(source)
     assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES)
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
@@ -130,11 +105,11 @@ int main() {
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH")
 def test_what_is_compiled_links_and_finds_the_gpu_or_says_why_not(
-    compiled: Compiled, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     main = tmp_path / "main.cpp"
     main.write_text(EVERY_OP)
-    objects = [compiled(source)[0] for source in SOURCES]
+    objects = [kept_cuda(source)[0] for source in SOURCES]
     program = tmp_path / "main"
     command = ["nvcc", "-std=c++17", f"-I{ROOT / 'csrc'}", main, *objects, "-o", program]
     linked = subprocess.run(command, capture_output=True, text=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
@@ -24,6 +22,7 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
+from tests.helpers.programs import run_program
 
 #: Errors of cudaFuncGetAttributes and what they mean for the user.
 PROBLEMS = {
@@ -294,7 +293,7 @@ sys.modules["taylor_kernels._native"] = ModuleType("_native")
 from taylor_kernels.backends import native
 print(native.cpu_status())
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = run_program(script)
     assert run.returncode == 0, run.stderr
     assert "did not load" in run.stdout
     assert "set_dtypes" in run.stdout

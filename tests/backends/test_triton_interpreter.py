@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_interpreted_kernels() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     script = Path(__file__).with_name("interpreted.py")

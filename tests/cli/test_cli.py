@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ import torch
 import taylor_kernels as tk
 from taylor_kernels import cli
 from taylor_kernels.cli import common
+from tests.helpers.programs import run_program
 
 
 def call(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -48,7 +47,7 @@ def test_help_does_not_import_what_only_commands_need():
         "heavy = {'sklearn', 'scipy', 'matplotlib', 'torch_pruning', 'safetensors'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    done = run_program(check)
     assert done.returncode == 0, done.stderr
 
 

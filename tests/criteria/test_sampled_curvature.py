@@ -81,6 +81,21 @@ def test_outputs_that_hold_several_tensors(kind):
     close(scores(model, "obd_bn_exact", closure, layers=list(TWO)), hessian.diagonal() / 2)
 
 
+@pytest.mark.parametrize("loss", [F.mse_loss, F.binary_cross_entropy_with_logits])
+@pytest.mark.parametrize("criterion", ["taylor_so_diag", "obd_bn"])
+def test_one_output_is_exact(criterion, loss):
+    """A regression, or a single logit: one pass flows back all the curvature that there is."""
+    x, _ = data()
+    y = (x[:, :1] > 0).double()
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+
+    def of(name: str) -> Tensor:
+        return scores(model, name, lambda: loss(model(x), y), layers=["0"])
+
+    assert of(criterion).any()
+    torch.testing.assert_close(of(criterion), of(f"{criterion}_exact"))
+
+
 def test_a_tensor_that_the_loss_reads_may_be_made_of_another_one():
     """Both are inputs of the loss: what flows from one to the other belongs to the model."""
 

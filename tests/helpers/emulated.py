@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ from taylor_kernels.backends.native import DTYPES
 from taylor_kernels.layout import parameter_item
 from tests.helpers import ROOT
 from tests.helpers.cases import MomentsCase, filter_moments_cases
+from tests.helpers.kept import kept
+
+EMULATION = ROOT / "tests" / "backends" / "emulation"
+INCLUDE = sysconfig.get_paths()["include"]
 
 #: Of the kernels, whose sums must not be fused where a GPU's are not.
 KERNEL_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-x", "c++")
@@ -53,39 +58,46 @@ MOMENTS_CASES = [
 
 @cache
 def kernels() -> ModuleType:
-    """The module of tests/backends/emulation/entry.cpp, compiled once for all tests of a run."""
+    """The module of tests/backends/emulation/entry.cpp."""
     pybind11 = pytest.importorskip("pybind11", reason="no pybind11 to build the emulation with")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the emulation with")
-    headers = (".", pybind11.get_include(), sysconfig.get_paths()["include"])
-    with tempfile.TemporaryDirectory() as name:
-        # A copy of csrc/, so that a header of the emulation stands for the one of its name there.
-        folder = Path(name)
-        shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
-        emulation = ROOT / "tests" / "backends" / "emulation"
-        for path in emulation.iterdir():
-            shutil.copy(path, folder / "cuda" if path.name == "ptx.cuh" else folder)
+    include = [f"-I{header}" for header in (pybind11.get_include(), INCLUDE)]
+    version = subprocess.check_output([compiler, "--version"], text=True)
+    words = (version, *KERNEL_FLAGS, *MODULE_FLAGS, *include, sys.version, pybind11.__version__)
 
-        def compiled(source: str) -> str:
-            target = f"{Path(source).stem}.o"
-            flags = KERNEL_FLAGS if source.endswith(".cu") else MODULE_FLAGS
-            include = [f"-I{header}" for header in headers]
-            command = [compiler, *flags, "-fPIC", *include, "-c", source, "-o", target]
-            subprocess.run(command, check=True, cwd=folder)
-            return target
+    def build(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            _compile(Path(name), compiler, include, folder / "emulated.so")
 
-        sources = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.cu"))]
-        with ThreadPoolExecutor() as pool:
-            objects = list(pool.map(compiled, [*sources, "entry.cpp"]))
-        subprocess.run([compiler, "-shared", *objects, "-o", "emulated.so"], check=True, cwd=folder)
-        spec = spec_from_file_location("emulated", folder / "emulated.so")
-        assert spec is not None
-        assert spec.loader is not None
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+    folder = kept("emulation", (ROOT / "csrc", EMULATION), words, build)
+    spec = spec_from_file_location("emulated", folder / "emulated.so")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     module.set_dtypes(**DTYPES)
     return module
+
+
+def _compile(folder: Path, compiler: str, include: list[str], target: Path) -> None:
+    # A copy of csrc/, so that a header of the emulation stands for the one of its name there.
+    shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
+    for path in EMULATION.iterdir():
+        shutil.copy(path, folder / "cuda" if path.name == "ptx.cuh" else folder)
+
+    def compiled(source: str) -> str:
+        target = f"{Path(source).stem}.o"
+        flags = KERNEL_FLAGS if source.endswith(".cu") else MODULE_FLAGS
+        command = [compiler, *flags, "-fPIC", "-I.", *include, "-c", source, "-o", target]
+        subprocess.run(command, check=True, cwd=folder)
+        return target
+
+    sources = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.cu"))]
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compiled, [*sources, "entry.cpp"]))
+    subprocess.run([compiler, "-shared", *objects, "-o", target], check=True, cwd=folder)
 
 
 def poisoned(size: int) -> Tensor:
@@ -95,15 +107,15 @@ def poisoned(size: int) -> Tensor:
 
 def run(op: str, call: object, *seed: int) -> None:
     """The CUDA kernels of an op for what layout.py describes."""
-    kept = []  # what was launched last runs after the op has given its workspace back
+    taken = []  # what was launched last runs after the op has given its workspace back
 
     def allocate(size: int) -> Tensor:
-        kept.append(poisoned(size))
-        return kept[-1]
+        taken.append(poisoned(size))
+        return taken[-1]
 
     getattr(kernels(), f"{op}_cuda")(call, 0, allocate, *(s % 2**64 for s in seed))
     kernels().synchronize()
-    assert len(kept) <= 1, "a call takes its workspace at once"
+    assert len(taken) <= 1, "a call takes its workspace at once"
 
 
 def run_moments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tests.helpers import ROOT
+from tests.helpers.kept import KEPT, kept
 
 ARCHITECTURES = (80, 90, 100)
 #: Loads and stores of it in machine code: registers that were spilled.
@@ -28,16 +30,37 @@ class Resources(NamedTuple):
     spills: int  # bytes stored and loaded
 
 
+def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
+    """`compile_cuda`, once for as long as csrc/ and the compiler stay the same."""
+    nvcc = nvcc_path()
+    version = subprocess.check_output([nvcc, "--version"], text=True)
+
+    def build(folder: Path) -> None:
+        _, resources = compile_cuda(source, folder)
+        (folder / "resources.json").write_text(json.dumps(resources))
+
+    folder = kept(f"cuda-{source.stem}", (ROOT / "csrc",), (version, *command(source)), build)
+    resources = json.loads((folder / "resources.json").read_text())
+    return folder / f"{source.stem}.o", [Resources(*each) for each in resources]
+
+
+def nvcc_path() -> str:
+    nvcc = shutil.which("nvcc")
+    assert nvcc, "nvcc is not on PATH"
+    return nvcc
+
+
+def command(source: Path) -> list[str]:
+    """How a source is compiled for every architecture; what follows says where to."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    flags = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *codes]
+    return [nvcc_path(), *flags, "-c", str(source)]
+
+
 def compile_cuda(source: Path, folder: Path) -> tuple[Path, list[Resources]]:
     """The object file with machine code for every architecture, and each kernel's resources."""
     target = folder / f"{source.stem}.o"
-    nvcc = shutil.which("nvcc")
-    assert nvcc, "nvcc is not on PATH"
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
-    command = [nvcc, f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *codes]
-    done = subprocess.run(
-        [*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True
-    )
+    done = subprocess.run([*command(source), "-o", str(target)], capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{source.name} does not compile:\n{log[-4000:]}"
     assert "warning" not in log, log[-4000:]
@@ -100,12 +123,16 @@ def compile_triton(
     warps: int = 4,
     stages: int = 3,
 ) -> TritonKernel:
-    """Compile a `@triton.jit` function.
+    """Compile a `@triton.jit` function, or take what an earlier run compiled.
+
+    Triton knows that by a hash of the function, of all that it calls, of its arguments and options
+    and of its own code: what has changed is compiled.
 
     `arguments` maps a name to a type such as "*fp32" or "i64"; pointers are taken to be aligned and
     integers written "i32:16" to be multiples of 16, as Triton's own launcher finds out.
     """
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -119,7 +146,9 @@ def compile_triton(
     signature = {name: signature.get(name, "constexpr") for name in names}
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": warps, "num_stages": stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(KEPT / "triton")
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return TritonKernel(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared)
 
 

@@ -19,6 +19,8 @@ from tests.helpers import ROOT
 
 SOURCES = ("filter_moments", "second_order_moments", "hutchinson_moments", "gate_gradients")
 X86 = platform.machine() in ("x86_64", "AMD64")
+#: Where an editable install compiles (setup.py).
+BUILD = ROOT / "build" / "cmake"
 #: Prefix of the tools that make code for arm64 elsewhere.
 ARM64 = "aarch64-linux-gnu-"
 #: Functions that hold inner loops; csrc/cpu keeps the compiler from inlining them.
@@ -59,51 +61,58 @@ class Loop(NamedTuple):
         return "\n".join(f"{i.name} {i.operands}" for i in self.instructions)
 
 
-def commands(folder: Path, isa: str) -> dict[Path, list[str]]:
-    """Source -> how CMake compiles it for a set; `neon` by a cross compiler."""
-    found = json.loads((folder / "compile_commands.json").read_text())
-    here = "baseline" if isa == "neon" and X86 else isa
+def _commands(isa: str) -> dict[str, tuple[Path, list[str]]]:
+    """The stem of a source -> the object that CMake makes of it for a set, and how."""
+    found = json.loads((BUILD / "compile_commands.json").read_text())
     each = {}
     for entry in found:
         words = shlex.split(entry["command"])
-        if f"-DTK_ISA={here}" not in words:
-            continue
-        if here != isa:
-            words = [f"{ARM64}g++", *words[1:]]
-            words[words.index(f"-DTK_ISA={here}")] = f"-DTK_ISA={isa}"
-        each[Path(entry["file"])] = words
+        if f"-DTK_ISA={isa}" in words:
+            each[Path(entry["file"]).stem] = BUILD / entry["output"], words
     return each
 
 
-def configure(folder: Path) -> None:
-    """Let CMake write its commands into `folder`."""
+def configure() -> None:
+    """Let CMake bring its commands up to date, or write them where nothing was built yet."""
     import pybind11
 
-    options = {
-        "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
-        "Python_EXECUTABLE": sys.executable,
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "PYBIND11_FINDPYTHON": "ON",
-        "TAYLOR_KERNELS_CUDA": "off",
-    }
-    defines = [f"-D{key}={value}" for key, value in options.items()]
+    if not (BUILD / "build.ninja").exists():
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "PYBIND11_FINDPYTHON": "ON",
+            "TAYLOR_KERNELS_CUDA": "off",
+        }
+        defines = [f"-D{key}={value}" for key, value in options.items()]
+        _cmake("-S", ROOT, "-B", BUILD, "-G", "Ninja", *defines)
+    _cmake("--build", BUILD, "--target", "build.ninja")
+
+
+def _cmake(*arguments: object) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     cmake = shutil.which("cmake", path=path)
     assert cmake, "no cmake: pip install cmake"
-    _run([cmake, "-S", ROOT, "-B", folder, *defines])
+    _run([cmake, *arguments], PATH=path)
 
 
-def compiled(folder: Path, isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
-    """Objects of these sources, two compilers at a time."""
-    jobs = {s.stem: words for s, words in commands(folder, isa).items() if s.stem in stems}
-    assert jobs.keys() == set(stems)
-    objects = {stem: folder / f"{stem}.{isa}.o" for stem in jobs}
+def compiled(isa: str, folder: Path, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
+    """Objects of these sources: those of the package's own build, compiled if they are not up to
+    date. Where a cross compiler makes them they are put into `folder`."""
+    cross = isa == "neon" and X86
+    jobs = _commands("baseline" if cross else isa)
+    if not cross:
+        objects = {stem: jobs[stem][0] for stem in stems}
+        names = [path.relative_to(BUILD) for path in objects.values()]
+        _cmake("--build", BUILD, "--target", *names)
+        return objects
+    objects = {stem: folder / f"{stem}.{isa}.o" for stem in stems}
 
     def build(stem: str) -> None:
-        words = jobs[stem]
+        _, words = jobs[stem]
         words[words.index("-o") + 1] = str(objects[stem])
-        _run(words)
+        words[words.index("-DTK_ISA=baseline")] = f"-DTK_ISA={isa}"
+        _run([f"{ARM64}g++", *words[1:]])
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(build, stems))
@@ -152,7 +161,9 @@ def _functions(text: str) -> Iterator[tuple[str, list[Instruction]]]:
         yield name, [Instruction(int(at, 16), *words) for at, *words in lines]
 
 
-def _run(words: Sequence[object]) -> str:
-    done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def _run(words: Sequence[object], **environment: str) -> str:
+    done = subprocess.run(
+        [str(w) for w in words], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

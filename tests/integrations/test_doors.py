@@ -1,11 +1,9 @@
 """What all integrations share: nothing is imported unasked, and an absent library says so."""
 
-import subprocess
-import sys
-
 import pytest
 
 from taylor_kernels.integrations import absent
+from tests.helpers.programs import run_program
 
 LIBRARIES = ["torch_pruning", "avalanche"]
 
@@ -15,7 +13,8 @@ def test_the_package_imports_no_library():
         "import sys, taylor_kernels, taylor_kernels.integrations\n"
         f"print([name for name in {LIBRARIES} if name in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = run_program(code)
+    assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[]"
 
 

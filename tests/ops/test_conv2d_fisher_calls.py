@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 import taylor_kernels as tk
+from tests.helpers.programs import run_program
 
 
 def test_op_contract():
@@ -92,7 +90,8 @@ if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # from PyTorch 2.9 on
 
 
 def test_tf32_is_asked_in_whichever_words_the_user_has():
-    subprocess.run([sys.executable, "-c", PRECISIONS], check=True, timeout=120)
+    run = run_program(PRECISIONS)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def test_result_is_not_differentiable():

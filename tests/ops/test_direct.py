@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,41 @@ def test_what_lies_otherwise_is_copied_or_refused_by_the_dispatcher(planned, mon
     with pytest.raises(TypeError, match="streams: expected"):
         tk.hutchinson_moments([W], [G], seed=0, streams=3)  # type: ignore[call-overload]
     assert planned == []
+
+
+def test_turned_signs_are_read_however_the_tensor_lies(monkeypatch):
+    """As those of x.conj().imag; what is read from a file, or strided anew, has no gaps."""
+    from_file = io.BytesIO()
+    torch.save(torch._neg_view(torch.randn(4, 3)), from_file)
+    from_file.seek(0)
+    imaginary = torch.randn(4, 6, dtype=torch.complex64).conj().imag
+    turned = [
+        torch.load(from_file),
+        imaginary[:, :3],
+        imaginary.as_strided((4, 3), (3, 1)),
+        torch._neg_view(torch.randn(6, 3))[1:5],
+        torch.nn.Parameter(torch._neg_view(torch.randn(4, 3))),
+        torch._neg_view(torch.randn(3, 4)).t(),
+    ]
+    bias, weight = torch._neg_view(torch.randn(3)), torch._neg_view(torch.randn(3, 3))
+    for w in turned:
+        assert w.is_neg()
+        for call in (
+            lambda w: tk.filter_moments([w, W], [G, G])[0],
+            lambda w: tk.filter_moments(W, w),
+            lambda w: tk.second_order_moments(W, G, w),
+            lambda w: tk.gate_gradients(w, G, bias=bias),
+            lambda w: tk.linear_fisher(w, G, weight=weight),
+        ):
+            got = call(w)
+            assert same_bits(got, call(w.resolve_neg()))
+            assert same_bits(got, through_the_dispatcher(monkeypatch, lambda: call(w)))  # noqa: B023
+
+
+def test_a_dimension_beyond_64_bits_is_no_dimension():
+    for dim in (2**63, -(2**70), 2**64 + 1):
+        with pytest.raises(ValueError, match=f"channel_dim: {dim} is not a dimension"):
+            tk.gate_gradients(W, G, channel_dim=dim)
 
 
 def test_tensors_that_change_between_calls_are_read_anew(planned):

@@ -6,18 +6,16 @@ is not refused may end it.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 import taylor_kernels as tk
+from tests.helpers.programs import run_program
 
 SETUP = """
 import torch
 import taylor_kernels
+torch.set_num_threads(1)
 ops = torch.ops.taylor_kernels
 def t(*shape, **kind): return torch.ones(*shape, **kind)
 big, one, w = t(512, 512, 3, 3), t(1, 1, 3, 3), t(64, 8, 3, 3)
@@ -87,13 +85,7 @@ def said() -> list[str]:
         "    except Exception as error:\n"
         "        print(type(error).__name__, str(error).splitlines()[0], flush=True)\n"
     )
-    child = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=300,
-    )
+    child = run_program(program)
     lines = child.stdout.splitlines()
     return lines + [f"ended with {child.returncode}"] * (len(CALLS) - len(lines))
 
@@ -131,7 +123,7 @@ def test_a_dtensor_is_refused_with_what_to_do():
         "        except TypeError as error:\n"
         "            print(error)\n"
     )
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    child = run_program(program)
     lines = child.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "weights", "grads", "output", "grad_output"

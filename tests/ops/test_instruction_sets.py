@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,6 +9,7 @@ import taylor_kernels as tk
 from taylor_kernels.backends.native import _native
 from tests.helpers.cases import DTYPES, GateCase, filter_moments_cases, random_like_case
 from tests.helpers.parameter_ops import EVERY_OP, ParameterOp
+from tests.helpers.programs import Run, run_program
 
 #: Those that fuse a multiplication and an addition.
 FUSED = [isa for isa in _native.cpu_isas() if isa != "baseline"]
@@ -67,12 +64,9 @@ def test_gates_of_sets_that_fuse_give_the_same_bits(layout, bias):
                 assert other.equal(first)
 
 
-def started_with(name: str) -> subprocess.CompletedProcess[str]:
+def started_with(name: str) -> Run:
     ask = "import taylor_kernels.backends.native as n; print(n._native.cpu_isa())"
-    environment = os.environ | {"TAYLOR_KERNELS_ISA": name}
-    return subprocess.run(
-        [sys.executable, "-c", ask], env=environment, capture_output=True, text=True
-    )
+    return run_program(ask, TAYLOR_KERNELS_ISA=name)
 
 
 def test_the_environment_chooses_a_set():

@@ -17,7 +17,7 @@ from taylor_kernels.backends.native import _native
 from tests.helpers import machine_code
 from tests.helpers.machine_code import Loop
 
-pytestmark = pytest.mark.slow  # compiles the kernels again, for their names
+pytestmark = pytest.mark.slow  # compiles the kernels where they were not built here
 ISAS = ("baseline", "avx2", "avx512", "neon") if machine_code.X86 else ("neon",)
 #: What a register of elements takes in a kernel's inner loop, in instructions, addresses and the
 #: loop itself included: (its functions, multiplications in it without and with FMA, instructions
@@ -41,19 +41,19 @@ BOUNDS = {
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cmake")
-    machine_code.configure(folder)
-    return folder
+def build() -> None:
+    machine_code.configure()
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def objects(request: pytest.FixtureRequest, build: Path) -> tuple[str, dict[str, Path]]:
+def objects(
+    request: pytest.FixtureRequest, build: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Path]]:
     """An instruction set, and its kernels as compiled."""
     isa = request.param
     if isa == "neon" and machine_code.X86 and not shutil.which(f"{machine_code.ARM64}g++"):
         pytest.skip("no compiler for arm64: apt-get install g++-aarch64-linux-gnu")
-    return isa, machine_code.compiled(build, isa)
+    return isa, machine_code.compiled(isa, tmp_path_factory.mktemp(isa))
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 
 from taylor_kernels.pruning import Pruner
 from tests.helpers import zoo
+from tests.helpers.programs import run_program
 
 WRONG = {
     "no target": ({"params": None}, ValueError, "flops, params, filters: none is given"),
@@ -160,7 +159,8 @@ from taylor_kernels.pruning import Pruner
 Pruner(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2)), torch.ones(1, 2),
        params=0.5)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = run_program(code)
+    assert run.returncode == 0, run.stderr
 
 
 def test_close_takes_everything_off():

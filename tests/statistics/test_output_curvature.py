@@ -106,6 +106,46 @@ def test_columns_of_any_loss_have_no_bias(loss):
     assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-6 * scale).all()
 
 
+ONES = torch.ones(2).long()
+#: What is easily mistaken for a softmax: of one number there is none, and what the loss is looked
+#: at with is 0 where an example's numbers are greatest.
+NO_SOFTMAX = {
+    "one number": ((5, 1), lambda z: F.mse_loss(z, torch.zeros_like(z))),
+    "one logit": ((5, 1), lambda z: F.softplus(-z).mean()),
+    "one logit of positions": ((3, 1, 2, 2), lambda z: F.softplus(z).mean()),
+    "the greatest": ((4, 3), lambda z: z.amax(1).square().mean()),
+    "some": ((4, 3), lambda z: F.cross_entropy(z[:2], ONES) + z[2:].amax(1).exp().sum()),
+}
+
+
+@pytest.mark.parametrize("loss", NO_SOFTMAX)
+def test_what_is_no_softmax_is_not_taken_for_one(loss):
+    shape, of = NO_SOFTMAX[loss]
+    z = torch.randn(shape, dtype=torch.float64)
+    at, size = function(of, z), z[0].numel()
+    expected = flat_hessian(of, z).view(len(z), size, len(z), size).diagonal(0, 0, 2).movedim(2, 0)
+    # Of losses of each example as many columns as outputs leave nothing to chance.
+    every = of_examples(sampled_columns(at, size, 0), at)
+    assert expected.any()
+    torch.testing.assert_close(every, expected)
+    torch.testing.assert_close(of_examples(exact_columns(at), at), expected)
+
+
+@pytest.mark.parametrize("smoothing", [1e-4, 3e-3, 0.011])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_target_that_is_nearly_a_label_is_none_to_a_model_that_is_as_sure(smoothing, fitted):
+    """Label smoothing, or a sure teacher: the slope may then be 0 where the curvature is not."""
+    labels = torch.randint(0, 6, (8,))
+    target = (1 - smoothing) * F.one_hot(labels, 6) + smoothing / 6
+    logits = torch.randn(8, 6, dtype=torch.float64)
+    logits = 0.1 * logits + target.double().log() if fitted else logits
+    at = function(lambda z: F.cross_entropy(z, target.to(z)), logits)
+    every = of_examples(sampled_columns(at, 5, 0), at)
+    expected = softmax_hessian(logits)
+    own = expected.abs().amax((1, 2), keepdim=True)
+    assert ((every - expected).abs() <= 0.02 * own).all()
+
+
 def test_columns_over_several_tensors_have_no_bias():
     logits, boxes = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 2).double()
     labels = torch.randint(0, 3, (5,))
@@ -142,6 +182,13 @@ def test_two_examples_that_meet_are_found_wherever_they_are(first, second):
     with pytest.raises(ValueError, match="lets examples meet"):
         exact_columns(at)
     assert not sampled_columns(at, 1, 0).apart
+
+
+@pytest.mark.parametrize("output", range(4))
+def test_examples_that_meet_in_one_output_are_found(output):
+    at = function(lambda z: z.square().sum() + z[:, output].sum().square(), torch.randn(3, 4))
+    with pytest.raises(ValueError, match="lets examples meet"):
+        exact_columns(at)
 
 
 def test_a_curvature_that_is_not_finite_is_handed_on():

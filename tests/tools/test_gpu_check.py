@@ -158,8 +158,8 @@ def test_shares_are_all_tests_once(count):
     """Those that fill the GPU are in one of them, after the others."""
 
     def items():
-        large = SimpleNamespace(get_closest_marker=lambda name: name == "large")
-        some = SimpleNamespace(get_closest_marker=lambda name: False)
+        large = SimpleNamespace(get_closest_marker=lambda name: name == "large", path="one file")
+        some = SimpleNamespace(get_closest_marker=lambda name: False, path="one file")
         return [copy.copy(large if i % 5 == 3 else some) for i in range(23)]
 
     every = items()

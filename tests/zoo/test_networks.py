@@ -10,6 +10,8 @@ import pytest
 from tests.zoo import judging
 from tests.zoo.networks import NETWORKS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("network", NETWORKS, indirect=True)
 def test_it_is_pruned_to_the_target_and_trains_on(network):

@@ -1,0 +1,110 @@
+"""Programs in processes of their own, which find PyTorch imported.
+
+Importing it takes a new interpreter seconds. One that has imported it, and nothing of this package,
+forks for each program.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from tests.helpers import ROOT
+
+
+class Run(NamedTuple):
+    """How a program ended, a signal as a negative number, and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_program(program: str, seconds: float = 120.0, **environment: str) -> Run:
+    """Run Python code as `python -c` does, with these variables besides those of this process.
+
+    It is stopped after so many seconds.
+    """
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        request = {
+            "program": program,
+            "environment": os.environ | environment,
+            "seconds": seconds,
+            "folder": folder,
+        }
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        code = server.stdout.readline()
+        assert code, "the process that runs programs has ended"
+        wrote = [Path(folder, name).read_text() for name in ("1", "2")]
+    return Run(int(code), *wrote)
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """It ends when this process does, which closes its input."""
+    words = [sys.executable, "-m", "tests.helpers.programs"]
+    return subprocess.Popen(
+        words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def _serve() -> None:
+    import torch  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        child = os.fork()
+        if not child:
+            _become(**request)
+        print(_end_of(child, request["seconds"]), flush=True)
+
+
+def _end_of(child: int, seconds: float) -> int:
+    latest = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > latest:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _become(program: str, environment: dict[str, str], folder: str, seconds: float) -> NoReturn:
+    """Run the program in this process, which is a fork, and end it."""
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number in (1, 2):
+            os.dup2(os.open(Path(folder, str(number)), os.O_CREAT | os.O_WRONLY), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        exec(compile(program, "<program>", "exec"), {"__name__": "__main__"})
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
