@@ -29,6 +29,7 @@ from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.door_blocks import doors_table, figures_block
+from tools.method_blocks import method_blocks, methods_table
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -201,12 +202,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
+    "methods": methods_table,
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
     "study": lambda: study_block(study()),
     "study-targets": study_targets,
     "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
+    **method_blocks(),
 }
 
 

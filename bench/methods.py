@@ -1,0 +1,79 @@
+"""A compression method's study: accuracy on small problems beside its baselines, and its speed.
+
+    python -m bench.methods gsm            # runs it, or goes on; writes bench/results/methods/
+    python -m bench.methods gsm --speed    # measures its kernels alone, keeps the rest
+
+A study is a module of taylor_kernels/studies/methods/ with a `STUDY`. Runs are kept in
+runs/methods/cache as they finish. `python -m tools.docs_blocks` puts tables into the documentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.methods.pages import facts_of
+from taylor_kernels.studies.methods.study import THREADS, MethodStudy, run
+from taylor_kernels.studies.plotting import draw
+from taylor_kernels.studies.progress import ProgressLog
+from taylor_kernels.studies.report import print_table
+from taylor_kernels.studies.results import Json, circumstances, readable, rounded
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = Path("bench/results/methods")
+
+
+def find_study(name: str) -> MethodStudy:
+    return import_module(f"taylor_kernels.studies.methods.{name}").STUDY
+
+
+def keep(study: MethodStudy, found: Json) -> Json:
+    """Add to what is kept of a study, and draw its plot anew."""
+    file = ROOT / KEPT / f"{study.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    result = json.loads(file.read_text()) if file.exists() else {"schema": 1, "runs": []}
+    result |= facts_of(study) | found
+    result = rounded(result)
+    if result["runs"]:
+        result["summary"] = dict(study.summary(result))
+        draw(study.plot(result), file.with_suffix(".png"), alt=study.method, caption="")
+    file.write_text(readable(result))
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("method", help="a module of taylor_kernels/studies/methods")
+    parser.add_argument("--speed", action="store_true", help="measure speed alone")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=Path("runs/methods/cache"))
+    options = parser.parse_args(arguments)
+    study, start = find_study(options.method), time.perf_counter()
+    command = f"python -m bench.methods {options.method}"
+    if options.speed:
+        if study.speed is None:
+            parser.error(f"{options.method} has no speed to measure")
+        measured = study.speed()
+        print(measured["words"])
+        seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+        told = circumstances(f"{command} --speed", torch.device("cpu"), threads, seconds)
+        keep(study, {"speed": measured | told})
+        return 0
+    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds)
+    seconds = sum(one["seconds"] for one in runs)
+    told = circumstances(command, torch.device("cpu"), THREADS, seconds)
+    result = keep(study, {"runs": runs} | told)
+    print_table(study.table(result), Console())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

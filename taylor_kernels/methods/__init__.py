@@ -1,0 +1,5 @@
+"""Methods that compress a model by other means than the pruner, a file each.
+
+Each is an object with the verbs of PyTorch's optimizers or of the pruner, `state_dict` included.
+`taylor_kernels.methods` hands on their names.
+"""

@@ -1,0 +1,76 @@
+"""The networks and data that methods are tried on: LeNets, and a residual network, of two tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import nn
+
+from taylor_kernels.studies.data import CLASSES, Split, load_digits
+from taylor_kernels.studies.mnist1d import load_mnist1d
+from taylor_kernels.studies.networks import DigitsResNet
+
+
+class Data(Protocol):
+    """A training and a test split of images [N, 1, H, W]."""
+
+    @property
+    def train(self) -> Split: ...
+    @property
+    def test(self) -> Split: ...
+
+
+class LeNet300(nn.Sequential):
+    """LeNet-300-100 (LeCun et al. 1998) for images [N, 1, H, W]: two hidden layers, no norm."""
+
+    def __init__(self, image: Sequence[int]) -> None:
+        super().__init__(
+            nn.Flatten(),
+            nn.Linear(image[-2] * image[-1], 300),
+            nn.ReLU(),
+            nn.Linear(300, 100),
+            nn.ReLU(),
+            nn.Linear(100, CLASSES),
+        )
+
+
+class LeNet5(nn.Sequential):
+    """LeNet-5 as in Caffe: convolutions of 20 and 50 filters, 500 neurons, no norm.
+
+    Kernels of 5 pixels, with padding, along sides of more than one pixel, which the two poolings
+    halve.
+    """
+
+    def __init__(self, image: Sequence[int]) -> None:
+        height, width = image[-2:]
+        kernel = (5 if height > 1 else 1, 5)
+        padding = (kernel[0] // 2, 2)
+        pool = (2 if height > 1 else 1, 2)
+        pixels = max(height // 4, 1) * (width // 4)
+        super().__init__(
+            nn.Conv2d(1, 20, kernel, padding=padding),
+            nn.ReLU(),
+            nn.MaxPool2d(pool),
+            nn.Conv2d(20, 50, kernel, padding=padding),
+            nn.ReLU(),
+            nn.MaxPool2d(pool),
+            nn.Flatten(),
+            nn.Linear(50 * pixels, 500),
+            nn.ReLU(),
+            nn.Linear(500, CLASSES),
+        )
+
+
+def _resnet(image: Sequence[int]) -> nn.Module:
+    return DigitsResNet()
+
+
+#: Name -> what makes it for images of a shape.
+NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
+    "LeNet-300-100": LeNet300,
+    "LeNet-5": LeNet5,
+    "ResNet": _resnet,
+}
+#: Name -> what loads it, shuffled or drawn by a seed.
+DATA: dict[str, Callable[[int], Data]] = {"digits": load_digits, "MNIST-1D": load_mnist1d}

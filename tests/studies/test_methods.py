@@ -1,0 +1,122 @@
+"""The frame of the methods' studies: what is finished is kept, under a key of what decides it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("sklearn", reason="the studies need scikit-learn")
+pytest.importorskip("mnist1d", reason="the studies need mnist1d")
+
+import bench.methods as command
+from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.data import Split
+from taylor_kernels.studies.methods import pages
+from taylor_kernels.studies.methods.problems import DATA, NETWORKS
+from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way, run
+from taylor_kernels.studies.mnist1d import load_mnist1d
+from taylor_kernels.studies.report import Table
+from taylor_kernels.studies.training import Schedule, evaluate
+from tests.helpers.problems import quiet
+
+CALLS: list[tuple[str, int]] = []
+PROBLEM = ("LeNet-300-100", "digits")
+
+
+def dense(trial: Trial, settings) -> dict:
+    CALLS.append((trial.network, settings["epochs"]))
+    model = trial.trained(Schedule(settings["epochs"], 64, 0.05, 0.0))
+    return {"accuracy": evaluate(model, trial.data.test)}
+
+
+def untouched(trial: Trial, settings) -> dict:
+    return {"accuracy": evaluate(trial.untrained(), trial.data.test)}
+
+
+def plot(result):
+    from matplotlib.figure import Figure
+
+    return lambda theme: Figure()
+
+
+def study(epochs: int = 1) -> MethodStudy:
+    ways = {
+        "dense": Way(dense, {"epochs": epochs}, {("LeNet-5", "digits"): {"epochs": 2}}),
+        "start": Way(untouched),
+    }
+    return MethodStudy(
+        "it", "It", "nothing", "nobody", "it.py", [PROBLEM], ways,
+        table=lambda result: pages.accuracy_table(result, {}),
+        plot=plot,
+        summary=lambda result: {"accuracy": "1", "compression": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_calls():
+    CALLS.clear()
+
+
+def test_what_is_finished_is_not_run_again(tmp_path):
+    first = run(study(), Cache(tmp_path), quiet(), seeds=2)
+    assert [one["way"] for one in first] == ["dense", "start"] * 2
+    assert [one["seed"] for one in first] == [0, 0, 1, 1]
+    assert run(study(), Cache(tmp_path), quiet(), seeds=2) == first
+    assert len(CALLS) == 2
+    again = run(study(2), Cache(tmp_path), quiet(), seeds=1, ways=["dense"])
+    assert len(CALLS) == 3
+    assert again[0]["accuracy"] > first[1]["accuracy"]
+
+
+def test_settings_of_a_problem_replace_the_ways_own(tmp_path):
+    run(study(), Cache(tmp_path), quiet(), seeds=1, problems=[("LeNet-5", "digits")])
+    assert CALLS == [("LeNet-5", 2)]
+
+
+@pytest.mark.parametrize("data_name", DATA)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_takes_every_data_set(network, data_name):
+    data = DATA[data_name](0)
+    torch.manual_seed(0)
+    model = NETWORKS[network](data.test.images.shape[1:])
+    assert model(data.test.images[:3]).shape == (3, 10)
+    assert all(p.dim() in (1, 2, 4) for p in model.parameters())
+
+
+def test_signals_follow_their_seed_and_leave_the_generators_alone():
+    np.random.seed(5)
+    expected = np.random.random()
+    np.random.seed(5)
+    first, again, other = (load_mnist1d(seed, examples=100) for seed in (1, 1, 2))
+    assert np.random.random() == expected
+    assert torch.equal(first.train.images, again.train.images)
+    assert not torch.equal(first.train.images, other.train.images)
+    assert isinstance(first.test, Split)
+    assert (len(first.train), len(first.test)) == (80, 20)
+    rows = torch.cat((first.train.images, first.test.images)).flatten(1)
+    assert len(rows.unique(dim=0)) == 100
+    assert first.train.labels.unique().tolist() == list(range(10))
+
+
+def test_the_command_keeps_runs_and_speed_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "find_study", lambda name: study())
+    assert command.main(["it", "--seeds", "1", "--cache", str(tmp_path / "cache")]) == 0
+    file = tmp_path / command.KEPT / "it.json"
+    result = json.loads(file.read_text())
+    assert file.with_suffix(".png").exists()
+    assert isinstance(study().table(result), Table)
+    assert pages.summary_row(result)[:3] == ["It (nobody)", "nothing", "1"]
+    command.keep(study(), {"speed": {"words": "fast"}})
+    assert json.loads(file.read_text())["runs"] == result["runs"]
+    assert pages.summary_row(json.loads(file.read_text()))[4] == "fast"
+
+
+def test_a_study_without_speed_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_study", lambda name: study())
+    with pytest.raises(SystemExit):
+        command.main(["it", "--speed"])
+    assert "it has no speed to measure" in capsys.readouterr().err
