@@ -33,7 +33,7 @@ inline void* data_of(py::handle tensor) {
 }
 
 // A member of a NamedTuple, which becomes what the struct's member is: a tensor or None a pointer,
-// an int a number, a dtype a DType, a pair of ints an Extent2d.
+// an int or a float a number, a dtype a DType, a pair of ints an Extent2d.
 class Member {
   py::object value_;
 
@@ -53,6 +53,12 @@ class Member {
   operator const void*() const { return static_cast<void*>(*this); }
   operator int64_t() const { return integer(value_.ptr()); }
   operator bool() const { return integer(value_.ptr()) != 0; }
+
+  operator double() const {
+    const double number = PyFloat_AsDouble(value_.ptr());
+    if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return number;
+  }
 
   operator uint32_t() const {
     const int64_t number = integer(value_.ptr());
@@ -90,6 +96,14 @@ inline void read(py::handle record, ParameterItem& item) {
 
 inline void read(py::handle record, RademacherItem& item) {
   item = {TK_MEMBER(out), TK_MEMBER(elements), TK_MEMBER(dtype), TK_MEMBER(stream)};
+}
+
+inline void read(py::handle record, MirrorItem& item) {
+  item = {TK_MEMBER(param),  TK_MEMBER(grad),      TK_MEMBER(value),     TK_MEMBER(first),
+          TK_MEMBER(second), TK_MEMBER(elements),  TK_MEMBER(dtype),     TK_MEMBER(projection),
+          TK_MEMBER(levels), TK_MEMBER(update),    TK_MEMBER(direction), TK_MEMBER(rounded),
+          TK_MEMBER(rate),   TK_MEMBER(decay),     TK_MEMBER(decay2),    TK_MEMBER(eps),
+          TK_MEMBER(beta),   TK_MEMBER(next_beta), TK_MEMBER(scale),     TK_MEMBER(weight_decay)};
 }
 
 inline void read(py::handle record, GateGradientsArgs& args) {

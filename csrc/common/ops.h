@@ -16,6 +16,7 @@
 
 #include "common/conv2d_fisher.h"
 #include "common/gate_gradients.h"
+#include "common/mirror_step.h"
 #include "common/parameter.h"
 #include "common/rademacher.h"
 
@@ -25,6 +26,7 @@
   X(filter_moments, ParameterList)     \
   X(gate_gradients, GateGradientsArgs) \
   X(hutchinson_moments, ParameterList) \
+  X(mirror_step, MirrorList)           \
   X(rademacher, RademacherList)        \
   X(second_order_moments, ParameterList)
 

@@ -61,13 +61,13 @@ constexpr int kLongTable = (kParameterBytes - 32) / int{sizeof(Task)};
 static_assert(kLongTable > 300, "the layers of all but the deepest networks");
 constexpr int kShortTable = 16;
 
-template <int kCapacity>
+template <int kCapacity, class Each = Task>
 struct TaskTable {
   int32_t count;
-  Task tasks[kCapacity];
+  Each tasks[kCapacity];
 
-  // The last task that starts at or before the block; `first` is one of the two first_* members.
-  TK_HOST_DEVICE const Task& find(uint32_t block, uint32_t Task::* first) const {
+  // The last task that starts at or before the block; `first` is one of its members first_*.
+  TK_HOST_DEVICE const Each& find(uint32_t block, uint32_t Each::* first) const {
     int low = 0;
     int high = count;
     while (high - low > 1) {

@@ -121,7 +121,7 @@ def _update_values(item: MirrorItem, g: Tensor) -> None:
         if PROJECTIONS[item.projection] == "sign":
             value.clamp_(-1, 1)
     elif softmax:
-        turn = -item.beta * item.rate * levels * d
+        turn = -levels * (item.beta * item.rate * d).clamp(-1e30, 1e30)
         turn = turn - turn.where(value > 0, turn.new_tensor(-torch.inf)).amax(0)
         grown = value * torch.where(value > 0, turn.exp(), 0)
         value.copy_(grown / grown.sum(0))

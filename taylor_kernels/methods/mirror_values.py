@@ -45,17 +45,17 @@ class Call:
         kept: list[Tensor | None] = [None, None]
         for i, name in enumerate(MOMENTS[group["optimizer"]][: rule.moments]):
             if name not in state:
-                shape = rule.moment_planes, param.numel()
-                state[name] = param.new_zeros(shape, dtype=accumulator(param.dtype))
-            kept[i] = state[name]
-        self._add(param, param.grad, state.get("value"), *kept, rule)
+                state[name] = _stored(param, rule.moment_planes).zero_()
+            kept[i] = _flat(state, name, param, rule.moment_planes)
+        value = _flat(state, "value", param, rule.planes) if rule.planes else None
+        self._add(param, param.grad, value, *kept, rule)
 
     def project(
         self, group: Mapping[str, Any], param: Tensor, state: Any, beta: float, rounded: bool
     ) -> None:
         """Write the weights of what is stored."""
         rule = rule_of(group, state, beta)._replace(rounded=rounded)
-        self._add(param, None, state["value"], None, None, rule)
+        self._add(param, None, _flat(state, "value", param, rule.planes), None, None, rule)
 
     def _add(self, *members: Any) -> None:
         for each, member in zip(self._lists, members, strict=True):
@@ -64,6 +64,30 @@ class Call:
     def run(self, backend: str | None) -> None:
         if self._lists[0]:
             mirror_step(*self._lists, backend=backend)
+
+
+def _strides(param: Tensor) -> tuple[int, ...]:
+    """Of what is stored for a weight: the parameter's, or without its gaps."""
+    if flat_view(param) is not None:
+        return param.stride()
+    return torch.empty(param.shape, device="meta").stride()
+
+
+def _stored(param: Tensor, planes: int) -> Tensor:
+    """Memory for numbers of each weight: of its shape, or [planes, *shape]."""
+    shape, strides = tuple(param.shape), _strides(param)
+    if planes > 1:
+        shape, strides = (planes, *shape), (param.numel(), *strides)
+    dtype = accumulator(param.dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=param.device)
+
+
+def _flat(state: Any, name: str, param: Tensor, planes: int) -> Tensor:
+    """What is stored as [planes, elements], in the order in which the parameter lies in memory."""
+    kept: Tensor = state[name]
+    if kept.stride()[kept.dim() - param.dim() :] != _strides(param):
+        kept = state[name] = _stored(param, planes).copy_(kept)  # the parameter was laid out anew
+    return kept.as_strided((planes, param.numel()), (param.numel(), 1))
 
 
 def rule_of(
@@ -104,21 +128,22 @@ def scale_of(wanted: str | float | None, param: Tensor) -> float:
 
 
 def first_value(group: Mapping[str, Any], param: Tensor) -> Tensor:
-    """What is stored for the weights that a parameter starts with, [planes, elements].
+    """What is stored for the weights that a parameter starts with.
 
-    x̃ is the weight, and for a softmax λ times the weight. The mirror forms store what that projects
-    to with β = 1. A hard ternary step would round all of a usual start to 0, so it starts from
-    w / max |w|.
+    x̃ is the weight, and for a softmax λ times the weight, a plane for each λ. The mirror forms
+    store what that projects to with β = 1. A hard ternary step would round all of a usual start to
+    0, so it starts from w / max |w|.
     """
-    flat = flat_view(param.detach())
-    if flat is None:
-        flat = param.detach().reshape(-1)
-    x = flat.to(accumulator(param.dtype), copy=True)[None]
+    x = param.detach().to(accumulator(param.dtype))
     projection, update = METHODS[group["method"]]
     ternary = group["levels"] == "ternary"
+    planes = 1
     if projection == "softmax":
-        x = torch.cat((-x, 0 * x, x)) if ternary else torch.cat((-x, x))
-        return x.softmax(0) if update == "mirror" else x
-    if projection == "sign" and ternary:
-        return x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
-    return x.tanh() if update == "mirror" else x
+        x = torch.stack((-x, 0 * x, x)) if ternary else torch.stack((-x, x))
+        planes = len(x)
+        x = x.softmax(0) if update == "mirror" else x
+    elif projection == "sign" and ternary:
+        x = x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
+    elif update == "mirror":
+        x = x.tanh()
+    return _stored(param, planes).copy_(x)

@@ -36,7 +36,7 @@ class MirrorRule(NamedTuple):
     eps: float = 0.0
     beta: float = 1.0  # of this step
     next_beta: float = 1.0  # by which the result is projected
-    scale: float = 1.0  # α
+    scale: float = 1.0  # α; 1 for "identity"
     weight_decay: float = 0.0  # of a parameter with projection "identity"
 
     @property
@@ -219,9 +219,10 @@ def _rules(count: int, codes: list[int], numbers: list[float]) -> list[MirrorRul
 
 
 def _exists(rule: MirrorRule) -> bool:
-    """A ternary tanh has no inverse in closed form; hard steps have no slope."""
+    """A ternary tanh has no inverse in closed form; hard steps have no slope; what is not projected
+    is not scaled."""
     if rule.update == "dual":
-        return True
+        return rule.projection != "identity" or rule.scale == 1
     if rule.update == "jacobian":
         return rule.projection in ("tanh", "softmax")
     return rule.projection == "softmax" or (rule.projection == "tanh" and rule.levels == 2)
