@@ -15,7 +15,7 @@ Function = Callable[[np.ndarray], np.ndarray]
 
 
 def fit(target: Function, weight: Function, degree: int, start: float, end: float) -> np.ndarray:
-    """Coefficients, lowest power first, of the polynomial p with least max |weight·(p − target)|."""
+    """Coefficients, lowest power first, of the polynomial with the least weighted error."""
     points = np.cos(np.linspace(0, np.pi, 4001))
     x = (start + end) / 2 + (end - start) / 2 * points
     wanted, scale = target(x), weight(x)

@@ -42,8 +42,8 @@ def every_rule(**numbers: float) -> list[MirrorRule]:
             levels,
             update,
             direction,
-            **(given if projection != "identity" else unscaled),
-        )
+            **(unscaled if projection == "identity" else given),
+        )  # fmt: skip
         for (projection, update), each in RULES.items()
         for levels in each
         for direction in DIRECTIONS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -107,10 +108,7 @@ def _places(item, field: tl.constexpr, plane, at, T: tl.constexpr, FAST: tl.cons
 @triton.jit
 def _read(item, field: tl.constexpr, plane, at, mask, T: tl.constexpr, FAST: tl.constexpr):
     place = _places(item, field, plane, at, T, FAST)
-    if FAST:
-        value = tl.load(place)
-    else:
-        value = tl.load(place, mask=mask, other=0)
+    value = tl.load(place) if FAST else tl.load(place, mask=mask, other=0)
     return value.to(tl.float32)
 
 
@@ -250,7 +248,7 @@ def mirror_kernel(
 
 def mirror_step(items: Sequence[MirrorItem]) -> None:
     """Update and project all items, which share a device, in place."""
-    parts: dict[tuple[object, ...], list[MirrorItem]] = {}
+    parts: dict[tuple[Any, ...], list[MirrorItem]] = {}
     for item in items:
         kind = item.projection, item.levels, item.update, item.direction
         parts.setdefault((item.dtype, *kind, item.grad is not None, item.rounded), []).append(item)
