@@ -43,11 +43,14 @@ def every_rule(**numbers: float) -> list[MirrorRule]:
             update,
             direction,
             **(unscaled if projection == "identity" else given),
-        )  # fmt: skip
+        )
         for (projection, update), each in RULES.items()
         for levels in each
         for direction in DIRECTIONS
     ]
+
+
+RULES_OF_TESTS = every_rule()
 
 
 def label(rule: MirrorRule) -> str:
@@ -172,3 +175,31 @@ def check(rule: MirrorRule, before: Tensors, after: Tensors) -> None:
         bound = (C * (EPS32 if got.dtype != torch.float64 else 2**-52) + eps) * (1 + wanted.abs())
         off = (got.double() - wanted).abs()
         assert (off <= bound).all(), f"{label(rule)} {name}: {(off / bound).max():.2f} of the bound"
+
+
+def check_projections(rule: MirrorRule, each: Sequence[Tensors], backend: str) -> None:
+    """Without a gradient the value stays, and is projected or rounded to its level."""
+    levels = torch.linspace(-1, 1, rule.levels, dtype=torch.float64)
+    for rounded in (False, True):
+        bare = [tensors._replace(grad=None, first=None, second=None) for tensors in each]
+        held = [tensors.copies() for tensors in bare]
+        run([rule._replace(rounded=rounded)] * len(bare), bare, backend)
+        for old, new in zip(held, bare, strict=True):
+            assert old.value is not None
+            assert new.value is not None
+            assert new.value.equal(old.value)
+            value = old.value.double()
+            if rule.update != "mirror":
+                x = projected64(rule, value, rule.next_beta)
+            else:
+                x = value[-1] - value[0] if rule.projection == "softmax" else value[0]
+            dtype = new.param.dtype
+            got = new.param.double().flatten()
+            if not rounded:
+                close = dict(rtol=torch.finfo(dtype).eps, atol=C * EPS32)
+                torch.testing.assert_close(got, rule.scale * x, **close)
+                continue
+            nearest = levels[(x[:, None] - levels).abs().argmin(1)]
+            if rule.projection == "softmax":
+                nearest = levels[value.argmax(0)]
+            assert got.equal((nearest * rule.scale).to(dtype).double()), label(rule)

@@ -11,7 +11,7 @@ from taylor_kernels.ops.mirror_step import MirrorRule, mirror_step
 from tests.helpers import mirror
 from tests.helpers.cases import DTYPES, lay_out, same_bits
 
-RULES = mirror.every_rule()
+RULES = mirror.RULES_OF_TESTS
 BACKENDS = ("reference", "cpu")
 SHAPES = [(1,), (3, 5), (7, 4, 3, 3), (1031,), (33, 517)]
 
@@ -61,29 +61,9 @@ def test_any_shape_and_numbers(rule, dtype, shape, beta, rate, scale, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule.planes], ids=mirror.label)
 def test_without_a_gradient_the_value_is_projected_or_rounded(rule, backend):
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, torch.float64):
         tensors = mirror.random_tensors(rule, (9, 61), dtype)
-        value = tensors.value.clone()
-        for rounded in (False, True):
-            only = tensors._replace(grad=None, first=None, second=None)
-            mirror.run([rule._replace(rounded=rounded)], [only], backend)
-            assert tensors.value.equal(value)
-            x = tensors.param.flatten().double()
-            if rule.update == "mirror":
-                exact = value[-1] - value[0] if rule.projection == "softmax" else value[0]
-            else:
-                exact = mirror.projected64(rule, value.double(), rule.next_beta)
-            exact = exact.double()
-            if rounded:
-                levels = torch.linspace(-1, 1, rule.levels, dtype=torch.float64)
-                nearest = levels[(exact[:, None] - levels).abs().argmin(1)]
-                if rule.projection == "softmax":
-                    nearest = levels[value.argmax(0)]
-                assert x.equal((nearest * rule.scale).to(dtype).double())
-            else:
-                torch.testing.assert_close(
-                    x, rule.scale * exact, rtol=torch.finfo(dtype).eps, atol=1e-6
-                )
+        mirror.check_projections(rule, [tensors], backend)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "strided", "misaligned"])
