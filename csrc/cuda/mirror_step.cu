@@ -36,37 +36,38 @@ struct ScalarMath {
   static __device__ float choose(bool which, float a, float b) { return which ? a : b; }
 };
 
-// Up to four elements of a float tensor, at once where they may be.
-__device__ inline void load_floats(float (&to)[kEach], const float* from, int count, bool at_once) {
-  if (at_once) {
+// Four elements of a float tensor at once, or `count` of them one by one.
+template <bool kAtOnce>
+__device__ void load_floats(float (&to)[kEach], const float* from, int count) {
+  if constexpr (kAtOnce) {
     const float4 all = *reinterpret_cast<const float4*>(from);
     to[0] = all.x, to[1] = all.y, to[2] = all.z, to[3] = all.w;
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) to[i] = i < count ? from[i] : 0.0f;
+    for (int i = 0; i < kEach; ++i) to[i] = i < count ? from[i] : 0.0f;
+  }
 }
 
-__device__ inline void store_floats(float* to, const float (&from)[kEach], int count,
-                                    bool at_once) {
-  if (at_once) {
-    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
-    return;
-  }
+template <bool kAtOnce>
+__device__ void store_floats(float* to, const float (&from)[kEach], int count) {
+  if constexpr (kAtOnce) {
+    // Not by `=`: the compiler would join it with the single stores of the other case.
+    __stwb(reinterpret_cast<float4*>(to), make_float4(from[0], from[1], from[2], from[3]));
+  } else {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i)
-    if (i < count) to[i] = from[i];
+    for (int i = 0; i < kEach; ++i)
+      if (i < count) to[i] = from[i];
+  }
 }
 
 // The same of a tensor of type E, and rounded to it.
-template <class E>
-__device__ inline void load_elements(float (&to)[kEach], const void* base, int64_t at, int count,
-                                     bool at_once) {
+template <bool kAtOnce, class E>
+__device__ void load_elements(float (&to)[kEach], const void* base, int64_t at, int count) {
   using Raw = typename E::Raw;
   const Raw* from = static_cast<const Raw*>(base) + at;
   if constexpr (E::kType == DType::f32) {
-    load_floats(to, reinterpret_cast<const float*>(from), count, at_once);
-  } else if (at_once) {
+    load_floats<kAtOnce>(to, reinterpret_cast<const float*>(from), count);
+  } else if constexpr (kAtOnce) {
     const uint2 words = *reinterpret_cast<const uint2*>(from);
     to[0] = E::widen(static_cast<Raw>(words.x)), to[1] = E::widen(static_cast<Raw>(words.x >> 16));
     to[2] = E::widen(static_cast<Raw>(words.y)), to[3] = E::widen(static_cast<Raw>(words.y >> 16));
@@ -76,16 +77,16 @@ __device__ inline void load_elements(float (&to)[kEach], const void* base, int64
   }
 }
 
-template <class E>
-__device__ inline void store_elements(void* base, int64_t at, const float (&from)[kEach], int count,
-                                      bool at_once) {
+template <bool kAtOnce, class E>
+__device__ void store_elements(void* base, int64_t at, const float (&from)[kEach], int count) {
   using Raw = typename E::Raw;
   Raw* to = static_cast<Raw*>(base) + at;
   if constexpr (E::kType == DType::f32) {
-    store_floats(reinterpret_cast<float*>(to), from, count, at_once);
-  } else if (at_once) {
-    *reinterpret_cast<uint2*>(to) = {narrow<E>(from[0]) | uint32_t{narrow<E>(from[1])} << 16,
-                                     narrow<E>(from[2]) | uint32_t{narrow<E>(from[3])} << 16};
+    store_floats<kAtOnce>(reinterpret_cast<float*>(to), from, count);
+  } else if constexpr (kAtOnce) {
+    __stwb(reinterpret_cast<uint2*>(to),
+           uint2{narrow<E>(from[0]) | uint32_t{narrow<E>(from[1])} << 16,
+                 narrow<E>(from[2]) | uint32_t{narrow<E>(from[3])} << 16});
   } else {
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
@@ -103,32 +104,31 @@ __device__ inline float directed(float g, float& first, float& second, Direction
   return first / (sqrtf(second) + n.eps);
 }
 
-template <class Rule, class E>
+template <bool kAtOnce, class Rule, class E>
 __device__ void step(const MirrorEntry& entry, int64_t at) {
   using Math = MirrorMath<ScalarMath, Rule>;
   constexpr int kPlanes = Rule::kStored, kMoments = Rule::kMomentPlanes;
   const int count = static_cast<int>(min(entry.elements - at, int64_t{kEach}));
-  const bool at_once = entry.aligned && count == kEach;
   const auto direction = static_cast<Direction>(entry.direction);
   const MirrorNumbers<float>& n = entry.numbers;
 
   float v[kPlanes][kEach], first[kMoments][kEach] = {}, second[kMoments][kEach] = {};
   float g[kEach] = {}, w[kEach];
   if constexpr (Rule::kPlanes == 0) {
-    load_elements<E>(v[0], entry.param, at, count, at_once);
+    load_elements<kAtOnce, E>(v[0], entry.param, at, count);
   } else {
 #pragma unroll
     for (int p = 0; p < kPlanes; ++p)
-      load_floats(v[p], entry.value + p * entry.elements + at, count, at_once);
+      load_floats<kAtOnce>(v[p], entry.value + p * entry.elements + at, count);
   }
   if (entry.grad) {
-    load_elements<E>(g, entry.grad, at, count, at_once);
+    load_elements<kAtOnce, E>(g, entry.grad, at, count);
 #pragma unroll
     for (int p = 0; p < kMoments; ++p) {
       const int64_t from = p * entry.elements + at;
       if (direction != Direction::gradient)
-        load_floats(first[p], entry.first + from, count, at_once);
-      if (direction == Direction::adam) load_floats(second[p], entry.second + from, count, at_once);
+        load_floats<kAtOnce>(first[p], entry.first + from, count);
+      if (direction == Direction::adam) load_floats<kAtOnce>(second[p], entry.second + from, count);
     }
   }
 #pragma unroll
@@ -150,16 +150,16 @@ __device__ void step(const MirrorEntry& entry, int64_t at) {
     for (int p = 0; p < kMoments; ++p) {
       const int64_t to = p * entry.elements + at;
       if (direction != Direction::gradient)
-        store_floats(entry.first + to, first[p], count, at_once);
-      if (direction == Direction::adam) store_floats(entry.second + to, second[p], count, at_once);
+        store_floats<kAtOnce>(entry.first + to, first[p], count);
+      if (direction == Direction::adam) store_floats<kAtOnce>(entry.second + to, second[p], count);
     }
     if constexpr (Rule::kPlanes > 0) {
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p)
-        store_floats(entry.value + p * entry.elements + at, v[p], count, at_once);
+        store_floats<kAtOnce>(entry.value + p * entry.elements + at, v[p], count);
     }
   }
-  store_elements<E>(entry.param, at, w, count, at_once);
+  store_elements<kAtOnce, E>(entry.param, at, w, count);
 }
 
 template <class Rule>
@@ -169,8 +169,13 @@ __global__ void __launch_bounds__(kThreads)
   const Chunk chunk(entry);
   with_element(static_cast<DType>(entry.dtype), [&](auto element) {
     for (int64_t at = chunk.begin + int64_t{threadIdx.x} * kEach; at < chunk.end;
-         at += kThreads * kEach)
-      step<Rule, decltype(element)>(entry, at);
+         at += kThreads * kEach) {
+      if (entry.aligned && at + kEach <= chunk.end) {
+        step<true, Rule, decltype(element)>(entry, at);
+      } else {
+        step<false, Rule, decltype(element)>(entry, at);
+      }
+    }
   });
 }
 

@@ -190,6 +190,10 @@ T __ldg(const T* from) {
   return emulation::may_read(from, sizeof(T)) ? *from : T{};
 }
 template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
 }
