@@ -83,6 +83,49 @@ class Conv2dFisherArgs(NamedTuple):
     tf32: bool
 
 
+class ScoreItem(NamedTuple):
+    """The elements of one tensor that are ranked; see csrc/common/global_threshold.h."""
+
+    a: Tensor
+    b: Tensor | None  # with the elements of a in the order in which that has them
+    elements: int
+    dtype: torch.dtype
+    ranked: bool
+
+
+class GlobalThresholdArgs(NamedTuple):
+    """A `global_threshold` call; see csrc/common/global_threshold.h."""
+
+    table: Tensor  # [3] int64
+    items: list[ScoreItem]
+    wanted: int
+    is_signed: bool
+
+
+class MomentumItem(NamedTuple):
+    """One parameter of a `sparse_momentum` call; see csrc/common/sparse_momentum.h."""
+
+    weight: Tensor
+    grad: Tensor
+    momentum: Tensor
+    row_scores: Tensor | None  # float32
+    elements: int
+    row_elements: int
+    first: int
+    dtype: torch.dtype
+    ranked: bool
+    lr: float
+    decay: float
+    beta: float
+
+
+class SparseMomentumArgs(NamedTuple):
+    """A `sparse_momentum` call; see csrc/common/sparse_momentum.h."""
+
+    table: Tensor  # [3] int64
+    items: list[MomentumItem]
+
+
 class MirrorItem(NamedTuple):
     """One tensor of a `mirror_step` call; csrc/common/mirror_step.h says what its members are.
 
@@ -167,6 +210,16 @@ def in_order_of(tensor: Tensor, values: Tensor) -> Tensor:
         if last.is_contiguous():
             return values.view(last.shape).movedim(-1, 1)
     return values.view(tensor.shape)
+
+
+def in_memory_order(like: Tensor, tensor: Tensor) -> Tensor:
+    """A view of `tensor` that is contiguous if it lies as `like` does, channels_last for example.
+
+    If `like` is neither contiguous nor channels_last, the view that is contiguous if `tensor` is.
+    """
+    if like.is_contiguous() or not _channel_last(like, 1).is_contiguous():
+        return tensor
+    return _channel_last(tensor, 1)
 
 
 def activation_args(

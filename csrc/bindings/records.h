@@ -32,8 +32,19 @@ inline void* data_of(py::handle tensor) {
   return data;
 }
 
+// A struct for each NamedTuple of a sequence.
+template <class Item>
+std::vector<Item> read_items(py::handle records) {
+  const auto sequence = py::cast<py::sequence>(records);
+  std::vector<Item> items(sequence.size());
+  size_t i = 0;
+  for (const py::handle record : sequence) read(record, items[i++]);
+  return items;
+}
+
 // A member of a NamedTuple, which becomes what the struct's member is: a tensor or None a pointer,
-// an int or a float a number, a dtype a DType, a pair of ints an Extent2d.
+// an int or a float a number, a dtype a DType, a pair of ints an Extent2d, a list of NamedTuples a
+// vector.
 class Member {
   py::object value_;
 
@@ -52,13 +63,12 @@ class Member {
   operator void*() const { return value_.is_none() ? nullptr : data_of(value_); }
   operator const void*() const { return static_cast<void*>(*this); }
   operator int64_t() const { return integer(value_.ptr()); }
-  operator bool() const { return integer(value_.ptr()) != 0; }
-
   operator double() const {
     const double number = PyFloat_AsDouble(value_.ptr());
     if (number == -1 && PyErr_Occurred()) throw py::error_already_set();
     return number;
   }
+  operator bool() const { return integer(value_.ptr()) != 0; }
 
   operator uint32_t() const {
     const int64_t number = integer(value_.ptr());
@@ -78,6 +88,11 @@ class Member {
       throw py::type_error("not a pair: " + std::string(py::str(value_)));
     }
     return {integer(PyTuple_GET_ITEM(value_.ptr(), 0)), integer(PyTuple_GET_ITEM(value_.ptr(), 1))};
+  }
+
+  template <class Item>
+  operator std::vector<Item>() const {
+    return read_items<Item>(value_);
   }
 };
 
@@ -104,6 +119,24 @@ inline void read(py::handle record, MirrorItem& item) {
           TK_MEMBER(levels), TK_MEMBER(update),    TK_MEMBER(direction), TK_MEMBER(rounded),
           TK_MEMBER(rate),   TK_MEMBER(decay),     TK_MEMBER(decay2),    TK_MEMBER(eps),
           TK_MEMBER(beta),   TK_MEMBER(next_beta), TK_MEMBER(scale),     TK_MEMBER(weight_decay)};
+}
+
+inline void read(py::handle record, ScoreItem& item) {
+  item = {TK_MEMBER(a), TK_MEMBER(b), TK_MEMBER(elements), TK_MEMBER(dtype), TK_MEMBER(ranked)};
+}
+
+inline void read(py::handle record, GlobalThresholdArgs& args) {
+  args = {TK_MEMBER(table), TK_MEMBER(items), TK_MEMBER(wanted), TK_MEMBER(is_signed)};
+}
+
+inline void read(py::handle record, MomentumItem& item) {
+  item = {TK_MEMBER(weight),   TK_MEMBER(grad),         TK_MEMBER(momentum), TK_MEMBER(row_scores),
+          TK_MEMBER(elements), TK_MEMBER(row_elements), TK_MEMBER(first),    TK_MEMBER(dtype),
+          TK_MEMBER(ranked),   TK_MEMBER(lr),           TK_MEMBER(decay),    TK_MEMBER(beta)};
+}
+
+inline void read(py::handle record, SparseMomentumArgs& args) {
+  args = {TK_MEMBER(table), TK_MEMBER(items)};
 }
 
 inline void read(py::handle record, GateGradientsArgs& args) {
@@ -144,10 +177,7 @@ void read_call(py::handle record, uint64_t, Record& call) {
 
 template <class Item>
 void read_call(py::handle records, uint64_t seed, ItemList<Item>& call) {
-  const auto sequence = py::cast<py::sequence>(records);
-  call.items.resize(sequence.size());
-  size_t i = 0;
-  for (const py::handle record : sequence) read(record, call.items[i++]);
+  call.items = read_items<Item>(records);
   call.seed = seed;
 }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import DIRECTIONS, PROJECTIONS, UPDATES, MirrorItem, accumulator
 from taylor_kernels.ops._checks import check_like, check_tensor
-from taylor_kernels.ops._library import library
+from taylor_kernels.ops._in_place import define_in_place
 
 
 class MirrorRule(NamedTuple):
@@ -133,8 +133,8 @@ def _run(
     codes: list[int],
     numbers: list[float],
     backend: str | None,
-) -> None:
-    """The op itself; tensors that are not wanted are empty."""
+) -> list[Tensor]:
+    """The op itself; tensors that are not wanted are empty. Gives those that are written."""
     rules = _rules(len(params), codes, numbers)
     for i, each in enumerate(zip(params, grads, values, first, second, rules, strict=True)):
         _check(i, *each)
@@ -169,9 +169,7 @@ def _run(
         run(items)
     for param, flat in copies:
         param.copy_(flat.view(param.shape))
-    written = [t for each in (params, values, first, second) for t in each if t.numel()]
-    for tensor in written:
-        torch.autograd.graph.increment_version(tensor)
+    return [t for each in (params, values, first, second) for t in each if t.numel()]
 
 
 def flat_view(tensor: Tensor) -> Tensor | None:
@@ -264,11 +262,8 @@ def _check(
             )
 
 
-library.define(
+_op = define_in_place(
     "mirror_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] values, Tensor(c!)[] first, "
-    "Tensor(d!)[] second, int[] codes, float[] numbers, str? backend) -> ()"
+    "Tensor(d!)[] second, int[] codes, float[] numbers, str? backend)",
+    _run,
 )
-library.impl("mirror_step", _run, "CompositeExplicitAutograd")
-library.impl("mirror_step", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("taylor_kernels::mirror_step", lambda *_: None, lib=library)
-_op = torch.ops.taylor_kernels.mirror_step.default

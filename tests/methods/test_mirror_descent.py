@@ -14,7 +14,6 @@ from torch import nn
 import taylor_kernels as tk
 from taylor_kernels.methods import MirrorDescent
 from taylor_kernels.methods.mirror_settings import METHODS
-from tests.helpers.cases import same_bits
 
 #: All that there are: (method, levels).
 KINDS = [
@@ -23,6 +22,12 @@ KINDS = [
     for levels in ("binary", "ternary")
     if (method, levels) != ("md-tanh", "ternary")
 ]
+
+
+def same_bits(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+
+
 each_kind = pytest.mark.parametrize(("method", "levels"), KINDS)
 FAST = dict(lr=0.02, beta_scale=1.2, beta_interval=3)
 
@@ -96,9 +101,10 @@ def test_what_the_stable_forms_store_is_not_bound(seed, lr, steps):
 def test_md_tanh_s_is_the_torch_optimizer_of_its_dual(optimizer_name):
     """x̃ moves as torch.optim moves a tensor that is given the gradients by w."""
     model = network()
+    model[0].bias.requires_grad_(False)  # before a norm: its gradient is what rounding leaves
     options = dict(optimizer=optimizer_name, eps=1e-12, beta_scale=1.1, beta_interval=2)
     ours = MirrorDescent(model.parameters(), lr=0.01, **options)
-    every = list(model.parameters())
+    every = [param for param in model.parameters() if param.requires_grad]
     duals = [ours.state[p]["value"].clone() if p.dim() > 1 else p.detach().clone() for p in every]
     plain = (
         torch.optim.Adam(duals, lr=0.01, eps=1e-12)

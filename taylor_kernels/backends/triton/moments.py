@@ -66,11 +66,17 @@ PARAMETER_OPS = {
 @triton.jit
 def find(table, count, fields: tl.constexpr, first: tl.constexpr):
     """The last row of the table that starts at or before this program."""
+    return find_for(tl.program_id(0), table, count, fields, first)
+
+
+@triton.jit
+def find_for(program, table, count, fields: tl.constexpr, first: tl.constexpr):
+    """The last row that starts at or before `program`."""
     low = 0
     high = count
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(table + middle * fields + first) <= tl.program_id(0)
+        before = tl.load(table + middle * fields + first) <= program
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     return table + low * fields

@@ -1,0 +1,63 @@
+// Keys of scores, a register at a time (common/global_threshold.h).
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "common/global_threshold.h"
+#include "cpu/simd.h"
+
+namespace tk {
+inline namespace TK_ISA {
+
+constexpr int kKeyLanes = Sum<float>::kWidth;
+using KeyBits = Sum<float>::Integers;  // signed: SSE2 compares no other words
+
+// A bit for each lane whose highest bit is set, that of lane 0 the lowest.
+inline uint32_t set_lanes(KeyBits lanes) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask(reinterpret_cast<__m512i>(lanes), _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(lanes));
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(reinterpret_cast<__m128>(lanes));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kKeyLanes; ++i) bits |= static_cast<uint32_t>(lanes[i] < 0) << i;
+  return bits;
+#endif
+}
+
+// A double as a float that is infinite only where the double is.
+inline float narrowed(double value) {
+  if (std::isfinite(value)) value = std::clamp<double>(value, -FLT_MAX, FLT_MAX);
+  return static_cast<float>(value);
+}
+
+// The scores of the elements from i on, of which n are there; the other lanes hold anything.
+template <typename T>
+inline Floats scores(const T* a, const T* b, int64_t n) {
+  if constexpr (Sum<T>::kWidth == kKeyLanes) {
+    const Floats values = load_first(a, n, n);
+    return b ? load_first(b, n, n) * values : values;
+  } else {
+    Floats values{};
+    for (int i = 0; i < std::min<int64_t>(n, kKeyLanes); ++i)
+      values[i] = narrowed(b ? b[i] * a[i] : a[i]);
+    return values;
+  }
+}
+
+inline KeyBits magnitudes(Floats scores) { return reinterpret_cast<KeyBits>(scores) & 0x7fffffff; }
+
+template <bool kSigned>
+inline KeyBits keys(Floats scores) {
+  if constexpr (!kSigned) return magnitudes(scores);
+  const KeyBits bits = reinterpret_cast<KeyBits>(scores + 0.0f);  // -0 becomes 0
+  return bits ^ (bits >> 31 | INT32_MIN);
+}
+
+}  // namespace TK_ISA
+}  // namespace tk
