@@ -45,9 +45,11 @@ def test_every_instruction_set_steps_right(each_isa):
     rate=st.floats(0, 2),
     scale=st.floats(0.01, 3),
     backend=st.sampled_from(BACKENDS),
+    seed=st.integers(0, 2**32),
 )
 @settings(max_examples=150, deadline=None)
-def test_any_shape_and_numbers(rule, dtype, shape, beta, rate, scale, backend):
+def test_any_shape_and_numbers(rule, dtype, shape, beta, rate, scale, backend, seed):
+    torch.manual_seed(seed)
     # Errors of a projection are those of its argument times β, of a mirror form's times β·rate.
     rule = rule._replace(beta=beta, next_beta=beta, rate=rate / beta)
     if rule.planes:
@@ -127,6 +129,15 @@ def test_extreme_values_stay_finite_and_within_the_levels(backend):
                 for _ in range(3):
                     mirror.run([given], [tensors._replace(grad=grad)], backend)
                     assert tensors.param.abs().max() <= 1, (mirror.label(given), beta, size)
+
+
+def test_the_op_passes_torch_opcheck():
+    rule = MirrorRule("softmax", 2, "dual", "adam", rate=0.1, decay=0.9, decay2=0.9, eps=0.1)
+    tensors = mirror.random_tensors(rule, (3, 4), torch.float32)
+    codes, numbers = [2, 2, 0, 2, 0], list(rule[5:])
+    arguments = [[each.nan_to_num()] for each in tensors]
+    op = torch.ops.taylor_kernels.mirror_step.default
+    torch.library.opcheck(op, (*arguments, codes, numbers, None))
 
 
 def test_what_is_written_counts_as_changed():
