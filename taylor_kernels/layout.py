@@ -126,6 +126,40 @@ class SparseMomentumArgs(NamedTuple):
     items: list[MomentumItem]
 
 
+class MirrorItem(NamedTuple):
+    """One tensor of a `mirror_step` call; csrc/common/mirror_step.h says what its members are.
+
+    Tensors are flat, in the order in which the parameter lies in memory.
+    """
+
+    param: Tensor  # [elements]
+    grad: Tensor | None  # [elements]; None: the stored value stays, and is projected
+    value: Tensor | None  # [planes, elements]; None: the parameter itself is updated
+    first: Tensor | None  # [1 or planes, elements]: the momentum, or Adam's first moment
+    second: Tensor | None  # Adam's second moment
+    elements: int
+    dtype: torch.dtype
+    projection: int  # a place in PROJECTIONS
+    levels: int
+    update: int  # a place in UPDATES
+    direction: int  # a place in DIRECTIONS
+    rounded: bool
+    rate: float
+    decay: float
+    decay2: float
+    eps: float
+    beta: float
+    next_beta: float
+    scale: float
+    weight_decay: float
+
+
+#: What a `mirror_step` can do, in the order of the enumerations of csrc/common/mirror_step.h.
+PROJECTIONS = ("identity", "tanh", "softmax", "sign")
+UPDATES = ("dual", "jacobian", "mirror")
+DIRECTIONS = ("gradient", "momentum", "adam")
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums over `dtype` come out in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

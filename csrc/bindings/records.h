@@ -43,7 +43,8 @@ std::vector<Item> read_items(py::handle records) {
 }
 
 // A member of a NamedTuple, which becomes what the struct's member is: a tensor or None a pointer,
-// an int a number, a dtype a DType, a pair of ints an Extent2d, a list of NamedTuples a vector.
+// an int or a float a number, a dtype a DType, a pair of ints an Extent2d, a list of NamedTuples a
+// vector.
 class Member {
   py::object value_;
 
@@ -110,6 +111,14 @@ inline void read(py::handle record, ParameterItem& item) {
 
 inline void read(py::handle record, RademacherItem& item) {
   item = {TK_MEMBER(out), TK_MEMBER(elements), TK_MEMBER(dtype), TK_MEMBER(stream)};
+}
+
+inline void read(py::handle record, MirrorItem& item) {
+  item = {TK_MEMBER(param),  TK_MEMBER(grad),      TK_MEMBER(value),     TK_MEMBER(first),
+          TK_MEMBER(second), TK_MEMBER(elements),  TK_MEMBER(dtype),     TK_MEMBER(projection),
+          TK_MEMBER(levels), TK_MEMBER(update),    TK_MEMBER(direction), TK_MEMBER(rounded),
+          TK_MEMBER(rate),   TK_MEMBER(decay),     TK_MEMBER(decay2),    TK_MEMBER(eps),
+          TK_MEMBER(beta),   TK_MEMBER(next_beta), TK_MEMBER(scale),     TK_MEMBER(weight_decay)};
 }
 
 inline void read(py::handle record, ScoreItem& item) {

@@ -17,6 +17,7 @@
 #include "common/conv2d_fisher.h"
 #include "common/gate_gradients.h"
 #include "common/global_threshold.h"
+#include "common/mirror_step.h"
 #include "common/parameter.h"
 #include "common/rademacher.h"
 #include "common/sparse_momentum.h"
@@ -28,6 +29,7 @@
   X(gate_gradients, GateGradientsArgs)     \
   X(global_threshold, GlobalThresholdArgs) \
   X(hutchinson_moments, ParameterList)     \
+  X(mirror_step, MirrorList)               \
   X(rademacher, RademacherList)            \
   X(second_order_moments, ParameterList)   \
   X(sparse_momentum, SparseMomentumArgs)

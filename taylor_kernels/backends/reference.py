@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from taylor_kernels.backends.mirror_reference import mirror_step as mirror_step
 from taylor_kernels.layout import (
     Conv2dFisherArgs,
     GateGradientsArgs,

@@ -5,5 +5,9 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 """
 
 from taylor_kernels.methods.gsm import GSM
+from taylor_kernels.methods.mirror_descent import MirrorDescent
+from taylor_kernels.methods.mirror_settings import parameter_groups
+from taylor_kernels.methods.mirror_values import Quantized
+from taylor_kernels.methods.packed import load_packed
 
-__all__ = ["GSM"]
+__all__ = ["GSM", "MirrorDescent", "Quantized", "load_packed", "parameter_groups"]

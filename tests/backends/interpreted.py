@@ -15,7 +15,7 @@ from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.rademacher import rademacher_like
-from tests.helpers import probes
+from tests.helpers import mirror, probes
 from tests.helpers.cases import (
     DTYPES,
     FisherCase,
@@ -27,6 +27,7 @@ from tests.helpers.cases import (
     fisher_reference64,
     gate_cases,
     gate_reference64,
+    lay_out,
     random_bias,
     random_fisher_inputs,
     random_like_case,
@@ -98,6 +99,21 @@ def test_rademacher(seed: int) -> None:
     found = rademacher_like(like, seed=seed, backend="triton")
     for i, (tensor, signs) in enumerate(zip(like, found, strict=True)):
         assert signs.double().equal(probes.signs(tensor, seed, i)), i
+
+
+@pytest.mark.parametrize("at", range(len(mirror.RULES_OF_TESTS)))
+def test_mirror_steps(at: int) -> None:
+    """Aligned whole tiles, tails, misaligned views; with and without a gradient."""
+    rule = mirror.RULES_OF_TESTS[at]
+    dtype = DTYPES[at % len(DTYPES)]
+    each = [mirror.random_tensors(rule, shape, dtype) for shape in ((1024,), (3, 5), (1031,))]
+    each[2] = each[2]._replace(param=lay_out(each[2].param, "misaligned"))
+    before = [tensors.copies() for tensors in each]
+    mirror.run([rule] * len(each), each, "triton")
+    for old, new in zip(before, each, strict=True):
+        mirror.check(rule, old, new)
+    if rule.planes:
+        mirror.check_projections(rule, each, "triton")
 
 
 @pytest.mark.parametrize("at", range(len(GATE_CASES)), ids=lambda i: GATE_CASES[i].name)

@@ -66,6 +66,9 @@ def test_cuda(source: Path) -> None:
             check_overlap(name, arch, sass)
             if "rademacher_kernel" in name:
                 assert re.search(r"\bSTG\.E\.128", sass), f"{name} for sm_{arch}"
+            if "mirror_kernel" in name:  # value, moments; the parameter and gradient of floats
+                assert len(re.findall(r"\bLDG\.E\.128", sass)) >= MIN_VECTOR_LOADS // 2, name
+                assert len(re.findall(r"\bSTG\.E\.128", sass)) >= MIN_VECTOR_LOADS // 2, name
             if "fisher_gemm_kernel" in name:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
                 assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
@@ -195,6 +198,36 @@ def test_triton_rademacher(dtype: torch.dtype, arch: int, tmp_path: Path) -> Non
     arguments = {"table": "*i64", "count": "i32", "out": TYPE_NAMES[dtype], "seed": "i64"}
     check_triton(
         module.fill_kernel, arguments, constants, tmp_path, vectors=False, architectures=(arch,)
+    )
+
+
+#: Projection, levels, update: the rules with most registers, and that of the published method.
+MIRROR_RULES = [(1, 2, 0), (1, 3, 1), (2, 3, 1), (2, 3, 2)]
+
+
+@not_interpreted
+@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize("rule", MIRROR_RULES, ids=str)
+def test_triton_mirror_step(
+    rule: tuple[int, int, int], dtype: torch.dtype, arch: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    module = importlib.import_module("taylor_kernels.backends.triton.mirror_step")
+    types = importlib.import_module("taylor_kernels.backends.triton.moments").TYPES
+    projection, levels, update = rule
+    constants = {
+        "T": types[dtype],
+        "PROJECTION": projection,
+        "LEVELS": levels,
+        "UPDATE": update,
+        "DIRECTION": 2,
+        "MOVES": True,
+        "ROUNDED": False,
+        "TILE": module.TILE,
+    }
+    arguments = {"table": "*i64", "numbers": "*fp32", "count": "i32"}
+    check_triton(
+        module.mirror_kernel, arguments, constants, tmp_path, vectors=True, architectures=(arch,)
     )
 
 

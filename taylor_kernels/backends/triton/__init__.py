@@ -11,6 +11,7 @@ from taylor_kernels.backends.triton import moments_launch
 from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
 from taylor_kernels.backends.triton.global_threshold import global_threshold
+from taylor_kernels.backends.triton.mirror_step import mirror_step
 from taylor_kernels.backends.triton.moments import PARAMETER_OPS
 from taylor_kernels.backends.triton.rademacher import rademacher
 from taylor_kernels.backends.triton.sparse_momentum import sparse_momentum
@@ -19,6 +20,7 @@ __all__ = [
     "conv2d_fisher",
     "gate_gradients",
     "global_threshold",
+    "mirror_step",
     "rademacher",
     "sparse_momentum",
 ]

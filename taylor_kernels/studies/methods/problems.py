@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 from torch import nn
@@ -62,6 +63,20 @@ class LeNet5(nn.Sequential):
         )
 
 
+def with_norms(make: Callable[[Sequence[int]], nn.Sequential], image: Sequence[int]) -> nn.Module:
+    """A network with BatchNorm before each ReLU, without weight and bias: of such layers scale and
+    sign of the weights are all that there is."""
+    modules: list[nn.Module] = []
+    for module in make(image):
+        before = modules[-1] if modules else None
+        if isinstance(module, nn.ReLU) and isinstance(before, nn.Conv2d):
+            modules.append(nn.BatchNorm2d(before.out_channels, affine=False))
+        elif isinstance(module, nn.ReLU) and isinstance(before, nn.Linear):
+            modules.append(nn.BatchNorm1d(before.out_features, affine=False))
+        modules.append(module)
+    return nn.Sequential(*modules)
+
+
 def _resnet(image: Sequence[int]) -> nn.Module:
     return DigitsResNet()
 
@@ -70,6 +85,8 @@ def _resnet(image: Sequence[int]) -> nn.Module:
 NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-300-100": LeNet300,
     "LeNet-5": LeNet5,
+    "LeNet-300-100 with norms": partial(with_norms, LeNet300),
+    "LeNet-5 with norms": partial(with_norms, LeNet5),
     "ResNet": _resnet,
 }
 #: Name -> what loads it, shuffled or drawn by a seed.

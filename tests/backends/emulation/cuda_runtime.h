@@ -32,6 +32,9 @@ struct dim3 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -185,6 +188,10 @@ inline float __shfl_xor_sync(unsigned, float value, int distance) {
 template <class T>
 T __ldg(const T* from) {
   return emulation::may_read(from, sizeof(T)) ? *from : T{};
+}
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
 }
 template <class T>
 T min(T a, T b) {

@@ -1,0 +1,180 @@
+"""Mirror-descent quantization beside its baselines, all of them options of one object.
+
+Every way has the same network, order of minibatches, epochs and optimizer (Adam under a cosine);
+they differ in `method`, and in the learning rate that served each best on a seed that is not among
+those of the study. A replica in minutes: docs/mirror-descent.md lists what differs from the paper.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.methods import MirrorDescent
+from taylor_kernels.studies.methods.mirror_plots import plot
+from taylor_kernels.studies.methods.pages import accuracy_table, means, percent
+from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
+from taylor_kernels.studies.report import Table
+from taylor_kernels.studies.results import Json
+from taylor_kernels.studies.training import Schedule, evaluate, train
+
+DIGITS = ("LeNet-300-100 with norms", "digits")
+SIGNALS = ("LeNet-5 with norms", "MNIST-1D")
+BATCH = 64
+#: Problem -> epochs of every way.
+EPOCHS = {DIGITS: {"epochs": 20}, SIGNALS: {"epochs": 15}}
+#: β grows from 1 to this, in so many steps or as there are iterations: as in the paper on CIFAR-10.
+BETA_END, BETA_STEPS = 2e4, 500
+
+
+def float_network(trial: Trial, settings: Mapping[str, Any]) -> Json:
+    """The network as it is, by the same Adam."""
+    model = trial.untrained()
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings["lr"])
+    _train(trial, model, optimizer, settings)
+    sizes = [tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()]
+    return {"accuracy": evaluate(model, trial.data.test), "bytes": sum(sizes)}
+
+
+def mirror_descent(trial: Trial, settings: Mapping[str, Any]) -> Json:
+    """One method of MirrorDescent: rounded accuracy, soft accuracy, and how the weights moved."""
+    model = trial.untrained()
+    steps = settings["epochs"] * (len(trial.data.train) // BATCH)
+    interval = max(1, steps // BETA_STEPS)
+    optimizer = MirrorDescent(
+        model.parameters(),
+        lr=settings["lr"],
+        method=settings["method"],
+        levels=settings["levels"],
+        beta_scale=settings["beta_end"] ** (interval / steps),
+        beta_interval=interval,
+    )
+    followed = Followed(model)
+    _train(trial, model, optimizer, settings, followed.epoch)
+    report = optimizer.quantize(partial(evaluate, model, trial.data.test))
+    with tempfile.TemporaryDirectory() as folder:
+        size = optimizer.export(model, Path(folder) / "model.safetensors")
+    return {
+        "accuracy": report.hard,
+        "soft": report.soft,
+        "distance": report.distance,
+        "zeros": report.zeros / report.weights,
+        "bytes": size,
+        "saturated": followed.saturated,
+        "turned": followed.turned,
+    }
+
+
+class Followed:
+    """How many weights are ±1 exactly after each epoch, and how many of those turn until the next.
+
+    A weight turns that has the other sign an epoch later.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = [param for param in model.parameters() if param.dim() > 1]
+        self._before = self._now()
+        self.saturated: list[float] = []
+        self.turned: list[float] = []
+
+    def _now(self) -> Tensor:
+        return torch.cat([weight.detach().flatten() for weight in self._weights])
+
+    def epoch(self) -> None:
+        now, before = self._now(), self._before
+        at_level = before.abs() == 1
+        turns = int(((now < 0) != (before < 0))[at_level].sum())
+        self.turned.append(turns / max(int(at_level.sum()), 1))
+        self.saturated.append(float((now.abs() == 1).float().mean()))
+        self._before = now
+
+
+def _train(
+    trial: Trial,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    on_epoch: Callable[[], None] = lambda: None,
+) -> None:
+    def told(note: str) -> None:
+        on_epoch()
+        trial.advance(note)
+
+    schedule = Schedule(settings["epochs"], BATCH, settings["lr"], 0.0)
+    train(
+        model, trial.data.train, schedule, generator=trial.generator(), optimizer=optimizer,
+        on_epoch=told,
+    )  # fmt: skip
+
+
+def _way(method: str, lr: float, signals_lr: float, levels: str = "binary") -> Way:
+    return Way(
+        mirror_descent,
+        {"method": method, "levels": levels, "lr": lr, "beta_end": BETA_END},
+        {DIGITS: EPOCHS[DIGITS], SIGNALS: EPOCHS[SIGNALS] | {"lr": signals_lr}},
+    )
+
+
+FLOAT = "float network"
+WAYS = {
+    "md-tanh-s": _way("md-tanh-s", 0.01, 0.01),
+    "md-softmax-s": _way("md-softmax-s", 0.01, 0.01),
+    "md-tanh (plain)": _way("md-tanh", 0.01, 0.01),
+    "gd-tanh": _way("gd-tanh", 0.01, 0.01),
+    "pmf": _way("pmf", 0.01, 0.01),
+    "binaryconnect": _way("binaryconnect", 0.003, 0.003),
+    "md-tanh-s, ternary": _way("md-tanh-s", 0.01, 0.01, "ternary"),
+    FLOAT: Way(float_network, {"lr": 0.003}, EPOCHS),
+}
+
+
+def table(result: Json) -> Table:
+    def soft(runs: Sequence[Json]) -> str:
+        return percent([run["soft"] for run in runs]) if "soft" in runs[0] else "–"
+
+    return accuracy_table(
+        result,
+        {
+            "soft, %": soft,
+            "file, KiB": lambda runs: f"{mean(run['bytes'] for run in runs) / 1024:.0f}",
+        },
+        "Accuracy of the rounded weights on the test split, mean and range over three seeds; soft: "
+        "before rounding. The file is the whole model's, biases and statistics of norms included.",
+    )
+
+
+def summary(result: Json) -> dict[str, str]:
+    lost = [
+        f"{100 * ours:.1f} of {100 * full:.1f} ({problem[1]})"
+        for (problem, ours), (_, full) in zip(
+            means(result, "md-tanh-s", "accuracy"), means(result, FLOAT, "accuracy"), strict=True
+        )
+    ]
+    sizes = [
+        full / ours
+        for (_, ours), (_, full) in zip(
+            means(result, "md-tanh-s", "bytes"), means(result, FLOAT, "bytes"), strict=True
+        )
+    ]
+    return {"accuracy": ", ".join(lost), "compression": f"{min(sizes):.0f}–{max(sizes):.0f}×"}
+
+
+STUDY = MethodStudy(
+    name="mirror",
+    method="Mirror descent, binary",
+    removes="31 of 32 bits of a weight",
+    source="Ajanthan et al. 2021",
+    file="taylor_kernels/methods/mirror_descent.py",
+    problems=[DIGITS, SIGNALS],
+    ways=WAYS,
+    table=table,
+    plot=plot,
+    summary=summary,
+)

@@ -1,0 +1,72 @@
+"""The study of mirror descent, in an epoch or two: what it keeps, its table, its plot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn", reason="the studies need scikit-learn")
+pytest.importorskip("mnist1d", reason="the studies need mnist1d")
+pytest.importorskip("safetensors", reason="packed files need safetensors")
+
+from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.methods import mirror
+from taylor_kernels.studies.methods.pages import summary_row
+from taylor_kernels.studies.methods.study import run
+from taylor_kernels.studies.plotting import LIGHT
+from tests.helpers.problems import quiet
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of one seed of the digits, two epochs."""
+    few = {"epochs": 2}
+    ways = {
+        name: replace(way, of_problem={mirror.DIGITS: few}) for name, way in mirror.WAYS.items()
+    }
+    study = replace(mirror.STUDY, ways=ways, problems=[mirror.DIGITS])
+    runs = run(study, Cache(tmp_path_factory.mktemp("cache")), quiet(), seeds=1)
+    about = {"method": study.method, "source": study.source, "removes": "", "file": study.file}
+    return {"runs": runs} | about
+
+
+def test_every_way_learns_and_says_what_rounding_does(result):
+    for found in result["runs"]:
+        assert found["accuracy"] > 0.3, found["way"]
+        if found["way"] != mirror.FLOAT:
+            assert 0 <= found["distance"] <= 0.5
+            assert len(found["saturated"]) == len(found["turned"]) == 2
+            assert found["soft"] > 0.3
+    zeros = {found["way"]: found.get("zeros") for found in result["runs"]}
+    assert 0 < zeros["md-tanh-s, ternary"] < 1
+    assert zeros["md-tanh-s"] == 0
+
+
+def test_a_file_of_bits_is_small_for_all_that_stays_in_float(result):
+    sizes = {found["way"]: found["bytes"] for found in result["runs"]}
+    assert sizes["md-tanh-s"] < sizes["md-tanh-s, ternary"] < sizes[mirror.FLOAT] / 10
+    assert sizes["md-tanh-s"] < sizes[mirror.FLOAT] / 14
+
+
+def test_table_summary_and_plot(result):
+    table = mirror.table(result)
+    assert [row[1] for row in table.rows] == list(mirror.WAYS)
+    row = summary_row(result | {"summary": mirror.summary(result)})
+    assert row[3].endswith("×")
+    drawing = mirror.plot(result)(LIGHT)
+    assert len(drawing.axes) == 3
+
+
+def test_what_is_followed_counts_turns_of_weights_at_a_level():
+    layer = nn.Linear(4, 1, bias=False)
+    values = ([0.5, 1.0, -1.0, 1.0], [0.2, -1.0, -1.0, 0.3], [-1.0, 1.0, 1.0, 1.0])
+    layer.weight.data = torch.tensor([values[0]])
+    followed = mirror.Followed(layer)
+    for each in values[1:]:
+        layer.weight.data = torch.tensor([each])
+        followed.epoch()
+    assert followed.saturated == [0.5, 1.0]
+    assert followed.turned == [pytest.approx(1 / 3), 1.0]
