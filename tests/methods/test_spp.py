@@ -51,8 +51,8 @@ def test_exactly_the_target_is_pruned_and_p_stays_in_range(count, share, decay, 
     generator = torch.Generator().manual_seed(seed)
     target = min(math.ceil(share * count), count - 1)
     p, expected = torch.zeros(count), [0.0] * count
-    for _ in range(400):
-        score = torch.rand(count, generator=generator) + torch.arange(count) * 0.05
+    for update in range(1000):  # ranks that change in the beginning, and settle
+        score = torch.rand(count, generator=generator) * 0.95**update + torch.arange(count) * 0.05
         gone = p == 1
         p = advanced(p, score, target, 0.3, decay)
         expected = paper_update(expected, score.tolist(), target, 0.3, decay)
