@@ -5,9 +5,23 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 """
 
 from taylor_kernels.methods.gsm import GSM
+from taylor_kernels.methods.lowered import LoweredConv, LoweredLinear, lower_columns
 from taylor_kernels.methods.mirror_descent import MirrorDescent
 from taylor_kernels.methods.mirror_settings import parameter_groups
 from taylor_kernels.methods.mirror_values import Quantized
 from taylor_kernels.methods.packed import load_packed
+from taylor_kernels.methods.spp import SPP
+from taylor_kernels.methods.unread import remove_unread
 
-__all__ = ["GSM", "MirrorDescent", "Quantized", "load_packed", "parameter_groups"]
+__all__ = [
+    "GSM",
+    "SPP",
+    "LoweredConv",
+    "LoweredLinear",
+    "MirrorDescent",
+    "Quantized",
+    "load_packed",
+    "lower_columns",
+    "parameter_groups",
+    "remove_unread",
+]

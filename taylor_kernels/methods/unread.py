@@ -1,0 +1,86 @@
+"""Channels that no weight reads any more, and their removal."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.methods.spp_groups import layer_of, read_channels, readers
+from taylor_kernels.pruning.removal import remove
+from taylor_kernels.tracing import Channels, trace
+from taylor_kernels.tracing.running import call, copied, quiet, tensors_in
+
+
+def unread_units(model: nn.Module, channels: Channels) -> list[Tensor]:
+    """For each traced group [U] bool: True for units that every reading layer has zeros for.
+
+    One unit of each group stays, since a layer without channels does not run.
+    """
+    found = []
+    for group in channels.groups:
+        slots = readers(group, model)
+        unread = torch.full((group.size,), bool(slots))
+        for slot in slots:
+            read = read_channels(layer_of(model, slot.owner)).cpu()
+            unread &= ~read[slot.index].any(1)
+        if unread.all():
+            unread[0] = False
+        found.append(unread)
+    return found
+
+
+def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = None) -> int:
+    """Remove the channels that no weight reads, in place; the outputs stay what they were.
+
+    Each group is tried on a copy first. Channels stay that something reads which is no layer, a
+    product of activations for one, as the outputs then differ.
+
+    Args:
+        model: traced anew; layers whose filters write such channels lose them.
+        example_inputs: what the model is called with, as `tk.trace` takes it.
+        optimizer: one, or several, whose state is cut to match.
+
+    Returns:
+        How many units went.
+
+    Raises:
+        ValueError: an optimizer that cannot be cut. Nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> import taylor_kernels as tk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> _ = model[1].weight.data[:, :3].zero_()
+        >>> tk.methods.remove_unread(model, torch.randn(1, 4)), model[0].out_features
+        (3, 5)
+    """
+    channels = trace(model, example_inputs)
+    dead = unread_units(model, channels)
+    expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
+    for number, units in enumerate(dead):
+        if units.any():
+            alone = [each if i == number else each & False for i, each in enumerate(dead)]
+            trial = copy.deepcopy(model).eval()
+            remove(trial, channels, alone)
+            if not _same(expected, _outputs(trial, example_inputs)):
+                dead[number] = units & False
+    remove(model, channels, dead, optimizer)
+    return int(sum(each.sum() for each in dead))
+
+
+def _same(expected: list[Tensor], found: list[Tensor]) -> bool:
+    return len(expected) == len(found) and all(
+        old.shape == new.shape
+        and torch.allclose(old, new, rtol=1e-4, atol=1e-5 * max(1e-30, float(old.abs().max())))
+        for old, new in zip(expected, found, strict=True)
+        if old.numel()
+    )
+
+
+def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    with quiet():
+        found = call(model, copied(example_inputs))
+        return [t.clone() for t in tensors_in(found) if t.is_floating_point()]
