@@ -73,6 +73,7 @@ class ParameterFisher(OnModel):
         matrix: "empirical" or "gauss_newton".
         samples: with "gauss_newton", how many random probes to take in place of the columns of V:
             an unbiased estimate at that many backward passes. None: exact.
+        seed: of these probes, up to 2**31; other ones are drawn at each update.
         backend: one of `tk.available_backends()`; None picks by device.
 
     Raises:
@@ -101,6 +102,7 @@ class ParameterFisher(OnModel):
         reduction: Reduction = "mean",
         matrix: Matrix = "empirical",
         samples: int | None = None,
+        seed: int = 0,
         backend: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -118,6 +120,7 @@ class ParameterFisher(OnModel):
                 "matrix='gauss_newton' alone"
             )
         self.reduction, self.matrix, self.samples = reduction, matrix, samples
+        self._seed = seed << 32
         self._parameters = _find(model, parameters)
         self._watch = Watch(model, self._parameters, backend, self._receive)
         self._pending: dict[str, Tensor] = {}
@@ -193,6 +196,13 @@ class ParameterFisher(OnModel):
             else torch.zeros_like(parameter, dtype=accumulator(parameter.dtype)).detach()
             for name, parameter in self._parameters.items()
         }
+
+    def sum(self) -> dict[str, Tensor]:
+        """Σ_n g_n² of the parameters that a gradient has reached, as it is kept: not to be changed.
+
+        Names and dtypes are those of compute(), which is this over `examples`.
+        """
+        return dict(self._sums)
 
     def reset(self) -> None:
         """Forget all updates, and what was seen since the last."""
@@ -270,7 +280,7 @@ class ParameterFisher(OnModel):
         with inputs.noted():
             loss = inputs.function(run_closure(closure), ())
         if self.samples:
-            factor = sampled_columns(loss, self.samples, self._updates, leading=False)
+            factor = sampled_columns(loss, self.samples, self._seed + self._updates, leading=False)
         else:
             factor = exact_columns(loss)
         if not factor.apart:
