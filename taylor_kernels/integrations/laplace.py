@@ -117,7 +117,7 @@ def _diagonal(
 
 def _rows(interface: CurvatureInterface, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Output and target as the loss takes them: classes come last, one row for each label."""
-    if interface.likelihood == "regression" or f.dim() == 2 and y.dim() == 1:
+    if interface.likelihood == "regression" or (f.dim() == 2 and y.dim() == 1):
         return f, y
     if y.is_floating_point() and y.shape == f.shape:
         return f.reshape(-1, f.size(-1)), y.reshape(-1, f.size(-1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,9 +17,9 @@ from taylor_kernels.parameter_fisher.calls import Call
 from taylor_kernels.parameter_fisher.watch import Watch
 from taylor_kernels.statistics import check_loss_scale
 from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
-from taylor_kernels.statistics.hooks.loss_inputs import LossInputs
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN
-from taylor_kernels.statistics.output_curvature import exact_columns, sampled_columns
+from taylor_kernels.statistics.output_curvature import Column, exact_columns, sampled_columns
 
 Reduction = Literal["mean", "sum"]
 Matrix = Literal["empirical", "gauss_newton"]
@@ -282,20 +283,45 @@ class ParameterFisher(OnModel):
         if self.samples:
             factor = sampled_columns(loss, self.samples, self._seed + self._updates, leading=False)
         else:
-            factor = exact_columns(loss)
+            factor = exact_columns(loss, many=True)
         if not factor.apart:
             raise ValueError(
                 "closure: its loss lets examples meet (dim 0 of the model's output), as a "
                 "contrastive loss does, so that they have no curvature each"
             )
+        at_once = watch.passes_at_once()
         try:
-            for vectors, self._sign in factor.columns:
-                slopes = zip(vectors, loss.slopes, strict=True)
-                given = [vector.view_as(slope).to(slope) for vector, slope in slopes]
-                self._backward(loss.roots, given, keep=True)
-                watch.reduce()
+            for self._sign, columns in groupby(factor.columns, lambda column: column.sign):
+                while some := list(islice(columns, at_once)):
+                    if len(some) > 1 and not self._flow_together(loss, some):
+                        at_once = 1
+                    if len(some) == 1 or at_once == 1:
+                        for column in some:
+                            self._backward(loss.roots, _given(loss, column), keep=True)
+                            watch.reduce()
         finally:
             self._sign = 1
+
+    def _flow_together(self, loss: LossFunction, columns: Sequence[Column]) -> bool:
+        """Several columns in one backward pass; False where that cannot be."""
+        given = [torch.stack(z) for z in zip(*(_given(loss, c) for c in columns), strict=True)]
+        watch = self._watch
+        try:
+            found = torch.autograd.grad(
+                loss.roots,
+                watch.edges,
+                given,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        except RuntimeError:  # an operation that vmap does not know, or no memory
+            return False
+        for arrive, dy in zip(watch.arrivals, found, strict=True):
+            if dy is not None:
+                arrive(dy)
+        watch.reduce()
+        return True
 
     def _backward(
         self, roots: Sequence[Any], vectors: Sequence[Tensor] | None, *, keep: bool
@@ -316,6 +342,14 @@ class ParameterFisher(OnModel):
     def _require_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"{method}(): this meter is closed; make a new one")
+
+
+def _given(loss: LossFunction, column: Column) -> list[Tensor]:
+    """A column as what flows back from the tensors that the loss reads."""
+    return [
+        vector.view_as(slope).to(slope)
+        for vector, slope in zip(column.vectors, loss.slopes, strict=True)
+    ]
 
 
 def _find(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:

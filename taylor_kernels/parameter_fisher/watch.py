@@ -53,8 +53,11 @@ class Watch:
         self.own_closure = False
         self._reducing = False
         self.flowing = False  # a backward pass of the meter's own runs
-        #: Where gradients are to flow to in a backward pass of the meter's own.
+        #: Where gradients are to flow to in a backward pass of the meter's own, and what takes
+        #: those of several passes at once, [passes, ...].
         self.edges: list[torch.autograd.graph.GradientEdge] = []
+        self.arrivals: list[Callable[[Tensor], None]] = []
+        self._held = 0  # bytes of what comes and goes there
         self._backend = backend
         self._receive = receive
         self._names = {parameter: name for name, parameter in parameters.items()}
@@ -70,7 +73,13 @@ class Watch:
 
     def discard(self) -> None:
         """Forget calls, and gradients that have come."""
-        self.calls, self._here, self.edges = [], None, []
+        self.calls, self._here, self.edges, self.arrivals = [], None, [], []
+        self._held = 0
+
+    def passes_at_once(self) -> int:
+        """How many backward passes take no more room together than the parameters do."""
+        room = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        return max(1, room // max(1, self._held))
 
     def reduce(self) -> None:
         """Reduce whatever gradient has come and was not reduced yet."""
@@ -188,7 +197,7 @@ class Watch:
             use.add(dy, kept=graph_is_kept())
             call.arrived(use, self._backend, partial(self._receive, call))
 
-        self._await(output, on_gradient)
+        self._await(output, on_gradient, use.add_passes, x)
 
     def _on_unit(
         self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -238,12 +247,20 @@ class Watch:
                     if self.flowing or not call.own:
                         rerun.add(place, dy)
 
-                self._await(tensor, on_gradient)
+                self._await(tensor, on_gradient, partial(rerun.add_passes, place))
         rerun.arm()
 
-    def _await(self, output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
+    def _await(
+        self,
+        output: Tensor,
+        on_gradient: Callable[[Tensor], None],
+        on_passes: Callable[[Tensor], None],
+        *inputs: Tensor,
+    ) -> None:
         output.register_hook(on_gradient)
         if self.own_closure:
+            self.arrivals.append(on_passes)
+            self._held += sum(x.numel() * x.element_size() for x in (output, *inputs))
             # Not the tensor: an operation in place would move it to another place in the graph.
             self.edges.append(torch.autograd.graph.get_gradient_edge(output))
 
