@@ -100,6 +100,8 @@ class Call:
         self.separate = separate
         self.own = own
         self.uses: dict[str, list[Use]] = {}
+        #: How often the modules of some parameters were given something else than its examples.
+        self.uses_elsewhere: dict[str, int] = {}
         self.reruns: list[RerunUse] = []
         #: Parameters with a use that is not of a known kind, and so wait for `reduce_all`.
         self.awaiting: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,10 @@ class Watch:
         self._here: Call | None = None  # the call that is running
         self._root_inputs: Any = None
         self._by_root: set[str] = set()  # found to need a run of the whole model
+        #: Parameters whose module was given something else than examples, by the module that is to
+        #: be run again for them if it was given examples; and all that ever were.
+        self._left: dict[str, set[str]] = {}
+        self._by_parent: set[str] = set()
         self._looked = False  # at the graph of a whole call, for uses by other code
         self._told: set[str] = set()
         self._kinds, self._units = self._ways()
@@ -137,6 +141,8 @@ class Watch:
         for path in self._units:
             if path:
                 self._on_output(modules[path], self._on_unit, path)
+        for path in {above for own in self._kinds for above in _parents(own)} - {*self._units}:
+            self._on_output(modules[path], self._on_parent, path)
         handle = self.model.register_forward_hook(
             Hook(self._on_model_output), with_kwargs=True, always_call=True
         )
@@ -155,6 +161,7 @@ class Watch:
 
     def _on_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._here = self._root_inputs = None
+        self._left = {}
         if not self._watches() or inside_backward():
             return
         frozen = [name for name, p in self.parameters.items() if not p.requires_grad]
@@ -186,7 +193,9 @@ class Watch:
             return
         x = args[0] if args else kwargs["input"]
         if x.size(0) != call.examples or x.dim() == 0:
-            self._needs_root(self._kinds[path])
+            for name in self._kinds[path]:
+                call.uses_elsewhere[name] = call.uses_elsewhere.get(name, 0) + 1
+            self._leave(call, path, self._kinds[path])
             return
         use = Use(path, self._kinds[path], x)
         call.add(use)
@@ -212,6 +221,31 @@ class Watch:
         self._tell(self._units[path], path)
         self._add_rerun(call, path, module, (args, kwargs), output, self._units[path])
 
+    def _on_parent(
+        self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call, names = self._here, self._left.pop(path, None)
+        if call is None or not names or not self._watches():
+            return
+        dim = 1 if getattr(module, "batch_first", True) is False else 0
+        if first_size((args, kwargs), dim) != call.examples:
+            self._leave(call, path, names)
+            return
+        self._by_parent.update(names)
+        self._tell(names, path)
+        inside = {id(p): local for local, p in module.named_parameters()}
+        parameters = {name: inside[id(self.parameters[name])] for name in names}
+        self._add_rerun(call, path, module, (args, kwargs), output, parameters)
+
+    def _leave(self, call: Call, path: str, names: Iterable[str]) -> None:
+        """To the module that holds this one, which tells examples apart if it was given them."""
+        above = path.rpartition(".")[0]
+        for name in names:
+            if above and name not in call.uses:  # a run of that would count these uses once more
+                self._left.setdefault(above, set()).add(name)
+            else:
+                self._needs_root([name])
+
     def _on_model_output(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -219,6 +253,8 @@ class Watch:
         self._here = self._root_inputs = None
         if call is None or not self._watches() or inside_backward():
             return
+        for names in self._left.values():
+            self._needs_root(names)  # of modules whose parents are not called
         if not self._looked:
             self._looked = True
             self._needs_root(self._used_elsewhere(call, output))
@@ -268,7 +304,8 @@ class Watch:
         """A module that runs inside backward() was seen before, in the pass itself."""
         names = self._kinds[path]
         seen = any(call.uses.keys() & names.keys() for call in self.calls)
-        if output.requires_grad and self._watches() and not seen and not self._by_root & {*names}:
+        seen = seen or bool((self._by_root | self._by_parent) & names.keys())
+        if output.requires_grad and self._watches() and not seen:
             raise RuntimeError(
                 f"{path}: runs inside of a checkpoint with use_reentrant=True, where its pass "
                 "cannot be seen; use checkpoint(..., use_reentrant=False)"
@@ -312,5 +349,12 @@ class Watch:
         return [
             name
             for name, count in seen.items()
-            if name not in in_units and count > len(call.uses.get(name, []))
+            if name not in in_units
+            and count > len(call.uses.get(name, [])) + call.uses_elsewhere.get(name, 0)
         ]
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Of a module's path, those of all that hold it, the whole model excepted."""
+    while path := path.rpartition(".")[0]:
+        yield path
