@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import Provider
+from bench.harness import MIB, Provider
 from bench.models import ConvNet, resnet18
 
 pytest.importorskip("backpack", reason="BackPACK is not installed")
-from backpack import backpack, extend, extensions  # noqa: E402
+from backpack import backpack, extend, extensions
 
-from taylor_kernels.integrations import backpack as door  # noqa: E402
+from taylor_kernels.integrations import backpack as door
 
 BATCH = 32
 THEIRS, OURS = "BackPACK", "ours"
@@ -118,10 +118,14 @@ def _norm(tensors: Any) -> float:
     return float(torch.stack(parts).norm())
 
 
+def _mib(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
+
+
 @pytest.mark.parametrize("provider", [THEIRS, OURS])
 @pytest.mark.parametrize("network", list(MODELS))
 @pytest.mark.parametrize("field", list(FIELDS))
 def bench_backpack(field, network, provider, device, measured, record, rounds) -> None:
     case = ("backpack", f"{field}-{network}")
     results = measured.get(case, lambda: providers(field, network, device), rounds(ROUNDS))
-    record(case, results, provider)
+    record(case, results, provider, parameters_mib=_mib(MODELS[network]()))

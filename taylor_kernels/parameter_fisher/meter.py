@@ -254,11 +254,14 @@ class ParameterFisher(OnModel):
 
     def _receive(self, call: Call, name: str, squares: Tensor) -> None:
         """Σ_n g_n² of a call, g_n as the loss's reduction left it."""
+        factor = self._sign
         if self.reduction == "mean":  # dy carries 1/N of a mean, a root of its curvature 1/√N
-            squares = squares * call.examples ** (2 if self.matrix == "empirical" else 1)
-        squares = squares * self._sign
+            factor *= call.examples ** (2 if self.matrix == "empirical" else 1)
         known = self._pending.get(name)
-        self._pending[name] = squares if known is None else known + squares
+        if known is not None:
+            known.add_(squares, alpha=factor)
+        else:
+            self._pending[name] = squares if factor == 1 else squares.mul_(factor)
 
     def _run(self, closure: Callable[[], Tensor]) -> None:
         """The closure's pass, and back through it once, or once for each column."""
