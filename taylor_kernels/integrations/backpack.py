@@ -48,10 +48,10 @@ class _OfKinds(extensions.backprop_extension.BackpropExtension):
                 f"{type(module).__name__}: was called more than once, and BackPACK keeps the input "
                 "of one call; use tk.ParameterFisher, which adds the gradients of all up"
             )
-        use = module.input0, g_out[0]
+        x: Any = module.input0
         for name, kind in kinds.items():
             parameter = getattr(module, name)
-            value = self._value(kind, use)
+            value = self._value(kind, (x, g_out[0]))
             setattr(
                 parameter,
                 self.savefield,
