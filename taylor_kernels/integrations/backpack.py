@@ -50,13 +50,7 @@ class _OfKinds(extensions.backprop_extension.BackpropExtension):
             )
         x: Any = module.input0
         for name, kind in kinds.items():
-            parameter = getattr(module, name)
-            value = self._value(kind, (x, g_out[0]))
-            setattr(
-                parameter,
-                self.savefield,
-                value.to(torch.promote_types(value.dtype, parameter.dtype)),
-            )
+            setattr(getattr(module, name), self.savefield, self._value(kind, (x, g_out[0])))
 
     def _value(self, kind: Kind, use: Use) -> Tensor:
         raise NotImplementedError
