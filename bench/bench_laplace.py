@@ -1,6 +1,6 @@
 """The diagonal of a batch by laplace-torch's backends: its own, and the drop-in classes.
 
-    ef-resnet18, ef-vit     the empirical Fisher diagonal of 16 images of 32²
+    ef-resnet18, ef-vit     the empirical Fisher diagonal of 8 images of 32²
     ggn-resnet18, ggn-vit   the Gauss-Newton diagonal of 4 images, 10 classes: its own way forms
                             Jacobians of images, classes and parameters, 1.8 GB of ResNet-18's
 
@@ -30,15 +30,15 @@ from laplace import curvature as theirs
 
 from taylor_kernels.integrations.laplace import TKEF, TKGGN
 
-BATCH, CLASSES = {"ef": 16, "ggn": 4}, 10
+BATCH, CLASSES = {"ef": 8, "ggn": 4}, 10
 PLAIN, OURS = "plain", "ours"
 OWN = {
     "ef": {"CurvlinopsEF": theirs.CurvlinopsEF, "BackPackEF": theirs.BackPackEF},
     "ggn": {"CurvlinopsGGN": theirs.CurvlinopsGGN, "BackPackGGN": theirs.BackPackGGN},
 }
 DROP_IN = {"ef": TKEF, "ggn": TKGGN}
-#: Of those that take seconds; the others take part in more.
-ROUNDS, SLOW_ROUNDS = 7, 2
+#: Peers take seconds, and part in fewer.
+ROUNDS, PEER_ROUNDS = 5, {"ef": 2, "ggn": 1}
 #: Distance from float64 over the norm, at most.
 TOLERANCE = 1e-4
 
@@ -85,7 +85,8 @@ def providers(kind: str, network: str, device: torch.device) -> list[Provider]:
     for label, make in {**OWN[kind], OURS: DROP_IN[kind]}.items():
         every.append(
             or_reason(
-                label, lambda label=label, make=make: _backend(label, make, model, x, y, check)
+                label,
+                lambda label=label, make=make: _backend(label, make, model, x, y, check, kind),
             )
         )
     return every
@@ -106,6 +107,7 @@ def _backend(
     x: Tensor,
     y: Tensor,
     check: Callable[[Any], float],
+    kind: str,
 ) -> Provider:
     own = copy.deepcopy(model)
     if label.startswith("BackPack"):
@@ -127,7 +129,7 @@ def _backend(
                 parameter.__dict__.pop(name, None)
 
     role = "ours" if label == OURS else "peer"
-    rounds = SLOW_ROUNDS if label == "CurvlinopsGGN" else None
+    rounds = None if label == OURS else PEER_ROUNDS[kind]
     return Provider(label, run, check, role, "laplace-torch", before=before, rounds=rounds)
 
 
