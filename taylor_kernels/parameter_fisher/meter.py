@@ -332,9 +332,10 @@ class ParameterFisher(OnModel):
         watch = self._watch
         if not watch.edges:
             raise RuntimeError("closure: it did not call the model that was handed over")
+        to = watch.last_edges()
         watch.flowing = True
         try:
-            torch.autograd.grad(roots, watch.edges, vectors, retain_graph=keep, allow_unused=True)
+            torch.autograd.grad(roots, to, vectors, retain_graph=keep, allow_unused=True)
         finally:
             watch.flowing = False
 

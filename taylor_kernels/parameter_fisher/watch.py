@@ -80,6 +80,25 @@ class Watch:
         self.calls, self._here, self.edges, self.arrivals = [], None, [], []
         self._held = 0
 
+    def last_edges(self) -> list[torch.autograd.graph.GradientEdge]:
+        """Those of `edges` behind which there is none: what flows there passes all the others.
+
+        Gradients at edges that a pass is asked for are held until its end; hooks see the others.
+        """
+        nodes = {edge.node for edge in self.edges}
+        leads: dict[Any, bool] = {}  # whether one of them is behind a node
+        stack = [edge.node for edge in self.edges]
+        while stack:
+            node = stack[-1]
+            behind = [following for following, _ in node.next_functions if following is not None]
+            new = [following for following in behind if following not in leads]
+            if new and node not in leads:
+                stack += new
+                continue
+            leads[node] = any(following in nodes or leads[following] for following in behind)
+            stack.pop()
+        return [edge for edge in self.edges if not leads[edge.node]]
+
     def passes_at_once(self) -> int:
         """How many backward passes take no more room together than the parameters do."""
         room = sum(p.numel() * p.element_size() for p in self.parameters.values())
