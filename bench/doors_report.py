@@ -9,10 +9,34 @@ from bench.markdown import TIMING, number, table, timing
 FASTER = {"taylor": 3.0, "hessian": 10.0, "obdc": 5.0}
 #: The extra memory of its Taylor sweep that ours may take, in percent.
 MEMORY = 5.0
+#: The memory of a diagonal beyond a training step's, over the parameters'.
+BEYOND_A_STEP = 2.0
+DOORS = ("torch_pruning", "laplace", "backpack")
 
 
 def targets(results: Results) -> list[PerformanceTarget]:
-    """Time of each importance of Torch-Pruning over ours, and the memory of the sweep."""
+    """Time of the others over ours, and memory."""
+    found = _of_torch_pruning(results)
+    for case in (*results.of("laplace"), *results.of("backpack")):
+        where, ours, theirs = " ".join(case.name), case.ours, case.fastest(role="peer")
+        if ours is not None and theirs is not None:
+            faster = theirs.median / ours.median
+            found.append(PerformanceTarget(f"{where}: faster than its own", 1.0, faster, True))
+        if (beyond := beyond_a_step(case, "ours")) is not None:
+            what = f"{where}: memory beyond a step, over the parameters"
+            found.append(PerformanceTarget(what, BEYOND_A_STEP, beyond))
+    return found
+
+
+def beyond_a_step(case: Case, label: str) -> float | None:
+    """A provider's peak less that of a training step, over the parameters' bytes."""
+    peaks = [e and e.info["peak_mib"] for e in (case.get(label), case.get("plain"))]
+    if peaks[0] is None or peaks[1] is None:
+        return None
+    return (peaks[0] - peaks[1]) / case.entries[0].info["parameters_mib"]
+
+
+def _of_torch_pruning(results: Results) -> list[PerformanceTarget]:
     found = []
     for case in results.of("torch_pruning"):
         ours, theirs = case.ours, case.fastest(role="peer")
@@ -40,7 +64,7 @@ def memory_share(case: Case) -> float | None:
 def parts(results: Results) -> list[str]:
     """Sections of report.md."""
     found = []
-    for case in results.of("torch_pruning"):
+    for case in (case for door in DOORS for case in results.of(door)):
         rows = [
             [
                 *timing(e),

@@ -17,13 +17,17 @@ Receive = Callable[[str, Tensor], None]
 
 
 class Use:
-    """One use of a module of a known kind: its input, waiting for the gradient of its output."""
+    """One use of a module of a known kind: its input, waiting for the gradient of its output.
+
+    Where several backward passes are made at once, examples of each follow those of the one before.
+    """
 
     def __init__(self, module: str, kinds: Mapping[str, Kind], input: Tensor) -> None:
         self.kinds = kinds  # by the parameter's name in the model
         self.dy: Tensor | None = None
         self.freed = False  # no further gradient can come
         self._module = module
+        self._passes = 1  # of which `dy` holds the gradients
         self._input: Tensor | None = input.detach()
         self._version = version_of(input)
         self._open = set(kinds)
@@ -35,8 +39,13 @@ class Use:
         self.dy = dy.detach() if self.dy is None else self.dy + dy.detach()
         self.freed = not kept
 
+    def add_passes(self, dy: Tensor) -> None:
+        """[passes, N, ...] have come at once, of a graph that is kept."""
+        self.add(dy.flatten(0, 1), kept=True)
+        self._passes = dy.size(0)
+
     def take(self) -> tuple[Tensor, Tensor]:
-        """The input, and the gradient so far.
+        """The input, once for each pass, and the gradient so far.
 
         Raises:
             RuntimeError: the input was changed in place since.
@@ -49,7 +58,9 @@ class Use:
                 "backward pass, and its values are gone; do that out of place (without "
                 "inplace=True)"
             )
-        return self._input, self.dy
+        if self._passes == 1:
+            return self._input, self.dy
+        return self._input.expand(self._passes, *self._input.shape).flatten(0, 1), self.dy
 
     def done(self, name: str) -> None:
         """A parameter has had what it needs of it; when all have, it is let go."""
@@ -59,7 +70,7 @@ class Use:
 
     def clear(self) -> None:
         """Forget the gradient, and the input if no other can come."""
-        self.dy = None
+        self.dy, self._passes = None, 1
         self._open = set(self.kinds)
         if self.freed:
             self._input = None
@@ -89,6 +100,8 @@ class Call:
         self.separate = separate
         self.own = own
         self.uses: dict[str, list[Use]] = {}
+        #: How often the modules of some parameters were given something else than its examples.
+        self.uses_elsewhere: dict[str, int] = {}
         self.reruns: list[RerunUse] = []
         #: Parameters with a use that is not of a known kind, and so wait for `reduce_all`.
         self.awaiting: set[str] = set()
@@ -162,10 +175,11 @@ class Call:
                 for use in self.uses.get(name, []):
                     if use.dy is not None:
                         x, dy = use.take()
-                        one = use.kinds[name].gradients((x[n : n + 1], dy[n : n + 1]))[0]
-                        gradients[name] = gradients.get(name, 0) + one
+                        every = slice(n, None, self.examples)  # of this example, all passes
+                        own = use.kinds[name].gradients((x[every], dy[every]))
+                        gradients[name] = gradients.get(name, 0) + own
             for name, gradient in gradients.items():
-                totals[name] = totals.get(name, 0) + gradient.square()
+                totals[name] = totals.get(name, 0) + gradient.square().sum(0)
         for name, total in totals.items():
             receive(name, total)
 

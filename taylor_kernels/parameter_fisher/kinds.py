@@ -25,7 +25,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.statistics.layer_fisher import weight_fisher, weight_gradients
+from taylor_kernels.statistics.layer_fisher import (
+    weight_fisher,
+    weight_gradients,
+    weight_norms,
+)
 from taylor_kernels.statistics.layers import is_layer
 
 #: The input of one use of a module, and the gradient of its output; dim 0 is the example.
@@ -49,6 +53,10 @@ class Kind(ABC):
         """Σ_n (Σ over uses of this module of g_n)², or None where `summed_squares` is as good."""
         return None
 
+    def norms(self, use: Use) -> Tensor | None:
+        """[N], Σ over elements of g_n², or None where `squared_norms` is as good."""
+        return None
+
 
 def summed_squares(uses: list[tuple[Kind, Use]], backend: str | None) -> Tensor:
     """Σ_n (Σ over uses of g_n)² of a parameter, some examples at a time."""
@@ -68,6 +76,17 @@ def summed_squares(uses: list[tuple[Kind, Use]], backend: str | None) -> Tensor:
     return total
 
 
+def squared_norms(kind: Kind, use: Use) -> Tensor:
+    """[N]: Σ over a parameter's elements of g_n², some examples at a time."""
+    found = kind.norms(use)
+    if found is not None:
+        return found
+    x, dy = use
+    step = max(1, _CHUNK // max(1, kind.shape.numel()))
+    chunks = zip(x.split(step), dy.split(step), strict=True)
+    return torch.cat([kind.gradients(some).square().flatten(1).sum(1) for some in chunks])
+
+
 class LayerWeight(Kind):
     """Of a linear layer or a convolution of any kind."""
 
@@ -76,6 +95,9 @@ class LayerWeight(Kind):
 
     def squares(self, uses: list[Use], backend: str | None) -> Tensor:
         return weight_fisher(self.module, uses, backend)  # type: ignore[arg-type]
+
+    def norms(self, use: Use) -> Tensor | None:
+        return weight_norms(self.module, use)  # type: ignore[arg-type]
 
 
 class Bias(Kind):
@@ -126,6 +148,11 @@ class EmbeddingWeight(Kind):
         rows, keys = self._rows(uses[0])
         fisher = rows.new_zeros(self.shape)
         return fisher.index_add_(0, keys % self.shape[0], rows.square())
+
+    def norms(self, use: Use) -> Tensor:
+        rows, keys = self._rows(use)
+        norms = rows.new_zeros(len(use[0]))
+        return norms.index_add_(0, keys // self.shape[0], rows.square().sum(1))
 
     def _rows(self, use: Use) -> Use:
         """The rows of all examples that are not 0, and for each example·vocabulary + token."""

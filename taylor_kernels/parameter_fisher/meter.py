@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,9 +17,9 @@ from taylor_kernels.parameter_fisher.calls import Call
 from taylor_kernels.parameter_fisher.watch import Watch
 from taylor_kernels.statistics import check_loss_scale
 from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
-from taylor_kernels.statistics.hooks.loss_inputs import LossInputs
+from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN
-from taylor_kernels.statistics.output_curvature import exact_columns, sampled_columns
+from taylor_kernels.statistics.output_curvature import Column, exact_columns, sampled_columns
 
 Reduction = Literal["mean", "sum"]
 Matrix = Literal["empirical", "gauss_newton"]
@@ -73,6 +74,7 @@ class ParameterFisher(OnModel):
         matrix: "empirical" or "gauss_newton".
         samples: with "gauss_newton", how many random probes to take in place of the columns of V:
             an unbiased estimate at that many backward passes. None: exact.
+        seed: of these probes, up to 2**31; other ones are drawn at each update.
         backend: one of `tk.available_backends()`; None picks by device.
 
     Raises:
@@ -101,6 +103,7 @@ class ParameterFisher(OnModel):
         reduction: Reduction = "mean",
         matrix: Matrix = "empirical",
         samples: int | None = None,
+        seed: int = 0,
         backend: str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -118,6 +121,7 @@ class ParameterFisher(OnModel):
                 "matrix='gauss_newton' alone"
             )
         self.reduction, self.matrix, self.samples = reduction, matrix, samples
+        self._seed = seed << 32
         self._parameters = _find(model, parameters)
         self._watch = Watch(model, self._parameters, backend, self._receive)
         self._pending: dict[str, Tensor] = {}
@@ -194,6 +198,13 @@ class ParameterFisher(OnModel):
             for name, parameter in self._parameters.items()
         }
 
+    def sum(self) -> dict[str, Tensor]:
+        """Σ_n g_n² of the parameters that a gradient has reached, as it is kept: not to be changed.
+
+        Names and dtypes are those of compute(), which is this over `examples`.
+        """
+        return dict(self._sums)
+
     def reset(self) -> None:
         """Forget all updates, and what was seen since the last."""
         self._discard()
@@ -243,11 +254,14 @@ class ParameterFisher(OnModel):
 
     def _receive(self, call: Call, name: str, squares: Tensor) -> None:
         """Σ_n g_n² of a call, g_n as the loss's reduction left it."""
+        factor = self._sign
         if self.reduction == "mean":  # dy carries 1/N of a mean, a root of its curvature 1/√N
-            squares = squares * call.examples ** (2 if self.matrix == "empirical" else 1)
-        squares = squares * self._sign
+            factor *= call.examples ** (2 if self.matrix == "empirical" else 1)
         known = self._pending.get(name)
-        self._pending[name] = squares if known is None else known + squares
+        if known is not None:
+            known.add_(squares, alpha=factor)
+        else:
+            self._pending[name] = squares if factor == 1 else squares.mul_(factor)
 
     def _run(self, closure: Callable[[], Tensor]) -> None:
         """The closure's pass, and back through it once, or once for each column."""
@@ -270,22 +284,47 @@ class ParameterFisher(OnModel):
         with inputs.noted():
             loss = inputs.function(run_closure(closure), ())
         if self.samples:
-            factor = sampled_columns(loss, self.samples, self._updates, leading=False)
+            factor = sampled_columns(loss, self.samples, self._seed + self._updates, leading=False)
         else:
-            factor = exact_columns(loss)
+            factor = exact_columns(loss, many=True)
         if not factor.apart:
             raise ValueError(
                 "closure: its loss lets examples meet (dim 0 of the model's output), as a "
                 "contrastive loss does, so that they have no curvature each"
             )
+        at_once = watch.passes_at_once()
         try:
-            for vectors, self._sign in factor.columns:
-                slopes = zip(vectors, loss.slopes, strict=True)
-                given = [vector.view_as(slope).to(slope) for vector, slope in slopes]
-                self._backward(loss.roots, given, keep=True)
-                watch.reduce()
+            for self._sign, columns in groupby(factor.columns, lambda column: column.sign):
+                while some := list(islice(columns, at_once)):
+                    if len(some) > 1 and not self._flow_together(loss, some):
+                        at_once = 1
+                    if len(some) == 1 or at_once == 1:
+                        for column in some:
+                            self._backward(loss.roots, _given(loss, column), keep=True)
+                            watch.reduce()
         finally:
             self._sign = 1
+
+    def _flow_together(self, loss: LossFunction, columns: Sequence[Column]) -> bool:
+        """Several columns in one backward pass; False where that cannot be."""
+        given = [torch.stack(z) for z in zip(*(_given(loss, c) for c in columns), strict=True)]
+        watch = self._watch
+        try:
+            found = torch.autograd.grad(
+                loss.roots,
+                watch.edges,
+                given,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        except RuntimeError:  # an operation that vmap does not know, or no memory
+            return False
+        for arrive, dy in zip(watch.arrivals, found, strict=True):
+            if dy is not None:
+                arrive(dy)
+        watch.reduce()
+        return True
 
     def _backward(
         self, roots: Sequence[Any], vectors: Sequence[Tensor] | None, *, keep: bool
@@ -293,9 +332,10 @@ class ParameterFisher(OnModel):
         watch = self._watch
         if not watch.edges:
             raise RuntimeError("closure: it did not call the model that was handed over")
+        to = watch.last_edges()
         watch.flowing = True
         try:
-            torch.autograd.grad(roots, watch.edges, vectors, retain_graph=keep, allow_unused=True)
+            torch.autograd.grad(roots, to, vectors, retain_graph=keep, allow_unused=True)
         finally:
             watch.flowing = False
 
@@ -306,6 +346,14 @@ class ParameterFisher(OnModel):
     def _require_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"{method}(): this meter is closed; make a new one")
+
+
+def _given(loss: LossFunction, column: Column) -> list[Tensor]:
+    """A column as what flows back from the tensors that the loss reads."""
+    return [
+        vector.view_as(slope).to(slope)
+        for vector, slope in zip(column.vectors, loss.slopes, strict=True)
+    ]
 
 
 def _find(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:

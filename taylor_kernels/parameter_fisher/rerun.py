@@ -6,12 +6,13 @@ ordinary backward pass through the module alone gives what it owes to each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 #: How far an example's outputs may be from those that it had among the others.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -36,7 +37,7 @@ class Rerun:
         self.examples = examples
         self._module = module
         self._dim = 1 if getattr(module, "batch_first", True) is False else 0
-        self._inputs = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
+        self._inputs = _mapped(lambda x: x.detach() if isinstance(x, Tensor) else x, inputs)
         self._autocast = _autocast_of(inputs)
         self.outputs = differentiable(output)
         self._values = [tensor.detach() for tensor in self.outputs]
@@ -44,6 +45,10 @@ class Rerun:
 
     def add(self, place: int, dy: Tensor) -> None:
         """A gradient has come at one of `outputs`; those of several backward passes add up."""
+        self.add_passes(place, dy[None])
+
+    def add_passes(self, place: int, dy: Tensor) -> None:
+        """The same of several passes that were made at once, [passes, ...]."""
         known = self._gradients[place]
         self._gradients[place] = dy.detach() if known is None else known + dy.detach()
 
@@ -61,7 +66,7 @@ class Rerun:
         self._gradients = [None] * len(self._gradients)
 
     def gradients(self, parameters: Mapping[str, nn.Parameter], n: int) -> dict[str, Tensor]:
-        """{name: gradient of example n, of those that have one}.
+        """{name: [passes, *shape], the gradients of example n, of those that have one}.
 
         Args:
             parameters: by their names in the module.
@@ -72,20 +77,19 @@ class Rerun:
         leaves = {name: p.detach().clone().requires_grad_() for name, p in parameters.items()}
         buffers = {name: b.clone() for name, b in self._module.named_buffers()}
         with torch.enable_grad(), self._autocast:
-            args, kwargs = tree_map(lambda x: self._cut(x, n), self._inputs)
+            args, kwargs = _mapped(lambda x: self._cut(x, n), self._inputs)
             output = torch.func.functional_call(self._module, {**leaves, **buffers}, args, kwargs)
         found = differentiable(output)
-        pairs = []
-        for i, dy in enumerate(self._gradients):
+        for i in range(len(self._gradients)):
             self._check(found, i, n)
-            if dy is not None:
-                pairs.append((found[i], self._cut(dy, n)))
-        if not pairs:
-            return {}
-        gradients = torch.autograd.grad(
-            [y for y, _ in pairs], [*leaves.values()], [dy for _, dy in pairs], allow_unused=True
-        )
-        return {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+        reached = [i for i, dy in enumerate(self._gradients) if dy is not None]
+        passes: list[tuple[Tensor | None, ...]] = []
+        for given in zip(*(self._gradients[i] for i in reached), strict=True):
+            dys = [self._cut(dy, n) for dy in given]
+            roots, to = [found[i] for i in reached], [*leaves.values()]
+            passes.append(torch.autograd.grad(roots, to, dys, retain_graph=True, allow_unused=True))
+        every = zip(leaves, zip(*passes, strict=True), strict=True) if passes else ()
+        return {name: torch.stack(own) for name, own in every if own[0] is not None}
 
     def _cut(self, part: Any, n: int) -> Any:
         """One example of what holds them all; of anything else, itself."""
@@ -125,13 +129,36 @@ def differentiable(output: Any) -> list[Tensor]:
 
 def first_size(inputs: tuple[Any, Any], dim: int = 0) -> int | None:
     """How many examples the first tensor of some arguments holds."""
-    leaves, _ = tree_flatten(inputs)
-    return next((x.size(dim) for x in leaves if isinstance(x, Tensor) and x.dim() > dim), None)
+    found = (x.size(dim) for x in _leaves(inputs) if isinstance(x, Tensor) and x.dim() > dim)
+    return next(found, None)
+
+
+def _mapped(function: Callable[[Any], Any], inputs: Any) -> Any:
+    """tree_map, also inside of mappings that PyTorch does not know (a BatchEncoding)."""
+
+    def own(part: Any) -> Any:
+        if not _is_unknown_mapping(part):
+            return function(part)
+        found = copy.copy(part)
+        found.update({key: _mapped(function, value) for key, value in part.items()})
+        return found
+
+    return tree_map(own, inputs, is_leaf=_is_unknown_mapping)
+
+
+def _leaves(inputs: Any) -> list[Any]:
+    leaves: list[Any] = []
+    _mapped(leaves.append, inputs)
+    return leaves
+
+
+def _is_unknown_mapping(part: Any) -> bool:
+    return isinstance(part, MutableMapping) and type(part) not in SUPPORTED_NODES
 
 
 def _autocast_of(inputs: Any) -> torch.autocast:
     """What autocast is set to now, to be set again."""
-    tensors = [x for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    tensors = [x for x in _leaves(inputs) if isinstance(x, Tensor)]
     device = tensors[0].device.type if tensors else "cpu"
     return torch.autocast(
         device,

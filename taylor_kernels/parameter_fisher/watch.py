@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -53,14 +53,21 @@ class Watch:
         self.own_closure = False
         self._reducing = False
         self.flowing = False  # a backward pass of the meter's own runs
-        #: Where gradients are to flow to in a backward pass of the meter's own.
+        #: Where gradients are to flow to in a backward pass of the meter's own, and what takes
+        #: those of several passes at once, [passes, ...].
         self.edges: list[torch.autograd.graph.GradientEdge] = []
+        self.arrivals: list[Callable[[Tensor], None]] = []
+        self._held = 0  # bytes of what comes and goes there
         self._backend = backend
         self._receive = receive
         self._names = {parameter: name for name, parameter in parameters.items()}
         self._here: Call | None = None  # the call that is running
         self._root_inputs: Any = None
         self._by_root: set[str] = set()  # found to need a run of the whole model
+        #: Parameters whose module was given something else than examples, by the module that is to
+        #: be run again for them if it was given examples; and all that ever were.
+        self._left: dict[str, set[str]] = {}
+        self._by_parent: set[str] = set()
         self._looked = False  # at the graph of a whole call, for uses by other code
         self._told: set[str] = set()
         self._kinds, self._units = self._ways()
@@ -70,7 +77,32 @@ class Watch:
 
     def discard(self) -> None:
         """Forget calls, and gradients that have come."""
-        self.calls, self._here, self.edges = [], None, []
+        self.calls, self._here, self.edges, self.arrivals = [], None, [], []
+        self._held = 0
+
+    def last_edges(self) -> list[torch.autograd.graph.GradientEdge]:
+        """Those of `edges` behind which there is none: what flows there passes all the others.
+
+        Gradients at edges that a pass is asked for are held until its end; hooks see the others.
+        """
+        nodes = {edge.node for edge in self.edges}
+        leads: dict[Any, bool] = {}  # whether one of them is behind a node
+        stack = [edge.node for edge in self.edges]
+        while stack:
+            node = stack[-1]
+            behind = [following for following, _ in node.next_functions if following is not None]
+            new = [following for following in behind if following not in leads]
+            if new and node not in leads:
+                stack += new
+                continue
+            leads[node] = any(following in nodes or leads[following] for following in behind)
+            stack.pop()
+        return [edge for edge in self.edges if not leads[edge.node]]
+
+    def passes_at_once(self) -> int:
+        """How many backward passes take no more room together than the parameters do."""
+        room = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        return max(1, room // max(1, self._held))
 
     def reduce(self) -> None:
         """Reduce whatever gradient has come and was not reduced yet."""
@@ -128,6 +160,8 @@ class Watch:
         for path in self._units:
             if path:
                 self._on_output(modules[path], self._on_unit, path)
+        for path in {above for own in self._kinds for above in _parents(own)} - {*self._units}:
+            self._on_output(modules[path], self._on_parent, path)
         handle = self.model.register_forward_hook(
             Hook(self._on_model_output), with_kwargs=True, always_call=True
         )
@@ -146,6 +180,7 @@ class Watch:
 
     def _on_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._here = self._root_inputs = None
+        self._left = {}
         if not self._watches() or inside_backward():
             return
         frozen = [name for name, p in self.parameters.items() if not p.requires_grad]
@@ -177,7 +212,9 @@ class Watch:
             return
         x = args[0] if args else kwargs["input"]
         if x.size(0) != call.examples or x.dim() == 0:
-            self._needs_root(self._kinds[path])
+            for name in self._kinds[path]:
+                call.uses_elsewhere[name] = call.uses_elsewhere.get(name, 0) + 1
+            self._leave(call, path, self._kinds[path])
             return
         use = Use(path, self._kinds[path], x)
         call.add(use)
@@ -188,7 +225,7 @@ class Watch:
             use.add(dy, kept=graph_is_kept())
             call.arrived(use, self._backend, partial(self._receive, call))
 
-        self._await(output, on_gradient)
+        self._await(output, on_gradient, use.add_passes, x)
 
     def _on_unit(
         self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
@@ -203,6 +240,31 @@ class Watch:
         self._tell(self._units[path], path)
         self._add_rerun(call, path, module, (args, kwargs), output, self._units[path])
 
+    def _on_parent(
+        self, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call, names = self._here, self._left.pop(path, None)
+        if call is None or not names or not self._watches():
+            return
+        dim = 1 if getattr(module, "batch_first", True) is False else 0
+        if first_size((args, kwargs), dim) != call.examples:
+            self._leave(call, path, names)
+            return
+        self._by_parent.update(names)
+        self._tell(names, path)
+        inside = {id(p): local for local, p in module.named_parameters()}
+        parameters = {name: inside[id(self.parameters[name])] for name in names}
+        self._add_rerun(call, path, module, (args, kwargs), output, parameters)
+
+    def _leave(self, call: Call, path: str, names: Iterable[str]) -> None:
+        """To the module that holds this one, which tells examples apart if it was given them."""
+        above = path.rpartition(".")[0]
+        for name in names:
+            if above and name not in call.uses:  # a run of that would count these uses once more
+                self._left.setdefault(above, set()).add(name)
+            else:
+                self._needs_root([name])
+
     def _on_model_output(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -210,6 +272,8 @@ class Watch:
         self._here = self._root_inputs = None
         if call is None or not self._watches() or inside_backward():
             return
+        for names in self._left.values():
+            self._needs_root(names)  # of modules whose parents are not called
         if not self._looked:
             self._looked = True
             self._needs_root(self._used_elsewhere(call, output))
@@ -238,12 +302,20 @@ class Watch:
                     if self.flowing or not call.own:
                         rerun.add(place, dy)
 
-                self._await(tensor, on_gradient)
+                self._await(tensor, on_gradient, partial(rerun.add_passes, place))
         rerun.arm()
 
-    def _await(self, output: Tensor, on_gradient: Callable[[Tensor], None]) -> None:
+    def _await(
+        self,
+        output: Tensor,
+        on_gradient: Callable[[Tensor], None],
+        on_passes: Callable[[Tensor], None],
+        *inputs: Tensor,
+    ) -> None:
         output.register_hook(on_gradient)
         if self.own_closure:
+            self.arrivals.append(on_passes)
+            self._held += sum(x.numel() * x.element_size() for x in (output, *inputs))
             # Not the tensor: an operation in place would move it to another place in the graph.
             self.edges.append(torch.autograd.graph.get_gradient_edge(output))
 
@@ -251,7 +323,8 @@ class Watch:
         """A module that runs inside backward() was seen before, in the pass itself."""
         names = self._kinds[path]
         seen = any(call.uses.keys() & names.keys() for call in self.calls)
-        if output.requires_grad and self._watches() and not seen and not self._by_root & {*names}:
+        seen = seen or bool((self._by_root | self._by_parent) & names.keys())
+        if output.requires_grad and self._watches() and not seen:
             raise RuntimeError(
                 f"{path}: runs inside of a checkpoint with use_reentrant=True, where its pass "
                 "cannot be seen; use checkpoint(..., use_reentrant=False)"
@@ -295,5 +368,12 @@ class Watch:
         return [
             name
             for name, count in seen.items()
-            if name not in in_units and count > len(call.uses.get(name, []))
+            if name not in in_units
+            and count > len(call.uses.get(name, [])) + call.uses_elsewhere.get(name, 0)
         ]
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Of a module's path, those of all that hold it, the whole model excepted."""
+    while path := path.rpartition(".")[0]:
+        yield path

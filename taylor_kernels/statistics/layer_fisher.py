@@ -68,6 +68,23 @@ def weight_fisher(layer: Layer, uses: Sequence[Use], backend: str | None = None)
     return fisher.movedim(0, filter_axis(layer))
 
 
+def weight_norms(layer: Layer, use: Use) -> Tensor | None:
+    """[N]: Σ over a linear layer's weight of g_n²; None where its gradients take less.
+
+    Of tokens t, s of an example it is Σ_{t,s} (x_t·x_s)(dy_t·dy_s), two matrices of tokens.
+    """
+    if isinstance(layer, _ConvNd):
+        return None
+    (use,) = _batched(layer, [use])
+    x, dy = (tensor.to(accumulator(tensor.dtype)) for tensor in _as_one([use]))
+    if x.size(1) == 1:
+        return x[:, 0].square().sum(1) * dy[:, 0].square().sum(1)
+    if x.size(1) ** 2 > x.size(2) * dy.size(2):
+        return None
+    pairs = zip(x, dy, strict=True)
+    return torch.stack([((a @ a.T) * (b @ b.T)).sum() for a, b in pairs])
+
+
 def weight_gradients(layer: Layer, use: Use) -> Tensor:
     """[N, *weight]: the gradient of each example, for a few of them."""
     (use,) = _batched(layer, [use])

@@ -7,12 +7,14 @@ column c_i. It is the Hessian's for a network that is piecewise linear in θ (Re
 of it the part without the network's own second derivatives otherwise. The loss alone is
 differentiated twice, the model never.
 
-`exact_columns` has all columns of each example's H. `sampled_columns` has few, whose random signs
-make the expectation right: of cross-entropies the leading ones and a combination of the rest in
-closed form (softmax_curvature.py), of few outputs those of eigenvectors, and of anything else, with
-random signs ε and a positive diagonal S, S ε and H S⁻¹ ε, since E S ε (H S⁻¹ ε)ᵀ = H (Hutchinson
-1990; S balances the two). As a difference of squares of their half sum and half difference, that is
-two columns; of a diagonal H = ± S² one of them is 0.
+`exact_columns` has all columns of each example's H: in closed form of cross-entropies and of a
+diagonal H (closed_curvature.py), of anything else those of a root that is computed.
+`sampled_columns` has few, whose random signs make the expectation right: of cross-entropies the
+leading ones and a combination of the rest in closed form (softmax_curvature.py), of few outputs
+those of eigenvectors, and of anything else, with random signs ε and a positive diagonal S, S ε and
+H S⁻¹ ε, since E S ε (H S⁻¹ ε)ᵀ = H (Hutchinson 1990; S balances the two). As a difference of
+squares of their half sum and half difference, that is two columns; of a diagonal H = ± S² one of
+them is 0.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.ops.rademacher import rademacher_like
+from taylor_kernels.statistics.closed_curvature import closed_columns
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, generic
 from taylor_kernels.statistics.softmax_curvature import SoftmaxRows, softmax_rows
 
@@ -71,8 +74,11 @@ def warn_if_linear(loss: LossFunction, stacklevel: int) -> None:
         )
 
 
-def exact_columns(loss: LossFunction) -> Columns:
+def exact_columns(loss: LossFunction, *, many: bool = False) -> Columns:
     """Σ_i σ_i c_i c_iᵀ = H of every example, at most two columns for each of its outputs.
+
+    Args:
+        many: of cross-entropies, or of an H that is diagonal, there may be any number of columns.
 
     Raises:
         ValueError: more outputs than `MOST_OUTPUTS`; tensors of different numbers of examples
@@ -86,19 +92,23 @@ def exact_columns(loss: LossFunction) -> Columns:
             "samples= of ParameterFisher, which sample"
         )
     size = _outputs(loss)
-    if size > MOST_OUTPUTS:
+    closed = closed_columns(loss) if many or size <= MOST_OUTPUTS else None
+    if closed is None and size > MOST_OUTPUTS:
         raise ValueError(
             f"model: has {size} outputs per example, and this criterion forms the loss's Hessian "
             f"for up to {MOST_OUTPUTS}; use taylor_so_diag or "
             "samples= of ParameterFisher, which sample"
         )
-    hessian = _hessian(loss)
+    hessian = _hessian(loss) if closed is None else None
     if _examples_meet(loss):
         raise ValueError(
             "closure: its loss lets examples meet (dim 0 of the model's output), as a contrastive "
             "loss does, so that they have no curvature each; use taylor_so_diag or "
             "samples= of ParameterFisher, which sample"
         )
+    if hessian is None:
+        assert closed is not None
+        return Columns(Column(vectors, sign) for vectors, sign in closed)
     parts = zip((1, -1), _roots(hessian), strict=True)
     return Columns(
         Column(_split(column, loss), sign) for sign, root in parts for column in root.unbind(2)
@@ -172,7 +182,7 @@ def _of_roots(
 
 def _balanced(loss: LossFunction, passes: int, seed: int) -> Iterator[Column]:
     """From products with random vectors, whatever the loss."""
-    like = [slope.to(_dtype(loss)) for slope in loss.slopes]
+    like = [slope.to(loss.dtype) for slope in loss.slopes]
     large = [torch.zeros_like(one) for one in like]
     for look in range(_LOOKS):
         signs = _signs(like, seed, look)
@@ -232,13 +242,6 @@ def _kept(vectors: Tensor, values: Tensor, total: Tensor) -> Tensor:
     return vectors[:, :, kept] * values[:, kept].sqrt().unsqueeze(1)
 
 
-def _dtype(loss: LossFunction) -> torch.dtype:
-    dtype = torch.float32
-    for slope in loss.slopes:
-        dtype = torch.promote_types(dtype, slope.dtype)
-    return dtype
-
-
 def _outputs(loss: LossFunction) -> int:
     """How many numbers of each example the loss reads."""
     return sum(slope[0].numel() for slope in loss.slopes)
@@ -252,14 +255,14 @@ def _split(column: Tensor, loss: LossFunction) -> list[Tensor]:
 def _joined(loss: LossFunction, rows: Tensor) -> Tensor:
     """[N, K]: H times [N, K]."""
     products = loss.product(_split(rows, loss))
-    return torch.cat([product.reshape(len(rows), -1).to(_dtype(loss)) for product in products], 1)
+    return torch.cat([product.reshape(len(rows), -1).to(loss.dtype) for product in products], 1)
 
 
 def _hessian(loss: LossFunction) -> Tensor:
     """[N, K, K] of the examples, in float32 at least."""
     assert loss.examples is not None
     like = loss.slopes[0]
-    units = torch.eye(_outputs(loss), dtype=_dtype(loss), device=like.device)
+    units = torch.eye(_outputs(loss), dtype=loss.dtype, device=like.device)
     rows = [_joined(loss, unit.expand(loss.examples, -1).contiguous()) for unit in units]
     hessian = torch.stack(rows, 1)
     return (hessian + hessian.transpose(1, 2)) / 2
@@ -273,7 +276,7 @@ def _examples_meet(loss: LossFunction) -> bool:
     """
     assert loss.examples is not None
     numbers = torch.arange(loss.examples, device=loss.slopes[0].device)
-    mix = generic(numbers.new_empty(_outputs(loss), dtype=_dtype(loss)), 0)
+    mix = generic(numbers.new_empty(_outputs(loss), dtype=loss.dtype), 0)
     for digit in range((loss.examples - 1).bit_length()):
         marked = (numbers >> digit) & 1
         flow = _joined(loss, marked[:, None] * mix)

@@ -22,7 +22,12 @@ from torch import Tensor
 
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, generic
 
-_NOTHING = 1e-30
+#: The least that a row is divided by.
+_NOTHING = {torch.float32: 1e-30, torch.float64: 1e-200}
+#: Distances over the norm, in units of rounding: of a product that may be off by as much as the
+#: curvature that it stands for is small, and of one that is a cross-entropy's but for rounding
+#: (which took 6 of up to 1,000 classes).
+_EXACTLY = 64
 
 
 @dataclass
@@ -71,7 +76,7 @@ class SoftmaxRows:
         factor = (of_label / (left * self.scale)).sqrt()
         return label, torch.where(clean, factor, 0.0)
 
-    def leading(self, count: int, signs: Tensor, first: Tensor | None) -> Iterator[Tensor]:
+    def leading(self, count: int, signs: Tensor, first: Tensor | None = None) -> Iterator[Tensor]:
         """Up to `count` of [rows, classes]; if that is fewer than the rank, the last is a random
         combination of all that is left.
 
@@ -96,23 +101,29 @@ class SoftmaxRows:
             yield self.combined(signs, r)
 
 
-def softmax_rows(loss: LossFunction) -> list[SoftmaxRows] | None:
+def softmax_rows(loss: LossFunction, *, exactly: bool = False) -> list[SoftmaxRows] | None:
     """Of each tensor that the loss reads, or None where it is not made of cross-entropies.
 
     That is seen in the Hessian's product with a vector like no other: no other Hessian has it.
+
+    Args:
+        exactly: but for rounding; else what is a small share of a cross-entropy's curvature may
+            come on top, and is left out.
     """
     values = [value for value in loss.values if value is not None]
     if len(values) != len(loss.slopes) or any(value.dim() < 2 for value in values):
         return None
     dims = (-1,) if all(value.dim() == 2 for value in values) else (-1, 1)
     for dim in dims:
-        found = _matching(loss, values, dim)
+        found = _matching(loss, values, dim, exactly)
         if found and _flat_where_no_scale(loss, found):
             return found
     return None
 
 
-def _matching(loss: LossFunction, values: Sequence[Tensor], dim: int) -> list[SoftmaxRows] | None:
+def _matching(
+    loss: LossFunction, values: Sequence[Tensor], dim: int, exactly: bool
+) -> list[SoftmaxRows] | None:
     found = []
     if any(value.size(dim) < 2 for value in values):
         return None  # one number has no softmax, and any loss
@@ -120,14 +131,15 @@ def _matching(loss: LossFunction, values: Sequence[Tensor], dim: int) -> list[So
         p = _rows(value.to(torch.promote_types(value.dtype, torch.float32)), dim).softmax(1)
         v, got, g = (_rows(one, dim).to(p) for one in (vector, product, slope))
         form = p * (v - (p * v).sum(1, keepdim=True))
-        size = form.abs().amax(1, keepdim=True).clamp_min(_NOTHING)
+        nothing, eps = _NOTHING[form.dtype], torch.finfo(slope.dtype).eps
+        size = form.abs().amax(1, keepdim=True).clamp_min(nothing)
         form, got = form / size, got / size
-        scale = (got * form).sum(1) / form.square().sum(1).clamp_min(_NOTHING)
+        scale = (got * form).sum(1) / form.square().sum(1).clamp_min(nothing)
         error = (got - scale[:, None] * form).square().sum(1)
-        close = min(8 * torch.finfo(slope.dtype).eps ** 0.5, 0.1) ** 2
+        close = (_EXACTLY * eps if exactly else min(8 * eps**0.5, 0.1)) ** 2
         if (scale < 0).any() or not (error <= close * got.square().sum(1)).all():
             return None
-        target = p - g / scale.clamp_min(_NOTHING)[:, None]
+        target = p - g / scale.clamp_min(nothing)[:, None]
         target = torch.where((scale > 0)[:, None], target, 0.0)
         found.append(SoftmaxRows(p, scale, target, slope.shape, dim % slope.dim()))
     return found

@@ -1,11 +1,14 @@
 """What all integrations share: nothing is imported unasked, and an absent library says so."""
 
+import importlib
+import sys
+
 import pytest
 
 from taylor_kernels.integrations import absent
 from tests.helpers.programs import run_program
 
-LIBRARIES = ["torch_pruning", "avalanche"]
+LIBRARIES = ["torch_pruning", "avalanche", "laplace", "backpack"]
 
 
 def test_the_package_imports_no_library():
@@ -30,3 +33,20 @@ def test_an_absent_library_is_one_line():
     assert "\n" not in message
     assert "pip install the-lib" in message
     assert "1.0 and 2.1" in message
+
+
+@pytest.mark.parametrize(
+    ("door", "module", "said"),
+    [
+        ("laplace", "laplace", r"pip install laplace-torch \(tested with 0\.3\)"),
+        ("backpack", "backpack", r"pip install backpack-for-pytorch \(tested with 1\.7\.1\)"),
+    ],
+)
+def test_a_door_says_which_library_it_lacks(door, module, said, monkeypatch):
+    for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    name = f"taylor_kernels.integrations.{door}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError, match=said):
+        importlib.import_module(name)

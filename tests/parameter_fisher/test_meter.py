@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_kernels as tk
+from taylor_kernels.parameter_fisher.watch import Watch
 from tests.helpers.parameter_loop import by_loop, close, mean_of_own, metered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -248,3 +249,83 @@ def test_it_waits_for_the_other_kinds_too():
         meter.update(closure=lambda: F.mse_loss(model(x), y, reduction="sum"))
     identity = lambda z: 2**0.5 * torch.eye(3, dtype=z.dtype)  # noqa: E731
     close(meter.compute(), exact_gauss_newton(model, x, identity))
+
+
+class Doubled(torch.autograd.Function):
+    """2·x, whose backward pass looks at a number, which is not to be had of several at once."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return 2 * dy if dy.sum().item() < 1e30 else dy
+
+
+class Mixed(nn.Module):
+    """Known kinds, called twice too, and one that is run again; its outputs are 3 × 5."""
+
+    def __init__(self, *, own_function: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        self.act = nn.PReLU(4)
+        self.last = nn.LayerNorm(4)
+        self.out = nn.Linear(4, 5)
+        self.own_function = own_function
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids).transpose(1, 2))
+        x = self.act(self.conv(self.conv(x).tanh()))
+        x = self.last(x.transpose(1, 2))
+        return self.out(Doubled.apply(x) if self.own_function else 2 * x)
+
+
+@pytest.mark.filterwarnings("ignore:act.weight")
+@pytest.mark.parametrize("own_function", [False, True])
+@pytest.mark.parametrize("samples", [None, 4])
+@pytest.mark.parametrize("loss", ["cross_entropy", "both ways"])
+def test_several_columns_at_once_are_what_they_are_one_by_one(
+    loss, samples, own_function, monkeypatch
+):
+    model = Mixed(own_function=own_function).double().eval()
+    ids, labels = torch.randint(0, 7, (N, 3)), torch.randint(0, 5, (N, 3))
+
+    def closure() -> Tensor:
+        z = model(ids)
+        if loss == "cross_entropy":
+            return F.cross_entropy(z.flatten(0, 1), labels.flatten())
+        return (z.cos() + 0.1 * z.square()).sum()  # bent upwards and downwards
+
+    found, flowed = [], []
+    batched = tk.ParameterFisher._flow_together
+    monkeypatch.setattr(
+        tk.ParameterFisher,
+        "_flow_together",
+        lambda *arguments: flowed.append(batched(*arguments)) or flowed[-1],
+    )
+    for at_once in (1, 3, 100):
+        monkeypatch.setattr(Watch, "passes_at_once", lambda _, at_once=at_once: at_once)
+        meter = tk.ParameterFisher(model, matrix="gauss_newton", samples=samples, seed=5)
+        meter.update(closure=closure)
+        found.append(meter.compute())
+        meter.close()
+    for other in found[1:]:
+        for name, value in found[0].items():
+            scale = value.abs().max()
+            assert scale > 0, name
+            assert (other[name] - value).abs().max() <= 1e-12 * scale, name
+    assert flowed
+    assert all(done != own_function for done in flowed)
+
+
+def test_columns_flow_together_where_they_take_less_room_than_the_parameters():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)), torch.randn(2, 64)
+    meter = tk.ParameterFisher(model, matrix="gauss_newton", reduction="sum")
+    counted = []
+    meter._watch.reduce, reduce = lambda: counted.append(1) or reduce(), meter._watch.reduce
+    meter.update(closure=lambda: model(x).square().sum())
+    assert len(counted) <= 2  # of the eight columns, and at the end
+    meter.close()

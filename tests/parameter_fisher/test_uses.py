@@ -70,6 +70,82 @@ def test_a_module_whose_input_has_no_examples(closure):
     close(found, by_loop(model, batches))
 
 
+class Windows(nn.Module):
+    """[N, 4, W]: its layer sees pairs of positions, so that dim 0 counts no examples there."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.Tanh())
+        self.scale = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x.reshape(2 * len(x), -1)).view(x.shape)
+        return self.scale(y) + x
+
+
+class Embeddings(nn.Module):
+    """Of tokens, and of positions, which are the same for all examples."""
+
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(9, 6), nn.Embedding(9, 6)
+        if tied:
+            self.places.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.words(ids) + self.places(torch.arange(ids.size(1))[None])
+
+
+class Nested(nn.Module):
+    def __init__(self, *, tied: bool = False) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(tied=tied)
+        self.blocks = nn.ModuleList([Windows(6), Windows(6)])
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for block in [*self.blocks, self.blocks[0]]:  # one of them twice
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@closures
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_nearest_module_that_was_given_examples_is_run_again(closure, tied):
+    model, batches = Nested(tied=tied).double(), [torch.randint(0, 9, (3, 4)) for _ in range(2)]
+    with pytest.warns(UserWarning, match="they take a run of") as told:
+        found = metered(model, batches, closure=closure)
+    close(found, by_loop(model, batches))
+    said = {str(w.message).split(":")[0]: str(w.message) for w in told}
+    place = "embeddings.words.weight" if tied else "embeddings.places.weight"
+    assert ("a run of the whole model" if tied else "a run of embeddings ") in said[place]
+    windows = next(text for name, text in said.items() if "blocks.1.inner.0.weight" in name)
+    assert "a run of blocks.1 " in windows
+    assert len(said) == 3
+
+
+@closures
+def test_a_module_that_is_not_called_leaves_its_part_to_the_model(closure):
+    model, batches = Nested().double(), [torch.randint(0, 9, (3, 4))]
+    block = model.blocks[1]
+    model.blocks[1] = nn.Identity()
+    model.aside = nn.Sequential(block)  # neither it nor the block is called
+
+    def forward(ids: Tensor) -> Tensor:
+        return model.head(Windows.forward(block, model.embeddings(ids)).mean(1))
+
+    model.forward = forward
+    with pytest.warns(UserWarning, match="they take a run of") as told:
+        found = metered(model, batches, closure=closure)
+    windows = next(text for w in told if "aside.0.inner.0.weight" in (text := str(w.message)))
+    assert "a run of the whole model" in windows
+    expected = by_loop(model, batches)
+    assert not found["blocks.0.scale.weight"].any()
+    reached = [name for name, value in expected.items() if value.any()]
+    close({n: found[n] for n in reached}, {n: expected[n] for n in reached})
+
+
 def test_dict_inputs_and_outputs_in_a_container():
     language = Language(tied_by_module=True).double()
 

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.gate_sites import find_gate_sites
@@ -16,6 +15,7 @@ from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.tracing import OUT, Slot
 from tests.helpers import zoo
+from tests.helpers.allocation import Largest
 
 
 def batches(inputs, count):
@@ -122,15 +122,6 @@ def test_per_example_scores_and_layers_with_other_batches():
 
 def test_one_group_of_many_layers_does_not_widen_what_is_gathered_of_all():
     """Twenty layers make eight units of a stream, one has 4096 units of a filter each."""
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor):
-                self.elements = max(self.elements, result.numel())
-            return result
 
     names = [f"stream.{i}" for i in range(20)]
     index = {name: torch.randperm(8)[:, None] for name in names}

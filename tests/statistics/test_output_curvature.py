@@ -196,3 +196,77 @@ def test_a_curvature_that_is_not_finite_is_handed_on():
     at = function(lambda z: (z.square() * scale).sum(), torch.randn(3, 4))
     assert not outer(exact_columns(at)).isfinite().all()
     assert not outer(sampled_columns(at, 1, 0)).isfinite().all()
+
+
+APART = [
+    "softmax of positions",
+    "softmax, classes last",
+    "of each alone",
+    "bent both ways",
+    "ignored",
+]
+
+
+@pytest.mark.parametrize("loss", APART)
+def test_all_columns_are_the_hessian(loss):
+    z = torch.randn(3, 4, 2, dtype=torch.float64)
+    at = function(LOSSES[loss], z)
+    blocks = flat_hessian(LOSSES[loss], z).unflatten(0, (3, 8)).unflatten(2, (3, 8))
+    expected = torch.stack([blocks[n, :, n] for n in range(3)])
+    found = of_examples(exact_columns(at), at)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_all_columns_over_two_heads():
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, 2, dtype=torch.float64)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return F.cross_entropy(a, torch.ones(5).long()) + 3 * F.cross_entropy(
+            b, torch.zeros(5, 2).long()
+        )
+
+    at = function(loss, x, y)
+    blocks = flat_hessian(loss, x, y)
+    joined = [
+        torch.cat([v[0].reshape(5, -1), v[1].reshape(5, -1)], 1)
+        for v, _ in exact_columns(at).columns
+    ]
+    assert len(joined) == 2 + 2
+    found = sum(c[:, :, None] * c[:, None, :] for c in joined)
+    places = torch.cat([torch.arange(15).view(5, 3), 15 + torch.arange(20).view(5, 4)], 1)
+    for n in range(5):
+        expected = blocks[places[n]][:, places[n]]
+        assert (found[n] - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_comes_on_top_of_a_cross_entropy_is_not_left_out(dtype):
+    """A penalty whose curvature is 1e-4 of it: small enough to be left out by sampled columns."""
+    z, labels = torch.randn(6, 5).to(dtype), torch.randint(0, 5, (6,))
+    loss = lambda z: F.cross_entropy(z, labels) + 1e-4 * z.logsumexp(1).square().mean()  # noqa: E731
+    at = function(loss, z)
+    blocks = flat_hessian(loss, z.double()).unflatten(0, (6, 5)).unflatten(2, (6, 5))
+    expected = torch.stack([blocks[n, :, n] for n in range(6)])
+    found = of_examples(exact_columns(at), at)
+    assert (found - expected).abs().max() <= 64 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_many_columns_where_they_have_a_closed_form():
+    labels = torch.randint(0, 700, (3, 2))
+    z = torch.randn(3, 2, 700)
+    at = function(lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten(), reduction="sum"), z)
+    with pytest.raises(ValueError, match="1400 outputs per example"):
+        exact_columns(at)
+    diagonal, count = torch.zeros(3, 2, 700), 0
+    for (column,), _ in exact_columns(at, many=True).columns:
+        assert (column.flatten(2).abs().sum(2) > 0).sum(1).max() == 1  # one token at a time
+        diagonal += column.square()
+        count += 1
+    assert count == 2 * 699
+    p = z.softmax(2)
+    torch.testing.assert_close(diagonal, p - p.square(), rtol=1e-5, atol=1e-8)
+    squares = function(lambda z: (z - 1).square().sum(), torch.randn(2, 1100))
+    assert sum(1 for _ in exact_columns(squares, many=True).columns) == 1100
+    coupled = function(lambda z: z.sum(1).square().sum(), torch.randn(2, 1100))
+    with pytest.raises(ValueError, match="1100 outputs per example"):
+        exact_columns(coupled, many=True)

@@ -82,6 +82,14 @@ class LossFunction:
         """Tensors or edges where backward passes through the model begin."""
         return [p.edge if p.changed else p.tensor for p in self.places]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its curvature is computed in: float32 at least."""
+        dtype = torch.float32
+        for slope in self.slopes:
+            dtype = torch.promote_types(dtype, slope.dtype)
+        return dtype
+
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """(∂²L/∂z²)·vectors, like the slopes.
 
