@@ -277,6 +277,19 @@ class Pruner(OnModel):
             self._watch()
         return self.model
 
+    def removal(self) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, Any]]]:
+        """What compact() has taken off the original model: tensor -> dimension -> indices [n], and
+        module -> attribute -> what it became. `save_pruned` keeps it.
+
+        Raises:
+            ValueError: filters are masked that compact() has not removed.
+        """
+        state = self._network.state()
+        if not all(map(torch.equal, state["removed"], state["compacted"])):
+            raise ValueError("pruner: it holds filters at zero; call compact() first")
+        channels = self._prunable.channels
+        return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
+
     def close(self) -> None:
         """Take every hook off the model, for good; masked filters are no longer held at zero.
 
