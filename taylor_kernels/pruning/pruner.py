@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.arguments import check_arguments, one_criterion
+from taylor_kernels.pruning.arguments import check_arguments, check_count, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network, check_free
@@ -212,6 +212,19 @@ class Pruner(OnModel):
         if record.done:
             self._watch()
         return record
+
+    @property
+    def per_step(self) -> int:
+        """How many filters go at a pruning; a schedule may set it between prunings.
+
+        It is an argument and no part of the state: a run that resumes sets it again.
+        """
+        return self._budget.filters
+
+    @per_step.setter
+    def per_step(self, filters: int) -> None:
+        check_count("per_step", filters)
+        self._budget.filters = filters
 
     @property
     def needs_closure(self) -> bool:

@@ -113,22 +113,23 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     file = _read(os.fsdecode(path))
-    tensors = Tensors(model)
-    _check_model(model, tensors, file)
-    tensors.put({name: smaller(tensors[name], cuts) for name, cuts in file.cuts.items()})
-    modules = dict(model.named_modules())
-    set_attributes(
-        modules,
-        {
-            name: {
-                attribute: _like(getattr(modules[name], attribute), value)
-                for attribute, value in own.items()
-            }
-            for name, own in file.attributes.items()
-        },
-    )
+    _check_model(model, Tensors(model), file)
+    cut_model(model, file.cuts, file.attributes)
     model.load_state_dict(file.state)
     return model
+
+
+def cut_model(
+    model: nn.Module,
+    cuts: Mapping[str, Mapping[int, Tensor]],
+    attributes: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Take off a whole model what `Pruner.removal` says, in place."""
+    tensors, modules = Tensors(model), dict(model.named_modules())
+    tensors.put({name: smaller(tensors[name], own) for name, own in cuts.items()})
+    for name, own in attributes.items():
+        like = {key: _like(getattr(modules[name], key), value) for key, value in own.items()}
+        set_attributes(modules, {name: like})
 
 
 @dataclass(frozen=True)

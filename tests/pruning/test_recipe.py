@@ -136,7 +136,7 @@ def test_bad_files_say_what_they_are(tmp_path):
         (recipe | {"indices": []}, "is damaged"),
         (recipe | {"indices": [[99]] * 9}, "an index beyond"),
         (recipe | {"indices": [[1, 1]] * 9}, "twice the same"),
-        (recipe | {"shapes": {name: [3] for name in recipe["shapes"]}}, "another model"),
+        (recipe | {"shapes": {n: [99, 99] for n in recipe["shapes"]}}, "another model"),
     ):
         save_file(tensors, path, metadata | {"recipe": json.dumps(changed)})
         refused(says)
