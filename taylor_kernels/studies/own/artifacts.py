@@ -6,8 +6,9 @@ import contextlib
 import copy
 import importlib.util
 import io
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from taylor_kernels.tracing.running import call, tensors_in
 
 #: Relative to the greatest output: other kernels in another order, in float32.
 _CLOSE = 1e-3
+#: Bytes of weights that an ONNX file, which can have 2 GiB, holds itself; more lie beside it.
+_ONE_FILE = 1.5 * 2**30
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,10 @@ class _Writer:
             raise _Cannot(f"{', '.join(missing)} not installed")
         if self._program is None:
             raise _Cannot("it is made from pruned.pt2, which is not there")
-        torch.onnx.export(self._program, (), str(file), dynamo=True, verbose=False)
+        one_file = sum(v.nbytes for v in self._model.state_dict().values()) < _ONE_FILE
+        torch.onnx.export(
+            self._program, (), str(file), dynamo=True, verbose=False, external_data=not one_file
+        )
         import onnx
         from onnx.reference import ReferenceEvaluator
 
@@ -201,7 +207,7 @@ def _difference(got: Any, expected: Any) -> float:
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def _silence() -> Iterator[None]:
     """Exporters write pages on what they try; one line of it is kept, the reason."""
     with (
         warnings.catch_warnings(),
@@ -209,4 +215,9 @@ def _silence() -> Any:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        yield
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

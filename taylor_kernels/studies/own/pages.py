@@ -29,7 +29,7 @@ _SHOWN = 60
 def score_report(result: Json, scores: Mapping[str, Tensor], folder: Path) -> Report:
     """The report of a run of `score`; writes its plot to `folder` as PNG."""
     return Report(
-        title=f"How much the filters of {result['name']} matter",
+        title=f"How much the filters of {result['model']} matter",
         lead=_score_lead(result),
         sections=[
             Section("Filter by filter", [_score_figure(result, scores, None, folder)]),
@@ -61,7 +61,7 @@ def prune_report(
         *_notes(result),
     ]
     return Report(
-        title=f"{result['name']}, pruned", lead=_prune_lead(result), sections=sections,
+        title=f"{result['model']}, pruned", lead=_prune_lead(result), sections=sections,
         footer=footer(result),
     )  # fmt: skip
 
@@ -184,11 +184,14 @@ def _use(files: list[Artifact], result: Json) -> str:
 
 
 def _method(result: Json) -> str:
+    names = {"flops": "FLOPs", "params": "parameters", "filters": "filters"}
+    kept = " and ".join(
+        f"{value:.0%} of the {names[name]}" for name, value in result["targets"].items()
+    )
     return (
         f"Every {result['every']} minibatches the filters that matter least to the whole model, by "
         f"`{result['criterion']}`, were switched off while {result['optimizer']} went on, until "
-        f"{', '.join(f'{value:.0%} of the {name}' for name, value in result['targets'].items())} "
-        f"were left. Then they were removed for good and the model fine-tuned for "
+        f"{kept} were left. Then they were removed for good and the model fine-tuned for "
         f"{result['finetune']} epochs, under a cosine to 0 of the learning rate."
     )
 

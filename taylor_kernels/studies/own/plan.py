@@ -21,7 +21,8 @@ from taylor_kernels.studies.training import latencies
 
 #: Stops on the way to the target, at each of which the filters are scored anew.
 STOPS = 8
-_REPEATS, _SECONDS = 15, 20.0
+#: Rounds of timing, from the least to the most, and the seconds that they may take.
+_ROUNDS, _SECONDS = (3, 100), 5.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
                     break
             if pruner.done:
                 break
-    for name, times in _timed(models, task.inputs, log).items():
-        stops[int(name)]["ms"] = times["median"]
+    for name, milliseconds in timed(models, task.inputs, log).items():
+        stops[int(name)]["ms"] = milliseconds
     skipped = pruner.skipped
     pruner.close()
     return Plan(stops, widths, skipped)
@@ -117,13 +118,13 @@ def _facts(
     }
 
 
-def _timed(
-    models: dict[str, nn.Module], inputs: Any, log: ProgressLog
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of a forward pass on a minibatch, as many rounds as there is time for."""
+def timed(models: dict[str, nn.Module], inputs: Any, log: ProgressLog) -> dict[str, float]:
+    """Median milliseconds of a forward pass on a minibatch, over as many rounds as there is time
+    for."""
     start = time.perf_counter()
     latencies(models, inputs, repeats=2)
     rounds = int(_SECONDS / max((time.perf_counter() - start) / 5, 1e-9))
-    rounds = max(3, min(_REPEATS, rounds))
+    rounds = min(max(rounds, _ROUNDS[0]), _ROUNDS[1])
     with log.task("latency", rounds) as advance:
-        return latencies(models, inputs, repeats=rounds, on_repeat=advance)
+        times = latencies(models, inputs, repeats=rounds, on_repeat=advance)
+    return {name: quartiles["median"] for name, quartiles in times.items()}

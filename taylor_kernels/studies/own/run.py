@@ -16,7 +16,7 @@ from taylor_kernels.studies.own.artifacts import write_artifacts
 from taylor_kernels.studies.own.pages import prune_report, score_report, tables
 from taylor_kernels.studies.own.parts import users_model
 from taylor_kernels.studies.own.paths import find
-from taylor_kernels.studies.own.plan import planned
+from taylor_kernels.studies.own.plan import planned, timed
 from taylor_kernels.studies.own.scoring import Scores, scored
 from taylor_kernels.studies.own.settings import OwnSettings, PruneSettings, ScoreSettings
 from taylor_kernels.studies.own.tables import layers_table, score_table, stays_table, stops_table
@@ -24,14 +24,11 @@ from taylor_kernels.studies.own.task import Task, as_mistakes, users_task
 from taylor_kernels.studies.own.training import JUDGED, Training
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import circumstances, rounded, write_results
-from taylor_kernels.studies.training import latencies
 from taylor_kernels.tracing import trace
 
 if TYPE_CHECKING:
     from taylor_kernels.studies.report import Table
     from taylor_kernels.studies.results import Json
-
-_REPEATS = 15
 
 
 def run_score(settings: ScoreSettings, log: ProgressLog) -> tuple[Json, list[Table]]:
@@ -92,9 +89,7 @@ def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Tab
     model = training.run()
     pruner = training.pruner
     pruner.close()
-    with log.task("latency", _REPEATS) as advance:
-        models = {"dense": dense, "final": model}
-        times = latencies(models, task.inputs, repeats=_REPEATS, on_repeat=advance)
+    times = timed({"dense": dense, "final": model}, task.inputs, log)
     with log.task("files", 1) as advance:
         files = write_artifacts(out, pruner, task.inputs, partial(_fresh, settings.model, dense))
         found.save(out / "scores.safetensors", _metadata(settings))
@@ -130,14 +125,11 @@ def _fresh(path: str, dense: nn.Module) -> nn.Module:
     return users_model(path)
 
 
-def _outcome(training: Training, times: dict[str, dict[str, float]]) -> Json:
+def _outcome(training: Training, times: dict[str, float]) -> Json:
     """What became of the model."""
     pruner, settings, course = training.pruner, training.settings, training.course
     whole, cost = pruner.whole, pruner.cost
-    at = next(i for i, point in enumerate(course) if point["minibatch"] >= training.pruned_at)
-    at = max(i for i, p in enumerate(course) if p["minibatch"] == course[at]["minibatch"])
-    if course[-1]["minibatch"] == training.pruned_at:
-        at = len(course) - 1
+    at = max(i for i, p in enumerate(course) if p["minibatch"] <= training.pruned_at)
     removed: dict[str, list[int]] = {}
     for record in pruner.history:
         for layer, filters in record.removed.items():
@@ -153,13 +145,13 @@ def _outcome(training: Training, times: dict[str, dict[str, float]]) -> Json:
         )
 
     dense = facts(course[0], whole, dict.fromkeys(("filters", "params", "flops"), 1.0))
-    where = "of --val" if settings.val else f"(the first {JUDGED} minibatches of --data)"
+    judged = "all of `--val`" if settings.val else f"the first {JUDGED} minibatches of `--data`"
     return {
         "kind": "prune",
         "targets": settings.targets,
-        "dense": dense | {"ms": times["dense"]["median"]},
+        "dense": dense | {"ms": times["dense"]},
         "pruned": facts(course[at], cost, left),
-        "final": facts(course[-1], cost, left) | {"ms": times["final"]["median"]},
+        "final": facts(course[-1], cost, left) | {"ms": times["final"]},
         "course": course,
         "pruned_at": training.pruned_at,
         "every": training.every,
@@ -169,7 +161,7 @@ def _outcome(training: Training, times: dict[str, dict[str, float]]) -> Json:
         "removed": {layer: sorted(filters) for layer, filters in removed.items()},
         "skipped": pruner.skipped,
         "flops_of": "one example" if training.task.per_example else "a minibatch",
-        "judged_on": f"Judged in eval mode on {'all' if settings.val else 'the'} examples {where}.",
+        "judged_on": f"Judged in eval mode on {judged}.",
     }
 
 
@@ -177,7 +169,6 @@ def _about(settings: OwnSettings, found: Scores) -> Json:
     """What a result says of its settings and its scores."""
     return {
         "schema": 1,
-        "name": settings.model.partition(":")[2],
         "model": settings.model,
         "criterion": settings.criterion,
         "minibatches": found.minibatches,
