@@ -28,7 +28,7 @@ from taylor_kernels.cli.jobs import check_named, run_job
 
 EXAMPLE = (
     "Example: taylor-kernels prune --model mymodels:resnet --data mymodels:loader --flops 0.5 "
-    "--epochs 2 --finetune 5 --lr 0.01"
+    "--epochs 2 --finetune 2 --lr 0.02"
 )
 
 

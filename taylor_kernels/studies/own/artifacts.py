@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import functools
 import importlib.util
 import io
 import logging
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -124,14 +127,13 @@ class _Writer:
         from onnx.reference import ReferenceEvaluator
 
         onnx.checker.check_model(str(file))
-        evaluator = ReferenceEvaluator(str(file))
+        evaluator = ReferenceEvaluator(str(file), new_ops=[_gather_elements()])
 
         def run(inputs: Any) -> Any:
-            tensors = list(tensors_in(inputs))
-            feeds = {
-                name: tensor.numpy()
-                for name, tensor in zip(evaluator.input_names, tensors, strict=True)
-            }
+            names, tensors = evaluator.input_names, list(tensors_in(inputs))
+            if isinstance(inputs, Mapping) and set(names) <= inputs.keys():
+                tensors = [inputs[name] for name in names]
+            feeds = {n: tensor.numpy() for n, tensor in zip(names, tensors, strict=True)}
             return [torch.from_numpy(value) for value in evaluator.run(None, feeds)]
 
         return _Run(run)
@@ -139,6 +141,7 @@ class _Writer:
     def _exported(self) -> tuple[Any, str]:
         """The program, for minibatches of any size where that works, else of this one."""
         args, kwargs = _arguments(self._few)
+        model = _with_plain_outputs(self._model)
         if _batched(self._few):
             dim = torch.export.Dim("batch", min=1)
             length = next(tensors_in(self._few)).size(0)
@@ -147,14 +150,58 @@ class _Writer:
                 batched = isinstance(value, Tensor) and value.dim() and value.size(0) == length
                 return {0: dim} if batched else None
 
-            shapes = {name: tree_map(free, value) for name, value in kwargs.items()}
-            dynamic = shapes if kwargs else tuple(tree_map(free, value) for value in args)
+            shapes: Any = tuple(tree_map(free, value) for value in args)
+            if kwargs:
+                shapes = {name: tree_map(free, value) for name, value in kwargs.items()}
             with contextlib.suppress(Exception):
-                program = torch.export.export(
-                    self._model, args, kwargs or None, dynamic_shapes=dynamic
-                )
-                return program, "any"
-        return torch.export.export(self._model, args, kwargs or None), "fixed"
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), "any"
+        return torch.export.export(model, args, kwargs), "fixed"
+
+
+def _with_plain_outputs(model: nn.Module) -> nn.Module:
+    """A copy whose outputs are of no class of its own, so that a program of it needs no import.
+
+    What a dataclass or a mapping holds comes in a dict, without what is None.
+    """
+    model = copy.deepcopy(model)
+    run = model.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _plain(run(*args, **kwargs))
+
+    model.forward = forward
+    return model
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value)) if type(value) is list else tuple(map(_plain, value))
+    else:
+        return value
+    return {name: _plain(item) for name, item in items if item is not None}
+
+
+def _gather_elements() -> Any:
+    """ONNX's operator for its reference evaluator, whose own takes no more than 64 elements."""
+    from onnx.reference.op_run import OpRun
+
+    class GatherElements(OpRun):
+        op_domain = ""
+
+        def _run(self, data: Any, indices: Any, axis: int | None = None) -> tuple[Any]:
+            along = (axis or 0) % data.ndim
+            cut = tuple(
+                slice(None) if dim == along else slice(size)
+                for dim, size in enumerate(indices.shape)
+            )
+            return (np.take_along_axis(data[cut], indices, along),)
+
+    return GatherElements
 
 
 @dataclass(frozen=True)
