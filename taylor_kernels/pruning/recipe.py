@@ -17,8 +17,8 @@ from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
 from taylor_kernels.pruning.state import first_line
 
-_FORMAT, _VERSION = "taylor_kernels.pruned", "1"
-_KEY = "recipe"  # of the file's metadata
+#: The one entry of the file's metadata: of several the order, and so the bytes, would vary.
+_KEY, _VERSION = "taylor_kernels.pruned", "1"
 
 
 def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
@@ -75,7 +75,7 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         "attributes": attributes,
         "aliases": aliases,
     }
-    metadata = {"format": _FORMAT, _KEY: json.dumps(recipe, separators=(",", ":"))}
+    metadata = {_KEY: json.dumps(recipe, separators=(",", ":"))}
     write_atomically(path, lambda file: file.write(save(content, metadata)))
 
 
@@ -162,7 +162,7 @@ def _read(path: str) -> _File:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"path: {path!r} is damaged or no safetensors file") from error
-    if metadata.get("format") != _FORMAT:
+    if _KEY not in metadata:
         raise ValueError(f"path: {path!r} was not written by save_pruned")
     try:
         recipe = json.loads(metadata[_KEY])

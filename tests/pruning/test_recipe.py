@@ -116,7 +116,7 @@ def test_bad_files_say_what_they_are(tmp_path):
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    recipe = json.loads(metadata["recipe"])
+    recipe = json.loads(metadata["taylor_kernels.pruned"])
 
     def refused(match: str) -> None:
         model, _ = zoo.build("mlp")
@@ -138,9 +138,9 @@ def test_bad_files_say_what_they_are(tmp_path):
         (recipe | {"indices": [[1, 1]] * 9}, "twice the same"),
         (recipe | {"shapes": {n: [99, 99] for n in recipe["shapes"]}}, "another model"),
     ):
-        save_file(tensors, path, metadata | {"recipe": json.dumps(changed)})
+        save_file(tensors, path, {"taylor_kernels.pruned": json.dumps(changed)})
         refused(says)
-    save_file(tensors, path, metadata | {"recipe": "{"})
+    save_file(tensors, path, {"taylor_kernels.pruned": "{"})
     refused("is damaged")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_pruned(zoo.build("mlp")[0], tmp_path / "nowhere")

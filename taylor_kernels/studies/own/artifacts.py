@@ -116,7 +116,7 @@ class _Writer:
 
     def onnx(self, file: Path) -> _Run:
         if missing := [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]:
-            raise _Cannot(f"{', '.join(missing)} not installed")
+            raise _Cannot(f"{', '.join(missing)} not installed; pip install 'taylor-kernels[onnx]'")
         if self._program is None:
             raise _Cannot("it is made from pruned.pt2, which is not there")
         one_file = sum(v.nbytes for v in self._model.state_dict().values()) < _ONE_FILE

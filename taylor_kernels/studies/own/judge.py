@@ -114,15 +114,14 @@ class Judge:
             f"{where}"
         ):
             outputs = model(**batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        loss = getattr(outputs, "loss", None) if loss is None else loss
+        loss = _entry(outputs, "loss")
         if loss is None:
             has = _names(outputs) if isinstance(outputs, Mapping) else "no names"
             raise Mistake(
                 f"--model: of a dict with {_names(batch)} it returned a {type(outputs).__name__} "
                 f"without a loss ({has}); give --loss, or labels in the minibatch"
             )
-        return Outcome(loss, getattr(outputs, "logits", None), batch.get(key) if key else None)
+        return Outcome(loss, outputs, batch.get(key) if key else None)
 
     def _with(
         self, loss: Callable[..., Any], model: nn.Module, inputs: Any, targets: Any, where: str
@@ -139,10 +138,16 @@ def _names(batch: Mapping[str, Any]) -> str:
     return ", ".join(map(str, batch)) or "nothing"
 
 
+def _entry(outputs: Any, name: str) -> Any:
+    """What a mapping or an object with attributes has under a name, or None."""
+    found = outputs.get(name) if isinstance(outputs, Mapping) else None
+    return getattr(outputs, name, None) if found is None else found
+
+
 def right_answers(outcome: Outcome) -> tuple[int, int] | None:
     """(right answers, answers) of a classifier's outcome; None where it is none."""
     outputs, targets = outcome.outputs, outcome.targets
-    outputs = getattr(outputs, "logits", outputs)
+    outputs = outputs if isinstance(outputs, Tensor) else _entry(outputs, "logits")
     if not is_classifier(outputs, targets):
         return None
     return int((outputs.argmax(1) == targets).sum()), targets.numel()

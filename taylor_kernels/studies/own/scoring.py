@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -49,7 +50,8 @@ class Scores:
             f"{name or 'model'}.standard_error": values.cpu()
             for name, values in self.errors.items()
         }
-        data = save({name: t.contiguous() for name, t in content.items()}, dict(about))
+        metadata = {"taylor_kernels.scores": json.dumps(dict(about))}
+        data = save({name: t.contiguous() for name, t in content.items()}, metadata)
         write_atomically(file, lambda part: part.write(data))
 
 
@@ -107,7 +109,7 @@ def _fill(
         meter.load_state_dict(extra["meter"])
         done = extra["meter"]["updates"]
         log.say(f"going on from {settings.checkpoint}, after minibatch {done}")
-    keeper = Keeper(settings.checkpoint, settings.save_every, save_it)
+    keeper = Keeper(settings.checkpoint, settings.save_every, save_it, log.say)
     reads = settings.statistic.reads
     length, total = task.loader.length(), 1 if reads == "weights" else settings.batches
     total = total if length is None else min(total, length)

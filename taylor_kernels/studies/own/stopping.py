@@ -29,10 +29,17 @@ class Keeper:
 
     Args:
         save: writes the checkpoint.
+        say: tells the user that they were heard.
     """
 
-    def __init__(self, file: Path, seconds: float, save: Callable[[], None]) -> None:
-        self.file, self._seconds, self._save = file, seconds, save
+    def __init__(
+        self,
+        file: Path,
+        seconds: float,
+        save: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.file, self._seconds, self._save, self._say = file, seconds, save, say
         self._last = time.monotonic()
         self._asked = False
 
@@ -63,6 +70,9 @@ class Keeper:
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
+            self._say(
+                "stopping after this minibatch; once more stops at once, without a checkpoint"
+            )
 
         before = {number: signal.signal(number, ask) for number in _SIGNALS}
         try:

@@ -111,10 +111,16 @@ def files_table(files: Sequence[Artifact]) -> Table:
         if file.missing:
             rows.append([file.name, "not written", "", file.missing])
         else:
-            what = f"loaded again, outputs differ by {file.difference:.1g} of the greatest"
-            what += ", any batch size" if file.batch == "any" else ", this batch size alone"
+            off = f"outputs within {file.difference:.1g}" if file.difference else "same outputs"
+            size = "any" if file.batch == "any" else "this"
+            what = f"loaded again: {off}, {size} batch size"
             rows.append([file.name, "written", f"{file.bytes:,}", what])
-    return Table(("file", "", "bytes", "checked"), rows, numeric=(2,))
+    return Table(
+        ("file", "", "bytes", "checked"),
+        rows,
+        caption="Differences are relative to the greatest output.",
+        numeric=(2,),
+    )
 
 
 def _share(one: Json, name: str) -> str:

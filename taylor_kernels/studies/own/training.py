@@ -102,6 +102,10 @@ class Training:
             self._judged = [(number, to_device(batch, cpu)) for number, batch in first]
         self.every, self._pace_prunings = settings.every, 0
         if settings.epochs is not None:
+            if task.loader.length() is None:
+                log.say(
+                    "counting the minibatches of --data, which does not say; --steps limits them"
+                )
             minibatches = settings.epochs * task.loader.counted()
             self.every = max(1, min(settings.every, minibatches // _PRUNINGS))
             self._pace_prunings = max(1, minibatches // self.every)
@@ -123,7 +127,7 @@ class Training:
         self._pace = Pace(self.pruner, self._pace_prunings) if self._pace_prunings else None
         dtype = settings.amp_dtype()
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self._keeper = Keeper(settings.checkpoint, settings.save_every, self._save)
+        self._keeper = Keeper(settings.checkpoint, settings.save_every, self._save, log.say)
 
     def run(self) -> nn.Module:
         """Prune and fine-tune, from a checkpoint on if one is there and to be used.

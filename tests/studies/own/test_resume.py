@@ -71,16 +71,20 @@ def test_killed_and_resumed_is_never_killed(folder, capsys):
 
 
 @pytest.fixture
-def interrupted(folder, monkeypatch):
-    """Ctrl-C at a call of the model: the file "stop" has its number."""
+def interrupted(folder):
+    """A model to which Ctrl-C comes at a call: the file "stop" has its number and the mode."""
     with open(folder / "mynets.py", "a") as file:
         file.write(
             "import os, signal\n"
             "class Stopping(Net):\n"
+            "    calls = {True: 0, False: 0}\n"
             "    def forward(self, x):\n"
             "        y = Net.forward(self, x)\n"
-            "        stop, calls = Path('stop'), len(Path('calls').read_text())\n"
-            "        if stop.exists() and calls >= int(stop.read_text()):\n"
+            "        self.calls[self.training] += 1\n"
+            "        mode = 'train' if self.training else 'eval'\n"
+            "        stop, now = Path('stop'), f'{mode} {self.calls[self.training]}'\n"
+            "        Path(f'last_{mode}').write_text(now)\n"
+            "        if stop.exists() and stop.read_text() == now:\n"
             "            stop.unlink()\n"
             "            os.kill(os.getpid(), signal.SIGINT)\n"
             "        return y\n"
@@ -92,10 +96,12 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted, capsys):
     folder = interrupted
     prune = ("--model", "mynets:Stopping", *PRUNE[2:])
     command(capsys, "prune", *prune, "--out", "whole")
-    whole = calls(folder)
-    for part, words in ((0.45, "while pruning, after minibatch"), (0.85, "while fine-tuning, ")):
-        (folder / "calls").unlink()
-        (folder / "stop").write_text(f"{round(part * whole)}")
+    last = int((folder / "last_train").read_text().split()[1])
+    for number, words in (
+        (5, "while pruning, after minibatch 5"),
+        (last - 3, "while fine-tuning, "),
+    ):
+        (folder / "stop").write_text(f"train {number}")
         code, out, err = command(capsys, "prune", *prune, "--out", "broken")
         assert (code, out) == (130, "")
         last = err.splitlines()[-1]
@@ -119,9 +125,8 @@ def test_a_score_goes_on_too(interrupted, capsys):
     folder = interrupted
     score = ("--model", "mynets:Stopping", *PRUNE[2:4], "--batches", "5")
     command(capsys, "score", *score, "--out", "whole")
-    whole = calls(folder)
-    (folder / "calls").unlink()
-    (folder / "stop").write_text(f"{whole - 2}")
+    last = int((folder / "last_eval").read_text().split()[1])
+    (folder / "stop").write_text(f"eval {last - 1}")
     code, _, err = command(capsys, "score", *score, "--out", "broken")
     assert code == 130
     assert "stopped after minibatch 4 of 5; the checkpoint is" in err

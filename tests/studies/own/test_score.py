@@ -73,7 +73,8 @@ def test_scores_are_those_of_the_criterion(criterion, saved, capsys):
                 got[f"{name}.standard_error"].double(), error, rtol=1e-2, atol=1e-9
             )
     with safe_open(saved / "out/scores.safetensors", "pt") as file:
-        assert file.metadata()["criterion"] == criterion
+        about = json.loads(file.metadata()["taylor_kernels.scores"])
+    assert about["criterion"] == criterion
 
 
 def test_tables_and_page_say_what_was_found(folder, capsys):
