@@ -252,6 +252,7 @@ class Training:
         return any(
             self.course[-1][name] - cost[name] >= (1 - target) / _POINTS
             for name, target in self.pruner.targets.items()
+            if target < 1
         )
 
     def _save(self) -> None:
