@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from taylor_kernels.cli.common import STOPPED, fail, show
 
 if TYPE_CHECKING:
@@ -28,7 +26,7 @@ def run_job(job: Callable[..., Any], settings: OwnSettings, *, as_json: bool) ->
         fail(str(error))
     except Stopped as stop:
         print(f"{stop}; go on with: {settings.command()} --resume", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+        sys.exit(STOPPED)  # past main(), which would say again that it stopped
     if as_json:
         print(json.dumps(result, indent=1))
     else:
