@@ -28,7 +28,7 @@ from taylor_kernels.cli.jobs import check_named, run_job
 
 EXAMPLE = (
     "Example: taylor-kernels score --model mymodels:resnet --data mymodels:loader "
-    "--criterion taylor_fo_gate --batches 40"
+    "--criterion taylor_fo_gate --batches 10"
 )
 
 

@@ -13,7 +13,8 @@ pytest.importorskip("sklearn", reason="the page's data are scikit-learn's")
 
 from taylor_kernels import cli
 from taylor_kernels.cli import prune, score
-from taylor_kernels.studies.own import artifacts
+from taylor_kernels.studies.own import artifacts, pages
+from taylor_kernels.studies.report import Text
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs/command-line.md").read_text()
@@ -28,7 +29,9 @@ def mymodels(tmp_path, monkeypatch, one_thread):
     (tmp_path / "mymodels.py").write_text(module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(artifacts._Writer, "_exported", lambda self: 1 / 0)  # tested elsewhere
+    # What takes seconds is tested elsewhere.
+    monkeypatch.setattr(artifacts._Writer, "_exported", lambda self: 1 / 0)
+    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("a figure"))
     yield tmp_path
     sys.modules.pop("mymodels", None)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from taylor_kernels.studies.own import artifacts
-
 
 @pytest.fixture
 def weights_alone(monkeypatch):
-    """Exporters, which take seconds, refuse: where a test is of something else."""
+    """No exports and no drawings, which take seconds: where a test is of something else."""
+    from taylor_kernels.studies.own import artifacts, pages
+    from taylor_kernels.studies.report import Text
 
     def refuse(self):
         raise RuntimeError("not in this test")
 
     monkeypatch.setattr(artifacts._Writer, "_exported", refuse)
+    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("not in this test"))

@@ -11,7 +11,7 @@ pytest.importorskip("safetensors", reason="prune needs safetensors")
 
 from tests.helpers.user_models import command
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "weights_alone")
 
 MORE = """
 once = iter(pairs * 3)

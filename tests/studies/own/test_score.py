@@ -40,6 +40,7 @@ def saved(folder):
     return folder
 
 
+@pytest.mark.usefixtures("weights_alone")
 @pytest.mark.parametrize("criterion", ["taylor_fo", "magnitude_l2", "taylor_abs"])
 def test_scores_are_those_of_the_criterion(criterion, saved, capsys):
     arguments = ("--model", "mynets:same", "--data", "mynets:those", "--batches", "3")
