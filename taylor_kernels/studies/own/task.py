@@ -110,10 +110,24 @@ def _seen_inputs(model: nn.Module, judge: Judge, batch: Any) -> Any:
     if not kwargs:
         return args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
     if args:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        kwargs = {**bound, **bound.pop("kwargs", {})}
+        kwargs = _by_name(model, args, kwargs)
     fewer = {name: value for name, value in kwargs.items() if name not in TARGETS}
     return fewer if len(fewer) < len(kwargs) and _runs(model, fewer) else kwargs
+
+
+def _by_name(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments that are given partly by place, all by name."""
+    signature = inspect.signature(model.forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            raise Mistake(
+                f"--forward: it calls the model with *{name} and with arguments by name, which "
+                "cannot both be traced; pass all by name"
+            )
+        named |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
 
 
 def _one_example(model: nn.Module, inputs: Any) -> Any:

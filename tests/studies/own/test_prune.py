@@ -193,7 +193,7 @@ def test_minibatches_of_other_kinds(folder, capsys):
             "def renamed():\n"
             "    return [{'image': b['pixels'], 'label': b['labels']} for b in dicts()]\n"
             "def forward(model, batch):\n"
-            "    outputs = model(pixels=batch['image'])['logits']\n"
+            "    outputs = model(batch['image'], labels=None)['logits']\n"
             "    return nn.functional.cross_entropy(outputs, batch['label'])\n"
             "def of_logits(outputs, targets):\n"
             "    return nn.functional.cross_entropy(outputs['logits'], targets)\n"
