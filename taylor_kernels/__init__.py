@@ -17,7 +17,13 @@ from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
 from taylor_kernels.parameter_fisher import ParameterFisher
-from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from taylor_kernels.pruning import (
+    Pruner,
+    load_checkpoint,
+    load_pruned,
+    save_checkpoint,
+    save_pruned,
+)
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 from taylor_kernels.tracing import Channels, trace
 
@@ -40,10 +46,12 @@ __all__ = [
     "hutchinson_moments",
     "linear_fisher",
     "load_checkpoint",
+    "load_pruned",
     "rademacher_like",
     "register_criterion",
     "register_statistic",
     "save_checkpoint",
+    "save_pruned",
     "scoring",
     "second_order_moments",
     "statistic_names",

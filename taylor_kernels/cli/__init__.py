@@ -8,10 +8,8 @@ import sys
 
 import typer
 
-from taylor_kernels.cli import compare, demo, info
-from taylor_kernels.cli.common import complain
-
-STOPPED = 130
+from taylor_kernels.cli import compare, demo, info, prune, score
+from taylor_kernels.cli.common import STOPPED, complain
 
 app = typer.Typer(
     help="Taylor importance of filters in fused kernels, and pruning with it.",
@@ -19,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("prune", epilog=prune.EXAMPLE)(prune.command)
+app.command("score", epilog=score.EXAMPLE)(score.command)
 app.command("demo", epilog=demo.EXAMPLE)(demo.command)
 app.command("compare", epilog=compare.EXAMPLE)(compare.command)
 app.command("info", epilog=info.EXAMPLE)(info.command)

@@ -14,7 +14,34 @@ if TYPE_CHECKING:
     from taylor_kernels.studies.report import Table
 
 USER_ERROR = 2
+STOPPED = 130
 
+ModelPath = Annotated[
+    str | None,
+    typer.Option("--model", help="Yours: package.module:name of a Module, or of what makes one."),
+]
+DataPath = Annotated[
+    str | None, typer.Option("--data", help="The same of a loader, or of what makes one.")
+]
+LossPath = Annotated[
+    str | None,
+    typer.Option("--loss", help="The same of loss(outputs, targets).  [default: cross_entropy]"),
+]
+ForwardPath = Annotated[
+    str | None,
+    typer.Option("--forward", help="The same of forward(model, batch), which gives the loss."),
+]
+CriterionName = Annotated[str, typer.Option("--criterion", help="What filters are scored by.")]
+Batches = Annotated[int, typer.Option(help="How many minibatches the scores are of.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+Amp = Annotated[
+    bool, typer.Option("--amp", help="Compute in bfloat16, or float16, where that is safe.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if one is there.")
+]
+SaveEvery = Annotated[float, typer.Option(help="Seconds between two checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Force = Annotated[bool, typer.Option("--force", help="Forget what is finished.")]
 

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from taylor_kernels.cli.common import Device, Force, fail, require, show
+from taylor_kernels.cli.common import (
+    DataPath,
+    Device,
+    Force,
+    LossPath,
+    ModelPath,
+    fail,
+    require,
+    show,
+)
 
 EXAMPLE = (
     "Example: taylor-kernels compare --model mymodels:resnet --data mymodels:loader "
@@ -19,18 +28,9 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the report and what is finished.")] = Path(
         "runs/compare"
     ),
-    model: Annotated[
-        str | None,
-        typer.Option(help="Yours: package.module:name of a Module, or of what makes one."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="The same of a loader of (inputs, targets), or of what makes one."),
-    ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(help="The same of loss(outputs, targets).  [default: cross_entropy]"),
-    ] = None,
+    model: ModelPath = None,
+    data: DataPath = None,
+    loss: LossPath = None,
     criteria: Annotated[
         list[str] | None,
         typer.Option(help="A criterion; repeat for more.  [default: all that apply]"),

@@ -3,6 +3,15 @@
 from taylor_kernels.pruning.checkpoint import load_checkpoint, save_checkpoint
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.recipe import load_pruned, save_pruned
 from taylor_kernels.pruning.records import PruneRecord
 
-__all__ = ["Cost", "PruneRecord", "Pruner", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Cost",
+    "PruneRecord",
+    "Pruner",
+    "load_checkpoint",
+    "load_pruned",
+    "save_checkpoint",
+    "save_pruned",
+]

@@ -69,8 +69,7 @@ def check_arguments(
             "flops, params, filters: none is given; say what fraction to keep, such as flops=0.5"
         )
     for name, value in (("every", every), ("round_to", round_to), ("min_filters", min_filters)):
-        if not _is_int(value) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        check_count(name, value)
     if not (per_step >= 1 if _is_int(per_step) else _is_number(per_step) and 0 < per_step < 1):
         raise ValueError(
             f"per_step: expected a count of at least 1 or a fraction in (0, 1), got {per_step!r}"
@@ -83,6 +82,16 @@ def check_arguments(
     if backend is not None and kept is not None:
         select(kept.device, kept.dtype, backend)
     return given
+
+
+def check_count(name: str, value: object) -> None:
+    """An argument is an integer of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
 
 
 def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:

@@ -125,6 +125,40 @@ def load_checkpoint(
                 "optimizer: the pruner has another one or none, so this one would keep parameters "
                 "that the model drops; build the pruner with Pruner(optimizer=...)"
             )
+    content = read_checkpoint(path)
+    for name, part in (("model", model), ("optimizer", optimizer), ("pruner", pruner)):
+        if (content.get(name) is None) != (part is None):
+            have, lack = ("was given", "is none in the file")
+            if part is None:
+                have, lack = ("is in the file", "was not given")
+            raise ValueError(f"{name}: one {have}, but {lack}; pass the parts that were saved")
+
+    # All is looked at before anything is touched.
+    shapes = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else None
+        for name, value in model.state_dict().items()
+    }
+    cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
+    check_model_state(content["model"], shapes | cut)
+    if optimizer is not None:
+        after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
+        check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
+
+    if pruner is not None:
+        pruner.load_state_dict(content["pruner"])
+    model.load_state_dict(content["model"])
+    if optimizer is not None:
+        load_optimizer_states(content["optimizer"], optimizer)
+    return content["extra"]
+
+
+def read_checkpoint(path: str | bytes | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_checkpoint` wrote: "model", "optimizer", "pruner" and "extra".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or not a checkpoint.
+    """
     path = os.fsdecode(path)
     try:
         # torch.load takes damaged tensors as they are; the archive holds a checksum of each.
@@ -149,32 +183,9 @@ def load_checkpoint(
     if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
         raise ValueError(f"path: {path!r} was not written by save_checkpoint")
     check_version(content, f"path: {path!r}")
-    for name, part in (("model", model), ("optimizer", optimizer), ("pruner", pruner)):
-        if (content.get(name) is None) != (part is None):
-            have, lack = ("was given", "is none in the file")
-            if part is None:
-                have, lack = ("is in the file", "was not given")
-            raise ValueError(f"{name}: one {have}, but {lack}; pass the parts that were saved")
     if not isinstance(content.get("extra"), dict):
         raise ValueError(f"path: {path!r} is damaged (it has no extras)")
-
-    # All is looked at before anything is touched.
-    shapes = {
-        name: tuple(value.shape) if isinstance(value, Tensor) else None
-        for name, value in model.state_dict().items()
-    }
-    cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
-    check_model_state(content["model"], shapes | cut)
-    if optimizer is not None:
-        after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
-        check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
-
-    if pruner is not None:
-        pruner.load_state_dict(content["pruner"])
-    model.load_state_dict(content["model"])
-    if optimizer is not None:
-        load_optimizer_states(content["optimizer"], optimizer)
-    return content["extra"]
+    return content
 
 
 def _check_parts(model: object, optimizer: object) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.arguments import check_arguments, one_criterion
+from taylor_kernels.pruning.arguments import check_arguments, check_count, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.network import Network, check_free
@@ -214,6 +214,19 @@ class Pruner(OnModel):
         return record
 
     @property
+    def per_step(self) -> int:
+        """How many filters go at a pruning; a schedule may set it between prunings.
+
+        It is an argument and no part of the state: a run that resumes sets it again.
+        """
+        return self._budget.filters
+
+    @per_step.setter
+    def per_step(self, filters: int) -> None:
+        check_count("per_step", filters)
+        self._budget.filters = filters
+
+    @property
     def needs_closure(self) -> bool:
         """Whether step() is to be called with a closure; otherwise it takes none."""
         return self._reads == "closure"
@@ -276,6 +289,19 @@ class Pruner(OnModel):
             self._scores.drop(gone, self._network.groups)
             self._watch()
         return self.model
+
+    def removal(self) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, Any]]]:
+        """What compact() has taken off the original model: tensor -> dimension -> indices [n], and
+        module -> attribute -> what it became. `save_pruned` keeps it.
+
+        Raises:
+            ValueError: filters are masked that compact() has not removed.
+        """
+        state = self._network.state()
+        if not all(map(torch.equal, state["removed"], state["compacted"])):
+            raise ValueError("pruner: it holds filters at zero; call compact() first")
+        channels = self._prunable.channels
+        return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
 
     def close(self) -> None:
         """Take every hook off the model, for good; masked filters are no longer held at zero.

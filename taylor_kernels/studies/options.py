@@ -37,18 +37,18 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_criteria(names: Sequence[str]) -> list[Criterion]:
-    """The criteria of these names.
+def find_criteria(names: Sequence[str], option: str = "--criteria") -> list[Criterion]:
+    """The criteria of these names, which an option gave.
 
     Raises:
         Mistake: there is none, or one is not known; the message has the nearest names.
     """
     if not names:
-        raise Mistake("--criteria: name at least one, for example taylor_fo_bn")
+        raise Mistake(f"{option}: name at least one, for example taylor_fo_bn")
     try:
         return [get_criterion(name) for name in names]
     except ValueError as error:
-        raise Mistake(f"--criteria: {str(error).removeprefix('criterion: ')}") from None
+        raise Mistake(f"{option}: {str(error).removeprefix('criterion: ')}") from None
 
 
 def check_seed(seed: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_kernels.studies.data import Split, minibatches
+from taylor_kernels.tracing.running import call, tensors_in
 
 
 @dataclass(frozen=True)
@@ -112,33 +113,34 @@ def count_flops(model: nn.Module, example: Tensor) -> int:
 @torch.no_grad()
 def latencies(
     models: Mapping[str, nn.Module],
-    images: Tensor,
+    inputs: Any,
     *,
     repeats: int,
     on_repeat: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of a forward pass of each model on `images`: median and quartiles.
+    """Milliseconds of a forward pass of each model on `inputs`: median and quartiles.
 
-    Each round times every model once, in alternating order, so that a machine that slows down slows
-    all of them alike.
+    Inputs are a tensor, a tuple of arguments or a dict of keyword arguments. Each round times every
+    model once, in alternating order, so that a machine that slows down slows all of them alike.
     """
     for model in models.values():
         model.eval()
         for _ in range(3):
-            model(images)
+            call(model, inputs)
     times: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats):
         for name in list(models)[:: 1 if repeat % 2 == 0 else -1]:
-            times[name].append(_milliseconds(models[name], images))
+            times[name].append(_milliseconds(models[name], inputs))
         on_repeat()
     return {name: _quartiles(values) for name, values in times.items()}
 
 
-def _milliseconds(model: nn.Module, images: Tensor) -> float:
-    _wait_for(images.device)
+def _milliseconds(model: nn.Module, inputs: Any) -> float:
+    device = next((tensor.device for tensor in tensors_in(inputs)), torch.device("cpu"))
+    _wait_for(device)
     start = time.perf_counter()
-    model(images)
-    _wait_for(images.device)
+    call(model, inputs)
+    _wait_for(device)
     return (time.perf_counter() - start) * 1e3
 
 

@@ -1,4 +1,4 @@
-"""A module as a user of `taylor-kernels compare` might have it, and the command on it."""
+"""A module as a user of the command line might have it, and commands on it."""
 
 from __future__ import annotations
 
@@ -64,8 +64,13 @@ FEW = ("--criteria", "taylor_fo_bn", "--criteria", "magnitude_l2", "--criteria",
 
 
 def compare(capsys, *arguments: str) -> tuple[int, str, str]:
+    return command(capsys, "compare", *arguments)
+
+
+def command(capsys, name: str, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command in this process."""
     sys.modules.pop("mynets", None)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["compare", "--device", "cpu", *arguments])
+        cli.main([name, "--device", "cpu", *arguments])
     captured = capsys.readouterr()
     return stop.value.code, captured.out, captured.err

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from taylor_kernels._scoring import scoring
 from taylor_kernels.statistics.layers import Layers, filter_count, find_layers
 from taylor_kernels.statistics.loss_change import Filter
+from taylor_kernels.studies.own.judge import example_count
 from taylor_kernels.tracing.running import call, tensors_in
 
 Batch = tuple[Any, Any]
@@ -106,35 +107,6 @@ def loss_and_accuracy(
             answers += targets.numel()
     result = {"loss": loss_sum / examples}
     return result | {"accuracy": hits / answers} if classifies else result
-
-
-def example_count(targets: Any) -> int:
-    """How many examples a batch has, by its targets; 1 where they do not tell."""
-    first = next(tensors_in(targets), None)
-    return first.size(0) if first is not None and first.dim() else 1
-
-
-def is_classifier(outputs: Any, targets: Any) -> bool:
-    """Whether outputs are logits [N, C, ...] and targets the classes [N, ...]."""
-    return (
-        isinstance(outputs, Tensor)
-        and isinstance(targets, Tensor)
-        and outputs.dim() >= 2
-        and not targets.is_floating_point()
-        and targets.shape == outputs.shape[:1] + outputs.shape[2:]
-    )
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """The tensors in nested tuples, lists and dicts, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [to_device(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
 
 
 def inner_layers(model: nn.Module, inputs: Any) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -13,7 +13,7 @@ pytest.importorskip("scipy", reason="compare needs SciPy")
 import taylor_kernels as tk
 from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.oracle.measure import identity
-from taylor_kernels.studies.oracle.problem import inner_layers, is_classifier, loss_and_accuracy
+from taylor_kernels.studies.oracle.problem import inner_layers, loss_and_accuracy
 from taylor_kernels.studies.oracle.scores import (
     DRAWS,
     PLAIN,
@@ -22,6 +22,7 @@ from taylor_kernels.studies.oracle.scores import (
     scores_of,
     timings,
 )
+from taylor_kernels.studies.own.judge import is_classifier
 from tests.helpers.problems import Counted, other_loss, quiet, small_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,7 +24,7 @@ MISTAKES = {
     "exits": ("mynets:exits", "mynets:pairs", [], "mynets:exits() raised SystemExit: 3"),
     "no model": ("mynets:number", "mynets:pairs", [], "is a int, neither a torch.nn.Module"),
     "makes none": ("mynets:nothing", "mynets:pairs", [], "gave a list, not a torch.nn.Module"),
-    "arguments": ("mynets:needs_arguments", "mynets:pairs", [], "missing 1 required"),
+    "arguments": ("mynets:needs_arguments", "mynets:pairs", [], "wants arguments (width)"),
     "raises": ("mynets:raises", "mynets:pairs", [], "OSError: weights.pt is not there"),
     "no layers": ("mynets:headless", "mynets:pairs", [], "it has no layer whose filters can be"),
     "no loader": ("mynets:model", "mynets:number", [], "--data: mynets:number gave a int"),

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of compare."""
+"""Fixtures of the tests of compare, score and prune."""
 
 from __future__ import annotations
 

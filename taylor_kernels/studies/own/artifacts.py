@@ -1,0 +1,270 @@
+"""The pruned model as files, each loaded again and compared before it is said to be there."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from taylor_kernels.pruning import Pruner, load_pruned, save_pruned
+from taylor_kernels.pruning.state import first_line
+from taylor_kernels.studies.own.task import first_examples
+from taylor_kernels.tracing.running import call, tensors_in
+
+#: Relative to the greatest output: other kernels in another order, in float32.
+_CLOSE = 1e-3
+#: Bytes of weights that an ONNX file, which can have 2 GiB, holds itself; more lie beside it.
+_ONE_FILE = 1.5 * 2**30
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, or why there is none.
+
+    Attributes:
+        difference: of its outputs from the model's, the greatest, relative to the greatest output.
+        batch: "any" where it takes minibatches of every size, else "fixed".
+        missing: why it is not there, in one line.
+    """
+
+    name: str
+    bytes: int = 0
+    difference: float = 0.0
+    batch: str = ""
+    missing: str = ""
+
+
+def write_artifacts(
+    folder: Path, pruner: Pruner, inputs: Any, fresh: Callable[[], nn.Module]
+) -> list[Artifact]:
+    """Write `pruned.safetensors`, `pruned.pt2` and `pruned.onnx`; what cannot be is said and left.
+
+    Args:
+        pruner: of a compacted model; its hooks are off.
+        inputs: a minibatch that the model takes.
+        fresh: makes the model as it was before it was pruned.
+    """
+    model = copy.deepcopy(pruner.model).cpu().eval()
+    inputs = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
+    few = first_examples(inputs, 2) if _batched(inputs) else inputs
+    writer = _Writer(folder, model, inputs, few)
+    found = [
+        writer.tried("pruned.safetensors", lambda file: writer.weights(file, pruner, fresh)),
+        writer.tried("pruned.pt2", writer.program),
+        writer.tried("pruned.onnx", writer.onnx),
+    ]
+    return found
+
+
+class _Cannot(Exception):
+    """A file cannot be made; the message says why."""
+
+
+class _Writer:
+    """Files of one model in eval mode on the CPU."""
+
+    def __init__(self, folder: Path, model: nn.Module, inputs: Any, few: Any) -> None:
+        self._folder, self._model, self._few = folder, model, few
+        self._probe = inputs  # of another size than `few`, where there are so many examples
+        self._program: Any = None
+        self._batch = "fixed"
+
+    def tried(self, name: str, write: Callable[[Path], Any]) -> Artifact:
+        """The file, written by `write`, which gives a function that runs what is in it."""
+        file = self._folder / name
+        file.unlink(missing_ok=True)
+        with torch.no_grad(), _silence():
+            try:
+                run = write(file)
+                probe = self._probe if self._batch == "any" or run.any_batch else self._few
+                difference = _difference(run(probe), call(self._model, probe))
+                if not difference <= _CLOSE:
+                    raise _Cannot(f"loaded again, its outputs differ by {difference:.1g}")
+            except Exception as error:  # whatever an exporter raises is no fault of the run
+                file.unlink(missing_ok=True)
+                file.with_name(f"{name}.data").unlink(missing_ok=True)
+                kind = "" if isinstance(error, _Cannot) else f"{type(error).__name__}: "
+                return Artifact(name, missing=f"{kind}{first_line(error)}")
+        size = sum(f.stat().st_size for f in self._folder.glob(f"{name}*"))
+        batch = "any" if run.any_batch else self._batch
+        return Artifact(name, size, difference, batch)
+
+    def weights(self, file: Path, pruner: Pruner, fresh: Callable[[], nn.Module]) -> _Run:
+        save_pruned(file, pruner)
+        again = load_pruned(fresh(), file).eval()
+        again.to(next(self._model.parameters()).dtype)
+        return _Run(lambda inputs: call(again, inputs), any_batch=True)
+
+    def program(self, file: Path) -> _Run:
+        self._program, self._batch = self._exported()
+        torch.export.save(self._program, file)
+        return _Run(_caller(torch.export.load(file).module()))
+
+    def onnx(self, file: Path) -> _Run:
+        if missing := [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]:
+            raise _Cannot(f"{', '.join(missing)} not installed; pip install 'taylor-kernels[onnx]'")
+        if self._program is None:
+            raise _Cannot("it is made from pruned.pt2, which is not there")
+        one_file = sum(v.nbytes for v in self._model.state_dict().values()) < _ONE_FILE
+        torch.onnx.export(
+            self._program, (), str(file), dynamo=True, verbose=False, external_data=not one_file
+        )
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        onnx.checker.check_model(str(file))
+        evaluator = ReferenceEvaluator(str(file), new_ops=[_gather_elements()])
+
+        def run(inputs: Any) -> Any:
+            names, tensors = evaluator.input_names, list(tensors_in(inputs))
+            if isinstance(inputs, Mapping) and set(names) <= inputs.keys():
+                tensors = [inputs[name] for name in names]
+            feeds = {n: tensor.numpy() for n, tensor in zip(names, tensors, strict=True)}
+            return [torch.from_numpy(value) for value in evaluator.run(None, feeds)]
+
+        return _Run(run)
+
+    def _exported(self) -> tuple[Any, str]:
+        """The program, for minibatches of any size where that works, else of this one."""
+        args, kwargs = _arguments(self._few)
+        model = _with_plain_outputs(self._model)
+        if _batched(self._few):
+            dim = torch.export.Dim("batch", min=1)
+            length = next(tensors_in(self._few)).size(0)
+
+            def free(value: Any) -> Any:
+                batched = isinstance(value, Tensor) and value.dim() and value.size(0) == length
+                return {0: dim} if batched else None
+
+            shapes: Any = tuple(tree_map(free, value) for value in args)
+            if kwargs:
+                shapes = {name: tree_map(free, value) for name, value in kwargs.items()}
+            with contextlib.suppress(Exception):
+                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), "any"
+        return torch.export.export(model, args, kwargs), "fixed"
+
+
+def _with_plain_outputs(model: nn.Module) -> nn.Module:
+    """A copy whose outputs are of no class of its own, so that a program of it needs no import.
+
+    What a dataclass or a mapping holds comes in a dict, without what is None.
+    """
+    model = copy.deepcopy(model)
+    run = model.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _plain(run(*args, **kwargs))
+
+    model.forward = forward
+    return model
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        items: Any = value.items()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    elif isinstance(value, (tuple, list)):
+        return type(value)(map(_plain, value)) if type(value) is list else tuple(map(_plain, value))
+    else:
+        return value
+    return {name: _plain(item) for name, item in items if item is not None}
+
+
+def _gather_elements() -> Any:
+    """ONNX's operator for its reference evaluator, whose own takes no more than 64 elements."""
+    from onnx.reference.op_run import OpRun
+
+    class GatherElements(OpRun):
+        op_domain = ""
+
+        def _run(self, data: Any, indices: Any, axis: int | None = None) -> tuple[Any]:
+            along = (axis or 0) % data.ndim
+            cut = tuple(
+                slice(None) if dim == along else slice(size)
+                for dim, size in enumerate(indices.shape)
+            )
+            return (np.take_along_axis(data[cut], indices, along),)
+
+    return GatherElements
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Runs what a file holds on inputs."""
+
+    on: Callable[[Any], Any]
+    any_batch: bool = False
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.on(inputs)
+
+
+def _caller(module: Any) -> Callable[[Any], Any]:
+    def run(inputs: Any) -> Any:
+        args, kwargs = _arguments(inputs)
+        return module(*args, **kwargs)
+
+    return run
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def _batched(inputs: Any) -> bool:
+    """Whether there are two examples at least: one would be taken for a constant."""
+    first = next(tensors_in(inputs), None)
+    return first is not None and first.dim() > 0 and first.size(0) >= 2
+
+
+def _difference(got: Any, expected: Any) -> float:
+    """The greatest difference between two nests of tensors, relative to the greatest value."""
+    one, other = list(tensors_in(got)), list(tensors_in(expected))
+    if [tuple(t.shape) for t in one] != [tuple(t.shape) for t in other]:
+        raise _Cannot("loaded again, its outputs have other shapes")
+    if not one:
+        raise _Cannot("the model returns no tensor, so nothing could be compared")
+    most = 0.0
+    for mine, theirs in zip(one, other, strict=True):
+        mine, theirs = mine.double(), theirs.double()
+        if mine.numel() == 0:
+            continue
+        scale = theirs.abs().max().clamp_min(1e-12)
+        difference = ((mine - theirs).abs().max() / scale).item()
+        most = max(most, difference) if difference == difference else float("nan")
+    return most
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Exporters write pages on what they try; one line of it is kept, the reason."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,158 @@
+"""A user's model and loader by import path, and minibatches that can be had again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.studies.digest import digest
+from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.paths import find, made, naming
+
+
+def users_model(path: str) -> nn.Module:
+    """The model that --model names.
+
+    Raises:
+        Mistake: the path leads nowhere, or to what is no model with parameters.
+    """
+    model = find("--model", path)
+    if not isinstance(model, nn.Module):
+        if not callable(model):
+            raise Mistake(
+                f"--model: {path} is a {type(model).__name__}, neither a torch.nn.Module nor a "
+                "function that makes one"
+            )
+        model = made("--model", path, model)
+    if not isinstance(model, nn.Module):
+        raise Mistake(f"--model: {path}() gave a {type(model).__name__}, not a torch.nn.Module")
+    if not any(True for _ in model.parameters()):
+        raise Mistake(f"--model: {path} has no parameters, so there is nothing to score")
+    return model
+
+
+class Minibatches:
+    """A user's loader, of which an epoch of a number is the same whenever it is run.
+
+    Everything that draws random numbers is seeded anew for every epoch and every minibatch, so
+    that a run goes on in the middle of an epoch as if it had never stopped. Generators that a
+    DataLoader or its sampler keeps are seeded with it.
+
+    Args:
+        option, path: where it comes from: --data or --val, and what that says.
+        limit: so many minibatches are an epoch at most; None for all.
+        device: what tensors are moved to.
+
+    Raises:
+        Mistake: the path leads nowhere, or to what cannot be iterated over.
+    """
+
+    def __init__(
+        self, option: str, path: str, *, seed: int, limit: int | None, device: torch.device
+    ) -> None:
+        self.option, self.path = option, path
+        self._seed, self._limit, self._device = seed, limit, device
+        self._found = find(option, path)
+        self._loader = self._made()
+        self._used = False
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[tuple[int, Any]]:
+        """The minibatches of an epoch with their numbers, from `start` on.
+
+        Raises:
+            Mistake: there is none, or the user's loader raises.
+        """
+        seed_everything(self._seed, number)
+        iterator = self._iterator(number)
+        count = 0
+        while count != self._limit:
+            seed_everything(self._seed, number, count)
+            with naming(f"{self.option}: iterating over {self.path}"):
+                try:
+                    batch = next(iterator)
+                except StopIteration:
+                    break
+            count += 1
+            if count > start:
+                yield count - 1, to_device(batch, self._device)
+        if not count:
+            raise Mistake(f"{self.option}: {self.path} yields no minibatch")
+
+    def first(self) -> Any:
+        """The first minibatch of epoch 0."""
+        return next(self.epoch(0))[1]
+
+    def length(self) -> int | None:
+        """How many minibatches an epoch has; None where the loader does not say."""
+        try:
+            length = len(self._loader)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        return length if self._limit is None else min(length, self._limit)
+
+    def counted(self) -> int:
+        """The same, counted where the loader does not say."""
+        length = self.length()
+        return sum(1 for _ in self.epoch(0)) if length is None else length
+
+    def _made(self) -> Iterable[Any]:
+        found = self._found
+        loader = found
+        if not isinstance(loader, Iterable) and callable(loader):
+            loader = made(self.option, self.path, loader)
+        if not isinstance(loader, Iterable):
+            raise Mistake(
+                f"{self.option}: {self.path} gave a {type(loader).__name__}, which cannot be "
+                "iterated over"
+            )
+        return loader
+
+    def _iterator(self, number: int) -> Iterator[Any]:
+        if self._used and isinstance(self._loader, Iterator):  # it can be gone through once
+            if self._loader is self._found:
+                raise Mistake(
+                    f"{self.option}: {self.path} is a {type(self._loader).__name__}, which can be "
+                    "iterated over once; name a loader, or a function that makes one"
+                )
+            self._loader = self._made()
+        self._used = True
+        sampler = getattr(self._loader, "sampler", None)
+        for holder in (self._loader, sampler):
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(_mixed(self._seed, number))
+        if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+            set_epoch(number)
+        with naming(f"{self.option}: iterating over {self.path}"):
+            return iter(self._loader)
+
+
+def seed_everything(seed: int, *numbers: int) -> None:
+    """Seed the generators of Python, numpy and PyTorch, on all devices."""
+    value = _mixed(seed, *numbers) if numbers else seed
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _mixed(*numbers: int) -> int:
+    """32 bits that differ where the numbers do."""
+    return int(digest(" ".join(map(str, numbers))), 16) % 2**32
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """The tensors in nested tuples, lists and dicts, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [to_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    move: Callable[..., Any] | None = getattr(value, "to", None)  # as transformers' BatchEncoding
+    return move(device) if callable(move) and not isinstance(value, nn.Module) else value

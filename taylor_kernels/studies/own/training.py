@@ -1,0 +1,304 @@
+"""A user's model pruned while it trains, then fine-tuned; stopped, it goes on to the same bits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
+from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.pace import Pace
+from taylor_kernels.studies.own.parts import Minibatches, to_device
+from taylor_kernels.studies.own.paths import find, naming
+from taylor_kernels.studies.own.scoring import checked_extra
+from taylor_kernels.studies.own.settings import PruneSettings
+from taylor_kernels.studies.own.stopping import Keeper
+from taylor_kernels.studies.own.task import Task, as_mistakes, figures
+from taylor_kernels.studies.progress import Advance, ProgressLog
+from taylor_kernels.studies.training import sgd
+
+_LR, _WEIGHT_DECAY = 0.01, 5e-4
+#: Without --val so many minibatches of --data are judged on; they are kept, on the CPU.
+JUDGED = 10
+#: So often the model is judged on its way to the target; every pruning would take too long.
+_POINTS = 12
+#: With --epochs there are at least so many prunings, if there are as many minibatches.
+_PRUNINGS = 20
+
+
+def users_optimizer(model: nn.Module, settings: PruneSettings) -> Optimizer:
+    """Momentum SGD, or what --optimizer names: a class gets the parameters, a function the model.
+
+    Raises:
+        Mistake: it makes no optimizer, or raises.
+    """
+    if settings.optimizer is None:
+        return sgd(model, settings.lr or _LR, _WEIGHT_DECAY)
+    path = settings.optimizer
+    make = find("--optimizer", path)
+    kind = make.func if isinstance(make, partial) else make
+    if isinstance(kind, type) and issubclass(kind, Optimizer):
+        options: dict[str, float] = {} if settings.lr is None else {"lr": settings.lr}
+        with naming(f"--optimizer: {path}(parameters)"):
+            return make(model.parameters(), **options)
+    if not callable(make):
+        raise Mistake(
+            f"--optimizer: {path} is a {type(make).__name__}, neither a class of optimizers nor a "
+            "function"
+        )
+    if settings.lr is not None:
+        raise Mistake(
+            f"--lr: the function {path} makes the whole optimizer of --optimizer; set the learning "
+            "rate there"
+        )
+    with naming(f"--optimizer: {path}(model)"):
+        optimizer = make(model)
+    if not isinstance(optimizer, Optimizer):
+        raise Mistake(
+            f"--optimizer: {path}(model) gave a {type(optimizer).__name__}, not a "
+            "torch.optim.Optimizer; a function is called with the model"
+        )
+    return optimizer
+
+
+class Training:
+    """One run of `prune`: its model, optimizer and pruner, and how far it is.
+
+    Attributes:
+        model: pruned in place; compact once `tuning`.
+        course: {"minibatch", "flops", "params", "filters", "loss", perhaps "accuracy"} of the dense
+            model, on the way to the target, and after every epoch of fine-tuning.
+        tuning: the target is met.
+        minibatches: seen so far; pruned_at: when the target was met.
+    """
+
+    def __init__(self, task: Task, settings: PruneSettings, log: ProgressLog) -> None:
+        self.task, self.settings, self.log = task, settings, log
+        self.model = task.model
+        self.optimizer = users_optimizer(self.model, settings)
+        self._first_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.course: list[dict[str, float]] = []
+        self.tuning = False
+        self.minibatches = self.pruned_at = 0
+        self.epoch = self.done = 0  # the epoch that is run, and its minibatches that are done
+        self.tuning_from = 0
+        self._val: Minibatches | None = None
+        self._judged: list[tuple[int, Any]] = []
+        device = next(self.model.parameters()).device
+        if settings.val is not None:
+            self._val = Minibatches(
+                "--val", settings.val, seed=settings.seed, limit=None, device=device
+            )
+        else:
+            cpu = torch.device("cpu")
+            first = itertools.islice(task.loader.epoch(0), JUDGED)
+            self._judged = [(number, to_device(batch, cpu)) for number, batch in first]
+        self.every, self._pace_prunings = settings.every, 0
+        if settings.epochs is not None:
+            if task.loader.length() is None:
+                log.say(
+                    "counting the minibatches of --data, which does not say; --steps limits them"
+                )
+            minibatches = settings.epochs * task.loader.counted()
+            self.every = max(1, min(settings.every, minibatches // _PRUNINGS))
+            self._pace_prunings = max(1, minibatches // self.every)
+        with as_mistakes():
+            self.pruner = Pruner(
+                self.model,
+                task.example,
+                settings.chosen,
+                every=self.every,
+                per_step=_count_or_fraction(settings.per_step),
+                round_to=settings.round_to,
+                min_filters=settings.min_filters,
+                ignore=settings.ignore,
+                optimizer=self.optimizer,
+                flops=settings.flops,
+                params=settings.params,
+                filters=settings.filters,
+            )
+        self._pace = Pace(self.pruner, self._pace_prunings) if self._pace_prunings else None
+        dtype = settings.amp_dtype()
+        self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self._keeper = Keeper(settings.checkpoint, settings.save_every, self._save, log.say)
+
+    def run(self) -> nn.Module:
+        """Prune and fine-tune, from a checkpoint on if one is there and to be used.
+
+        Raises:
+            Mistake: the loss or a score is not finite, or the checkpoint is of another run.
+            Stopped: the user asked for it; the checkpoint is there.
+        """
+        if self.settings.resume and self.settings.checkpoint.exists():
+            self._load()
+        with self._keeper.listening():
+            if not self.course:
+                self._judge()
+            if not self.tuning:
+                self._prune()
+            self._tune()
+        return self.model
+
+    def _prune(self) -> None:
+        pruner = self.pruner
+        with self.log.task("prune", 100) as advance:
+            progress = _Progress(advance, pruner)
+            progress.show("")
+            while not pruner.done:
+                for batch in self._epoch_from_here():
+                    if self._pace is not None:
+                        self._pace.set()
+                    loss, record = self._step(batch, pruning=True)
+                    progress.show(f"loss {loss:.3f}")
+                    if pruner.done:
+                        break
+                    if record and self._is_far_from_last_point():
+                        self._judge()
+                    self._keeper.between(f"while pruning, after minibatch {self.minibatches}")
+        self.model = pruner.compact()
+        self.tuning, self.pruned_at = True, self.minibatches
+        self._judge()
+        self.epoch, self.done = self.epoch + 1, 0
+        self.tuning_from = self.epoch
+        self._save()
+
+    def _tune(self) -> None:
+        epochs = self.settings.finetune
+        length = self.task.loader.length()
+        with self.log.task("fine-tune", epochs * (length or 1)) as advance:
+            passed = self.epoch - self.tuning_from
+            advance(by=passed * (length or 1) + self.done)
+            while (passed := self.epoch - self.tuning_from) < epochs:
+                for batch in self._epoch_from_here():
+                    part = (self.done - 1) / length if length else 0.0
+                    self._set_rates((passed + part) / epochs)
+                    loss, _ = self._step(batch, pruning=False)
+                    advance(f"loss {loss:.3f}", by=1 if length else 0)
+                    self._keeper.between(
+                        f"while fine-tuning, after minibatch {self.done} of epoch "
+                        f"{passed + 1} of {epochs}"
+                    )
+                advance(by=0 if length else 1)
+                self._judge()
+                self._save()
+
+    def _epoch_from_here(self) -> Iterator[Any]:
+        """The minibatches of the present epoch that are not done; then it is the next one's turn.
+
+        A minibatch counts as done as soon as it is handed out: what is saved is saved after it.
+        """
+        for number, batch in self.task.loader.epoch(self.epoch, self.done):
+            self.done = number + 1
+            yield batch
+        self.epoch, self.done = self.epoch + 1, 0
+
+    def _step(self, batch: Any, *, pruning: bool) -> tuple[float, object]:
+        """Train on a minibatch, and prune if it is time."""
+        self.model.train()
+        where = f"on minibatch {self.minibatches} of the run,"
+
+        def loss() -> Tensor:
+            return self.task.judge(self.model, batch, where).loss
+
+        self.optimizer.zero_grad(set_to_none=True)
+        value = loss()
+        number = value.item()
+        if not math.isfinite(number):
+            raise Mistake(f"--data: the loss is {number} {where} lower --lr, or look at the data")
+        self._scaler.scale(value).backward()
+        record = None
+        if pruning:
+            with as_mistakes():
+                record = self._score(loss)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.minibatches += 1
+        return number, record
+
+    def _score(self, loss: Callable[[], Tensor]) -> object:
+        if self._scaler.is_enabled():
+            grads = (p.grad for p in self.model.parameters() if p.grad is not None)
+            if not all(grad.isfinite().all() for grad in grads):
+                self.pruner.skip()
+                return None
+        closure = loss if self.pruner.needs_closure else None
+        return self.pruner.step(loss_scale=self._scaler.get_scale(), closure=closure)
+
+    def _set_rates(self, progress: float) -> None:
+        """A cosine from the first learning rates to 0 over fine-tuning."""
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+        for group, first in zip(self.optimizer.param_groups, self._first_rates, strict=True):
+            group["lr"] = first * factor
+
+    def _judge(self) -> None:
+        """Add a point to the course; what it draws at random does not matter to the run."""
+        kept = self.pruner.cost.over(self.pruner.whole)
+        device = next(self.model.parameters()).device
+        batches: Iterable[tuple[int, Any]] = self._judged or ()
+        if self._val is not None:
+            batches = self._val.epoch(0)
+        found = figures(self.task, self.model, ((n, to_device(b, device)) for n, b in batches))
+        self.course.append({"minibatch": self.minibatches, **kept, **found})
+
+    def _is_far_from_last_point(self) -> bool:
+        cost = self.pruner.cost.over(self.pruner.whole)
+        return any(
+            self.course[-1][name] - cost[name] >= (1 - target) / _POINTS
+            for name, target in self.pruner.targets.items()
+            if target < 1
+        )
+
+    def _save(self) -> None:
+        save_checkpoint(
+            self.settings.checkpoint,
+            model=self.model,
+            optimizer=self.optimizer,
+            pruner=self.pruner,
+            settings=self.settings.decisive(),
+            scaler=self._scaler.state_dict(),
+            course=self.course,
+            **{name: getattr(self, name) for name in _COUNTERS},
+        )
+
+    def _load(self) -> None:
+        file = self.settings.checkpoint
+        extra = checked_extra(self.settings)
+        with as_mistakes():
+            load_checkpoint(file, model=self.model, optimizer=self.optimizer, pruner=self.pruner)
+        self._scaler.load_state_dict(extra["scaler"])
+        self.course = extra["course"]
+        for name in _COUNTERS:
+            setattr(self, name, extra[name])
+        self.log.say(f"going on from {file}, after minibatch {self.minibatches}")
+
+
+_COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
+
+
+class _Progress:
+    """How far a pruner is on the way to its targets, in percent."""
+
+    def __init__(self, advance: Advance, pruner: Pruner) -> None:
+        self._advance, self._pruner, self._shown = advance, pruner, 0.0
+
+    def show(self, note: str) -> None:
+        kept = self._pruner.cost.over(self._pruner.whole)
+        parts = [
+            (1 - kept[name]) / (1 - target) if target < 1 else 1.0
+            for name, target in self._pruner.targets.items()
+        ]
+        passed = 100 * min(1.0, *parts)
+        words = ", ".join(f"{name} {kept[name]:.0%}" for name in self._pruner.targets)
+        self._advance(f"{words}  {note}", by=passed - self._shown)
+        self._shown = passed
+
+
+def _count_or_fraction(value: float) -> int | float:
+    return value if value < 1 else int(value)
