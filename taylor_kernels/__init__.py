@@ -4,6 +4,7 @@ Two ways in: `Pruner` prunes a model inside its training loop; `Importance` scor
 Both stand on the ops `filter_moments` and `gate_gradients`.
 """
 
+from taylor_kernels import distributed as distributed
 from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion

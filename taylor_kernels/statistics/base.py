@@ -20,6 +20,7 @@ Closure = Callable[[], Tensor]
 #: itself through a closure.
 Reads = Literal["weights", "forward", "activations", "weight gradients", "closure"]
 READS = get_args(Reads)
+AcrossRanks = Literal["sum", "mean", "examples", "whole"]
 
 
 class Statistic(ABC):
@@ -40,6 +41,12 @@ class Statistic(ABC):
         drawn: it is one random draw; a study takes the mean over many.
         nan_means: what nan in a table means and what to do about it, if it has a meaning.
         at_gates: it stands on gates, and takes their `sites` where they are known.
+        across_ranks: how the tables of processes that each see a part of a minibatch make that of
+            the whole: "sum", where what `shared` makes of a table is linear in the loss; "mean",
+            a mean over the `examples`; "examples", a column for each; "whole", where squares of
+            sums are in it already, so that each table is one of a minibatch of its own.
+        shared_columns: how many columns `shared` gives.
+        same_draws: what it draws at an update is to be the same on all ranks.
 
     Example:
         >>> import taylor_kernels as tk
@@ -63,6 +70,9 @@ class Statistic(ABC):
     drawn: ClassVar[bool] = False
     nan_means: ClassVar[str] = ""
     at_gates: ClassVar[bool] = False
+    across_ranks: ClassVar[AcrossRanks] = "whole"
+    shared_columns: ClassVar[int] = 1
+    same_draws: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,6 +87,7 @@ class Statistic(ABC):
         self.sites = sites
         self.updates = 0  # how often collect() drew something at random: the seed of the next
         self.unread: frozenset[str] = frozenset()  # layers of the last collect() without a value
+        self.examples = 1  # that the tables of the last collect() are means over, where they are
 
     @abstractmethod
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
@@ -92,6 +103,16 @@ class Statistic(ABC):
                 loss is taken as it is.
             closure: computes the loss of the model as it stands; given if it `reads` "closure".
         """
+
+    @classmethod
+    def shared(cls, table: Tensor) -> Tensor:
+        """[F, shared_columns]: what a rank gives to the others of a table that adds up."""
+        return table
+
+    @classmethod
+    def unshared(cls, columns: Tensor) -> Tensor:
+        """A table that has the scores of those whose `shared` columns these are the sums of."""
+        return columns
 
     @property
     def noise(self) -> list[str]:
@@ -157,6 +178,15 @@ def check_loss_scale(loss_scale: object) -> None:
     """What a loss was multiplied by is a positive number, or a ValueError."""
     if not isinstance(loss_scale, (int, float)) or not 0 < loss_scale < float("inf"):
         raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
+
+
+def check_weight(weight: object) -> None:
+    """What a rank's minibatch counts for is a positive number, or a ValueError."""
+    if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ValueError(
+            f"weight: {weight!r} is not a positive number; a rank that has no minibatch calls "
+            "absent()"
+        )
 
 
 def check_no_noise(statistic: Statistic) -> None:

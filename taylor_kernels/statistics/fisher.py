@@ -170,6 +170,7 @@ class _Fishers(WatchesPasses):
     def _means(self) -> list[Tensor]:
         """[F, 1] per layer, over all examples."""
         self._reduce_waiting()
+        self.examples = max(self._examples.values(), default=1)
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
@@ -202,6 +203,7 @@ class Fisher(_Fishers):
     name = "fisher"
     columns = "1: Σ w² · mean over examples of g², each of its own loss"
     reads = "activations"
+    across_ranks = "mean"
 
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         self._check()
@@ -222,6 +224,7 @@ class FisherProbe(FromOutput, _Fishers):
     name = "fisher_probe"
     columns = "1: the same, of a random square root of the loss's curvature at the output"
     reads = "closure"
+    across_ranks = "sum"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

@@ -140,6 +140,7 @@ class ExampleGates(_Gates):
     columns = "N: the gate's gradient for each example"
     reads = "activations"
     per_example = True
+    across_ranks = "examples"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -184,6 +185,7 @@ class Gates(_Gates):
     """
 
     name = "gates"
+    across_ranks = "sum"
     columns = "1: the gate's gradient over the minibatch"
     reads = "activations"
 

@@ -187,6 +187,7 @@ class Random(Statistic):
     columns = "1: uniform in [0, 1), drawn once"
     reads = "weights"
     drawn = True
+    same_draws = True
 
     seed = 0
 
