@@ -1,5 +1,6 @@
 """Several processes, one result: scores and masks that are the same bits on every rank."""
 
 from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.wrapping import rewrapped
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "rewrapped"]

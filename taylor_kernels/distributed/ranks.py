@@ -18,6 +18,9 @@ from torch import Tensor
 
 from taylor_kernels.statistics import Statistic
 
+#: An older PyTorch has it under its old name alone.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 Gradients = Literal["averaged", "summed", "local"]
 Loss = Literal["mean", "sum"]
 Minibatch = Literal["global", "local"]
@@ -140,7 +143,7 @@ class Ranks:
         received = sent.new_empty(self.size * sent.numel())
         limit = None if on_gpu or self._timeout is None else timedelta(seconds=self._timeout)
         try:
-            work = dist.all_gather_into_tensor(received, sent, self._group, async_op=True)
+            work = _all_gather(received, sent, self._group, async_op=True)
             work.wait() if limit is None else work.wait(limit)
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -167,9 +170,9 @@ class Ranks:
         where = "the layers" if first == 0 else names[first - 1]
         others = (everyone[:, first] != everyone[0, first]).nonzero().flatten().tolist()
         raise RuntimeError(
-            f"{where}: {what} of rank{'s' * (len(others) > 1)} {', '.join(map(str, others))} "
-            f"differ{'s' * (len(others) == 1)} from rank 0's ({int(differs.sum())} of {len(names)} "
-            "layers do), so the ranks no longer train one model; resume all from a checkpoint"
+            f"{where}: {what} on rank {', '.join(map(str, others))} are others than on rank 0 "
+            f"(so in {int(differs.sum())} of {len(names)} layers): the ranks no longer train one "
+            "model; resume all of them from a checkpoint"
         )
 
 

@@ -33,6 +33,7 @@ class Masks:
         self._model = model
         self._optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._masked: dict[str, Fills] = {}
         # One hook is on all optimizers, and would outlive the model.
         weakref.finalize(model, remove_all, self._hooks)
 
@@ -48,6 +49,7 @@ class Masks:
             name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
         }
         _write(masked, self._model)
+        self._masked = {name: masked[name] for name in parameters}
         for name, parameter in parameters.items():
             zero = Hook(_zero_grad, masked[name])
             zero(parameter)
@@ -61,10 +63,19 @@ class Masks:
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
 
+    def zero_gradients(self) -> None:
+        """Zero the masked entries of gradients again, where others write them after backward().
+
+        DistributedDataParallel averages what was there before they were zeroed as they came.
+        """
+        for name, parts in self._masked.items():
+            _zero_grad(parts, lookup(self._model, name))
+
     def close(self) -> None:
         """Take the hooks off; the values stay."""
         remove_all(self._hooks)
         self._hooks.clear()
+        self._masked = {}
 
 
 def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:

@@ -82,6 +82,15 @@ class Network:
         self._masks.set(self.channels, self.dead)
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
+    def zero_gradients(self) -> None:
+        """See `Masks`."""
+        self._masks.zero_gradients()
+
+    @property
+    def first(self) -> list[Group]:
+        """The groups as they were at first, which `state` is of."""
+        return self._first
+
     def compact(self) -> list[Tensor]:
         """Remove what is masked; per group [U] bool, True for the units that went.
 

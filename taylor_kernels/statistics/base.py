@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
@@ -189,9 +189,9 @@ def check_weight(weight: object) -> None:
         )
 
 
-def check_no_noise(statistic: Statistic) -> None:
-    """No layer's statistic is rounding noise, or a RuntimeError that names it."""
-    if noise := statistic.noise:
+def check_no_noise(noise: Sequence[str]) -> None:
+    """No layer's statistic is rounding noise, or a RuntimeError that names those of which it is."""
+    if noise:
         raise RuntimeError(
             f"{', '.join(noise)}: the gradients of its gates are rounding noise, since code that "
             "could not be followed normalises each channel later on, so that they say nothing of "

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 #: Seconds that a collective of a test, and a whole run of processes, may take.
-COLLECTIVE, RUN = 20.0, 60.0
+COLLECTIVE, RUN = 60.0, 150.0
 
 # The children are forked from a process that has imported all this and has run nothing.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -41,8 +41,9 @@ def _child(function: Callable[..., Any], rank: int, size: int, folder: str, give
         result = {"result": function(rank, size, *given)}
     except BaseException:
         result = {"error": traceback.format_exc()}
-    torch.save(result, os.path.join(folder, f".{rank}"))
-    os.replace(os.path.join(folder, f".{rank}"), os.path.join(folder, f"{rank}.pt"))
+    draft = os.path.join(folder, f"{rank}.draft")
+    torch.save(result, draft)
+    os.replace(draft, os.path.join(folder, f"{rank}.pt"))
     os._exit(0)  # what a group that has failed waits for at the end is of no use
 
 
