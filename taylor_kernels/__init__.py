@@ -10,6 +10,7 @@ from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.labels import draw_labels
+from taylor_kernels.mixed_precision import gradient_underflow
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -37,6 +38,7 @@ __all__ = [
     "draw_labels",
     "filter_moments",
     "gate_gradients",
+    "gradient_underflow",
     "hutchinson_moments",
     "linear_fisher",
     "load_checkpoint",

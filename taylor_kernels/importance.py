@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
@@ -16,6 +17,7 @@ from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.round import TableRound, TotalRound, exchanges_tables
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
+from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
@@ -94,6 +96,8 @@ class Importance(OnModel):
             concatenation, as in pre-activation networks and DenseNets.
         ranks: the processes that share the minibatches (`tk.distributed.Ranks`), each of which
             makes the same meter. compute() is collective then and gives the same bits on all.
+        scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
+            unscale_() has been called, and minibatches whose steps it skips do not count.
 
     Attributes:
         dropped: minibatches that did not count on any rank, since one of them had gradients that
@@ -126,6 +130,7 @@ class Importance(OnModel):
         backend: str | None = None,
         example_inputs: Any = None,
         ranks: Ranks | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -143,6 +148,7 @@ class Importance(OnModel):
         self._counts: list[int]
         self._updates: int
         self._closed = False
+        self._scaling = None if scaler is None else Scaling(scaler, model)
         self._ranks = ranks
         self._round: TableRound | TotalRound | None = None
         if ranks is not None:
@@ -199,10 +205,18 @@ class Importance(OnModel):
         check_weight(weight)
         self._require_open("update")
         check_closure(self._statistic, closure, self.criterion.name, "update")
+        if self._scaling is not None:
+            loss_scale = self._scaling.of(self._statistic, loss_scale)
+            if self._scaling.skips():
+                self.skip()
+                return
         if self._ranks is not None:
             loss_scale *= self._ranks.prepare(self._statistic, self._seen)
         found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
+        if self._scaling is not None and not self._scaling.check_finite(tables):
+            self.skip()
+            return
         self._device = tables[0].device
         if self._round is None:
             self._take(*self._observed(tables, self._statistic.unread), 1)
@@ -277,6 +291,11 @@ class Importance(OnModel):
         self._statistic.discard()
         self._round.absent()
         self._tick()
+
+    @property
+    def overflowed(self) -> int:
+        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
+        return 0 if self._scaling is None else self._scaling.overflowed
 
     @property
     def dropped(self) -> int:

@@ -154,6 +154,19 @@ class Ranks:
             ) from error
         return received.cpu()
 
+    def check_done(self, error: Exception | None, what: str) -> None:
+        """All ranks wait until each has done its part; a collective.
+
+        Raises:
+            RuntimeError: another rank failed. The error of this one is raised as it is.
+        """
+        failed = self.gather(torch.tensor([error is not None]).view(torch.uint8)).any(1)
+        if error is not None:
+            raise error
+        if failed.any():
+            who = ", ".join(map(str, failed.nonzero().flatten().tolist()))
+            raise RuntimeError(f"rank {who} could not {what}; its own error says why")
+
     def check_alike(self, digests: Mapping[str, int], what: str) -> None:
         """Every rank holds the same digests under the same names; a collective.
 

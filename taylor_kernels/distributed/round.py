@@ -187,7 +187,10 @@ class Round(ABC):
         parts = (head, own.flatten(), columns.detach().cpu().flatten(), marks)
         received = self._ranks.gather(torch.cat([part.view(torch.uint8) for part in parts]))
         lengths = [part.numel() * part.element_size() for part in parts]
-        heads, ticks, values, seen = (p.contiguous() for p in received.split(lengths, 1))
+        # Memory of their own, at an address of their types.
+        heads, ticks, values, seen = (
+            p.clone(memory_format=torch.contiguous_format) for p in received.split(lengths, 1)
+        )
         others = heads.view(torch.int64)
         for rank in (others != others[0]).any(1).nonzero().flatten().tolist():
             what = ("criterion, layers or Ranks", "number of minibatches")
@@ -371,9 +374,8 @@ class TotalRound(ScoreRound):
             if tick.rows is not None and everyone.present[mine, number]:
                 by = (scale[mine, number], square[mine, number], part[mine, number])
                 sums += tick.rows * torch.stack(by)
-        # As they will be read.
-        total, count = sums[:, 0].float().double(), sums[:, 2].float().double()
-        spread = sums[:, 1] - total.square() / count.where(count > 0, 1.0)
+        total, squares, count = sums.unbind(1)
+        spread = squares - total.square() / count.where(count > 0, 1.0)
         counts = torch.zeros(len(self._order), dtype=torch.float64)
         counts[self._layer_of] = count
         return torch.cat([counts, total, spread.clamp_min(0)]).float()
@@ -384,14 +386,20 @@ class TotalRound(ScoreRound):
         everyone, received = self._exchange(guess=True)
         counts, totals, spreads = received.double().split([len(self._order), width, width], 1)
         self._check_alike(everyone, totals, self._at)
-        sums = torch.zeros(2, width, dtype=torch.float64)
-        for count, total, spread in zip(counts, totals, spreads, strict=True):
-            count = count[self._layer_of]
-            sums += torch.stack((total, spread + total.square() / count.where(count > 0, 1.0)))
+        total, count, spread = (torch.zeros(width, dtype=torch.float64) for _ in range(3))
+        for rank in range(self._ranks.size):
+            total += totals[rank]
+            count += counts[rank][self._layer_of]
+            spread += spreads[rank]
+        mean = total / count.where(count > 0, 1.0)
+        for rank in range(self._ranks.size):
+            of_rank = counts[rank][self._layer_of]
+            spread += of_rank * (totals[rank] / of_rank.where(of_rank > 0, 1.0) - mean).square()
         place = torch.cat([self._at[name] for name in self._sizes])
         found = dict(zip(self._order, counts.sum(0).tolist(), strict=True))
         of_layers = [round(found[name]) for name in self._sizes]
-        return sums[0][place], sums[1][place], of_layers, int(everyone.counts.sum())
+        squares = spread + total * mean
+        return total[place], squares[place], of_layers, int(everyone.counts.sum())
 
 
 class MeanRound(ScoreRound):

@@ -10,8 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 #: Arguments of DistributedDataParallel that it keeps under their own name.
 _KEPT = (
     "device_ids", "output_device", "dim", "process_group", "find_unused_parameters",
-    "gradient_as_bucket_view", "static_graph", "mixed_precision", "broadcast_buffers",
-    "skip_all_reduce_unused_params",
+    "gradient_as_bucket_view", "static_graph", "mixed_precision", "skip_all_reduce_unused_params",
 )  # fmt: skip
 
 
@@ -55,5 +54,7 @@ def rewrapped(ddp: DistributedDataParallel, **changed: Any) -> DistributedDataPa
             "DistributedDataParallel and register them with new states"
         )
     known = inspect.signature(DistributedDataParallel).parameters
-    settings = {name: getattr(ddp, name) for name in _KEPT if name in known and hasattr(ddp, name)}
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    kept = [name for name in (*_KEPT, buffers) if name in known and hasattr(ddp, name)]
+    settings = {name: getattr(ddp, name) for name in kept}
     return DistributedDataParallel(ddp.module, **(settings | changed))

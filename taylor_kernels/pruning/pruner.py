@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.hooks import OnModel
+from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.gathering import Gathering
 from taylor_kernels.pruning.network import Network, check_free
+from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
@@ -70,6 +73,8 @@ class Pruner(OnModel):
         ranks: the processes that train the model together (`tk.distributed.Ranks`), each of which
             makes the same pruner of the module inside DistributedDataParallel. They score as one
             and prune the same filters, or raise an error that names the first layer that differs.
+        scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
+            unscale_() has been called, and minibatches whose steps it skips do not count.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -117,6 +122,7 @@ class Pruner(OnModel):
         verify: bool = True,
         importance: str | Criterion | None = None,
         ranks: Ranks | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.criterion = one_criterion(criterion, importance)
         targets = check_arguments(
@@ -153,7 +159,10 @@ class Pruner(OnModel):
             self._network = Network(model, prunable, optimizer)
             self._scores = self._new_scores()
             self._steps = 0
-            self._ranks = ranks
+            self.ranks = ranks
+            self._scaling = (
+                None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))
+            )
             self._gathering: Gathering | None = None
             self._seen = 0  # minibatches of the run, those that do not count among them
             self._history: list[PruneRecord] = []
@@ -187,7 +196,7 @@ class Pruner(OnModel):
                 layers that no gradient reaches; the pruner is closed; or other code cut the model.
         """
         self._check_open()
-        if self._ranks is not None:
+        if self.ranks is not None:
             self._network.zero_gradients()
         if self._statistic is None:
             return None
@@ -196,10 +205,18 @@ class Pruner(OnModel):
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
         with outside_inference_mode():
-            if self._ranks is not None:
-                loss_scale *= self._ranks.prepare(self._statistic, self._seen)
+            if self._scaling is not None:
+                loss_scale = self._scaling.of(self._statistic, loss_scale)
+                if self._scaling.skips():
+                    self.skip()
+                    return None
+            if self.ranks is not None:
+                loss_scale *= self.ranks.prepare(self._statistic, self._seen)
             found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
             tables = checked_tables(self._statistic, found)
+            if self._scaling is not None and not self._scaling.check_finite(tables):
+                self.skip()
+                return None
             if self._gathering is not None:
                 self._gathering.add(self._statistic, tables, weight)
                 return self._passed()
@@ -234,7 +251,7 @@ class Pruner(OnModel):
             RuntimeError: the pruner is closed, or has no `ranks`; and as step() does.
         """
         self._check_open()
-        if self._ranks is None:
+        if self.ranks is None:
             raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
         self._network.zero_gradients()
         if self._gathering is None or self._statistic is None:
@@ -254,6 +271,11 @@ class Pruner(OnModel):
         """
         if self._gathering is not None:
             self._steps += self._gathering.exchange()
+
+    @property
+    def overflowed(self) -> int:
+        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
+        return 0 if self._scaling is None else self._scaling.overflowed
 
     @property
     def dropped(self) -> int:
@@ -285,12 +307,17 @@ class Pruner(OnModel):
             done=self.done,
         )
         self._history.append(record)
-        self._check_masks()
+        self.check_masks()
         if record.done:
             self._watch()
         return record
 
-    def _check_masks(self) -> None:
+    def check_masks(self) -> None:
+        """All `ranks` have removed the same filters; a collective. Prunings do it themselves.
+
+        Raises:
+            RuntimeError: they have not; the message names the first layer that differs.
+        """
         if self._gathering is not None:
             removed = self._network.state()["removed"]
             self._gathering.check_masks(self._network.first, removed)
@@ -355,7 +382,7 @@ class Pruner(OnModel):
         """
         with outside_inference_mode():
             self.sync()
-            self._check_masks()
+            self.check_masks()
             gone = self._network.compact()
             self._scores.drop(gone, self._network.groups)
             self._watch()
@@ -440,12 +467,12 @@ class Pruner(OnModel):
             kind = get_statistic(self.criterion.statistic)
             self._statistic = self._network.statistic(kind, self._scored, self._backend)
             self._statistic.updates = self._steps
-        if self._ranks is None:
+        if self.ranks is None:
             return
         dropped = self.dropped
         layers = {} if self._statistic is None else self._statistic.layers
         sizes = {name: filter_count(layer) for name, layer in layers.items()}
         groups, device = self._network.groups, next(self.model.parameters()).device
         self._gathering = Gathering(
-            self._ranks, self.criterion, self._scores, sizes, groups, device, dropped
+            self.ranks, self.criterion, self._scores, sizes, groups, device, dropped
         )

@@ -21,7 +21,7 @@ COLLECTIVE, RUN = 60.0, 150.0
 
 # The children are forked from a process that has imported all this and has run nothing.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["taylor_kernels", "tests.distributed.launch"])
+_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 def joined(rank: int, size: int, folder: str | Path, timeout: float = COLLECTIVE) -> None:
