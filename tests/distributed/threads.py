@@ -13,19 +13,33 @@ import taylor_kernels as tk
 
 
 class Meeting:
-    """Where the threads wait for each other, for a bounded time."""
+    """Where the threads wait for each other, for a bounded time.
+
+    One runs at a time, until it waits: PyTorch's default dtype and its hooks on all optimizers are
+    those of a process.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.turn = threading.Lock()
         self._barrier = threading.Barrier(size, timeout=60)
         self._slots: list[Tensor] = [torch.empty(0)] * size
 
     def gather(self, rank: int, payload: Tensor) -> list[Tensor]:
         self._slots[rank] = payload
-        self._barrier.wait()
+        self._wait()
         everyone = list(self._slots)
-        self._barrier.wait()
+        self._wait()
         return everyone
+
+    def _wait(self) -> None:
+        if self.size == 1:
+            return
+        self.turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self.turn.acquire()
 
     def abort(self) -> None:
         self._barrier.abort()
@@ -70,7 +84,8 @@ def in_threads(size: int, function: Callable[..., Any], *given: Any) -> list[Any
 
     def run(rank: int) -> None:
         try:
-            found[rank] = function(rank, size, meeting, *given)
+            with meeting.turn:
+                found[rank] = function(rank, size, meeting, *given)
         except BaseException as error:
             found[rank] = error
             meeting.abort()

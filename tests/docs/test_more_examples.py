@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers import ROOT
 
-#: These have tests of their own: the README's example, and one that needs Avalanche.
-ELSEWHERE = ("prune_digits.py", "continual_digits.py")
+#: These have tests of their own: the README's example, one that needs Avalanche, one of processes.
+ELSEWHERE = ("prune_digits.py", "continual_digits.py", "prune_ddp.py")
 SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name not in ELSEWHERE]
 
 
