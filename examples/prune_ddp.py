@@ -46,9 +46,7 @@ for step in range(start, 60):
     if record and rank == 0:
         print(f"step {record.step}: {record.flops_fraction:.0%} of the FLOPs left", flush=True)
     if step % 10 == 9:  # every rank calls it, rank 0 writes
-        tk.save_checkpoint(
-            "run.ckpt", model=ddp, optimizer=optimizer, pruner=pruner, step=step + 1
-        )
+        tk.save_checkpoint("run.ckpt", model=ddp, optimizer=optimizer, pruner=pruner, step=step + 1)
 
 pruner.compact()
 ddp = tk.distributed.rewrapped(ddp)  # the old wrapper averages parameters that are gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.statistics import get_statistic
+from taylor_kernels.studies.data import load_digits
+from taylor_kernels.studies.networks import DigitsResNet
 from tests.distributed.threads import ThreadRanks, in_threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,33 +83,67 @@ def scaled(criterion, scale=2.0**12, unscale=None, clip=None, dtype=torch.float1
     return imp
 
 
-def exact(criterion, count=4):
+def exact(criterion):
     model = network()
     imp = tk.Importance(model, criterion)
-    for x, y in batches(count):
+    for x, y in batches():
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         imp.update()
     return imp.compute()
 
 
-def ranked_alike(found, wanted):
-    """The least rank correlation (Spearman) of a layer."""
-    least = 1.0
-    for name, value in wanted.items():
-        order = torch.stack([t.argsort().argsort().double() for t in (found[name], value)])
-        least = min(least, float(torch.corrcoef(order)[0, 1]))
-    return least
+def rank_correlation(found, wanted):
+    """Spearman's, over all filters of a network, which are pruned in one ranking."""
+    ranks = [torch.cat([*scores.values()]).argsort().argsort() for scores in (found, wanted)]
+    return float(torch.corrcoef(torch.stack(ranks).double())[0, 1])
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The network of `make demo`, trained a little, and minibatches of its digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    train, model = load_digits().train, DigitsResNet()
+    chosen = torch.randperm(len(train.images))[:640].split(32)
+    data = [(train.images[part], train.labels[part]) for part in chosen]
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    torch.set_num_threads(threads)
+    return model, data[:6]
+
+
+def scored(demo, criterion, dtype):
+    """Scores under autocast, of bfloat16 parameters ("parameters"), or in float32 (None)."""
+    model, data = copy.deepcopy(demo[0]), demo[1]
+    if dtype == "parameters":
+        model = model.bfloat16()
+        data = [(x.bfloat16(), y) for x, y in data]
+        dtype = None
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=dtype == torch.float16)
+    imp = tk.Importance(model, criterion, scaler=scaler)
+    for x, y in data:
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = F.cross_entropy(model(x).float(), y)
+        scaler.scale(loss).backward()
+        imp.update()
+    return imp.compute()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_ranks_as_float32(criterion, dtype):
-    found, wanted = scaled(criterion, dtype=dtype).compute(), exact(criterion)
-    assert ranked_alike(found, wanted) >= 0.99
-    bound = 0.02 if dtype == torch.float16 else 0.15
-    for name, value in wanted.items():
-        assert (found[name] - value).norm() <= bound * value.norm()
+def test_half_precision_ranks_as_float32(demo, criterion):
+    wanted = scored(demo, criterion, None)
+    # Relative errors of a layer's scores: eps times what a few layers' rounding makes of it.
+    for dtype, bound in ((torch.float16, 0.05), (torch.bfloat16, 0.3), ("parameters", 0.3)):
+        found = scored(demo, criterion, dtype)
+        assert rank_correlation(found, wanted) >= 0.99, dtype
+        for name, value in wanted.items():
+            assert (found[name] - value).norm() <= bound * value.norm(), (dtype, name)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -121,7 +158,7 @@ def test_there_is_no_order_to_get_wrong(criterion):
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scales_that_are_no_power_of_two(criterion):
     found, wanted = scaled(criterion, 3000.0).compute(), scaled(criterion).compute()
-    assert ranked_alike(found, wanted) >= 0.99
+    assert rank_correlation(found, wanted) >= 0.99
 
 
 def test_clipping_shows_in_weight_criteria_where_it_comes_before():
@@ -266,19 +303,9 @@ def test_float32_copies_in_the_optimizer_follow_masks_and_removal():
     assert model[0].out_channels + model[3].out_channels == 14
 
 
-def test_bfloat16_parameters_rank_as_float32():
-    wanted, model = exact("taylor_fo"), network().bfloat16()
-    imp = tk.Importance(model, "taylor_fo")
-    for x, y in batches():
-        model.zero_grad()
-        F.cross_entropy(model(x.bfloat16()).float(), y).backward()
-        imp.update()
-    assert ranked_alike(imp.compute(), wanted) >= 0.97
-
-
 def test_underflow_is_told_by_layer_and_goes_with_the_scale():
     shares = []
-    for scale in (2.0**-14, 2.0**-6, 2.0**12):
+    for scale in (2.0**-22, 2.0**-8, 2.0**12):
         model = network()
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         gradients(model, optimizer, torch.amp.GradScaler("cpu", init_scale=scale), batches(1)[0])
