@@ -50,6 +50,6 @@ for step in range(start, 60):
 
 pruner.compact()
 ddp = tk.distributed.rewrapped(ddp)  # the old wrapper averages parameters that are gone
-cross_entropy(ddp(images[mine]), labels[mine]).backward()
+cross_entropy(ddp(images[rank::size]), labels[rank::size]).backward()
 print(f"rank {rank}: {pruner.widths}", flush=True)
 dist.destroy_process_group()

@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import GradScaler
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.round import TableRound, TotalRound, exchanges_tables
+from taylor_kernels.distributed.round import TableRound, TotalRound, check_parts, exchanges_tables
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.mixed_precision import Scaling
@@ -150,10 +150,12 @@ class Importance(OnModel):
         self._closed = False
         self._scaling = None if scaler is None else Scaling(scaler, model)
         self._ranks = ranks
+        check_parts(self._statistic, ranks)
         self._round: TableRound | TotalRound | None = None
         if ranks is not None:
-            kind = TableRound if exchanges_tables(statistic, ranks) else TotalRound
-            self._round = kind(ranks, self.criterion, statistic, self._sizes)
+            kind = TableRound if exchanges_tables(self._statistic, ranks) else TotalRound
+            in_parts = self._statistic.spread is not None
+            self._round = kind(ranks, self.criterion, statistic, self._sizes, in_parts=in_parts)
         self._seen = 0  # minibatches of the run, those that do not count among them
         self._zero()
 

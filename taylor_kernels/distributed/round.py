@@ -22,7 +22,8 @@ from torch import Tensor
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks, digest
-from taylor_kernels.statistics import Statistic
+from taylor_kernels.shards import is_sharded, part_count
+from taylor_kernels.statistics import Statistic, held_weight
 
 #: What a rank did with a minibatch.
 ABSENT, SEEN, DROPPED = 0, 1, 2
@@ -79,6 +80,7 @@ class Round(ABC):
     Args:
         kind: the statistic that the scores are made of.
         sizes: layer -> filters, in the order in which tables are given.
+        in_parts: weights lie on several ranks, so that tables are of parts of them.
 
     Attributes:
         dropped: minibatches that did not count since a rank dropped them, in all rounds.
@@ -92,7 +94,10 @@ class Round(ABC):
         criterion: Criterion,
         kind: type[Statistic],
         sizes: Mapping[str, int],
+        *,
+        in_parts: bool = False,
     ) -> None:
+        self._in_parts = in_parts
         self._ranks, self._criterion, self._kind = ranks, criterion, kind
         self._sizes = dict(sizes)
         self._order = sorted(self._sizes)
@@ -125,6 +130,10 @@ class Round(ABC):
         if self._kind.across_ranks == "mean" and self._ranks.loss == "sum":
             # It takes the loss for a mean, and has made that of every example's own of it.
             tables = [table / examples**2 for table in tables]
+        if spread := statistic.spread:
+            # What several ranks hold alike counts once.
+            shares = [parts / self._ranks.size for parts in spread]
+            tables = [table * share for table, share in zip(tables, shares, strict=True)]
         self._ticks.append(Tick(SEEN, weight, examples, self._rows(tables), finite))
 
     def absent(self) -> None:
@@ -238,7 +247,14 @@ class TableRound(Round):
             return []
         everyone, columns = self._exchange(guess=False)
         columns = columns.view(*everyone.state.shape, -1)
-        if self._kind.across_ranks == "mean":
+        if self._in_parts:
+            factor = everyone.present
+            if (factor.sum(0) < self._ranks.size).logical_and(everyone.counts).any():
+                raise RuntimeError(
+                    "absent: each rank holds a part of the weights, and of their gradients, so "
+                    "that none can be absent; call update() or step() on all"
+                )
+        elif self._kind.across_ranks == "mean":
             factor = everyone.shares(everyone.examples)
         elif self._ranks.loss == "mean":
             factor = everyone.shares(everyone.weight)
@@ -270,9 +286,38 @@ def shares_gradients(kind: type[Statistic], ranks: Ranks) -> bool:
     return kind.reads in ("weights", "forward")
 
 
-def exchanges_tables(kind: type[Statistic], ranks: Ranks) -> bool:
+def exchanges_tables(statistic: Statistic, ranks: Ranks) -> bool:
     """Whether the ranks exchange tables, which they score then, or scores."""
-    return ranks.minibatch == "global" and kind.across_ranks in ("sum", "mean")
+    if statistic.spread is not None:
+        return True
+    return ranks.minibatch == "global" and statistic.across_ranks in ("sum", "mean")
+
+
+def check_parts(statistic: Statistic, ranks: Ranks | None) -> None:
+    """Weights of which a rank holds a part can be scored.
+
+    Raises:
+        ValueError: the ranks are missing, or others than those that hold the parts; or the
+            criterion runs the model itself.
+    """
+    held = [held_weight(layer) for layer in statistic.layers.values()]
+    if not any(map(is_sharded, held)):
+        return
+    if statistic.reads == "closure":
+        raise ValueError(
+            "criterion: it differentiates by weights, or runs the model, itself, which it cannot "
+            "where a rank holds a part of them; use one that reads what backward() leaves"
+        )
+    if ranks is None:
+        raise ValueError(
+            "ranks: each rank holds a part of the weights (FSDP2 or tensor parallelism); pass "
+            "ranks=tk.distributed.Ranks()"
+        )
+    if ranks.gradients == "local" or any(ranks.size % part_count(one) for one in held):
+        raise ValueError(
+            "ranks: the weights are spread over ranks, so that gradients are those of all, and "
+            f"these {ranks.size} ranks have to hold all parts; pass the group of all of them"
+        )
 
 
 class ScoreRound(Round):

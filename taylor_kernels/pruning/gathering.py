@@ -20,6 +20,7 @@ class Gathering:
     """Minibatches on their way from the ranks into `UnitScores`, which are then the same on all.
 
     Args:
+        statistic: that is watched; None where no minibatch is to come.
         scores: where they go.
         sizes: layer that is scored -> filters.
         groups: those whose units are scored.
@@ -31,6 +32,7 @@ class Gathering:
         self,
         ranks: Ranks,
         criterion: Criterion,
+        statistic: Statistic | None,
         scores: UnitScores,
         sizes: Mapping[str, int],
         groups: Sequence[Group],
@@ -40,8 +42,9 @@ class Gathering:
         self._ranks, self._scores, self._device = ranks, scores, device
         kind = get_statistic(criterion.statistic)
         self._round: TableRound | MeanRound
-        if exchanges_tables(kind, ranks):
-            self._round = TableRound(ranks, criterion, kind, sizes)
+        if statistic is None or exchanges_tables(statistic, ranks):
+            in_parts = statistic is not None and statistic.spread is not None
+            self._round = TableRound(ranks, criterion, kind, sizes, in_parts=in_parts)
         else:
             units = _units(groups)
             count = sum(group.size for group in groups)

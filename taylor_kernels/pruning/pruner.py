@@ -474,5 +474,12 @@ class Pruner(OnModel):
         sizes = {name: filter_count(layer) for name, layer in layers.items()}
         groups, device = self._network.groups, next(self.model.parameters()).device
         self._gathering = Gathering(
-            self.ranks, self.criterion, self._scores, sizes, groups, device, dropped
+            self.ranks,
+            self.criterion,
+            self._statistic,
+            self._scores,
+            sizes,
+            groups,
+            device,
+            dropped,
         )

@@ -104,6 +104,12 @@ class Statistic(ABC):
             closure: computes the loss of the model as it stands; given if it `reads` "closure".
         """
 
+    @property
+    def spread(self) -> list[int] | None:
+        """How many ranks hold different parts of each layer's weight, if any layer's is in parts;
+        tables have then the rows, or the sums, of this rank's part, which add up to the whole."""
+        return None
+
     @classmethod
     def shared(cls, table: Tensor) -> Tensor:
         """[F, shared_columns]: what a rank gives to the others of a table that adds up."""

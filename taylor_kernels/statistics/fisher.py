@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.hooks import Hook
+from taylor_kernels.shards import whole
 from taylor_kernels.statistics.base import Closure, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
@@ -149,7 +150,7 @@ class _Fishers(WatchesPasses):
             by_count.setdefault(example_count(layer, use[0]), []).append(use)
         for n, alike in by_count.items():
             try:
-                fisher = layer_fisher(layer, alike, used_weight(layer), self.backend)
+                fisher = layer_fisher(layer, alike, whole(used_weight(layer)), self.backend)
             except ValueError as error:
                 self.discard()
                 raise RuntimeError(
@@ -174,7 +175,9 @@ class _Fishers(WatchesPasses):
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
-            else held_weight(layer).new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            else torch.zeros(
+                filter_count(layer), 1, device=held_weight(layer).device, dtype=torch.float32
+            )
             for name, layer in self.layers.items()
         ]
 

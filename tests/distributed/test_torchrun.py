@@ -18,10 +18,8 @@ LIMIT = 150
 
 def torchrun(size, folder):
     """What it printed; all its processes are killed if it takes too long."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size),
-        str(ROOT / "examples" / "prune_ddp.py"),
-    ]  # fmt: skip
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*start, "--nproc-per-node", str(size), str(ROOT / "examples" / "prune_ddp.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=folder, env=environment, text=True, start_new_session=True,
