@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -68,6 +69,31 @@ def fill_part(tensor: Tensor, dim: int, index: Tensor, value: float) -> None:
     part, begin = local_part(tensor), offsets(tensor)[dim]
     mine = index[(index >= begin) & (index < begin + part.size(dim))] - begin
     part.index_fill_(dim, mine.to(part.device), value)
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor placed as `like`, of a tensor that every rank holds whole."""
+    from torch.distributed.tensor import DTensor
+
+    given, part = _dtensor(like), local_part(like)
+    for dim, begin in enumerate(offsets(like)):
+        tensor = tensor.narrow(dim, begin if part.size(dim) else 0, part.size(dim))
+    return DTensor.from_local(
+        tensor.clone(), given.device_mesh, given.placements, run_check=False,
+        shape=given.shape, stride=given.stride(),
+    )  # fmt: skip
+
+
+def whole_state(state: Any) -> Any:
+    """A state of dicts and lists with all of every DTensor in it; a collective, if there are."""
+    if isinstance(state, dict):
+        found = copy.copy(state)  # with its attributes: a state_dict of a model has versions there
+        for key, value in state.items():
+            found[key] = whole_state(value)
+        return found
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole_state(value) for value in state)
+    return whole(state).cpu() if is_sharded(state) else state
 
 
 def is_fsdp(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from taylor_kernels.pruning.state import (
     check_version,
     first_line,
 )
+from taylor_kernels.shards import is_sharded, whole_state
 from taylor_kernels.tracing.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
@@ -47,7 +48,8 @@ def save_checkpoint(
     The file says nothing of their number, so that any number may go on, one process among them.
 
     Args:
-        model: that of the run, or the DistributedDataParallel around it.
+        model: that of the run, or the DistributedDataParallel around it. Where a rank holds a part
+            of its parameters (FSDP2), the file holds all of them.
         optimizer: one, or a list of them; those that they wrap are saved with them.
         extra: whatever else the run needs to go on (epoch, random state, a scheduler's
             state_dict): tensors and plain Python.
@@ -69,14 +71,15 @@ def save_checkpoint(
     model = _bare(model)
     _check_parts(model, optimizer)
     if pruner is None or pruner.ranks is None:
-        _write(path, model, optimizer, pruner, extra)
+        _write(path, _parts(model, optimizer, pruner), extra)
         return
     pruner.sync()
     pruner.check_masks()
-    error = None
+    parts = whole_state(_parts(model, optimizer, pruner))  # on all ranks: each holds a part
+    error: Exception | None = None
     if pruner.ranks.rank == 0:
         try:
-            _write(path, model, optimizer, pruner, extra)
+            _write(path, parts, extra)
         except Exception as caught:
             error = caught
     pruner.ranks.check_done(error, "write the checkpoint")
@@ -86,18 +89,21 @@ def _bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _write(
-    path: str | bytes | os.PathLike[str],
+def _parts(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     pruner: Pruner | None,
-    extra: dict[str, Any],
-) -> None:
-    parts = {
+) -> dict[str, Any]:
+    return {
         "model": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer_states(optimizer),
         "pruner": None if pruner is None else pruner.state_dict(),
     }
+
+
+def _write(
+    path: str | bytes | os.PathLike[str], parts: dict[str, Any], extra: dict[str, Any]
+) -> None:
     content = {
         "format": FILE_FORMAT,
         "version": VERSION,
@@ -150,6 +156,12 @@ def load_checkpoint(
     """
     model = _bare(model)
     _check_parts(model, optimizer)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: its parameters are in parts on several ranks; load the checkpoint into the "
+            "model as it was before fully_shard(), shard it then, and take the optimizer's state "
+            "along with tk.distributed.carry_state"
+        )
     if pruner is not None:
         if pruner.model is not model:
             raise ValueError("pruner: it prunes another model than the one given")

@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.round import check_parts
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.mixed_precision import Scaling
-from taylor_kernels.pruning.arguments import check_arguments, one_criterion
+from taylor_kernels.pruning.arguments import check_arguments, check_optimizer, one_criterion
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.gathering import Gathering
@@ -218,6 +219,8 @@ class Pruner(OnModel):
                 self.skip()
                 return None
             if self._gathering is not None:
+                if self._gathering.in_parts != (self._statistic.spread is not None):
+                    self._gather()  # the model has been sharded since
                 self._gathering.add(self._statistic, tables, weight)
                 return self._passed()
             check_no_noise(self._statistic.noise)
@@ -388,6 +391,21 @@ class Pruner(OnModel):
             self._watch()
         return self.model
 
+    def use_optimizer(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Let the state of these optimizers follow the masks and compact(), from now on.
+
+        For those that can only be made later, as after fully_shard(). What is masked already is
+        masked in their state at the next pruning.
+
+        Raises:
+            TypeError, ValueError: as those of the argument `optimizer`.
+            RuntimeError: the pruner is closed.
+        """
+        self._check_open()
+        check_optimizer(optimizer, self.model)
+        self.optimizer = optimizer
+        self._network.use(optimizer)
+
     def close(self) -> None:
         """Take every hook off the model, for good; masked filters are no longer held at zero.
 
@@ -467,6 +485,12 @@ class Pruner(OnModel):
             kind = get_statistic(self.criterion.statistic)
             self._statistic = self._network.statistic(kind, self._scored, self._backend)
             self._statistic.updates = self._steps
+        self._gather()
+
+    def _gather(self) -> None:
+        """Begin to keep minibatches for the ranks."""
+        if self._statistic is not None:
+            check_parts(self._statistic, self.ranks)
         if self.ranks is None:
             return
         dropped = self.dropped
