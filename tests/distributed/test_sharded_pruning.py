@@ -11,7 +11,7 @@ import taylor_kernels as tk
 from taylor_kernels.shards import is_sharded, whole
 from tests.distributed import runs
 from tests.distributed.launch import ran
-from tests.distributed.test_masks import (
+from tests.distributed.prunings import (
     EXAMPLES,
     STEPS,
     alike,
