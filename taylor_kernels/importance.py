@@ -149,7 +149,7 @@ class Importance(OnModel):
         self._updates: int
         self._closed = False
         self._scaling = None if scaler is None else Scaling(scaler, model)
-        self._ranks = ranks
+        self.ranks = ranks
         check_parts(self._statistic, ranks)
         self._round: TableRound | TotalRound | None = None
         if ranks is not None:
@@ -212,8 +212,8 @@ class Importance(OnModel):
             if self._scaling.skips():
                 self.skip()
                 return
-        if self._ranks is not None:
-            loss_scale *= self._ranks.prepare(self._statistic, self._seen)
+        if self.ranks is not None:
+            loss_scale *= self.ranks.prepare(self._statistic, self._seen)
         found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
         if self._scaling is not None and not self._scaling.check_finite(tables):
@@ -257,10 +257,10 @@ class Importance(OnModel):
 
     def _tick(self) -> None:
         """A minibatch of the run has passed on this rank."""
-        assert self._ranks is not None
+        assert self.ranks is not None
         assert self._round is not None
         self._seen += 1
-        if len(self._round) >= self._ranks.window:
+        if len(self._round) >= self.ranks.window:
             self.sync()
 
     def sync(self) -> None:

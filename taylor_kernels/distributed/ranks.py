@@ -110,6 +110,20 @@ class Ranks:
             raise ValueError("group: this process is none of its ranks")
 
     @property
+    def group(self) -> dist.ProcessGroup:
+        """Of these ranks."""
+        found = dist.group.WORLD if self._group is None else self._group
+        assert found is not None
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is sent has to lie: a backend of GPUs alone moves no memory of the host."""
+        if dist.get_backend(self._group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+    @property
     def gradient_scale(self) -> float:
         """What `.grad` holds over the gradient of the whole minibatch's loss."""
         if self.gradients == "local" or (self.gradients == "averaged") == (self.loss == "mean"):
@@ -136,12 +150,10 @@ class Ranks:
         return self._all_gather(payload).view(self.size, -1)
 
     def _all_gather(self, payload: Tensor) -> Tensor:
-        # A backend of GPUs alone moves no memory of the host.
-        on_gpu = dist.get_backend(self._group) == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
-        sent = payload.to(device)
+        sent = payload.to(self.device)
         received = sent.new_empty(self.size * sent.numel())
-        limit = None if on_gpu or self._timeout is None else timedelta(seconds=self._timeout)
+        given = self._timeout is not None and sent.device.type == "cpu"
+        limit = timedelta(seconds=self._timeout or 0) if given else None
         try:
             work = _all_gather(received, sent, self._group, async_op=True)
             work.wait() if limit is None else work.wait(limit)

@@ -232,8 +232,15 @@ class TableRound(Round):
     def _rows(self, tables: Sequence[Tensor]) -> Tensor:
         by_name = dict(zip(self._sizes, tables, strict=True))
         device = tables[0].device
-        parts = [self._kind.shared(by_name[name]).to(device).flatten() for name in self._order]
-        return torch.cat(parts).float()
+        parts = [self._kind.shared(by_name[name]).to(device) for name in self._order]
+        for name, part in zip(self._order, parts, strict=True):
+            if part.size(1) != self._kind.shared_columns:
+                raise ValueError(
+                    f"statistic {self._kind.name!r}: {part.size(1)} columns of layer {name!r} are "
+                    f"to be shared among the ranks, and its shared_columns is "
+                    f"{self._kind.shared_columns}; set the class attribute"
+                )
+        return torch.cat([part.flatten() for part in parts]).float()
 
     def _columns(self, everyone: Ticks) -> Tensor:
         length = sum(self._sizes.values()) * self._kind.shared_columns

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import taylor_kernels as tk
@@ -109,6 +110,27 @@ def test_a_rank_that_ends_early():
     same_bits(found)
     assert found[0]["records"] == found[1]["records"]
     assert sum(record is not None for record in found[0]["records"]) == STEPS // 3
+
+
+def joining(rank, size):
+    """Rank 1 has 7 minibatches of 12."""
+    model, optimizer, pruner = started("taylor_fo_bn", tk.distributed.Ranks(timeout=60))
+    wrapped = DistributedDataParallel(model)
+    with Join([wrapped, tk.distributed.Joining(pruner)]):
+        for step in range(7 if rank else STEPS):
+            step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+    return ended(model, pruner)
+
+
+def test_a_rank_that_ends_early_in_the_context_for_it():
+    found = ran(2, joining)
+    same_bits(found)
+    assert len(found[0]["history"]) == STEPS // 3
+
+
+def test_a_meter_of_one_process_waits_for_nobody():
+    with pytest.raises(ValueError, match="meter: it has no ranks="):
+        tk.distributed.Joining(started("taylor_fo", None)[2])
 
 
 def test_a_minibatch_that_a_rank_skips_puts_the_pruning_off():

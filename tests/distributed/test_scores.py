@@ -329,3 +329,27 @@ def test_examples_that_are_scored_by_no_power_are_of_local_minibatches():
         tk.Importance(runs.network(), criterion, ranks=ThreadRanks(Meeting(1), 0))
     options = {"minibatch": "local"}
     tk.Importance(runs.network(), criterion, ranks=ThreadRanks(Meeting(1), 0, **options))
+
+
+def test_a_statistic_of_ones_own_adds_up_or_says_why_not():
+    class Both(tk.Statistic):
+        name = "both"
+        columns = "2: Σ g, Σ gw"
+        reads = "weight gradients"
+        across_ranks = "sum"
+        shared_columns = 2
+
+        def collect(self, *, loss_scale=1.0, closure=None):
+            found = [(layer.weight.grad, layer.weight.detach()) for layer in self.layers.values()]
+            return [torch.stack((g.flatten(1).sum(1), (g * w).flatten(1).sum(1)), 1)
+                    for g, w in found]  # fmt: skip
+
+    tk.register_statistic(Both)
+    criterion = tk.Criterion("both", "both", lambda table: table.prod(1))
+    found = in_threads(2, runs.scored, criterion, EVEN, {"gradients": "local"})
+    wanted = runs.alone(criterion, joined(EVEN))
+    close(found[0], wanted, "scores")
+    same_bits(found)
+    Both.shared_columns = 1
+    with pytest.raises(ValueError, match=r"'both': 2 columns of layer '0' .* shared_columns is 1"):
+        in_threads(2, runs.scored, criterion, EVEN, {"gradients": "local"})
