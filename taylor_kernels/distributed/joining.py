@@ -24,7 +24,7 @@ class Joining(Joinable):
     """Lets a pruner or a meter take part in `torch.distributed.algorithms.join.Join`.
 
     In that context a rank whose loader has ended shadows what DistributedDataParallel sends until
-    the others are done; with this behind it in the list, it calls `absent()` for each minibatch too.
+    the others are done; with this behind it in the list, it calls `absent()` for each of them too.
 
     Args:
         meter: a `tk.Pruner` or `tk.Importance` with `ranks`, stepped or updated once per forward

@@ -69,7 +69,7 @@ def in_process(rank, size, criteria):
                     # Averaging came after they had been zeroed.
                     assert not parameter.grad[off].any()
                     assert not optimizer.state[parameter]["momentum_buffer"][off].any()
-        counted = ranks.collectives, len(pruner.history)
+        counted = ranks.collectives, ranks.bytes_sent, len(pruner.history)
         result = ended(model, pruner)
         pruner.compact()
         wrapped = tk.distributed.rewrapped(wrapped)
@@ -88,9 +88,11 @@ def test_under_ddp(size):
         alike(ours[0], alone(criterion))
         same_bits(ours)
         for one in ours:
-            collectives, prunings = one["counted"]
-            # The scores, and the masks that came of them.
+            collectives, sent, prunings = one["counted"]
+            # The scores, and the masks that came of them: of 24 filters, as many units, 3 layers.
             assert collectives == 2 * prunings
+            columns = 3 if criterion == "taylor_fo_bn" else 1
+            assert sent == prunings * ((16 + 24 * 3 + 4 * columns * 24 + 3) + 8 * (1 + 3))
             assert torch.equal(one["trained"], ours[0]["trained"])
 
 
