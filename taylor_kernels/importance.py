@@ -14,7 +14,8 @@ from torch.amp.grad_scaler import GradScaler
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.round import TableRound, TotalRound, check_parts, exchanges_tables
+from taylor_kernels.distributed.scores import TotalRound
+from taylor_kernels.distributed.tables import TableRound, check_parts, exchanges_tables
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.mixed_precision import Scaling

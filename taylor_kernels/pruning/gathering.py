@@ -9,7 +9,8 @@ from torch import Tensor
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks, digest
-from taylor_kernels.distributed.round import MeanRound, TableRound, exchanges_tables
+from taylor_kernels.distributed.scores import MeanRound
+from taylor_kernels.distributed.tables import TableRound, exchanges_tables
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Statistic, get_statistic

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.round import check_parts
+from taylor_kernels.distributed.tables import check_parts
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.pruning.arguments import check_arguments, check_optimizer, one_criterion
@@ -239,8 +239,9 @@ class Pruner(OnModel):
             RuntimeError: the pruner is closed.
         """
         self._check_open()
-        if self._statistic is not None:
-            self._statistic.discard()
+        if self._statistic is None:
+            return
+        self._statistic.discard()
         if self._gathering is not None:
             self._gathering.drop()
             self._passed()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.distributed.round import degree
+from taylor_kernels.distributed.scores import degree
 from taylor_kernels.statistics import find_layers, get_statistic
 from tests.distributed import runs
 from tests.distributed.launch import outcomes, ran
