@@ -6,9 +6,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from taylor_kernels.distributed.ranks import Ranks
+
+if dist.is_available():
+    from torch.distributed.algorithms.join import Joinable, JoinHook
+else:  # a PyTorch that was built without it has no ranks to join
+    Joinable = JoinHook = object  # type: ignore[assignment,misc]
 
 
 class _Absent(Protocol):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from taylor_kernels.statistics import Statistic
 
-#: An older PyTorch has it under its old name alone.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+#: An older PyTorch has it under its old name alone, and one built without it not at all.
+_all_gather = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
 
 Gradients = Literal["averaged", "summed", "local"]
 Loss = Literal["mean", "sum"]
@@ -154,6 +154,7 @@ class Ranks:
         received = sent.new_empty(self.size * sent.numel())
         given = self._timeout is not None and sent.device.type == "cpu"
         limit = timedelta(seconds=self._timeout or 0) if given else None
+        assert _all_gather is not None  # there was a group to join
         try:
             work = _all_gather(received, sent, self._group, async_op=True)
             work.wait() if limit is None else work.wait(limit)

@@ -154,6 +154,21 @@ def test_a_minibatch_that_a_rank_skips_puts_the_pruning_off():
     assert [one["dropped"] for one in found] == [1, 1]
 
 
+def test_nobody_waits_once_all_is_done():
+    def run(rank, size, meeting):
+        ranks = ThreadRanks(meeting, rank)
+        model, optimizer, pruner = started("taylor_fo_bn", ranks)
+        for step in range(STEPS):
+            step_of(pruner, optimizer, model, Averaged(model, ranks), part(step, rank, size))
+        assert pruner.done
+        for _ in range(2 * STEPS):
+            pruner.skip() if rank else pruner.step()
+        pruner.absent()
+        return ranks.collectives
+
+    assert len({*in_threads(2, run)}) == 1
+
+
 def test_a_rank_that_masks_others_is_found_out():
     def run(rank, size, meeting):
         ranks = ThreadRanks(meeting, rank)
