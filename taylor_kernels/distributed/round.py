@@ -219,3 +219,10 @@ def _or(marks: Sequence[int]) -> int:
     for mark in marks:
         found |= mark
     return found
+
+
+def shares_gradients(kind: type[Statistic], ranks: Ranks) -> bool:
+    """Whether every rank's table is that of the whole minibatch already."""
+    if kind.reads == "weight gradients":
+        return ranks.gradients != "local"
+    return kind.reads in ("weights", "forward")

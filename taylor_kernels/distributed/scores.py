@@ -9,16 +9,8 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.round import Round, Ticks
+from taylor_kernels.distributed.round import Round, Ticks, shares_gradients
 from taylor_kernels.statistics import Statistic
-
-
-def shares_gradients(kind: type[Statistic], ranks: Ranks) -> bool:
-    """Whether every rank's table is that of the whole minibatch already."""
-    if kind.reads == "weight gradients":
-        return ranks.gradients != "local"
-    return kind.reads in ("weights", "forward")
 
 
 class ScoreRound(Round):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.round import Round, Ticks
+from taylor_kernels.distributed.round import Round, Ticks, shares_gradients
 from taylor_kernels.shards import is_sharded, part_count
 from taylor_kernels.statistics import Statistic, held_weight
 
@@ -51,6 +51,8 @@ class TableRound(Round):
                     "absent: each rank holds a part of the weights, and of their gradients, so "
                     "that none can be absent; call update() or step() on all"
                 )
+        elif shares_gradients(self._kind, self._ranks):
+            factor = everyone.shares(everyone.present)
         elif self._kind.across_ranks == "mean":
             factor = everyone.shares(everyone.examples)
         elif self._ranks.loss == "mean":

@@ -340,7 +340,8 @@ def test_a_statistic_of_ones_own_adds_up_or_says_why_not():
         shared_columns = 2
 
         def collect(self, *, loss_scale=1.0, closure=None):
-            found = [(layer.weight.grad, layer.weight.detach()) for layer in self.layers.values()]
+            weights = [layer.weight for layer in self.layers.values()]
+            found = [(weight.grad / loss_scale, weight.detach()) for weight in weights]
             return [torch.stack((g.flatten(1).sum(1), (g * w).flatten(1).sum(1)), 1)
                     for g, w in found]  # fmt: skip
 
@@ -350,6 +351,9 @@ def test_a_statistic_of_ones_own_adds_up_or_says_why_not():
     wanted = runs.alone(criterion, joined(EVEN))
     close(found[0], wanted, "scores")
     same_bits(found)
+    summed = {"gradients": "averaged", "loss": "sum"}
+    found = in_threads(2, runs.scored, criterion, EVEN, summed, "sum")
+    close(found[0], runs.alone(criterion, joined(EVEN), "sum"), "scores")
     Both.shared_columns = 1
     with pytest.raises(ValueError, match=r"'both': 2 columns of layer '0' .* shared_columns is 1"):
         in_threads(2, runs.scored, criterion, EVEN, {"gradients": "local"})
