@@ -4,12 +4,14 @@ Two ways in: `Pruner` prunes a model inside its training loop; `Importance` scor
 Both stand on the ops `filter_moments` and `gate_gradients`.
 """
 
+from taylor_kernels import distributed as distributed
 from taylor_kernels import methods as methods
 from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.labels import draw_labels
+from taylor_kernels.mixed_precision import gradient_underflow
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -43,6 +45,7 @@ __all__ = [
     "draw_labels",
     "filter_moments",
     "gate_gradients",
+    "gradient_underflow",
     "hutchinson_moments",
     "linear_fisher",
     "load_checkpoint",

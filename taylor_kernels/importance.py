@@ -9,15 +9,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
+from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.scores import TotalRound
+from taylor_kernels.distributed.tables import TableRound, check_parts, exchanges_tables
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
+from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    check_weight,
     checked_tables,
     filter_count,
     find_layers,
@@ -73,7 +79,8 @@ class Importance(OnModel):
             the graph is broken at every layer that is watched. In a closure, call the model as it
             was before it was compiled.
         nn.DataParallel: not supported, its replicas are no part of the model.
-        DistributedDataParallel: hand over the module inside it, and call that in a closure.
+        DistributedDataParallel: hand over the module inside it, and call that in a closure; with
+            `ranks` the scores are those of all processes.
 
     close() takes the hooks off the model; so does the end of the meter's life.
 
@@ -88,6 +95,14 @@ class Importance(OnModel):
             score of its gate, which filters that go together share. Give it wherever a norm comes
             later than directly behind a layer: behind an activation, a pooling, a sum or a
             concatenation, as in pre-activation networks and DenseNets.
+        ranks: the processes that share the minibatches (`tk.distributed.Ranks`), each of which
+            makes the same meter. compute() is collective then and gives the same bits on all.
+        scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
+            unscale_() has been called, and minibatches whose steps it skips do not count.
+
+    Attributes:
+        dropped: minibatches that did not count on any rank, since one of them had gradients that
+            were not finite, or called skip().
 
     Raises:
         ValueError: an unknown criterion (the message names the nearest), a layer name that
@@ -115,6 +130,8 @@ class Importance(OnModel):
         layers: Sequence[str] | None = None,
         backend: str | None = None,
         example_inputs: Any = None,
+        ranks: Ranks | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -132,6 +149,15 @@ class Importance(OnModel):
         self._counts: list[int]
         self._updates: int
         self._closed = False
+        self._scaling = None if scaler is None else Scaling(scaler, model)
+        self.ranks = ranks
+        check_parts(self._statistic, ranks)
+        self._round: TableRound | TotalRound | None = None
+        if ranks is not None:
+            kind = TableRound if exchanges_tables(self._statistic, ranks) else TotalRound
+            in_parts = self._statistic.spread is not None
+            self._round = kind(ranks, self.criterion, statistic, self._sizes, in_parts=in_parts)
+        self._seen = 0  # minibatches of the run, those that do not count among them
         self._zero()
 
     def _made(
@@ -149,7 +175,11 @@ class Importance(OnModel):
         return statistic(model, self._layers, backend, sites)
 
     def update(
-        self, *, loss_scale: float = 1.0, closure: Callable[[], Tensor] | None = None
+        self,
+        *,
+        loss_scale: float = 1.0,
+        closure: Callable[[], Tensor] | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Score what backward() left: once, before unscaling, clipping, step() and zero_grad().
 
@@ -162,20 +192,49 @@ class Importance(OnModel):
                 backward(): returns the loss of the model as it stands, a scalar. The model stays
                 in its mode, `.grad` stays as it is. The loss is taken as it is, whatever
                 `loss_scale`: return it unscaled.
+            weight: of this rank's minibatch in that of all ranks, if they are not of one size:
+                the number of its examples, say.
 
         For a minibatch whose gradients overflowed, call skip() in place of it.
 
         Raises:
             RuntimeError: there is nothing to read (the message says why and what to do); the meter
                 is closed.
-            ValueError: `loss_scale` is not a positive number; a closure is missing, or given to a
-                criterion that takes none, or returned no scalar that depends on the model.
+            ValueError: `loss_scale` or `weight` is not a positive number; a closure is missing, or
+                given to a criterion that takes none, or returned no scalar that depends on the
+                model.
         """
         check_loss_scale(loss_scale)
+        check_weight(weight)
         self._require_open("update")
         check_closure(self._statistic, closure, self.criterion.name, "update")
+        if self._scaling is not None:
+            loss_scale = self._scaling.of(self._statistic, loss_scale)
+            if self._scaling.skips():
+                self.skip()
+                return
+        if self.ranks is not None:
+            loss_scale *= self.ranks.prepare(self._statistic, self._seen)
         found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
+        if self._scaling is not None and not self._scaling.check_finite(tables):
+            self.skip()
+            return
+        self._device = tables[0].device
+        if self._round is None:
+            self._take(*self._observed(tables, self._statistic.unread), 1)
+            return
+        if isinstance(self._round, TotalRound):
+            observed = self._observed(tables, self._statistic.unread)
+            self._round.add_scores(self._statistic, tables, weight, observed)
+        else:
+            self._round.add(self._statistic, tables, weight)
+        self._tick()
+
+    def _observed(
+        self, tables: list[Tensor], unread: frozenset[str]
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Of the scores of a minibatch: sums over observations, of squares too; counts."""
         device = tables[0].device
         if len({table.size(1) for table in tables}) == 1:
             tables = [torch.cat([table.to(device) for table in tables])]
@@ -184,15 +243,66 @@ class Importance(OnModel):
         squares = torch.cat([s.double().square().sum(1) for s in scores])
         counts = [s.size(1) for s in scores]
         counts *= len(self._sizes) if len(counts) == 1 else 1
-        if unread := self._statistic.unread:  # for these layers it was no observation
+        if unread:  # for these layers it was no observation
             read = [name not in unread for name in self._sizes]
             of_filters = torch.tensor(read).repeat_interleave(torch.tensor([*self._sizes.values()]))
             total, squares = (t.where(of_filters.to(device), 0.0) for t in (total, squares))
             counts = [n * here for n, here in zip(counts, read, strict=True)]
-        self._sum = self._sum.to(device) + total
-        self._sum_squares = self._sum_squares.to(device) + squares
+        return total, squares, counts
+
+    def _take(self, total: Tensor, squares: Tensor, counts: list[int], updates: int) -> None:
+        self._sum = self._sum.to(total.device) + total
+        self._sum_squares = self._sum_squares.to(total.device) + squares
         self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
-        self._updates += 1
+        self._updates += updates
+
+    def _tick(self) -> None:
+        """A minibatch of the run has passed on this rank."""
+        assert self.ranks is not None
+        assert self._round is not None
+        self._seen += 1
+        if len(self._round) >= self.ranks.window:
+            self.sync()
+
+    def sync(self) -> None:
+        """Exchange what the ranks have seen since they did so last; a collective.
+
+        compute() and standard_error() do it; state_dict() does not, and asks for it. Without
+        `ranks`, or if nothing came since, it does nothing.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or the ranks do not fit together.
+        """
+        if isinstance(self._round, TableRound):
+            for tables in self._round.exchange(self._device):
+                self._take(*self._observed(tables, self._round.unread), 1)
+        elif self._round is not None and len(self._round):
+            total, squares, counts, updates = self._round.exchange()
+            self._take(total.to(self._device), squares.to(self._device), counts, updates)
+
+    def absent(self) -> None:
+        """In place of update() on a rank that has no part of the minibatch: it counts for nothing.
+
+        Ranks whose loaders end early call it until the others are done.
+
+        Raises:
+            RuntimeError: the meter is closed, or has no `ranks`.
+        """
+        self._require_open("absent")
+        if self._round is None:
+            raise RuntimeError("absent: the meter has no ranks=, so there is no one to wait for it")
+        self._statistic.discard()
+        self._round.absent()
+        self._tick()
+
+    @property
+    def overflowed(self) -> int:
+        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
+        return 0 if self._scaling is None else self._scaling.overflowed
+
+    @property
+    def dropped(self) -> int:
+        return 0 if self._round is None else self._round.dropped
 
     def skip(self) -> None:
         """Forget what backward() left since the last update(): in place of update(), for a
@@ -206,6 +316,9 @@ class Importance(OnModel):
         """
         self._require_open("skip")
         self._statistic.discard()
+        if self._round is not None:
+            self._round.drop()
+            self._tick()
 
     @property
     def needs_closure(self) -> bool:
@@ -226,7 +339,7 @@ class Importance(OnModel):
             RuntimeError: there was no update yet.
         """
         self._require_updates("compute")
-        if noise := self._statistic.noise:
+        if noise := self._noise():
             remedy = (
                 "pass example_inputs, which puts its gates behind the norm, or use taylor_fo"
                 if self._statistic.sites is None
@@ -253,6 +366,8 @@ class Importance(OnModel):
     def reset(self) -> None:
         """Forget all updates, and what was gathered since the last."""
         self._statistic.discard()
+        if self._round is not None:
+            self._round.clear()
         self._zero()
 
     def close(self) -> None:
@@ -261,7 +376,18 @@ class Importance(OnModel):
         self._statistic.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What load_state_dict() needs to go on: sums, counts, and what they belong to."""
+        """What load_state_dict() needs to go on: sums, counts, and what they belong to.
+
+        It is the same on all `ranks`, and holds for any number of them.
+
+        Raises:
+            RuntimeError: there are minibatches that the ranks have not exchanged yet.
+        """
+        if self._round is not None and len(self._round):
+            raise RuntimeError(
+                f"state_dict: {len(self._round)} minibatches are this rank's alone yet; call "
+                "sync() on every rank first"
+            )
         return {
             "version": _STATE_VERSION,
             "criterion": self.criterion.name,
@@ -296,6 +422,9 @@ class Importance(OnModel):
         if any(type(n) is not int or n < 0 for n in (*counts, updates)):
             raise ValueError("state: counts and updates are not whole numbers from 0 on")
         self._statistic.discard()
+        if self._round is not None:
+            self._round.clear()
+        self._seen = updates
         self._sum = state["sum"].double().clone()
         self._sum_squares = state["sum_squares"].double().clone()
         self._counts = list(counts)
@@ -306,6 +435,7 @@ class Importance(OnModel):
         self._sum = torch.zeros(total, dtype=torch.float64)
         self._sum_squares = torch.zeros(total, dtype=torch.float64)
         self._counts = [0] * len(self._sizes)
+        self._device = held_weight(next(iter(self._layers.values()))).device
         self._updates = self._statistic.updates = 0
 
     def _counts_per_filter(self) -> Tensor:
@@ -324,6 +454,11 @@ class Importance(OnModel):
                 "from this one's state_dict()"
             )
 
+    def _noise(self) -> list[str]:
+        found = self._statistic.noise if self._round is None else self._round.noise
+        return [name for name in self._sizes if name in found]
+
     def _require_updates(self, method: str) -> None:
+        self.sync()
         if not self._updates:
             raise RuntimeError(f"{method}: there was no update() yet")

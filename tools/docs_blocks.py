@@ -30,6 +30,7 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.door_blocks import backpack_block, doors_table, figures_block, laplace_block
 from tools.method_blocks import method_blocks, methods_table
+from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -210,6 +211,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "laplace-example": lambda: example(LAPLACE_EXAMPLE),
     "laplace-figures": lambda: laplace_block(door("laplace")),
     "methods": methods_table,
+    "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,

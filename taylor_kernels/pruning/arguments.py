@@ -14,6 +14,7 @@ from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masking import check_unmasked
 from taylor_kernels.pruning.optimizer_state import as_list, optimizers_in
+from taylor_kernels.shards import is_fsdp
 from taylor_kernels.statistics import get_statistic
 
 
@@ -56,6 +57,12 @@ def check_arguments(
             raise ValueError(
                 f"model: its parameter {name} is on the meta device; materialise it first"
             )
+    if is_fsdp(model):
+        raise ValueError(
+            "model: fully_shard() has its parameters in parts already, so that it cannot be "
+            "traced; make the pruner first, shard the model then, and give the pruner its "
+            "optimizer with use_optimizer()"
+        )
     check_unmasked(model)
     if not get_statistic(criterion.statistic).prunable:
         raise ValueError(
@@ -77,7 +84,7 @@ def check_arguments(
     if not _is_number(momentum) or not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
     if optimizer is not None:
-        _check_optimizer(optimizer, model)
+        check_optimizer(optimizer, model)
     kept = next((p for p in model.parameters() if p.is_floating_point()), None)
     if backend is not None and kept is not None:
         select(kept.device, kept.dtype, backend)
@@ -131,7 +138,7 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
     return {first[names[name]] for name in chosen}
 
 
-def _check_optimizer(optimizer: object, model: nn.Module) -> None:
+def check_optimizer(optimizer: object, model: nn.Module) -> None:
     given = as_list(optimizer)
     for one in given:
         if not isinstance(one, Optimizer):

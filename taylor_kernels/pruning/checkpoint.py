@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
@@ -27,6 +28,7 @@ from taylor_kernels.pruning.state import (
     check_version,
     first_line,
 )
+from taylor_kernels.shards import is_sharded, whole_state
 from taylor_kernels.tracing.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
@@ -42,7 +44,12 @@ def save_checkpoint(
 ) -> None:
     """Write the state of a run to one file, all at once: a crash leaves the old file or the new.
 
+    With a pruner of several ranks every rank calls it, and rank 0 writes: its model and its extras.
+    The file says nothing of their number, so that any number may go on, one process among them.
+
     Args:
+        model: that of the run, or the DistributedDataParallel around it. Where a rank holds a part
+            of its parameters (FSDP2), the file holds all of them.
         optimizer: one, or a list of them; those that they wrap are saved with them.
         extra: whatever else the run needs to go on (epoch, random state, a scheduler's
             state_dict): tensors and plain Python.
@@ -51,6 +58,7 @@ def save_checkpoint(
         TypeError: a part is something else, or it holds what `load_checkpoint` would refuse:
             objects other than tensors and plain Python. (numpy's numbers become Python's.)
         FileNotFoundError: there is no such folder.
+        RuntimeError: ranks have pruned other filters, or one could not write, or did not come.
 
     Example:
         >>> import os, tempfile, torch, taylor_kernels as tk
@@ -60,12 +68,42 @@ def save_checkpoint(
         ...     os.listdir(folder)
         ['run.pt']
     """
+    model = _bare(model)
     _check_parts(model, optimizer)
-    parts = {
+    if pruner is None or pruner.ranks is None:
+        _write(path, _parts(model, optimizer, pruner), extra)
+        return
+    pruner.sync()
+    pruner.check_masks()
+    parts = whole_state(_parts(model, optimizer, pruner))  # on all ranks: each holds a part
+    error: Exception | None = None
+    if pruner.ranks.rank == 0:
+        try:
+            _write(path, parts, extra)
+        except Exception as caught:
+            error = caught
+    pruner.ranks.check_done(error, "write the checkpoint")
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _parts(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    pruner: Pruner | None,
+) -> dict[str, Any]:
+    return {
         "model": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer_states(optimizer),
         "pruner": None if pruner is None else pruner.state_dict(),
     }
+
+
+def _write(
+    path: str | bytes | os.PathLike[str], parts: dict[str, Any], extra: dict[str, Any]
+) -> None:
     content = {
         "format": FILE_FORMAT,
         "version": VERSION,
@@ -86,7 +124,8 @@ def load_checkpoint(
     """Put a run back where `save_checkpoint` left it.
 
     Build model, optimizer and pruner as at the start of the run first; the model takes on the
-    structure that it had when it was saved.
+    structure that it had when it was saved. With several ranks every one calls it. A model that
+    DistributedDataParallel wraps is to be wrapped anew, as after compact().
 
     Returns:
         The extras that were saved.
@@ -115,7 +154,14 @@ def load_checkpoint(
         >>> its_pruner.done, torch.equal(again[0].weight, model[0].weight)
         (True, True)
     """
+    model = _bare(model)
     _check_parts(model, optimizer)
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: its parameters are in parts on several ranks; load the checkpoint into the "
+            "model as it was before fully_shard(), shard it then, and take the optimizer's state "
+            "along with tk.distributed.carry_state"
+        )
     if pruner is not None:
         if pruner.model is not model:
             raise ValueError("pruner: it prunes another model than the one given")

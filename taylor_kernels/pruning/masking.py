@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
+from taylor_kernels.shards import fill_part
 from taylor_kernels.tracing import Channels
 
 #: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
@@ -31,8 +32,9 @@ class Masks:
 
     def __init__(self, model: nn.Module, optimizer: object) -> None:
         self._model = model
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._masked: dict[str, Fills] = {}
         # One hook is on all optimizers, and would outlive the model.
         weakref.finalize(model, remove_all, self._hooks)
 
@@ -42,12 +44,13 @@ class Masks:
         entries = channels.entries(dead)
         if not entries:
             return
-        tensors, optimizers = Tensors(self._model), optimizers_in(self._optimizer)
+        tensors, optimizers = Tensors(self._model), optimizers_in(self.optimizer)
         masked = fills(tensors, channels, entries)
         parameters = {
             name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
         }
         _write(masked, self._model)
+        self._masked = {name: masked[name] for name in parameters}
         for name, parameter in parameters.items():
             zero = Hook(_zero_grad, masked[name])
             zero(parameter)
@@ -61,10 +64,19 @@ class Masks:
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
 
+    def zero_gradients(self) -> None:
+        """Zero the masked entries of gradients again, where others write them after backward().
+
+        DistributedDataParallel averages what was there before they were zeroed as they came.
+        """
+        for name, parts in self._masked.items():
+            _zero_grad(parts, lookup(self._model, name))
+
     def close(self) -> None:
         """Take the hooks off; the values stay."""
         remove_all(self._hooks)
         self._hooks.clear()
+        self._masked = {}
 
 
 def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
@@ -79,7 +91,7 @@ def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> 
 
 def fill(tensor: Tensor, parts: Fills) -> None:
     for dim, index, value in parts:
-        tensor.index_fill_(dim, index, value)
+        fill_part(tensor, dim, index, value)
 
 
 def _zero_grad(parts: Fills, parameter: Tensor) -> None:

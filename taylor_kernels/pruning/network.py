@@ -16,6 +16,7 @@ from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
+from taylor_kernels.shards import is_sharded
 from taylor_kernels.statistics import Layers, Statistic
 
 #: Model -> the network of the last pruner that was made of it.
@@ -82,6 +83,15 @@ class Network:
         self._masks.set(self.channels, self.dead)
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
+    def zero_gradients(self) -> None:
+        """See `Masks`."""
+        self._masks.zero_gradients()
+
+    @property
+    def first(self) -> list[Group]:
+        """The groups as they were at first, which `state` is of."""
+        return self._first
+
     def compact(self) -> list[Tensor]:
         """Remove what is masked; per group [U] bool, True for the units that went.
 
@@ -101,6 +111,12 @@ class Network:
 
     def _remove(self, dead: list[Tensor]) -> list[Tensor]:
         if any(gone.any() for gone in dead):
+            if any(map(is_sharded, self.model.parameters())):
+                raise ValueError(
+                    "model: its parameters are in parts on several ranks and cannot be cut there; "
+                    "save_checkpoint(), load it into the model as it was before fully_shard(), "
+                    "compact() that, and shard it again"
+                )
             self.check_unchanged()
             stepped = self._steps.optimizers
             remove(self.model, self.channels, dead, self._optimizer, stepped)
@@ -126,6 +142,10 @@ class Network:
             return kind(self.model, layers, backend)
         sites = find_gate_sites(self.channels, self.model, layers)
         return kind(self.model, layers, backend, sites)
+
+    def use(self, optimizer: object) -> None:
+        """Let another optimizer's state follow the masks."""
+        self._optimizer = self._masks.optimizer = optimizer
 
     def check_optimizer(self) -> None:
         """The optimizer's state can be masked and cut, whatever units go.

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook
+from taylor_kernels.shards import fill_part
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
 
@@ -179,7 +180,7 @@ def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cu
     for one in optimizers:
         for key, value in one.state.get(parameter, {}).items():
             for dim, index in _state_cuts(name, key, value, parameter, cuts).items():
-                value.index_fill_(dim, index.to(value.device), 0)
+                fill_part(value, dim, index.to(value.device), 0.0)
 
 
 def cut(tensor: Tensor, cuts: Cuts, kept: dict[int, Tensor] | None = None) -> Tensor:

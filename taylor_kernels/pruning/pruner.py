@@ -12,21 +12,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
+from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.tables import check_parts
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.arguments import check_arguments, check_count, one_criterion
+from taylor_kernels.mixed_precision import Scaling
+from taylor_kernels.pruning.arguments import (
+    check_arguments,
+    check_count,
+    check_optimizer,
+    one_criterion,
+)
 from taylor_kernels.pruning.budget import UNREAD, Budget
 from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.gathering import Gathering
 from taylor_kernels.pruning.network import Network, check_free
+from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.statistics import Closure, Statistic, checked_tables, get_statistic
-from taylor_kernels.statistics.base import check_closure, check_loss_scale, check_no_noise
+from taylor_kernels.statistics import (
+    Closure,
+    Statistic,
+    checked_tables,
+    filter_count,
+    get_statistic,
+)
+from taylor_kernels.statistics.base import (
+    check_closure,
+    check_loss_scale,
+    check_no_noise,
+    check_weight,
+)
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
 
 
@@ -54,6 +76,11 @@ class Pruner(OnModel):
         backend: of the kernels; see `tk.available_backends()`.
         verify: prove on a float64 copy that every group can be masked exactly; turned off, the
             model's memory is needed once less and mistakes of the tracing go unseen.
+        ranks: the processes that train the model together (`tk.distributed.Ranks`), each of which
+            makes the same pruner of the module inside DistributedDataParallel. They score as one
+            and prune the same filters, or raise an error that names the first layer that differs.
+        scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
+            unscale_() has been called, and minibatches whose steps it skips do not count.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -100,6 +127,8 @@ class Pruner(OnModel):
         backend: str | None = None,
         verify: bool = True,
         importance: str | Criterion | None = None,
+        ranks: Ranks | None = None,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.criterion = one_criterion(criterion, importance)
         targets = check_arguments(
@@ -136,13 +165,19 @@ class Pruner(OnModel):
             self._network = Network(model, prunable, optimizer)
             self._scores = self._new_scores()
             self._steps = 0
+            self.ranks = ranks
+            self._scaling = (
+                None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))
+            )
+            self._gathering: Gathering | None = None
+            self._seen = 0  # minibatches of the run, those that do not count among them
             self._history: list[PruneRecord] = []
             self._statistic: Statistic | None = None
             self._closed = False
             self._watch()
 
     def step(
-        self, *, loss_scale: float = 1.0, closure: Closure | None = None
+        self, *, loss_scale: float = 1.0, closure: Closure | None = None, weight: float = 1.0
     ) -> PruneRecord | None:
         """Score the minibatch; prune if it is the `every`-th. Between backward() and
         optimizer.step().
@@ -154,6 +189,7 @@ class Pruner(OnModel):
             closure: for criteria that run the model themselves (taylor_so_diag and others):
                 `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
                 mode it moves BatchNorm's statistics, and draws dropout, a second time.
+            weight: of this rank's minibatch in that of all `ranks`, as in `Importance.update`.
 
         Returns:
             What was pruned, or None.
@@ -166,15 +202,33 @@ class Pruner(OnModel):
                 layers that no gradient reaches; the pruner is closed; or other code cut the model.
         """
         self._check_open()
+        if self.ranks is not None:
+            self._network.zero_gradients()
         if self._statistic is None:
             return None
         check_loss_scale(loss_scale)
+        check_weight(weight)
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
         with outside_inference_mode():
+            if self._scaling is not None:
+                loss_scale = self._scaling.of(self._statistic, loss_scale)
+                if self._scaling.skips():
+                    self.skip()
+                    return None
+            if self.ranks is not None:
+                loss_scale *= self.ranks.prepare(self._statistic, self._seen)
             found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
             tables = checked_tables(self._statistic, found)
-            check_no_noise(self._statistic)
+            if self._scaling is not None and not self._scaling.check_finite(tables):
+                self.skip()
+                return None
+            if self._gathering is not None:
+                if self._gathering.in_parts != (self._statistic.spread is not None):
+                    self._gather()  # the model has been sharded since
+                self._gathering.add(self._statistic, tables, weight)
+                return self._passed()
+            check_no_noise(self._statistic.noise)
             self._scores.add(tables, self._statistic.unread)
             self._steps += 1
             return self._prune() if self._scores.count >= self._every else None
@@ -190,8 +244,61 @@ class Pruner(OnModel):
             RuntimeError: the pruner is closed.
         """
         self._check_open()
-        if self._statistic is not None:
-            self._statistic.discard()
+        if self._statistic is None:
+            return
+        self._statistic.discard()
+        if self._gathering is not None:
+            self._gathering.drop()
+            self._passed()
+
+    def absent(self) -> PruneRecord | None:
+        """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
+
+        Ranks whose loaders end early call it until the others are done.
+
+        Raises:
+            RuntimeError: the pruner is closed, or has no `ranks`; and as step() does.
+        """
+        self._check_open()
+        if self.ranks is None:
+            raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
+        self._network.zero_gradients()
+        if self._gathering is None or self._statistic is None:
+            return None
+        self._statistic.discard()
+        self._gathering.absent()
+        with outside_inference_mode():
+            return self._passed()
+
+    def sync(self) -> None:
+        """Exchange what the `ranks` have seen since they did so last; a collective.
+
+        To be called before state_dict(). Without ranks, or if nothing came since, it does nothing.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or the ranks do not fit together.
+        """
+        if self._gathering is not None:
+            self._steps += self._gathering.exchange()
+
+    @property
+    def overflowed(self) -> int:
+        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
+        return 0 if self._scaling is None else self._scaling.overflowed
+
+    @property
+    def dropped(self) -> int:
+        """Minibatches that did not count on any of the `ranks`, since one of them had gradients
+        that were not finite, or called skip()."""
+        return 0 if self._gathering is None else self._gathering.dropped
+
+    def _passed(self) -> PruneRecord | None:
+        """A minibatch of the run has passed on this rank, and so on the others."""
+        assert self._gathering is not None
+        self._seen += 1
+        if self._gathering.due(self._every):
+            self.sync()
+        return self._prune() if self._scores.count >= self._every else None
 
     def _prune(self) -> PruneRecord:
         net = self._network
@@ -209,9 +316,20 @@ class Pruner(OnModel):
             done=self.done,
         )
         self._history.append(record)
+        self.check_masks()
         if record.done:
             self._watch()
         return record
+
+    def check_masks(self) -> None:
+        """All `ranks` have removed the same filters; a collective. Prunings do it themselves.
+
+        Raises:
+            RuntimeError: they have not; the message names the first layer that differs.
+        """
+        if self._gathering is not None:
+            removed = self._network.state()["removed"]
+            self._gathering.check_masks(self._network.first, removed)
 
     @property
     def per_step(self) -> int:
@@ -285,6 +403,8 @@ class Pruner(OnModel):
             The model.
         """
         with outside_inference_mode():
+            self.sync()
+            self.check_masks()
             gone = self._network.compact()
             self._scores.drop(gone, self._network.groups)
             self._watch()
@@ -303,6 +423,21 @@ class Pruner(OnModel):
         channels = self._prunable.channels
         return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
 
+    def use_optimizer(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Let the state of these optimizers follow the masks and compact(), from now on.
+
+        For those that can only be made later, as after fully_shard(). What is masked already is
+        masked in their state at the next pruning.
+
+        Raises:
+            TypeError, ValueError: as those of the argument `optimizer`.
+            RuntimeError: the pruner is closed.
+        """
+        self._check_open()
+        check_optimizer(optimizer, self.model)
+        self.optimizer = optimizer
+        self._network.use(optimizer)
+
     def close(self) -> None:
         """Take every hook off the model, for good; masked filters are no longer held at zero.
 
@@ -315,8 +450,17 @@ class Pruner(OnModel):
     def state_dict(self) -> dict[str, Any]:
         """Everything the pruner needs to go on, as tensors and plain Python.
 
-        Save it beside the model's and the optimizer's (`save_checkpoint` does all three).
+        Save it beside the model's and the optimizer's (`save_checkpoint` does all three). It is
+        the same on all `ranks`, and holds for any number of them.
+
+        Raises:
+            RuntimeError: there are minibatches that the ranks have not exchanged yet.
         """
+        if self._gathering is not None and len(self._gathering):
+            raise RuntimeError(
+                f"state_dict: {len(self._gathering)} minibatches are this rank's alone yet; call "
+                "sync() on every rank first"
+            )
         masks, scores = self._network.state(), self._scores.state_dict()
         structure, name = self._prunable.structure, self.criterion.name
         return pruner_state(structure, name, masks, scores, self._steps, self._history)
@@ -338,7 +482,7 @@ class Pruner(OnModel):
             self._network.restore(state["removed"], state["compacted"])
             self._scores = self._new_scores()
             self._scores.load_state_dict(state["scores"])
-            self._steps = state["steps"]
+            self._steps = self._seen = state["steps"]
             self._history = [PruneRecord(**record) for record in state["history"]]
             self._watch()
 
@@ -373,3 +517,25 @@ class Pruner(OnModel):
             kind = get_statistic(self.criterion.statistic)
             self._statistic = self._network.statistic(kind, self._scored, self._backend)
             self._statistic.updates = self._steps
+        self._gather()
+
+    def _gather(self) -> None:
+        """Begin to keep minibatches for the ranks."""
+        if self._statistic is not None:
+            check_parts(self._statistic, self.ranks)
+        if self.ranks is None:
+            return
+        dropped = self.dropped
+        layers = {} if self._statistic is None else self._statistic.layers
+        sizes = {name: filter_count(layer) for name, layer in layers.items()}
+        groups, device = self._network.groups, next(self.model.parameters()).device
+        self._gathering = Gathering(
+            self.ranks,
+            self.criterion,
+            self._statistic,
+            self._scores,
+            sizes,
+            groups,
+            device,
+            dropped,
+        )

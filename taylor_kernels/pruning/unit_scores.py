@@ -57,13 +57,24 @@ class UnitScores:
             unread: layers whose tables say nothing. Units are scored by the other layers that
                 they have filters in; those that have no other are not scored.
         """
+        self.take(self.of(tables, unread), 1)
+
+    def of(self, tables: Sequence[Tensor], unread: frozenset[str] = frozenset()) -> Tensor:
+        """[U of all groups] float64: the scores of a minibatch; arguments as those of `add`."""
+        self.note(unread)
+        return torch.cat([self._score(tables, run) for run in self._runs(tables)]).double()
+
+    def note(self, unread: frozenset[str]) -> None:
+        """That these layers have no table in this period."""
         if self.count:
             unread |= self._unread  # a unit's scores of one period are of the same layers
         if unread != self._unread:
             self._unread, self._index = unread, {}
-        scores = torch.cat([self._score(tables, run) for run in self._runs(tables)]).double()
+
+    def take(self, scores: Tensor, count: int) -> None:
+        """Add the sum of the scores of `count` minibatches."""
         self._sum = scores if self._sum is None else self._sum.to(scores) + scores
-        self.count += 1
+        self.count += count
 
     def close_period(self, momentum: float, dead: Sequence[Tensor]) -> list[Tensor]:
         """What to rank by, [U] on the CPU per group: the average since the last call, taken into

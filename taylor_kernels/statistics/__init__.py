@@ -11,6 +11,7 @@ from taylor_kernels.statistics.base import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    check_weight,
     checked_tables,
 )
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
@@ -57,6 +58,7 @@ __all__ = [
     "check_closure",
     "check_loss_scale",
     "check_no_noise",
+    "check_weight",
     "checked_tables",
     "filter_count",
     "find_layers",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ Closure = Callable[[], Tensor]
 #: itself through a closure.
 Reads = Literal["weights", "forward", "activations", "weight gradients", "closure"]
 READS = get_args(Reads)
+AcrossRanks = Literal["sum", "mean", "examples", "whole"]
 
 
 class Statistic(ABC):
@@ -40,6 +41,12 @@ class Statistic(ABC):
         drawn: it is one random draw; a study takes the mean over many.
         nan_means: what nan in a table means and what to do about it, if it has a meaning.
         at_gates: it stands on gates, and takes their `sites` where they are known.
+        across_ranks: how the tables of processes that each see a part of a minibatch make that of
+            the whole: "sum", where what `shared` makes of a table is linear in the loss; "mean",
+            a mean over the `examples`; "examples", a column for each; "whole", where squares of
+            sums are in it already, so that each table is one of a minibatch of its own.
+        shared_columns: how many columns `shared` gives.
+        same_draws: what it draws at an update is to be the same on all ranks.
 
     Example:
         >>> import taylor_kernels as tk
@@ -63,6 +70,9 @@ class Statistic(ABC):
     drawn: ClassVar[bool] = False
     nan_means: ClassVar[str] = ""
     at_gates: ClassVar[bool] = False
+    across_ranks: ClassVar[AcrossRanks] = "whole"
+    shared_columns: ClassVar[int] = 1
+    same_draws: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -77,6 +87,7 @@ class Statistic(ABC):
         self.sites = sites
         self.updates = 0  # how often collect() drew something at random: the seed of the next
         self.unread: frozenset[str] = frozenset()  # layers of the last collect() without a value
+        self.examples = 1  # that the tables of the last collect() are means over, where they are
 
     @abstractmethod
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
@@ -92,6 +103,22 @@ class Statistic(ABC):
                 loss is taken as it is.
             closure: computes the loss of the model as it stands; given if it `reads` "closure".
         """
+
+    @property
+    def spread(self) -> list[int] | None:
+        """How many ranks hold different parts of each layer's weight, if any layer's is in parts;
+        tables have then the rows, or the sums, of this rank's part, which add up to the whole."""
+        return None
+
+    @classmethod
+    def shared(cls, table: Tensor) -> Tensor:
+        """[F, shared_columns]: what a rank gives to the others of a table that adds up."""
+        return table
+
+    @classmethod
+    def unshared(cls, columns: Tensor) -> Tensor:
+        """A table that has the scores of those whose `shared` columns these are the sums of."""
+        return columns
 
     @property
     def noise(self) -> list[str]:
@@ -159,9 +186,18 @@ def check_loss_scale(loss_scale: object) -> None:
         raise ValueError(f"loss_scale: {loss_scale!r} is not a positive number")
 
 
-def check_no_noise(statistic: Statistic) -> None:
-    """No layer's statistic is rounding noise, or a RuntimeError that names it."""
-    if noise := statistic.noise:
+def check_weight(weight: object) -> None:
+    """What a rank's minibatch counts for is a positive number, or a ValueError."""
+    if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+        raise ValueError(
+            f"weight: {weight!r} is not a positive number; a rank that has no minibatch calls "
+            "absent()"
+        )
+
+
+def check_no_noise(noise: Sequence[str]) -> None:
+    """No layer's statistic is rounding noise, or a RuntimeError that names those of which it is."""
+    if noise:
         raise RuntimeError(
             f"{', '.join(noise)}: the gradients of its gates are rounding noise, since code that "
             "could not be followed normalises each channel later on, so that they say nothing of "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.hooks import Hook
+from taylor_kernels.shards import whole
 from taylor_kernels.statistics.base import Closure, version_of
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
@@ -149,7 +150,7 @@ class _Fishers(WatchesPasses):
             by_count.setdefault(example_count(layer, use[0]), []).append(use)
         for n, alike in by_count.items():
             try:
-                fisher = layer_fisher(layer, alike, used_weight(layer), self.backend)
+                fisher = layer_fisher(layer, alike, whole(used_weight(layer)), self.backend)
             except ValueError as error:
                 self.discard()
                 raise RuntimeError(
@@ -170,10 +171,13 @@ class _Fishers(WatchesPasses):
     def _means(self) -> list[Tensor]:
         """[F, 1] per layer, over all examples."""
         self._reduce_waiting()
+        self.examples = max(self._examples.values(), default=1)
         return [
             (self._sums[name] / max(self._examples[name], 1))[:, None]
             if name in self._sums
-            else held_weight(layer).new_zeros(filter_count(layer), 1, dtype=torch.float32)
+            else torch.zeros(
+                filter_count(layer), 1, device=held_weight(layer).device, dtype=torch.float32
+            )
             for name, layer in self.layers.items()
         ]
 
@@ -202,6 +206,7 @@ class Fisher(_Fishers):
     name = "fisher"
     columns = "1: Σ w² · mean over examples of g², each of its own loss"
     reads = "activations"
+    across_ranks = "mean"
 
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         self._check()
@@ -222,6 +227,7 @@ class FisherProbe(FromOutput, _Fishers):
     name = "fisher_probe"
     columns = "1: the same, of a random square root of the loss's curvature at the output"
     reads = "closure"
+    across_ranks = "sum"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)

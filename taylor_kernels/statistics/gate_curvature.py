@@ -45,6 +45,8 @@ class GateCurvature(FromOutput, _Gates):
     name = "gate_curvature"
     columns = "1 + 2n: the gate's gradient; 2 · n numbers, Σ of their products its curvature"
     reads = "closure"
+    across_ranks = "sum"
+    shared_columns = 2
     #: Backward passes beside that for s; None for as many as make it exact. One ranked filters as
     #: all do on the study's networks (Spearman to 0.0002), and further ones a half step each.
     passes: ClassVar[int | None] = 1
@@ -92,6 +94,16 @@ class GateCurvature(FromOutput, _Gates):
             return factor
         apart = all(slope.size(0) == batch for slope in slopes.values())
         return sampled_columns(loss, self.passes, self.updates, apart=apart)
+
+    @classmethod
+    def shared(cls, table: Tensor) -> Tensor:
+        """s and h: slopes of the examples of different ranks do not meet."""
+        slopes, signed = table[:, 1:].chunk(2, 1)
+        return torch.stack((table[:, 0], (slopes * signed).sum(1)), 1)
+
+    @classmethod
+    def unshared(cls, columns: Tensor) -> Tensor:
+        return torch.cat((columns, torch.ones_like(columns[:, :1])), 1)
 
     def _watches_noise(self) -> bool:
         return self._at_loss and super()._watches_noise()

@@ -35,6 +35,7 @@ class GateProducts(InClosure):
     name = "gate_products"
     columns = "1: s − ½ H1 of all gates: their gradient, their Hessian's row sums"
     reads = "closure"
+    across_ranks = "sum"
     at_gates = True
 
     def __init__(self, *given: Any, **named: Any) -> None:

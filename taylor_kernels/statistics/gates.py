@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from taylor_kernels.hooks import Hook
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.shards import is_fsdp, whole
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
@@ -140,6 +141,7 @@ class ExampleGates(_Gates):
     columns = "N: the gate's gradient for each example"
     reads = "activations"
     per_example = True
+    across_ranks = "examples"
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -147,7 +149,9 @@ class ExampleGates(_Gates):
 
     def _bias(self, name: str, module: nn.Module) -> Tensor | None:
         given = name in self._at and self._at[name].side == IN
-        return module.bias if is_layer(module) and not given else None
+        if not is_layer(module) or given or module.bias is None:
+            return None
+        return whole(module.bias)
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))
@@ -180,10 +184,11 @@ class Gates(_Gates):
     to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
     norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
     are captured instead. In the first passes both are done, since only their end tells which is
-    right, and whether a gradient is rounding noise.
+    right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
     """
 
     name = "gates"
+    across_ranks = "sum"
     columns = "1: the gate's gradient over the minibatch"
     reads = "activations"
 
@@ -209,7 +214,12 @@ class Gates(_Gates):
             if norm in self._read and norm not in self._captured:
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
-        trains = norm.affine and norm.weight.requires_grad and norm.bias.requires_grad
+        trains = (
+            not is_fsdp(self.model)
+            and norm.affine
+            and norm.weight.requires_grad
+            and norm.bias.requires_grad
+        )
         if norm in self._shared or name is None or not trains:
             return True
         self._read[norm] = name

@@ -32,6 +32,7 @@ class LossChange(KnowsNorms):
     name = "loss_change"
     columns = "1: loss without the filter − loss with it"
     reads = "closure"
+    across_ranks = "sum"
     prunable = False
     at_gates = True
 

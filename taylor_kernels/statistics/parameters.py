@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
+from taylor_kernels.shards import is_sharded, local_part, offsets, part_count, rows_in_whole, whole
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
@@ -29,8 +30,30 @@ from taylor_kernels.statistics.registry import register_statistic
 _POWERS = (1.0, 2.0, 1.0, 0.0, 2.0)
 
 
+class _OfWeights(Statistic):
+    """Sums over the elements of weights, which may lie on several ranks."""
+
+    @property
+    def spread(self) -> list[int] | None:
+        weights = [held_weight(layer) for layer in self.layers.values()]
+        return [*map(part_count, weights)] if any(map(is_sharded, weights)) else None
+
+    @staticmethod
+    def _whole_rows(layer: Layer, table: Tensor) -> Tensor:
+        """The table of a part of a layer's weight, with a row for every filter of the layer."""
+        weight, axis = held_weight(layer), filter_axis(layer)
+        if not is_sharded(weight):
+            return table
+        if axis and filter_groups(layer) > 1:
+            raise ValueError(
+                "model: a grouped transposed convolution has its weight on several ranks, where "
+                "its filters cannot be told apart; leave it out, or do not shard it"
+            )
+        return rows_in_whole(table, offsets(weight)[axis], filter_count(layer))
+
+
 @register_statistic
-class WeightMoments(Statistic):
+class WeightMoments(_OfWeights):
     """The moments of every layer's weight and its gradient, all layers in one launch.
 
     A layer that the backward pass did not reach has no gradient: its moments are those of a
@@ -40,6 +63,7 @@ class WeightMoments(Statistic):
     name = "moments"
     columns = "5, those of `MOMENTS`: Σ gw, Σ (gw)², Σ abs(gw), Σ w², Σ g²"
     reads = "weight gradients"
+    shared_columns = len(MOMENTS)
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
@@ -52,14 +76,14 @@ class WeightMoments(Statistic):
         tables = [torch.empty(0)] * len(layers)
         for axis, chosen in by_filter_axis(layers):
             moments = filter_moments(
-                [weights[i] for i in chosen],
-                [grads[i] for i in chosen],
+                [local_part(weights[i]) for i in chosen],
+                [local_part(grads[i]) for i in chosen],
                 dim=axis,
                 groups=[filter_groups(layers[i]) for i in chosen],
                 backend=self.backend,
             )
             for i, table in zip(chosen, moments, strict=True):
-                tables[i] = table
+                tables[i] = self._whole_rows(layers[i], table)
         if loss_scale != 1.0:
             tables = [t / loss_scale ** self._powers_like(t) for t in tables]
         return tables
@@ -111,20 +135,21 @@ class WeightMoments(Statistic):
 
 
 @register_statistic
-class Magnitudes(Statistic):
+class Magnitudes(_OfWeights):
     """Σ abs(w) and Σ w² of every filter."""
 
     name = "magnitudes"
     columns = "2: Σ abs(w), Σ w²"
     reads = "weights"
+    shared_columns = 2
 
     @torch.no_grad()
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        return [self._table(layer) for layer in self.layers.values()]
+        return [self._whole_rows(one, self._table(one)) for one in self.layers.values()]
 
     @staticmethod
     def _table(layer: Layer) -> Tensor:
-        weight = used_weight(layer)
+        weight = local_part(used_weight(layer))
         if filter_axis(layer):  # [in, out / groups, ...] -> filters first
             weight = weight.unflatten(0, (filter_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
         rows = weight.flatten(1)
@@ -167,15 +192,16 @@ class BatchNormScale(KnowsNorms):
     def _scale_at(self, site: Site) -> Tensor:
         module = self.model.get_submodule(site.module)
         if site.side == OUT and isinstance(module, _NormBase) and module.weight is not None:
-            return module.weight.abs().float()[:, None]
-        like = held_weight(next(iter(self.layers.values())))
-        return like.new_full((site.classes.numel(), 1), torch.nan, dtype=torch.float32)
+            return whole(module.weight).abs().float()[:, None]
+        device = held_weight(next(iter(self.layers.values()))).device
+        return torch.full((site.classes.numel(), 1), torch.nan, device=device)
 
     def _table(self, name: str, layer: Layer) -> Tensor:
-        scales = [n.weight.abs().float() for n in self._norms.of(name) if n.weight is not None]
+        weights = [n.weight for n in self._norms.of(name) if n.weight is not None]
+        scales = [whole(weight).abs().float() for weight in weights]
         if not scales:
-            like = held_weight(layer)
-            return like.new_full((filter_count(layer), 1), torch.nan, dtype=torch.float32)
+            device = held_weight(layer).device
+            return torch.full((filter_count(layer), 1), torch.nan, device=device)
         return torch.stack(scales, 1).sum(1, keepdim=True)
 
 
@@ -187,6 +213,7 @@ class Random(Statistic):
     columns = "1: uniform in [0, 1), drawn once"
     reads = "weights"
     drawn = True
+    same_draws = True
 
     seed = 0
 

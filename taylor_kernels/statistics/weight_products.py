@@ -104,6 +104,8 @@ class Hutchinson(_WeightProducts):
     name = "hutchinson"
     columns = "1: Σ w² z (Hz), random signs z drawn anew at every update"
     reads = "closure"
+    across_ranks = "sum"
+    same_draws = True
 
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
         return rademacher_like(weights, seed=self.updates, backend=self.backend)

@@ -9,8 +9,8 @@ import pytest
 from tests.helpers import ROOT
 from tests.integrations.conftest import library
 
-#: These have tests of their own: the README's example, and one that needs Avalanche.
-ELSEWHERE = ("prune_digits.py", "continual_digits.py")
+#: These have tests of their own: the README's example, one that needs Avalanche, one of processes.
+ELSEWHERE = ("prune_digits.py", "continual_digits.py", "prune_ddp.py")
 #: What some of the others need.
 LIBRARIES = {"laplace_diagonal.py": "laplace", "backpack_squares.py": "backpack"}
 SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name not in ELSEWHERE]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.shards import local_part
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.sites import ELSEWHERE
 from taylor_kernels.statistics.layers import held_weight
@@ -102,7 +103,7 @@ class WatchesPasses(Statistic):
         for name in missing:
             layer = self.layers.get(name)
             grad = None if layer is None else held_weight(layer).grad
-            if grad is not None and grad.any():
+            if grad is not None and local_part(grad).any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
                     "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "

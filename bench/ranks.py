@@ -1,0 +1,122 @@
+"""`python -m bench.ranks`: what scoring and pruning over ranks cost beside the training step.
+
+ResNet-18 under DistributedDataParallel, gloo, on 1, 2 and 4 processes of this machine; bytes on the
+wire beside the formula of docs/distributed.md; and a rank of 1,000, whose collective is a counted
+copy of its own payload. Results: bench/results.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+import taylor_kernels as tk
+from bench.models import resnet18
+from taylor_kernels.system import cpu_model
+from tests.distributed.launch import ran
+
+RESULTS = Path(__file__).parent / "results" / "ranks" / "result.json"
+SIZES = (1, 2, 4)
+CRITERIA = ("taylor_fo_bn", "taylor_fo")
+BATCH, IMAGE, EVERY, STEPS = 8, 32, 4, 12
+
+
+class Simulated(tk.distributed.Ranks):
+    """One of many ranks, all of which hold what it holds."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = 0, size
+        super().__init__()
+
+    def _join(self, group: object) -> None:
+        pass
+
+    def _all_gather(self, payload: torch.Tensor) -> torch.Tensor:
+        return payload.repeat(self.size)
+
+
+def formula(criterion: str, pruner: tk.Pruner) -> int:
+    """Bytes that a rank sends at a pruning: the scores, then a hash of each layer's mask."""
+    layers = pruner.original_widths
+    if criterion == "taylor_fo":  # scores of units
+        columns, scored = sum(group.size for group in pruner._network.first), len(layers)
+    else:  # gates of the layers that stand for their units, of every minibatch
+        names = pruner._scored
+        columns, scored = EVERY * sum(layers[name] for name in names), len(names)
+    return 16 + 24 * EVERY + 4 * columns + scored + 8 * (1 + len(layers))
+
+
+def timed(run: Any) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def pruned(criterion: str, ranks: tk.distributed.Ranks, *, alone: bool = False) -> dict[str, Any]:
+    """Median seconds of a training step, of an update and of a pruning."""
+    torch.manual_seed(0)
+    model = resnet18()
+    wrapped = model if alone else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    x, y = torch.randn(BATCH, 3, IMAGE, IMAGE), torch.randint(1000, (BATCH,))
+
+    def train() -> None:
+        optimizer.zero_grad()
+        cross_entropy(wrapped(x), y).backward()
+        optimizer.step()
+
+    def score() -> None:
+        optimizer.zero_grad()
+        cross_entropy(wrapped(x), y).backward()
+
+    plain = [timed(train) for _ in range(STEPS // 2 + 2)][2:]
+    pruner = tk.Pruner(
+        model, x[:1], criterion, filters=0.5, every=EVERY, optimizer=optimizer, ranks=ranks
+    )
+    before, counts = ranks.bytes_sent, ranks.collectives
+    watched, updates, prunings = [], [], []
+    for _ in range(STEPS):
+        backward = timed(score)
+        length = len(pruner.history)
+        took = timed(pruner.step)
+        (prunings if len(pruner.history) > length else updates).append(took)
+        watched.append(backward + timed(optimizer.step))
+    times = len(pruner.history)
+    return {
+        "train": statistics.median(plain),
+        "watched": statistics.median(watched[2:]),
+        "update": statistics.median(updates[2:]),
+        "pruning": statistics.median(prunings[1:]),
+        "bytes": (ranks.bytes_sent - before) / times,
+        "formula": formula(criterion, pruner),
+        "collectives": (ranks.collectives - counts) / times,
+        "filters": pruner.whole.filters,
+    }
+
+
+def measured(rank: int, size: int) -> dict[str, Any]:
+    return {criterion: pruned(criterion, tk.distributed.Ranks()) for criterion in CRITERIA}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {str(size): ran(size, measured)[0] for size in SIZES}
+    found["1000"] = {c: pruned(c, Simulated(1000), alone=True) for c in CRITERIA}
+    result = {
+        "machine": {"processor": cpu_model(), "torch": torch.__version__},
+        "settings": {"batch": BATCH, "image": IMAGE, "every": EVERY},
+        "ranks": found,
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

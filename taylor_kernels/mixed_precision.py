@@ -1,0 +1,134 @@
+"""Mixed precision: what a GradScaler has done to the gradients that a score is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from taylor_kernels.statistics import Statistic, find_layers, held_weight
+from taylor_kernels.statistics.layers import filter_axis
+
+
+class Scaling:
+    """The scale of the gradients of a minibatch, and whether its step is one that is skipped.
+
+    Args:
+        scaler: the GradScaler of the training loop; one that is not enabled scales nothing.
+        optimizers: those that it steps; empty where they are not known.
+
+    Attributes:
+        overflowed: minibatches that did not count, since the scaler skips the steps of them.
+
+    Raises:
+        TypeError: it is no GradScaler.
+    """
+
+    def __init__(
+        self, scaler: GradScaler, model: nn.Module, optimizers: Sequence[Optimizer] = ()
+    ) -> None:
+        if not isinstance(scaler, GradScaler):
+            raise TypeError(
+                f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}; without "
+                "one pass loss_scale= at each minibatch"
+            )
+        self._scaler, self._model, self._optimizers = scaler, model, list(optimizers)
+        self.overflowed = 0
+
+    def skips(self) -> bool:
+        """Whether a gradient is not finite, so that the scaler skips the step; counted."""
+        if not self._scaler.is_enabled():
+            return False
+        found = [v for state in self._states() for v in state["found_inf_per_device"].values()]
+        # Once they are unscaled the scaler knows; clipping may have changed what there is since.
+        bad = any(bool(v) for v in found) if found else self._any_not_finite()
+        self.overflowed += bad
+        return bad
+
+    def check_finite(self, tables: Sequence[Tensor]) -> bool:
+        """Whether tables are finite where no gradient of a parameter told; counted if not."""
+        if not self._scaler.is_enabled() or self._gradients():
+            return True
+        finite = all(bool(table.isfinite().all()) for table in tables)
+        self.overflowed += not finite
+        return finite
+
+    def of(self, statistic: Statistic, loss_scale: float) -> float:
+        """What the gradients that a statistic reads were multiplied by.
+
+        Raises:
+            ValueError: a loss_scale was given too.
+            RuntimeError: the optimizers have made their step.
+        """
+        if loss_scale != 1.0:
+            raise ValueError("loss_scale: the scaler gives it; leave it out")
+        if not self._scaler.is_enabled():
+            return 1.0
+        stages = {state["stage"] for state in self._states()}
+        if OptState.STEPPED in stages:
+            raise RuntimeError(
+                "scaler: it has made the step of this minibatch; score between backward() and "
+                "scaler.step()"
+            )
+        if statistic.reads == "weight gradients" and OptState.UNSCALED in stages:
+            return 1.0
+        return float(self._scaler.get_scale())
+
+    def _states(self) -> list[dict[str, Any]]:
+        """What the scaler knows of each optimizer since its last update()."""
+        states = self._scaler._per_optimizer_states
+        known = [id(one) for one in self._optimizers] or list(states)
+        return [states[key] for key in known if key in states]
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = [
+            p for one in self._optimizers for group in one.param_groups for p in group["params"]
+        ]
+        parameters = parameters or list(self._model.parameters())
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _any_not_finite(self) -> bool:
+        grads = [g.coalesce().values() if g.is_sparse else g for g in self._gradients()]
+        if not grads:
+            return False
+        greatest = torch._foreach_norm(grads, float("inf"))
+        device = greatest[0].device
+        return not bool(torch.stack([g.to(device) for g in greatest]).isfinite().all())
+
+
+def gradient_underflow(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, float]:
+    """The share of the gradients of each layer's weight that are zero though they need not be.
+
+    Half precision loses what is below 6e-8 (float16) in backward(); a larger scale of the loss
+    brings it back. Filters that are off and inputs that are zero have gradients of zero in any
+    precision: whole rows and columns of zeros are left out, unless the whole weight is zeros,
+    which counts as 1.
+
+    Args:
+        model: after backward().
+        layers: names of layers, as those of `tk.Importance`.
+
+    Returns:
+        Layer -> a share in [0, 1]; layers without a gradient are left out.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> layer = torch.nn.Linear(3, 2, bias=False)
+        >>> layer.weight.grad = torch.tensor([[1e-9, 2.0, 3.0], [1.0, 1e-9, 1.0]]).half().float()
+        >>> {name: round(share, 3) for name, share in tk.gradient_underflow(layer).items()}
+        {'': 0.333}
+    """
+    found = {}
+    for name, layer in find_layers(model, layers, trainable_only=False).items():
+        weight = held_weight(layer)
+        if weight.grad is None or not weight.grad.numel():
+            continue
+        zero = (weight.grad == 0).movedim(filter_axis(layer), 0).flatten(1)
+        alive = zero[~zero.all(1)]
+        alive = alive[:, ~alive.all(0)] if len(alive) else alive
+        found[name] = float(alive.float().mean()) if alive.numel() else 1.0
+    return found

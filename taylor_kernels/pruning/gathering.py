@@ -1,0 +1,131 @@
+"""The scores of units over all ranks: kept by each, exchanged at a pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.criteria import Criterion
+from taylor_kernels.distributed.ranks import Ranks, digest
+from taylor_kernels.distributed.scores import MeanRound
+from taylor_kernels.distributed.tables import TableRound, exchanges_tables
+from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.statistics import Statistic, get_statistic
+from taylor_kernels.statistics.base import check_no_noise
+
+
+class Gathering:
+    """Minibatches on their way from the ranks into `UnitScores`, which are then the same on all.
+
+    Args:
+        statistic: that is watched; None where no minibatch is to come.
+        scores: where they go.
+        sizes: layer that is scored -> filters.
+        groups: those whose units are scored.
+        device: of the model.
+        dropped: minibatches that did not count before.
+
+    Attributes:
+        in_parts: a rank holds a part of the weights that are scored.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        criterion: Criterion,
+        statistic: Statistic | None,
+        scores: UnitScores,
+        sizes: Mapping[str, int],
+        groups: Sequence[Group],
+        device: torch.device,
+        dropped: int = 0,
+    ) -> None:
+        self._ranks, self._scores, self._device = ranks, scores, device
+        kind = get_statistic(criterion.statistic)
+        self.in_parts = statistic is not None and statistic.spread is not None
+        self._round: TableRound | MeanRound
+        if statistic is None or exchanges_tables(statistic, ranks):
+            self._round = TableRound(ranks, criterion, kind, sizes, in_parts=self.in_parts)
+        else:
+            units = _units(groups)
+            count = sum(group.size for group in groups)
+            self._round = MeanRound(ranks, criterion, kind, sizes, units=units, count=count)
+        self._round.dropped = dropped
+
+    def __len__(self) -> int:
+        return len(self._round)
+
+    @property
+    def dropped(self) -> int:
+        """Minibatches that did not count on any rank."""
+        return self._round.dropped
+
+    def add(self, statistic: Statistic, tables: list[Tensor], weight: float) -> None:
+        """A minibatch of this rank."""
+        if isinstance(self._round, MeanRound):
+            scores = self._scores.of(tables, statistic.unread)
+            self._round.add_scores(statistic, tables, weight, scores)
+        else:
+            self._round.add(statistic, tables, weight)
+
+    def absent(self) -> None:
+        self._round.absent()
+
+    def drop(self) -> None:
+        self._round.drop()
+
+    def clear(self) -> None:
+        self._round.clear()
+
+    def due(self, every: int) -> bool:
+        """Whether the ranks are to meet, as all of them find at the same minibatch."""
+        return len(self) >= min(self._ranks.window, every - self._scores.count)
+
+    def exchange(self) -> int:
+        """Bring what the ranks have kept into the scores; how many minibatches count. Collective.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or gates are rounding noise, on all ranks.
+        """
+        if not len(self):
+            return 0
+        if isinstance(self._round, MeanRound):
+            total, number = self._round.exchange()
+            self._scores.note(self._round.unread)
+            if number:
+                self._scores.take(total.to(self._device), number)
+        else:
+            minibatches = self._round.exchange(self._device)
+            number = len(minibatches)
+            for tables in minibatches:
+                self._scores.add(tables, self._round.unread)
+        check_no_noise(sorted(self._round.noise))
+        return number
+
+    def check_masks(self, groups: Sequence[Group], removed: Sequence[Tensor]) -> None:
+        """Every rank has removed the same filters; a collective.
+
+        Raises:
+            RuntimeError: the first layer whose filters differ.
+        """
+        masks: dict[str, bytes] = {}
+        for group, gone in zip(groups, removed, strict=True):
+            for slot in group.producers:
+                masks[slot.owner] = masks.get(slot.owner, b"") + gone.numpy().tobytes()
+        digests = {name: digest(mask) for name, mask in masks.items()}
+        self._ranks.check_alike(digests, "the filters that were removed")
+
+
+def _units(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Layer -> the numbers of the units that it has filters in."""
+    found: dict[str, list[Tensor]] = {}
+    begin = 0
+    for group in groups:
+        numbers = begin + torch.arange(group.size)
+        begin += group.size
+        for slot in group.producers:
+            found.setdefault(slot.owner, []).append(numbers)
+    return {name: torch.cat(parts) for name, parts in found.items()}

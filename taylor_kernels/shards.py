@@ -1,0 +1,105 @@
+"""Parameters of which a rank holds a part: DTensors, as FSDP2 and tensor parallelism make them."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether it is a DTensor; torch.distributed.tensor is imported by those who make one."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: all of it, if it is no DTensor."""
+    return _dtensor(tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a DTensor a collective of the ranks of its mesh."""
+    return _dtensor(tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
+def offsets(tensor: Tensor) -> tuple[int, ...]:
+    """Where in each dimension of the whole the part of this rank begins."""
+    if not is_sharded(tensor):
+        return (0,) * tensor.dim()
+    # What torch.distributed.checkpoint asks for; strided shards are rows in a row here too.
+    (chunk,) = _dtensor(tensor).__create_chunk_list__()
+    return tuple(chunk.offsets)
+
+
+def part_count(tensor: Tensor) -> int:
+    """How many ranks hold different parts of a tensor.
+
+    Raises:
+        ValueError: a DTensor holds sums that are not added up yet.
+    """
+    if not is_sharded(tensor):
+        return 1
+    count = 1
+    given = _dtensor(tensor)
+    for size, placement in zip(given.device_mesh.shape, given.placements, strict=True):
+        if placement.is_partial():
+            raise ValueError(f"a DTensor is placed as {placement}; redistribute it first")
+        count *= 1 if placement.is_replicate() else size
+    return count
+
+
+def rows_in_whole(table: Tensor, begin: int, count: int) -> Tensor:
+    """[count, K]: the rows of a part from `begin` on, zeros elsewhere."""
+    if begin == 0 and len(table) == count:
+        return table
+    found = table.new_zeros(count, table.size(1))
+    found[begin : begin + len(table)] = table
+    return found
+
+
+def fill_part(tensor: Tensor, dim: int, index: Tensor, value: float) -> None:
+    """index_fill_ in place, of what this rank holds of a tensor."""
+    if not is_sharded(tensor):
+        tensor.index_fill_(dim, index, value)
+        return
+    part, begin = local_part(tensor), offsets(tensor)[dim]
+    mine = index[(index >= begin) & (index < begin + part.size(dim))] - begin
+    part.index_fill_(dim, mine.to(part.device), value)
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """A DTensor placed as `like`, of a tensor that every rank holds whole."""
+    from torch.distributed.tensor import DTensor
+
+    given, part = _dtensor(like), local_part(like)
+    for dim, begin in enumerate(offsets(like)):
+        tensor = tensor.narrow(dim, begin if part.size(dim) else 0, part.size(dim))
+    return DTensor.from_local(
+        tensor.clone(), given.device_mesh, given.placements, run_check=False,
+        shape=given.shape, stride=given.stride(),
+    )  # fmt: skip
+
+
+def whole_state(state: Any) -> Any:
+    """A state of dicts and lists with all of every DTensor in it; a collective, if there are."""
+    if isinstance(state, dict):
+        found = copy.copy(state)  # with its attributes: a state_dict of a model has versions there
+        for key, value in state.items():
+            found[key] = whole_state(value)
+        return found
+    if isinstance(state, (list, tuple)):
+        return type(state)(whole_state(value) for value in state)
+    return whole(state).cpu() if is_sharded(state) else state
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP2 puts parameters of other values in the place of a model's as it runs."""
+    return any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)
+
+
+def _dtensor(tensor: Tensor) -> DTensor | Any:
+    return tensor

@@ -1,0 +1,279 @@
+"""Every rank prunes the same filters, those that one process would prune."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+
+import taylor_kernels as tk
+from tests.distributed import runs
+from tests.distributed.launch import outcomes, ran
+from tests.distributed.prunings import (
+    STEPS,
+    alike,
+    alone,
+    ended,
+    minibatch,
+    part,
+    same_bits,
+    started,
+    step_of,
+)
+from tests.distributed.threads import Averaged, Meeting, ThreadRanks, in_threads
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(r"ignore:compact\(\) has put new parameters"),
+]
+CRITERIA = ["taylor_fo_bn", "taylor_fo", "taylor_fo_gate", "obd_fisher", "taylor_so_diag_exact"]
+
+
+def in_thread(rank, size, meeting, criterion, options):
+    ranks = ThreadRanks(meeting, rank, **options)
+    model, optimizer, pruner = started(criterion, ranks)
+    wrapped = Averaged(model, ranks)
+    for step in range(STEPS):
+        step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+    return ended(model, pruner) | {"dropped": pruner.dropped}
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, "magnitude_l2", "obd_hutchinson"])
+@pytest.mark.parametrize("window", [2, 64])
+def test_the_filters_that_one_process_prunes(criterion, window):
+    found = in_threads(2, in_thread, criterion, {"window": window})
+    alike(found[0], alone(criterion))
+    same_bits(found)
+
+
+def in_process(rank, size, criteria):
+    found = {}
+    for criterion in criteria:
+        ranks = tk.distributed.Ranks(timeout=60)
+        model, optimizer, pruner = started(criterion, ranks)
+        wrapped = DistributedDataParallel(model)
+        for step in range(STEPS):
+            step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+            for name, parameter in model.named_parameters():
+                layer = name.partition(".")[0]
+                gone = pruner.original_widths.get(layer, 0) - pruner.widths.get(layer, 0)
+                if gone and name.endswith("weight"):
+                    off = (parameter.flatten(1) == 0).all(1)
+                    assert int(off.sum()) == gone
+                    # Averaging came after they had been zeroed.
+                    assert not parameter.grad[off].any()
+                    assert not optimizer.state[parameter]["momentum_buffer"][off].any()
+        counted = ranks.collectives, ranks.bytes_sent, len(pruner.history)
+        result = ended(model, pruner)
+        pruner.compact()
+        wrapped = tk.distributed.rewrapped(wrapped)
+        for step in range(3):
+            step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+        trained = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found[criterion] = result | {"counted": counted, "trained": trained}
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_under_ddp(size):
+    found = ran(size, in_process, CRITERIA[:3])
+    for criterion in CRITERIA[:3]:
+        ours = [one[criterion] for one in found]
+        alike(ours[0], alone(criterion))
+        same_bits(ours)
+        for one in ours:
+            collectives, sent, prunings = one["counted"]
+            # The scores, and the masks that came of them: of 24 filters, as many units, 3 layers.
+            assert collectives == 2 * prunings
+            columns = 3 if criterion == "taylor_fo_bn" else 1
+            assert sent == prunings * ((16 + 24 * 3 + 4 * columns * 24 + 3) + 8 * (1 + 3))
+            assert torch.equal(one["trained"], ours[0]["trained"])
+
+
+def test_a_rank_that_ends_early():
+    def run(rank, size, meeting):
+        ranks = ThreadRanks(meeting, rank)
+        model, optimizer, pruner = started("taylor_fo_bn", ranks)
+        wrapped = Averaged(model, ranks)
+        records = []
+        for step in range(STEPS):
+            gone = rank == 1 and step >= 7
+            batch = None if gone else part(step, rank, size)
+            records.append(step_of(pruner, optimizer, model, wrapped, batch))
+        return ended(model, pruner) | {"records": records}
+
+    found = in_threads(2, run)
+    same_bits(found)
+    assert found[0]["records"] == found[1]["records"]
+    assert sum(record is not None for record in found[0]["records"]) == STEPS // 3
+
+
+def joining(rank, size):
+    """Rank 1 has 7 minibatches of 12."""
+    model, optimizer, pruner = started("taylor_fo_bn", tk.distributed.Ranks(timeout=60))
+    wrapped = DistributedDataParallel(model)
+    with Join([wrapped, tk.distributed.Joining(pruner)]):
+        for step in range(7 if rank else STEPS):
+            step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+    return ended(model, pruner)
+
+
+def test_a_rank_that_ends_early_in_the_context_for_it():
+    found = ran(2, joining)
+    same_bits(found)
+    assert len(found[0]["history"]) == STEPS // 3
+
+
+def test_a_meter_of_one_process_waits_for_nobody():
+    with pytest.raises(ValueError, match="meter: it has no ranks="):
+        tk.distributed.Joining(started("taylor_fo", None)[2])
+
+
+def test_a_minibatch_that_a_rank_skips_puts_the_pruning_off():
+    def run(rank, size, meeting):
+        ranks = ThreadRanks(meeting, rank)
+        model, _, pruner = started("taylor_fo_bn", ranks)
+        at = []
+        for step in range(8):
+            runs.loss_of(model, part(step, rank, size)).backward()
+            if (rank, step) == (1, 1):
+                pruner.skip()
+            elif pruner.step():
+                at.append((step, pruner.history[-1].step))
+        return ended(model, pruner) | {"at": at, "dropped": pruner.dropped}
+
+    found = in_threads(2, run)
+    same_bits(found)
+    assert [one["at"] for one in found] == [[(3, 3), (6, 6)]] * 2
+    assert [one["dropped"] for one in found] == [1, 1]
+
+
+def test_nobody_waits_once_all_is_done():
+    def run(rank, size, meeting):
+        ranks = ThreadRanks(meeting, rank)
+        model, optimizer, pruner = started("taylor_fo_bn", ranks)
+        for step in range(STEPS):
+            step_of(pruner, optimizer, model, Averaged(model, ranks), part(step, rank, size))
+        assert pruner.done
+        for _ in range(2 * STEPS):
+            pruner.skip() if rank else pruner.step()
+        pruner.absent()
+        return ranks.collectives
+
+    assert len({*in_threads(2, run)}) == 1
+
+
+def test_a_rank_that_masks_others_is_found_out():
+    def run(rank, size, meeting):
+        ranks = ThreadRanks(meeting, rank)
+        model, optimizer, pruner = started("taylor_fo_bn", ranks)
+        for step in range(STEPS):
+            if (rank, step) == (2, 4):
+                dead = pruner._network.dead
+                for gone in dead[1:]:
+                    gone[(~gone).nonzero()[0]] = True
+            step_of(pruner, optimizer, model, Averaged(model, ranks), part(step, rank, size))
+
+    with pytest.raises(RuntimeError, match=r"^3: the filters .* on rank 2 .* \(so in 2 of 3"):
+        in_threads(4, run)
+
+
+def test_the_state_waits_for_sync(tmp_path):
+    def run(rank, size, meeting):
+        model, optimizer, pruner = started("taylor_fo_gate", ThreadRanks(meeting, rank))
+        for step in range(4):
+            step_of(pruner, optimizer, model, model, part(step, rank, size))
+        with pytest.raises(RuntimeError, match=r"1 minibatches are this rank's alone .* sync\(\)"):
+            pruner.state_dict()
+        tk.save_checkpoint(tmp_path / "run.pt", model=model, optimizer=optimizer, pruner=pruner)
+        return pruner.state_dict()
+
+    first, second = in_threads(2, run)
+    assert torch.equal(first["scores"]["sum"], second["scores"]["sum"])
+    assert first["scores"]["count"] == second["scores"]["count"] == 1
+    model, optimizer, pruner = started("taylor_fo_gate", None)
+    tk.load_checkpoint(tmp_path / "run.pt", model=model, optimizer=optimizer, pruner=pruner)
+    assert torch.equal(pruner.state_dict()["scores"]["sum"], first["scores"]["sum"])
+
+
+def test_a_rank_that_cannot_write_fails_on_all(tmp_path):
+    def run(rank, size, meeting):
+        model, optimizer, pruner = started("magnitude_l2", ThreadRanks(meeting, rank))
+        try:
+            tk.save_checkpoint(
+                tmp_path / "no" / "run.pt", model=model, optimizer=optimizer, pruner=pruner
+            )
+        except Exception as error:
+            return type(error), str(error)
+
+    found = in_threads(2, run)
+    assert found[0][0] is FileNotFoundError
+    assert found[1] == (
+        RuntimeError,
+        "rank 0 could not write the checkpoint; its own error says why",
+    )
+
+
+def resumable(rank, size, folder, victims=(), at=-1, writing=-1):
+    """Train from the last checkpoint on; `victims` are killed in step `at`, rank 0 as it writes."""
+    ranks = tk.distributed.Ranks(timeout=60)
+    model, optimizer, pruner = started("taylor_fo_bn", ranks)
+    path, start = Path(folder) / "run.pt", 0
+    if path.exists():
+        extra = tk.load_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+        start = extra["step"]
+    wrapped = DistributedDataParallel(model)
+    for step in range(start, STEPS):
+        if step == at and rank in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+        if step == 7:
+            pruner.compact()
+            wrapped = tk.distributed.rewrapped(wrapped)
+        if step % 2:
+            if step == writing and rank == 0:
+                os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            tk.save_checkpoint(
+                path, model=wrapped, optimizer=optimizer, pruner=pruner, step=step + 1
+            )
+    return ended(model, pruner) | {"start": start}
+
+
+def test_killed_with_four_resumed_with_two_and_one(tmp_path):
+    killed = outcomes(4, resumable, tmp_path, [2], 4)
+    assert not killed[2]
+    assert all("error" in killed[rank] for rank in (0, 1, 3))
+    assert not any(outcomes(4, resumable, tmp_path, range(4), 6))
+    writing = outcomes(2, resumable, tmp_path, [], -1, 9)
+    assert not writing[0]
+    assert "the ranks' exchange failed" in writing[1]["error"]
+    assert len(list(tmp_path.iterdir())) == 2  # what was being written is beside the old file
+    (last,) = ran(1, resumable, tmp_path)
+    assert last["start"] == 8
+    model, optimizer, pruner = started("taylor_fo_bn", None)
+    for step in range(STEPS):
+        step_of(pruner, optimizer, model, model, minibatch(step))
+        if step == 7:
+            pruner.compact()
+    alike(last, ended(model, pruner))
+
+
+def test_wrappers_that_cannot_be_made_anew():
+    with pytest.raises(TypeError, match="ddp: expected a DistributedDataParallel, got Linear"):
+        tk.distributed.rewrapped(nn.Linear(2, 2))
+
+
+def test_absent_without_ranks():
+    with pytest.raises(RuntimeError, match="the pruner has no ranks="):
+        started("taylor_fo", None)[2].absent()
+
+
+def test_wrong_weight():
+    with pytest.raises(ValueError, match="weight: 0 is not a positive number"):
+        started("taylor_fo", ThreadRanks(Meeting(1), 0))[2].step(weight=0)

@@ -1,0 +1,129 @@
+"""Masks on parameters that FSDP2 has sharded; checkpoints, removal and training on from there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import taylor_kernels as tk
+from taylor_kernels.shards import is_sharded, whole
+from tests.distributed import runs
+from tests.distributed.launch import ran
+from tests.distributed.prunings import (
+    EXAMPLES,
+    STEPS,
+    alike,
+    ended,
+    minibatch,
+    part,
+    started,
+    step_of,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CRITERIA = ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"]
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def sharded(model, pruner, old):
+    """The model sharded in place; its new optimizer, which has taken over the state of the old."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model[3])
+    fully_shard(model)
+    optimizer = sgd(model)
+    tk.distributed.carry_state(old, optimizer)
+    pruner.use_optimizer(optimizer)
+    return optimizer
+
+
+def trained_sharded(rank, size, folder, criterion):
+    """Train and prune, go on from a file on a model that is cut, and train that."""
+    path = Path(folder) / f"{criterion}.pt"
+    model, old, pruner = started(criterion, tk.distributed.Ranks(timeout=60))
+    start = 0
+    if path.exists():
+        extra = tk.load_checkpoint(path, model=model, optimizer=old, pruner=pruner)
+        start = extra["step"]
+    optimizer = sharded(model, pruner, old)
+    assert all(map(is_sharded, model.parameters()))
+    for step in range(start, 8):
+        step_of(pruner, optimizer, model, model, part(step, rank, size))
+        for name, parameter in model.named_parameters():
+            layer = name.partition(".")[0]
+            gone = pruner.original_widths.get(layer, 0) - pruner.widths.get(layer, 0)
+            if gone and name.endswith("weight"):
+                off = (whole(parameter).flatten(1) == 0).all(1)
+                assert int(off.sum()) == gone
+                assert not whole(optimizer.state[parameter]["momentum_buffer"])[off].any()
+        if step == 4:
+            tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner, step=step + 1)
+    with pytest.raises(ValueError, match="in parts on several ranks and cannot be cut there"):
+        pruner.compact()
+    tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner, step=8)
+    with pytest.raises(ValueError, match=r"load the checkpoint into the model as it was before"):
+        tk.load_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    pruner.close()
+
+    model, old, pruner = started(criterion, tk.distributed.Ranks(timeout=60))
+    tk.load_checkpoint(path, model=model, optimizer=old, pruner=pruner)
+    pruner.compact()
+    optimizer = sharded(model, pruner, old)
+    for step in range(8, STEPS):
+        step_of(pruner, optimizer, model, model, part(step, rank, size))
+    found = ended(model, pruner)
+    found["weights"] = {name: whole(value) for name, value in found["weights"].items()}
+    return found
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_sharded_is_whole(tmp_path, criterion):
+    found = ran(2, trained_sharded, tmp_path, criterion)
+    model, optimizer, pruner = started(criterion, None)
+    for step in range(STEPS):
+        step_of(pruner, optimizer, model, model, minibatch(step))
+        if step == 7:
+            pruner.compact()
+    wanted = ended(model, pruner)
+    for one in found:
+        assert one["history"] == found[0]["history"]
+        alike(one, wanted)
+
+
+def test_a_file_of_sharded_parameters_is_read_by_one_process(tmp_path):
+    ran(2, trained_sharded, tmp_path, "taylor_fo")
+    (tmp_path / "three").mkdir()
+    model, optimizer, pruner = started("taylor_fo", None)
+    path = tmp_path / "taylor_fo.pt"
+    assert tk.load_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner) == {"step": 8}
+    for step in range(8, STEPS):
+        step_of(pruner, optimizer, model, model, minibatch(step))
+    again, other, its_pruner = started("taylor_fo", None)
+    for step in range(STEPS):
+        step_of(its_pruner, other, again, again, minibatch(step))
+    alike(ended(model, pruner), ended(again, its_pruner))
+
+
+def sharded_first(rank, size):
+    from torch.distributed.fsdp import fully_shard
+
+    model = runs.network()
+    fully_shard(model)
+    with pytest.raises(ValueError, match="make the pruner first, shard the model then"):
+        tk.Pruner(model, torch.zeros(1, 3, 5, 5), filters=0.5)
+    return EXAMPLES
+
+
+def test_a_model_that_is_sharded_already():
+    assert ran(1, sharded_first) == [EXAMPLES]
+
+
+def test_states_that_do_not_fit():
+    one, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)
+    with pytest.raises(ValueError, match="new: its groups hold parameters of other shapes"):
+        tk.distributed.carry_state(sgd(one), sgd(other))
