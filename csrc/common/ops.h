@@ -20,12 +20,13 @@
 #include "common/rademacher.h"
 
 // X(op, Call): the op's name, and the struct that describes a call of it.
-#define TK_OPS(X)                      \
-  X(conv2d_fisher, Conv2dFisherArgs)   \
-  X(filter_moments, ParameterList)     \
-  X(gate_gradients, GateGradientsArgs) \
-  X(hutchinson_moments, ParameterList) \
-  X(rademacher, RademacherList)        \
+#define TK_OPS(X)                           \
+  X(conv2d_example_norms, Conv2dFisherArgs) \
+  X(conv2d_fisher, Conv2dFisherArgs)        \
+  X(filter_moments, ParameterList)          \
+  X(gate_gradients, GateGradientsArgs)      \
+  X(hutchinson_moments, ParameterList)      \
+  X(rademacher, RademacherList)             \
   X(second_order_moments, ParameterList)
 
 namespace tk {

@@ -76,6 +76,16 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     args.out.copy_(fisher)
 
 
+def conv2d_example_norms(args: Conv2dFisherArgs) -> None:
+    """Write Σ of squared weight gradients of each example into `args.out`."""
+    dtype = accumulator(args.input.dtype)
+    size = (args.groups * args.filters, args.channels, *args.kernel)
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    for n in range(args.batch):
+        x, dy = (t[n : n + 1].to(dtype) for t in (args.input, args.grad_output))
+        args.out[n] = conv2d_weight(x, size, dy, *geometry).square().sum()
+
+
 def random_signs(seed: int, stream: int, like: Tensor) -> Tensor:
     """1 and -1 for the elements of a vector `like`, as csrc/common/philox.h defines them."""
     blocks = torch.arange(-(-len(like) // 128), device=like.device)
