@@ -219,7 +219,7 @@ def conv3d_as_2d(
     size that is returned.
     """
     filters, channels, taps, *kernel = weight_size
-    n, _, depth, rows, width = grad_output.shape
+    n, _, depth, rows = grad_output.shape[:4]
     pad_d, pad_h, _ = padding
     height = input.size(3) + 2 * pad_h
     steps = -(-height // stride[1])

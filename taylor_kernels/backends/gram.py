@@ -86,8 +86,8 @@ def conv2d_example_norms(
                 products = _of_pixels(x, size, stride, padding, dilation, groups, out_image)
             else:
                 wide = x.to(accumulator(x.dtype))
-                columns = F.unfold(wide, size[2:], list(dilation), list(padding), list(stride))
-                products = _gram(_in_groups(columns, groups))
+                geometry = (tuple(each) for each in (size[2:], dilation, padding, stride))
+                products = _gram(_in_groups(F.unfold(wide, *geometry), groups))
             found = products.mul_(_gram(rows)).sum((1, 2))
         # What cancels leaves the rounding of its terms, which may be below zero.
         norms.copy_(found.view(-1, groups).sum(1).clamp_(min=0))

@@ -243,7 +243,8 @@ x, dy, size = torch.ones(8, 512, 4, 4), torch.ones(8, 1024, 4, 4), (1024, 512, 3
 for backend in ("cpu", None):
     tk.conv2d_example_norms(x[:, :4], (1024, 4, 3, 3), dy, 1, 1, backend=backend)
 ballast = torch.ones(64, 2**18)  # more than was ever in use and then freed
-ours = [growth(lambda: tk.conv2d_example_norms(x, size, dy, 1, 1, backend=b)) for b in ("cpu", None)]
+norms = tk.conv2d_example_norms
+ours = [growth(lambda: norms(x, size, dy, 1, 1, backend=b)) for b in ("cpu", None)]
 one = growth(lambda: torch.nn.grad.conv2d_weight(x[:1], size, dy[:1], 1, 1))
 print(*ours, one)
 """

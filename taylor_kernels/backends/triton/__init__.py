@@ -8,12 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 from taylor_kernels.backends.triton import moments_launch
-from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
+from taylor_kernels.backends.triton.conv2d_fisher import conv2d_example_norms, conv2d_fisher
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
 from taylor_kernels.backends.triton.moments import PARAMETER_OPS
 from taylor_kernels.backends.triton.rademacher import rademacher
 
-__all__ = ["conv2d_fisher", "gate_gradients", "rademacher"]
+__all__ = ["conv2d_example_norms", "conv2d_fisher", "gate_gradients", "rademacher"]
 
 
 def __getattr__(op: str) -> Callable[..., None]:
