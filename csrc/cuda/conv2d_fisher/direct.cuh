@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Int) == 4 ? 2 : 1)
     x += task.x.example;
     dy += task.dy.example;
   }
-  if (task.norms) {
+  if (task.norm_parts > 0) {
     float sum = 0;
     if (lanes.lane == 0) {  // what lies beyond the last filter or column is zero
 #pragma unroll
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Int) == 4 ? 2 : 1)
     }
     __syncthreads();
     sum = add_across_block(sum, buffers[0]);
-    const int64_t part = blockIdx.x - lanes.split * (gridDim.x / task.batch);
+    const int64_t part = blockIdx.x - lanes.split * task.norm_parts;
     if (threadIdx.x == 0) task.out[part * task.batch + lanes.split] = sum;
     return;
   }

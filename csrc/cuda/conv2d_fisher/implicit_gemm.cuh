@@ -280,7 +280,7 @@ __device__ void write_norm(const FisherTask& task, const TilePlace& place,
   }
   __syncthreads();  // all warps have read the last chunk
   sum = add_across_block(sum, shared);
-  const int64_t part = blockIdx.x - place.split * (gridDim.x / task.batch);
+  const int64_t part = blockIdx.x - place.split * task.norm_parts;
   if (threadIdx.x == 0) task.out[part * task.batch + place.split] = sum;
 }
 
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   Squares<Memory, Tile::kLaneColumns> squares(task);
   sum_examples<Product, Tile>(task, place, columns, memory, squares);
-  if (task.norms) {
+  if (task.norm_parts > 0) {
     write_norm<Tile>(task, place, squares.get(), reinterpret_cast<float*>(memory));
   } else if (task.weight) {
     write_filters<Product, Tile>(task, place, columns, squares.get(),

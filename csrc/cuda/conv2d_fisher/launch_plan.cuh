@@ -52,7 +52,8 @@ struct FisherTask {
   float* out;          // [splits, weight's size], [splits, column tiles, all filters] or, of norms,
                        // [tiles or blocks of lane groups, batch]
   int64_t batch;
-  int64_t split;  // examples that a block takes
+  int64_t split;       // examples that a block takes
+  int64_t norm_parts;  // of norms: blocks that a split, one example, has; else 0
   int64_t groups;
   int64_t filters;   // of a group
   int64_t channels;  // of a group
@@ -64,7 +65,6 @@ struct FisherTask {
   uint32_t filter_tiles;  // of a group
   uint32_t column_tiles;
   bool weight_is_f32;  // else it has the inputs' dtype
-  bool norms;          // of examples: a split is one, and its squares are summed over the weight
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
   uint8_t buffers;     // implicit GEMM: see kMaxBuffers
   bool spans;          // implicit GEMM: an example has more positions than a span
@@ -290,7 +290,7 @@ inline FisherPlan plan_norms(const Conv2dFisherArgs& args) {
   plan.splits = plan.results = task.batch;
   plan.blocks = plan.parts * plan.splits;
   const int64_t span = span_of(args.dtype, args.dtype != DType::f32 || args.tf32);
-  task.norms = true;
+  task.norm_parts = plan.parts;
   task.split = 1;
   task.spans = task.positions > span;
   task.buffers = task.positions > span * kSpans ? kMaxBuffers : task.spans ? 1 : 0;
