@@ -13,6 +13,12 @@ from taylor_kernels.importance import Importance
 from taylor_kernels.labels import draw_labels
 from taylor_kernels.mixed_precision import gradient_underflow
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
+from taylor_kernels.ops.example_norms import (
+    conv1d_example_norms,
+    conv2d_example_norms,
+    conv3d_example_norms,
+    linear_example_norms,
+)
 from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
@@ -40,13 +46,17 @@ __all__ = [
     "Pruner",
     "Statistic",
     "available_backends",
+    "conv1d_example_norms",
+    "conv2d_example_norms",
     "conv2d_fisher",
+    "conv3d_example_norms",
     "criterion_names",
     "draw_labels",
     "filter_moments",
     "gate_gradients",
     "gradient_underflow",
     "hutchinson_moments",
+    "linear_example_norms",
     "linear_fisher",
     "load_checkpoint",
     "load_pruned",

@@ -4,15 +4,17 @@
 //   fisher[o, c, i, j] = Σ_n g[n, o, c, i, j]²
 // with c' = c + channels of the groups before o's, and x = 0 outside of the image. With a weight,
 //   out[o] = Σ_{c, i, j} weight[o, c, i, j]² · fisher[o, c, i, j]
-// and no fisher is written. A linear layer over tokens is a 1×1 convolution whose positions they
+// and no fisher is written. conv2d_example_norms sums the same squares over the weight instead,
+//   out[n] = Σ_{o, c, i, j} g[n, o, c, i, j]²
+// and takes no weight. A linear layer over tokens is a 1×1 convolution whose positions they
 // are: height = tokens, width = 1, channels last.
 //
 // x is [batch, groups·channels, height, width] and dy [batch, groups·filters, out_height,
 // out_width], dense; the flags say whose channels lie innermost in memory. weight is contiguous
 // [groups·filters, channels, kernel_h, kernel_w] and may have another dtype than x and dy.
-// out is float32 (float64 for f64): the weight's shape, contiguous, or [groups·filters].
-// No extent is zero. Sums run in float32 at least, in an order that depends on the shape and the
-// layout alone. No tensor of batch times the weight's size exists anywhere.
+// out is float32 (float64 for f64): the weight's shape, contiguous, or [groups·filters], or
+// [batch]. No extent is zero. Sums run in float32 at least, in an order that depends on the shape
+// and the layout alone. No tensor of batch times the weight's size exists anywhere.
 #pragma once
 
 #include <cstdint>

@@ -23,15 +23,16 @@
 #include "common/sparse_momentum.h"
 
 // X(op, Call): the op's name, and the struct that describes a call of it.
-#define TK_OPS(X)                          \
-  X(conv2d_fisher, Conv2dFisherArgs)       \
-  X(filter_moments, ParameterList)         \
-  X(gate_gradients, GateGradientsArgs)     \
-  X(global_threshold, GlobalThresholdArgs) \
-  X(hutchinson_moments, ParameterList)     \
-  X(mirror_step, MirrorList)               \
-  X(rademacher, RademacherList)            \
-  X(second_order_moments, ParameterList)   \
+#define TK_OPS(X)                           \
+  X(conv2d_example_norms, Conv2dFisherArgs) \
+  X(conv2d_fisher, Conv2dFisherArgs)        \
+  X(filter_moments, ParameterList)          \
+  X(gate_gradients, GateGradientsArgs)      \
+  X(global_threshold, GlobalThresholdArgs)  \
+  X(hutchinson_moments, ParameterList)      \
+  X(mirror_step, MirrorList)                \
+  X(rademacher, RademacherList)             \
+  X(second_order_moments, ParameterList)    \
   X(sparse_momentum, SparseMomentumArgs)
 
 namespace tk {

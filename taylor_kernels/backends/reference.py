@@ -80,6 +80,16 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     args.out.copy_(fisher)
 
 
+def conv2d_example_norms(args: Conv2dFisherArgs) -> None:
+    """Write Σ of squared weight gradients of each example into `args.out`."""
+    dtype = accumulator(args.input.dtype)
+    size = (args.groups * args.filters, args.channels, *args.kernel)
+    geometry = (args.stride, args.padding, args.dilation, args.groups)
+    for n in range(args.batch):
+        x, dy = (t[n : n + 1].to(dtype) for t in (args.input, args.grad_output))
+        args.out[n] = conv2d_weight(x, size, dy, *geometry).square().sum()
+
+
 def global_threshold(args: GlobalThresholdArgs) -> None:
     """Write into `args.table` what tells the `args.wanted` greatest scores from the others."""
     scores = [_score(item) for item in args.items]

@@ -16,12 +16,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
-from taylor_kernels.ops._checks import check_tensor
+from taylor_kernels.ops._convolutions import (
+    as_image,
+    check_convolution,
+    check_linear,
+    check_weight,
+    geometry_of,
+    may_round,
+)
 from taylor_kernels.ops._direct import one_output, plans
 from taylor_kernels.ops._library import define
 
@@ -81,16 +87,12 @@ def conv2d_fisher(
             input, weight_size, grad_output, stride, padding, dilation, groups, weight
         )
         found = one_output(
-            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(_may_round(False))
+            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(may_round(False))
         )
         if found is not None:
             return found
-    size = _integers(weight_size, "weight_size", 4, 1)
-    strides = _integers(stride, "stride", 2, 1)
-    paddings = _integers(padding, "padding", 2, 0)
-    dilations = _integers(dilation, "dilation", 2, 1)
-    geometry = (size, strides, paddings, dilations, groups)
-    _check(input, grad_output, weight, *geometry)
+    geometry = geometry_of(2, weight_size, stride, padding, dilation, groups)
+    check_convolution(input, grad_output, weight, *geometry)
     fisher: Tensor = _op(input, grad_output, weight, *geometry, False, backend)
     return fisher
 
@@ -129,124 +131,19 @@ def linear_fisher(
     if planner := plans():
         planned = planner.plan_linear_fisher(input, grad_output, weight)
         found = one_output(
-            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(_may_round(True))
+            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(may_round(True))
         )
         if found is not None:
             return found
-    check_tensor(input, "input")
-    check_tensor(grad_output, "grad_output")
-    for name, tensor in (("input", input), ("grad_output", grad_output)):
-        if tensor.dim() < 2:
-            raise ValueError(
-                f"{name}: has shape {tuple(tensor.shape)}; expected [N, ..., features], a single "
-                "example as [1, features]"
-            )
-    if input.shape[:-1] != grad_output.shape[:-1]:
-        raise ValueError(
-            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)} "
-            f"gives an output of {(*input.shape[:-1], 'out_features')}"
-        )
-    _check_same(input, grad_output)
+    check_linear(input, grad_output)
     size = [grad_output.size(-1), input.size(-1)]
-    _check_weight(weight, size, input)
-    x, dy = (_as_image(tensor) for tensor in (input, grad_output))
+    check_weight(weight, size, input)
+    x, dy = (as_image(tensor) for tensor in (input, grad_output))
     fisher: Tensor = _op(
         x, dy, None if weight is None else weight[:, :, None, None], [*size, 1, 1],
         [1, 1], [0, 0], [1, 1], 1, True, backend,
     )  # fmt: skip
     return fisher if weight is not None else fisher[:, :, 0, 0]
-
-
-def _as_image(tensor: Tensor) -> Tensor:
-    """[N, *, F] as [N, F, tokens, 1], features innermost in memory."""
-    tokens = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
-    return tokens.transpose(1, 2).unsqueeze(-1)
-
-
-def _check(
-    input: Tensor,
-    grad_output: Tensor,
-    weight: Tensor | None,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    """What the kernels trust, of every call, through the functions above or not."""
-    check_tensor(input, "input")
-    check_tensor(grad_output, "grad_output")
-    for name, tensor in (("input", input), ("grad_output", grad_output)):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"{name}: has shape {tuple(tensor.shape)}; expected [N, C, H, W], a single "
-                "example as [1, C, H, W]"
-            )
-    _check_same(input, grad_output)
-    if not _is_integer(groups) or groups < 1 or size[0] % groups:
-        raise ValueError(
-            f"groups: {groups!r} is not a positive integer that divides the {size[0]} filters of "
-            "weight_size"
-        )
-    if input.size(1) != size[1] * groups:
-        raise ValueError(
-            f"input: has {input.size(1)} channels, but weight_size {tuple(size)} with "
-            f"groups={groups} takes {size[1] * groups}"
-        )
-    expected = [input.size(0), size[0]]
-    for dim in (0, 1):
-        room = input.size(2 + dim) + 2 * padding[dim] - dilation[dim] * (size[2 + dim] - 1) - 1
-        if room < 0:
-            raise ValueError(
-                f"weight_size: a kernel of {tuple(size[2:])} with dilation {tuple(dilation)} does "
-                f"not fit an input of {tuple(input.shape[2:])} with padding {tuple(padding)}"
-            )
-        expected.append(room // stride[dim] + 1)
-    if list(grad_output.shape) != expected:
-        raise ValueError(
-            f"grad_output: has shape {tuple(grad_output.shape)}; an input of {tuple(input.shape)}, "
-            f"weight_size {tuple(size)}, stride {tuple(stride)}, padding {tuple(padding)} and "
-            f"dilation {tuple(dilation)} give an output of {tuple(expected)}"
-        )
-    _check_weight(weight, size, input)
-
-
-def _check_same(input: Tensor, grad_output: Tensor) -> None:
-    for what in ("dtype", "device"):
-        got, expected = getattr(grad_output, what), getattr(input, what)
-        if got != expected:
-            raise ValueError(
-                f"grad_output: {what} {got} does not match input, which has {what} {expected}"
-            )
-
-
-def _check_weight(weight: Tensor | None, size: Sequence[int], input: Tensor) -> None:
-    if weight is None:
-        return
-    check_tensor(weight, "weight")
-    if list(weight.shape) != list(size) or weight.device != input.device:
-        raise ValueError(
-            f"weight: shape {tuple(weight.shape)} on {weight.device}; expected {tuple(size)} on "
-            f"{input.device}"
-        )
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
-def _integers(value: int | Sequence[int], name: str, count: int, least: int) -> list[int]:
-    """`count` integers, from a sequence or (of two) from one for both."""
-    values: list[int] = []
-    if isinstance(value, Sequence):
-        values = list(value)
-    elif count == 2:
-        values = [value, value]
-    if len(values) != count or any(not _is_integer(v) or v < least for v in values):
-        wanted = f"{count} integers" if count > 2 else "an integer or a pair of integers"
-        hint = "; give the padding as numbers" if isinstance(value, str) else ""
-        raise ValueError(f"{name}: expected {wanted} from {least} on, got {value!r}{hint}")
-    return values
 
 
 def _run(
@@ -261,29 +158,11 @@ def _run(
     out = _empty(input, grad_output, weight, weight_size)
     if not (input.numel() and grad_output.numel()):
         return out.zero_()
-    geometry = (
-        _integers(weight_size, "weight_size", 4, 1),
-        _integers(stride, "stride", 2, 1),
-        _integers(padding, "padding", 2, 0),
-        _integers(dilation, "dilation", 2, 1),
-        groups,
-    )
-    _check(input, grad_output, weight, *geometry)
-    args = conv2d_fisher_args(input, grad_output, weight, *geometry, _may_round(matmul), out)
+    geometry = geometry_of(2, weight_size, stride, padding, dilation, groups)
+    check_convolution(input, grad_output, weight, *geometry)
+    args = conv2d_fisher_args(input, grad_output, weight, *geometry, may_round(matmul), out)
     run(args)
     return out
-
-
-def _may_round(matmul: bool) -> bool:
-    """Whether PyTorch's matrix products, or its convolutions, may round float32 to TF32.
-
-    Asked inside of the op, since torch.compile cannot trace it and would keep the answer.
-    """
-    settings: Any = torch.backends.cuda.matmul if matmul else torch.backends.cudnn
-    operator = settings if matmul else getattr(settings, "conv", settings)
-    if hasattr(operator, "fp32_precision"):  # allow_tf32 raises where this was set to differ
-        return bool(operator.fp32_precision == "tf32")
-    return bool(settings.allow_tf32)  # before PyTorch 2.9
 
 
 def _empty(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taylor_kernels.backends.triton import conv2d_fisher_plan
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
+from taylor_kernels.ops.example_norms import conv2d_example_norms
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.rademacher import rademacher_like
@@ -33,6 +34,7 @@ from tests.helpers.cases import (
     random_like_case,
     same_bits,
 )
+from tests.helpers.example_norms import norms_reference64
 from tests.helpers.geometries import drawn_fisher_case
 from tests.helpers.parameter_ops import EVERY_OP, FILTER, ParameterOp
 
@@ -149,6 +151,20 @@ def test_fisher(at: int) -> None:
     for scaled in (None, weight):
         got = fisher(case, x, dy, scaled, tf32=at % 2 == 0)
         assert_close(got, *fisher_reference64(x, dy, case, scaled))
+
+
+@pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
+def test_example_norms(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = FISHER_CASES[at]
+    x, dy, _ = random_fisher_inputs(case, DTYPES[(at + 1) % len(DTYPES)])
+
+    def norms() -> Tensor:
+        return conv2d_example_norms(x, case.size, dy, *case.geometry, backend="triton")
+
+    got = norms()
+    assert_close(got, *norms_reference64(x, dy, case))
+    monkeypatch.setattr(conv2d_fisher_plan, "WORKSPACE", 1)  # an example at a time
+    assert_close(norms(), *norms_reference64(x, dy, case))
 
 
 @given(

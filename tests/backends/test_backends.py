@@ -149,6 +149,7 @@ def test_a_backend_from_outside_can_be_named(monkeypatch: pytest.MonkeyPatch):
         "rademacher": lambda backend: tk.rademacher_like(w, seed=3, backend=backend),
         "gate_gradients": lambda backend: tk.gate_gradients(w, w, backend=backend),
         "conv2d_fisher": lambda backend: tk.linear_fisher(w, w, backend=backend),
+        "conv2d_example_norms": lambda backend: tk.linear_example_norms(w, w, backend=backend),
     }
     for call in calls.values():
         assert call("made_up").equal(call("reference"))
@@ -213,6 +214,7 @@ def test_a_backend_without_an_op_is_named(monkeypatch: pytest.MonkeyPatch):
         "rademacher": lambda: tk.rademacher_like(w, seed=3, backend="bare"),
         "gate_gradients": lambda: tk.gate_gradients(w, w, backend="bare"),
         "conv2d_fisher": lambda: tk.linear_fisher(w, w, backend="bare"),
+        "conv2d_example_norms": lambda: tk.linear_example_norms(w, w, backend="bare"),
     }
     for op, call in calls.items():
         with pytest.raises(RuntimeError, match=f"backend: 'bare' has no {op}; name another"):

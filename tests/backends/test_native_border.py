@@ -40,6 +40,13 @@ CALLS: dict[str, tuple[Any, bool, tuple[int, ...]]] = {
         False,
         (),
     ),
+    "conv2d_example_norms": (
+        layout.conv2d_fisher_args(
+            ONE, ONE, None, (1, 1, 1, 1), (1, 1), (0, 0), (1, 1), 1, False, torch.empty(1)
+        ),
+        False,
+        (),
+    ),
 }
 
 

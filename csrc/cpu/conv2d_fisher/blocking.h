@@ -94,8 +94,9 @@ struct Blocking {
   int threads;  // as many as the work is worth
   Factor a, b;  // the rows and the lanes of tiles
   SumTile<S> sum_tile;
-  int64_t gangs;      // of groups: see Factor
-  int64_t tile_size;  // elements
+  SumTile<S> norm_tile;  // or null, where none are wanted
+  int64_t gangs;         // of groups: see Factor
+  int64_t tile_size;     // elements
   int64_t taps;
   int64_t chunk;       // examples packed at a time
   int64_t near;        // examples whose panels stay near; 0: an example is summed in bands of
@@ -107,7 +108,7 @@ struct Blocking {
   int64_t task_taps, task_rows, task_lanes;
   int64_t tap_parts, row_parts, lane_parts;
 
-  Blocking(const Conv2dFisherArgs& arguments, int most_threads)
+  Blocking(const Conv2dFisherArgs& arguments, int most_threads, bool norms = false)
       : args(arguments), mapping(choose_mapping<S>(arguments)), threads(useful(most_threads)) {
     constexpr int64_t kWidth = Sum<S>::kWidth;
     const bool lanewise = mapping.lanes == Lanes::groups;
@@ -136,7 +137,8 @@ struct Blocking {
     dy.in_place = readable(dy);
     a = swapped ? x : dy;
     b = swapped ? dy : x;
-    sum_tile = sum_tile_of<S>(mapping.rows, mapping.vectors, lanewise);
+    sum_tile = sum_tile_of<S, false>(mapping.rows, mapping.vectors, lanewise);
+    norm_tile = norms ? sum_tile_of<S, true>(mapping.rows, mapping.vectors, lanewise) : nullptr;
     gangs = ceil_div(args.groups, gang);
     tile_size = mapping.rows * mapping.vectors * kWidth;
     taps = args.kernel.h * args.kernel.w;
@@ -153,8 +155,9 @@ struct Blocking {
     const int64_t tiles = gangs * a.blocks() * b.blocks();
     task_taps = ceil_div(taps, std::max(ceil_div(taps, kTiles), std::min(taps, kMinTasks / tiles)));
     tap_parts = ceil_div(taps, task_taps);
-    // Partial sums follow the rows of a task where these are channels, and may not hang on threads.
-    const int64_t row_tasks = threads == 1 && !swapped ? 1 : kMinTasks;
+    // Partial sums follow the rows of a task where these are channels, and those of norms always;
+    // they may not hang on threads.
+    const int64_t row_tasks = threads == 1 && !swapped && !norms ? 1 : kMinTasks;
     task_rows = std::clamp<int64_t>(tiles * tap_parts / row_tasks, 1, kTiles / task_taps);
     row_parts = ceil_div(a.blocks(), task_rows);
     task_lanes = swapped ? 1 : ceil_div(b.blocks(), std::max<int64_t>(kSlots / tap_parts, 1));

@@ -17,9 +17,6 @@
 // beyond 2 KB a position packing is the faster.
 #include "common/conv2d_fisher.h"
 
-#include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/conv2d_fisher/blocking.h"
@@ -38,26 +35,11 @@ void run(const Conv2dFisherArgs& args, int threads) {
   using S = typename Sum<T>::Scalar;
   const Blocking<S> blocking(args, threads);
   const int64_t filters = args.groups * args.filters, slots = blocking.slots();
-  // In one piece and not cleared: of two the allocator gave the pages back after each call, and to
-  // fault them in anew took up to a tenth of the time.
-  constexpr std::align_val_t kAlignment{kRegisterBytes};
-  auto release = [](S* p) { ::operator delete(p, kAlignment); };
-  const std::unique_ptr<S, decltype(release)> panels(
-      static_cast<S*>(::operator new(
-          (blocking.chunk_size(blocking.a) + blocking.chunk_size(blocking.b)) * sizeof(S),
-          kAlignment)),
-      release);
   std::vector<double> partials(args.weight ? filters * slots : 0);
-  for (int64_t first = 0; first < args.batch; first += blocking.chunk) {
-    const int64_t examples = std::min(blocking.chunk, args.batch - first);
-    const Chunk<S> chunk = {first, examples, panels.get() + blocking.chunk_size(blocking.b),
-                            panels.get()};
-    ordered_tasks(Packer<T>::tasks(blocking, blocking.a, examples) +
-                      Packer<T>::tasks(blocking, blocking.b, examples),
-                  blocking.threads, [&] { return Packer<T>(blocking, chunk); });
+  for_each_packed_chunk<T>(blocking, [&](const Chunk<S>& chunk) {
     ordered_tasks(blocking.tasks(), blocking.threads,
                   [&] { return Summer<T>(blocking, chunk, partials.data()); });
-  }
+  });
   if (!args.weight) return;
   for (int64_t f = 0; f < filters; ++f) {
     double total = 0;

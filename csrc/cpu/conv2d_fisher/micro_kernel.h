@@ -30,7 +30,8 @@ struct Walk {
 };
 
 // sums[r][v] += (Σ over positions of a[r]·b[v])² for each example; without the square if !square.
-template <typename S, int kRows, int kVectors, bool kLanewise>
+// With kNorms, sums[example] += Σ over r and v of these squares, a vector for each example.
+template <typename S, int kRows, int kVectors, bool kLanewise, bool kNorms>
 [[gnu::noinline]] void sum_tile(const S* a, const S* b, const Walk& walk, bool square, S* sums) {
   constexpr int kWidth = Sum<S>::kWidth;
   using V = typename Sum<S>::Vector;
@@ -38,7 +39,7 @@ template <typename S, int kRows, int kVectors, bool kLanewise>
   constexpr int kTile = kRows * kVectors;
   constexpr int kSplit = kTile >= 8 ? 1 : kTile >= 3 ? 2 : 4;
   V total[kRows][kVectors];
-  std::memcpy(&total, sums, sizeof(total));
+  if constexpr (!kNorms) std::memcpy(&total, sums, sizeof(total));
   for (int64_t n = 0; n < walk.examples; ++n) {
     V sum[kSplit][kRows][kVectors] = {};
     for (int64_t row = 0; row < walk.rows; ++row) {
@@ -60,34 +61,39 @@ template <typename S, int kRows, int kVectors, bool kLanewise>
       if (kSplit > 1)
         for (; column < walk.columns; ++column) step(std::integral_constant<int, 0>());
     }
+    V norm = kNorms ? load(sums + n * kWidth) : V{};
     unrolled<kRows>([&](auto r) {
       unrolled<kVectors>([&](auto v) {
         V each = sum[0][r][v];
         for (int split = 1; split < kSplit; ++split) each += sum[split][r][v];
-        total[r][v] = square ? multiply_add(each, each, total[r][v]) : total[r][v] + each;
+        if constexpr (kNorms)
+          norm = multiply_add(each, each, norm);
+        else
+          total[r][v] = square ? multiply_add(each, each, total[r][v]) : total[r][v] + each;
       });
     });
+    if constexpr (kNorms) std::memcpy(sums + n * kWidth, &norm, sizeof(norm));
   }
-  std::memcpy(sums, &total, sizeof(total));
+  if constexpr (!kNorms) std::memcpy(sums, &total, sizeof(total));
 }
 
 template <typename S>
 using SumTile = void (*)(const S* a, const S* b, const Walk& walk, bool square, S* sums);
 
-template <typename S, int kVectors, bool kLanewise, int kRows>
+template <typename S, int kVectors, bool kLanewise, bool kNorms, int kRows>
 SumTile<S> sum_tile_of(int64_t rows) {
   if constexpr (kRows > 1)
-    if (rows < kRows) return sum_tile_of<S, kVectors, kLanewise, kRows - 1>(rows);
-  return sum_tile<S, kRows, kVectors, kLanewise>;
+    if (rows < kRows) return sum_tile_of<S, kVectors, kLanewise, kNorms, kRows - 1>(rows);
+  return sum_tile<S, kRows, kVectors, kLanewise, kNorms>;
 }
 
-template <typename S>
+template <typename S, bool kNorms>
 SumTile<S> sum_tile_of(int64_t rows, int64_t vectors, bool lanewise) {
   if (lanewise)
-    return vectors == 1 ? sum_tile_of<S, 1, true, kMaxLanewiseRows>(rows)
-                        : sum_tile_of<S, 2, true, kMaxLanewiseRows>(rows);
-  return vectors == 1 ? sum_tile_of<S, 1, false, kMaxRows>(rows)
-                      : sum_tile_of<S, 2, false, kMaxRows>(rows);
+    return vectors == 1 ? sum_tile_of<S, 1, true, kNorms, kMaxLanewiseRows>(rows)
+                        : sum_tile_of<S, 2, true, kNorms, kMaxLanewiseRows>(rows);
+  return vectors == 1 ? sum_tile_of<S, 1, false, kNorms, kMaxRows>(rows)
+                      : sum_tile_of<S, 2, false, kNorms, kMaxRows>(rows);
 }
 
 }  // namespace TK_ISA

@@ -3,12 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
-#include "cpu/conv2d_fisher/blocking.h"
-#include "cpu/conv2d_fisher/micro_kernel.h"
-#include "cpu/conv2d_fisher/pack_tasks.h"
+#include "cpu/conv2d_fisher/tile_walk.h"
 #include "cpu/lanes.h"
 #include "cpu/simd.h"
 
@@ -17,37 +14,25 @@ inline namespace TK_ISA {
 
 // Sums of squares of the tiles of a task over a chunk.
 template <typename T>
-class Summer : public IndependentTasks {
+class Summer : public IndependentTasks, TileWalk<typename Sum<T>::Scalar> {
  public:
   using S = typename Sum<T>::Scalar;
 
   Summer(const Blocking<S>& blocking, const Chunk<S>& chunk, double* partials)
-      : blocking_(&blocking), chunk_(chunk), partials_(partials) {
+      : TileWalk<S>(blocking, chunk), partials_(partials) {
     const int64_t filters = kMaxRows + kMaxVectors * Sum<S>::kWidth;
     sums_.resize(kTiles * blocking.tile_size + kLanes);
-    gradients_.resize(kTiles * blocking.tile_size);
-    bands_.resize(kTiles * blocking.tile_size);
     runs_.resize(kTiles * blocking.tile_size + filters * kLanes);
   }
 
   void run(int64_t task) {
     const Blocking<S>& p = *blocking_;
-    const int64_t tap_part = task % p.tap_parts;
-    task /= p.tap_parts;
-    const int64_t row_part = task % p.row_parts;
-    task /= p.row_parts;
-    const int64_t lane_part = task % p.lane_parts;
-    gang_ = task / p.lane_parts;
-    taps_ = part(tap_part, p.task_taps, p.taps);
-    rows_ = part(row_part, p.task_rows, p.a.blocks());
-    slot_ = (p.filters_in_lanes() ? row_part : lane_part) * p.tap_parts + tap_part;
-    const Range lanes = part(lane_part, p.task_lanes, p.b.blocks());
+    const Range lanes = this->begin(task);
+    slot_ = (p.filters_in_lanes() ? row_part_ : lane_part_) * p.tap_parts + tap_part_;
     for (lanes_ = lanes.begin; lanes_ < lanes.end; ++lanes_) {
-      std::fill_n(sums_.begin(), used(), S(0));
+      std::fill_n(sums_.begin(), this->used(), S(0));
       if (p.near > 0)
-        for (int64_t n = 0; n < chunk_.examples; n += p.near)
-          sum(n, std::min(p.near, chunk_.examples - n), {0, p.args.out_image.h},
-              {0, p.args.out_image.w}, true, sums_);
+        for (int64_t n = 0; n < chunk_.examples; n += p.near) sum(n);
       else
         for (int64_t n = 0; n < chunk_.examples; ++n) sum_bands(n);
       write();
@@ -55,78 +40,31 @@ class Summer : public IndependentTasks {
   }
 
  private:
+  using TileWalk<S>::blocking_;
+  using TileWalk<S>::chunk_;
+  using TileWalk<S>::gradients_;
+  using TileWalk<S>::rows_;
+  using TileWalk<S>::taps_;
+  using TileWalk<S>::gang_;
+  using TileWalk<S>::lanes_;
+  using TileWalk<S>::tap_part_;
+  using TileWalk<S>::row_part_;
+  using TileWalk<S>::lane_part_;
+
+  // The examples from n on whose panels stay near.
+  void sum(int64_t n) {
+    const Blocking<S>& p = *blocking_;
+    this->for_each_tile(n, std::min(p.near, chunk_.examples - n), {0, p.args.out_image.h},
+                        {0, p.args.out_image.w},
+                        [&](const S* a, const S* b, const Walk& walk, int64_t at) {
+                          p.sum_tile(a, b, walk, true, sums_.data() + at);
+                        });
+  }
+
   void sum_bands(int64_t n) {
-    const Blocking<S>& p = *blocking_;
-    std::fill_n(gradients_.begin(), used(), S(0));
-    std::fill_n(bands_.begin(), used(), S(0));
-    int64_t bands = 0;
-    for (int64_t h = 0; h < p.args.out_image.h; h += p.band_rows)
-      for (int64_t w = 0; w < p.args.out_image.w; w += p.band_width) {
-        sum(n, 1, {h, h + p.band_rows}, {w, w + p.band_width}, false, bands_);
-        if (++bands % kMaxBands == 0) end_bands();
-      }
-    end_bands();
-    for (int64_t i = 0; i < used(); ++i) sums_[i] += gradients_[i] * gradients_[i];
+    this->sum_in_bands(n);
+    for (int64_t i = 0; i < this->used(); ++i) sums_[i] += gradients_[i] * gradients_[i];
   }
-
-  void end_bands() {
-    for (int64_t i = 0; i < used(); ++i) gradients_[i] += std::exchange(bands_[i], S(0));
-  }
-
-  // All tiles over a window of the outputs of some examples.
-  void sum(int64_t n, int64_t examples, Range heights, Range widths, bool square,
-           std::vector<S>& to) {
-    const Blocking<S>& p = *blocking_;
-    const Conv2dFisherArgs& g = p.args;
-    const bool swapped = p.filters_in_lanes();
-    const int64_t a_step = p.a.position_step(), b_step = p.b.position_step();
-    for (int64_t r = rows_.begin; r < rows_.end; ++r) {
-      const S* a = panel(p.a, chunk_.a, r, n);
-      const S* b = panel(p.b, chunk_.b, lanes_, n);
-      for (int64_t tap = taps_.begin; tap < taps_.end; ++tap) {
-        const int64_t i = tap / g.kernel.w, j = tap % g.kernel.w;
-        const Range h = intersect(
-            heights, inside(i, g.stride.h, g.padding.h, g.dilation.h, g.image.h, g.out_image.h));
-        const Range w = intersect(
-            widths, inside(j, g.stride.w, g.padding.w, g.dilation.w, g.image.w, g.out_image.w));
-        if (h.size() <= 0 || w.size() <= 0) continue;
-        const int64_t dy_at = h.begin * g.out_image.w + w.begin;
-        const int64_t x_at = (h.begin * g.stride.h - g.padding.h + i * g.dilation.h) * g.image.w +
-                             w.begin * g.stride.w - g.padding.w + j * g.dilation.w;
-        const int64_t dy_row = g.out_image.w, x_row = g.stride.h * g.image.w;
-        Walk walk = {examples,
-                     h.size(),
-                     w.size(),
-                     p.a.positions() * a_step,
-                     (swapped ? x_row : dy_row) * a_step,
-                     (swapped ? g.stride.w : 1) * a_step,
-                     p.b.positions() * b_step,
-                     (swapped ? dy_row : x_row) * b_step,
-                     (swapped ? 1 : g.stride.w) * b_step};
-        if (walk.a_row == w.size() * walk.a_column && walk.b_row == w.size() * walk.b_column) {
-          walk.columns *= walk.rows;  // one long row: tokens have none else
-          walk.rows = 1;
-        }
-        p.sum_tile(a + (swapped ? x_at : dy_at) * a_step, b + (swapped ? dy_at : x_at) * b_step,
-                   walk, square, to.data() + tile(r, tap));
-      }
-    }
-  }
-
-  // Where the panel of a block begins, for the n-th example of the chunk.
-  const S* panel(const Factor& f, const S* panels, int64_t block, int64_t n) const {
-    if (f.in_place)
-      return static_cast<const S*>(f.data) +
-             (chunk_.first + n) * f.positions() * f.position_step() + gang_ * f.channels +
-             block * f.rows;
-    return panels + ((gang_ * f.blocks() + block) * blocking_->chunk + n) * f.panel_size();
-  }
-
-  int64_t tile(int64_t row_block, int64_t tap) const {
-    return ((row_block - rows_.begin) * blocking_->task_taps + tap - taps_.begin) *
-           blocking_->tile_size;
-  }
-  int64_t used() const { return rows_.size() * blocking_->task_taps * blocking_->tile_size; }
 
   // From tiles to filters.
   void write() {
@@ -134,7 +72,7 @@ class Summer : public IndependentTasks {
     constexpr int64_t kWidth = Sum<S>::kWidth;
     const int64_t row_step = p.mapping.vectors * kWidth;
     for (int64_t r = rows_.begin; r < rows_.end; ++r) {
-      const S* sums = sums_.data() + tile(r, taps_.begin);
+      const S* sums = sums_.data() + this->tile(r, taps_.begin);
       const Range rows = part(r, p.a.rows, p.a.channels);
       const Range lanes = part(lanes_, p.b.rows, p.b.channels);
       switch (p.mapping.lanes) {
@@ -234,12 +172,9 @@ class Summer : public IndependentTasks {
     return total[0];
   }
 
-  const Blocking<S>* blocking_;
-  Chunk<S> chunk_;
   double* partials_;  // [filter][slot]
-  std::vector<S> sums_, gradients_, bands_, runs_;
-  Range rows_ = {}, taps_ = {};
-  int64_t gang_ = 0, lanes_ = 0, slot_ = 0;
+  std::vector<S> sums_, runs_;
+  int64_t slot_ = 0;
 };
 
 }  // namespace TK_ISA

@@ -77,6 +77,26 @@ void conv2d_fisher_cuda(const Conv2dFisherArgs& args, const Allocate& allocate, 
   run_fisher(plan, args, workspace_of(plan.workspace_floats(), allocate), stream);
 }
 
+// As many examples at a time as leave their parts in the workspace.
+void conv2d_example_norms_cuda(const Conv2dFisherArgs& args, const Allocate& allocate,
+                               void* stream) {
+  const int64_t parts = plan_norms(args).parts;
+  const int64_t room = parts > 1 ? kWorkspaceBytes / int64_t{sizeof(float)} : kMaxBlocks;
+  const int64_t share = std::min(args.batch, std::max<int64_t>(1, room / parts));
+  void* workspace = workspace_of(parts > 1 ? share * parts : 0, allocate);
+  const int64_t x = args.groups * args.channels * args.image.h * args.image.w;
+  const int64_t dy = args.groups * args.filters * args.out_image.h * args.out_image.w;
+  for (int64_t first = 0; first < args.batch; first += share) {
+    Conv2dFisherArgs some = args;
+    some.batch = std::min(share, args.batch - first);
+    some.input = static_cast<const char*>(args.input) + first * x * size_of(args.dtype);
+    some.grad_output =
+        static_cast<const char*>(args.grad_output) + first * dy * size_of(args.dtype);
+    some.out = static_cast<float*>(args.out) + first;
+    run_fisher(plan_norms(some), some, workspace, stream);
+  }
+}
+
 void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream) {
   auto* on = static_cast<cudaStream_t>(stream);
   auto* out = static_cast<float*>(args.out);

@@ -136,6 +136,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(Int) == 4 ? 2 : 1)
     x += task.x.example;
     dy += task.dy.example;
   }
+  if (task.norm_parts > 0) {
+    float sum = 0;
+    if (lanes.lane == 0) {  // what lies beyond the last filter or column is zero
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sum = __fadd_rn(sum, squares[i]);
+    }
+    __syncthreads();
+    sum = add_across_block(sum, buffers[0]);
+    const int64_t part = blockIdx.x - lanes.split * task.norm_parts;
+    if (threadIdx.x == 0) task.out[part * task.batch + lanes.split] = sum;
+    return;
+  }
   if (lanes.lane != 0 || !lanes.present) return;
 
   const int64_t all_filters = task.groups * task.filters;

@@ -69,6 +69,19 @@ struct Pixel {
   }
 };
 
+// The sum over a block of what its threads have, given to its first thread; `shared` has room for a
+// number of each warp, and every thread is done with what was there.
+__device__ inline float add_across_block(float value, float* shared) {
+  float sums[1] = {value};
+  add_across_lanes(sums, kWarp);
+  if (threadIdx.x % kWarp == 0) shared[threadIdx.x / kWarp] = sums[0];
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
+  return sum;
+}
+
 template <class E>
 __device__ float load_weight(const FisherTask& task, int64_t at) {
   return task.weight_is_f32 ? load_element<Element<DType::f32>>(task.weight, at)

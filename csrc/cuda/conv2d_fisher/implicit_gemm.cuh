@@ -266,6 +266,24 @@ __device__ void write_filters(const FisherTask& task, const TilePlace& place,
   task.out[part * task.groups * task.filters + first + f] = sum;
 }
 
+// Σ over the tile of the squares of one example; what lies beyond the last filter or column is
+// zero.
+template <class Tile>
+__device__ void write_norm(const FisherTask& task, const TilePlace& place,
+                           const float (&squares)[kLaneFilters][Tile::kLaneColumns],
+                           float* shared) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneFilters; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kLaneColumns; ++j) sum = __fadd_rn(sum, squares[i][j]);
+  }
+  __syncthreads();  // all warps have read the last chunk
+  sum = add_across_block(sum, shared);
+  const int64_t part = blockIdx.x - place.split * task.norm_parts;
+  if (threadIdx.x == 0) task.out[part * task.batch + place.split] = sum;
+}
+
 template <class Product, class Tile>
 __global__ void __launch_bounds__(kThreads, 2)
     fisher_gemm_kernel(const __grid_constant__ FisherTask task) {
@@ -284,7 +302,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   Squares<Memory, Tile::kLaneColumns> squares(task);
   sum_examples<Product, Tile>(task, place, columns, memory, squares);
-  if (task.weight) {
+  if (task.norm_parts > 0) {
+    write_norm<Tile>(task, place, squares.get(), reinterpret_cast<float*>(memory));
+  } else if (task.weight) {
     write_filters<Product, Tile>(task, place, columns, squares.get(),
                                  reinterpret_cast<float*>(memory));
   } else {

@@ -49,9 +49,11 @@ struct FisherTask {
   FisherSide x;
   FisherSide dy;
   const void* weight;  // or null
-  float* out;          // [splits, weight's size], or [splits, column tiles, all filters]
+  float* out;          // [splits, weight's size], [splits, column tiles, all filters] or, of norms,
+                       // [tiles or blocks of lane groups, batch]
   int64_t batch;
-  int64_t split;  // examples that a block takes
+  int64_t split;       // examples that a block takes
+  int64_t norm_parts;  // of norms: blocks that a split, one example, has; else 0
   int64_t groups;
   int64_t filters;   // of a group
   int64_t channels;  // of a group
@@ -277,7 +279,25 @@ inline FisherPlan plan_fisher(const Conv2dFisherArgs& args, int64_t workspace_by
   return plan;
 }
 
-// conv2d_fisher_cuda as planned.
+// The same for the norms of examples: a block takes a tile, or lane groups, of one example, and
+// leaves one part of its norm.
+inline FisherPlan plan_norms(const Conv2dFisherArgs& args) {
+  FisherPlan plan = {};
+  plan.task = shape_of(args);
+  FisherTask& task = plan.task;
+  set_sides(plan, args);
+  plan.parts = choose_kernel(plan, args);
+  plan.splits = plan.results = task.batch;
+  plan.blocks = plan.parts * plan.splits;
+  const int64_t span = span_of(args.dtype, args.dtype != DType::f32 || args.tf32);
+  task.norm_parts = plan.parts;
+  task.split = 1;
+  task.spans = task.positions > span;
+  task.buffers = task.positions > span * kSpans ? kMaxBuffers : task.spans ? 1 : 0;
+  return plan;
+}
+
+// conv2d_fisher_cuda or conv2d_example_norms_cuda as planned.
 void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream);
 
 }  // namespace tk

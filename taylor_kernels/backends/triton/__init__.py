@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 
 from taylor_kernels.backends.triton import moments_launch
-from taylor_kernels.backends.triton.conv2d_fisher import conv2d_fisher
+from taylor_kernels.backends.triton.conv2d_fisher import conv2d_example_norms, conv2d_fisher
 from taylor_kernels.backends.triton.gate_gradients import gate_gradients
 from taylor_kernels.backends.triton.global_threshold import global_threshold
 from taylor_kernels.backends.triton.mirror_step import mirror_step
@@ -17,6 +17,7 @@ from taylor_kernels.backends.triton.rademacher import rademacher
 from taylor_kernels.backends.triton.sparse_momentum import sparse_momentum
 
 __all__ = [
+    "conv2d_example_norms",
     "conv2d_fisher",
     "gate_gradients",
     "global_threshold",

@@ -30,6 +30,8 @@ from taylor_kernels.backends.triton.conv2d_fisher_plan import (
     constants,
     integers,
     make_grid,
+    norm_grid,
+    norm_share,
 )
 from taylor_kernels.backends.triton.gate_gradients import finish_kernel
 from taylor_kernels.backends.triton.moments import FINISH_TILE, WARPS
@@ -82,13 +84,18 @@ def _corners(p, positions, height, out_width, stride_h, stride_w, pad_h, pad_w):
 
 @triton.jit
 def _store(
-    fisher, weight, to, split, col_tile, col_tiles, row, rows, at, columns, row_fits, at_fits,
-    WEIGHT: tl.constexpr,
+    fisher, weight, to, split, splits, row_tile, col_tile, col_tiles, row, rows, at, columns,
+    row_fits, at_fits, WEIGHT: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
-    """A tile, or the sums of its rows under the weight, to its place in the split's part."""
+    """A tile, or the sums of its rows under the weight, to its place in the split's part; or its
+    sum, where a split is an example.
+    """
     fits = row_fits[:, None] & at_fits[None, :]
     to_tile = row[:, None] * columns + at[None, :]
-    if WEIGHT:
+    if NORMS:
+        part = row_tile * col_tiles + col_tile
+        tl.store(to + part * splits + split, tl.sum(tl.sum(tl.where(fits, fisher, 0), 1), 0))
+    elif WEIGHT:
         w = tl.load(weight + to_tile, mask=fits, other=0).to(tl.float32)
         terms = tl.where(fits, w * w * fisher, 0)  # an infinite filter is NaN beyond its columns
         part = split * col_tiles + col_tile
@@ -102,8 +109,8 @@ def product_kernel(
     x, dy, weight, to, batch, groups, filters, channels, height, width, out_width, positions, taps,
     kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, row_tiles, col_tiles, share,
     X_LAST: tl.constexpr, DY_LAST: tl.constexpr, X_VECTOR: tl.constexpr, DY_VECTOR: tl.constexpr,
-    POINTWISE: tl.constexpr, WEIGHT: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    SPAN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    POINTWISE: tl.constexpr, WEIGHT: tl.constexpr, NORMS: tl.constexpr, PRECISION: tl.constexpr,
+    INDEX: tl.constexpr, SPAN: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """R filters of a group times C columns, P positions at a time.
 
@@ -181,8 +188,8 @@ def product_kernel(
         n += ends.to(tl.int64)
         start = tl.where(ends, 0, start)
     _store(
-        fisher, weight, to, split, col_tile, col_tiles, group * filters + row, groups * filters, at,
-        columns, row < filters, k < columns, WEIGHT,
+        fisher, weight, to, split, batch, row_tile, col_tile, col_tiles, group * filters + row,
+        groups * filters, at, columns, row < filters, k < columns, WEIGHT, NORMS,
     )  # fmt: skip
 
 
@@ -191,8 +198,8 @@ def direct_kernel(
     x, dy, weight, to, batch, groups, filters, channels, height, width, out_width, positions, taps,
     kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, row_tiles, col_tiles, share,
     X_LAST: tl.constexpr, DY_LAST: tl.constexpr, X_VECTOR: tl.constexpr, DY_VECTOR: tl.constexpr,
-    FILTERS: tl.constexpr, CHANNELS: tl.constexpr, WEIGHT: tl.constexpr, INDEX: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
+    FILTERS: tl.constexpr, CHANNELS: tl.constexpr, WEIGHT: tl.constexpr, NORMS: tl.constexpr,
+    INDEX: tl.constexpr, R: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """R filters, counted through the groups, times C columns, P positions at a time."""
     row_tile, col_tile, split, first, last = _program(row_tiles, col_tiles, share, batch)
@@ -238,8 +245,8 @@ def direct_kernel(
         gradient = tl.sum(products, 2)
         fisher += gradient * gradient
     _store(
-        fisher, weight, to, split, col_tile, col_tiles, row.to(tl.int64), rows, at, columns,
-        row < rows, k < columns, WEIGHT,
+        fisher, weight, to, split, batch, row_tile, col_tile, col_tiles, row.to(tl.int64), rows,
+        at, columns, row < rows, k < columns, WEIGHT, NORMS,
     )  # fmt: skip
 
 
@@ -249,7 +256,17 @@ def conv2d_fisher(args: Conv2dFisherArgs) -> None:
     run(args, tile, make_grid(args, tile))
 
 
-def run(args: Conv2dFisherArgs, tile: Tile, grid: Grid) -> None:
+def conv2d_example_norms(args: Conv2dFisherArgs) -> None:
+    """Write Σ of squared weight gradients of each example into `args.out`."""
+    tile = choose_tile(args)
+    share = norm_share(args, tile)
+    for first in range(0, args.batch, share):
+        x, dy, out = (t[first : first + share] for t in (args.input, args.grad_output, args.out))
+        some = args._replace(input=x, grad_output=dy, out=out, batch=len(out))
+        run(some, tile, norm_grid(some, tile), norms=True)
+
+
+def run(args: Conv2dFisherArgs, tile: Tile, grid: Grid, norms: bool = False) -> None:
     """The same by any tile and grid."""
     device, results = args.out.device, args.out.numel()
     to = args.out if grid.parts == 1 else args.out.new_empty((grid.parts, results))
@@ -260,7 +277,7 @@ def run(args: Conv2dFisherArgs, tile: Tile, grid: Grid) -> None:
             to if args.weight is None else args.weight,
             to,
             *integers(args, grid).values(),
-            **constants(args, tile),
+            **constants(args, tile, norms),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -120,6 +120,17 @@ def make_grid(args: Conv2dFisherArgs, tile: Tile, programs: int = PROGRAMS) -> G
     return Grid(row_tiles, col_tiles, splits, share, splits * results // args.out.numel())
 
 
+def norm_grid(args: Conv2dFisherArgs, tile: Tile) -> Grid:
+    """The programs for the norms of examples: each is a split, and each tile has a part of it."""
+    row_tiles, col_tiles = _tiles(args, tile)
+    return Grid(row_tiles, col_tiles, args.batch, 1, row_tiles * col_tiles)
+
+
+def norm_share(args: Conv2dFisherArgs, tile: Tile) -> int:
+    """Examples whose parts of norms fit the workspace."""
+    return max(1, WORKSPACE // (4 * math.prod(_tiles(args, tile))))
+
+
 def integers(args: Conv2dFisherArgs, grid: Grid) -> dict[str, int]:
     """The kernels' integers by name, in order."""
     values = (
@@ -130,7 +141,7 @@ def integers(args: Conv2dFisherArgs, grid: Grid) -> dict[str, int]:
     return dict(zip(INTEGERS, values, strict=True))
 
 
-def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
+def constants(args: Conv2dFisherArgs, tile: Tile, norms: bool = False) -> dict[str, object]:
     """What a kernel is compiled for."""
     x_last, dy_last, x_vector, dy_vector = _layouts(args)
     # An offset into the image has two parts, of a first tap and of a tap; padding lengthens both.
@@ -143,6 +154,7 @@ def constants(args: Conv2dFisherArgs, tile: Tile) -> dict[str, object]:
         "X_VECTOR": x_vector,
         "DY_VECTOR": dy_vector,
         "WEIGHT": args.weight is not None,
+        "NORMS": norms,
         "INDEX": tl.int64 if max(offsets, _columns(args)) > WIDE else tl.int32,
         "R": tile.rows,
         "C": tile.columns,
