@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,15 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
-from tools.door_blocks import doors_table, figures_block
+from tools.door_blocks import DOORS, doors_table, figures_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
-DOOR_EXAMPLE = Path("examples/torch_pruning_importance.py")
 STUDY = Path("bench/results/study/result.json")
 DEMO = Path("bench/results/demo/result.json")
 CPU = Path("bench/results/cpu/latest.json")
-DOORS = Path("bench/results/doors/latest.json")
 #: The criteria that the README names.
 FIVE = ("taylor_fo_bn", "taylor_fo_gate", "taylor_so_diag", "obd_fisher", "magnitude_l2")
 MARKED = re.compile(r"<!-- ([a-z0-9-]+):begin -->\n(.*?)<!-- \1:end -->", re.DOTALL)
@@ -95,11 +93,6 @@ def bench_results(path: Path) -> Results:
 
 def cpu() -> Results:
     return bench_results(CPU)
-
-
-def doors() -> Results:
-    """Of doors into other libraries, which may be measured on another machine than the rest."""
-    return bench_results(DOORS)
 
 
 def study_findings() -> str:
@@ -195,9 +188,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "bench-targets": bench_targets,
     "criteria": criteria_table,
     "demo": lambda: demo_block(demo()),
-    "door-example": lambda: example(DOOR_EXAMPLE),
-    "door-figures": lambda: figures_block(doors()),
-    "doors": lambda: doors_table(doors()),
+    "doors": doors_table,
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
@@ -208,6 +199,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "study-targets": study_targets,
     "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
 }
+for _door in DOORS:
+    _example = Path("examples") / f"{_door.example}.py"
+    BLOCKS[f"door-example-{_door.slug}"] = partial(example, _example)
+    BLOCKS[f"door-figures-{_door.slug}"] = partial(figures_block, _door)
 
 
 def pages() -> list[Path]:

@@ -1,58 +1,116 @@
-"""What the documentation says of doors into other libraries, from kept results of benches."""
+"""What the documentation says of doors into other libraries, from kept results of benches.
+
+A new door is a row of `DOORS`. Its page, its example and its results are found by its name:
+`door-example-<name>` and `door-figures-<name>` are blocks of its page, the cases of its bench are
+called (name, kind), and `bench/results/doors/<name>.json` keeps them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
 from bench.doors_report import memory_share
-from bench.figures import Results
+from bench.figures import Case, Results, load
 from bench.markdown import ms, number, table
 from bench.report import machine_line
 
-_MEASURED = {
-    "taylor": "Taylor scores of all groups of ResNet-50",
-    "hessian": "Hessian of ResNet-18, 32 images, passes included",
-    "obdc": "OBDC of a ConvNet, 32 images, passes included",
-}
-
-_SHORT = {"taylor": "Taylor", "hessian": "Hessian", "obdc": "OBDC"}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def doors_row(results: Results) -> list[str]:
-    """Torch-Pruning's row of the table: import, what gets faster, by how much, what gets right."""
-    faster = []
-    for case in results.of("torch_pruning"):
-        ours, theirs = case.ours, case.fastest(role="peer")
-        if ours is not None and theirs is not None:
-            faster.append(f"{_SHORT[case.name[1]]} {theirs.median / ours.median:.1f}×")
-    return [
-        "[Torch-Pruning](docs/torch-pruning.md)",
-        "`integrations.torch_pruning`",
+class Measured(NamedTuple):
+    """What one kind of a door's bench is called: in the README's table, and on the door's page."""
+
+    short: str
+    long: str
+
+
+class Door(NamedTuple):
+    """A row of the table of doors.
+
+    Attributes:
+        name: of the module in `integrations`, and of what belongs to it.
+        title: what the library is called.
+        faster, right: what gets faster, and what gets right.
+        example: a file of examples/, without its suffix.
+        measured: the kinds of its bench; how many times as fast is read from the results.
+    """
+
+    name: str
+    title: str
+    faster: str
+    right: str
+    example: str
+    measured: Mapping[str, Measured]
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace("_", "-")
+
+    @property
+    def results(self) -> Results:
+        path = Path("bench/results/doors") / f"{self.name}.json"
+        results = load(ROOT / path)
+        results.path = path  # as it is quoted
+        return results
+
+    def cases(self, results: Results) -> Iterator[tuple[Measured, Case, float]]:
+        """What was measured, and the time of the fastest other way over ours."""
+        for case in results.of(self.name):
+            ours, theirs = case.ours, case.fastest(role="peer")
+            if ours is not None and theirs is not None:
+                kind = self.measured[" ".join(case.name[1:])]
+                yield kind, case, theirs.median / ours.median
+
+    def row(self) -> list[str]:
+        found = self.cases(self.results) if self.measured else ()
+        return [
+            f"[{self.title}](docs/{self.slug}.md)",
+            f"`integrations.{self.name}`",
+            self.faster or "–",
+            ", ".join(f"{kind.short} {ratio:.1f}×" for kind, _, ratio in found) or "–",
+            self.right,
+        ]
+
+
+DOORS = (
+    Door(
+        "torch_pruning",
+        "Torch-Pruning",
         "Taylor, Hessian and OBDC importances",
-        ", ".join(faster),
         "BatchNorm, depthwise, grouped and frozen layers; every example counts",
-    ]
+        "torch_pruning_importance",
+        {
+            "taylor": Measured("Taylor", "Taylor scores of all groups of ResNet-50"),
+            "hessian": Measured("Hessian", "Hessian of ResNet-18, 32 images, passes included"),
+            "obdc": Measured("OBDC", "OBDC of a ConvNet, 32 images, passes included"),
+        },
+    ),
+)
 
 
-def doors_table(results: Results) -> str:
+def doors_table() -> str:
     """A row for each library."""
     head = ["library", "import", "what gets faster", "by", "what gets right"]
-    lines = [head, [":--"] * len(head), doors_row(results)]
+    lines = [head, [":--"] * len(head), *(door.row() for door in DOORS)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures_block(results: Results) -> str:
-    """Time and peak memory of each importance beside Torch-Pruning's own."""
-    rows = []
-    for case in results.of("torch_pruning"):
+def figures_block(door: Door) -> str:
+    """Time and peak memory of each kind beside the library's own way."""
+    results, rows = door.results, []
+    for kind, case, ratio in door.cases(results):
         ours, theirs = case.ours, case.fastest(role="peer")
-        if ours is None or theirs is None:
-            continue
+        assert ours is not None
+        assert theirs is not None
         share = memory_share(case)
         rows.append(
             [
-                _MEASURED[case.name[1]],
+                kind.long,
                 ms(theirs.median),
                 ms(ours.median),
-                f"{theirs.median / ours.median:.1f}×",
+                f"{ratio:.1f}×",
                 number(theirs.info["peak_mib"], "{:.1f}"),
                 number(ours.info["peak_mib"], "{:.1f}"),
                 "–" if share is None else f"{100 * share:.0f}%",
