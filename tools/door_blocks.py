@@ -87,6 +87,14 @@ DOORS = (
             "obdc": Measured("OBDC", "OBDC of a ConvNet, 32 images, passes included"),
         },
     ),
+    Door(
+        "torch_prune",
+        "torch.nn.utils.prune, Lightning",
+        "",
+        "methods carry Taylor scores, of weights or filters, `ModelPruning`'s too",
+        "torch_prune_methods",
+        {},
+    ),
 )
 
 

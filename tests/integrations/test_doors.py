@@ -7,7 +7,7 @@ import pytest
 
 from taylor_kernels.integrations import absent
 
-LIBRARIES = ["torch_pruning", "avalanche"]
+LIBRARIES = ["torch_pruning", "avalanche", "lightning", "modelopt"]
 
 
 def test_the_package_imports_no_library():
