@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
-from tools.door_blocks import backpack_block, doors_table, figures_block, laplace_block
+from tools.door_blocks import DOORS, FIGURES, doors_table, figures_block
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
@@ -36,14 +36,9 @@ from tools.zoo_block import ZOO, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
-DOOR_EXAMPLE = Path("examples/torch_pruning_importance.py")
-LAPLACE_EXAMPLE = Path("examples/laplace_diagonal.py")
-BACKPACK_EXAMPLE = Path("examples/backpack_squares.py")
 STUDY = Path("bench/results/study/result.json")
 DEMO = Path("bench/results/demo/result.json")
 CPU = Path("bench/results/cpu/latest.json")
-#: Of each door its own file, since they may be measured on different machines.
-DOORS = Path("bench/results/doors")
 #: The criteria that the README names.
 FIVE = ("taylor_fo_bn", "taylor_fo_gate", "taylor_so_diag", "obd_fisher", "magnitude_l2")
 MARKED = re.compile(r"<!-- ([a-z0-9-]+):begin -->\n(.*?)<!-- \1:end -->", re.DOTALL)
@@ -100,11 +95,6 @@ def bench_results(path: Path) -> Results:
 
 def cpu() -> Results:
     return bench_results(CPU)
-
-
-def door(name: str) -> Results:
-    """Of a door into another library."""
-    return bench_results(DOORS / f"{name}.json")
 
 
 def study_findings() -> str:
@@ -196,20 +186,14 @@ def _as_pruned(result: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "backpack-example": lambda: example(BACKPACK_EXAMPLE),
-    "backpack-figures": lambda: backpack_block(door("backpack")),
     "bench": lambda: bench_block(cpu()),
     "bench-targets": bench_targets,
     "criteria": criteria_table,
     "demo": lambda: demo_block(demo()),
-    "door-example": lambda: example(DOOR_EXAMPLE),
-    "door-figures": lambda: figures_block(door("latest")),
-    "doors": lambda: doors_table(door("latest"), door("laplace"), door("backpack")),
+    "doors": doors_table,
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
-    "laplace-example": lambda: example(LAPLACE_EXAMPLE),
-    "laplace-figures": lambda: laplace_block(door("laplace")),
     "methods": methods_table,
     "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
@@ -220,6 +204,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
     **method_blocks(),
 }
+for _door in DOORS:
+    _example = Path("examples") / f"{_door.example}.py"
+    BLOCKS[f"door-example-{_door.slug}"] = partial(example, _example)
+    BLOCKS[f"door-figures-{_door.slug}"] = partial(FIGURES.get(_door.name, figures_block), _door)
 
 
 def pages() -> list[Path]:

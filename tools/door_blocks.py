@@ -1,97 +1,153 @@
-"""What the documentation says of doors into other libraries, from kept results of benches."""
+"""What the documentation says of doors into other libraries, from kept results of benches.
+
+A new door is a row of `DOORS`. Its page, its example and its results are found by its name:
+`door-example-<name>` and `door-figures-<name>` are blocks of its page, the cases of its bench are
+called (name, kind), and `bench/results/doors/<name>.json` keeps them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
 from bench.doors_report import beyond_a_step, memory_share
-from bench.figures import Case, Results
+from bench.figures import Case, Results, load
 from bench.markdown import ms, number, table
 from bench.report import machine_line
 
-_MEASURED = {
-    "taylor": "Taylor scores of all groups of ResNet-50",
-    "hessian": "Hessian of ResNet-18, 32 images, passes included",
-    "obdc": "OBDC of a ConvNet, 32 images, passes included",
-}
-
-_NAMES = {
-    "ef-resnet18": "Fisher of ResNet-18",
-    "ggn-resnet18": "GGN of ResNet-18",
-    "ef-vit": "Fisher of a ViT",
-    "ggn-vit": "GGN of a ViT",
-    "sum_grad_squared-convnet": "squares of a ConvNet",
-    "sum_grad_squared-resnet18": "squares of ResNet-18",
-    "batch_l2-convnet": "norms of a ConvNet",
-    "batch_l2-resnet18": "norms of ResNet-18",
-}
-_SHORT = {"taylor": "Taylor", "hessian": "Hessian", "obdc": "OBDC"}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def doors_row(results: Results) -> list[str]:
-    """Torch-Pruning's row of the table: import, what gets faster, by how much, what gets right."""
-    faster = []
-    for case in results.of("torch_pruning"):
-        ours, theirs = case.ours, case.fastest(role="peer")
-        if ours is not None and theirs is not None:
-            faster.append(f"{_SHORT[case.name[1]]} {theirs.median / ours.median:.1f}×")
-    return [
-        "[Torch-Pruning](docs/torch-pruning.md)",
-        "`integrations.torch_pruning`",
+class Measured(NamedTuple):
+    """What one kind of a door's bench is called: in the README's table, and on the door's page."""
+
+    short: str
+    long: str
+
+
+class Door(NamedTuple):
+    """A row of the table of doors.
+
+    Attributes:
+        name: of the module in `integrations`, and of what belongs to it.
+        title: what the library is called.
+        faster, right: what gets faster, and what gets right.
+        example: a file of examples/, without its suffix.
+        measured: the kinds of its bench; how many times as fast is read from the results.
+    """
+
+    name: str
+    title: str
+    faster: str
+    right: str
+    example: str
+    measured: Mapping[str, Measured]
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace("_", "-")
+
+    @property
+    def path(self) -> Path:
+        return Path("bench/results/doors") / f"{self.name}.json"
+
+    @property
+    def results(self) -> Results:
+        results = load(ROOT / self.path)
+        results.path = self.path  # as it is quoted
+        return results
+
+    def cases(self, results: Results) -> Iterator[tuple[Measured, Case, float]]:
+        """What was measured, and the time of the fastest other way over ours."""
+        for case in results.of(self.name):
+            ours, theirs = case.ours, case.fastest(role="peer")
+            if ours is not None and theirs is not None:
+                kind = self.measured[" ".join(case.name[1:])]
+                yield kind, case, theirs.median / ours.median
+
+    def row(self) -> list[str]:
+        found = self.cases(self.results) if (ROOT / self.path).exists() else ()
+        return [
+            f"[{self.title}](docs/{self.slug}.md)",
+            f"`integrations.{self.name}`",
+            self.faster or "–",
+            ", ".join(f"{kind.short} {ratio:.1f}×" for kind, _, ratio in found) or "–",
+            self.right,
+        ]
+
+
+DOORS = (
+    Door(
+        "torch_pruning",
+        "Torch-Pruning",
         "Taylor, Hessian and OBDC importances",
-        ", ".join(faster),
         "BatchNorm, depthwise, grouped and frozen layers; every example counts",
-    ]
-
-
-def laplace_row(results: Results) -> list[str]:
-    return [
-        "[laplace-torch](docs/laplace.md)",
-        "`integrations.laplace`",
+        "torch_pruning_importance",
+        {
+            "taylor": Measured("Taylor", "Taylor scores of all groups of ResNet-50"),
+            "hessian": Measured("Hessian", "Hessian of ResNet-18, 32 images, passes included"),
+            "obdc": Measured("OBDC", "OBDC of a ConvNet, 32 images, passes included"),
+        },
+    ),
+    Door(
+        "torch_prune",
+        "torch.nn.utils.prune, Lightning",
+        "",
+        "methods carry Taylor scores, of weights or filters, `ModelPruning`'s too",
+        "torch_prune_methods",
+        {},
+    ),
+    Door(
+        "laplace",
+        "laplace-torch",
         "diagonal empirical Fisher and Gauss-Newton matrix",
-        _faster(results.of("laplace"), _NAMES),
         "memory of a few copies of the parameters; dict inputs, tokens, last layers",
-    ]
-
-
-def backpack_row(results: Results) -> list[str]:
-    return [
-        "[BackPACK](docs/backpack.md)",
-        "`integrations.backpack`",
+        "laplace_diagonal",
+        {
+            "ef-resnet18": Measured("Fisher", "Fisher of ResNet-18"),
+            "ggn-resnet18": Measured("GGN", "GGN of ResNet-18"),
+            "ef-vit": Measured("of a ViT", "Fisher of a ViT"),
+            "ggn-vit": Measured("GGN of it", "GGN of a ViT"),
+        },
+    ),
+    Door(
+        "backpack",
+        "BackPACK",
         "`sum_grad_squared`, `batch_l2`",
-        _faster(results.of("backpack"), _NAMES),
         "groups, padding modes, norms; no gradients of all examples",
-    ]
+        "backpack_squares",
+        {
+            "sum_grad_squared-convnet": Measured("squares", "squares of a ConvNet"),
+            "sum_grad_squared-resnet18": Measured("of ResNet-18", "squares of ResNet-18"),
+            "batch_l2-convnet": Measured("norms", "norms of a ConvNet"),
+            "batch_l2-resnet18": Measured("of ResNet-18", "norms of ResNet-18"),
+        },
+    ),
+)
 
 
-def _faster(cases: list[Case], names: dict[str, str]) -> str:
-    return ", ".join(
-        f"{names[case.name[1]]} {theirs.median / ours.median:.1f}×"
-        for case in cases
-        if (ours := case.ours) and (theirs := case.fastest(role="peer"))
-    )
-
-
-def doors_table(torch_pruning: Results, laplace: Results, backpack: Results) -> str:
-    """A row for each library, from the results of its door."""
+def doors_table() -> str:
+    """A row for each library."""
     head = ["library", "import", "what gets faster", "by", "what gets right"]
-    rows = [doors_row(torch_pruning), laplace_row(laplace), backpack_row(backpack)]
-    lines = [head, [":--"] * len(head), *rows]
+    lines = [head, [":--"] * len(head), *(door.row() for door in DOORS)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures_block(results: Results) -> str:
-    """Time and peak memory of each importance beside Torch-Pruning's own."""
-    rows = []
-    for case in results.of("torch_pruning"):
+def figures_block(door: Door) -> str:
+    """Time and peak memory of each kind beside the library's own way."""
+    results, rows = door.results, []
+    for kind, case, ratio in door.cases(results):
         ours, theirs = case.ours, case.fastest(role="peer")
-        if ours is None or theirs is None:
-            continue
+        assert ours is not None
+        assert theirs is not None
         share = memory_share(case)
         rows.append(
             [
-                _MEASURED[case.name[1]],
+                kind.long,
                 ms(theirs.median),
                 ms(ours.median),
-                f"{theirs.median / ours.median:.1f}×",
+                f"{ratio:.1f}×",
                 number(theirs.info["peak_mib"], "{:.1f}"),
                 number(ours.info["peak_mib"], "{:.1f}"),
                 "–" if share is None else f"{100 * share:.0f}%",
@@ -101,10 +157,10 @@ def figures_block(results: Results) -> str:
     return f"{table(head, rows)}\n\n{_source(results)}"
 
 
-def laplace_block(results: Results) -> str:
+def laplace_block(door: Door) -> str:
     """Every backend's time over a training step's, and its memory beyond that step."""
-    rows = []
-    for case in results.of("laplace"):
+    results, rows = door.results, []
+    for case in results.of(door.name):
         plain = case.get("plain")
         for entry in case.entries:
             if plain is None or entry is plain:
@@ -112,7 +168,7 @@ def laplace_block(results: Results) -> str:
             beyond = beyond_a_step(case, entry.label)
             rows.append(
                 [
-                    _NAMES[case.name[1]],
+                    door.measured[case.name[1]].long,
                     "here" if entry is case.ours else entry.label,
                     ms(entry.median),
                     f"{entry.median / plain.median:.1f}",
@@ -124,25 +180,8 @@ def laplace_block(results: Results) -> str:
     return f"{table(head, rows)}\n\n{_source(results)}"
 
 
-def backpack_block(results: Results) -> str:
-    """Time and peak memory of a whole step with each field."""
-    rows = []
-    for case in results.of("backpack"):
-        ours, theirs = case.ours, case.fastest(role="peer")
-        if ours is None or theirs is None:
-            continue
-        rows.append(
-            [
-                _NAMES[case.name[1]],
-                ms(theirs.median),
-                ms(ours.median),
-                f"{theirs.median / ours.median:.1f}×",
-                number(theirs.info["peak_mib"], "{:.0f}"),
-                number(ours.info["peak_mib"], "{:.0f}"),
-            ]
-        )
-    head = ["a step with", "BackPACK, ms", "here, ms", "faster", "its peak MiB", "peak MiB here"]
-    return f"{table(head, rows)}\n\n{_source(results)}"
+#: Door -> what its page shows in place of `figures_block`.
+FIGURES: dict[str, Callable[[Door], str]] = {"laplace": laplace_block}
 
 
 def _source(results: Results) -> str:

@@ -8,7 +8,7 @@ import pytest
 from taylor_kernels.integrations import absent
 from tests.helpers.programs import run_program
 
-LIBRARIES = ["torch_pruning", "avalanche", "laplace", "backpack", "opacus"]
+LIBRARIES = ["torch_pruning", "avalanche", "laplace", "backpack", "opacus", "lightning", "modelopt"]
 
 
 def test_the_package_imports_no_library():
