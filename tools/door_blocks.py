@@ -173,7 +173,7 @@ def laplace_block(door: Door) -> str:
                     ms(entry.median),
                     f"{entry.median / plain.median:.1f}",
                     number(entry.info["peak_mib"], "{:.0f}"),
-                    number(beyond, "{:.1f}"),
+                    number(beyond and round(beyond, 1) + 0.0, "{:.1f}"),
                 ]
             )
     head = ["", "backend", "ms", "× a training step", "peak MiB", "beyond a step, × parameters"]

@@ -45,7 +45,14 @@ def test_an_absent_library_is_one_line():
 def test_a_door_says_which_library_it_lacks(door, module, said, monkeypatch):
     for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
+
+    class Without:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == module:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Without, *sys.meta_path])
     name = f"taylor_kernels.integrations.{door}"
     monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(ModuleNotFoundError, match=said):
