@@ -90,7 +90,7 @@ def test_one_output_is_exact(criterion, loss):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).double()
 
     def of(name: str) -> Tensor:
-        return scores(model, name, lambda: loss(model(x), y), layers=["0"])
+        return scores(model, name, lambda: loss(model(x), y), layers=["0"])["0"]
 
     assert of(criterion).any()
     torch.testing.assert_close(of(criterion), of(f"{criterion}_exact"))

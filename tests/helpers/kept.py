@@ -34,9 +34,10 @@ def kept(
     target = KEPT / f"{name}-{key}"
     with FileLock(KEPT / f"{name}.lock", timeout=PATIENCE):
         if not target.exists():
-            for old in KEPT.glob(f"{name}-{'?' * len(key)}"):
+            unfinished = KEPT.glob(f"{name}.part*")  # of a process that was killed
+            for old in (*KEPT.glob(f"{name}-{'?' * len(key)}"), *unfinished):
                 shutil.rmtree(old)
-            with tempfile.TemporaryDirectory(dir=KEPT) as part:
+            with tempfile.TemporaryDirectory(dir=KEPT, prefix=f"{name}.part") as part:
                 whole = Path(part) / "made"
                 whole.mkdir()
                 make(whole)
