@@ -123,7 +123,7 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], *, finite: bool) -> Non
     named = [(name, grad) for name, grad in named if grad.numel()]
     if not finite or not named:
         return
-    # A finite norm says that all is, and takes a twentieth of the time that isfinite() takes on a CPU.
+    # A finite norm says that all is; on a CPU it takes a twentieth of the time of isfinite().
     norms = torch._foreach_norm([grad for _, grad in named], 2)
     good = torch.stack([each.to("cpu", torch.float64) for each in norms]).isfinite().tolist()
     bad = [
