@@ -123,10 +123,15 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], *, finite: bool) -> Non
     named = [(name, grad) for name, grad in named if grad.numel()]
     if not finite or not named:
         return
-    largest = torch._foreach_norm([grad for _, grad in named], float("inf"))
-    good = torch.stack([each.to("cpu", torch.float64) for each in largest]).isfinite()
-    if not good.all():
-        bad = [name for (name, _), ok in zip(named, good.tolist(), strict=True) if not ok]
+    # A finite norm says that all is; on a CPU it takes a twentieth of the time of isfinite().
+    norms = torch._foreach_norm([grad for _, grad in named], 2)
+    good = torch.stack([each.to("cpu", torch.float64) for each in norms]).isfinite().tolist()
+    bad = [
+        name
+        for (name, grad), fine in zip(named, good, strict=True)
+        if not fine and not bool(grad.isfinite().all())  # squares overflow before gradients do
+    ]
+    if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ValueError(
             f"gradients: not finite for {', '.join(bad[:3])}{more}; nothing was changed. Look at "

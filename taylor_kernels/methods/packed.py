@@ -115,13 +115,13 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Example:
         >>> import torch
         >>> import taylor_kernels as tk
-        >>> net = torch.nn.Linear(64, 64)
+        >>> net = torch.nn.Linear(256, 256)
         >>> optimizer = tk.methods.MirrorDescent(net.parameters())
         >>> report = optimizer.quantize()
         >>> size = optimizer.export(net, "net.safetensors")
-        >>> size < 64 * 64 * 4 / 16
+        >>> size < 256 * 256 * 4 / 16
         True
-        >>> plain = tk.methods.load_packed(torch.nn.Linear(64, 64), "net.safetensors")
+        >>> plain = tk.methods.load_packed(torch.nn.Linear(256, 256), "net.safetensors")
         >>> plain.weight.equal(net.weight)
         True
     """

@@ -120,6 +120,16 @@ def test_gradients_that_are_not_finite_are_named(bad):
     assert same(held, everything(model, optimizer))
 
 
+def test_large_gradients_are_finite():
+    """Their squares are not, in float32 and less."""
+    for dtype, large in ((torch.float32, 1e30), (torch.float16, 6e4)):
+        model = network().to(dtype)
+        optimizer = MirrorDescent(model.parameters(), optimizer="sgd", lr=1e-32, momentum=0)
+        for param in model.parameters():
+            param.grad = torch.full_like(param, large)
+        optimizer.step()
+
+
 def test_sparse_gradients_are_named():
     layer = nn.Embedding(4, 3, sparse=True)
     optimizer = MirrorDescent(layer.parameters())

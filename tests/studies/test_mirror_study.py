@@ -13,8 +13,10 @@ pytest.importorskip("mnist1d", reason="the studies need mnist1d")
 pytest.importorskip("safetensors", reason="packed files need safetensors")
 
 from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.data import load_digits
 from taylor_kernels.studies.methods import mirror
 from taylor_kernels.studies.methods.pages import summary_row
+from taylor_kernels.studies.methods.problems import LeNet300, with_norms
 from taylor_kernels.studies.methods.study import run
 from taylor_kernels.studies.plotting import LIGHT
 from tests.helpers.problems import quiet
@@ -58,6 +60,16 @@ def test_table_summary_and_plot(result):
     assert row[3].endswith("×")
     drawing = mirror.plot(result)(LIGHT)
     assert len(drawing.axes) == 3
+
+
+def test_norms_are_measured_anew_before_an_accuracy():
+    data = load_digits(0)
+    model = with_norms(LeNet300, data.train.images.shape[1:])
+    mirror.accuracy(model, data)
+    first = model[1](data.train.images.flatten(1))
+    means = torch.stack([part.mean(0) for part in first.detach().split(256)]).mean(0)
+    torch.testing.assert_close(model[2].running_mean, means)
+    assert model[2].momentum == 0.1
 
 
 def test_what_is_followed_counts_turns_of_weights_at_a_level():
