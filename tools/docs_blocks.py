@@ -28,7 +28,7 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
-from tools.door_blocks import doors_table, figures_block, opacus_block
+from tools.door_blocks import doors_table, figures_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -39,7 +39,6 @@ DOOR_EXAMPLE = Path("examples/torch_pruning_importance.py")
 STUDY = Path("bench/results/study/result.json")
 DEMO = Path("bench/results/demo/result.json")
 CPU = Path("bench/results/cpu/latest.json")
-OPACUS = Path("bench/results/opacus/latest.json")
 DOORS = Path("bench/results/doors/latest.json")
 #: The criteria that the README names.
 FIVE = ("taylor_fo_bn", "taylor_fo_gate", "taylor_so_diag", "obd_fisher", "magnitude_l2")
@@ -199,9 +198,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo": lambda: demo_block(demo()),
     "door-example": lambda: example(DOOR_EXAMPLE),
     "opacus-example": lambda: example(OPACUS_EXAMPLE),
-    "opacus-figures": lambda: opacus_block(bench_results(OPACUS)),
     "door-figures": lambda: figures_block(doors()),
-    "doors": lambda: doors_table(doors(), bench_results(OPACUS)),
+    "doors": lambda: doors_table(doors()),
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,

@@ -32,10 +32,10 @@ def doors_row(results: Results) -> list[str]:
     ]
 
 
-def doors_table(results: Results, of_opacus: Results) -> str:
+def doors_table(results: Results) -> str:
     """A row for each library."""
     head = ["library", "import", "what gets faster", "by", "what gets right"]
-    lines = [head, [":--"] * len(head), doors_row(results), opacus_row(of_opacus)]
+    lines = [head, [":--"] * len(head), doors_row(results)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -61,37 +61,3 @@ def figures_block(results: Results) -> str:
     head = ["", "its own, ms", "here, ms", "faster", "its peak MiB", "peak MiB here", "share"]
     source = f"Source: `{results.path.as_posix()}`, written by the command in `bench/README.md`."
     return f"{table(head, rows)}\n\n{machine_line(results)}. {source}"
-
-
-def opacus_block(results: Results) -> str:
-    """Time and peak memory of norms of layers, and of a step of ghost clipping."""
-    rows = []
-    for case in results.of("opacus"):
-        for entry in case.entries:
-            theirs = case.get("Opacus")
-            faster = None if theirs is None else theirs.median / entry.median
-            cells = [ms(entry.median), number(faster, "{:.1f}×")]
-            what = [" ".join(case.name[1:]), entry.label]
-            rows.append([*what, *cells, number(entry.info["peak_mib"], "{:.1f}")])
-    head = ["", "by", "ms", "faster than Opacus", "peak MiB"]
-    source = f"Source: `{results.path.as_posix()}`, written by the command in `bench/README.md`."
-    return f"{table(head, rows)}\n\n{machine_line(results)}. {source}"
-
-
-def opacus_row(results: Results) -> list[str]:
-    """Opacus's row of the table of libraries."""
-    ratios = []
-    for case in results.of("opacus"):
-        ours, theirs = case.ours, case.get("Opacus")
-        if ours is not None and theirs is not None and theirs.info["peak_mib"]:
-            share = ours.info["peak_mib"] / theirs.info["peak_mib"]
-            if case.name[1] == "step":
-                ratios.append(f"step {theirs.median / ours.median:.1f}×")
-                ratios.append(f"{100 * share:.0f}% of its memory")
-    return [
-        "[Opacus](docs/opacus.md)",
-        "`integrations.opacus`",
-        "fast gradient clipping of convolutions",
-        ", ".join(ratios),
-        "padding modes; linear layers over several dimensions",
-    ]
