@@ -6,13 +6,20 @@ import pytest
 
 
 @pytest.fixture
-def weights_alone(monkeypatch):
-    """No exports and no drawings, which take seconds: where a test is of something else."""
-    from taylor_kernels.studies.own import artifacts, pages
+def undrawn(monkeypatch):
+    """No drawings, which take seconds: where a test is of something else."""
+    from taylor_kernels.studies.own import pages
     from taylor_kernels.studies.report import Text
+
+    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("not in this test"))
+
+
+@pytest.fixture
+def weights_alone(undrawn, monkeypatch):
+    """No exports either."""
+    from taylor_kernels.studies.own import artifacts
 
     def refuse(self):
         raise RuntimeError("not in this test")
 
     monkeypatch.setattr(artifacts._Writer, "_exported", refuse)
-    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("not in this test"))

@@ -103,6 +103,7 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(folder, capsys):
     assert gone == plan["stops"][0]["filters"] - plan["stops"][-1]["filters"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_cannot_be_exported_is_a_line_and_no_error(folder, capsys):
     with open(folder / "mynets.py", "a") as file:
         file.write(

@@ -98,7 +98,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted, capsys):
     command(capsys, "prune", *prune, "--out", "whole")
     last = int((folder / "last_train").read_text().split()[1])
     for number, words in (
-        (5, "while pruning, after minibatch 5"),
+        (2, "while pruning, after minibatch 2"),
         (last - 3, "while fine-tuning, "),
     ):
         (folder / "stop").write_text(f"train {number}")
