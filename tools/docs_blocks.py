@@ -29,7 +29,6 @@ from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.door_blocks import doors_table, figures_block
-from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -202,7 +201,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
-    "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
