@@ -30,7 +30,6 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from tools.door_blocks import DOORS, FIGURES, doors_table, figures_block
 from tools.method_blocks import method_blocks, methods_table
-from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -195,7 +194,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "findings": study_findings,
     "five-criteria": five_criteria,
     "methods": methods_table,
-    "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
