@@ -3,7 +3,8 @@
     python -m bench.methods gsm            # runs it, or goes on; writes bench/results/methods/
     python -m bench.methods gsm --speed    # measures its kernels alone, keeps the rest
 
-A study is a module of taylor_kernels/studies/methods/ with a `STUDY`. Runs are kept in
+A study is a module of taylor_kernels/studies/methods/ with a `STUDY`; its speed is measured by that
+or by bench/speed_<name>.py. Runs are kept in
 runs/methods/cache as they finish. `python -m tools.docs_blocks` puts tables into the documentation.
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -33,6 +35,13 @@ KEPT = Path("bench/results/methods")
 
 def find_study(name: str) -> MethodStudy:
     return import_module(f"taylor_kernels.studies.methods.{name}").STUDY
+
+
+def find_speed(name: str) -> Callable[[], Json] | None:
+    """What bench/speed_<name>.py measures, if there is one."""
+    if find_spec(f"bench.speed_{name}") is None:
+        return None
+    return import_module(f"bench.speed_{name}").measure
 
 
 def keep(study: MethodStudy, found: Json) -> Json:
@@ -59,9 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study, start = find_study(options.method), time.perf_counter()
     command = f"python -m bench.methods {options.method}"
     if options.speed:
-        if study.speed is None:
+        measure = study.speed or find_speed(options.method)
+        if measure is None:
             parser.error(f"{options.method} has no speed to measure")
-        measured = study.speed()
+        measured = measure()
         print(measured["words"])
         seconds, threads = time.perf_counter() - start, torch.get_num_threads()
         told = circumstances(f"{command} --speed", torch.device("cpu"), threads, seconds)

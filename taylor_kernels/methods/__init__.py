@@ -5,5 +5,6 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 """
 
 from taylor_kernels.methods.gsm import GSM
+from taylor_kernels.methods.pruning_at_init import at_init
 
-__all__ = ["GSM"]
+__all__ = ["GSM", "at_init"]
