@@ -49,6 +49,10 @@ def keep(study: MethodStudy, found: Json) -> Json:
     file = ROOT / KEPT / f"{study.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(file.read_text()) if file.exists() else {"schema": 1, "runs": []}
+    if "runs" in found:
+        new = {_problem(run) for run in found["runs"]}
+        others = [run for run in result["runs"] if _problem(run) not in new]
+        found = found | {"runs": others + found["runs"]}
     result |= facts_of(study) | found
     result = rounded(result)
     if result["runs"]:
@@ -58,10 +62,16 @@ def keep(study: MethodStudy, found: Json) -> Json:
     return result
 
 
+def _problem(run: Json) -> tuple[str, str]:
+    return run["network"], run["data"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", help="a module of taylor_kernels/studies/methods")
     parser.add_argument("--speed", action="store_true", help="measure speed alone")
+    parser.add_argument("--network", help="of the study's networks this one; others stay kept")
+    parser.add_argument("--data", help="of its data sets this one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("runs/methods/cache"))
     options = parser.parse_args(arguments)
@@ -77,7 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = circumstances(f"{command} --speed", torch.device("cpu"), threads, seconds)
         keep(study, {"speed": measured | told})
         return 0
-    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds)
+    problems = [
+        problem
+        for problem in study.problems
+        if options.network in (None, problem[0]) and options.data in (None, problem[1])
+    ]
+    if not problems:
+        parser.error(f"{options.method} has no such network and data; it has {study.problems}")
+    for name in ("network", "data"):
+        if value := getattr(options, name):
+            command += f" --{name} {value}"
+    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds, problems=problems)
     seconds = sum(one["seconds"] for one in runs)
     told = circumstances(command, torch.device("cpu"), THREADS, seconds)
     result = keep(study, {"runs": runs} | told)

@@ -4,7 +4,8 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 `taylor_kernels.methods` hands on their names.
 """
 
+from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.methods.pruning_at_init import at_init
 
-__all__ = ["GSM", "at_init"]
+__all__ = ["FRAMES", "GSM", "Frame", "at_init"]
