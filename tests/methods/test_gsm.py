@@ -97,7 +97,7 @@ def test_exactly_q_are_active_whatever_the_ties(data):
 
 
 def test_passive_weights_decay_as_the_trap_says():
-    """By the greater eigenvalue of the step's matrix, near exp(−α·η/(1 − β)), once z has settled."""
+    """By the greater eigenvalue of the step's matrix, near exp(−α·η/(1 − β)), once z settled."""
     alpha, beta, eta, steps = 0.1, 0.9, 0.01, 400
     weight = nn.Parameter(torch.ones(1, 2))
     optimizer = GSM([weight], alpha, beta, eta, compression=2)
