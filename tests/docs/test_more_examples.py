@@ -7,14 +7,19 @@ import runpy
 import pytest
 
 from tests.helpers import ROOT
+from tests.integrations.conftest import library
 
 #: These have tests of their own: the README's example, and one that needs Avalanche.
 ELSEWHERE = ("prune_digits.py", "continual_digits.py")
+#: Libraries that no requirement of the tests names.
+NEEDS = {"modelopt_importance.py": "modelopt"}
 SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
 def test_it_runs_and_is_short(path, tmp_path, monkeypatch):
+    if path.name in NEEDS:
+        library(NEEDS[path.name])
     monkeypatch.chdir(tmp_path)
     code = [line for line in path.read_text().split('"""\n', 1)[1].splitlines() if line.strip()]
     assert len(code) <= 16

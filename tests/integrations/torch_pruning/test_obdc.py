@@ -83,6 +83,25 @@ def test_every_kind_of_layer_is_the_loop_over_examples(steps):
         assert_same(importance(group), want)
 
 
+def test_a_closure_takes_the_place_of_the_passes():
+    """The same matrices without a gradient of a weight; strict_compat has no such thing."""
+    model, x, y = everything()
+    by_loop, by_closure = (OBDCImportance(num_classes=None) for _ in range(2))
+    gather(by_loop, model, x, y, pruner_of(model, x, by_loop), steps=2)
+    model.zero_grad()
+    by_closure._prepare_model(model, pruner_of(model, x, by_closure))
+    for part in torch.arange(len(x)).chunk(2):
+        by_closure.step(lambda part=part: cross_entropy(model(x[part]), y[part]))
+    by_closure._rm_hooks(model)
+    assert by_closure.steps == by_loop.steps == 2
+    assert by_closure.Fisher.keys() == by_loop.Fisher.keys()
+    for layer, fisher in by_loop.Fisher.items():
+        torch.testing.assert_close(by_closure.Fisher[layer], fisher)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="takes no closure"):
+        OBDCImportance(strict_compat=True).step(lambda: model(x).sum())
+
+
 def test_strict_is_torch_pruning():
     model, x, y = plain(), torch.randn(6, 3, 9, 8), torch.randint(0, 4, (6,))
     ours = OBDCImportance(num_classes=4, strict_compat=True)
