@@ -90,6 +90,14 @@ DOORS = (
         },
     ),
     Door(
+        "avalanche",
+        "Avalanche",
+        "",
+        "squares of each example's gradient at any batch size, not of the minibatch's mean",
+        "continual_digits",
+        {},
+    ),
+    Door(
         "torch_prune",
         "torch.nn.utils.prune, Lightning",
         "",
