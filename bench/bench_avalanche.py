@@ -11,6 +11,7 @@ and is shown for its time. Everybody reads the same images at batch size 32 but 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,8 @@ from bench.harness import Provider
 from bench.models import ConvNet, resnet18
 from tests.helpers.stubs import OF_AVALANCHE, stubs_of
 
-pytest.importorskip("avalanche", reason="avalanche-lib is not installed")
+if importlib.util.find_spec("avalanche") is None:
+    pytest.skip("avalanche-lib is not installed", allow_module_level=True)
 with stubs_of(OF_AVALANCHE):
     from avalanche.training.plugins import EWCPlugin as Theirs
 
