@@ -2,7 +2,8 @@
 
     taylor     ResNet-50, gradients in place: the scores of all groups, nothing kept from before
     hessian    ResNet-18, 32 images of 32²: backward passes and scores; its own: the documented loop
-    obdc       a ConvNet, 32 images of 32²: step() and scores; forward and backward in both
+    obdc       a ConvNet, 32 images of 32²: step() and scores; forward and backward in both, and
+               alone beside them, since they are most of it
 
 Every provider has a model of its own, in eval mode. Answers are held against float64, in the
 distance of all scores over their norm; Torch-Pruning's own where its faults do not matter.
@@ -29,6 +30,8 @@ from taylor_kernels.integrations import torch_pruning as door  # noqa: E402
 
 BATCH = 32
 THEIRS, STRICT, OURS = "Torch-Pruning", "ours, strict_compat", "ours"
+#: Of OBDC: the calls that Torch-Pruning has, and what the passes take that all of them need.
+LOOP, PASSES = "ours, after backward()", "forward and backward alone"
 ROUNDS = {"taylor": 11, "hessian": 3, "obdc": 7}
 #: Distance of all scores from float64 over their norm, at most.
 TOLERANCE = 1e-4
@@ -157,9 +160,18 @@ def obdc(device: torch.device) -> list[Provider]:
         if isinstance(module, LAYERS):
             module.bias = None  # its own raises where there is one
     original, x, y = _batch(model, device)
-    every = []
+    alone = copy.deepcopy(original)
+    every = [
+        Provider(
+            PASSES,
+            lambda: cross_entropy(alone(x), y).backward(),
+            role="floor",
+            before=alone.zero_grad,
+        )
+    ]
     for label, importance in (
         (THEIRS, own.OBDCImportance(num_classes=10)),
+        (LOOP, door.OBDCImportance(num_classes=10)),
         (OURS, door.OBDCImportance(num_classes=10)),
     ):
         problem = Problem(copy.deepcopy(original), importance, x[:1])
@@ -175,9 +187,13 @@ def obdc(device: torch.device) -> list[Provider]:
             importance._prepare_model(model, problem.pruner)
         importance.eps = 0
 
-        def run(problem: Problem = problem, model: nn.Module = model) -> list[Tensor]:
+        def loop(problem: Problem = problem, model: nn.Module = model) -> list[Tensor]:
             cross_entropy(model(x), y).backward()
             problem.importance.step()
+            return problem.scores()
+
+        def one_pass(problem: Problem = problem, model: nn.Module = model) -> list[Tensor]:
+            problem.importance.step(lambda: cross_entropy(model(x), y))
             return problem.scores()
 
         def before(problem: Problem = problem, model: nn.Module = model) -> None:
@@ -186,7 +202,7 @@ def obdc(device: torch.device) -> list[Provider]:
             if isinstance(problem.importance, door.OBDCImportance):
                 problem.importance._meter.reset()
 
-        every.append(_provider(label, run, want, before))
+        every.append(_provider(label, one_pass if label == OURS else loop, want, before))
     return every
 
 
@@ -219,7 +235,7 @@ def _provider(
     before: Callable[[], object],
     rounds: int | None = None,
 ) -> Provider:
-    role = {THEIRS: "peer", STRICT: "extra", OURS: "ours"}[label]
+    role = {THEIRS: "peer", STRICT: "extra", LOOP: "extra", OURS: "ours"}[label]
     return Provider(
         label, run, _check_against(want), role, "torch-pruning", before=before, rounds=rounds
     )
@@ -228,7 +244,7 @@ def _provider(
 CASES = {"taylor": taylor, "hessian": hessian, "obdc": obdc}
 
 
-@pytest.mark.parametrize("provider", [THEIRS, STRICT, OURS])
+@pytest.mark.parametrize("provider", [THEIRS, STRICT, LOOP, PASSES, OURS])
 @pytest.mark.parametrize("kind", list(CASES))
 def bench_torch_pruning(kind, provider, device, measured, record, rounds) -> None:
     case = ("torch_pruning", kind)

@@ -28,7 +28,14 @@ from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
-from tools.door_blocks import DOORS, FIGURES, doors_table, figures_block
+from tools.door_blocks import (
+    DOORS,
+    FIGURES,
+    continual_block,
+    doors_table,
+    figures_block,
+    overhead_block,
+)
 from tools.method_blocks import method_blocks, methods_table
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
@@ -187,6 +194,7 @@ def _as_pruned(result: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench": lambda: bench_block(cpu()),
     "bench-targets": bench_targets,
+    "continual": continual_block,
     "criteria": criteria_table,
     "demo": lambda: demo_block(demo()),
     "doors": doors_table,
@@ -206,6 +214,7 @@ for _door in DOORS:
     _example = Path("examples") / f"{_door.example}.py"
     BLOCKS[f"door-example-{_door.slug}"] = partial(example, _example)
     BLOCKS[f"door-figures-{_door.slug}"] = partial(FIGURES.get(_door.name, figures_block), _door)
+    BLOCKS[f"{_door.slug}-overhead"] = partial(overhead_block, _door)
 
 
 def pages() -> list[Path]:

@@ -7,6 +7,7 @@ called (name, kind), and `bench/results/doors/<name>.json` keeps them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from bench.markdown import ms, number, table
 from bench.report import machine_line
 
 ROOT = Path(__file__).resolve().parent.parent
+CONTINUAL = Path("bench/results/continual/digits.json")
 
 
 class Measured(NamedTuple):
@@ -91,11 +93,27 @@ DOORS = (
         },
     ),
     Door(
+        "avalanche",
+        "Avalanche",
+        "",
+        "squares of each example's gradient at any batch size, not of the minibatch's mean",
+        "continual_digits",
+        {},
+    ),
+    Door(
         "torch_prune",
         "torch.nn.utils.prune, Lightning",
         "",
         "methods carry Taylor scores, of weights or filters, `ModelPruning`'s too",
         "torch_prune_methods",
+        {},
+    ),
+    Door(
+        "modelopt",
+        "NVIDIA Model-Optimizer",
+        "",
+        "scores of gradients rank channels, in place of norms, not added to them",
+        "modelopt_importance",
         {},
     ),
     Door(
@@ -123,6 +141,14 @@ DOORS = (
             "batch_l2-convnet": Measured("norms", "norms of a ConvNet"),
             "batch_l2-resnet18": Measured("of ResNet-18", "norms of ResNet-18"),
         },
+    ),
+    Door(
+        "opacus",
+        "Opacus",
+        "norms of convolutions in ghost clipping",
+        "no gradients of all examples; linear layers with several positions",
+        "opacus_ghost_clipping",
+        {},
     ),
 )
 
@@ -187,3 +213,26 @@ FIGURES: dict[str, Callable[[Door], str]] = {"laplace": laplace_block}
 def _source(results: Results) -> str:
     source = f"Source: `{results.path.as_posix()}`, written by the command in `bench/README.md`."
     return f"{machine_line(results)}. {source}"
+
+
+def overhead_block(door: Door) -> str:
+    """Time of ours over that of the library's call as it is, which has another answer."""
+    rows = []
+    for kind, case, _ in door.cases(door.results):
+        ours, wrong = case.ours, case.fastest(role="extra")
+        if ours is not None and wrong is not None:
+            ratio = ours.median / wrong.median
+            rows.append([kind.long, ms(wrong.median), ms(ours.median), f"{ratio:.2f}×"])
+    return table(["", "its call as it is, ms", "here, ms", "over it"], rows)
+
+
+def continual_block() -> str:
+    """What is kept of earlier pairs of digits, by the way in which importances are measured."""
+    ways = json.loads((ROOT / CONTINUAL).read_text())["ways"]
+    rows = []
+    for name, way in ways.items():
+        seconds = f"{way['seconds']:.2f}" if way["seconds"] else "–"
+        kept = (f"{100 * way[what]:.1f}%" for what in ("accuracy", "forgetting"))
+        rows.append([name, f"{way['penalty']:g}", *kept, seconds])
+    head = ["importances", "penalty", "accuracy at the end", "forgotten", "measuring, s"]
+    return table(head, rows)

@@ -362,13 +362,18 @@ def _find(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Paramet
     if isinstance(names, str):
         raise ValueError(f"parameters: expected a sequence of names, got the string {names!r}")
     for pattern in names or ():
-        if not any(fnmatchcase(name, pattern) for name in trained):
+        if not any(_matches(name, pattern) for name in trained):
             raise ValueError(
                 f"parameters: {pattern!r} matches no trained parameter; there are "
                 f"{', '.join(trained) or 'none'}"
             )
     if names is not None:
-        trained = {n: p for n, p in trained.items() if any(fnmatchcase(n, x) for x in names)}
+        trained = {n: p for n, p in trained.items() if any(_matches(n, x) for x in names)}
     if not trained:
         raise ValueError("model: has no trained parameter, so that there is nothing to follow")
     return trained
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A name that holds brackets, as a key of a ModuleDict may, stands for itself."""
+    return name == pattern or fnmatchcase(name, pattern)

@@ -11,15 +11,20 @@ from tests.integrations.conftest import library
 
 #: These have tests of their own: the README's example, one that needs Avalanche, one of processes.
 ELSEWHERE = ("prune_digits.py", "continual_digits.py", "prune_ddp.py")
-#: What some of the others need.
-LIBRARIES = {"laplace_diagonal.py": "laplace", "backpack_squares.py": "backpack"}
+#: Libraries that no requirement of the tests names.
+NEEDS = {
+    "backpack_squares.py": "backpack",
+    "laplace_diagonal.py": "laplace",
+    "modelopt_importance.py": "modelopt",
+    "opacus_ghost_clipping.py": "opacus",
+}
 SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name not in ELSEWHERE]
 
 
 @pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
 def test_it_runs_and_is_short(path, tmp_path, monkeypatch):
-    if path.name in LIBRARIES:
-        library(LIBRARIES[path.name])
+    if path.name in NEEDS:
+        library(NEEDS[path.name])
     monkeypatch.chdir(tmp_path)
     code = [line for line in path.read_text().split('"""\n', 1)[1].splitlines() if line.strip()]
     assert len(code) <= 16

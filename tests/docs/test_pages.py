@@ -13,6 +13,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from tests.helpers import ROOT
+from tests.integrations.conftest import library
 from tools import docs_picture
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,14 +36,17 @@ def run(page: Path) -> dict[str, object]:
     return namespace
 
 
-#: The README's example, which the front page shows too, has a test of its own.
-RUN = [
-    page for page in PAGES if snippets(page) and name_of(page) not in ("README.md", "docs/index.md")
-]
+#: The README's example, which the front page shows too, has a test of its own; so has Avalanche's.
+ELSEWHERE = ("README.md", "docs/index.md", "docs/avalanche.md")
+RUN = [page for page in PAGES if snippets(page) and name_of(page) not in ELSEWHERE]
+#: Libraries that no requirement of the tests names.
+NEEDS = {"docs/modelopt.md": "modelopt"}
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_snippets_run_as_they_stand(page, tmp_path, monkeypatch):
+    if name_of(page) in NEEDS:
+        library(NEEDS[name_of(page)])
     monkeypatch.chdir(tmp_path)
     names = run(page)
     models = [value for value in names.values() if isinstance(value, nn.Module)]

@@ -44,11 +44,20 @@ class _Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__getattr__ = _attribute  # type: ignore[method-assign]
 
 
+def _is_there(package: str) -> bool:
+    if package != _TENSORBOARD:
+        return importlib.util.find_spec(package) is not None
+    try:  # it is found without what it needs
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
+
+
 @contextmanager
 def stubs_of(packages: Sequence[str]) -> Iterator[None]:
     """Inside, those of the packages that are not installed can be imported all the same."""
-    found = importlib.util.find_spec
-    packages = [p for p in packages if found("tensorboard" if p == _TENSORBOARD else p) is None]
+    packages = [p for p in packages if not _is_there(p)]
     finder = _Stubs(packages)
     sys.meta_path.insert(0, finder)
     try:

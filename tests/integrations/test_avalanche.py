@@ -83,6 +83,23 @@ def test_its_fault_is_mended_squares_of_the_minibatch_mean():
     assert Ours(1.0).compute_importances(*arguments)["weight"].data.item() == pytest.approx(4)
 
 
+def test_squares_of_a_half_precision_model_do_not_vanish():
+    """In float16 a gradient of 1e-5 squared is 0."""
+    from taylor_kernels.integrations.avalanche import EWCPlugin
+
+    model = nn.Linear(4, 2, bias=False).half()
+    x = torch.randn(6, 4).half()
+    data = TensorDataset(x, torch.zeros(6, 2), torch.zeros(6, dtype=torch.int64))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def small(output, y):
+        return 1e-5 * output.float().sum(1).mean()
+
+    found = EWCPlugin(1.0).compute_importances(model, small, optimizer, data, "cpu", 3)
+    want = (1e-5 * x.double()).square().mean(0).expand(2, 4)
+    torch.testing.assert_close(found["weight"].data.double(), want, rtol=0.02, atol=0)
+
+
 def test_its_constructor_and_its_class_are_those_of_avalanche():
     from avalanche.training.plugins import EWCPlugin as Theirs
 

@@ -48,6 +48,18 @@ def test_batches_are_weighed_by_their_examples_and_the_loss_scale_goes():
     close(meter.compute(), by_loop(model, batches))
 
 
+def test_names_that_hold_brackets_stand_for_themselves():
+    model = nn.Sequential()
+    model.add_module("[a]", nn.Linear(2, 2))
+    model.add_module("a", nn.Linear(2, 2))
+    for name in ("[a].weight", "a.weight"):
+        meter = tk.ParameterFisher(model, parameters=[name])
+        model(torch.randn(3, 2)).square().mean().backward()
+        meter.update()
+        assert name in meter.compute()
+        meter.close()
+
+
 def test_a_loss_that_is_a_sum():
     model, x = network(), images()
     found = metered(model, [x], lambda m, x: len(x) * mean_of_own(m, x), reduction="sum")

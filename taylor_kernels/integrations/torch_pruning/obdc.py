@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ class OBDCImportance(SweptGroups, importance.OBDCImportance):
 
     The calls are Torch-Pruning's: `_prepare_model(model, pruner)`, then for each batch a forward
     and a backward pass of the mean loss and `step()`, then `_rm_hooks(model)`; the pruner calls the
-    rest. Σ_n g_n² comes from the inputs of layers and the gradients of their outputs by
-    `tk.ParameterFisher`; there is no tensor of examples times parameters.
+    rest. `step(closure)` takes the place of the passes too, and does without the gradients of
+    weights, a third of their time. Σ_n g_n² comes from the inputs of layers and the gradients of
+    their outputs by `tk.ParameterFisher`; there is no tensor of examples times parameters.
 
     Beyond Torch-Pruning 1.6.1:
         dilated, grouped, depthwise and transposed convolutions of any dimension, and layers with a
@@ -61,7 +62,7 @@ class OBDCImportance(SweptGroups, importance.OBDCImportance):
         super().__init__(group_reduction, normalizer, counted, list(target_types), num_classes)
         self.strict_compat = strict_compat
         self._of_bias: dict[nn.Module, Tensor] = {}
-        self._parameters: dict[str, tuple[nn.Module, str]] = {}
+        self._parameters: dict[str, list[tuple[nn.Module, str]]] = {}
         self._meter: ParameterFisher | None = None
 
     def _prepare_model(self, model: nn.Module, pruner: Any) -> None:
@@ -82,32 +83,45 @@ class OBDCImportance(SweptGroups, importance.OBDCImportance):
                 layer.register_forward_pre_hook(self._save_input)
                 layer.register_backward_hook(self._save_grad_output)
             return
-        names = {module: name for name, module in model.named_modules()}
-        self._parameters = {
-            f"{names[layer]}.{own}".lstrip("."): (layer, own)
-            for layer in layers
-            for own in ("weight", *(["bias"] if self.bias else []))
-            if isinstance(p := getattr(layer, own), nn.Parameter) and p.requires_grad
-        }
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._parameters = {}
+        for layer in layers:
+            for own in ("weight", *(["bias"] if self.bias else [])):
+                held = getattr(layer, own)
+                if isinstance(held, nn.Parameter) and held.requires_grad:
+                    # Layers that share a weight have one matrix between them.
+                    self._parameters.setdefault(names[held], []).append((layer, own))
         self._rm_hooks(model)
         self._meter = ParameterFisher(model, parameters=list(self._parameters))
 
-    def step(self) -> None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """Count the batch whose backward pass has just been.
 
+        Args:
+            closure: runs the model on a batch and returns its mean loss, in place of a backward
+                pass before; computes no weight gradients, and leaves `.grad` alone.
+
         Raises:
-            RuntimeError: there was none, or `_prepare_model` was not called.
+            RuntimeError: there was no pass, or `_prepare_model` was not called; strict_compat with
+                a closure, which Torch-Pruning does not know.
+            ValueError: the closure returned no scalar that depends on the model.
         """
         if self.strict_compat:
+            if closure is not None:
+                raise RuntimeError(
+                    "step: Torch-Pruning's takes no closure; with strict_compat call it after "
+                    "backward()"
+                )
             self._strict_step()
             return
         if self._meter is None:
             raise RuntimeError("step: call _prepare_model(model, pruner) first")
-        self._meter.update()
+        self._meter.update(closure=closure)
         mean = self._meter.compute()
-        for name, (layer, own) in self._parameters.items():
+        for name, users in self._parameters.items():
             total = mean[name] * self._meter.examples
-            (self.Fisher if own == "weight" else self._of_bias)[layer] = total
+            for layer, own in users:
+                (self.Fisher if own == "weight" else self._of_bias)[layer] = total
         self.steps += 1
 
     @torch.no_grad()

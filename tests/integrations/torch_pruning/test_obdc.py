@@ -83,6 +83,43 @@ def test_every_kind_of_layer_is_the_loop_over_examples(steps):
         assert_same(importance(group), want)
 
 
+def test_a_closure_takes_the_place_of_the_passes():
+    """The same matrices without a gradient of a weight; strict_compat has no such thing."""
+    model, x, y = everything()
+    by_loop, by_closure = (OBDCImportance(num_classes=None) for _ in range(2))
+    gather(by_loop, model, x, y, pruner_of(model, x, by_loop), steps=2)
+    model.zero_grad()
+    by_closure._prepare_model(model, pruner_of(model, x, by_closure))
+    for part in torch.arange(len(x)).chunk(2):
+        by_closure.step(lambda part=part: cross_entropy(model(x[part]), y[part]))
+    by_closure._rm_hooks(model)
+    assert by_closure.steps == by_loop.steps == 2
+    assert by_closure.Fisher.keys() == by_loop.Fisher.keys()
+    for layer, fisher in by_loop.Fisher.items():
+        torch.testing.assert_close(by_closure.Fisher[layer], fisher)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="takes no closure"):
+        OBDCImportance(strict_compat=True).step(lambda: model(x).sum())
+
+
+def test_layers_that_share_a_weight():
+    """Its gradients add up over both uses before they are squared, and both layers have the sum."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 4, 1), nn.Flatten(),
+        nn.Linear(36, 3),
+    ).double()  # fmt: skip
+    model[3].weight = model[1].weight
+    x, y = torch.randn(5, 2, 3, 3, dtype=torch.float64), torch.randint(0, 3, (5,))
+    importance = OBDCImportance(num_classes=None)
+    gather(importance, model, x, y, pruner_of(model, x, importance))
+    want = torch.zeros_like(model[1].weight)
+    for n in range(5):
+        loss = cross_entropy(model(x[n : n + 1]), y[n : n + 1])
+        want += torch.autograd.grad(loss, model[1].weight)[0].square()
+    for layer in (model[1], model[3]):
+        torch.testing.assert_close(importance.Fisher[layer], want)
+
+
 def test_strict_is_torch_pruning():
     model, x, y = plain(), torch.randn(6, 3, 9, 8), torch.randint(0, 4, (6,))
     ours = OBDCImportance(num_classes=4, strict_compat=True)
