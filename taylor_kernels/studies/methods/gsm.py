@@ -4,7 +4,8 @@ The paper's phases: a network is trained, GSM goes on from it, and what is left 
 without fine-tuning. These replicas take minutes. What differs from the paper: other data; 4,200 or
 8,400 minibatches of 64 rather than 65,600 of 256, a cosine in place of a constant rate, no warm-up,
 and a decay of 2e-3 rather than 5e-4, for MNIST-1D with twice the rate, so that passive weights
-decay by an exponent of about 8.4. The momentum is the paper's. Rate and decay were chosen on one seed.
+decay by an exponent of about 8.4. The momentum is the paper's. Rate and decay were chosen on one
+seed.
 """
 
 from __future__ import annotations
