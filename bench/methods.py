@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--speed", action="store_true", help="measure speed alone")
     parser.add_argument("--network", help="of the study's networks this one; others stay kept")
     parser.add_argument("--data", help="of its data sets this one")
+    parser.add_argument("--way", action="append", default=[], help="of its ways this one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("runs/methods/cache"))
     options = parser.parse_args(arguments)
@@ -97,7 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("network", "data"):
         if value := getattr(options, name):
             command += f" --{name} {value}"
-    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds, problems=problems)
+    if unknown := set(options.way) - set(study.ways):
+        parser.error(f"--way: {sorted(unknown)} are not ways of {options.method}")
+    command += "".join(f" --way '{way}'" for way in options.way)
+    runs = run(
+        study,
+        Cache(options.cache),
+        ProgressLog(),
+        seeds=options.seeds,
+        ways=options.way,
+        problems=problems,
+    )
     seconds = sum(one["seconds"] for one in runs)
     told = circumstances(command, torch.device("cpu"), THREADS, seconds)
     result = keep(study, {"runs": runs} | told)

@@ -120,21 +120,19 @@ def test_mirror_steps(at: int) -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
-@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["float32", "mixed"])
-def test_ranking_and_a_step(dtypes: tuple[torch.dtype, ...], ties: bool) -> None:
+def test_ranking_and_a_step(ties: bool) -> None:
     """The reference's bits; but the interpreter cuts a bfloat16 off where a GPU rounds it."""
 
     def run(op: str, call: object) -> None:
         getattr(kernels, op)(call)
 
-    weights, grads, momenta = list_steps.lists(dtypes, ties)
-    for factors, signed in ((grads, False), (None, ties)):
-        for count in list_steps.COUNTS:
-            tables = [
-                list_steps.threshold(one, weights, factors, count, signed)
-                for one in (list_steps.by_reference, run)
-            ]
-            assert tables[0].equal(tables[1]), (count, signed)
+    weights, grads, momenta = list_steps.lists(DTYPES, ties)
+    for factors, signed, count in ((grads, False, 900), (None, True, list_steps.COUNTS[-1])):
+        tables = [
+            list_steps.threshold(one, weights, factors, count, signed)
+            for one in (list_steps.by_reference, run)
+        ]
+        assert tables[0].equal(tables[1]), (count, signed)
     for rows in (False, True):
         factors = None if rows else grads
         table = list_steps.threshold(list_steps.by_reference, weights, factors, 900, False)

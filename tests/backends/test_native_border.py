@@ -118,7 +118,7 @@ def test_a_member_that_is_missing_is_named(op: str) -> None:
         ("rademacher", {"stream": 2**32}, ValueError, "32 bits"),
         ("rademacher", {"stream": -1}, ValueError, "32 bits"),
         ("rademacher", {"elements": 2**63}, OverflowError, "too big"),
-        ("sparse_momentum", {"items": 3}, RuntimeError, "cast"),
+        ("sparse_momentum", {"items": 3}, TypeError, "sequence"),
         ("sparse_momentum", {"items": [3]}, AttributeError, "weight"),
     ],
 )
