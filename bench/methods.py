@@ -3,7 +3,8 @@
     python -m bench.methods gsm            # runs it, or goes on; writes bench/results/methods/
     python -m bench.methods gsm --speed    # measures its kernels alone, keeps the rest
 
-A study is a module of taylor_kernels/studies/methods/ with a `STUDY`. Runs are kept in
+A study is a module of taylor_kernels/studies/methods/ with a `STUDY`; its speed is measured by that
+or by bench/speed_<name>.py. Runs are kept in
 runs/methods/cache as they finish. `python -m tools.docs_blocks` puts tables into the documentation.
 """
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,11 +37,22 @@ def find_study(name: str) -> MethodStudy:
     return import_module(f"taylor_kernels.studies.methods.{name}").STUDY
 
 
+def find_speed(name: str) -> Callable[[], Json] | None:
+    """What bench/speed_<name>.py measures, if there is one."""
+    if find_spec(f"bench.speed_{name}") is None:
+        return None
+    return import_module(f"bench.speed_{name}").measure
+
+
 def keep(study: MethodStudy, found: Json) -> Json:
     """Add to what is kept of a study, and draw its plot anew."""
     file = ROOT / KEPT / f"{study.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(file.read_text()) if file.exists() else {"schema": 1, "runs": []}
+    if "runs" in found:
+        new = {_problem(run) for run in found["runs"]}
+        others = [run for run in result["runs"] if _problem(run) not in new]
+        found = found | {"runs": others + found["runs"]}
     result |= facts_of(study) | found
     result = rounded(result)
     if result["runs"]:
@@ -49,25 +62,42 @@ def keep(study: MethodStudy, found: Json) -> Json:
     return result
 
 
+def _problem(run: Json) -> tuple[str, str]:
+    return run["network"], run["data"]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", help="a module of taylor_kernels/studies/methods")
     parser.add_argument("--speed", action="store_true", help="measure speed alone")
+    parser.add_argument("--network", help="of the study's networks this one; others stay kept")
+    parser.add_argument("--data", help="of its data sets this one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path("runs/methods/cache"))
     options = parser.parse_args(arguments)
     study, start = find_study(options.method), time.perf_counter()
     command = f"python -m bench.methods {options.method}"
     if options.speed:
-        if study.speed is None:
+        measure = study.speed or find_speed(options.method)
+        if measure is None:
             parser.error(f"{options.method} has no speed to measure")
-        measured = study.speed()
+        measured = measure()
         print(measured["words"])
         seconds, threads = time.perf_counter() - start, torch.get_num_threads()
         told = circumstances(f"{command} --speed", torch.device("cpu"), threads, seconds)
         keep(study, {"speed": measured | told})
         return 0
-    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds)
+    problems = [
+        problem
+        for problem in study.problems
+        if options.network in (None, problem[0]) and options.data in (None, problem[1])
+    ]
+    if not problems:
+        parser.error(f"{options.method} has no such network and data; it has {study.problems}")
+    for name in ("network", "data"):
+        if value := getattr(options, name):
+            command += f" --{name} {value}"
+    runs = run(study, Cache(options.cache), ProgressLog(), seeds=options.seeds, problems=problems)
     seconds = sum(one["seconds"] for one in runs)
     told = circumstances(command, torch.device("cpu"), THREADS, seconds)
     result = keep(study, {"runs": runs} | told)

@@ -8,6 +8,8 @@ from functools import partial
 
 from bench.markdown import table
 from bench.methods import KEPT, ROOT, find_study
+from taylor_kernels.methods.frame import FRAMES, Frame
+from taylor_kernels.methods.pruning_at_init import CRITERIA
 from taylor_kernels.studies.methods.pages import SUMMARY_HEAD, summary_row
 from taylor_kernels.studies.results import Json
 
@@ -32,6 +34,40 @@ def study_block(name: str) -> str:
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}".strip()))
 
 
+def criteria_at_init() -> str:
+    """A row for each criterion of new networks."""
+    rows = [
+        [f"`{one.name}`", one.formula.replace("|", "\\|"), one.source, str(one.rounds)]
+        for one in CRITERIA.values()
+    ]
+    return table(["criterion", "score of a weight", "from", "rounds"], rows)
+
+
+def frames_table() -> str:
+    """A row for each named setting of the frame."""
+    rows = [
+        [
+            f"{frame.name} ({frame.source})",
+            {"start": "0", "end": "K"}[frame.mask_from],
+            {"start": "0", "early": "early", "end": "K"}[frame.weights_from],
+            f"`{frame.criterion}`",
+            frame.granularity,
+            frame.scope,
+            _schedule(frame),
+        ]
+        for frame in FRAMES.values()
+    ]
+    head = ["method", "kM", "kW", "criterion", "granularity", "scope", "schedule"]
+    return table(head, rows)
+
+
+def _schedule(frame: Frame) -> str:
+    if frame.times > 1:
+        return f"trained and cut {frame.times} times"
+    return f"{frame.rounds} rounds" if frame.rounds > 1 else "one shot"
+
+
 def method_blocks() -> dict[str, Callable[[], str]]:
-    """`method-<study>` for each study that has runs."""
-    return {f"method-{name}": partial(study_block, name) for name in kept_results()}
+    """`method-<study>` for each study that has runs, and the tables of settings."""
+    found: dict[str, Callable[[], str]] = {"at-init": criteria_at_init, "frames": frames_table}
+    return found | {f"method-{name}": partial(study_block, name) for name in kept_results()}

@@ -4,10 +4,21 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 `taylor_kernels.methods` hands on their names.
 """
 
+from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.methods.mirror_descent import MirrorDescent
 from taylor_kernels.methods.mirror_settings import parameter_groups
 from taylor_kernels.methods.mirror_values import Quantized
 from taylor_kernels.methods.packed import load_packed
+from taylor_kernels.methods.pruning_at_init import at_init
 
-__all__ = ["GSM", "MirrorDescent", "Quantized", "load_packed", "parameter_groups"]
+__all__ = [
+    "FRAMES",
+    "GSM",
+    "Frame",
+    "MirrorDescent",
+    "Quantized",
+    "at_init",
+    "load_packed",
+    "parameter_groups",
+]

@@ -131,13 +131,13 @@ class GSM(Optimizer):
                 loss = closure()
         self._say_if_broken(wait=False)
         taken = [(p, group) for group in self.param_groups for p in group["params"] if _moves(p)]
+        available = sum(p.numel() for p, _ in taken if _is_ranked(p))
+        if not available:
+            return loss
         self._check(taken)
         weights = [p for p, _ in taken]
         grads = [p.grad for p in weights]
         ranked = [_is_ranked(p) for p in weights]
-        available = sum(p.numel() for p in weights if _is_ranked(p))
-        if not available:
-            return loss
         table = global_threshold(
             weights,
             min(self.active, available),

@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from taylor_kernels.backends import triton as kernels
 from taylor_kernels.backends.triton import conv2d_fisher_plan
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.ops.rademacher import rademacher_like
-from tests.helpers import mirror, probes
+from tests.helpers import list_steps, mirror, probes
 from tests.helpers.cases import (
     DTYPES,
     FisherCase,
@@ -114,6 +115,34 @@ def test_mirror_steps(at: int) -> None:
         mirror.check(rule, old, new)
     if rule.planes:
         mirror.check_projections(rule, each, "triton")
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["", "ties"])
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES], ids=["float32", "mixed"])
+def test_ranking_and_a_step(dtypes: tuple[torch.dtype, ...], ties: bool) -> None:
+    """The reference's bits; but the interpreter cuts a bfloat16 off where a GPU rounds it."""
+
+    def run(op: str, call: object) -> None:
+        getattr(kernels, op)(call)
+
+    weights, grads, momenta = list_steps.lists(dtypes, ties)
+    for factors, signed in ((grads, False), (None, ties)):
+        for count in list_steps.COUNTS:
+            tables = [
+                list_steps.threshold(one, weights, factors, count, signed)
+                for one in (list_steps.by_reference, run)
+            ]
+            assert tables[0].equal(tables[1]), (count, signed)
+    for rows in (False, True):
+        factors = None if rows else grads
+        table = list_steps.threshold(list_steps.by_reference, weights, factors, 900, False)
+        both = [
+            list_steps.stepped(one, weights, grads, momenta, table, rows)
+            for one in (list_steps.by_reference, run)
+        ]
+        for expected, found in zip(*both, strict=True):
+            bits = 1 if found.dtype is torch.bfloat16 else 0
+            torch.testing.assert_close(found, expected, rtol=bits * 2**-7, atol=0)
 
 
 @pytest.mark.parametrize("at", range(len(GATE_CASES)), ids=lambda i: GATE_CASES[i].name)

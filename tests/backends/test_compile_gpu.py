@@ -257,6 +257,30 @@ def test_triton_mirror_step(
 
 
 @not_interpreted
+@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+def test_triton_ranking_and_step(
+    moments: ModuleType, dtype: torch.dtype, arch: int, tmp_path: Path
+) -> None:
+    folder = "taylor_kernels.backends.triton"
+    ranking = importlib.import_module(f"{folder}.global_threshold")
+    step = importlib.import_module(f"{folder}.sparse_momentum")
+    pointers = dict.fromkeys(("table", "bins", "state", "out", "ties", "threshold"), "*i64")
+    arguments = pointers | dict.fromkeys(("count", "chunks", "first", "mine"), "i32")
+    element = {"T": moments.TYPES[dtype], "TILE": ranking.TILE}
+    chunked = {**element, "SIGNED": False, "CHUNK": ranking.CHUNK}
+    digit = {"SHIFT": 10, "MASK": 2047, "ABOVE": 0xFFE00000}
+    for kernel, constants in (
+        (ranking.digit_kernel, {**chunked, **digit}),
+        (ranking.pick_kernel, {"SHIFT": 10}),
+        (ranking.ties_kernel, chunked),
+        (ranking.locate_kernel, {**chunked, "TIES": ranking.TIES}),
+        (step.momentum_kernel, {**element, "TILE": step.TILE}),
+    ):
+        given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        check_triton(kernel, given, constants, tmp_path, vectors=False, architectures=(arch,))
+
+
+@not_interpreted
 def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
     constants = {**dict(zip("PE", moments.FINISH_TILE, strict=True)), "SUMS": 5}
     check_triton(moments.finish_kernel, MOMENTS_ARGUMENTS, constants, tmp_path, vectors=False)

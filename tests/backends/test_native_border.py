@@ -28,6 +28,28 @@ CALLS: dict[str, tuple[Any, bool, tuple[int, ...]]] = {
         (3,),
     ),
     "rademacher": (layout.RademacherItem(torch.empty(1), 1, torch.float32, 0), True, (3,)),
+    "global_threshold": (
+        layout.GlobalThresholdArgs(
+            torch.zeros(3, dtype=torch.int64),
+            [layout.ScoreItem(ONE, None, 1, torch.float32, True)],
+            1,
+            False,
+        ),
+        False,
+        (),
+    ),
+    "sparse_momentum": (
+        layout.SparseMomentumArgs(
+            torch.zeros(3, dtype=torch.int64),
+            [
+                layout.MomentumItem(
+                    ONE.clone(), ONE, ONE.clone(), None, 1, 1, 0, torch.float32, True, 0.1, 0.0, 0.9
+                )
+            ],
+        ),
+        False,
+        (),
+    ),
     "gate_gradients": (
         layout.activation_args(ONE, ONE, None, 1, torch.empty(1, 1)),
         False,
@@ -89,6 +111,8 @@ def test_a_member_that_is_missing_is_named(op: str) -> None:
         ("rademacher", {"stream": 2**32}, ValueError, "32 bits"),
         ("rademacher", {"stream": -1}, ValueError, "32 bits"),
         ("rademacher", {"elements": 2**63}, OverflowError, "too big"),
+        ("sparse_momentum", {"items": 3}, TypeError, "sequence"),
+        ("sparse_momentum", {"items": [3]}, AttributeError, "weight"),
     ],
 )
 def test_what_does_not_fit_a_member_is_an_error(

@@ -10,12 +10,16 @@ from torch import Tensor
 
 from taylor_kernels.ops.global_threshold import global_threshold
 from taylor_kernels.ops.sparse_momentum import sparse_momentum
-from tests.helpers.cases import same_bits
 from tests.ops.test_global_threshold import BACKENDS, FLOATS
 
 SETTINGS = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01}
 SHAPES = [(7, 5), (3,), (2, 4, 3, 3), (33_000,), (1,)]
 RANKED = [True, False, True, True, True]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Of any dtype: -0 and 0 differ."""
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def inputs(dtype: torch.dtype, ties: bool = False) -> tuple[list[Tensor], ...]:

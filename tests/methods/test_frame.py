@@ -1,0 +1,97 @@
+"""The frame: which weights a method keeps, and of which iteration, on a network of numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from taylor_kernels.methods import FRAMES, Frame
+from taylor_kernels.methods.masks import ranked_weights
+
+STEPS, EARLY = 10, 3
+
+
+class Training:
+    """Each iteration moves every kept weight a little, so that a weight tells its iteration."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, model: nn.Module, first: int, last: int) -> None:
+        self.calls.append((first, last))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            sum(p.sum() for p in model.parameters()).backward()
+            optimizer.step()
+
+
+def run(frame: Frame, keep: float = 0.25, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    start = {name: w.detach().clone() for name, w in ranked_weights(model).items()}
+    train = Training()
+    batch = torch.randn(16, 6), torch.randint(0, 4, (16,))
+    held = frame.run(
+        model, keep, train, STEPS, batches=[batch], loss=F.cross_entropy, early=EARLY, **options
+    )
+    return model, start, train.calls, held
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_each_method_keeps_the_weights_of_its_iteration(name):
+    frame = FRAMES[name]
+    model, start, calls, held = run(frame)
+    rewind = {"start": 0, "early": EARLY, "end": STEPS}[frame.weights_from]
+    whole = (rewind if rewind < STEPS else 0, STEPS)
+    expected = [(0, rewind)] * (0 < rewind < STEPS)
+    expected += [whole] * frame.times * (frame.mask_from == "end") + [whole]
+    assert calls == expected
+    if rewind < STEPS:  # what is kept has moved for as many iterations as a whole training has
+        for key, weight in ranked_weights(model).items():
+            mask = held.masks[key]
+            moved = (start[key] - weight.detach())[mask] / 1e-3
+            torch.testing.assert_close(moved, torch.full_like(moved, STEPS), rtol=1e-3, atol=1e-2)
+            assert not weight[~mask].any()
+    counts = [int(mask.sum()) for mask in held.masks.values()]
+    assert sum(counts) == 20
+    if frame.scope == "local":
+        assert counts == [12, 8]
+    if frame.granularity == "filter":
+        assert all(len(row.unique()) == 1 for mask in held.masks.values() for row in mask)
+
+
+def test_times_cut_further_what_is_left():
+    """A weight that one time removes, none brings back: masks of more times are inside others."""
+    once = run(Frame("it", "end", "start", "magnitude", "", times=1), keep=0.5)[3].masks
+    twice = run(Frame("it", "end", "start", "magnitude", "", times=2), keep=0.25)[3].masks
+    assert all((once[name] | ~mask).all() for name, mask in twice.items())
+
+
+def test_controls():
+    frame = FRAMES["SNIP"]
+    plain = run(frame)[3].masks
+    shuffled = run(frame, control="shuffle", generator=torch.Generator().manual_seed(1))[3].masks
+    model, start, _, held = run(frame, control="reinit")
+    for name, mask in plain.items():
+        assert shuffled[name].sum() == mask.sum()
+        assert not shuffled[name].equal(mask)
+        assert held.masks[name].equal(mask)
+        moved = (start[name] - ranked_weights(model)[name].detach())[mask] / 1e-3
+        assert (moved - STEPS).abs().max() > 1
+
+
+def test_mistakes_are_named():
+    for call, message in (
+        (lambda: Frame("it", "early", "start", "snip", ""), "mask_from: 'early'"),
+        (lambda: Frame("it", "end", "late", "snip", ""), "weights_from: 'late'"),
+        (lambda: Frame("it", "end", "end", "snap", ""), "criterion: 'snap'"),
+        (lambda: Frame("it", "start", "start", "snip", "", times=2), "times: a mask of untrained"),
+        (lambda: Frame("it", "end", "end", "snip", "", rounds=0), "rounds, times: 0 and 1"),
+        (lambda: run(FRAMES["SNIP"], control="swap"), "control: 'swap'"),
+        (lambda: run(FRAMES["SNIP"], control="shuffle"), "generator: shuffling"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
