@@ -89,10 +89,10 @@ class MirrorDescent(Optimizer):
         >>> _ = torch.manual_seed(0)
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         >>> optimizer = tk.methods.MirrorDescent(
-        ...     net.parameters(), lr=0.02, beta_scale=1.1, beta_interval=4, scale="layer"
+        ...     net.parameters(), lr=0.02, beta_scale=1.1, beta_interval=1, scale="layer"
         ... )
         >>> x = torch.randn(64, 4)
-        >>> for _ in range(300):
+        >>> for _ in range(80):
         ...     optimizer.zero_grad()
         ...     loss = (net(x)[:, 0] - x[:, 0].abs()).square().mean()
         ...     loss.backward()
