@@ -105,7 +105,7 @@ def register_norm_samplers(*, backend: str | None = None) -> Registration:
     def convolution(layer: Any, activations: list[Tensor], backprops: Tensor) -> Norms:
         return _convolution_norms(layer, activations[0].to(backprops.dtype), backprops, backend)
 
-    def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Norms:
+    def linear(layer: Any, activations: list[Tensor], backprops: Tensor) -> Norms:
         found: Norms = {}
         if layer.weight.requires_grad:
             x = activations[0].to(backprops.dtype)
