@@ -1,0 +1,277 @@
+"""SPP beside pruning by the L1 norm of columns, at once and step by step, at the same ratio.
+
+Every way begins with the same trained network and has the same epochs: what is not spent on pruning
+is spent on retraining. A replica in minutes: docs/spp.md lists what differs from the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taylor_kernels.methods import SPP, lower_columns
+from taylor_kernels.methods.spp_groups import Switched, column_layers
+from taylor_kernels.studies.data import minibatches
+from taylor_kernels.studies.methods.pages import accuracy_table, means, percent
+from taylor_kernels.studies.methods.spp_plot import plot
+from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
+from taylor_kernels.studies.report import Table
+from taylor_kernels.studies.results import Json
+from taylor_kernels.studies.training import Schedule, count_flops, evaluate, latencies, sgd, train
+
+DIGITS, SIGNALS = ("ResNet", "digits"), ("LeNet-5", "MNIST-1D")
+BATCH = 64
+#: Epochs of dense training, of pruning and of retraining.
+EPOCHS = {DIGITS: (15, 20, 10), SIGNALS: (20, 12, 10)}
+#: Columns of which the plot shows the probability.
+SHOWN = 12
+
+
+def dense(trial: Trial, settings: Mapping[str, Any]) -> Json:
+    """The trained network, trained on for as long as the others are pruned and retrained."""
+    model = _trained(trial, settings)
+    _retrain(trial, model, None, settings["pruning"] + settings["retraining"])
+    return {"accuracy": evaluate(model, trial.data.test), "macs": 1.0}
+
+
+def spp(trial: Trial, settings: Mapping[str, Any]) -> Json:
+    """SPP until every layer has reached its ratio, then retraining."""
+    model = _trained(trial, settings)
+    before = _macs(trial, model)
+    optimizer = sgd(model, settings["lr"], 1e-4)
+    per_epoch = len(trial.data.train) // BATCH
+    updates = settings["updates"]
+    pruner = SPP(
+        model,
+        settings["ratio"],
+        every=max(1, settings["pruning"] * per_epoch // updates),
+        step=settings["step"],
+        seed=trial.seed,
+    )
+    generator = trial.generator()
+    shown, recovered, midway = [], [], {}
+    watched = max(pruner.probabilities(), key=lambda name: pruner.probabilities()[name].numel())
+    spent = 0
+    while not pruner.done and spent < settings["pruning"]:
+        model.train()
+        for images, labels in minibatches(trial.data.train, BATCH, generator):
+            optimizer.zero_grad()
+            with pruner.masked():
+                F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            shown.append(pruner.probabilities()[watched][:: max(1, _count(pruner, watched) // 12)])
+            recovered.append(pruner.recoveries)
+        spent += 1
+        if spent == settings["pruning"] // 2:
+            midway = _seen(pruner, model, trial)
+        trial.advance(f"{pruner.recoveries} recoveries")
+    finished = pruner.done
+    shares = {name: gone.float().mean().item() for name, gone in pruner.gone().items()}
+    _retrain(trial, model, optimizer, settings["pruning"] + settings["retraining"] - spent)
+    pruner.close()
+    thin = max(1, len(shown) // 120)
+    return {
+        "accuracy": evaluate(model, trial.data.test),
+        "macs": _macs(trial, model, pruned=True) / before,
+        "finished": finished,
+        "epochs": spent,
+        "recoveries": recovered[-1],
+        "midway": midway,
+        "gone": mean(shares.values()),
+        "watched": watched,
+        "iterations": list(range(0, len(shown), thin)),
+        "shown": [row[:SHOWN].tolist() for row in shown[::thin]],
+        "recovered": recovered[::thin],
+    }
+
+
+def by_norm(trial: Trial, settings: Mapping[str, Any]) -> Json:
+    """Columns of the lowest L1 norm go, in `rounds` equal steps over the pruning epochs."""
+    model = _trained(trial, settings)
+    before = _macs(trial, model)
+    optimizer = sgd(model, settings["lr"], 1e-4)
+    layers = column_layers(model, None)
+    rounds, spent = settings["rounds"], 0
+    for number in range(1, rounds + 1):
+        share = settings["ratio"] * number / rounds
+        held = [_cut(each, share) for each in layers]
+        hook = optimizer.register_step_post_hook(partial(_hold, layers, held))
+        if number < rounds:
+            epochs = settings["pruning"] // rounds
+            _retrain(trial, model, optimizer, epochs, settings["lr"])
+            spent += epochs
+            hook.remove()
+    _retrain(trial, model, optimizer, settings["pruning"] + settings["retraining"] - spent)
+    return {
+        "accuracy": evaluate(model, trial.data.test),
+        "macs": _macs(trial, model, pruned=True) / before,
+    }
+
+
+def _cut(each: Switched, share: float) -> Tensor:
+    """Zero the columns of the lowest norm: [n] of 0 for these, 1 for the others."""
+    kept = torch.ones(each.count)
+    kept[each.scores().argsort(stable=True)[: math.ceil(share * each.count)]] = 0
+    each.scale(kept)
+    return kept
+
+
+def _hold(layers: Sequence[Switched], held: Sequence[Tensor], *_: object) -> None:
+    for each, kept in zip(layers, held, strict=True):
+        each.scale(kept)
+
+
+def _trained(trial: Trial, settings: Mapping[str, Any]) -> nn.Module:
+    return trial.trained(Schedule(settings["training"], BATCH, 0.05, 1e-4))
+
+
+def _retrain(
+    trial: Trial,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    epochs: int,
+    lr: float = 0.02,
+) -> None:
+    train(
+        model, trial.data.train, Schedule(epochs, BATCH, lr, 1e-4), generator=trial.generator(),
+        optimizer=optimizer, on_epoch=trial.advance,
+    )  # fmt: skip
+
+
+def _count(pruner: SPP, name: str) -> int:
+    return pruner.probabilities()[name].numel()
+
+
+def _seen(pruner: SPP, model: nn.Module, trial: Trial) -> dict[str, float]:
+    """Accuracy in mid-run under each kind of mask."""
+    found = {}
+    for mask in ("drawn", "expected", "thresholded"):
+        with pruner.evaluated(mask):
+            found[mask] = evaluate(model, trial.data.test)
+    return found
+
+
+def _macs(trial: Trial, model: nn.Module, *, pruned: bool = False) -> int:
+    """FLOPs of one example; without the columns of zeros if `pruned`."""
+    if pruned:
+        lower_columns(model)
+    return count_flops(model, trial.data.test.images[:1])
+
+
+def speed() -> Json:
+    """3×3 convolutions of ResNets' widths, dense, without columns and without channels."""
+    torch.manual_seed(0)
+    shapes = [(64, 56), (128, 28), (256, 14), (512, 7)]
+    rows, ratios = [], {"columns": [], "channels": []}  # type: ignore[var-annotated]
+    for width, side in shapes:
+        images = torch.randn(4, width, side, side)
+        models: dict[str, nn.Module] = {"dense": nn.Sequential(_conv(width, width))}
+        for part in (2, 4):
+            conv = _conv(width, width)
+            with torch.no_grad():
+                weight = conv.weight
+                gone = torch.randperm(weight[0].numel())[: weight[0].numel() * (part - 1) // part]
+                weight.flatten(1)[:, gone] = 0
+            lowered = nn.Sequential(conv)
+            lower_columns(lowered)
+            models[f"columns {part}×"] = lowered
+            models[f"channels {part}×"] = _Narrow(width // part, width)
+        times = latencies(models, images, repeats=15)
+        milliseconds = {name: quartiles["median"] for name, quartiles in times.items()}
+        rows.append({"width": width, "side": side, "milliseconds": milliseconds})
+        for kind in ratios:
+            ratios[kind].append(milliseconds["dense"] / milliseconds[f"{kind} 4×"])
+    words = "; ".join(
+        f"4× fewer {kind}: {min(each):.1f}–{max(each):.1f}× faster" for kind, each in ratios.items()
+    )
+    return {"words": words, "layers": rows}
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+
+class _Narrow(nn.Module):
+    """What a convolution is whose other input channels were removed where they are made."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.conv = inputs, _conv(inputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, : self.inputs].contiguous())
+
+
+def _way(run: Any, **settings: Any) -> Way:
+    names = ("training", "pruning", "retraining")
+    of_problem = {
+        problem: dict(zip(names, epochs, strict=True)) for problem, epochs in EPOCHS.items()
+    }
+    return Way(run, {"lr": 0.01} | settings, of_problem)
+
+
+WAYS = {
+    "SPP, 2×": _way(spp, ratio=0.5, step=0.1, updates=200),
+    "SPP, 4×": _way(spp, ratio=0.75, step=0.1, updates=200),
+    "L1, iterative, 2×": _way(by_norm, ratio=0.5, rounds=5),
+    "L1, iterative, 4×": _way(by_norm, ratio=0.75, rounds=5),
+    "L1, one shot, 2×": _way(by_norm, ratio=0.5, rounds=1),
+    "L1, one shot, 4×": _way(by_norm, ratio=0.75, rounds=1),
+    "dense": _way(dense),
+}
+
+
+def table(result: Json) -> Table:
+    def midway(runs: Sequence[Json]) -> str:
+        masks = ("drawn", "expected", "thresholded")
+        if not runs[0].get("midway"):
+            return "–"
+        return " / ".join(percent([run["midway"][mask] for run in runs][:1]) for mask in masks)
+
+    return accuracy_table(
+        result,
+        {
+            "FLOPs": lambda runs: f"{100 * mean(run['macs'] for run in runs):.0f}%",
+            "recoveries": lambda runs: (
+                f"{mean(run['recoveries'] for run in runs):.0f}" if "recoveries" in runs[0] else "–"
+            ),
+            "midway: drawn / expected / thresholded": midway,
+        },
+        "Accuracy on the test split, mean and range over three seeds; all ways have the same "
+        "epochs in all. Midway: of seed 0, half way through pruning, under each kind of mask.",
+    )
+
+
+def summary(result: Json) -> dict[str, str]:
+    full = dict(means(result, "dense", "accuracy"))
+    accuracies = [
+        f"{100 * ours:.1f} of {100 * full[problem]:.1f} ({problem[1]})"
+        for problem, ours in means(result, "SPP, 4×", "accuracy")
+    ]
+    kept = [share for _, share in means(result, "SPP, 4×", "macs")]
+    return {
+        "accuracy": ", ".join(accuracies),
+        "compression": f"{1 / max(kept):.1f}–{1 / min(kept):.1f}× fewer FLOPs",
+    }
+
+
+STUDY = MethodStudy(
+    name="spp",
+    method="SPP",
+    removes="columns of lowered weights, or filters",
+    source="Wang et al. 2018",
+    file="taylor_kernels/methods/spp.py",
+    problems=[DIGITS, SIGNALS],
+    ways=WAYS,
+    table=table,
+    plot=plot,
+    summary=summary,
+    speed=speed,
+)
