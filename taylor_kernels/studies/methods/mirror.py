@@ -32,7 +32,7 @@ DIGITS = ("LeNet-300-100 with norms", "digits")
 SIGNALS = ("LeNet-5 with norms", "MNIST-1D")
 BATCH = 64
 #: Problem -> epochs of every way.
-EPOCHS = {DIGITS: {"epochs": 20}, SIGNALS: {"epochs": 15}}
+EPOCHS = {DIGITS: {"epochs": 60}, SIGNALS: {"epochs": 15}}
 #: β grows from 1 to this, in so many steps or as there are iterations: as in the paper on CIFAR-10.
 BETA_END, BETA_STEPS = 2e4, 500
 
