@@ -119,6 +119,7 @@ class Frame:
                 rounds=self.rounds,
                 scope=self.scope,
                 granularity=self.granularity,
+                masks=masks,
             )
             model.load_state_dict(kept_state)
         if control == "shuffle":
@@ -127,7 +128,11 @@ class Frame:
         elif control == "reinit":
             _draw_anew(model)
         held = Held(model, masks)
-        train(model, rewind if rewind < steps else 0, steps)
+        try:
+            train(model, rewind if rewind < steps else 0, steps)
+        except BaseException:
+            held.close()
+            raise
         return held
 
 

@@ -107,16 +107,20 @@ class GSM(Optimizer):
             )
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.check()  # what a GPU still has to tell stays behind
+        return {**super().__getstate__(), "_backend": self._backend, "_told": []}
+
     def ranked_parameters(self) -> Iterator[nn.Parameter]:
-        """Those whose weights are ranked, group by group."""
+        """Those whose weights are ranked, group by group; none that is frozen."""
         for group in self.param_groups:
-            yield from (p for p in group["params"] if _is_ranked(p))
+            yield from (p for p in group["params"] if p.requires_grad and _is_ranked(p))
 
     @property
     def active(self) -> int:
         """Q: how many weights get their gradient in a step, and are left by `finish`."""
         weights = sum(p.numel() for p in self.ranked_parameters())
-        return max(int(weights / self.param_groups[0]["compression"]), 1)
+        return max(math.floor(weights / self.param_groups[0]["compression"] * (1 + 1e-12)), 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -168,9 +172,18 @@ class GSM(Optimizer):
 
         Returns:
             A bool mask of the kept weights for each of `ranked_parameters()`.
+
+        Raises:
+            FloatingPointError: a weight is not finite. Nothing is changed then.
         """
         self.check()
         weights = list(self.ranked_parameters())
+        for weight in weights:
+            if not weight.isfinite().all():
+                raise FloatingPointError(
+                    f"{self._name(weight)}: a weight is not finite, so none is cut; load an "
+                    "earlier state"
+                )
         table = global_threshold(weights, self.active, backend=self._backend)
         masks = greatest_masks(weights, table)
         for weight, mask in zip(weights, masks, strict=True):

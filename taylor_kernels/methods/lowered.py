@@ -6,7 +6,7 @@ are zero need neither be unfolded nor multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +157,7 @@ def lower_columns(model: nn.Module, layers: Sequence[str] | None = None) -> dict
     for name, module in modules.items():
         if layers is not None and name not in layers:
             continue
-        reason = _why_not(module)
+        reason = _why_not(module) or _why_not_here(modules, name)
         if not reason and id(module) not in new:
             kept = (module.weight.detach() != 0).any(0)
             if kept.all() or not kept.any():
@@ -183,6 +183,15 @@ def _why_not(module: nn.Module) -> str:
         return f"it has {module.groups} groups"
     if "weight" not in module._parameters:
         return "its weight is computed from others"
+    return ""
+
+
+def _why_not_here(modules: Mapping[str, nn.Module], name: str) -> str:
+    if not name:
+        return "it is the whole model; put it into an nn.Sequential"
+    parent = modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "its nn.TransformerEncoderLayer reads the weights by itself in eval mode"
     return ""
 
 

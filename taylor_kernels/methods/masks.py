@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -31,7 +32,7 @@ def kept_count(total: int, keep: float) -> int:
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: {keep} is not in (0, 1]; 0.05 keeps a twentieth")
-    return max(int(total * keep), 1)
+    return max(math.floor(total * keep * (1 + 1e-12)), 1)  # 0.29 · 100 is 28.999… in floating point
 
 
 def masks_of(
@@ -40,6 +41,7 @@ def masks_of(
     *,
     scope: str = "global",
     granularity: str = "weight",
+    among: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """bool masks of the greatest scores: exactly ⌊keep · number⌋, equal ones by position.
 
@@ -48,6 +50,7 @@ def masks_of(
         keep: the fraction that is kept, in (0, 1].
         scope: "global" ranks all of them together, "local" those of each tensor.
         granularity: "weight", or "filter", whose score is the sum over its weights.
+        among: earlier masks; all that they have cut ranks below all that they have left.
 
     Raises:
         ValueError: an argument out of its range; scores that are not finite.
@@ -57,9 +60,15 @@ def masks_of(
     if granularity not in ("weight", "filter"):
         raise ValueError(f"granularity: {granularity!r} is not one of 'weight' and 'filter'")
     units = {
-        name: each.flatten(1).sum(1) if granularity == "filter" else each
+        name: each.float().flatten(1).sum(1) if granularity == "filter" else each.float()
         for name, each in scores.items()
     }
+    for name, mask in (among or {}).items():
+        left = mask.flatten(1).any(1) if granularity == "filter" else mask
+        # Whatever the signs are. What is not finite stays so, and is named.
+        units[name] = units[name].masked_fill(
+            ~left & units[name].isfinite(), -torch.finfo(torch.float32).max
+        )
     together = [list(units)] if scope == "global" else [[name] for name in units]
     masks: dict[str, Tensor] = {}
     for names in together:
@@ -110,6 +119,11 @@ class Held:
         for name, mask in masks.items():
             if name not in parameters or parameters[name].shape != mask.shape:
                 raise ValueError(f"masks: {name!r} of shape {tuple(mask.shape)} fits no parameter")
+            if mask.dtype != torch.bool or mask.device != parameters[name].device:
+                raise ValueError(
+                    f"masks: {name!r} is {mask.dtype} on {mask.device}; it must be torch.bool on "
+                    f"{parameters[name].device}"
+                )
         self.masks = dict(masks)
         self._handles: list[RemovableHandle] = []
         for name, mask in self.masks.items():

@@ -6,7 +6,7 @@ SNIP (Lee et al., ICLR 2019), GraSP (Wang et al., ICLR 2020) and SynFlow (Tanaka
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -56,15 +56,22 @@ def grasp(
 ) -> dict[str, Tensor]:
     """w·(Hg), H the Hessian: the greatest are kept, those whose going would lower |g|² most.
 
-    The paper scores −w·(Hg) and removes the greatest, which is the same.
+    The paper scores −w·(Hg) and removes the greatest, which is the same. H and g are sums over all
+    batches, so g is summed in a first pass over them.
     """
-    weights = ranked_weights(model)
+    weights, batches = ranked_weights(model), list(batches)
+    whole = [torch.zeros_like(w) for w in weights.values()]
     totals = [torch.zeros_like(w) for w in weights.values()]
     for inputs, targets in batches:
         assert loss is not None
         value = loss(model(inputs) / temperature, targets)
+        for total, grad in zip(whole, _grads(value, weights), strict=True):
+            total += grad
+    for inputs, targets in batches:
+        assert loss is not None
+        value = loss(model(inputs) / temperature, targets)
         grads = _grads(value, weights, create_graph=True)
-        product = sum((g * g.detach()).sum() for g in grads)
+        product = sum((g * fixed).sum() for g, fixed in zip(grads, whole, strict=True))
         assert isinstance(product, Tensor)
         for total, hg in zip(totals, _grads(product, weights), strict=True):
             total += hg
@@ -123,6 +130,7 @@ def at_init(
     rounds: int | None = None,
     scope: str = "global",
     granularity: str = "weight",
+    masks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Masks of the weights to keep of a new network, which stays as it is.
 
@@ -136,6 +144,7 @@ def at_init(
         loss: loss(model(inputs), targets) -> a scalar.
         rounds: by default those of the paper: 100 for synflow, else 1.
         scope, granularity: as those of `methods.masks.masks_of`.
+        masks: earlier ones to start from, whose cut weights stay out while others are left.
 
     Returns:
         Name of the parameter -> bool mask.
@@ -165,22 +174,24 @@ def at_init(
         raise ValueError(f"batches: {criterion} reads data; pass at least one (inputs, targets)")
     if chosen.needs_data and loss is None and chosen.score is not synflow:
         raise ValueError(f"loss: {criterion} needs one, such as torch.nn.functional.cross_entropy")
-    masks: dict[str, Tensor] = {}
+    found = dict(masks or {})
     with as_it_was(model):
+        for weight in ranked_weights(model).values():
+            weight.requires_grad_()  # frozen ones are ranked as the others are
         for number in range(1, rounds + 1):
-            with Held(model, masks):
+            with Held(model, found):
                 scores = chosen.score(model, batches, loss)
-            for name, mask in masks.items():  # below all that are left, whatever the sign
-                scores[name] = scores[name].masked_fill(~mask, -torch.finfo(torch.float32).max)
             fraction = keep ** (number / rounds)
-            masks = masks_of(scores, fraction, scope=scope, granularity=granularity)
-    return masks
+            found = masks_of(scores, fraction, scope=scope, granularity=granularity, among=found)
+    return found
 
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Parameters, buffers, gradients and modes are put back at the end."""
     tensors = [*model.parameters(), *model.buffers()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    trainable = [(p, p.requires_grad) for p in model.parameters()]
     values = [t.detach().clone() for t in tensors]
     grads = [p.grad for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -190,6 +201,10 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
+        for table, before in buffers:  # a forward pass may put others in their places
+            table.update(before)
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
         for parameter, grad in zip(model.parameters(), grads, strict=True):
             parameter.grad = grad
         for module, training in modes:

@@ -137,7 +137,8 @@ class SPP(OnModel):
         counts = []
         for each, share in zip(self._groups, shares, strict=True):
             _check("ratio", share, lambda r: 0 < r < 1, "a share above 0 and below 1")
-            counts.append(min(math.ceil(share * each.count), each.count - 1))
+            wanted = math.ceil(share * each.count * (1 - 1e-12))  # 0.55 · 100 is above 55
+            counts.append(min(wanted, each.count - 1))
         return counts
 
     @property
@@ -226,13 +227,21 @@ class SPP(OnModel):
             self._p[i] = after
         self._hold()
 
-    def _hold(self, *_: object) -> None:
+    def _hold(self, optimizer: torch.optim.Optimizer | None = None, *_: object) -> None:
         """Zero the weights of groups that are gone."""
-        if not self._inside:
-            for each, p in zip(self._groups, self._p, strict=True):
-                gone = p == 1
-                if gone.any():
-                    each.scale((~gone).float())
+        if self._inside:
+            mine = {id(p) for each in self._groups for p in each.parameters}
+            groups = () if optimizer is None else optimizer.param_groups
+            if any(id(p) in mine for group in groups for p in group["params"]):
+                raise RuntimeError(
+                    "optimizer.step() inside masked(), which undoes its changes; call it "
+                    "behind the with block"
+                )
+            return
+        for each, p in zip(self._groups, self._p, strict=True):
+            gone = p == 1
+            if gone.any():
+                each.scale((~gone).float())
 
     def gone(self) -> dict[str, Tensor]:
         """Layer -> [n] bool, the groups that are gone for good."""
@@ -292,6 +301,8 @@ class SPP(OnModel):
             ValueError: the state of other groups, layers or targets. Nothing is changed then.
         """
         mine = self.state_dict()
+        if missing := sorted(mine.keys() - state.keys()):
+            raise ValueError(f"state: it lacks {missing}; pass what SPP.state_dict() gave")
         for key in ("version", "groups", "targets"):
             if state.get(key) != mine[key]:
                 raise ValueError(
@@ -302,9 +313,15 @@ class SPP(OnModel):
         shapes = {name: p.shape for name, p in mine["probabilities"].items()}
         if {name: p.shape for name, p in theirs.items()} != shapes:
             raise ValueError("state: its probabilities are those of other layers")
-        self._p = [theirs[e.name].to(p) for e, p in zip(self._groups, self._p, strict=True)]
-        self.iteration, self.recoveries = state["iteration"], state["recoveries"]
-        self._seed = state["seed"]
+        for name, p in theirs.items():
+            if not ((p >= 0) & (p <= 1)).all():
+                raise ValueError(f"state: probabilities of {name!r} are not all in [0, 1]")
+        counts = tuple(int(state[key]) for key in ("iteration", "recoveries", "seed"))
+        self._p = [
+            theirs[each.name].detach().to(p, copy=True)
+            for each, p in zip(self._groups, self._p, strict=True)
+        ]
+        self.iteration, self.recoveries, self._seed = counts
 
 
 def _check(name: str, value: Any, fine: Callable[[float], bool], what: str) -> None:

@@ -144,6 +144,9 @@ def column_layers(model: nn.Module, layers: Iterable[str] | None) -> list[Column
                 "model: it has no convolution whose columns could go; name linear layers in layers="
             )
         return found
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers: it names none; leave it out for all convolutions")
     for name in layers:
         if name not in modules:
             raise ValueError(f"layers: the model has no module {name!r}")

@@ -204,3 +204,68 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("criterion", ["snip", "grasp"])
+def test_batches_are_summed(criterion):
+    torch.manual_seed(0)
+    model = network().double().eval()
+    images, labels = batch()
+    images = images.double()
+
+    def total(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction="sum")
+
+    score = module.CRITERIA[criterion].score
+    whole = score(model, [(images, labels)], total)
+    parts = score(model, [(images[:7], labels[:7]), (images[7:], labels[7:])], total)
+    close(parts, whole, 1e-12)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "filter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounds_take_filters_and_half_types(granularity, dtype):
+    model = network().to(dtype)
+    masks = tk.methods.at_init(model, "magnitude", 0.25, rounds=3, granularity=granularity)
+    units = [mask.flatten(1).any(1) if granularity == "filter" else mask for mask in masks.values()]
+    assert sum(int(u.sum()) for u in units) == sum(u.numel() for u in units) // 4
+
+
+def test_frozen_layers_are_ranked_and_stay_frozen_and_buffers_stay():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.body = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = self.calls + 1
+            return self.body(x)
+
+    model = Counting()
+    model.body[0].requires_grad_(False)
+    masks = tk.methods.at_init(model, "snip", 0.3, [batch()], F.cross_entropy, rounds=2)
+    assert masks["body.0.weight"].any()
+    assert not model.body[0].weight.requires_grad
+    assert model.body[4].weight.requires_grad
+    assert model.calls == 0
+
+
+def test_later_masks_lie_inside_of_earlier_ones():
+    model = network()
+    first = tk.methods.at_init(model, "grasp", 0.8, [batch()], F.cross_entropy)
+    second = tk.methods.at_init(model, "grasp", 0.79, [batch()], F.cross_entropy, masks=first)
+    assert all(not (second[name] & ~first[name]).any() for name in first)
+
+
+def test_masks_that_are_refused_change_nothing():
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    masks = {
+        name: torch.zeros_like(w, dtype=torch.bool) for name, w in ranked_weights(model).items()
+    }
+    last = list(masks)[-1]
+    masks[last] = masks[last].float()
+    with pytest.raises(ValueError, match=r"must be torch\.bool"):
+        Held(model, masks)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -95,3 +95,14 @@ def test_mistakes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_training_that_fails_leaves_no_hook():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+    def train(model, first, last):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        FRAMES["random"].run(model, 0.5, train, 10)
+    assert not model[0].weight._backward_hooks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -291,3 +292,37 @@ def test_other_mistakes():
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="its gradient is sparse"):
         optimizer.step()
+
+
+def test_a_copy_and_a_pickled_optimizer_go_on():
+    model = network()
+    optimizer = GSM(model.parameters(), lr=0.1, compression=4)
+    backward(model)
+    optimizer.step()
+    twin, other = copy.deepcopy((model, optimizer))
+    third, another = pickle.loads(pickle.dumps((model, optimizer)))
+    batch = minibatch()
+    for net, its in ((model, optimizer), (twin, other), (third, another)):
+        backward(net, batch)
+        its.step()
+        its.finish()
+    for network_, its in ((twin, other), (third, another)):
+        for one, two in zip(state(model, optimizer), state(network_, its), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_frozen_weights_are_neither_counted_nor_cut():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].requires_grad_(False)
+    optimizer = GSM(model.parameters(), compression=2)
+    assert optimizer.active == 8
+    optimizer.finish()
+    assert int(model[0].weight.count_nonzero()) == 16
+    assert int(model[1].weight.count_nonzero()) == 8
+    with torch.no_grad():
+        model[1].weight[0, 0] = math.nan
+    before = model[1].weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimizer.finish()
+    assert torch.equal(model[1].weight.isnan(), before.isnan())
+    assert torch.equal(model[1].weight.nan_to_num(), before.nan_to_num())

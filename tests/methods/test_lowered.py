@@ -131,3 +131,17 @@ def test_channels_stay_that_something_else_reads():
     assert tk.methods.remove_unread(model, x) == 1
     assert [part.stem.out_channels for part in model] == [8, 7]
     assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_layers_that_others_read_by_themselves_stay():
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with torch.no_grad():
+        encoder.linear1.weight[:, 0] = 0
+    model, x = nn.Sequential(encoder), torch.randn(2, 3, 8)
+    with torch.no_grad():
+        expected = model(x)
+        assert tk.methods.lower_columns(model) == {}
+        assert torch.equal(model(x), expected)
+    alone = nn.Linear(4, 4)
+    nn.init.zeros_(alone.weight[:, 0])
+    assert tk.methods.lower_columns(alone) == {}

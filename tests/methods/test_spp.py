@@ -297,3 +297,37 @@ def test_expected_masks_scale_and_thresholded_ones_cut():
 def test_bad_arguments_are_named(options, said):
     with pytest.raises(ValueError, match=said):
         tk.methods.SPP(small_network(), **options)
+
+
+def test_a_step_inside_is_refused_and_a_broken_state_changes_nothing():
+    model = small_network()
+    spp = in_mid_run(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.SGD([nn.Parameter(torch.ones(2))], 0.1)
+
+    def step_inside() -> None:
+        with spp.masked():
+            other.step()
+            model(torch.randn(2, 4, 6, 6)).sum().backward()
+            optimizer.step()
+
+    with pytest.raises(RuntimeError, match="inside masked"):
+        step_inside()
+    before = spp.state_dict()
+    broken = [
+        {key: value for key, value in before.items() if key != "seed"},
+        {**before, "probabilities": {n: p * math.nan for n, p in before["probabilities"].items()}},
+    ]
+    for state in broken:
+        with pytest.raises(ValueError, match="state: "):
+            spp.load_state_dict(state)
+        for name, p in spp.probabilities().items():
+            assert torch.equal(p, before["probabilities"][name])
+
+
+def test_layers_may_be_any_iterable_but_not_empty():
+    model = small_network()
+    found = tk.methods.SPP(model, layers=(name for name in LAYERS)).probabilities()
+    assert list(found) == LAYERS
+    with pytest.raises(ValueError, match="names none"):
+        tk.methods.SPP(model, layers=[])
