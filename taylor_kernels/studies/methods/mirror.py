@@ -1,8 +1,8 @@
 """Mirror-descent quantization beside its baselines, all of them options of one object.
 
 Every way has the same network, order of minibatches, epochs and optimizer (Adam, whose rate falls
-in steps); they differ in `method`, and in the learning rate that served each best on a seed that is
-not among those of the study. docs/mirror-descent.md lists what differs from the paper.
+in steps); they differ in `method`, and in the learning rate: the best of two or three that were
+tried for each on one seed. docs/mirror-descent.md lists what differs from the paper.
 """
 
 from __future__ import annotations
