@@ -204,4 +204,8 @@ def check_projections(rule: MirrorRule, each: Sequence[Tensors], backend: str) -
             nearest = levels[(x[:, None] - levels).abs().argmin(1)]
             if rule.projection == "softmax":
                 nearest = levels[value.argmax(0)]
-            assert got.equal((nearest * rule.scale).to(dtype).double()), label(rule)
+            expected = (nearest * rule.scale).to(dtype).double()
+            # Triton's interpreter cuts a bfloat16 off where a GPU rounds it.
+            cut = backend == "triton" and dtype is torch.bfloat16 and got.device.type == "cpu"
+            exactly = dict(rtol=torch.finfo(dtype).eps if cut else 0, atol=0)
+            torch.testing.assert_close(got, expected, **exactly, msg=label(rule))
