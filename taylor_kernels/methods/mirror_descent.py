@@ -36,6 +36,7 @@ from taylor_kernels.methods.mirror_settings import (
     check_start,
     is_quantized,
 )
+from taylor_kernels.methods.mirror_state import check_state
 from taylor_kernels.methods.mirror_values import Call, Quantized, first_value, scale_of
 
 if TYPE_CHECKING:
@@ -273,8 +274,10 @@ class MirrorDescent(Optimizer):
         """Take the state over, bit for bit, and write the weights that it projects to.
 
         Raises:
-            ValueError: its groups do not match the optimizer's.
+            TypeError, ValueError: it is not the state of a MirrorDescent of parameters of these
+                shapes, in the same groups, or an option in it is out of range. Nothing is changed.
         """
+        check_state(self.param_groups, self.defaults, state_dict)
         super().load_state_dict(state_dict)
         # PyTorch casts state to the parameter's dtype, and may share memory with what it is given.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
