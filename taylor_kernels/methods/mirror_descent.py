@@ -35,9 +35,10 @@ from taylor_kernels.methods.mirror_settings import (
     check_group,
     check_start,
     is_quantized,
+    scale_of,
 )
 from taylor_kernels.methods.mirror_state import check_state
-from taylor_kernels.methods.mirror_values import Call, Quantized, first_value, scale_of
+from taylor_kernels.methods.mirror_values import Call, Quantized, first_value
 
 if TYPE_CHECKING:
     import os

@@ -99,6 +99,23 @@ def test_weights_that_cannot_start():
     MirrorDescent(model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype", "becomes"),
+    [(1e-9, torch.float16, "0"), (1e6, torch.float16, "inf"), (1e-60, torch.float32, "0")],
+)
+def test_a_scale_that_the_dtype_cannot_hold(scale, dtype, becomes):
+    model = network().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    message = f"scale: {scale!r} is {becomes} in {dtype}, which number 0 of group 0 has"
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        MirrorDescent(model.parameters(), scale=scale)
+    assert same(dict(model.state_dict()), dict(before))
+    with torch.no_grad():
+        model[0].weight.zero_()[0, 0] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match="scale: 'layer' is 0 in"):
+        MirrorDescent(model.parameters(), scale="layer")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite_are_named(bad):
     model = network()
