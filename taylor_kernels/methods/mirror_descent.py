@@ -209,6 +209,8 @@ class MirrorDescent(Optimizer):
     def rounded(self) -> Iterator[None]:
         """Within it the weights are the nearest levels; after it they are what they were.
 
+        That undoes a `quantize` within it, too. Groups that are added within it stay as they are.
+
         Example:
             >>> import torch
             >>> import taylor_kernels as tk
@@ -218,12 +220,14 @@ class MirrorDescent(Optimizer):
             ...     print(layer.weight.abs().unique())
             tensor([1.], grad_fn=<Unique2Backward0>)
         """
-        before = [group["rounded"] for group in self.param_groups]
+        before = [(group, group["rounded"]) for group in self.param_groups]
         self._project([True] * len(before))
         try:
             yield
         finally:
-            self._project(before)
+            for group, was in before:
+                group["rounded"] = was
+            self._project([group["rounded"] for group in self.param_groups])
 
     def quantize(self, evaluate: Callable[[], Any] | None = None) -> Quantized:
         """Round the weights to their levels, and report what that does.
