@@ -43,9 +43,9 @@ class Scaling:
         """Whether a gradient is not finite, so that the scaler skips the step; counted."""
         if not self._scaler.is_enabled():
             return False
-        found = [v for state in self._states() for v in state["found_inf_per_device"].values()]
         # Once they are unscaled the scaler knows; clipping may have changed what there is since.
-        bad = any(bool(v) for v in found) if found else self._any_not_finite()
+        found = [v for state in self._states() for v in state["found_inf_per_device"].values()]
+        bad = any(bool(v) for v in found) or self._any_not_finite()
         self.overflowed += bad
         return bad
 
@@ -62,7 +62,8 @@ class Scaling:
 
         Raises:
             ValueError: a loss_scale was given too.
-            RuntimeError: the optimizers have made their step.
+            RuntimeError: the optimizers have made their step, or the gradients of some of them are
+                unscaled and those of others are not.
         """
         if loss_scale != 1.0:
             raise ValueError("loss_scale: the scaler gives it; leave it out")
@@ -75,6 +76,12 @@ class Scaling:
                 "scaler.step()"
             )
         if statistic.reads == "weight gradients" and OptState.UNSCALED in stages:
+            if any(_gradients([one]) for one in self._unexamined()):
+                raise RuntimeError(
+                    "scaler: it has unscaled the gradients of one optimizer and not of another, so "
+                    "they have no scale in common; call scaler.unscale_() for all optimizers, or "
+                    "for none, before scoring"
+                )
             return 1.0
         return float(self._scaler.get_scale())
 
@@ -84,20 +91,42 @@ class Scaling:
         known = [id(one) for one in self._optimizers] or list(states)
         return [states[key] for key in known if key in states]
 
-    def _gradients(self) -> list[Tensor]:
-        parameters = [
-            p for one in self._optimizers for group in one.param_groups for p in group["params"]
+    def _unexamined(self) -> list[Optimizer]:
+        """Those, of the optimizers that are known, whose gradients the scaler has not unscaled."""
+        states = self._scaler._per_optimizer_states
+        return [
+            one
+            for one in self._optimizers
+            if id(one) not in states or not states[id(one)]["found_inf_per_device"]
         ]
-        parameters = parameters or list(self._model.parameters())
-        return [p.grad for p in parameters if p.grad is not None]
+
+    def _gradients(self) -> list[Tensor]:
+        if _parameters(self._optimizers):
+            return _gradients(self._optimizers)
+        return [p.grad for p in self._model.parameters() if p.grad is not None]
 
     def _any_not_finite(self) -> bool:
-        grads = [g.coalesce().values() if g.is_sparse else g for g in self._gradients()]
+        """Whether a gradient is not, of those that the scaler has not looked at.
+
+        Where the optimizers are not known it may have looked at any, and all are read.
+        """
+        known = bool(_parameters(self._optimizers))
+        gradients = _gradients(self._unexamined()) if known else self._gradients()
+        grads = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+        grads = [g for g in grads if g.numel()]  # what is empty has no greatest
         if not grads:
             return False
         greatest = torch._foreach_norm(grads, float("inf"))
         device = greatest[0].device
         return not bool(torch.stack([g.to(device) for g in greatest]).isfinite().all())
+
+
+def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p for one in optimizers for group in one.param_groups for p in group["params"]]
+
+
+def _gradients(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    return [p.grad for p in _parameters(optimizers) if p.grad is not None]
 
 
 def gradient_underflow(model: nn.Module, layers: Sequence[str] | None = None) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from taylor_kernels.criteria import get_criterion
+from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.studies.data import load_digits
 from taylor_kernels.studies.networks import DigitsResNet
@@ -232,6 +233,33 @@ def test_the_steps_that_the_optimizer_skips_are_skipped(criterion, unscale):
     assert pruner.overflowed == steps - optimizer.steps > 3
     assert pruner.history
     assert all(scores.isfinite().all() for scores in imp.compute().values())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_optimizer_that_is_not_unscaled_is_looked_at_too(known):
+    model = network()
+    model.register_parameter("empty", nn.Parameter(torch.empty(0)))
+    first = torch.optim.SGD([model[0].weight], 0.0)
+    second = torch.optim.SGD([model[7].weight, model.empty], 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaling = Scaling(scaler, model, [first, second] if known else ())
+    weights, gates = (get_statistic(get_criterion(n).statistic) for n in CRITERIA[1:3])
+
+    gradients(model, first, scaler, batches(1)[0])
+    model.empty.grad = torch.empty(0)
+    assert not scaling.skips()  # the empty one has no norm, and nothing that overflows
+    assert scaling.of(weights, 1.0) == 2.0**12
+    scaler.unscale_(first)
+    assert not scaling.skips()
+    assert scaling.of(gates, 1.0) == 2.0**12
+    if known:  # the meter cannot know that there are others
+        with pytest.raises(RuntimeError, match=r"scaler: it has unscaled .* call scaler.unscale_"):
+            scaling.of(weights, 1.0)
+    model[7].weight.grad[0, 0] = math.inf
+    assert scaling.skips()
+    scaler.unscale_(second)
+    assert scaling.skips()
+    assert scaling.of(weights, 1.0) == 1.0
 
 
 def test_a_step_that_one_rank_skips_counts_on_none():

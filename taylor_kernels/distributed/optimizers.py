@@ -47,11 +47,20 @@ def carry_state(old: Optimizer, new: Optimizer) -> None:
             "optimizer's; make both of the same model in the same way"
         )
     for group, target in zip(old.param_groups, new.param_groups, strict=True):
-        target.update({key: value for key, value in group.items() if key != "params"})
+        target.update({key: _copied(value) for key, value in group.items() if key != "params"})
         for parameter, part in zip(group["params"], target["params"], strict=True):
             if parameter in old.state:
                 state = old.state[parameter]
                 new.state[part] = {key: _carried(value, part) for key, value in state.items()}
+
+
+def _copied(option: Any) -> Any:
+    """A rate that is a tensor is changed in place; one memory would make it that of both."""
+    if isinstance(option, Tensor):
+        return option.detach().clone()
+    if type(option) in (list, tuple):
+        return type(option)(map(_copied, option))
+    return option
 
 
 def _carried(value: Any, parameter: Tensor) -> Any:

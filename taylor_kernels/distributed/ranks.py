@@ -50,7 +50,8 @@ class Ranks:
             alone: NCCL ends a collective by the timeout of its group.
 
     Attributes:
-        collectives: how many there were, of this object.
+        collectives: how many there were, of this object. Before each there is one of 8 bytes, which
+            is not counted: how long what a rank sends is.
         bytes_sent: what this rank has given to them, which is what it sends to each of the others.
 
     Raises:
@@ -143,11 +144,27 @@ class Ranks:
         """[size, n] uint8 on the CPU: the [n] bytes of every rank, in order; a collective.
 
         Raises:
-            RuntimeError: it failed, or a rank did not come in time.
+            RuntimeError: it failed, or a rank did not come in time, or the ranks hold payloads of
+                different lengths.
         """
+        self._check_lengths(payload.numel())
         self.collectives += 1
         self.bytes_sent += payload.numel()
         return self._all_gather(payload).view(self.size, -1)
+
+    def _check_lengths(self, own: int) -> None:
+        """All ranks are about to send as much: gloo ends the process where they do not."""
+        everyone = self._all_gather(torch.tensor([own]).view(torch.uint8)).view(torch.int64)
+        others = (everyone != everyone[0]).nonzero().flatten().tolist()
+        if not others:
+            return
+        lengths = ", ".join(f"rank {rank} {int(everyone[rank])}" for rank in others[:3])
+        more = f" and {len(others) - 3} more ranks others" if len(others) > 3 else ""
+        raise RuntimeError(
+            f"the ranks have different things to exchange: rank 0 has {int(everyone[0])} bytes, "
+            f"{lengths}{more}. All make the same meter or pruner, with the same layers, and call "
+            "update() or step() equally often, or absent() where they have no minibatch left"
+        )
 
     def _all_gather(self, payload: Tensor) -> Tensor:
         sent = payload.to(self.device)

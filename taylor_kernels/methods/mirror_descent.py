@@ -35,8 +35,10 @@ from taylor_kernels.methods.mirror_settings import (
     check_group,
     check_start,
     is_quantized,
+    scale_of,
 )
-from taylor_kernels.methods.mirror_values import Call, Quantized, first_value, scale_of
+from taylor_kernels.methods.mirror_state import check_state
+from taylor_kernels.methods.mirror_values import Call, Quantized, first_value
 
 if TYPE_CHECKING:
     import os
@@ -207,6 +209,8 @@ class MirrorDescent(Optimizer):
     def rounded(self) -> Iterator[None]:
         """Within it the weights are the nearest levels; after it they are what they were.
 
+        That undoes a `quantize` within it, too. Groups that are added within it stay as they are.
+
         Example:
             >>> import torch
             >>> import taylor_kernels as tk
@@ -216,12 +220,14 @@ class MirrorDescent(Optimizer):
             ...     print(layer.weight.abs().unique())
             tensor([1.], grad_fn=<Unique2Backward0>)
         """
-        before = [group["rounded"] for group in self.param_groups]
+        before = [(group, group["rounded"]) for group in self.param_groups]
         self._project([True] * len(before))
         try:
             yield
         finally:
-            self._project(before)
+            for group, was in before:
+                group["rounded"] = was
+            self._project([group["rounded"] for group in self.param_groups])
 
     def quantize(self, evaluate: Callable[[], Any] | None = None) -> Quantized:
         """Round the weights to their levels, and report what that does.
@@ -273,8 +279,10 @@ class MirrorDescent(Optimizer):
         """Take the state over, bit for bit, and write the weights that it projects to.
 
         Raises:
-            ValueError: its groups do not match the optimizer's.
+            TypeError, ValueError: it is not the state of a MirrorDescent of parameters of these
+                shapes, in the same groups, or an option in it is out of range. Nothing is changed.
         """
+        check_state(self.param_groups, self.defaults, state_dict)
         super().load_state_dict(state_dict)
         # PyTorch casts state to the parameter's dtype, and may share memory with what it is given.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.layout import FLOATS
+from taylor_kernels.layout import FLOATS, accumulator
 
 #: Method -> its projection and how the stored value moves (ops/mirror_step.py).
 METHODS = {
@@ -82,6 +82,16 @@ def _check_scale(scale: object, where: str) -> None:
         raise ValueError(f"scale: {scale:g} is not a number greater than 0{where}")
 
 
+def scale_of(wanted: str | float | None, param: Tensor) -> float:
+    """α, rounded as the parameter is, so that every weight is a level times it exactly."""
+    if wanted is None:
+        return 1.0
+    if wanted == "layer":
+        mean = param.detach().abs().mean(dtype=accumulator(param.dtype))
+        return float(mean.to(param.dtype))
+    return float(torch.tensor(wanted, dtype=param.dtype))
+
+
 def check_start(group: Mapping[str, Any], number: int) -> None:
     """There is something to quantize, and its values can be the first x̃."""
     params = group["params"]
@@ -99,6 +109,12 @@ def check_start(group: Mapping[str, Any], number: int) -> None:
             raise ValueError(
                 f"scale: {name[8:]} has zeros only, so 'layer' has nothing to measure; initialize "
                 "it, or give a number"
+            )
+        scale = scale_of(group["scale"], param)
+        if not 0 < scale < math.inf:
+            raise ValueError(
+                f"scale: {group['scale']!r} is {scale:g} in {param.dtype}, which {name[8:]} has; "
+                "give a number that this dtype can hold, or keep the parameter in float32"
             )
     if group["quantize"] == "matrices" and not any(is_quantized(group, p) for p in params):
         raise ValueError(

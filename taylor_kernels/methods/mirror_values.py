@@ -117,16 +117,6 @@ def rule_of(
     )
 
 
-def scale_of(wanted: str | float | None, param: Tensor) -> float:
-    """α, rounded as the parameter is, so that every weight is a level times it exactly."""
-    if wanted is None:
-        return 1.0
-    if wanted == "layer":
-        mean = param.detach().abs().mean(dtype=accumulator(param.dtype))
-        return float(mean.to(param.dtype))
-    return float(torch.tensor(wanted, dtype=param.dtype))
-
-
 def first_value(group: Mapping[str, Any], param: Tensor) -> Tensor:
     """What is stored for the weights that a parameter starts with.
 

@@ -189,12 +189,27 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, An
                     f"path: {os.fspath(path)!r} was not written by export: its format is "
                     f"{about.get('format')!r}, not {_FORMAT!r}"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(about["layout"])
+            layout = _layout(path, about.get("layout"))
+            return {name: file.get_tensor(name) for name in file.keys()}, layout  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"path: there is no file {os.fspath(path)!r}") from None
     except _safetensors(torch_part=False).SafetensorError as error:
         raise ValueError(f"path: {os.fspath(path)!r} is no safetensors file: {error}") from None
+
+
+def _layout(path: str | os.PathLike[str], text: str | None) -> dict[str, Any]:
+    """What the metadata says of quantized tensors and of other names, if it says both."""
+    try:
+        layout = json.loads(text or "")
+    except json.JSONDecodeError:
+        layout = None
+    parts = ("quantized", "other_names")
+    if not isinstance(layout, dict) or not all(isinstance(layout.get(p), dict) for p in parts):
+        raise ValueError(
+            f"path: the metadata of {os.fspath(path)!r} has no layout of its tensors that can be "
+            "read; the file is damaged, write it once more with export()"
+        )
+    return layout
 
 
 def _safetensors(torch_part: bool = True) -> Any:

@@ -267,6 +267,33 @@ def test_ranks_that_do_not_fit_together_are_told():
         in_threads(2, run, ["taylor_fo_gate", "taylor_fo"])
 
 
+def counts_differently(rank, size):
+    """Rank 1 sees three minibatches and names two layers, rank 0 one of each."""
+    model = runs.network()
+    ranks = tk.distributed.Ranks(timeout=30.0)
+    imp = tk.Importance(model, "taylor_fo_bn", ranks=ranks)
+    for batch in runs.minibatches(1 + 2 * rank, 4):
+        runs.update(imp, model, batch)
+    names = ["a", "b"][: 1 + rank]
+    errors = []
+    for call in (imp.compute, lambda: ranks.check_alike(dict.fromkeys(names, 1), "the masks")):
+        with pytest.raises(RuntimeError) as caught:
+            call()
+        errors.append(str(caught.value))
+        ranks.check_done(None, "go on")  # the ranks can still meet
+    return errors
+
+
+def test_ranks_that_have_different_lengths_to_send_are_told():
+    first, second = ran(2, counts_differently)
+    assert first == second
+    rounds, hashes = first
+    assert "equally often, or absent()" in rounds
+    lengths = [formula("taylor_fo_bn", minibatches) for minibatches in (1, 3)]
+    assert "rank 0 has {} bytes, rank 1 {}.".format(*lengths) in rounds
+    assert "rank 0 has 16 bytes, rank 1 24." in hashes
+
+
 def stops(rank, size):
     """Rank 1 never comes."""
     model = runs.network()

@@ -122,3 +122,14 @@ def test_states_that_do_not_fit():
     one, other = torch.nn.Linear(3, 2), torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match="new: its groups hold parameters of other shapes"):
         tk.distributed.carry_state(sgd(one), sgd(other))
+
+
+def test_a_rate_that_is_a_tensor_is_of_one_optimizer():
+    layer = torch.nn.Linear(3, 2)
+    old, new = (
+        torch.optim.Adam(layer.parameters(), torch.tensor(rate), foreach=False, capturable=False)
+        for rate in (0.1, 1.0)
+    )
+    tk.distributed.carry_state(old, new)
+    old.param_groups[0]["lr"].fill_(5.0)
+    assert float(new.param_groups[0]["lr"]) == pytest.approx(0.1)

@@ -333,6 +333,21 @@ def test_rounded_is_for_a_while(method, levels):
         assert before.equal(param)
 
 
+def test_what_is_done_while_weights_are_rounded_is_undone_or_kept():
+    model, added = network(), nn.Linear(3, 2)
+    optimizer = MirrorDescent(model.parameters(), **FAST)
+    train(model, optimizer, 2)
+    soft = [param.detach().clone() for param in model.parameters()]
+    with optimizer.rounded():
+        optimizer.quantize()
+        optimizer.add_param_group({"params": list(added.parameters())})
+        of_added = added.weight.detach().clone()
+    assert [group["rounded"] for group in optimizer.param_groups] == [False, False]
+    assert added.weight.equal(of_added)
+    for before, param in zip(soft, model.parameters(), strict=True):
+        assert same_bits(before, param.detach())
+
+
 def quantized_of(optimizer: MirrorDescent) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.dim() > 1]
 

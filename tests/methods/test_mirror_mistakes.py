@@ -99,6 +99,23 @@ def test_weights_that_cannot_start():
     MirrorDescent(model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("scale", "dtype", "becomes"),
+    [(1e-9, torch.float16, "0"), (1e6, torch.float16, "inf"), (1e-60, torch.float32, "0")],
+)
+def test_a_scale_that_the_dtype_cannot_hold(scale, dtype, becomes):
+    model = network().to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    message = f"scale: {scale!r} is {becomes} in {dtype}, which number 0 of group 0 has"
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        MirrorDescent(model.parameters(), scale=scale)
+    assert same(dict(model.state_dict()), dict(before))
+    with torch.no_grad():
+        model[0].weight.zero_()[0, 0] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    with pytest.raises(ValueError, match="scale: 'layer' is 0 in"):
+        MirrorDescent(model.parameters(), scale="layer")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_gradients_that_are_not_finite_are_named(bad):
     model = network()
@@ -146,3 +163,58 @@ def test_a_state_of_other_groups():
     other = MirrorDescent([model[0].weight])
     with pytest.raises(ValueError, match="doesn't match the size"):
         optimizer.load_state_dict(other.state_dict())
+
+
+def of_sgd(model):
+    """The state of SGD of the same parameters."""
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    sgd.step()
+    return sgd.state_dict()
+
+
+def saved(model=None, **changed):
+    """A state of MirrorDescent after a step, without or with another entry for its first weight."""
+    model = model or network()
+    optimizer = MirrorDescent(model.parameters())
+    model(torch.ones(2, model[0].in_features)).sum().backward()
+    optimizer.step()
+    found = copy.deepcopy(optimizer.state_dict())
+    for name, value in changed.items():
+        found["state"][0].pop(name)
+        if value is not None:
+            found["state"][0][name] = value
+    return found
+
+
+def in_group(state, **options):
+    state["param_groups"][0] |= options
+    return state
+
+
+WIDER = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+BAD_STATES = {
+    "sgd": (lambda: of_sgd(network()), "group 0 has no 'beta'.* the state of another optimizer"),
+    "no groups": (lambda: {"state": {}}, "it has no 'param_groups'"),
+    "width": (lambda: saved(WIDER), r"parameter 0 .* shape \(4, 3\), .*'value' .* \(4, 5\)"),
+    "no value": (lambda: saved(value=None), "parameter 0 of group 0.* has no 'value'"),
+    "no step": (lambda: saved(step=None), "parameter 0 of group 0.* has no 'step'"),
+    "scale": (lambda: saved(scale=0.0), "parameter 0 of group 0 has scale 0.0"),
+    "moment": (lambda: saved(exp_avg=torch.ones(3)), r"'exp_avg' .* is \(3,\) of"),
+    "planes": (lambda: in_group(saved(), method="pmf"), r"'value' .* not \(2, 4, 3\)"),
+    "float": (lambda: in_group(saved(), quantize=False), "parameter 0 .* was quantized where"),
+    "option": (lambda: in_group(saved(), levels=3), "levels: 3 is not one of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_a_state_of_something_else_changes_nothing(name):
+    make, message = BAD_STATES[name]
+    state = make()
+    model = network()
+    optimizer = MirrorDescent(model.parameters())
+    held = everything(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert same(held, everything(model, optimizer))
+    optimizer.load_state_dict(saved())

@@ -110,6 +110,11 @@ def test_a_file_that_does_not_fit_leaves_the_model(tmp_path):
     refused("is not complete", change=lambda _, a: a["quantized"]["mix.weight"].update(bits=3))
     refused("is another name of", change=lambda _, a: a["other_names"].update({"out.weight": "x"}))
 
+    for layout in ({}, {"layout": "{"}, {"layout": "[]"}, {"layout": '{"quantized": {}}'}):
+        about = {"format": "taylor_kernels.packed.1", **layout}
+        safetensors_torch.save_file({"weight": torch.ones(2)}, path, about)
+        with pytest.raises(ValueError, match="has no layout of its tensors"):
+            load_packed(Tied(), path)
     safetensors_torch.save_file({"weight": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="was not written by export"):
         load_packed(Tied(), path)
