@@ -9,6 +9,11 @@ output's gradient there, the weight gradient of an example is Σ_t d_t u_tᵀ, a
 Where positions are few against the weight, two Gram matrices take fewer products than a gradient.
 <u_t, u_s> is the sum over the taps of products of two pixels, so one Gram matrix of the image's
 pixels serves all taps; where strides leave out most of them, patches are laid out instead.
+
+The terms are as large as the inputs' mean squared, however small their sum: inputs that lie a
+hundred spreads off 0, and output gradients that add up to 0 over the positions, leave 1e-4 of a
+gradient's terms and 1e-8 of these. So the products are in float64, which keeps more of the sum
+than gradients in float32 do, whatever float32 inputs are.
 """
 
 from __future__ import annotations
@@ -22,13 +27,18 @@ from torch import Tensor
 
 from taylor_kernels.layout import accumulator
 
-#: Elements of workspace: what a chunk of examples may take.
-WORKSPACE = 2**20
+#: Elements of workspace, in float64: what a chunk of examples may take.
+WORKSPACE = 2**19
 #: What an element costs that is copied, or added to another, in products: neither is done in
 #: registers.
 ELEMENT = 8
-#: So many times the products of Gram matrices are as long as those of the kernels.
-SLOWER = 1.0
+#: So many times the products of Gram matrices are as long as those of the kernels: float64 against
+#: the inputs' dtype.
+SLOWER = 3.0
+#: The same on a GPU without float64 units to speak of.
+MUCH_SLOWER = 64.0
+#: Compute capabilities of GPUs that have these units.
+_WITH_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))
 
 Pair = Sequence[int]
 
@@ -40,11 +50,24 @@ def is_shorter(
     stride: Pair,
     padding: Pair,
     groups: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether Gram matrices take less time than the kernels, which compute gradients."""
     positions = math.prod(out_image)
     gradients = positions * math.prod(weight_size)
-    return SLOWER * min(_costs(image, out_image, weight_size, stride, padding, groups)) < gradients
+    costs = _costs(image, out_image, weight_size, stride, padding, groups)
+    if positions == 1 and _is_pointwise(weight_size, padding):
+        return min(costs) < gradients
+    return _slower(device, dtype) * min(costs) < gradients
+
+
+def _slower(device: torch.device, dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        return 1.0
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) not in _WITH_FLOAT64:
+        return MUCH_SLOWER
+    return SLOWER if device.type in ("cpu", "cuda") else math.inf
 
 
 def conv2d_example_norms(
@@ -77,18 +100,16 @@ def conv2d_example_norms(
     for x, dy, norms in zip(
         input.split(share), grad_output.split(share), out.split(share), strict=True
     ):
-        rows = _in_groups(dy, groups)
-        if positions == 1 and pointwise:
-            columns = _in_groups(x, groups)
+        if positions == 1 and pointwise:  # squares, of which none cancels another
+            columns, rows = (_in_groups(t, groups, accumulator(t.dtype)) for t in (x, dy))
             found = columns.square().sum((1, 2)) * rows.square().sum((1, 2))
         else:
             if by_pixels:
                 products = _of_pixels(x, size, stride, padding, dilation, groups, out_image)
             else:
-                wide = x.to(accumulator(x.dtype))
                 geometry = (tuple(each) for each in (size[2:], dilation, padding, stride))
-                products = _gram(_in_groups(F.unfold(wide, *geometry), groups))
-            found = products.mul_(_gram(rows)).sum((1, 2))
+                products = _gram(_in_groups(F.unfold(x.double(), *geometry), groups))
+            found = products.mul_(_gram(_in_groups(dy, groups))).sum((1, 2))
         # What cancels leaves the rounding of its terms, which may be below zero.
         norms.copy_(found.view(-1, groups).sum(1).clamp_(min=0))
 
@@ -133,9 +154,9 @@ def _gram(rows: Tensor) -> Tensor:
     return torch.bmm(rows.mT, rows)
 
 
-def _in_groups(tensor: Tensor, groups: int) -> Tensor:
+def _in_groups(tensor: Tensor, groups: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """[N, C, *] as [N * groups, C / groups, positions], in the dtype of the sums."""
-    wide = tensor.to(accumulator(tensor.dtype)).flatten(2)
+    wide = tensor.to(dtype).flatten(2)
     return wide.reshape(len(wide) * groups, wide.size(1) // groups, -1)
 
 

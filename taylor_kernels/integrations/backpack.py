@@ -30,6 +30,11 @@ except ModuleNotFoundError as error:
 class _OfKinds(extensions.backprop_extension.BackpropExtension):
     """Fills a field of a module's parameters from its input and the gradient of its output."""
 
+    #: The backward pass that runs, and in it who filled a parameter's field: ids, since a module
+    #: that is held here would outlive its model.
+    _task: int | None = None
+    _claimed: dict[int, tuple[int, str]]
+
     @torch.no_grad()
     def __call__(self, module: nn.Module, g_inp: Any, g_out: Any) -> None:
         kinds = {
@@ -50,7 +55,23 @@ class _OfKinds(extensions.backprop_extension.BackpropExtension):
             )
         x: Any = module.input0
         for name, kind in kinds.items():
-            setattr(getattr(module, name), self.savefield, self._value(kind, (x, g_out[0])))
+            parameter = getattr(module, name)
+            self._claim(parameter, module, name)
+            setattr(parameter, self.savefield, self._value(kind, (x, g_out[0])))
+
+    def _claim(self, parameter: nn.Parameter, module: nn.Module, name: str) -> None:
+        """The field holds what one module makes of it: the squares of two do not add up."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._claimed = task, {}
+        own = (id(module), type(module).__name__)
+        first = self._claimed.setdefault(id(parameter), own)
+        if first != own:
+            raise RuntimeError(
+                f"{type(module).__name__}.{name}: is shared with another module ({first[1]}), and "
+                "BackPACK keeps the share of one; use tk.ParameterFisher, which adds the gradients "
+                "of all up"
+            )
 
     def _value(self, kind: Kind, use: Use) -> Tensor:
         raise NotImplementedError

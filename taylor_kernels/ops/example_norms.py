@@ -7,8 +7,8 @@ With g_n the gradient of example n alone,
 over all of a layer's weight, which is what clipping per example (DP-SGD, Abadi et al. 2016) and the
 spread of gradients need. Two ways lead there. The kernels of `conv2d_fisher` compute each example's
 gradient tile by tile and add up its squares, T·O·I products for T positions and O·I weights. Gram
-matrices (backends/gram.py) take about T²·(O + I). Where no backend is named the shorter one is
-taken, by a rule on the shapes alone.
+matrices (backends/gram.py) take about T²·(O + I), in float64, since these terms cancel. Where no
+backend is named the shorter one is taken, by a rule on shapes, dtype and device.
 """
 
 from __future__ import annotations
@@ -235,8 +235,6 @@ def _run(
     geometry = geometry_of(dims, weight_size, stride, padding, dilation, groups)
     check_convolution(input, grad_output, None, *geometry)
     tf32 = may_round(matmul)
-    # PyTorch's matrix products follow a setting of their own.
-    may_be_gram = backend is None and may_round(True) <= tf32
     share = len(input)
     if dims == 3:
         copied = max(1, input[0].numel() * weight_size[2])
@@ -246,7 +244,7 @@ def _run(
     ):
         x, dy, plane = _as_2d(x, dy, *geometry)
         extents = x.shape[2:], dy.shape[2:]
-        if may_be_gram and gram.is_shorter(*extents, *plane[:3], groups):
+        if backend is None and gram.is_shorter(*extents, *plane[:3], groups, x.device, x.dtype):
             with torch.autocast(x.device.type, enabled=False):
                 gram.conv2d_example_norms(x, dy, *plane, norms)
         else:

@@ -104,6 +104,7 @@ class Bias(Kind):
     """Of a layer or a norm: what is added along `dims` of its output, channels first or last."""
 
     def gradients(self, use: Use) -> Tensor:
+        _require_batch(self.module, use[0], self.shape)
         dy = use[1]
         dims = _others(dy, self.module, len(self.shape))
         return dy.sum(dims, dtype=accumulator(dy.dtype)) if dims else dy.to(accumulator(dy.dtype))
@@ -115,6 +116,7 @@ class NormWeight(Kind):
     def gradients(self, use: Use) -> Tensor:
         x, dy = use[0].to(use[1].dtype), use[1]
         module = self.module
+        _require_batch(module, x, self.shape)
         if isinstance(module, _BatchNorm):
             # x̂ itself is not needed: Σ dy·x̂ = Σ dy·(x − mean) / sqrt(var + ε).
             mean, variance = _statistics(module, x)
@@ -224,6 +226,21 @@ def _is_plain_convolution(module: nn.Module) -> bool:
 def _is_last(module: nn.Module) -> bool:
     """Whether the features of a module's output are its last dimensions, not dim 1."""
     return not isinstance(module, (_ConvNd, _NormBase, nn.GroupNorm))
+
+
+def _require_batch(module: nn.Module, x: Tensor, shape: torch.Size) -> None:
+    """PyTorch takes one example without a batch, whose dim 0 would pass for examples."""
+    if isinstance(module, _ConvNd):
+        least = len(module.kernel_size) + 2
+    elif isinstance(module, _InstanceNorm):
+        least = module._get_no_batch_dim() + 1
+    else:
+        least = len(shape) + 1 if _is_last(module) else 2
+    if x.dim() < least:
+        raise ValueError(
+            f"{type(module).__name__}: its input has no batch dimension, found shape "
+            f"{tuple(x.shape)}; give it {least} dimensions, of which dim 0 counts examples"
+        )
 
 
 def _others(dy: Tensor, module: nn.Module, features: int) -> tuple[int, ...]:

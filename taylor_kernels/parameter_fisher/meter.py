@@ -161,7 +161,9 @@ class ParameterFisher(OnModel):
                     "update(closure=lambda: loss_fn(model(x), y))"
                 )
             watch.reduce()
-            if not watch.calls or not self._pending:
+            # A loss without curvature has no column to send back, and its zeros count.
+            counted = bool(self._pending) or self.matrix == "gauss_newton"
+            if not watch.calls or not counted:
                 raise RuntimeError(NOTHING_SEEN)
             for name, found in self._pending.items():
                 found = found / loss_scale**2 if loss_scale != 1.0 else found

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from taylor_kernels.backends import gram
 from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.statistics.layers import Layer, filter_axis
@@ -71,7 +72,8 @@ def weight_fisher(layer: Layer, uses: Sequence[Use], backend: str | None = None)
 def weight_norms(layer: Layer, use: Use) -> Tensor | None:
     """[N]: Σ over a linear layer's weight of g_n²; None where its gradients take less.
 
-    Of tokens t, s of an example it is Σ_{t,s} (x_t·x_s)(dy_t·dy_s), two matrices of tokens.
+    Of tokens t, s of an example it is Σ_{t,s} (x_t·x_s)(dy_t·dy_s), two matrices of tokens. These
+    terms cancel where dy adds up to 0 and x does not, which float32 would not survive.
     """
     if isinstance(layer, _ConvNd):
         return None
@@ -79,10 +81,11 @@ def weight_norms(layer: Layer, use: Use) -> Tensor | None:
     x, dy = (tensor.to(accumulator(tensor.dtype)) for tensor in _as_one([use]))
     if x.size(1) == 1:
         return x[:, 0].square().sum(1) * dy[:, 0].square().sum(1)
-    if x.size(1) ** 2 > x.size(2) * dy.size(2):
+    tokens, size = (x.size(1), 1), (dy.size(2), x.size(2), 1, 1)
+    if not gram.is_shorter(tokens, tokens, size, (1, 1), (0, 0), 1, x.device, x.dtype):
         return None
-    pairs = zip(x, dy, strict=True)
-    return torch.stack([((a @ a.T) * (b @ b.T)).sum() for a, b in pairs])
+    pairs = ((a.double(), b.double()) for a, b in zip(x, dy, strict=True))
+    return torch.stack([((a @ a.T) * (b @ b.T)).sum().clamp(min=0) for a, b in pairs]).to(x.dtype)
 
 
 def weight_gradients(layer: Layer, use: Use) -> Tensor:

@@ -182,6 +182,17 @@ def test_what_has_no_single_examples_says_so():
         fields(door, nn.Sequential(layer, nn.Tanh(), layer).double(), rand(3))
 
 
+def test_a_parameter_of_two_modules_says_so():
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    second.weight = first.weight
+    with pytest.raises(RuntimeError, match=r"Linear\.weight: is shared with another"):
+        fields(door, nn.Sequential(first, nn.Tanh(), second).double(), rand(3))
+    alone = extend(nn.Sequential(first)), extend(nn.Sequential(second))
+    with backpack(door.SumGradSquared(), door.BatchL2Grad()):
+        for model in alone:  # in a pass each, the field is that of the last
+            loss_of(model(rand(3))).backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squares_are_of_float32_at_least(dtype):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to(dtype), rand(3, 6, 6).to(dtype)

@@ -148,6 +148,16 @@ def test_its_fault_is_mended_a_last_layer_without_curvature():
     same(found[TKEF], by_loop(model, "classification", ones)[-7 * C :])
 
 
+def test_a_batch_of_certain_outputs_adds_zeros():
+    model, x, y = network(), images(), targets("classification", N)
+    with torch.no_grad():
+        model[-1].weight.zero_()
+        model[-1].bias.copy_(torch.linspace(5e3, -5e3, C))
+    la = Laplace(model, "classification", "all", "diag", backend=TKGGN)
+    la.fit(DataLoader(TensorDataset(x, y), batch_size=3))
+    assert not la.H.any()
+
+
 @pytest.mark.parametrize("ours", [TKEF, TKGGN])
 def test_frozen_parameters_are_left_out(ours):
     model, x, y = network(), images(), targets("classification", N)

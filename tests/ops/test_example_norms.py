@@ -159,6 +159,30 @@ def test_gradients_that_cancel_leave_no_more_than_their_rounding(way):
     cases.assert_close(got, *norms_reference64(x, dy, case))
 
 
+@pytest.mark.parametrize("offset", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_small_gradients_of_inputs_far_from_zero_keep_their_norms(kernel, spread, offset):
+    """Spreads about an offset, and output gradients that add up to nothing over the positions."""
+    x = offset + spread * torch.randn(2, 64, 3, 3)
+    dy = torch.randn(2, 64, 3, 3)
+    dy -= dy.mean((2, 3), keepdim=True)
+    size = (64, 64, kernel, kernel)
+    x = F.pad(x, 4 * [kernel // 2], mode="replicate")
+    with patch.object(gram, "conv2d_example_norms", wraps=gram.conv2d_example_norms) as taken:
+        got = tk.conv2d_example_norms(x, size, dy)
+        tokens = x[:, :, :3, :3].flatten(2).mT, dy.flatten(2).mT
+        linear = tk.linear_example_norms(*tokens)
+        assert taken.call_count == 2
+    expected = [
+        torch.nn.grad.conv2d_weight(one[None], size, grad[None]).square().sum()
+        for one, grad in zip(x.double(), dy.double(), strict=True)
+    ]
+    torch.testing.assert_close(got.double(), torch.stack(expected), rtol=5e-3, atol=0)
+    of_tokens = torch.einsum("nti,nto->noi", *(t.double() for t in tokens)).square().sum((1, 2))
+    torch.testing.assert_close(linear.double(), of_tokens, rtol=5e-3, atol=0)
+
+
 @pytest.mark.parametrize("image", [(150, 170), (1, 20000), (1000, 1100)], ids=str)
 def test_long_sums_of_one_sign_keep_their_precision(image):
     case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
@@ -211,17 +235,6 @@ def test_gram_matrices_keep_float32_under_autocast():
     expected = tk.linear_example_norms(x, dy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert tk.linear_example_norms(x, dy).equal(expected)
-
-
-def test_gram_matrices_round_no_more_than_the_convolution_may():
-    """Where matrix products may be rounded to TF32 and convolutions not, kernels compute these."""
-    call = torch.randn(2, 256, 4, 4), (256, 256, 3, 3), torch.randn(2, 256, 4, 4), 1, 1
-    with (
-        patch.object(gram, "conv2d_example_norms") as taken,
-        patch("taylor_kernels.ops.example_norms.may_round", lambda matmul: matmul),
-    ):
-        tk.conv2d_example_norms(*call)
-    assert not taken.called
 
 
 def test_no_tensor_of_all_gradients_is_made():

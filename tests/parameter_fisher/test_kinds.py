@@ -141,6 +141,22 @@ def test_other_kinds_take_a_run_for_each_example_and_are_named(kind, closure):
     close(found, by_loop(model, batches))
 
 
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(4, 3), (4,)),
+        (nn.Conv2d(2, 3, 3), (2, 5, 5)),
+        (nn.ConvTranspose1d(2, 3, 3), (2, 5)),
+        (nn.LayerNorm((2, 4)), (2, 4)),
+        (nn.InstanceNorm2d(2, affine=True), (2, 5, 5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_input_without_a_batch_says_so(module, shape):
+    with pytest.raises(ValueError, match="input has no batch dimension"):
+        metered(nn.Sequential(module), [torch.randn(shape)], lambda m, x: m(x).sum())
+
+
 def test_time_first_modules_count_examples_in_dim_1():
     rnn = nn.GRU(4, 3).double()
     x = torch.randn(6, N, 4, dtype=torch.float64)

@@ -231,6 +231,26 @@ def test_the_gauss_newton_matrix_of_cross_entropy(reduction):
     close(meter.compute(), exact_gauss_newton(model, x, softmax_root))
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.cross_entropy(z + z.new_tensor([5e3, 0, -5e3]), torch.zeros(N).long()),
+        lambda z: F.cross_entropy(z, torch.full((N,), -100), reduction="sum"),
+        lambda z: F.l1_loss(z, torch.full_like(z, 9)),
+    ],
+    ids=["saturated", "ignored", "straight"],
+)
+def test_a_batch_whose_loss_has_no_curvature_counts_as_zeros(loss):
+    model, x, y = network(), images(), torch.randint(0, 3, (N,))
+    meter = tk.ParameterFisher(model, matrix="gauss_newton")
+    meter.update(closure=lambda: loss(model(x)))
+    assert meter.examples == N
+    assert not any(found.any() for found in meter.compute().values())
+    meter.update(closure=lambda: F.cross_entropy(model(x), y))
+    half = {n: found / 2 for n, found in exact_gauss_newton(model, x, softmax_root).items()}
+    close(meter.compute(), half)
+
+
 def test_its_estimate_by_probes_has_it_for_a_mean():
     model, x, y = network(), images(), torch.randint(0, 3, (N,))
     meter = tk.ParameterFisher(model, matrix="gauss_newton", samples=8)
