@@ -146,3 +146,27 @@ def test_an_epoch_is_the_same_from_the_middle_on(name, folder):
     assert not same(
         whole[0], list(Minibatches("--data", f"myloaders:{name}", **(kinds | {"seed": 6})).epoch(0))
     )
+
+
+@pytest.mark.usefixtures("weights_alone")
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+def test_float16_neither_loses_gradients_nor_overflows(size, saved, capsys, monkeypatch):
+    from taylor_kernels.studies.own.settings import ScoreSettings
+
+    with open(saved / "mynets.py", "a") as file:
+        file.write(
+            "def sized(outputs, targets):\n"
+            f"    return {size} * nn.functional.cross_entropy(outputs.float(), targets)\n"
+        )
+    arguments = ("--model", "mynets:same", "--data", "mynets:those", "--loss", "mynets:sized",
+                 "--batches", "2", "--criterion", "taylor_fo_bn")  # fmt: skip
+    code, _, err = command(capsys, "score", *arguments, "--out", "single")
+    assert code == 0, err
+    monkeypatch.setattr(ScoreSettings, "amp_dtype", lambda self: torch.float16)
+    code, _, err = command(capsys, "score", *arguments, "--out", "half")
+    assert code == 0, err
+    single, half = (load_file(saved / n / "scores.safetensors") for n in ("single", "half"))
+    for name in ("one.0", "two.0"):
+        assert half[name].isfinite().all()
+        error = (half[name] - single[name]).abs().max() / single[name].max()
+        assert error < 0.05, (name, error)
