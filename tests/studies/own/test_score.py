@@ -170,3 +170,24 @@ def test_float16_neither_loses_gradients_nor_overflows(size, saved, capsys, monk
         assert half[name].isfinite().all()
         error = (half[name] - single[name]).abs().max() / single[name].max()
         assert error < 0.05, (name, error)
+
+
+@pytest.mark.usefixtures("weights_alone")
+def test_gradients_that_are_there_already_do_not_count(saved, capsys):
+    with open(saved / "mynets.py", "a") as file:
+        file.write(
+            "def used():\n"
+            "    made = same()\n"
+            "    for parameter in made.parameters():\n"
+            "        parameter.grad = torch.full_like(parameter, 10.0)\n"
+            "    return made\n"
+        )
+    found = []
+    for model in ("same", "used"):
+        code, _, err = command(
+            capsys, "score", "--model", f"mynets:{model}", "--data", "mynets:those", "--batches",
+            "1", "--criterion", "taylor_fo", "--out", model,
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(load_file(saved / model / "scores.safetensors"))
+    assert all(found[0][name].equal(found[1][name]) for name in ("one.0", "two.0", "head"))
