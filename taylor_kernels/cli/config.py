@@ -44,7 +44,7 @@ def _load(context: typer.Context, path: Path | None) -> Path | None:
         fail(f"--config: {str(path)!r} holds no options; write lines such as flops = 0.5")
     # An option goes by its long name there and by its parameter's here.
     known = {
-        flag.lstrip("-").replace("-", "_"): parameter.name
+        flag.lstrip("-").replace("-", "_"): parameter
         for parameter in context.command.params
         for flag in parameter.opts
     }
@@ -55,7 +55,10 @@ def _load(context: typer.Context, path: Path | None) -> Path | None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             fail(f"--config: {str(path)!r} has {key!r}, which is no option{hint}")
-        values[known[name]] = value
+        parameter = known[name]
+        if parameter.multiple and not isinstance(value, (list, tuple)):
+            value = [value]  # one of several is written as it would be on the command line
+        values[parameter.name] = value
     context.default_map = {**(context.default_map or {}), **values}
     return path
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -92,8 +93,8 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: the model is none.
-        ValueError: the file is damaged or of another kind, or the model is another than the
-            original. Nothing has changed.
+        ValueError: the file is damaged or of another kind, or would set what is no number of
+            channels, or the model is another than the original. Nothing has changed.
         ImportError: safetensors is not installed.
 
     Example:
@@ -174,21 +175,60 @@ def _read(path: str) -> _File:
                 for name, own in recipe["cuts"].items()
             }
             for name, own in cuts.items():
-                _check_indices(recipe["shapes"][name], own)
+                _check_indices(name, recipe["shapes"][name], own)
             state |= {alias: state[name] for alias, name in recipe["aliases"].items()}
-            return _File(path, state, recipe["shapes"], cuts, recipe["attributes"])
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            attributes = {name: dict(own) for name, own in recipe["attributes"].items()}
+            return _File(path, state, recipe["shapes"], cuts, attributes)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {path!r} is damaged ({first_line(error)})") from error
     raise ValueError(
         f"path: {path!r} has version {version} of the format, this release reads {_VERSION}"
     )
 
 
-def _check_indices(shape: list[int], cuts: Mapping[int, Tensor]) -> None:
+def _check_indices(name: str, shape: list[int], cuts: Mapping[int, Tensor]) -> None:
+    """What the file says goes from a tensor can go; nothing is made of the size of an index."""
     for dim, index in cuts.items():
-        counts = torch.bincount(index, minlength=shape[dim])
-        if counts.numel() > shape[dim] or counts.max() > 1:
-            raise ValueError(f"an index beyond {shape[dim]}, or twice the same")
+        if not 0 <= dim < len(shape):
+            raise ValueError(f"{name} has no dimension {dim}, its shape is {shape}")
+        if index.dim() != 1:
+            raise ValueError(f"the indices of {name} are no list of integers")
+        if not index.numel():
+            continue
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= shape[dim]:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name} has {shape[dim]} in dimension {dim}, an index is {wrong}")
+        if index.unique().numel() < index.numel():
+            raise ValueError(f"an index of {name} is there twice")
+
+
+def _check_attributes(modules: Mapping[str, nn.Module], file: _File) -> None:
+    """Only counts of channels become others: an attribute could be a method or a whole module.
+
+    Raises:
+        ValueError: the file would set something else.
+    """
+    for name, own in file.attributes.items():
+        for attribute, value in own.items():
+            old = vars(modules[name]).get(attribute)
+            if not (_counts(old) and _counts(value) and _is_integer(old) == _is_integer(value)):
+                raise ValueError(
+                    f"path: {file.path!r} would set {f'{name}.{attribute}'.lstrip('.')} to "
+                    f"{value!r:.80}; it may only set numbers of channels, which modules hold as "
+                    "integers; take a file that save_pruned wrote"
+                )
+
+
+def _counts(value: object) -> bool:
+    """Whether it is an integer, or a list or tuple of integers."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_integer, value))
+    return _is_integer(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_model(model: nn.Module, tensors: Tensors, file: _File) -> None:
@@ -229,6 +269,7 @@ def _check_model(model: nn.Module, tensors: Tensors, file: _File) -> None:
             f"model: {file.path!r} was pruned from another model; {len(differing)} entries "
             f"differ, among them {', '.join(differing[:3])}; make it as it was made before pruning"
         )
+    _check_attributes(modules, file)
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -117,6 +117,7 @@ def test_bad_files_say_what_they_are(tmp_path):
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     recipe = json.loads(metadata["taylor_kernels.pruned"])
+    first = next(name for name, own in recipe["attributes"].items() if "out_features" in own)
 
     def refused(match: str) -> None:
         model, _ = zoo.build("mlp")
@@ -134,8 +135,27 @@ def test_bad_files_say_what_they_are(tmp_path):
         (recipe | {"version": "9"}, "has version 9 of the format"),
         ({k: v for k, v in recipe.items() if k != "cuts"}, "is damaged"),
         (recipe | {"indices": []}, "is damaged"),
-        (recipe | {"indices": [[99]] * 9}, "an index beyond"),
-        (recipe | {"indices": [[1, 1]] * 9}, "twice the same"),
+        (recipe | {"indices": [[99]] * 9}, "an index is 99"),
+        (recipe | {"indices": [[10**13]] * 9}, "an index is 10000000000000"),
+        (recipe | {"indices": [[10**30]] * 9}, "is damaged"),
+        (recipe | {"indices": [[-1]] * 9}, "an index is -1"),
+        (recipe | {"indices": [[[1]]] * 9}, "no list of integers"),
+        (recipe | {"indices": [[1, 1]] * 9}, "there twice"),
+        (recipe | {"cuts": {n: {"7": 0} for n in recipe["cuts"]}}, "has no dimension 7"),
+        (recipe | {"attributes": [1]}, "is damaged"),
+        *(
+            (recipe | {"attributes": {first: {name: value}}}, f"would set {first}.{name} to")
+            for name, value in (
+                ("__class__", 3),
+                ("forward", 3),
+                ("bias", 3),
+                ("training", 1),
+                ("_modules", {}),
+                ("out_features", [3]),
+                ("out_features", True),
+                ("out_features", "3"),
+            )
+        ),
         (recipe | {"shapes": {n: [99, 99] for n in recipe["shapes"]}}, "another model"),
     ):
         save_file(tensors, path, {"taylor_kernels.pruned": json.dumps(changed)})

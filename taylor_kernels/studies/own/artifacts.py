@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Artifact:
     Attributes:
         difference: of its outputs from the model's, the greatest, relative to the greatest output.
         batch: "any" where it takes minibatches of every size, else "fixed".
+        varies: it holds the model's tensors to the bit, and its outputs differ all the same, as
+            those of a model that draws at random on its own do; `difference` then says nothing.
         missing: why it is not there, in one line.
     """
 
@@ -45,6 +48,7 @@ class Artifact:
     bytes: int = 0
     difference: float = 0.0
     batch: str = ""
+    varies: bool = False
     missing: str = ""
 
 
@@ -90,10 +94,7 @@ class _Writer:
         with torch.no_grad(), _silence():
             try:
                 run = write(file)
-                probe = self._probe if self._batch == "any" or run.any_batch else self._few
-                difference = _difference(run(probe), call(self._model, probe))
-                if not difference <= _CLOSE:
-                    raise _Cannot(f"loaded again, its outputs differ by {difference:.1g}")
+                difference = self._compared(run)
             except Exception as error:  # whatever an exporter raises is no fault of the run
                 file.unlink(missing_ok=True)
                 file.with_name(f"{name}.data").unlink(missing_ok=True)
@@ -101,13 +102,36 @@ class _Writer:
                 return Artifact(name, missing=f"{kind}{first_line(error)}")
         size = sum(f.stat().st_size for f in self._folder.glob(f"{name}*"))
         batch = "any" if run.any_batch else self._batch
-        return Artifact(name, size, difference, batch)
+        return Artifact(name, size, difference or 0.0, batch, varies=difference is None)
+
+    def _compared(self, run: _Run) -> float | None:
+        """How far the outputs are from the model's; None where only the tensors are the same.
+
+        Raises:
+            _Cannot: it is not the model.
+        """
+        probe = self._probe if self._batch == "any" or run.any_batch else self._few
+        try:
+            with _seeded():
+                got = run(probe)
+            with _seeded():
+                expected = call(self._model, probe)
+            difference = _difference(got, expected)
+            if not difference <= _CLOSE:
+                raise _Cannot(f"loaded again, its outputs differ by {difference:.1g}")
+        except Exception:
+            # What was trained is in these tensors, and outputs say no more about them.
+            if run.same_tensors:
+                return None
+            raise
+        return difference
 
     def weights(self, file: Path, pruner: Pruner, fresh: Callable[[], nn.Module]) -> _Run:
         save_pruned(file, pruner)
-        again = load_pruned(fresh(), file).eval()
+        again = load_pruned(fresh().cpu(), file).eval()
         again.to(next(self._model.parameters()).dtype)
-        return _Run(lambda inputs: call(again, inputs), any_batch=True)
+        same = _same_state(again, self._model)
+        return _Run(lambda inputs: call(again, inputs), any_batch=True, same_tensors=same)
 
     def program(self, file: Path) -> _Run:
         self._program, self._batch = self._exported()
@@ -210,6 +234,7 @@ class _Run:
 
     on: Callable[[Any], Any]
     any_batch: bool = False
+    same_tensors: bool = False
 
     def __call__(self, inputs: Any) -> Any:
         return self.on(inputs)
@@ -247,10 +272,35 @@ def _difference(got: Any, expected: Any) -> float:
         mine, theirs = mine.double(), theirs.double()
         if mine.numel() == 0:
             continue
-        scale = theirs.abs().max().clamp_min(1e-12)
-        difference = ((mine - theirs).abs().max() / scale).item()
-        most = max(most, difference) if difference == difference else float("nan")
+        # Where both are the same infinity, as in logits of what is ruled out, or both nan, their
+        # difference would be nan.
+        same = (mine == theirs) | (mine.isnan() & theirs.isnan())
+        finite = theirs[theirs.isfinite()].abs()
+        scale = max(finite.max().item(), 1e-12) if finite.numel() else 1.0
+        difference = (mine - theirs).abs().masked_fill(same, 0).max().item() / scale
+        if math.isnan(difference):
+            return difference
+        most = max(most, difference)
     return most
+
+
+def _same_state(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models hold the same tensors, to the bit."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        value.shape == theirs[name].shape
+        and value.dtype == theirs[name].dtype
+        and ((value == theirs[name]) | ((value != value) & (theirs[name] != theirs[name]))).all()
+        for name, value in mine.items()
+    )
+
+
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """What a model draws inside is the same every time, and the run's own draws go on after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # on the CPU, where the files are compared
+        yield
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.recipe import cut_model
 from taylor_kernels.studies.own.pace import Pace
+from taylor_kernels.studies.own.scoring import run_backward
 from taylor_kernels.studies.own.settings import PruneSettings
 from taylor_kernels.studies.own.task import Task, as_mistakes, figures
 from taylor_kernels.studies.progress import ProgressLog
@@ -63,6 +65,7 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
             ignore=settings.ignore,
         )
     pace = Pace(pruner, STOPS)
+    half = settings.amp_dtype() is torch.float16
     widths: dict[str, tuple[int, list[int]]] = {
         name: (width, []) for name, width in pruner.original_widths.items()
     }
@@ -73,7 +76,9 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
             for number, batch in task.loader.epoch(epoch):
                 pace.set()
                 with as_mistakes():
-                    record = _score(task, pruner, model, batch, f"on minibatch {number},")
+                    record = _score(
+                        task, pruner, model, batch, f"on minibatch {number},", half=half
+                    )
                 if record is None:
                     continue
                 pruner.compact()
@@ -95,14 +100,17 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
     return Plan(stops, widths, skipped)
 
 
-def _score(task: Task, pruner: Pruner, model: nn.Module, batch: Any, where: str) -> Any:
+def _score(
+    task: Task, pruner: Pruner, model: nn.Module, batch: Any, where: str, *, half: bool
+) -> Any:
     def loss() -> Tensor:
         return task.judge(model, batch, where).loss
 
     closure = loss if pruner.needs_closure else None
+    scale = 1.0
     if closure is None:
-        loss().backward()
-    record = pruner.step(closure=closure)
+        scale = run_backward(model, loss, pruner.skip, half=half)
+    record = pruner.step(loss_scale=scale, closure=closure)
     model.zero_grad(set_to_none=True)
     return record
 

@@ -91,7 +91,9 @@ def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Tab
     pruner.close()
     times = timed({"dense": dense, "final": model}, task.inputs, log)
     with log.task("files", 1) as advance:
-        files = write_artifacts(out, pruner, task.inputs, partial(_fresh, settings.model, dense))
+        files = write_artifacts(
+            out, pruner, task.inputs, partial(_fresh, settings.model, dense, model)
+        )
         found.save(out / "scores.safetensors", _metadata(settings))
         advance()
     for file in files:
@@ -103,7 +105,13 @@ def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Tab
     with log.task("report", 1) as advance:
         write_results(out, result, prune_report(result, found.values, files, out))
         advance()
-    settings.checkpoint.unlink(missing_ok=True)
+    if files[0].missing:  # pruned.safetensors: without it nothing else can be trained further
+        log.say(
+            f"the trained model is in {settings.checkpoint} alone, which stays; once the reason "
+            "above is mended, the same command with --resume writes the files"
+        )
+    else:
+        settings.checkpoint.unlink(missing_ok=True)
     return result, tables(result, files)
 
 
@@ -118,11 +126,12 @@ def _dry_run(task: Task, settings: PruneSettings, log: ProgressLog) -> tuple[Jso
     return result, printed + ([stays_table(plan.skipped)] if plan.skipped else [])
 
 
-def _fresh(path: str, dense: nn.Module) -> nn.Module:
-    """The model as it is made; where a path names a model itself, which is pruned, a copy."""
+def _fresh(path: str, dense: nn.Module, pruned: nn.Module) -> nn.Module:
+    """The model as it is made; where a path gives the one that was pruned again, a copy."""
     if isinstance(find("--model", path), nn.Module):
-        return copy.deepcopy(dense).cpu()
-    return users_model(path)
+        return copy.deepcopy(dense)
+    made = users_model(path)
+    return copy.deepcopy(dense) if made is pruned else made
 
 
 def _outcome(training: Training, times: dict[str, float]) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,9 @@ from taylor_kernels.studies.own.settings import OwnSettings
 from taylor_kernels.studies.own.stopping import Keeper
 from taylor_kernels.studies.own.task import Task, as_mistakes
 from taylor_kernels.studies.progress import ProgressLog
+
+#: What a loss in float16 is multiplied by at first, as PyTorch's GradScaler has it.
+_GREATEST_SCALE = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _fill(
         for number, batch in task.loader.epoch(0, done):
             if number >= total:
                 break
-            _update(meter, task, reads, batch, f"on minibatch {number},")
+            half = settings.amp_dtype() is torch.float16
+            _update(meter, task, reads, batch, f"on minibatch {number},", half=half)
             advance()
             if keep and number + 1 < total:
                 keeper.between(f"after minibatch {number + 1} of {total}")
@@ -146,7 +150,9 @@ def checked_extra(settings: OwnSettings) -> dict[str, Any]:
     return extra
 
 
-def _update(meter: Importance, task: Task, reads: Reads, batch: Any, where: str) -> None:
+def _update(
+    meter: Importance, task: Task, reads: Reads, batch: Any, where: str, *, half: bool
+) -> None:
     """One minibatch: as far as the criterion needs the passes, then update()."""
     model = task.model
 
@@ -156,17 +162,47 @@ def _update(meter: Importance, task: Task, reads: Reads, batch: Any, where: str)
     if reads == "closure":
         meter.update(closure=loss)
         return
+    scale = 1.0
     if reads == "forward":
         with torch.no_grad():
             loss()
     elif reads != "weights":
         mode: AbstractContextManager[object] = nullcontext()
-        if reads == "activations":
+        if reads == "activations" and not half:  # gradients of weights show what overflows
             mode = scoring(model)
-        with mode:
+
+        def finite() -> Tensor:
             value = loss()
             if not value.isfinite():
                 raise Mistake(f"--data: the loss is {value.item()} {where.rstrip(',')}")
-            value.backward()
-    meter.update()
+            return value
+
+        with mode:
+            scale = run_backward(model, finite, meter.skip, half=half)
+    meter.update(loss_scale=scale)
     model.zero_grad(set_to_none=True)
+
+
+def run_backward(
+    model: nn.Module, loss: Callable[[], Tensor], skip: Callable[[], None], *, half: bool
+) -> float:
+    """backward() of the loss, multiplied in float16, where most small gradients would become 0.
+
+    The multiple begins anew with every minibatch, so that a score does not depend on those before.
+
+    Args:
+        skip: makes whoever reads the gradients forget those that overflowed.
+        half: the model computes in float16.
+
+    Returns:
+        What the loss was multiplied by.
+    """
+    scale = _GREATEST_SCALE if half else 1.0
+    while True:
+        (loss() * scale).backward()
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        if scale <= 1 or all(grad.isfinite().all() for grad in grads):
+            return scale
+        skip()
+        model.zero_grad(set_to_none=True)
+        scale /= 2

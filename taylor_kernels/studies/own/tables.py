@@ -112,6 +112,8 @@ def files_table(files: Sequence[Artifact]) -> Table:
             rows.append([file.name, "not written", "", file.missing])
         else:
             off = f"outputs within {file.difference:.1g}" if file.difference else "same outputs"
+            if file.varies:
+                off = "same tensors; its outputs vary"
             size = "any" if file.batch == "any" else "this"
             what = f"loaded again: {off}, {size} batch size"
             rows.append([file.name, "written", f"{file.bytes:,}", what])

@@ -58,6 +58,7 @@ def users_task(settings: OwnSettings, device: torch.device, *, limit: int | None
     """
     seed_everything(settings.seed)
     model = users_model(settings.model).to(device).eval()
+    model.zero_grad(set_to_none=True)  # what the user's code left is of no minibatch of this run
     loader = Minibatches("--data", settings.data, seed=settings.seed, limit=limit, device=device)
     judge = Judge(settings.loss, settings.forward, settings.amp_dtype())
     batch = loader.first()

@@ -162,6 +162,8 @@ class Training:
                     if record and self._is_far_from_last_point():
                         self._judge()
                     self._keeper.between(f"while pruning, after minibatch {self.minibatches}")
+                if not pruner.done:  # else it is saved as soon as it is compact
+                    self._save()
         self.model = pruner.compact()
         self.tuning, self.pruned_at = True, self.minibatches
         self._judge()
@@ -272,7 +274,9 @@ class Training:
         extra = checked_extra(self.settings)
         with as_mistakes():
             load_checkpoint(file, model=self.model, optimizer=self.optimizer, pruner=self.pruner)
-        self._scaler.load_state_dict(extra["scaler"])
+        # Empty where the run was on a device with bfloat16, which is not scaled.
+        if extra["scaler"]:
+            self._scaler.load_state_dict(extra["scaler"])
         self.course = extra["course"]
         for name in _COUNTERS:
             setattr(self, name, extra[name])

@@ -149,6 +149,13 @@ def test_options_come_from_a_file_and_the_command_line_comes_first(name, folder,
     assert '"two.0": "\'two' in out
 
 
+def test_a_lone_pattern_needs_no_list(folder, capsys):
+    (folder / "it.toml").write_text(CONFIGS["it.toml"].replace('["two*"]', '"two*"'))
+    code, out, err = command(capsys, "prune", "--config", "it.toml")
+    assert code == 0, err
+    assert '"two.0": "\'two' in out
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

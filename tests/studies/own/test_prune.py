@@ -211,3 +211,50 @@ def test_minibatches_of_other_kinds(folder, capsys):
         assert result["final"]["filters_fraction"] <= 0.8
         assert result["files"][0]["difference"] == 0
         assert ("accuracy" in result["final"]) == ("--forward" not in options)
+
+
+ODD_OUTPUTS = """
+class RulesOut(Net):
+    def forward(self, x):
+        return Net.forward(self, x).masked_fill(torch.tensor([0, 0, 0, 1]).bool(), -torch.inf)
+class Noisy(Net):
+    def forward(self, x):
+        return Net.forward(self, x + torch.randn_like(x))
+class Counts(Net):
+    runs = 0
+    def forward(self, x):
+        Counts.runs += Path("out/pruned.safetensors").exists()
+        return Net.forward(self, x) * (1 + Counts.runs)
+def three():
+    return [(torch.randn(6, 1, 6, 6), torch.randint(0, 3, (6,))) for _ in range(3)]
+kept = Net()
+def the_same():
+    return kept
+class Stateful(Net):
+    def get_extra_state(self):
+        return "notes"
+    def set_extra_state(self, state):
+        pass
+"""
+
+
+@pytest.mark.usefixtures("weights_alone")
+@pytest.mark.parametrize("model", ["RulesOut", "Noisy", "the_same", "Counts", "Stateful"])
+def test_what_was_trained_is_never_lost(model, folder, capsys):
+    with open(folder / "mynets.py", "a") as file:
+        file.write(ODD_OUTPUTS)
+    code, _, err = command(
+        capsys, "prune", "--model", f"mynets:{model}", "--data", "mynets:three", "--out", "out",
+        "--filters", "0.8", "--per-step", "4", "--every", "1", "--finetune", "0", "--batches", "1",
+    )  # fmt: skip
+    assert code == 0, err
+    weights, checkpoint = folder / "out/pruned.safetensors", folder / "out/checkpoint.pt"
+    if model == "Stateful":  # safetensors cannot hold it, so the checkpoint is all there is
+        assert not weights.exists()
+        assert checkpoint.exists()
+        assert "the trained model is in out/checkpoint.pt alone, which stays" in err
+        return
+    assert weights.exists()
+    assert not checkpoint.exists()
+    saved = json.loads((folder / "out/result.json").read_text())["files"][0]
+    assert (saved["difference"], saved["varies"]) == (0, model == "Counts")

@@ -121,6 +121,41 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(interrupted, capsys):
         assert outcome(folder, "broken") == outcome(folder, "whole")
 
 
+def test_every_epoch_leaves_a_checkpoint(folder, capsys, monkeypatch):
+    from taylor_kernels.studies.own import training
+
+    saved, save = [], training.save_checkpoint
+
+    def noting(path, **content):
+        saved.append((content["epoch"], content["done"], content["tuning"]))
+        save(path, **content)
+
+    monkeypatch.setattr(training, "save_checkpoint", noting)
+    code, _, err = command(
+        capsys, "prune", "--model", "mynets:make_model", "--data", "mynets:pairs", "--out", "out",
+        "--filters", "0.7", "--per-step", "2", "--every", "1", "--finetune", "1",
+        "--batches", "1", "--save-every", "1000",
+    )  # fmt: skip
+    assert code == 0, err
+    pruning = [at for at in saved if not at[2]]
+    assert pruning == [(number, 0, False) for number in range(1, len(pruning) + 1)]
+    assert saved[len(pruning) :] == [(n, 0, True) for n in (len(pruning) + 1, len(pruning) + 2)]
+    assert len(pruning) >= 2
+
+
+def test_a_run_in_bfloat16_goes_on_in_float16(interrupted, capsys, monkeypatch):
+    from taylor_kernels.studies.own.settings import PruneSettings
+
+    prune = ("--model", "mynets:Stopping", *PRUNE[2:], "--amp", "--out", "out")
+    (interrupted / "stop").write_text("train 2")
+    code, _, _ = command(capsys, "prune", *prune)
+    assert code == 130
+    monkeypatch.setattr(PruneSettings, "amp_dtype", lambda self: torch.float16)
+    code, _, err = command(capsys, "prune", *prune, "--resume")
+    assert code == 0, err
+    assert "going on from out/checkpoint.pt, after minibatch 2" in err
+
+
 def test_a_score_goes_on_too(interrupted, capsys):
     folder = interrupted
     score = ("--model", "mynets:Stopping", *PRUNE[2:4], "--batches", "5")

@@ -146,3 +146,48 @@ def test_an_epoch_is_the_same_from_the_middle_on(name, folder):
     assert not same(
         whole[0], list(Minibatches("--data", f"myloaders:{name}", **(kinds | {"seed": 6})).epoch(0))
     )
+
+
+@pytest.mark.usefixtures("weights_alone")
+@pytest.mark.parametrize("size", [1e-6, 1e3])
+def test_float16_neither_loses_gradients_nor_overflows(size, saved, capsys, monkeypatch):
+    from taylor_kernels.studies.own.settings import ScoreSettings
+
+    with open(saved / "mynets.py", "a") as file:
+        file.write(
+            "def sized(outputs, targets):\n"
+            f"    return {size} * nn.functional.cross_entropy(outputs.float(), targets)\n"
+        )
+    arguments = ("--model", "mynets:same", "--data", "mynets:those", "--loss", "mynets:sized",
+                 "--batches", "2", "--criterion", "taylor_fo_bn")  # fmt: skip
+    code, _, err = command(capsys, "score", *arguments, "--out", "single")
+    assert code == 0, err
+    monkeypatch.setattr(ScoreSettings, "amp_dtype", lambda self: torch.float16)
+    code, _, err = command(capsys, "score", *arguments, "--out", "half")
+    assert code == 0, err
+    single, half = (load_file(saved / n / "scores.safetensors") for n in ("single", "half"))
+    for name in ("one.0", "two.0"):
+        assert half[name].isfinite().all()
+        error = (half[name] - single[name]).abs().max() / single[name].max()
+        assert error < 0.05, (name, error)
+
+
+@pytest.mark.usefixtures("weights_alone")
+def test_gradients_that_are_there_already_do_not_count(saved, capsys):
+    with open(saved / "mynets.py", "a") as file:
+        file.write(
+            "def used():\n"
+            "    made = same()\n"
+            "    for parameter in made.parameters():\n"
+            "        parameter.grad = torch.full_like(parameter, 10.0)\n"
+            "    return made\n"
+        )
+    found = []
+    for model in ("same", "used"):
+        code, _, err = command(
+            capsys, "score", "--model", f"mynets:{model}", "--data", "mynets:those", "--batches",
+            "1", "--criterion", "taylor_fo", "--out", model,
+        )  # fmt: skip
+        assert code == 0, err
+        found.append(load_file(saved / model / "scores.safetensors"))
+    assert all(found[0][name].equal(found[1][name]) for name in ("one.0", "two.0", "head"))
