@@ -193,6 +193,16 @@ def test_a_parameter_of_two_modules_says_so():
             loss_of(model(rand(3))).backward()
 
 
+def test_small_gradients_of_tokens_far_from_zero_keep_their_norms():
+    tokens, dy = 100 + 0.01 * torch.randn(N, 3, 64), torch.randn(N, 3, 64)
+    dy -= dy.mean(1, keepdim=True)
+    model = extend(nn.Sequential(nn.Linear(64, 64)))
+    with backpack(door.BatchL2Grad()):
+        (model(tokens) * dy).sum().backward()
+    expected = (dy.double().mT @ tokens.double()).square().sum((1, 2))
+    torch.testing.assert_close(model[0].weight.batch_l2.double(), expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_squares_are_of_float32_at_least(dtype):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).to(dtype), rand(3, 6, 6).to(dtype)
