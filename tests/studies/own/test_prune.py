@@ -163,6 +163,9 @@ def test_float16_scales_its_loss(folder, capsys, monkeypatch):
     result = json.loads(out)
     assert result["final"]["filters_fraction"] <= 0.7
     assert result["final"]["loss"] < 5
+    arguments = (*PRUNE[:-2], "--filters", "0.7", "--batches", "1", "--amp", "--dry-run")
+    code, _, err = command(capsys, "prune", *arguments)
+    assert code == 0, err
 
 
 @pytest.mark.usefixtures("weights_alone")
