@@ -139,8 +139,8 @@ def scored(demo, dtype):
 
 def test_half_precision_ranks_as_float32(demo):
     wanted = scored(demo, None)
-    # Relative errors of a layer's scores. A gate's slope is a sum that cancels in a trained network,
-    # which one it is depends on processor and threads: float16 was off by up to 0.07.
+    # Relative errors of a layer's scores. A gate's slope is a sum that cancels once a network is
+    # trained, and which one that is depends on processor and threads: float16 was off by 0.07.
     for dtype, bound in ((torch.float16, 0.1), (torch.bfloat16, 0.4), ("parameters", 0.4)):
         found = scored(demo, dtype)
         for criterion in CRITERIA:
