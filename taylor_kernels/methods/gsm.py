@@ -178,13 +178,12 @@ class GSM(Optimizer):
         """
         self.check()
         weights = list(self.ranked_parameters())
-        for weight in weights:
-            if not weight.isfinite().all():
-                raise FloatingPointError(
-                    f"{self._name(weight)}: a weight is not finite, so none is cut; load an "
-                    "earlier state"
-                )
         table = global_threshold(weights, self.active, backend=self._backend)
+        if broken := int(table[2]):  # counted from the end, of those that are not empty
+            name = self._name([weight for weight in weights if weight.numel()][-broken])
+            raise FloatingPointError(
+                f"{name}: a weight is not finite, so none is cut; load an earlier state"
+            )
         masks = greatest_masks(weights, table)
         for weight, mask in zip(weights, masks, strict=True):
             weight.masked_fill_(~mask, 0)

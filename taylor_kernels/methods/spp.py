@@ -119,6 +119,8 @@ class SPP(OnModel):
         self._p = [
             torch.zeros(each.count, device=each.parameters[0].device) for each in self._groups
         ]
+        self._gone: list[tuple[Switched, Tensor]]
+        self._note_gone()
         self._inside = False
         self._hooks = [register_optimizer_step_post_hook(Hook(self._hold))]
         # The hook is on all optimizers, and would outlive this.
@@ -140,12 +142,6 @@ class SPP(OnModel):
             wanted = math.ceil(share * each.count * (1 - 1e-12))  # 0.55 · 100 is above 55
             counts.append(min(wanted, each.count - 1))
         return counts
-
-    @property
-    def done(self) -> bool:
-        return all(
-            int((p == 1).sum()) >= target for p, target in zip(self._p, self._targets, strict=True)
-        )
 
     def probabilities(self) -> dict[str, Tensor]:
         """Layer -> [n] float32, the probability of each group to be masked; copies.
@@ -171,7 +167,7 @@ class SPP(OnModel):
         with self._scaled([~mask for mask in masks]):
             yield
         for each, mask in zip(self._groups, masks, strict=True):
-            each.silence(mask)
+            each.erase(mask, gradients=True)
         if (self.iteration + 1) % self._every == 0:
             self._advance()
         self.iteration += 1
@@ -225,6 +221,7 @@ class SPP(OnModel):
             if int((after == 1).sum()) < target:
                 self.recoveries += int(((before > 0) & (after == 0)).sum())
             self._p[i] = after
+        self._note_gone()
         self._hold()
 
     def _hold(self, optimizer: torch.optim.Optimizer | None = None, *_: object) -> None:
@@ -238,10 +235,17 @@ class SPP(OnModel):
                     "behind the with block"
                 )
             return
-        for each, p in zip(self._groups, self._p, strict=True):
-            gone = p == 1
-            if gone.any():
-                each.scale((~gone).float())
+        for each, gone in self._gone:
+            each.erase(gone)
+
+    def _note_gone(self) -> None:
+        """Once for each change of p: an optimizer's step neither searches nor waits for a GPU."""
+        gone = [p == 1 for p in self._p]
+        counts = [int(each.sum()) for each in gone]
+        self.done = all(n >= target for n, target in zip(counts, self._targets, strict=True))
+        self._gone = [
+            (each, mask) for each, mask, n in zip(self._groups, gone, counts, strict=True) if n
+        ]
 
     def gone(self) -> dict[str, Tensor]:
         """Layer -> [n] bool, the groups that are gone for good."""
@@ -322,6 +326,7 @@ class SPP(OnModel):
             for each, p in zip(self._groups, self._p, strict=True)
         ]
         self.iteration, self.recoveries, self._seed = counts
+        self._note_gone()
 
 
 def _check(name: str, value: Any, fine: Callable[[float], bool], what: str) -> None:

@@ -42,8 +42,8 @@ class Switched(ABC):
         """Multiply the groups by [n] factors; 0 makes a 0 of anything."""
 
     @abstractmethod
-    def silence(self, masked: Tensor) -> None:
-        """Zero the gradients of the groups that are True in [n] bool."""
+    def erase(self, masked: Tensor, *, gradients: bool = False) -> None:
+        """Zero the groups that are True in [n] bool, or their gradients."""
 
 
 class Columns(Switched):
@@ -73,10 +73,10 @@ class Columns(Switched):
         factors = self._spread(factors, weight)
         weight.mul_(factors).masked_fill_(factors == 0, 0)
 
-    def silence(self, masked: Tensor) -> None:
-        grad = self.layer.weight.grad
-        if grad is not None:
-            grad.masked_fill_(self._spread(masked, grad), 0)
+    def erase(self, masked: Tensor, *, gradients: bool = False) -> None:
+        values = self.layer.weight.grad if gradients else self.layer.weight.data
+        if values is not None:
+            values.masked_fill_(self._spread(masked, values), 0)
 
     def _columns(self, weight: Tensor) -> Tensor:
         return weight.reshape(self.groups, weight.size(0) // self.groups, -1)
@@ -117,13 +117,13 @@ class Units(Switched):
             spread = _of_inputs(layer, per_channel)
             weight.mul_(spread).masked_fill_(spread == 0, 0)
 
-    def silence(self, masked: Tensor) -> None:
+    def erase(self, masked: Tensor, *, gradients: bool = False) -> None:
         for layer, index in self._readers:
-            grad = layer.weight.grad
-            if grad is not None:
-                off = torch.zeros(channels_in(layer), dtype=torch.bool, device=grad.device)
-                off[index.to(grad.device)] = masked[:, None]
-                grad.masked_fill_(_of_inputs(layer, off), 0)
+            values = layer.weight.grad if gradients else layer.weight.data
+            if values is not None:
+                off = torch.zeros(channels_in(layer), dtype=torch.bool, device=values.device)
+                off[index.to(values.device)] = masked[:, None]
+                values.masked_fill_(_of_inputs(layer, off), 0)
 
 
 def column_layers(model: nn.Module, layers: Iterable[str] | None) -> list[Columns]:

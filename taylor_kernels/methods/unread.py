@@ -35,7 +35,7 @@ def unread_units(model: nn.Module, channels: Channels) -> list[Tensor]:
 def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = None) -> int:
     """Remove the channels that no weight reads, in place; the outputs stay what they were.
 
-    Each group is tried on a copy first. Channels stay that something reads which is no layer, a
+    All are tried on a copy first. Channels stay that something reads which is no layer, a
     product of activations for one, as the outputs then differ.
 
     Args:
@@ -60,13 +60,19 @@ def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = Non
     channels = trace(model, example_inputs)
     dead = unread_units(model, channels)
     expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
-    for number, units in enumerate(dead):
-        if units.any():
+
+    def stays(units: list[Tensor]) -> bool:
+        trial = copy.deepcopy(model).eval()
+        remove(trial, channels, units)
+        return _same(expected, _outputs(trial, example_inputs))
+
+    if any(units.any() for units in dead) and not stays(dead):
+        for number, units in enumerate(dead):  # one by one only where they fail together
             alone = [each if i == number else each & False for i, each in enumerate(dead)]
-            trial = copy.deepcopy(model).eval()
-            remove(trial, channels, alone)
-            if not _same(expected, _outputs(trial, example_inputs)):
+            if units.any() and not stays(alone):
                 dead[number] = units & False
+        if not stays(dead):
+            dead = [units & False for units in dead]
     remove(model, channels, dead, optimizer)
     return int(sum(each.sum() for each in dead))
 
