@@ -56,13 +56,8 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
             model,
             task.example,
             settings.chosen,
-            flops=settings.flops,
-            params=settings.params,
-            filters=settings.filters,
             every=settings.batches,
-            round_to=settings.round_to,
-            min_filters=settings.min_filters,
-            ignore=settings.ignore,
+            **settings.of_pruner,
         )
     pace = Pace(pruner, STOPS)
     half = settings.amp_dtype() is torch.float16

@@ -175,6 +175,18 @@ class PruneSettings(OwnSettings):
         return "prune"
 
     @property
+    def of_pruner(self) -> dict[str, Any]:
+        """What every Pruner of these settings is made with."""
+        return {
+            "flops": self.flops,
+            "params": self.params,
+            "filters": self.filters,
+            "round_to": self.round_to,
+            "min_filters": self.min_filters,
+            "ignore": self.ignore,
+        }
+
+    @property
     def targets(self) -> dict[str, float]:
         """The fractions to keep that were given."""
         values = {"flops": self.flops, "params": self.params, "filters": self.filters}

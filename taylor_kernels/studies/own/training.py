@@ -116,13 +116,8 @@ class Training:
                 settings.chosen,
                 every=self.every,
                 per_step=_count_or_fraction(settings.per_step),
-                round_to=settings.round_to,
-                min_filters=settings.min_filters,
-                ignore=settings.ignore,
                 optimizer=self.optimizer,
-                flops=settings.flops,
-                params=settings.params,
-                filters=settings.filters,
+                **settings.of_pruner,
             )
         self._pace = Pace(self.pruner, self._pace_prunings) if self._pace_prunings else None
         dtype = settings.amp_dtype()
