@@ -55,6 +55,12 @@ _TABLES = (
 _NOTHING: dict[str, Any] = {}
 
 
+def example_count(batch: object) -> int:
+    """How many examples a minibatch has, by its first tensor; 1 where that does not tell."""
+    first = next(tensors_in(batch), None)
+    return first.size(0) if first is not None and first.dim() else 1
+
+
 class Untouched:
     """Puts a model back as it was: modes, buffers, parameters, hooks, attributes, values.
 

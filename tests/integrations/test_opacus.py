@@ -38,6 +38,18 @@ def door():
     return importlib.import_module("taylor_kernels.integrations.opacus")
 
 
+@pytest.fixture(autouse=True)
+def as_opacus_ships(door, monkeypatch):
+    """Whatever this process has registered before, as the examples of the documentation do."""
+    from opacus.grad_sample import embedding_norm_sample, linear
+
+    shipped = {
+        nn.Linear: linear.compute_linear_norm_sample,
+        nn.Embedding: embedding_norm_sample.compute_embedding_norm_sample,
+    }
+    monkeypatch.setattr(door.GradSampleHooksFastGradientClipping, "NORM_SAMPLERS", shipped)
+
+
 @pytest.fixture
 def registered(door):
     with door.register_norm_samplers():

@@ -20,10 +20,14 @@ FUNCTIONS = sorted(
 def test_every_op_is_among_them():
     assert FUNCTIONS == [
         "available_backends",
+        "conv1d_example_norms",
+        "conv2d_example_norms",
         "conv2d_fisher",
+        "conv3d_example_norms",
         "filter_moments",
         "gate_gradients",
         "hutchinson_moments",
+        "linear_example_norms",
         "linear_fisher",
         "rademacher_like",
         "second_order_moments",

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from taylor_kernels._scoring import scoring
 from taylor_kernels.statistics.layers import Layers, filter_count, find_layers
 from taylor_kernels.statistics.loss_change import Filter
-from taylor_kernels.studies.own.judge import example_count
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.running import call, example_count, tensors_in
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.paths import find_function, naming
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.running import call
 
 #: Under these names a minibatch that is a dict has its targets.
 TARGETS = ("labels", "label", "targets", "target")
@@ -151,12 +151,6 @@ def right_answers(outcome: Outcome) -> tuple[int, int] | None:
     if not is_classifier(outputs, targets):
         return None
     return int((outputs.argmax(1) == targets).sum()), targets.numel()
-
-
-def example_count(targets: Any) -> int:
-    """How many examples a batch has, by its targets; 1 where they do not tell."""
-    first = next(tensors_in(targets), None)
-    return first.size(0) if first is not None and first.dim() else 1
 
 
 def is_classifier(outputs: Any, targets: Any) -> bool:

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.statistics.layers import eval_mode
 from taylor_kernels.studies.options import Mistake
-from taylor_kernels.studies.own.judge import TARGETS, Judge, example_count, right_answers
+from taylor_kernels.studies.own.judge import TARGETS, Judge, right_answers
 from taylor_kernels.studies.own.parts import Minibatches, seed_everything, users_model
 from taylor_kernels.studies.own.paths import describe
 from taylor_kernels.studies.own.settings import OwnSettings
-from taylor_kernels.tracing.running import call, quiet, tensors_in
+from taylor_kernels.tracing.running import call, example_count, quiet, tensors_in
 
 
 @dataclass(frozen=True)
