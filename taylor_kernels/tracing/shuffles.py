@@ -44,6 +44,8 @@ def shuffles(record: Record, label: Vector) -> list[Shuffle]:
         and table.kind == "reshape"
         and (before := _cut_before(record.tables, after, label)) is not None
     ]
+    if not pairs:
+        return []
     sides: dict[int, list[Shuffle]] = {}
     for before, after in pairs:
         first, last = record.tables[before], record.tables[after]
@@ -58,19 +60,17 @@ def shuffles(record: Record, label: Vector) -> list[Shuffle]:
             key = int(label[record.tables[before].axes[shuffle.live[0][1]][0]])
             sides.setdefault(key, []).append(shuffle)
     used = _used_elsewhere(record, label)
+    places, place_of, members = _axes(record, label)
     found = []
     for mine in sides.values():
         axes = [record.tables[n].axes[d] for shuffle in mine for n, d in shuffle.live]
         atoms = np.unique(np.concatenate(axes))
-        classes = np.unique(label[atoms])
-        whole = np.count_nonzero(np.isin(label, classes)) == atoms.size
+        chosen = np.zeros(label.size, bool)
+        chosen[label[atoms]] = True
+        whole = np.count_nonzero(chosen[label]) == atoms.size
         tables = {place for shuffle in mine for place in shuffle.live}
-        alone = all(
-            (n, d) in tables or not np.isin(label[axis], classes).any()
-            for n, table in enumerate(record.tables)
-            for d, axis in enumerate(table.axes)
-        )
-        if whole and alone and not used[classes].any():
+        alone = tables.issuperset(places[i] for i in np.unique(place_of[chosen[members]]))
+        if whole and alone and not (used & chosen).any():
             found += mine
     return found
 
@@ -88,6 +88,19 @@ def _cut_before(tables: Sequence[Table], after: int, label: Vector) -> int | Non
             if np.array_equal(grid.T.ravel(), label[last.cells]):
                 return before
     return None
+
+
+def _axes(
+    record: Record, label: Vector
+) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+    """The classes along all axes of all tables, end to end.
+
+    Returns:
+        (table, dimension) of each axis; which of these each element is of; the elements' classes.
+    """
+    axes = {(n, d): a for n, table in enumerate(record.tables) for d, a in enumerate(table.axes)}
+    place_of = np.repeat(np.arange(len(axes)), [axis.size for axis in axes.values()])
+    return list(axes), place_of, label[np.concatenate(list(axes.values()))]
 
 
 def _used_elsewhere(record: Record, label: Vector) -> np.ndarray:
