@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.exact_run import (
     InDouble,
     SmallPools,
@@ -31,6 +32,7 @@ from taylor_kernels.pruning.exact_run import (
     widened,
 )
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.masking import fill, fills
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
 from taylor_kernels.tracing import Channels
@@ -52,8 +54,8 @@ def unsound(
 
     Args:
         model: a copy in eval mode; its values are changed.
-        train_too: it has layers that eval mode does not reach (heads for training alone), so it
-            must also run in train mode without the units.
+        train_too: it has layers or parameters that eval mode does not reach (heads for training
+            alone), so it must also run in train mode without the units.
     """
     trial = _Trial(model, example_inputs, channels, train_too)
     until = time.monotonic() + SECONDS
@@ -174,7 +176,11 @@ class _Trial:
                 self._put({name: _clone(self._originals[name]) for name in entries})
                 for name, parts in fills(self._held, channels, entries).items():
                     fill(self._held[name].data, parts)
-                masked = self._outputs()
+                norms = keep_only(self._modules, channels, dead)
+                try:
+                    masked = self._outputs()
+                finally:
+                    remove_all(norms)
         except Exception as error:
             return f"the model does not run with some of its channels at zero ({_short(error)})"
         try:
@@ -226,13 +232,22 @@ class _Trial:
 
 
 def _units(group: Group, number: int, draw: int) -> Tensor:
-    """About half of a group's units, an odd number where it may be: [U] bool."""
+    """Some of a group's units: [U] bool.
+
+    Half of them at first, or an odd number where it may be; then fewer, and in groups of one size
+    different numbers, since code may take the width of one for another's.
+    """
+    drawn = random.Random(number * _DRAWS + draw)
     allowed, alive = [0], group.size
     while (more := group.next_to_go(alive)) and allowed[-1] + more <= max(group.size // 2, more):
         alive -= more
         allowed.append(allowed[-1] + more)
+    fewer = allowed[1:] or allowed
     odd = [count for count in allowed if count % 2]
-    count = (odd or allowed)[-1]
+    if draw == 0:
+        count = (odd or allowed)[-1]
+    else:
+        count = fewer[number % len(fewer)] if draw == 1 else drawn.choice(fewer)
     gone = torch.zeros(group.size, dtype=torch.bool)
     way = (number + draw) % _DRAWS
     if way == 0:
@@ -240,7 +255,7 @@ def _units(group: Group, number: int, draw: int) -> Tensor:
     elif way == 1:
         gone[group.size - count :] = True
     else:
-        gone[random.Random(number + draw).sample(range(group.size), count)] = True
+        gone[drawn.sample(range(group.size), count)] = True
     return gone
 
 

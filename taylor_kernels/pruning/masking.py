@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.pruning.kept_norms import KeptOnly, keep_only
 from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.shards import fill_part
@@ -26,8 +27,9 @@ class Masks:
     norms and parameters behind them, consumers' input columns, their gradients and the
     optimizer's state. Gradients are zeroed as they arrive; tensors are written again around every
     forward pass of the model and after every step of an optimizer, which undoes what momentum did
-    to them; a model that was compiled before shows its passes to no hook. The hooks outlive the
-    pruner, but not a copy of the model: there the units are plain zeros.
+    to them; a model that was compiled before shows its passes to no hook. Norms across channels are
+    run on what is kept (`KeptOnly`). The hooks outlive the pruner. In a copy of the model the units
+    are plain zeros, and only its norms still know of them.
     """
 
     def __init__(self, model: nn.Module, optimizer: object) -> None:
@@ -63,6 +65,7 @@ class Masks:
         self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
+        self._hooks += keep_only(dict(self._model.named_modules()), channels, dead)
 
     def zero_gradients(self) -> None:
         """Zero the masked entries of gradients again, where others write them after backward().
@@ -134,3 +137,9 @@ def check_unmasked(model: nn.Module) -> None:
             "model: an earlier Pruner holds filters of it at zero; call compact() or close() of "
             "that one first, or go on with copy.deepcopy(model), where they are plain zeros"
         )
+    for name, module in model.named_modules():
+        if any(isinstance(hook, KeptOnly) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"model: its norm {name!r} is run on the channels that an earlier Pruner has kept, "
+                "of this model or of one that it is a copy of; compact() with that one first"
+            )

@@ -88,7 +88,9 @@ def find_prunable(
     channels = channels.offering(groups)
     if verify and groups:
         unreached = layers.keys() - channels.layers.keys()
-        found = unsound(plain, example_inputs, channels, train_too=bool(unreached))
+        found = unsound(
+            plain, example_inputs, channels, train_too=bool(unreached or channels.unread)
+        )
         for number, reason in found.items():
             skipped |= {slot.owner: reason for slot in groups[number].producers}
         groups = [group for number, group in enumerate(groups) if number not in found]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Channels:
         steps: the norms and products that channels go through, in running order, with classes in
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
+        unread: parameters that the run did not compute with.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
             they are to be filled before those that are zeroed.
@@ -55,9 +56,9 @@ class Channels:
         {'0': {'out_features': 5}, '1': {'in_features': 5}}
     """
 
-    def __init__(self, record: Record, model: nn.Module, lifted: Collection[str] = ()) -> None:
-        self._record, self._lifted = record, frozenset(lifted)
-        resolution = resolve(record, self._lifted)
+    def __init__(self, record: Record, model: nn.Module) -> None:
+        self._record = record
+        resolution, across = resolve(record)
         roots = np.flatnonzero(resolution.label == np.arange(record.count))
         number = np.zeros(record.count, np.int64)
         number[roots] = np.arange(roots.size)
@@ -71,7 +72,7 @@ class Channels:
         for start, name, dim, size in record.starts:
             vector = self._label[start : start + size]
             self._classes[name, dim] = same.setdefault(vector.tobytes(), vector)
-        modules = dict(model.named_modules())
+        modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
         self._order = {name: number for number, name in enumerate(modules)}
         self._layers: dict[str, tuple[Vector, Vector]] = {}
         self.macs: dict[str, int] = {}
@@ -92,11 +93,17 @@ class Channels:
         self.steps: list[Step] = [
             step.of(self._label[step.inputs], self._label[step.outputs]) for step in record.steps
         ]
+        self._across = {call.module: (call.dim, self._label[call.vectors[0]]) for call in across}
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(self._label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
+        self.unread = {
+            name
+            for start, name, _, _ in record.starts
+            if name not in buffers and start not in record.seen
+        }
         self._sizes = self._counted(model, modules)
         self.groups: list[Group] = []
         self.skipped: dict[str, str] = {}
@@ -170,23 +177,6 @@ class Channels:
         why = int(self._why[number])
         return None if why == FREE else self._reasons[why]
 
-    def lifting(self, *kinds: str, model: nn.Module) -> Channels:
-        """The channels if these kinds of mixers kept nothing.
-
-        For callers that know what to do with a mixer's channels: the width of a LayerNorm, say.
-
-        Args:
-            kinds: keys of `mixers`.
-            model: the traced model or a copy of it.
-        """
-        unknown = sorted(set(kinds) - self.mixers.keys())
-        if unknown:
-            raise ValueError(
-                f"kinds: this model has no mixer {unknown[0]!r}; there are "
-                f"{', '.join(sorted(self.mixers)) or 'none'}"
-            )
-        return Channels(self._record, model, {*self._lifted, *kinds})
-
     def offering(self, groups: Sequence[Group]) -> Channels:
         """The same channels with these groups: some of its own, which a caller may have changed."""
         other = copy.copy(self)
@@ -220,6 +210,7 @@ class Channels:
         other._publish()
         other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
         other.steps = [step.of(left(step.inputs), left(step.outputs)) for step in self.steps]
+        other._across = {name: (dim, left(vector)) for name, (dim, vector) in self._across.items()}
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
@@ -247,6 +238,26 @@ class Channels:
             if (going := known[key]) is not None:
                 found.setdefault(name, {})[dim] = going
         return found
+
+    def kept_by_norms(self, dead: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
+        """What masking the dead units asks of norms across channels.
+
+        A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
+        has to be run on the channels that are kept, so that masking is removal.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+
+        Returns:
+            Module -> the channels' dimension in its input, from the end, and the indices [n] of
+            those that stay; only modules of which some go.
+        """
+        gone = self._gone(dead)
+        return {
+            name: (dim, index(np.flatnonzero(~gone[vector])))
+            for name, (dim, vector) in self._across.items()
+            if gone[vector].any()
+        }
 
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from taylor_kernels.tracing.across import Across
 
 Vector = npt.NDArray[np.int64]
 #: Kinds of steps.
@@ -33,8 +36,7 @@ class Reason:
         module: the module that ran, "" for the model itself.
         operation: the operation's name, "" where no operation is to blame.
         mixer: the kind of normalisation or reduction that mixes these atoms ("native_layer_norm",
-            "softmax", ...), "" where nothing is mixed. A caller that knows what removal means for
-            a kind can lift it: see `Channels.lifting`.
+            "softmax", ...), "" where nothing is mixed.
     """
 
     text: str
@@ -207,6 +209,7 @@ class Record:
     starts: list[tuple[int, str, int, int]] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     fixed: list[tuple[Vector, Reason]] = field(default_factory=list)
+    across: list[Across] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
@@ -145,6 +146,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         record: what was written down.
         flow: the norms and products that channels go through.
+        across: finds the modules that normalise across channels.
         touched: called with a tensor before something is written into it.
 
     Args:
@@ -163,6 +165,7 @@ class Recorder(TorchDispatchMode):
         self.record = Record()
         self.store = Store()
         self.flow = Flow(self)
+        self.across = AcrossNorms(self)
         self.stack: list[tuple[str, nn.Module]] = []
         self.touched = touched
         self._names = names
@@ -172,11 +175,13 @@ class Recorder(TorchDispatchMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.flow.enter(module, args)
+        self.across.enter(module, args)
         self.stack.append((self._names.get(module, ""), module))
         self.record.ran.add(self.module)
 
     def leave(self, module: nn.Module, output: Any) -> None:
         self.flow.leave(module, output)
+        self.across.leave(module, self._names.get(module, ""), output)
         while self.stack and self.stack.pop()[1] is not module:
             pass
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
+from taylor_kernels.tracing.across import Across, accepted
 from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
@@ -13,28 +14,10 @@ from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Tab
 _ROUNDS = 8
 
 
-def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
-    """Work out the classes.
-
-    Args:
-        lifted: kinds of mixers (`Reason.mixer`) that keep nothing.
-    """
+def resolve(record: Record) -> tuple[Resolution, list[Across]]:
+    """Work out the classes, and which norms across channels keep nothing."""
     forest = Forest(record.count)
     lone = _join(record, forest)
-    fixed = [
-        (number, 1, vector, reason)
-        for number, (vector, reason) in enumerate(record.fixed)
-        if reason.mixer not in lifted or not reason.mixer
-    ]
-    # In running order: the first reason of several is the one that is given.
-    ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])
-    reasons = [Reason("is no parameter's"), *(reason for *_, reason in ordered)]
-    why = np.full(record.count, FREE)
-    why[0] = 0
-    if ordered:
-        sizes = [vector.size for _, _, vector, _ in ordered]
-        numbers = np.repeat(np.arange(1, len(ordered) + 1), sizes)
-        np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
     # One attribute counts the same number wherever it is used.
     firsts: dict[tuple[str, str], Size] = {}
     pairs = []
@@ -45,7 +28,23 @@ def resolve(record: Record, lifted: Collection[str] = ()) -> Resolution:
     forest.unite(pairs)
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
-    return Chooser(record, grids, forest, why, reasons).resolution()
+    across = accepted(record.across, record.fixed, forest.label)
+    lifted = {number for call in across for number in call.fixed}
+    fixed = [
+        (number, 1, vector, reason)
+        for number, (vector, reason) in enumerate(record.fixed)
+        if number not in lifted or not reason.mixer
+    ]
+    # In running order: the first reason of several is the one that is given.
+    ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])
+    reasons = [Reason("is no parameter's"), *(reason for *_, reason in ordered)]
+    why = np.full(record.count, FREE)
+    why[0] = 0
+    if ordered:
+        sizes = [vector.size for _, _, vector, _ in ordered]
+        numbers = np.repeat(np.arange(1, len(ordered) + 1), sizes)
+        np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
+    return Chooser(record, grids, forest, why, reasons).resolution(), across
 
 
 def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason]]:

@@ -90,9 +90,7 @@ def _cut_before(tables: Sequence[Table], after: int, label: Vector) -> int | Non
     return None
 
 
-def _axes(
-    record: Record, label: Vector
-) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
+def _axes(record: Record, label: Vector) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:
     """The classes along all axes of all tables, end to end.
 
     Returns:

@@ -77,7 +77,7 @@ TRICKY = {
     "rms": (lambda: Model(rms, a=conv(4, 8), b=conv(8, 2)), PICTURE, set(), {}),
     "rms norm module": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.Linear(8, 7), nn.Linear(7, 2)),
-        ROWS, {"2"}, {"0": "is mixed with other channels (rms_norm in '1')"},
+        ROWS, {"0", "2"}, {},
     ),
     "a head for training alone": (
         lambda: Model(lambda m, x: (h := F.relu(m.b(F.relu(m.a(x)))), m.c(h) + (
@@ -92,7 +92,7 @@ TRICKY = {
     ),
     "group norm": (
         lambda: nn.Sequential(conv(4, 8), nn.GroupNorm(2, 8), conv(8, 8), conv(8, 2)),
-        PICTURE, {"2"}, {"0": "is mixed with other channels (group_norm in '1')"},
+        PICTURE, {"0", "2"}, {},
     ),
     "width in the code": (
         lambda: Model(lambda m, x: m.c(m.b(m.a(x).view(-1, 8))),
@@ -201,7 +201,7 @@ def test_tricky(name):
 
 OUTPUTS = {
     "mlp": ["5"], "vgg": ["head.2"], "unet": ["out"], "unet_grouped": ["out"],
-    "transformer": ["embed", "down.0", "down.1", "out"], "two_inputs": ["heads.0", "heads.1"],
+    "transformer": ["out"], "two_inputs": ["heads.0", "heads.1"],
     "gated": ["down"], "shared": ["leave"],
 }  # fmt: skip
 

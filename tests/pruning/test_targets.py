@@ -150,9 +150,9 @@ def test_records_say_what_went():
 def test_unreachable_target_says_the_least_fraction():
     model, inputs = zoo.build("transformer")
     with pytest.raises(
-        ValueError, match=r"params: 0.1 cannot be reached.* (0\.\d{4}) of the"
+        ValueError, match=r"params: 0.01 cannot be reached.* (0\.\d{4}) of the"
     ) as got:
-        Pruner(model, inputs, params=0.1)
+        Pruner(model, inputs, params=0.01)
     least = float(str(got.value).split(" of the params")[0].split()[-1])
     pruner = Pruner(model, inputs, "random", params=least, every=1, per_step=5)
     run(model, inputs, pruner)

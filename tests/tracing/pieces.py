@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,15 @@ from tests.tracing.parts import (
     split_attention,
     windows,
 )
+
+#: Norms across channels, as models write them out: of (module, images).
+ACROSS: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": lambda s, x: s.gain * F.normalize(x - x.mean(1, True), dim=1) + s.shift,
+    "rms_norm": lambda s, x: s.gain * x * (x.square().mean(1, keepdim=True) + 0.1).rsqrt(),
+    "response_norm": lambda s, x: x + s.gain * x * (
+        (n := x.norm(dim=(2, 3), keepdim=True)) / (n.mean(1, keepdim=True) + 0.1)
+    ),
+}  # fmt: skip
 
 
 def conv(rng: random.Random, inputs: int, outputs: int, **options: int) -> nn.Module:
@@ -116,8 +126,11 @@ def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:
         return nn.PReLU(c), c
     if kind == "instance_norm":
         return nn.InstanceNorm2d(c, affine=rng.random() < 0.5), c
-    if kind == "group_norm" and even:
-        return nn.GroupNorm(2, c), c
+    if kind == "group_norm":
+        return nn.GroupNorm(rng.choice([g for g in (1, 2, 4, c) if c % g == 0]), c), c
+    if kind in ACROSS:
+        gain, shift = (nn.Parameter(torch.rand(c, 1, 1) + 0.5) for _ in range(2))
+        return Apply(ACROSS[kind], gain=gain, shift=shift), c
     if kind == "softmax":
         return nn.Softmax(1), c
     if kind == "every_other" and even:
@@ -197,7 +210,7 @@ KINDS = (
     "scale", "gate", "prelu", "instance_norm", "group_norm", "softmax", "every_other", "stacked",
     "flipped", "split_of_two", "rescaled", "weight_norm", "csp", "c2f", "einsum",
     "summed", "normalised", "temporal_shift", "windows", "frames", "patches", "non_local",
-    "position", "split_attention", "dual_path",
+    "position", "split_attention", "dual_path", *ACROSS,
 )  # fmt: skip
 HEADS = ("mean", "flatten", "lstm", "gru", "conv", "tokens")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +21,23 @@ def lookup(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(owner), leaf
 
 
+def on_kept(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> None:
+    """Run the norms across channels as they run once the dead units are removed, and add zeros."""
+    small = removed(model, channels, dead)
+    for name, (dim, kept) in channels.kept_by_norms(dead).items():
+
+        def forward(norm: nn.Module, dim: int, kept: Tensor, x: Tensor) -> Tensor:
+            found = norm(x.index_select(dim, kept))
+            return torch.zeros_like(x).index_copy(dim, kept, found)
+
+        norm = small.get_submodule(name)
+        model.get_submodule(name).forward = partial(forward, norm, dim, kept)
+
+
 def masked(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> nn.Module:
     """A copy with the entries of the dead units set to what masks them."""
     model = copy.deepcopy(model)
+    on_kept(model, channels, dead)
     for name, dims in channels.entries(dead).items():
         module, leaf = lookup(model, name)
         fills = {dim: channels.fills.get(name, {}).get(dim, 0.0) for dim in dims}

@@ -27,7 +27,7 @@ def test_masking_a_unit_is_removing_it(kinds, last, seed):
 #: Pieces without a product over channels: a channel stays a channel.
 MOVES = (
     "activation", "pool", "halves", "twice", "shuffle", "native_shuffle", "depthwise", "prelu",
-    "pixel_shuffle", "pixel_unshuffle", "maxout", "glu", "scale", "instance_norm", "group_norm",
+    "pixel_shuffle", "pixel_unshuffle", "maxout", "glu", "scale", "instance_norm",
     "softmax", "every_other", "stacked", "flipped", "rescaled",
 )  # fmt: skip
 

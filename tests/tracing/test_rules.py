@@ -190,10 +190,3 @@ def test_norms_behind_a_layer_are_named_in_order():
     )  # fmt: skip
     channels = trace(model, torch.randn(2, 3, 9, 9))
     assert channels.groups[0].norms == ("2", "4")
-
-
-def test_a_mixer_can_be_lifted():
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
-    channels = trace(model, torch.randn(2, 4))
-    assert not channels.groups
-    assert channels.lifting("layer_norm", model=model).groups[0].size == 6

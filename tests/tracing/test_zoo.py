@@ -12,7 +12,7 @@ from tests.tracing.removal import faults
 STAYS = {
     "mlp": {"5"}, "vgg": {"head.2"}, "resnet": {"fc"}, "resnext": {"fc"}, "densenet": {"fc"},
     "mobilenet": {"fc"}, "unet": {"out"}, "unet_grouped": {"out"},
-    "transformer": {"embed", "down.0", "down.1", "out"}, "two_inputs": {"heads.0", "heads.1"},
+    "transformer": {"out"}, "two_inputs": {"heads.0", "heads.1"},
     "gated": {"down"}, "shared": {"leave"}, "odd": {"fc"},
 }  # fmt: skip
 

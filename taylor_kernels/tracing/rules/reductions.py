@@ -101,6 +101,10 @@ def layer_norm(call: Call) -> list[Labels | None]:
 def group_norm(call: Call) -> list[Labels | None]:
     old = call.of(call.args["input"])
     vector = old.dims[1]
+    groups = call.args.get("num_groups", call.args.get("group", 1))
+    if vector is not None and groups > 1:
+        # Each group keeps as many channels as the others.
+        call.record.grid(vector.reshape(groups, -1), call.where, "rows", [1])
     call.mix(vector)
     for name in ("weight", "bias"):
         if isinstance(call.args.get(name), Tensor):
