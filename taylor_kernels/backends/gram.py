@@ -34,7 +34,7 @@ WORKSPACE = 2**19
 ELEMENT = 8
 #: So many times the products of Gram matrices are as long as those of the kernels: float64 against
 #: the inputs' dtype.
-SLOWER = 3.0
+SLOWER = 5.0
 #: The same on a GPU without float64 units to speak of.
 MUCH_SLOWER = 64.0
 #: Compute capabilities of GPUs that have these units.

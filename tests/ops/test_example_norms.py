@@ -164,10 +164,10 @@ def test_gradients_that_cancel_leave_no_more_than_their_rounding(way):
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_small_gradients_of_inputs_far_from_zero_keep_their_norms(kernel, spread, offset):
     """Spreads about an offset, and output gradients that add up to nothing over the positions."""
-    x = offset + spread * torch.randn(2, 64, 3, 3)
-    dy = torch.randn(2, 64, 3, 3)
+    x = offset + spread * torch.randn(2, 128, 3, 3)
+    dy = torch.randn(2, 128, 3, 3)
     dy -= dy.mean((2, 3), keepdim=True)
-    size = (64, 64, kernel, kernel)
+    size = (128, 128, kernel, kernel)
     x = F.pad(x, 4 * [kernel // 2], mode="replicate")
     with patch.object(gram, "conv2d_example_norms", wraps=gram.conv2d_example_norms) as taken:
         got = tk.conv2d_example_norms(x, size, dy)
