@@ -123,6 +123,20 @@ def test_dict_batches_whose_last_is_smaller(criterion):
     close(scores(network(), criterion, DataLoader(Examples(), BATCH)), expected)
 
 
+def test_examples_of_a_smaller_batch_can_be_made_to_weigh_as_much_as_others():
+    """As if the loss were the sum over a batch, divided by the size that others have."""
+    found = []
+    for mean in (True, False):
+        model = network()
+        imp = tk.Importance(model, "taylor_fo_gate")
+        for batch in plain_batches():
+            loss, n = loss_of(model, batch), len(batch["x"])
+            (loss if mean else loss * n / BATCH).backward()
+            imp.update(loss_scale=BATCH / n if mean else 1.0)
+        found.append(imp.compute())
+    close(*found)
+
+
 @pytest.mark.parametrize("data", [Examples(), Stream()], ids=["map", "iterable"])
 def test_worker_processes(data):
     loader = DataLoader(data, BATCH, num_workers=2)
