@@ -130,12 +130,9 @@ def ranks_of_all() -> Ranks | None:
 
 def plain_optimizers(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     """The optimizers themselves, out of the wrappers that Accelerate puts around them."""
-    found = []
-    for one in optimizers:
-        while isinstance(inner := getattr(one, "optimizer", None), Optimizer):
-            one = inner
-        found.append(one)
-    return found
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    return [one.optimizer if isinstance(one, AcceleratedOptimizer) else one for one in optimizers]
 
 
 def moved(inputs: Any, device: torch.device) -> Any:

@@ -99,7 +99,7 @@ class AcceleratedPruner(Pruner):
             raise not_whole(accelerator.distributed_type.value)
         given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
         super().__init__(
-            accelerator.unwrap_model(model),
+            accelerator.unwrap_model(model, keep_torch_compile=False),
             moved(example_inputs, accelerator.device),
             criterion,
             optimizer=plain_optimizers(given),

@@ -93,6 +93,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The weights of a checkpoint come next."""
+        remove_all(self._handles)  # those of a fit() that failed there
         if stage == "fit":
             self._handles = [pl_module.register_load_state_dict_pre_hook(_check_whole)]
 

@@ -155,7 +155,9 @@ class PruningCallback(TrainerCallback, ExportableState):
         assert pruner is not None
         if (record := self._record) is not None:
             self._record = None
+            due = control.should_log
             self._trainer.log(scalars(record))
+            control.should_log = due  # logging has put it back, and the loss would not be logged
             for callback in self._trainer.callback_handler.callbacks:
                 writer = getattr(callback, "tb_writer", None)
                 add_histograms(writer, pruner, state.global_step)
@@ -170,7 +172,10 @@ class PruningCallback(TrainerCallback, ExportableState):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """All checkpoints of the training have been written by now."""
         remove_all(self._handles)
-        if self._compact and self.pruner is not None:
+        if self.pruner is None:
+            return
+        self.pruner.sync()
+        if self._compact:
             self.pruner.compact()
 
     def state(self) -> dict[str, Any]:

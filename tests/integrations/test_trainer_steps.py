@@ -105,6 +105,37 @@ def test_minibatches_whose_step_is_skipped_do_not_count(kind, tmp_path, monkeypa
     assert all(math.isfinite(record.threshold) for record in got.pruner.history)
 
 
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_clipping_shows_where_it_comes_before(kind, tmp_path):
+    """Transformers clips before its callbacks are asked, Lightning afterwards."""
+    least, limit, norm = [], 1e-3, math.nan
+    for clipped in (False, True):
+        if kind == "lightning":
+            options: dict[str, Any] = {"gradient_clip_val": limit if clipped else None}
+        else:
+            options = {"max_grad_norm": limit if clipped else 0.0, "logging_steps": 1}
+        pruning = {"criterion": "taylor_fo", "every": 1}
+        got = trained(kind, tmp_path, pruning=pruning, **options)
+        least.append(got.pruner.history[0].threshold)
+        if kind == "transformers":
+            logged = [entry for entry in got.trainer.state.log_history if "grad_norm" in entry]
+            norm = logged[0]["grad_norm"]
+    ratio = 1.0 if kind == "lightning" else (limit / norm) ** 2
+    assert ratio == 1.0 or ratio < 0.01
+    assert math.isclose(least[1] / least[0], ratio, rel_tol=1e-2)
+
+
+def test_a_model_that_accelerate_compiles(tmp_path):
+    plain = trained("accelerate", tmp_path)
+    forget_accelerator()
+    compiled = trained("accelerate", tmp_path, dynamo_backend="aot_eager")
+    assert type(compiled.net).__name__ == "OptimizedModule"
+    assert isinstance(compiled.pruner.model, nn.Sequential)
+    got, expected = compiled.pruner.history[0], plain.pruner.history[0]
+    assert got.removed == expected.removed
+    assert math.isclose(got.threshold, expected.threshold, rel_tol=1e-4)
+
+
 def test_bfloat16_needs_no_scaler(tmp_path):
     plain = trained("accelerate", tmp_path)
     forget_accelerator()
