@@ -70,8 +70,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: an option is one that the trainer gives (optimizer, scaler, ranks), or the
             trainer's arguments do not go together with pruning: load_best_model_at_end,
-            restore_callback_states_from_checkpoint, FSDP, DeepSpeed. In train(): as `tk.Pruner`
-            does.
+            restore_callback_states_from_checkpoint, FSDP, DeepSpeed, nn.DataParallel. In train():
+            as `tk.Pruner` does.
 
     Example:
         >>> import tempfile, torch
@@ -97,6 +97,11 @@ class PruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise not_whole("FSDP" if trainer.is_fsdp_enabled else "DeepSpeed")
+        if trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"trainer: it uses {trainer.args.n_gpu} GPUs by nn.DataParallel, whose replicas no "
+                "pruner sees; start a process for each by torchrun, or let it see one GPU alone"
+            )
         if trainer.args.load_best_model_at_end:
             raise ValueError(
                 "load_best_model_at_end: the weights of an earlier step have filters that were "

@@ -255,6 +255,20 @@ def test_arguments_of_the_trainer_that_would_spoil_it(argument, tmp_path):
         PruningCallback(trainer, torch.randn(1, 2), filters=0.5)
 
 
+def test_replicas_are_one_clear_error(tmp_path):
+    library("transformers")
+    from transformers import Trainer, TrainingArguments
+
+    from taylor_kernels.integrations.transformers import PruningCallback
+
+    trainer = Trainer(
+        nn.Linear(2, 2), TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    )
+    trainer.args._n_gpu = 2  # as on a machine that has two
+    with pytest.raises(ValueError, match=r"uses 2 GPUs by nn\.DataParallel.*by torchrun"):
+        PruningCallback(trainer, torch.randn(1, 2), filters=0.5)
+
+
 def test_a_folder_without_the_pruner_is_said_to_be_one(tmp_path):
     library("accelerate")
     from accelerate import Accelerator
