@@ -67,7 +67,8 @@ $(VENV)/peers: $(VENV)/built
 		avalanche-lib dill psutil torchmetrics lightning lightning-utilities accelerate \
 		opacus opt_einsum backpack-for-pytorch einops unfoldNd \
 		laplace-torch asdl asdfghjkl curvlinops-for-pytorch einconv linear_operator jaxtyping wadler_lindig \
-		nvidia-modelopt omegaconf antlr4-python3-runtime pulp onnx onnxscript onnx-ir ml_dtypes protobuf
+		nvidia-modelopt omegaconf antlr4-python3-runtime pulp onnx onnxscript onnx-ir ml_dtypes protobuf \
+		tensorboardX
 	rm -rf $(VENV)/lib/python3*/site-packages/tests
 	touch $@
 

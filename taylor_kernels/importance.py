@@ -30,6 +30,7 @@ from taylor_kernels.statistics import (
     get_statistic,
     held_weight,
 )
+from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing import trace
 
 _STATE_VERSION = 1
@@ -180,6 +181,7 @@ class Importance(OnModel):
         loss_scale: float = 1.0,
         closure: Callable[[], Tensor] | None = None,
         weight: float = 1.0,
+        mask: Mask | None = None,
     ) -> None:
         """Score what backward() left: once, before unscaling, clipping, step() and zero_grad().
 
@@ -194,6 +196,11 @@ class Importance(OnModel):
                 `loss_scale`: return it unscaled.
             weight: of this rank's minibatch in that of all ranks, if they are not of one size:
                 the number of its examples, say.
+            mask: [N] or [N, T], bool or integers, 0 where an example, or one of its T tokens, is
+                padding, as an `attention_mask`; a list of them for several forward passes. What
+                counts examples (`taylor_fo_gate`, `obd_fisher`) leaves these out: an example
+                without a token; and tokens, where a layer is given all of them in dim 0. The loss
+                is to leave them out too.
 
         For a minibatch whose gradients overflowed, call skip() in place of it.
 
@@ -202,7 +209,7 @@ class Importance(OnModel):
                 is closed.
             ValueError: `loss_scale` or `weight` is not a positive number; a closure is missing, or
                 given to a criterion that takes none, or returned no scalar that depends on the
-                model.
+                model; a mask does not fit what a layer was given, or leaves nothing over.
         """
         check_loss_scale(loss_scale)
         check_weight(weight)
@@ -215,7 +222,8 @@ class Importance(OnModel):
                 return
         if self.ranks is not None:
             loss_scale *= self.ranks.prepare(self._statistic, self._seen)
-        found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+        with counted(self._statistic, mask):
+            found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
         if self._scaling is not None and not self._scaling.check_finite(tables):
             self.skip()

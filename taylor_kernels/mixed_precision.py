@@ -31,13 +31,16 @@ class Scaling:
     def __init__(
         self, scaler: GradScaler, model: nn.Module, optimizers: Sequence[Optimizer] = ()
     ) -> None:
-        if not isinstance(scaler, GradScaler):
-            raise TypeError(
-                f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}; without "
-                "one pass loss_scale= at each minibatch"
-            )
+        _check_scaler(scaler)
         self._scaler, self._model, self._optimizers = scaler, model, list(optimizers)
         self.overflowed = 0
+
+    def use(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> None:
+        """Go on with other optimizers, and another scaler if one is given."""
+        if scaler is not None:
+            _check_scaler(scaler)
+            self._scaler = scaler
+        self._optimizers = list(optimizers)
 
     def skips(self) -> bool:
         """Whether a gradient is not finite, so that the scaler skips the step; counted."""
@@ -119,6 +122,14 @@ class Scaling:
         greatest = torch._foreach_norm(grads, float("inf"))
         device = greatest[0].device
         return not bool(torch.stack([g.to(device) for g in greatest]).isfinite().all())
+
+
+def _check_scaler(scaler: object) -> None:
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(
+            f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}; without "
+            "one pass loss_scale= at each minibatch"
+        )
 
 
 def _parameters(optimizers: Sequence[Optimizer]) -> list[Tensor]:

@@ -263,6 +263,33 @@ def test_an_optimizer_that_is_not_unscaled_is_looked_at_too(known):
     assert scaling.of(weights, 1.0) == 1.0
 
 
+@pytest.mark.parametrize("unscale", [False, True])
+def test_another_optimizer_and_its_scaler_take_over(unscale):
+    """As where a trainer makes both anew for a second training."""
+    thresholds = []
+    for scale in (1.0, 2.0**9):
+        model, batch = network(), batches(1)[0]
+        first, second = (torch.optim.SGD(model.parameters(), 0.0) for _ in range(2))
+        pruner = tk.Pruner(
+            model,
+            batch[0][:1],
+            "taylor_fo",
+            filters=0.9,
+            every=1,
+            optimizer=first,
+            scaler=torch.amp.GradScaler("cpu", init_scale=2.0**4),
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        pruner.use_optimizer(second, scaler=scaler)
+        scaler.scale(F.cross_entropy(model(batch[0]), batch[1])).backward()
+        if unscale:
+            scaler.unscale_(second)
+        thresholds.append(pruner.step().threshold)
+    assert thresholds[0] == thresholds[1]
+    with pytest.raises(TypeError, match="scaler: expected a"):
+        pruner.use_optimizer(second, scaler=2.0**9)
+
+
 def test_a_step_that_one_rank_skips_counts_on_none():
     def run(rank, size, meeting):
         model = network()

@@ -210,6 +210,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
     **method_blocks(),
 }
+for _path in sorted((ROOT / "examples").glob("trainer_*.py")):
+    BLOCKS[_path.stem.replace("_", "-")] = partial(example, _path.relative_to(ROOT))
 for _door in DOORS:
     _example = Path("examples") / f"{_door.example}.py"
     BLOCKS[f"door-example-{_door.slug}"] = partial(example, _example)

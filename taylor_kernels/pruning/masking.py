@@ -94,7 +94,7 @@ def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> 
 
 def fill(tensor: Tensor, parts: Fills) -> None:
     for dim, index, value in parts:
-        fill_part(tensor, dim, index, value)
+        fill_part(tensor, dim, index.to(tensor.device), value)  # a trainer may have moved the model
 
 
 def _zero_grad(parts: Fills, parameter: Tensor) -> None:

@@ -49,6 +49,7 @@ from taylor_kernels.statistics.base import (
     check_no_noise,
     check_weight,
 )
+from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
 
 
@@ -177,7 +178,12 @@ class Pruner(OnModel):
             self._watch()
 
     def step(
-        self, *, loss_scale: float = 1.0, closure: Closure | None = None, weight: float = 1.0
+        self,
+        *,
+        loss_scale: float = 1.0,
+        closure: Closure | None = None,
+        weight: float = 1.0,
+        mask: Mask | None = None,
     ) -> PruneRecord | None:
         """Score the minibatch; prune if it is the `every`-th. Between backward() and
         optimizer.step().
@@ -190,12 +196,14 @@ class Pruner(OnModel):
                 `lambda: loss_fn(model(x), y)`, not scaled. That is a forward pass more: in train
                 mode it moves BatchNorm's statistics, and draws dropout, a second time.
             weight: of this rank's minibatch in that of all `ranks`, as in `Importance.update`.
+            mask: which examples, or tokens, count and are no padding, as in `Importance.update`.
 
         Returns:
             What was pruned, or None.
 
         Raises:
-            ValueError: a closure is missing, or given to a criterion that takes none.
+            ValueError: a closure is missing, or given to a criterion that takes none; a mask does
+                not fit.
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
                 since the last pruning are forgotten. Or the gradients of gates are rounding noise,
                 which says nothing of what is to go; the targets cannot be reached without
@@ -218,7 +226,8 @@ class Pruner(OnModel):
                     return None
             if self.ranks is not None:
                 loss_scale *= self.ranks.prepare(self._statistic, self._seen)
-            found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
+            with counted(self._statistic, mask):
+                found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
             tables = checked_tables(self._statistic, found)
             if self._scaling is not None and not self._scaling.check_finite(tables):
                 self.skip()
@@ -423,11 +432,16 @@ class Pruner(OnModel):
         channels = self._prunable.channels
         return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
 
-    def use_optimizer(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+    def use_optimizer(
+        self, optimizer: Optimizer | Sequence[Optimizer], *, scaler: GradScaler | None = None
+    ) -> None:
         """Let the state of these optimizers follow the masks and compact(), from now on.
 
         For those that can only be made later, as after fully_shard(). What is masked already is
         masked in their state at the next pruning.
+
+        Args:
+            scaler: the GradScaler that they step by; None leaves the one that there is.
 
         Raises:
             TypeError, ValueError: as those of the argument `optimizer`.
@@ -435,6 +449,10 @@ class Pruner(OnModel):
         """
         self._check_open()
         check_optimizer(optimizer, self.model)
+        if self._scaling is not None:
+            self._scaling.use(optimizers_in(optimizer), scaler)
+        elif scaler is not None:
+            self._scaling = Scaling(scaler, self.model, optimizers_in(optimizer))
         self.optimizer = optimizer
         self._network.use(optimizer)
 

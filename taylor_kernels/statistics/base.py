@@ -47,6 +47,8 @@ class Statistic(ABC):
             sums are in it already, so that each table is one of a minibatch of its own.
         shared_columns: how many columns `shared` gives.
         same_draws: what it draws at an update is to be the same on all ranks.
+        mask: of an update that is being collected, for each pass which examples count ([N] or
+            [N, T] bool), if some do not.
 
     Example:
         >>> import taylor_kernels as tk
@@ -73,6 +75,7 @@ class Statistic(ABC):
     across_ranks: ClassVar[AcrossRanks] = "whole"
     shared_columns: ClassVar[int] = 1
     same_draws: ClassVar[bool] = False
+    mask: list[Tensor] | None = None
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 from taylor_kernels.hooks import Hook
 from taylor_kernels.shards import whole
 from taylor_kernels.statistics.base import Closure, version_of
+from taylor_kernels.statistics.counting import counting
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
 from taylor_kernels.statistics.hooks.passes import (
@@ -99,8 +100,8 @@ class _Fishers(WatchesPasses):
         super().__init__(*given, **named)
         self._passes: dict[str, _Pass] = {}  # the last of each layer
         self._waiting: dict[_Pass, str] = {}
-        self._sums: dict[str, Tensor] = {}
-        self._examples: dict[str, int] = {}
+        # Of each layer the sums over the examples of a use, with its pass and their number.
+        self._sums: dict[str, list[tuple[int, Tensor, int]]] = {}
         self._handles += [
             layer.register_forward_hook(Hook(self._on_layer, name), with_kwargs=True)
             for name, layer in self.layers.items()
@@ -158,28 +159,34 @@ class _Fishers(WatchesPasses):
                     "as where a subclass pads in its own forward(); leave it out (layers= of "
                     "Importance, ignore= of Pruner), or use taylor_fo_bn or taylor_so_diag"
                 ) from error
-            self._add(name, fisher, n)
+            self._add(name, here.number, fisher, n)
 
-    def _add(self, name: str, fisher: Tensor, examples: int) -> None:
-        # dy carries 1/N of a mean over N examples: N² makes it that of each one's own loss.
-        self._accumulate(name, fisher * examples**2, examples)
-
-    def _accumulate(self, name: str, fisher: Tensor, examples: int) -> None:
-        self._sums[name] = self._sums[name] + fisher if name in self._sums else fisher
-        self._examples[name] = self._examples.get(name, 0) + examples
+    def _add(self, name: str, number: int, fisher: Tensor, examples: int) -> None:
+        self._sums.setdefault(name, []).append((number, fisher, examples))
 
     def _means(self) -> list[Tensor]:
-        """[F, 1] per layer, over all examples."""
+        """[F, 1] per layer, over all examples that count."""
         self._reduce_waiting()
-        self.examples = max(self._examples.values(), default=1)
-        return [
-            (self._sums[name] / max(self._examples[name], 1))[:, None]
-            if name in self._sums
-            else torch.zeros(
-                filter_count(layer), 1, device=held_weight(layer).device, dtype=torch.float32
+        masks = counting(self, (number for sums in self._sums.values() for number, *_ in sums))
+        counts, means = [], []
+        for name, layer in self.layers.items():
+            total = torch.zeros(
+                filter_count(layer), device=held_weight(layer).device, dtype=torch.float32
             )
-            for name, layer in self.layers.items()
-        ]
+            count = 0
+            for use, (number, fisher, n) in enumerate(self._sums.get(name, ())):
+                factor, more = self._share(n if masks is None else masks.count(name, number, n))
+                total = total + fisher * factor if use else fisher * factor
+                count += more
+            counts += [count] if name in self._sums else []
+            means.append((total / max(count, 1))[:, None])
+        self.examples = max(counts, default=1)
+        return means
+
+    def _share(self, examples: int) -> tuple[int, int]:
+        """What the sum over so many examples is multiplied by, and how many they count for."""
+        # dy carries 1/N of a mean over N examples: N² makes it that of each one's own loss.
+        return examples**2, examples
 
     def _reduce_waiting(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -190,7 +197,7 @@ class _Fishers(WatchesPasses):
         super().discard()
         for here in self._waiting:
             here.discard()
-        self._waiting, self._sums, self._examples = {}, {}, {}
+        self._waiting, self._sums = {}, {}
 
 
 @register_statistic
@@ -249,9 +256,12 @@ class FisherProbe(FromOutput, _Fishers):
             self._reduce_waiting()
         return self._means()
 
-    def _add(self, name: str, fisher: Tensor, examples: int) -> None:
+    def _add(self, name: str, number: int, fisher: Tensor, examples: int) -> None:
         check_examples(name, examples, self._batch)
-        self._accumulate(name, self._sign * fisher, 0)
+        super()._add(name, number, self._sign * fisher, examples)
+
+    def _share(self, examples: int) -> tuple[int, int]:
+        return 1, 0  # the columns carry what the loss weighs its examples by, and add up
 
 
 def _kind(layer: Layer) -> str:

@@ -24,6 +24,7 @@ from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.shards import is_fsdp, whole
 from taylor_kernels.statistics.base import Closure
+from taylor_kernels.statistics.counting import counting
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
@@ -162,7 +163,8 @@ class ExampleGates(_Gates):
         self._check()
         if not any(self._received.values()):
             raise RuntimeError(NOTHING_SEEN)
-        examples = {n: sum(k for _, k in received) for n, received in self._received.items()}
+        self._leave_out_padding()
+        examples = {n: sum(map(len, r.values())) for n, r in self._received.items()}
         most = max(examples, key=examples.__getitem__)
         tables = {
             name: torch.cat(list(self._received[name].values())).T.contiguous()
@@ -170,6 +172,15 @@ class ExampleGates(_Gates):
             if self._received[name]
         }
         return self._gate_tables.finish(tables, self.model.training)
+
+    def _leave_out_padding(self) -> None:
+        masks = counting(self, (number for keys in self._received.values() for number, _ in keys))
+        if masks is None:
+            return
+        for name, received in self._received.items():
+            for (number, n), gates in received.items():
+                counts = masks.of(name, number, n)
+                received[number, n] = gates[counts.to(gates.device)]
 
     def discard(self) -> None:
         super().discard()

@@ -17,10 +17,14 @@ NEEDS = {
     "laplace_diagonal.py": "laplace",
     "modelopt_importance.py": "modelopt",
     "opacus_ghost_clipping.py": "opacus",
+    "trainer_accelerate.py": "accelerate",
+    "trainer_lightning.py": "lightning",
+    "trainer_transformers.py": "transformers",
 }
 SHORT = [p for p in sorted((ROOT / "examples").glob("*.py")) if p.name not in ELSEWHERE]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("path", SHORT, ids=lambda path: path.name)
 def test_it_runs_and_is_short(path, tmp_path, monkeypatch):
     if path.name in NEEDS:

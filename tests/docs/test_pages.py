@@ -40,13 +40,16 @@ def run(page: Path) -> dict[str, object]:
 ELSEWHERE = ("README.md", "docs/index.md", "docs/avalanche.md")
 RUN = [page for page in PAGES if snippets(page) and name_of(page) not in ELSEWHERE]
 #: Libraries that no requirement of the tests names.
-NEEDS = {"docs/modelopt.md": "modelopt"}
+NEEDS = {
+    "docs/modelopt.md": ["modelopt"],
+    "docs/trainers.md": ["accelerate", "lightning", "transformers"],
+}
 
 
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_snippets_run_as_they_stand(page, tmp_path, monkeypatch):
-    if name_of(page) in NEEDS:
-        library(NEEDS[name_of(page)])
+    for needed in NEEDS.get(name_of(page), ()):
+        library(needed)
     monkeypatch.chdir(tmp_path)
     names = run(page)
     models = [value for value in names.values() if isinstance(value, nn.Module)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +29,19 @@ def avalanche() -> None:
     library("avalanche")
     with stubs_of(OF_AVALANCHE):
         import avalanche.training.plugins  # noqa: F401
+
+
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """Accelerate keeps the settings of the first accelerator of a process, and takes no others."""
+    forget_accelerator()
+    yield
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()

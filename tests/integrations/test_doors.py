@@ -8,7 +8,10 @@ import pytest
 from taylor_kernels.integrations import absent
 from tests.helpers.programs import run_program
 
-LIBRARIES = ["torch_pruning", "avalanche", "laplace", "backpack", "opacus", "lightning", "modelopt"]
+LIBRARIES = [
+    *("torch_pruning", "avalanche", "laplace", "backpack", "opacus", "modelopt"),
+    *("lightning", "transformers", "accelerate"),
+]
 
 
 def test_the_package_imports_no_library():
@@ -39,6 +42,9 @@ def test_an_absent_library_is_one_line():
     ("door", "module", "said"),
     [
         ("laplace", "laplace", r"pip install laplace-torch \(tested with 0\.3\)"),
+        ("lightning", "lightning", r"pip install lightning \(tested with 2\.6\.6\)"),
+        ("transformers", "transformers", r"pip install transformers \(tested with 5\.24\)"),
+        ("accelerate", "accelerate", r"pip install accelerate \(tested with 1\.15\)"),
         ("backpack", "backpack", r"pip install backpack-for-pytorch \(tested with 1\.7\.1\)"),
     ],
 )

@@ -1,0 +1,270 @@
+"""What a step of a trainer is to the pruner: accumulated, scaled, padded, or one of two."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import taylor_kernels as tk
+from tests.integrations import trainer_runs as runs
+from tests.integrations.conftest import forget_accelerator, library
+from tests.integrations.trainer_runs import KINDS, trained
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread", "own_accelerator"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
+def test_an_accumulation_is_one_minibatch(criterion):
+    """Of all its batches. `obd_fisher` takes each batch's loss for a mean over its own examples."""
+    library("accelerate")
+    from accelerate import Accelerator
+    from accelerate.state import GradientState
+
+    from taylor_kernels.integrations.accelerate import AcceleratedPruner
+
+    images, labels = runs.examples()
+    images, labels = images[:24], labels[:24]
+    found = []
+    for parts in (1, 4):
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
+        bare = runs.network(norm=False).double()
+        model, optimizer = accelerator.prepare(bare, runs.sgd(bare)[0])
+        pruner = AcceleratedPruner(
+            accelerator,
+            model,
+            images[:1].double(),
+            criterion,
+            optimizer=optimizer,
+            **{**runs.OPTIONS, "every": 1},
+        )
+        records = []
+        for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            with accelerator.accumulate(model):
+                accelerator.backward(cross_entropy(model(x.double()), y))
+                records.append(pruner.step())
+        assert [record is None for record in records] == [True] * (parts - 1) + [False]
+        factor = parts**2 if criterion == "obd_fisher" else 1
+        found.append({name: score * factor for name, score in pruner.scores().items()})
+        pruner.close()
+    for name, score in found[0].items():
+        torch.testing.assert_close(found[1][name], score, rtol=1e-5, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaler_is_divided_out(kind, tmp_path):
+    plain = trained(kind, tmp_path)
+    forget_accelerator()
+    scaled = trained(kind, tmp_path, scaler=torch.amp.GradScaler("cpu"))
+    assert scaled.pruner.overflowed == 0
+    first, expected = scaled.pruner.history[0], plain.pruner.history[0]
+    if kind == "lightning":  # which computes in float16 then
+        assert math.isclose(first.threshold, expected.threshold, rel_tol=0.02)
+    else:  # the scale is a power of two
+        assert scaled.pruner.history == plain.pruner.history
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_minibatches_whose_step_is_skipped_do_not_count(kind, tmp_path, monkeypatch):
+    """One backward pass overflows; the optimizer leaves out its step, and so does the pruner."""
+    backward, made = 0, 0
+    plain = runs.network
+
+    def overflow(gradient: Tensor) -> Tensor:
+        nonlocal backward
+        backward += 1
+        return gradient * math.inf if backward == 3 else gradient
+
+    def network() -> nn.Sequential:
+        model = plain()
+        model[0].weight.register_hook(overflow)
+        return model
+
+    def note(*_: Any) -> None:
+        nonlocal made
+        made += 1
+
+    monkeypatch.setattr(runs, "network", network)
+    hook = register_optimizer_step_post_hook(note)
+    try:
+        got = trained(kind, tmp_path, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    finally:
+        hook.remove()
+    assert got.pruner.overflowed == 1
+    assert got.pruner.history[-1].step == made == 8
+    assert all(math.isfinite(record.threshold) for record in got.pruner.history)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_clipping_shows_where_it_comes_before(kind, tmp_path):
+    """Transformers clips before its callbacks are asked, Lightning afterwards."""
+    least, limit, norm = [], 1e-3, math.nan
+    for clipped in (False, True):
+        if kind == "lightning":
+            options: dict[str, Any] = {"gradient_clip_val": limit if clipped else None}
+        else:
+            options = {"max_grad_norm": limit if clipped else 0.0, "logging_steps": 1}
+        pruning = {"criterion": "taylor_fo", "every": 1}
+        got = trained(kind, tmp_path, pruning=pruning, **options)
+        least.append(got.pruner.history[0].threshold)
+        if kind == "transformers":
+            logged = [entry for entry in got.trainer.state.log_history if "grad_norm" in entry]
+            norm = logged[0]["grad_norm"]
+    ratio = 1.0 if kind == "lightning" else (limit / norm) ** 2
+    assert ratio == 1.0 or ratio < 0.01
+    assert math.isclose(least[1] / least[0], ratio, rel_tol=1e-2)
+
+
+def test_a_model_that_accelerate_compiles(tmp_path):
+    plain = trained("accelerate", tmp_path)
+    forget_accelerator()
+    compiled = trained("accelerate", tmp_path, dynamo_backend="aot_eager")
+    assert type(compiled.net).__name__ == "OptimizedModule"
+    assert isinstance(compiled.pruner.model, nn.Sequential)
+    got, expected = compiled.pruner.history[0], plain.pruner.history[0]
+    assert got.removed == expected.removed
+    assert math.isclose(got.threshold, expected.threshold, rel_tol=1e-4)
+
+
+def test_bfloat16_needs_no_scaler(tmp_path):
+    plain = trained("accelerate", tmp_path)
+    forget_accelerator()
+    half = trained("accelerate", tmp_path, mixed_precision="bf16")
+    assert half.pruner.history != plain.pruner.history
+    one, other = half.pruner.history[0], plain.pruner.history[0]
+    assert math.isclose(one.threshold, other.threshold, rel_tol=0.1)
+
+
+class Tokens(nn.Module):
+    """Classifies every token: layers are given all tokens in dim 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.body = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = self.body(x.flatten(0, 1))
+        if labels is None:
+            return {"logits": logits}
+        return {
+            "loss": cross_entropy(logits, labels.flatten(), ignore_index=-100),
+            "logits": logits,
+        }
+
+
+def sentences() -> list[dict[str, Tensor]]:
+    """Of one to five tokens, padded to five."""
+    torch.manual_seed(6)
+    made = []
+    for n in (5, 1, 2, 4, 1, 1, 3, 5):
+        mask = (torch.arange(5) < n).long()
+        labels = torch.where(mask > 0, torch.randint(3, (5,)), -100)
+        made.append({"x": torch.randn(5, 6), "mask": mask, "labels": labels})
+    return made
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers"])
+def test_padding_of_batches_does_not_count(kind, tmp_path):
+    """Two batches of two sentences are accumulated; only the tokens that there are count."""
+    library(kind)
+    data, options = sentences(), {"filters": 0.7, "every": 1, "per_step": 1}
+    model = Tokens()
+    imp = tk.Importance(model, "taylor_fo_gate")
+    got = []
+    for padding in (None, "mask"):
+        made = Tokens()
+        if kind == "lightning":
+            pruner = tokens_in_lightning(made, data, padding, options)
+        else:
+            pruner = tokens_in_transformers(made, data, padding, options, tmp_path)
+        got.append(pruner.history[0].threshold)
+    for part in (data[:2], data[2:4]):
+        there = [sentence["mask"] > 0 for sentence in part]
+        x = torch.cat([s["x"][m] for s, m in zip(part, there, strict=True)])
+        y = torch.cat([s["labels"][m] for s, m in zip(part, there, strict=True)])
+        (cross_entropy(model(x[None])["logits"], y) / 2).backward()
+    imp.update()
+    expected = imp.compute()["body.0"].min().item()
+    assert math.isclose(got[1], expected, rel_tol=1e-4)
+    assert not math.isclose(got[0], expected, rel_tol=0.1)
+
+
+def tokens_in_lightning(model: Tokens, data: list, padding: str | None, options: dict) -> tk.Pruner:
+    from lightning import pytorch
+    from torch.utils.data import DataLoader
+
+    from taylor_kernels.integrations.lightning import PruningCallback
+
+    class Module(pytorch.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            return self.net(**batch)["loss"]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = PruningCallback(
+        data[0]["x"][None], "taylor_fo_gate", model="net", padding=padding, **options
+    )
+    trainer = pytorch.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_steps=1,
+        accumulate_grad_batches=2,
+        callbacks=[callback],
+    )
+    trainer.fit(Module(), DataLoader(data, 2))
+    assert callback.pruner is not None
+    return callback.pruner
+
+
+def tokens_in_transformers(
+    model: Tokens, data: list, padding: str | None, options: dict, folder: Path
+) -> tk.Pruner:
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainingArguments
+
+    from taylor_kernels.integrations.transformers import PruningCallback
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(data)
+
+    arguments = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        save_strategy="no",
+    )
+    trainer = InOrder(model, arguments, train_dataset=data)
+    callback = PruningCallback(
+        trainer, data[0]["x"][None], "taylor_fo_gate", padding=padding, **options
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.pruner is not None
+    return callback.pruner
