@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -22,10 +23,13 @@ from safetensors.torch import load_file
 
 from taylor_kernels import cli
 from tests.distributed.launch import outcomes, ran
+from tests.helpers import ROOT
 from tests.helpers.user_models import command
 
 pytestmark = pytest.mark.usefixtures("one_thread", "weights_alone")
 
+#: Seconds that torchrun may take, the imports of its processes on a busy machine among them.
+LIMIT = 150
 MODULE = """
 import os, signal
 class Plain(nn.Module):
@@ -53,8 +57,8 @@ PRUNE = ("--model", "mynets:Plain", "--data", "mynets:make_loader", "--batches",
          "--lr", "0.02")  # fmt: skip
 
 
-def in_process(rank, size, folder, port, commands, stop=None):
-    """Exit code and what was said of commands, each as torchrun starts it."""
+def leave_out_what_takes_seconds():
+    """No drawings and no exports."""
     from taylor_kernels.studies.own import artifacts, pages
     from taylor_kernels.studies.report import Text
 
@@ -63,6 +67,11 @@ def in_process(rank, size, folder, port, commands, stop=None):
 
     pages.draw = lambda *_, **__: Text("not in this test")
     artifacts._Writer._exported = refuse
+
+
+def in_process(rank, size, folder, port, commands, stop=None):
+    """Exit code and what was said of commands, each as torchrun starts it."""
+    leave_out_what_takes_seconds()
     dist.destroy_process_group()
     os.chdir(folder)
     if stop is not None:
@@ -174,4 +183,26 @@ def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
     assert code == 0, err
     assert "going on from broken/checkpoint.pt, after minibatch 8" in err
     alike(outcome(folder, "broken"), alone)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_torchrun_starts_it(folder, alone):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*start, "-m", "tests.studies.own.test_processes", "prune", "--device", "cpu", *PRUNE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*line, "--out", "run"], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"torchrun took over {LIMIT} s: {process.communicate()[0]}")
+    assert process.returncode == 0, said
+    assert said.count("run/report.html") == 1
+    alike(outcome(folder, "run"), alone)
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    leave_out_what_takes_seconds()
+    cli.main(sys.argv[1:])
