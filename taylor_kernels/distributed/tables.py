@@ -92,9 +92,10 @@ def check_parts(statistic: Statistic, ranks: Ranks | None) -> None:
         ValueError: the ranks are missing, or others than those that hold the parts; or the
             criterion runs the model itself.
     """
-    if not any(map(is_sharded, statistic.model.parameters())):
-        return
     held = [held_weight(layer) for layer in statistic.layers.values()]
+    runs = statistic.reads in ("activations", "closure")  # what the whole model does
+    if not any(map(is_sharded, statistic.model.parameters() if runs else held)):
+        return
     if statistic.reads == "closure":
         raise ValueError(
             "criterion: it differentiates by weights, or runs the model, itself, which it cannot "

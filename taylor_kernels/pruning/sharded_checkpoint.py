@@ -9,12 +9,11 @@ each. That is read without running code.
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.pruning.apart import followed_by, with_memory, without_memory
 from taylor_kernels.pruning.checkpoint import (
     bare,
     check_belongs,
@@ -32,7 +32,6 @@ from taylor_kernels.pruning.checkpoint import (
     parts_of,
     restored,
 )
-from taylor_kernels.pruning.optimizer_saving import concerned
 from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import VERSION, check_version, first_line
@@ -94,7 +93,7 @@ def save_sharded_checkpoint(
         parts = parts_of(model, optimizer, pruner)
         content: dict[str, Any] = {"format": _FORMAT, "version": VERSION, "pruner": parts["pruner"]}
         for name in ("model", "optimizer"):
-            content[name] = _without_memory(parts[name], name, entries)
+            content[name] = without_memory(parts[name], name, entries)
         if first:
             for name in ("model", "optimizer", "pruner"):
                 content[name] = as_plain(content[name], name)
@@ -198,9 +197,9 @@ def load_sharded_checkpoint(
         check_content(content, model, optimizer, pruner)
         entries: dict[str, Tensor] = {}
         state = model.state_dict()
-        content["model"] = _with_memory(content["model"], "model", entries, state.get)
-        content["optimizer"] = _with_memory(
-            content["optimizer"], "optimizer", entries, _followed(content["optimizer"], optimizer)
+        content["model"] = with_memory(content["model"], "model", entries, state.get)
+        content["optimizer"] = with_memory(
+            content["optimizer"], "optimizer", entries, followed_by(content["optimizer"], optimizer)
         )
         _read(target, entries)
     except Exception as caught:
@@ -237,58 +236,6 @@ def _latest(folder: _Path) -> Path:
     if not whole:
         raise FileNotFoundError(f"folder: there is no whole checkpoint in {str(root)!r}")
     return root / f"{max(whole):08d}"
-
-
-def _without_memory(value: Any, name: str, entries: dict[str, Tensor]) -> Any:
-    """A state with tensors of no memory in the place of its own, which are added to the entries."""
-
-    def moved(tensor: Tensor, key: str) -> Tensor:
-        entries[key] = tensor.detach()
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-    return _mapped(value, name, moved)
-
-
-def _with_memory(
-    value: Any, name: str, entries: dict[str, Tensor], like: Callable[[str], Any]
-) -> Any:
-    """The same with memory for every tensor, in parts where the one that it is for is in parts."""
-
-    def made(tensor: Tensor, key: str) -> Tensor:
-        other = like(key.removeprefix(f"{name}."))
-        if is_sharded(other) and other.shape == tensor.shape:
-            entries[key] = torch.empty_like(other.detach(), dtype=tensor.dtype)
-        else:
-            entries[key] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return entries[key]
-
-    return _mapped(value, name, made)
-
-
-def _mapped(value: Any, key: str, change: Callable[[Tensor, str], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value, key)
-    if isinstance(value, Mapping):
-        found: Any = copy.copy(value)  # with the versions that a model's has as attributes
-        found.update({k: _mapped(one, f"{key}.{k}", change) for k, one in value.items()})
-        return found
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(one, f"{key}.{k}", change) for k, one in enumerate(value))
-    return value
-
-
-def _followed(saved: Any, optimizer: Any) -> Callable[[str], Tensor | None]:
-    """The parameter that a tensor of an optimizer's state belongs to, by its key."""
-    own = [] if optimizer is None else concerned(optimizer)
-    states: dict[str, Any] = {"": saved}
-    if isinstance(saved, list):
-        states = {f"{number}.": one for number, one in enumerate(saved)}
-    parameters: dict[str, Tensor] = {}
-    for (prefix, state), one in zip(states.items(), own, strict=False):
-        for saved_group, group in zip(state["param_groups"], one.param_groups, strict=False):
-            for number, p in zip(saved_group["params"], group["params"], strict=False):
-                parameters[f"{prefix}state.{number}"] = p
-    return lambda key: parameters.get(key.rpartition(".")[0])
 
 
 def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:

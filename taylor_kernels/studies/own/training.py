@@ -5,68 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.optimizer import users_optimizer
 from taylor_kernels.studies.own.pace import Pace
 from taylor_kernels.studies.own.parts import Minibatches, to_device
-from taylor_kernels.studies.own.paths import find, naming
 from taylor_kernels.studies.own.processes import Processes, wrapped
 from taylor_kernels.studies.own.scoring import checked_extra
 from taylor_kernels.studies.own.settings import PruneSettings
 from taylor_kernels.studies.own.stopping import Keeper
 from taylor_kernels.studies.own.task import Task, as_mistakes, figures
 from taylor_kernels.studies.progress import Advance, ProgressLog
-from taylor_kernels.studies.training import sgd
 
-_LR, _WEIGHT_DECAY = 0.01, 5e-4
 #: Without --val so many minibatches of --data are judged on; they are kept, on the CPU.
 JUDGED = 10
 #: So often the model is judged on its way to the target; every pruning would take too long.
 _POINTS = 12
 #: With --epochs there are at least so many prunings, if there are as many minibatches.
 _PRUNINGS = 20
-
-
-def users_optimizer(model: nn.Module, settings: PruneSettings) -> Optimizer:
-    """Momentum SGD, or what --optimizer names: a class gets the parameters, a function the model.
-
-    Raises:
-        Mistake: it makes no optimizer, or raises.
-    """
-    if settings.optimizer is None:
-        return sgd(model, settings.lr or _LR, _WEIGHT_DECAY)
-    path = settings.optimizer
-    make = find("--optimizer", path)
-    kind = make.func if isinstance(make, partial) else make
-    if isinstance(kind, type) and issubclass(kind, Optimizer):
-        options: dict[str, float] = {} if settings.lr is None else {"lr": settings.lr}
-        with naming(f"--optimizer: {path}(parameters)"):
-            return make(model.parameters(), **options)
-    if not callable(make):
-        raise Mistake(
-            f"--optimizer: {path} is a {type(make).__name__}, neither a class of optimizers nor a "
-            "function"
-        )
-    if settings.lr is not None:
-        raise Mistake(
-            f"--lr: the function {path} makes the whole optimizer of --optimizer; set the learning "
-            "rate there"
-        )
-    with naming(f"--optimizer: {path}(model)"):
-        optimizer = make(model)
-    if not isinstance(optimizer, Optimizer):
-        raise Mistake(
-            f"--optimizer: {path}(model) gave a {type(optimizer).__name__}, not a "
-            "torch.optim.Optimizer; a function is called with the model"
-        )
-    return optimizer
 
 
 class Training:

@@ -107,9 +107,14 @@ def alone(folder, capsys):
     """One process's result."""
     with open(folder / "mynets.py", "a") as file:
         file.write(MODULE)
-    code, _, err = command(capsys, "prune", *PRUNE, "--out", "alone")
-    assert code == 0, err
-    return outcome(folder, "alone")
+    if not _ALONE:  # it is the same for all tests
+        code, _, err = command(capsys, "prune", *PRUNE, "--out", "alone")
+        assert code == 0, err
+        _ALONE.append(outcome(folder, "alone"))
+    return _ALONE[0]
+
+
+_ALONE: list[tuple[dict, dict]] = []
 
 
 def outcome(folder, name):
@@ -130,35 +135,27 @@ def alike(found, wanted):
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_two_prune_as_one_does(folder, alone):
+@pytest.mark.usefixtures("alone")
+def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
     runs = [
-        ("prune", *PRUNE, "--out", "two"),
         ("prune", *PRUNE, "--data", "mynets:pairs", "--out", "no"),
         ("prune", *PRUNE, "--data", "mynets:odd", "--out", "no"),
         ("score", *PRUNE[:6], "--out", "no"),
         ("prune", *PRUNE, "--data", "mynets:own", "--criterion", "taylor_fo", "--out", "own"),
     ]
     first, second = ran(2, in_process, folder, ports(len(runs)), runs)
-    assert first[0][0] == second[0][0] == 0, (first[0], second[0])
-    alike(outcome(folder, "two"), alone)
-    assert outcome(folder, "two")[0]["processes"] == 2
-    assert second[0][1:] == ("", "")  # one prints
-    assert "two/report.html" in first[0][1]
-    assert not (folder / "two/checkpoint.pt").exists()
-
     for number, begins in enumerate(
         (
             "error: --data: mynets:pairs gave a list, of which 2 processes cannot each read",
             "error: --data: mynets:odd has batch_size=15, which 2 processes cannot share equally",
             "error: torchrun: it has started 2 processes, and score is of one",
-        ),
-        1,
+        )
     ):
         for code, said, complained in (first[number], second[number]):
             assert (code, said) == (2, "")
             assert complained.splitlines()[-1].startswith(begins)
     # Loaders of their own parts: an epoch ends with the shortest.
-    assert first[4][0] == second[4][0] == 0, (first[4], second[4])
+    assert first[3][0] == second[3][0] == 0, (first[3], second[3])
     own = outcome(folder, "own")[0]
     assert own["course"][-1]["minibatch"] - own["pruned_at"] == 4  # an epoch of fine-tuning
 
@@ -185,7 +182,7 @@ def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
     alike(outcome(folder, "broken"), alone)
 
 
-def test_torchrun_starts_it(folder, alone):
+def test_two_that_torchrun_starts_prune_as_one_does(folder, alone):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     line = [*start, "-m", "tests.studies.own.test_processes", "prune", "--device", "cpu", *PRUNE]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -199,8 +196,10 @@ def test_torchrun_starts_it(folder, alone):
             os.killpg(process.pid, signal.SIGKILL)
             pytest.fail(f"torchrun took over {LIMIT} s: {process.communicate()[0]}")
     assert process.returncode == 0, said
-    assert said.count("run/report.html") == 1
+    assert said.count("run/report.html") == 1  # one prints
+    assert not (folder / "run/checkpoint.pt").exists()
     alike(outcome(folder, "run"), alone)
+    assert outcome(folder, "run")[0]["processes"] == 2
 
 
 if __name__ == "__main__":  # as torchrun starts it
