@@ -528,9 +528,9 @@ class Pruner(OnModel):
 
     def _gather(self) -> None:
         """Begin to keep minibatches for the ranks."""
-        self._in_parts = self._is_in_parts()
         if self._statistic is not None:
             check_parts(self._statistic, self.ranks)
+        self._in_parts = self._is_in_parts()
         if self.ranks is None:
             return
         dropped = self.dropped
