@@ -1,20 +1,25 @@
 """`python -m bench.ranks 1 2 4 1000`: what scoring and pruning over ranks cost beside a step.
 
-ResNet-18 under DistributedDataParallel, gloo, on 1, 2 and 4 processes of this machine; bytes on the
-wire beside the formula of docs/distributed.md; and a rank of 1,000, whose collective is a counted
-copy of its own payload. Results: bench/results, beside those of other numbers of ranks kept there.
+ResNet-18 under DistributedDataParallel, gloo, on 1, 2 and 4 processes of this machine; bytes that
+are given to the collective beside the formula of docs/distributed.md, and those that the loopback
+device carries; and a rank of 1,000, whose collective is a counted copy of its own payload, with the
+memory that a pruning takes there. Results: bench/results, beside those of other numbers of ranks
+kept there. It takes a minute or two; nothing else should run beside it, nor use that device.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +31,9 @@ from tests.distributed.launch import ran
 RESULTS = Path(__file__).parent / "results" / "ranks" / "result.json"
 SIMULATED = 1000
 CRITERIA = ("taylor_fo_bn", "taylor_fo")
-BATCH, IMAGE, EVERY, STEPS = 8, 32, 3, 9
+BATCH, IMAGE, EVERY, STEPS = 8, 32, 3, 15
+#: Exchanges whose bytes on the loopback device are counted; other traffic is small beside them.
+EXCHANGES = 20
 
 
 class Simulated(tk.distributed.Ranks):
@@ -60,6 +67,42 @@ def timed(run: Any) -> float:
     return time.perf_counter() - start
 
 
+def peak_growth(run: Callable[[], object]) -> int | None:
+    """Bytes by which the memory of this process grows at most while something runs; of Linux."""
+    status, references = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.exists() and os.access(references, os.W_OK)):
+        run()
+        return None
+
+    def kib(name: str) -> int:
+        return int(status.read_text().partition(f"{name}:")[2].split()[0])
+
+    references.write_text("5")  # the peak is what there is now
+    before = kib("VmRSS")
+    run()
+    return 1024 * (kib("VmHWM") - before)
+
+
+def loopback() -> int | None:
+    """Bytes that the loopback device has sent so far."""
+    path = Path("/sys/class/net/lo/statistics/tx_bytes")
+    return int(path.read_text()) if path.exists() else None
+
+
+def on_the_wire(ranks: tk.distributed.Ranks, sent: int) -> float | None:
+    """Bytes on the loopback device for each rank, headers included, of an exchange of so many."""
+    payload = torch.zeros(sent, dtype=torch.uint8)
+    dist.barrier()
+    before = loopback()
+    for _ in range(EXCHANGES):
+        ranks.gather(payload)
+    dist.barrier()
+    after = loopback()
+    if before is None or after is None:
+        return None
+    return (after - before) / EXCHANGES / ranks.size
+
+
 def pruned(criterion: str, ranks: tk.distributed.Ranks, *, alone: bool = False) -> dict[str, Any]:
     """Median seconds of a training step, of an update and of a pruning."""
     torch.manual_seed(0)
@@ -83,22 +126,29 @@ def pruned(criterion: str, ranks: tk.distributed.Ranks, *, alone: bool = False) 
         verify=False,
     )  # fmt: skip
     before, counts = ranks.bytes_sent, ranks.collectives
-    watched, updates, prunings = [], [], []
-    for _ in range(STEPS):
+    watched, updates, prunings, memory = [], [], [], None
+    for number in range(STEPS):
         backward = timed(score)
         length = len(pruner.history)
+        if alone and number == STEPS - 1:  # the last pruning, whose time is not taken
+            memory = peak_growth(pruner.step)
+            break
         took = timed(pruner.step)
         (prunings if len(pruner.history) > length else updates).append(took)
         watched.append(backward + timed(optimizer.step))
     times = len(pruner.history)
+    sent, collectives = formula(criterion, pruner), ranks.collectives - counts
+    given = (ranks.bytes_sent - before) / times
     return {
         "train": statistics.median(plain),
         "watched": statistics.median(watched[2:]),
         "update": statistics.median(updates[2:]),
         "pruning": statistics.median(prunings[1:]),
-        "bytes": (ranks.bytes_sent - before) / times,
-        "formula": formula(criterion, pruner),
-        "collectives": (ranks.collectives - counts) / times,
+        "bytes": given,
+        "formula": sent,
+        "wire": None if alone else on_the_wire(ranks, sent),
+        "memory": memory,
+        "collectives": collectives / times,
         "filters": pruner.whole.filters,
     }
 
@@ -116,11 +166,11 @@ def main(sizes: list[int]) -> None:
         else:
             kept[str(size)] = {c: pruned(c, Simulated(size), alone=True) for c in CRITERIA}
     result = {
-        "machine": {"processor": cpu_model(), "torch": torch.__version__},
+        "machine": {"processor": cpu_model(), "cores": os.cpu_count(), "torch": torch.__version__},
         "settings": {"batch": BATCH, "image": IMAGE, "every": EVERY},
         "ranks": dict(sorted(kept.items(), key=lambda item: int(item[0]))),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(exist_ok=True, parents=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 

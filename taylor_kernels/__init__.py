@@ -29,8 +29,11 @@ from taylor_kernels.pruning import (
     Pruner,
     load_checkpoint,
     load_pruned,
+    load_sharded_checkpoint,
+    read_sharded_checkpoint,
     save_checkpoint,
     save_pruned,
+    save_sharded_checkpoint,
 )
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 from taylor_kernels.tracing import Channels, trace
@@ -60,11 +63,14 @@ __all__ = [
     "linear_fisher",
     "load_checkpoint",
     "load_pruned",
+    "load_sharded_checkpoint",
     "rademacher_like",
+    "read_sharded_checkpoint",
     "register_criterion",
     "register_statistic",
     "save_checkpoint",
     "save_pruned",
+    "save_sharded_checkpoint",
     "scoring",
     "second_order_moments",
     "statistic_names",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 
@@ -50,6 +52,49 @@ def part_count(tensor: Tensor) -> int:
             raise ValueError(f"a DTensor is placed as {placement}; redistribute it first")
         count *= 1 if placement.is_replicate() else size
     return count
+
+
+def plan_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The ranks over which a tensor parallel plan has spread a model: they see the same minibatch.
+
+    None where there is no such plan; FSDP2 gives each rank a minibatch of its own.
+
+    Raises:
+        ValueError: FSDP2 lies over the plan, or modules are spread over different ranks.
+    """
+    sharded = [_dtensor(p) for p in model.parameters() if is_sharded(p)]
+    if not sharded:
+        return None
+    if is_fsdp(model):
+        if any(sum(not one.is_replicate() for one in p.placements) > 1 for p in sharded):
+            raise ValueError(
+                "model: FSDP2 lies over a tensor parallel plan, where a criterion that reads "
+                "activations cannot tell which ranks see the same minibatch; use taylor_fo"
+            )
+        return None
+    meshes = {p.device_mesh for p in sharded}
+    if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
+        raise ValueError(
+            "model: its modules are spread over several meshes of ranks, where a criterion that "
+            "reads activations cannot tell which see the same minibatch; use taylor_fo"
+        )
+    return meshes.pop()
+
+
+def along_mesh(tensor: Tensor, mesh: DeviceMesh, shape: tuple[int, ...]) -> Tensor:
+    """The rows of all ranks of a mesh of one dimension, one after the other; a collective.
+
+    Args:
+        tensor: the rows of this rank, as many as torch.chunk gives it of the first of `shape`.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    stride = torch.empty(shape, device="meta").stride()
+    held = DTensor.from_local(
+        tensor.contiguous(), mesh, [Shard(0)], run_check=False, shape=torch.Size(shape),
+        stride=stride,
+    )  # fmt: skip
+    return held.full_tensor()
 
 
 def rows_in_whole(table: Tensor, begin: int, count: int) -> Tensor:

@@ -186,6 +186,40 @@ def test_clipping_shows_in_weight_criteria_where_it_comes_before():
         assert torch.equal(gates[name], value)
 
 
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_pruner_takes_the_same_filters_wherever_gradients_are_clipped(criterion, half):
+    """Each pruning is of one minibatch, of which clipping by the norm makes a multiple."""
+    found = []
+    for clipped in ("never", "before", "after"):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=half)
+        pruner = tk.Pruner(
+            model, torch.zeros(1, 1, 8, 8), criterion, filters=0.5, every=1, per_step=2,
+            momentum=0.0, optimizer=optimizer, scaler=scaler,
+        )  # fmt: skip
+
+        def clip(when, clipped=clipped, model=model, optimizer=optimizer, scaler=scaler):
+            if clipped == when:
+                scaler.unscale_(optimizer)
+                assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) > 0.1
+
+        for x, y in batches(7):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            clip("before")
+            pruner.step()
+            clip("after")
+            scaler.step(optimizer)
+            scaler.update()
+        assert len(pruner.history) == 7
+        found.append([record.removed for record in pruner.history])
+    assert found[0] == found[1] == found[2]
+
+
 class Counted(torch.optim.SGD):
     """Counts the steps that it makes."""
 
@@ -202,10 +236,17 @@ def overflowing(step):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "unscale"),
-    [("taylor_fo_bn", False), ("taylor_fo", True), ("taylor_fo_gate", False)],
+    ("criterion", "then"),
+    [
+        ("taylor_fo_bn", ""),
+        ("taylor_fo", ""),
+        ("taylor_fo", "unscaled"),
+        ("taylor_fo", "unscaled, clipped"),  # a norm that is inf makes numbers of what was inf
+        ("taylor_fo_gate", "unscaled, clipped"),
+        ("taylor_so_diag", ""),
+    ],
 )
-def test_the_steps_that_the_optimizer_skips_are_skipped(criterion, unscale):
+def test_the_steps_that_the_optimizer_skips_are_skipped(criterion, then):
     model = network()
     optimizer = Counted(model.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)  # too much for float16
@@ -218,12 +259,20 @@ def test_the_steps_that_the_optimizer_skips_are_skipped(criterion, unscale):
     for step, (x, y) in enumerate(batches(steps)):
         factor = math.inf if overflowing(step) else 1.0
         gradients(model, optimizer, scaler, (x * factor, y))
-        if unscale:
+        if then:
             scaler.unscale_(optimizer)
+        if "clipped" in then:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         before = optimizer.steps
         counted = imp.overflowed, pruner.overflowed
-        imp.update()
-        pruner.step()
+
+        def loss(x=x * factor, y=y):
+            with torch.autocast("cpu", dtype=torch.float16):
+                return F.cross_entropy(model(x), y)
+
+        given = {"closure": loss} if imp.needs_closure else {}
+        imp.update(**given)
+        pruner.step(**given)
         scaler.step(optimizer)
         scaler.update()
         skipped = optimizer.steps == before
@@ -361,6 +410,19 @@ def test_float32_copies_in_the_optimizer_follow_masks_and_removal():
     for parameter in model.parameters():
         assert optimizer.state[parameter]["master"].shape == parameter.shape
     assert model[0].out_channels + model[3].out_channels == 14
+
+
+def test_float32_copies_that_are_the_optimizers_own_parameters_are_told():
+    """They are no parameters of the model, so that nothing could follow its masks."""
+    model = network().bfloat16()
+    copies = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    optimizer = torch.optim.SGD(copies, 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"^optimizer: "):
+        tk.Pruner(
+            model, torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16), filters=0.5, optimizer=optimizer
+        )
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_underflow_is_told_by_layer_and_goes_with_the_scale():

@@ -37,6 +37,7 @@ from tools.door_blocks import (
     overhead_block,
 )
 from tools.method_blocks import method_blocks, methods_table
+from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -202,6 +203,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "findings": study_findings,
     "five-criteria": five_criteria,
     "methods": methods_table,
+    "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,

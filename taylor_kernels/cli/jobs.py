@@ -14,19 +14,31 @@ if TYPE_CHECKING:
 
 
 def run_job(job: Callable[..., Any], settings: OwnSettings, *, as_json: bool) -> None:
-    """Run a job; print its tables, or what result.json holds. A mistake is one line."""
+    """Run a job; print its tables, or what result.json holds. A mistake is one line.
+
+    Of the processes that torchrun has started the first one prints; the others say mistakes alone.
+    """
+    from rich.console import Console
+
     from taylor_kernels.studies.options import Mistake
+    from taylor_kernels.studies.own.processes import is_first, started_by_torchrun
     from taylor_kernels.studies.own.run import files_of
     from taylor_kernels.studies.own.stopping import Stopped
     from taylor_kernels.studies.progress import ProgressLog
 
+    first = is_first()
+    log = ProgressLog() if first else ProgressLog(Console(quiet=True))
     try:
-        result, tables = job(settings, ProgressLog())
+        result, tables = job(settings, log)
     except Mistake as error:
         fail(str(error))
     except Stopped as stop:
-        print(f"{stop}; go on with: {settings.command()} --resume", file=sys.stderr)
+        if first:
+            by = ", by torchrun with any number of processes" if started_by_torchrun() else ""
+            print(f"{stop}; go on with{by}: {settings.command()} --resume", file=sys.stderr)
         sys.exit(STOPPED)  # past main(), which would say again that it stopped
+    if not first:
+        return
     if as_json:
         print(json.dumps(result, indent=1))
     else:

@@ -115,6 +115,9 @@ class Round(ABC):
         """A minibatch of this rank: the table of every layer."""
         self._unread = statistic.unread
         self.noise |= frozenset(statistic.noise)
+        if not statistic.counts_here:
+            self._ticks.append(Tick(ABSENT))
+            return
         known = [
             table for name, table in zip(self._sizes, tables, strict=True) if name not in self.noise
         ]

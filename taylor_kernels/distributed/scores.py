@@ -122,19 +122,22 @@ class TotalRound(ScoreRound):
         """Sums, sums of squares, [F] float64; counts of layers; minibatches. A collective."""
         width = len(self._layer_of)
         everyone, received = self._exchange(guess=True)
-        counts, totals, spreads = received.double().split([len(self._order), width, width], 1)
+        # Of many ranks: float64 of one at a time.
+        counts, totals, spreads = received.split([len(self._order), width, width], 1)
         self._check_alike(everyone, totals, self._at)
         total, count, spread = (torch.zeros(width, dtype=torch.float64) for _ in range(3))
         for rank in range(self._ranks.size):
             total += totals[rank]
-            count += counts[rank][self._layer_of]
+            count += counts[rank].double()[self._layer_of]
             spread += spreads[rank]
         mean = total / count.where(count > 0, 1.0)
         for rank in range(self._ranks.size):
-            of_rank = counts[rank][self._layer_of]
-            spread += of_rank * (totals[rank] / of_rank.where(of_rank > 0, 1.0) - mean).square()
+            of_rank = counts[rank].double()[self._layer_of]
+            spread += (
+                of_rank * (totals[rank].double() / of_rank.where(of_rank > 0, 1.0) - mean).square()
+            )
         place = torch.cat([self._at[name] for name in self._sizes])
-        found = dict(zip(self._order, counts.sum(0).tolist(), strict=True))
+        found = dict(zip(self._order, counts.sum(0, dtype=torch.float64).tolist(), strict=True))
         of_layers = [round(found[name]) for name in self._sizes]
         squares = spread + total * mean
         return total[place], squares[place], of_layers, int(everyone.counts.sum())

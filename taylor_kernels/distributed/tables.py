@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.round import Round, Ticks, shares_gradients
-from taylor_kernels.shards import is_sharded, part_count
+from taylor_kernels.shards import is_sharded, part_count, plan_mesh
 from taylor_kernels.statistics import Statistic, held_weight
 
 
@@ -93,13 +93,22 @@ def check_parts(statistic: Statistic, ranks: Ranks | None) -> None:
             criterion runs the model itself.
     """
     held = [held_weight(layer) for layer in statistic.layers.values()]
-    if not any(map(is_sharded, held)):
+    runs = statistic.reads in ("activations", "closure")  # what the whole model does
+    if not any(map(is_sharded, statistic.model.parameters() if runs else held)):
         return
     if statistic.reads == "closure":
         raise ValueError(
             "criterion: it differentiates by weights, or runs the model, itself, which it cannot "
             "where a rank holds a part of them; use one that reads what backward() leaves"
         )
+    if statistic.reads == "activations":
+        mesh = plan_mesh(statistic.model)
+        if mesh is not None and not statistic.at_gates:
+            raise ValueError(
+                "criterion: it puts weight gradients together from inputs and outputs of layers, "
+                "which a tensor parallel plan has spread over the ranks; use taylor_fo, or "
+                "taylor_fo_gate"
+            )
     if ranks is None:
         raise ValueError(
             "ranks: each rank holds a part of the weights (FSDP2 or tensor parallelism); pass "

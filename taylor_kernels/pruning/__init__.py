@@ -5,6 +5,11 @@ from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.recipe import load_pruned, save_pruned
 from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.sharded_checkpoint import (
+    load_sharded_checkpoint,
+    read_sharded_checkpoint,
+    save_sharded_checkpoint,
+)
 
 __all__ = [
     "Cost",
@@ -12,6 +17,9 @@ __all__ = [
     "Pruner",
     "load_checkpoint",
     "load_pruned",
+    "load_sharded_checkpoint",
+    "read_sharded_checkpoint",
     "save_checkpoint",
     "save_pruned",
+    "save_sharded_checkpoint",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,14 +68,14 @@ def save_checkpoint(
         ...     os.listdir(folder)
         ['run.pt']
     """
-    model = _bare(model)
-    _check_parts(model, optimizer)
+    model = bare(model)
+    check_given(model, optimizer)
     if pruner is None or pruner.ranks is None:
-        _write(path, _parts(model, optimizer, pruner), extra)
+        _write(path, parts_of(model, optimizer, pruner), extra)
         return
     pruner.sync()
     pruner.check_masks()
-    parts = whole_state(_parts(model, optimizer, pruner))  # on all ranks: each holds a part
+    parts = whole_state(parts_of(model, optimizer, pruner))  # on all ranks: each holds a part
     error: Exception | None = None
     if pruner.ranks.rank == 0:
         try:
@@ -85,11 +85,11 @@ def save_checkpoint(
     pruner.ranks.check_done(error, "write the checkpoint")
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _parts(
+def parts_of(
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None,
     pruner: Pruner | None,
@@ -154,42 +154,79 @@ def load_checkpoint(
         >>> its_pruner.done, torch.equal(again[0].weight, model[0].weight)
         (True, True)
     """
-    model = _bare(model)
-    _check_parts(model, optimizer)
+    model = bare(model)
+    check_given(model, optimizer)
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             "model: its parameters are in parts on several ranks; load the checkpoint into the "
             "model as it was before fully_shard(), shard it then, and take the optimizer's state "
             "along with tk.distributed.carry_state"
         )
-    if pruner is not None:
-        if pruner.model is not model:
-            raise ValueError("pruner: it prunes another model than the one given")
-        known = list(map(id, as_list(pruner.optimizer)))
-        if optimizer is not None and known != list(map(id, as_list(optimizer))):
-            raise ValueError(
-                "optimizer: the pruner has another one or none, so this one would keep parameters "
-                "that the model drops; build the pruner with Pruner(optimizer=...)"
-            )
+    check_belongs(model, optimizer, pruner)
     content = read_checkpoint(path)
+    check_content(content, model, optimizer, pruner)
+    return restored(content, model, optimizer, pruner)
+
+
+def check_belongs(model: nn.Module, optimizer: object, pruner: Pruner | None) -> None:
+    """The pruner is of this model and these optimizers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if pruner is None:
+        return
+    if pruner.model is not model:
+        raise ValueError("pruner: it prunes another model than the one given")
+    known = list(map(id, as_list(pruner.optimizer)))
+    if optimizer is not None and known != list(map(id, as_list(optimizer))):
+        raise ValueError(
+            "optimizer: the pruner has another one or none, so this one would keep parameters "
+            "that the model drops; build the pruner with Pruner(optimizer=...)"
+        )
+
+
+def check_content(
+    content: Mapping[str, Any], model: nn.Module, optimizer: object, pruner: Pruner | None
+) -> dict[str, tuple[int, ...]]:
+    """The parts of a checkpoint are those that are given, and of this model.
+
+    Args:
+        content: "model", "optimizer" and "pruner"; of the model's tensors the shapes are looked at.
+
+    Returns:
+        The shapes that the pruner's state gives what it cuts.
+
+    Raises:
+        ValueError: they are not.
+    """
     for name, part in (("model", model), ("optimizer", optimizer), ("pruner", pruner)):
         if (content.get(name) is None) != (part is None):
             have, lack = ("was given", "is none in the file")
             if part is None:
                 have, lack = ("is in the file", "was not given")
             raise ValueError(f"{name}: one {have}, but {lack}; pass the parts that were saved")
-
-    # All is looked at before anything is touched.
     shapes = {
         name: tuple(value.shape) if isinstance(value, Tensor) else None
         for name, value in model.state_dict().items()
     }
     cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
     check_model_state(content["model"], shapes | cut)
+    return cut
+
+
+def restored(
+    content: Mapping[str, Any], model: nn.Module, optimizer: Any, pruner: Pruner | None
+) -> dict[str, Any]:
+    """Put back what `check_content` has let pass; the extras.
+
+    Raises:
+        ValueError: an optimizer does not take its state. Nothing has changed.
+    """
     if optimizer is not None:
+        cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
         after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
         check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
-
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
     model.load_state_dict(content["model"])
@@ -234,7 +271,7 @@ def read_checkpoint(path: str | bytes | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _check_parts(model: object, optimizer: object) -> None:
+def check_given(model: object, optimizer: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for one in as_list(optimizer):

@@ -27,9 +27,6 @@ class Gathering:
         groups: those whose units are scored.
         device: of the model.
         dropped: minibatches that did not count before.
-
-    Attributes:
-        in_parts: a rank holds a part of the weights that are scored.
     """
 
     def __init__(
@@ -45,10 +42,10 @@ class Gathering:
     ) -> None:
         self._ranks, self._scores, self._device = ranks, scores, device
         kind = get_statistic(criterion.statistic)
-        self.in_parts = statistic is not None and statistic.spread is not None
+        in_parts = statistic is not None and statistic.spread is not None
         self._round: TableRound | MeanRound
         if statistic is None or exchanges_tables(statistic, ranks):
-            self._round = TableRound(ranks, criterion, kind, sizes, in_parts=self.in_parts)
+            self._round = TableRound(ranks, criterion, kind, sizes, in_parts=in_parts)
         else:
             units = _units(groups)
             count = sum(group.size for group in groups)

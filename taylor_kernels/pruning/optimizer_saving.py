@@ -20,7 +20,7 @@ _FILLED_IN = {
 
 def optimizer_states(optimizer: object) -> Any:
     """The state_dict of an optimizer, or a list of those of several and of all inside them."""
-    states = [one.state_dict() for one in _concerned(optimizer)]
+    states = [one.state_dict() for one in concerned(optimizer)]
     return states[0] if len(states) == 1 else states
 
 
@@ -35,7 +35,7 @@ def check_optimizer_states(
     Raises:
         ValueError: it is damaged, or of other optimizers. Nothing has changed.
     """
-    own, states = _concerned(optimizer), _listed(saved)
+    own, states = concerned(optimizer), _listed(saved)
     if len(own) != len(states):
         raise ValueError(
             f"optimizer: the file has the states of {len(states)} of them, where there are "
@@ -62,7 +62,7 @@ def load_optimizer_states(saved: Any, optimizer: object) -> None:
 
     Groups and states stay the objects that they are, since optimizers share them.
     """
-    own = _concerned(optimizer)
+    own = concerned(optimizer)
     before = [(one.param_groups, list(one.param_groups), one.state) for one in own]
     for one, state in zip(own, _listed(saved), strict=True):
         one.load_state_dict(state)
@@ -79,7 +79,7 @@ def load_optimizer_states(saved: Any, optimizer: object) -> None:
         one.param_groups, one.state = listed, state
 
 
-def _concerned(optimizer: object) -> list[Optimizer]:
+def concerned(optimizer: object) -> list[Optimizer]:
     """The optimizers that are given, and those inside them that hold parameters of theirs."""
     given = as_list(optimizer)
     own = {p for one in given for group in one.param_groups for p in group["params"]}

@@ -36,6 +36,7 @@ from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.shards import is_sharded
 from taylor_kernels.statistics import (
     Closure,
     Statistic,
@@ -218,6 +219,8 @@ class Pruner(OnModel):
         check_weight(weight)
         check_closure(self._statistic, closure, self.criterion.name, "step")
         self._network.check_unchanged()
+        if self._in_parts != self._is_in_parts():
+            self._gather()  # the model has been sharded since
         with outside_inference_mode():
             if self._scaling is not None:
                 loss_scale = self._scaling.of(self._statistic, loss_scale)
@@ -233,8 +236,6 @@ class Pruner(OnModel):
                 self.skip()
                 return None
             if self._gathering is not None:
-                if self._gathering.in_parts != (self._statistic.spread is not None):
-                    self._gather()  # the model has been sharded since
                 self._gathering.add(self._statistic, tables, weight)
                 return self._passed()
             check_no_noise(self._statistic.noise)
@@ -455,6 +456,8 @@ class Pruner(OnModel):
             self._scaling = Scaling(scaler, self.model, optimizers_in(optimizer))
         self.optimizer = optimizer
         self._network.use(optimizer)
+        if self._in_parts != self._is_in_parts():
+            self._watch()  # behind the hooks that a plan has put on the layers
 
     def close(self) -> None:
         """Take every hook off the model, for good; masked filters are no longer held at zero.
@@ -537,10 +540,15 @@ class Pruner(OnModel):
             self._statistic.updates = self._steps
         self._gather()
 
+    def _is_in_parts(self) -> bool:
+        """Whether a rank holds a part of the model's parameters."""
+        return any(map(is_sharded, self.model.parameters()))
+
     def _gather(self) -> None:
         """Begin to keep minibatches for the ranks."""
         if self._statistic is not None:
             check_parts(self._statistic, self.ranks)
+        self._in_parts = self._is_in_parts()
         if self.ranks is None:
             return
         dropped = self.dropped

@@ -113,6 +113,11 @@ class Statistic(ABC):
         tables have then the rows, or the sums, of this rank's part, which add up to the whole."""
         return None
 
+    @property
+    def counts_here(self) -> bool:
+        """Whether this rank's tables count: of ranks that see one minibatch, those of one do."""
+        return True
+
     @classmethod
     def shared(cls, table: Tensor) -> Tensor:
         """[F, shared_columns]: what a rank gives to the others of a table that adds up."""

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from taylor_kernels.hooks import Hook
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.shards import is_fsdp, whole
+from taylor_kernels.shards import is_fsdp, is_sharded, local_part, plan_mesh, whole
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.counting import counting
 from taylor_kernels.statistics.hooks.captures import Captures
@@ -54,8 +54,8 @@ class _Gates(WatchesPasses):
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         """Take the gate gradients [N, C] of one use of a layer, met at the output of `module`."""
 
-    def _bias(self, name: str, module: nn.Module) -> Tensor | None:
-        """What is subtracted from what is captured."""
+    def _bias(self, name: str, module: nn.Module, channels: int) -> Tensor | None:
+        """What is subtracted from what is captured: [channels]."""
         return None
 
     def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
@@ -65,6 +65,16 @@ class _Gates(WatchesPasses):
     @property
     def noise(self) -> list[str]:
         return list(self._gate_tables.noise.layers)
+
+    @property
+    def counts_here(self) -> bool:
+        mesh = self._gate_tables.mesh
+        return mesh is None or not any(mesh.get_coordinate() or ())
+
+    def _finished(self, tables: dict[str, Tensor]) -> list[Tensor]:
+        """The tables of layers; where a plan has spread them over ranks, a collective of those."""
+        self._gate_tables.mesh = plan_mesh(self.model)
+        return self._gate_tables.finish(tables, self.model.training)
 
     def discard(self) -> None:
         super().discard()
@@ -103,6 +113,12 @@ class _Gates(WatchesPasses):
     def _capture(self, name: str, module: nn.Module, output: Tensor, *, copy: bool = True) -> None:
         if not self._awaits_gradient(name, output):
             return
+        if is_sharded(output):
+            raise RuntimeError(
+                f"{name}: its output is a DTensor here; make the meter after parallelize_module() "
+                "(for a pruner call use_optimizer() after it), or use taylor_fo where a plan says "
+                "use_local_output=False"
+            )
         pass_ = self._pass
         dim = output.dim() + self._channel_dim(name, module, output)
 
@@ -112,7 +128,7 @@ class _Gates(WatchesPasses):
             self._in_backward = True
             if dim == 0:  # no batch
                 y, dy = y.unsqueeze(0), dy.unsqueeze(0)
-            bias = self._bias(name, module)
+            bias = self._bias(name, module, y.size(dim or 1))
             gates = gate_gradients(y, dy, bias=bias, channel_dim=dim or 1, backend=self.backend)
             if self._watches_noise():
                 self._gate_tables.noise.add(name, y, dy, dim or 1)
@@ -148,11 +164,12 @@ class ExampleGates(_Gates):
         super().__init__(*given, **named)
         self._received: dict[str, dict[tuple[int, int], Tensor]] = {n: {} for n in self._watched}
 
-    def _bias(self, name: str, module: nn.Module) -> Tensor | None:
+    def _bias(self, name: str, module: nn.Module, channels: int) -> Tensor | None:
         given = name in self._at and self._at[name].side == IN
         if not is_layer(module) or given or module.bias is None:
             return None
-        return whole(module.bias)
+        part = local_part(module.bias)  # of a rank that has the outputs of a part of the channels
+        return part if part.numel() == channels else whole(module.bias)
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         key = (pass_, gates.size(0))
@@ -171,7 +188,7 @@ class ExampleGates(_Gates):
             for name in (most, *self._received)  # the first is what missing ones are made like
             if self._received[name]
         }
-        return self._gate_tables.finish(tables, self.model.training)
+        return self._finished(tables)
 
     def _leave_out_padding(self) -> None:
         masks = counting(self, (number for keys in self._received.values() for number, _ in keys))
@@ -291,7 +308,7 @@ class Gates(_Gates):
         if not self._received:
             raise RuntimeError(NOTHING_SEEN)
         tables = {name: total[:, None] for name, total in self._received.items()}
-        return self._gate_tables.finish(tables, self.model.training)
+        return self._finished(tables)
 
     def discard(self) -> None:
         super().discard()

@@ -18,12 +18,28 @@ def started(
     criterion: str, ranks: tk.distributed.Ranks | None, **options: Any
 ) -> tuple[nn.Module, torch.optim.Optimizer, tk.Pruner]:
     model = runs.network(train=True)
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+    optimizer = sgd(model)
     settings = {"filters": 0.5, "every": 3, "per_step": 3} | options
     pruner = tk.Pruner(
         model, torch.zeros(1, 3, 5, 5), criterion, optimizer=optimizer, ranks=ranks, **settings
     )
     return model, optimizer, pruner
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def sharded(model, pruner, old):
+    """The model sharded in place; its new optimizer, which has taken over the state of the old."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model[3])
+    fully_shard(model)
+    optimizer = sgd(model)
+    tk.distributed.carry_state(old, optimizer)
+    pruner.use_optimizer(optimizer)
+    return optimizer
 
 
 def minibatch(step: int) -> runs.Batch:

@@ -18,6 +18,8 @@ from tests.distributed.threads import Averaged, Meeting, ThreadRanks
 Batch = tuple[Tensor, Tensor]
 #: The examples of each rank in a minibatch.
 Cuts = Sequence[int]
+#: Of `network`.
+FILTERS, LAYERS = 6 + 8 + 10 + 4, 4
 
 
 def network(seed: int = 0, *, train: bool = False) -> nn.Module:
@@ -158,3 +160,21 @@ def in_processes(rank: int, size: int, criteria: Sequence[str], cuts: Sequence[C
             imp.update()
         found[criterion] = result(imp, ranks)
     return found
+
+
+def close(found, wanted, *keys, rtol=2e-5):
+    for key in keys:
+        assert found[key].keys() == wanted[key].keys()
+        for name, value in wanted[key].items():
+            scale = float(wanted["scores"][name].nan_to_num().abs().max())
+            torch.testing.assert_close(
+                found[key][name], value, rtol=rtol, atol=rtol * scale, equal_nan=True
+            )
+
+
+def formula(criterion, minibatches):
+    """Bytes that a rank sends at a compute()."""
+    kind = get_statistic(get_criterion(criterion).statistic)
+    tables = kind.across_ranks in ("sum", "mean")
+    columns = kind.shared_columns * minibatches if tables else 2
+    return 16 + 24 * minibatches + 4 * columns * FILTERS + LAYERS * (1 if tables else 5)

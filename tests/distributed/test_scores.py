@@ -13,27 +13,16 @@ from taylor_kernels.distributed.scores import degree
 from taylor_kernels.statistics import find_layers, get_statistic
 from tests.distributed import runs
 from tests.distributed.launch import outcomes, ran
+from tests.distributed.runs import close, formula
 from tests.distributed.threads import Averaged, Meeting, ThreadRanks, in_threads
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FILTERS = 6 + 8 + 10 + 4
-LAYERS = 4
 EVEN = [[4, 4]] * 3
 #: Σ q² over the weights of a filter cannot be had from the parts of a minibatch. What is drawn is
 #: drawn anew on every rank.
 WHOLE = ["taylor_so"]
 SAMPLED = ["taylor_so_diag", "obd_bn", "obd_fisher_mc"]
 EXACT = [n for n in tk.criterion_names() if n not in (*WHOLE, *SAMPLED)]
-
-
-def close(found, wanted, *keys, rtol=2e-5):
-    for key in keys:
-        assert found[key].keys() == wanted[key].keys()
-        for name, value in wanted[key].items():
-            scale = float(wanted["scores"][name].nan_to_num().abs().max())
-            torch.testing.assert_close(
-                found[key][name], value, rtol=rtol, atol=rtol * scale, equal_nan=True
-            )
 
 
 def same_bits(found):
@@ -191,14 +180,6 @@ def test_a_minibatch_that_one_rank_skips_counts_on_none():
 
 
 IN_PROCESSES = ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher", "taylor_fo", "taylor_fo_joint"]
-
-
-def formula(criterion, minibatches):
-    """Bytes that a rank sends at a compute()."""
-    kind = get_statistic(get_criterion(criterion).statistic)
-    tables = kind.across_ranks in ("sum", "mean")
-    columns = kind.shared_columns * minibatches if tables else 2
-    return 16 + 24 * minibatches + 4 * columns * FILTERS + LAYERS * (1 if tables else 5)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -18,28 +18,14 @@ from tests.distributed.prunings import (
     ended,
     minibatch,
     part,
+    sgd,
+    sharded,
     started,
     step_of,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CRITERIA = ["taylor_fo", "taylor_fo_bn"]
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
-
-
-def sharded(model, pruner, old):
-    """The model sharded in place; its new optimizer, which has taken over the state of the old."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model[3])
-    fully_shard(model)
-    optimizer = sgd(model)
-    tk.distributed.carry_state(old, optimizer)
-    pruner.use_optimizer(optimizer)
-    return optimizer
 
 
 def trained_sharded(rank, size, folder, criterion):

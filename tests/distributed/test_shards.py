@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import taylor_kernels as tk
-from taylor_kernels.shards import local_part
+from taylor_kernels.shards import local_part, whole
 from tests.distributed import runs
 from tests.distributed.launch import ran
 
@@ -79,7 +79,7 @@ def of_perceptron(criterion, count):
         model.zero_grad()
         model(x).square().mean().backward()
         imp.update()
-    return imp.compute()
+    return {"scores": imp.compute(), "error": imp.standard_error()}
 
 
 HALF = ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "obd_fisher"]
@@ -108,7 +108,7 @@ def test_fsdp2_in_half_precision():
     found = ran(2, in_half_precision)
     for criterion in HALF:
         same_bits([one[criterion] for one in found])
-        for name, value in of_perceptron(criterion, 16).items():
+        for name, value in of_perceptron(criterion, 16)["scores"].items():
             assert (found[0][criterion][name] - value).norm() < 0.05 * value.norm()
 
 
@@ -148,16 +148,119 @@ def parallel(rank, size, criteria, replicas, fsdp):
             if not fsdp:
                 averaged_over(mesh["replica"].get_group(), replicas, model)
             imp.update()
-        found[criterion] = imp.compute()
+        found[criterion] = {"scores": imp.compute(), "error": imp.standard_error()}
     return found
 
 
-@pytest.mark.parametrize(("size", "replicas", "fsdp"), [(4, 2, False), (4, 2, True)])
+GATES = ["taylor_fo_bn", "taylor_fo_gate"]
+
+
+@pytest.mark.parametrize(("size", "replicas", "fsdp"), [(2, 1, False), (4, 2, False), (4, 2, True)])
 def test_tensor_parallel(size, replicas, fsdp):
-    found = ran(size, parallel, WEIGHTS, replicas, fsdp)
-    for criterion in WEIGHTS:
-        same_bits([one[criterion] for one in found])
-        close(found[0][criterion], of_perceptron(criterion, 16))
+    criteria = WEIGHTS if fsdp else [*WEIGHTS, *GATES]
+    found = ran(size, parallel, criteria, replicas, fsdp)
+    for criterion in criteria:
+        ours = [one[criterion] for one in found]
+        wanted = of_perceptron(criterion, 16)
+        for key in ("scores", "error") if criterion in GATES else ("scores",):
+            same_bits([one[key] for one in ours])
+            close(ours[0][key], wanted[key])
+
+
+def pruned_in_parts(rank, size):
+    """Masks of a pruner whose model a plan spreads over the ranks."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    return trained(
+        tk.distributed.Ranks(timeout=60),
+        lambda model: parallelize_module(
+            model,
+            init_device_mesh("cpu", (size,)),
+            {
+                "0": ColwiseParallel(),
+                "2": RowwiseParallel(),
+            },
+        ),
+    )
+
+
+def trained(ranks, spread):
+    model = perceptron()
+    pruner = tk.Pruner(
+        model, torch.zeros(1, 6), "taylor_fo_gate", filters=0.5, every=2, per_step=3, ranks=ranks
+    )
+    spread(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    pruner.use_optimizer(optimizer)
+    for x in examples(64).split(8):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        pruner.step()
+        optimizer.step()
+    return pruner.history, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def test_pruned_under_a_plan():
+    found = ran(2, pruned_in_parts)
+    history, weights = trained(None, lambda model: None)
+    assert len(history) == 3
+    for ours, values in found:
+        assert [one.removed for one in ours] == [one.removed for one in history]
+        close(values, weights)
+
+
+def of_no_plan(rank, size):
+    """What is said of gates where ranks hold parts that are not channels."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    ranks, said = tk.distributed.Ranks(timeout=60), []
+
+    def refused(model, criterion="taylor_fo_gate", x=None):
+        try:
+            imp = tk.Importance(model, criterion, ranks=ranks)
+            model(torch.ones(4, 6) if x is None else x).square().mean().backward()
+            imp.update()
+        except (ValueError, RuntimeError) as error:
+            said.append(str(error))
+
+    mesh = init_device_mesh("cpu", (size,))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    refused(parallelize_module(perceptron(), mesh, plan), "obd_fisher")
+    kept = {"0": ColwiseParallel(use_local_output=False), "2": RowwiseParallel()}
+    refused(parallelize_module(perceptron(), mesh, kept))
+    both = init_device_mesh("cpu", (1, size), mesh_dim_names=("replica", "tensor"))
+    model = parallelize_module(perceptron(), both["tensor"], plan)
+    fully_shard(model, mesh=both["replica"])
+    refused(model)
+    # Positions of a sequence are in parts, all channels of each are there.
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.LayerNorm(6))
+    sequence = {
+        "0": ColwiseParallel(), "2": RowwiseParallel(output_layouts=Shard(1)),
+        "3": SequenceParallel(use_local_output=True),
+    }  # fmt: skip
+    refused(parallelize_module(model, mesh, sequence), x=torch.randn(3, 4, 6))
+    return said
+
+
+def test_gates_of_what_is_no_channel():
+    for said in ran(2, of_no_plan):
+        beginnings = (
+            "criterion: it puts weight gradients together", "0: its output is a DTensor here",
+            "model: FSDP2 lies over a tensor parallel plan", "2: the ranks of the tensor parallel",
+        )  # fmt: skip
+        assert len(said) == len(beginnings), said
+        assert all(s.startswith(b) for s, b in zip(said, beginnings, strict=True)), said
 
 
 def refused(rank, size):
@@ -166,14 +269,26 @@ def refused(rank, size):
     model = runs.network()
     fully_shard(model)
     said = []
+    closures = [n for n in tk.criterion_names() if runs.reads(n) == "closure"]
     for criterion, options in (
         ("taylor_fo", None),
-        ("taylor_so", {}),
         ("taylor_fo", {"gradients": "local"}),
+        *((name, {}) for name in closures),
     ):
         try:
             ranks = None if options is None else tk.distributed.Ranks(**options)
             tk.Importance(model, criterion, ranks=ranks)
+        except ValueError as error:
+            said.append(str(error))
+    later = runs.network()
+    pruner = tk.Pruner(
+        later, torch.zeros(1, 3, 5, 5), "taylor_so_diag", filters=0.5,
+        ranks=tk.distributed.Ranks(),
+    )  # fmt: skip
+    fully_shard(later)
+    for _ in range(2):
+        try:
+            pruner.step(closure=lambda: pytest.fail("it ran the model"))
         except ValueError as error:
             said.append(str(error))
     imp = tk.Importance(model, "taylor_fo", ranks=tk.distributed.Ranks())
@@ -189,5 +304,9 @@ def refused(rank, size):
 
 def test_what_cannot_be():
     for said in ran(2, refused):
-        beginnings = ("ranks: each rank holds", "criterion: it differ", "ranks: the weights are")
+        closures = len(said) - 3  # of meters, and of a pruner whose model is sharded later, twice
+        known = sum(runs.reads(name) == "closure" for name in tk.criterion_names())
+        assert closures == known + 2 > 7
+        beginnings = ("ranks: each rank holds", "ranks: the weights are")
+        beginnings += ("criterion: it differentiates",) * closures
         assert all(s.startswith(b) for s, b in zip(said, (*beginnings, "absent: "), strict=True))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from taylor_kernels.shards import along_mesh
 from taylor_kernels.statistics.hooks.noise import Noise
 from taylor_kernels.statistics.hooks.sites import GateSites, SiteRows
 from taylor_kernels.statistics.layers import Layers, filter_count
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class GateTables:
@@ -19,10 +24,14 @@ class GateTables:
         widths: how many gates there are by name: of the site, or of the layer where no sites are
             known.
         noise: the layers whose gates have no gradient but rounding noise.
+        mesh: the ranks of a tensor parallel plan, each of which may have gates of its own part of a
+            layer's outputs; None where there is no plan.
     """
 
     def __init__(self, layers: Layers, sites: GateSites | None) -> None:
         self.noise = Noise()
+        self.mesh: DeviceMesh | None = None
+        self._alike = False
         self._layers = list(layers)
         self._rows: SiteRows | None = None
         if sites is None:
@@ -44,7 +53,44 @@ class GateTables:
             known[name] = torch.full_like(known[name], torch.nan)
         return list(known.values())
 
+    def _of_all_ranks(self, tables: Mapping[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
+        """Tables with the gates of all ranks of a plan; a collective.
+
+        Raises:
+            RuntimeError: outputs are in parts, but not by their channels.
+        """
+        found = {}
+        for name, width in self.widths.items():
+            if name not in tables:
+                continue
+            table = tables[name]
+            if len(table) == width:
+                found[name] = table
+                if not self._alike:
+                    own = table.double().sum(1)[None]
+                    sums = along_mesh(own, mesh, (mesh.size(), width))
+                    size = sums.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+                    if (sums - sums[0]).abs().amax() > 1e-3 * size:
+                        raise RuntimeError(
+                            f"{name}: the ranks of the tensor parallel plan have different outputs "
+                            "of all of its channels, as where a sequence is in parts; use "
+                            "taylor_fo, or a plan that leaves sequences whole"
+                        )
+                continue
+            part = -(-width // mesh.size())
+            mine = min(part, width - mesh.get_local_rank() * part)
+            if not 0 < len(table) == mine:
+                raise RuntimeError(
+                    f"{name}: this rank has {len(table)} of its {width} channels, which is no even "
+                    f"part of them on {mesh.size()} ranks; use taylor_fo"
+                )
+            found[name] = along_mesh(table, mesh, (width, table.size(1)))
+        self._alike = True
+        return found
+
     def _by_layer(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.mesh is not None:
+            tables = self._of_all_ranks(tables, self.mesh)
         like = next(iter(tables.values()))
         if self._rows is None:
             return {

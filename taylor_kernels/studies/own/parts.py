@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from taylor_kernels.studies.digest import digest
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.paths import find, made, naming
+from taylor_kernels.studies.own.processes import Processes, started_by_torchrun
+from taylor_kernels.studies.own.splitting import PartOfSampler, split
+
+#: A function with these arguments makes a loader of one process's part.
+_PART = ("rank", "world_size")
 
 
 def users_model(path: str) -> nn.Module:
@@ -57,9 +67,32 @@ class Minibatches:
     ) -> None:
         self.option, self.path = option, path
         self._seed, self._limit, self._device = seed, limit, device
+        self._team: Processes | None = None
+        self._own_part = False  # the user's loader itself is of one process's part
+        self._rank: tuple[int, ...] = ()  # in seeds, of all processes but the first
+        self._least_length: int | None = None
         self._found = find(option, path)
         self._loader = self._made()
         self._used = False
+
+    def of_process(self, team: Processes | None) -> Minibatches:
+        """Those of this process: its part of every minibatch; a collective.
+
+        Raises:
+            Mistake: they cannot be split.
+        """
+        if team is None:
+            return self
+        mine = copy.copy(self)
+        mine._team, mine._rank = team, (team.rank,) if team.rank else ()
+        mine._own_part |= isinstance(getattr(mine._loader, "sampler", None), DistributedSampler)
+        if mine._own_part:
+            length = self.length()
+            least = team.least(-1 if length is None else length)
+            mine._least_length = None if least < 0 else least
+        elif team.size > 1:
+            mine._loader = split(self._loader, self.option, self.path, team.rank, team.size)
+        return mine
 
     def epoch(self, number: int, start: int = 0) -> Iterator[tuple[int, Any]]:
         """The minibatches of an epoch with their numbers, from `start` on.
@@ -71,12 +104,14 @@ class Minibatches:
         iterator = self._iterator(number)
         count = 0
         while count != self._limit:
-            seed_everything(self._seed, number, count)
+            seed_everything(self._seed, number, count, *self._rank)
             with naming(f"{self.option}: iterating over {self.path}"):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    break
+                batch = next(iterator, _END)
+            ended = batch is _END
+            if self._own_part and self._team is not None:  # parts may not be equally long
+                ended = any(flag for (flag,) in self._team.heard(ended))
+            if ended:
+                break
             count += 1
             if count > start:
                 yield count - 1, to_device(batch, self._device)
@@ -93,6 +128,10 @@ class Minibatches:
             length = len(self._loader)  # type: ignore[arg-type]
         except TypeError:
             return None
+        if self._own_part and self._team is not None:
+            if self._least_length is None:
+                return None
+            length = self._least_length
         return length if self._limit is None else min(length, self._limit)
 
     def counted(self) -> int:
@@ -104,13 +143,26 @@ class Minibatches:
         found = self._found
         loader = found
         if not isinstance(loader, Iterable) and callable(loader):
-            loader = made(self.option, self.path, loader)
+            loader = made(self.option, self.path, self._for_process(loader))
         if not isinstance(loader, Iterable):
             raise Mistake(
                 f"{self.option}: {self.path} gave a {type(loader).__name__}, which cannot be "
                 "iterated over"
             )
         return loader
+
+    def _for_process(self, make: Callable[..., Any]) -> Callable[[], Any]:
+        """A function that makes a loader, told which process's part is wanted if it asks."""
+        try:
+            names = inspect.signature(make).parameters
+        except (TypeError, ValueError):  # built in, and says nothing of itself
+            return make
+        if not all(name in names for name in _PART):
+            return make
+        self._own_part = True
+        variables = ("RANK", "WORLD_SIZE") if started_by_torchrun() else ()
+        rank, size = (int(os.environ[name]) for name in variables) if variables else (0, 1)
+        return partial(make, rank=rank, world_size=size)
 
     def _iterator(self, number: int) -> Iterator[Any]:
         if self._used and isinstance(self._loader, Iterator):  # it can be gone through once
@@ -122,6 +174,10 @@ class Minibatches:
             self._loader = self._made()
         self._used = True
         sampler = getattr(self._loader, "sampler", None)
+        if isinstance(sampler, PartOfSampler):
+            sampler.before = partial(seed_everything, self._seed, number, 0)
+            sampler.after = partial(seed_everything, self._seed, number, 0, *self._rank)
+            sampler = sampler.whole
         for holder in (self._loader, sampler):
             generator = getattr(holder, "generator", None)
             if isinstance(generator, torch.Generator):
@@ -130,6 +186,9 @@ class Minibatches:
             set_epoch(number)
         with naming(f"{self.option}: iterating over {self.path}"):
             return iter(self._loader)
+
+
+_END = object()
 
 
 def seed_everything(seed: int, *numbers: int) -> None:

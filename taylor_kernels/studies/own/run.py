@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from taylor_kernels.studies.own.pages import prune_report, score_report, tables
 from taylor_kernels.studies.own.parts import users_model
 from taylor_kernels.studies.own.paths import find
 from taylor_kernels.studies.own.plan import planned, timed
+from taylor_kernels.studies.own.processes import Processes, check_alone, processes
 from taylor_kernels.studies.own.scoring import Scores, scored
 from taylor_kernels.studies.own.settings import OwnSettings, PruneSettings, ScoreSettings
 from taylor_kernels.studies.own.tables import layers_table, score_table, stays_table, stops_table
@@ -43,6 +45,7 @@ def run_score(settings: ScoreSettings, log: ProgressLog) -> tuple[Json, list[Tab
     """
     start = time.perf_counter()
     settings.check()
+    check_alone("score")
     settings.check_folder()
     device = settings.torch_device()
     task = users_task(settings, device, limit=None)
@@ -65,8 +68,11 @@ def run_score(settings: ScoreSettings, log: ProgressLog) -> tuple[Json, list[Tab
 def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Table]]:
     """Prune and fine-tune, and write the model in several forms beside the report.
 
+    Processes that torchrun has started train one model: each reads its part of every minibatch of
+    --data, and the first one writes and prints.
+
     Returns:
-        What result.json holds, and the tables that sum it up.
+        What result.json holds, and the tables that sum it up; of the other processes nothing.
 
     Raises:
         Mistake: an option cannot be right, or what it names cannot be used.
@@ -74,21 +80,36 @@ def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Tab
     """
     start = time.perf_counter()
     settings.check()
-    if not settings.dry_run:
-        settings.check_folder()
-    device = settings.torch_device()
-    task = users_task(settings, device, limit=settings.steps)
-    if settings.dry_run:
-        return _dry_run(task, settings, log)
-    out = settings.out
-    dense = copy.deepcopy(task.model)
-    with log.task("trace", 1) as advance:
-        training = Training(task, settings, log)
-        advance()
-    found = scored(replace(task, model=dense), settings, log, keep=False)
-    model = training.run()
+    with processes(settings.device) as team:
+        return _pruned(settings, log, team, start)
+
+
+def _pruned(
+    settings: PruneSettings, log: ProgressLog, team: Processes | None, start: float
+) -> tuple[Json, list[Table]]:
+    first = team is None or team.first
+    if settings.dry_run and not first:
+        return {}, []
+    together = nullcontext() if team is None or settings.dry_run else team.together("begin")
+    with together:
+        if not settings.dry_run:
+            settings.check_folder()
+        device = settings.torch_device()
+        task = users_task(settings, device, limit=settings.steps)
+        if settings.dry_run:
+            return _dry_run(task, settings, log)
+        out = settings.out
+        dense = copy.deepcopy(task.model)
+        with log.task("trace", 1) as advance:
+            training = Training(task, settings, log, team)
+            advance()
+        found = scored(replace(task, model=dense), settings, log, keep=False)
+    with nullcontext() if team is None else team.watching():
+        model = training.run()
     pruner = training.pruner
     pruner.close()
+    if not first:  # what is left to do is to write
+        return {}, []
     times = timed({"dense": dense, "final": model}, task.inputs, log)
     with log.task("files", 1) as advance:
         files = write_artifacts(
@@ -101,6 +122,8 @@ def run_prune(settings: PruneSettings, log: ProgressLog) -> tuple[Json, list[Tab
             log.say(f"{file.name} is not written: {file.missing}")
     result = _about(settings, found) | _outcome(training, times)
     result |= {"files": [asdict(file) for file in files]}
+    if team is not None:
+        result |= {"processes": team.size}
     result = _finished(result, settings, device, start)
     with log.task("report", 1) as advance:
         write_results(out, result, prune_report(result, found.values, files, out))

@@ -30,6 +30,8 @@ class Keeper:
     Args:
         save: writes the checkpoint.
         say: tells the user that they were heard.
+        together: makes of what this process was asked, and of whether a checkpoint is due, what
+            holds for all processes of the run; None where there is one.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class Keeper:
         seconds: float,
         save: Callable[[], None],
         say: Callable[[str], None],
+        together: Callable[[bool, bool], tuple[bool, bool]] | None = None,
     ) -> None:
         self.file, self._seconds, self._save, self._say = file, seconds, save, say
         self._last = time.monotonic()
         self._asked = False
+        self._together = together
 
     def between(self, where: str) -> None:
         """Between two minibatches: write a checkpoint if one is due.
@@ -49,10 +53,13 @@ class Keeper:
         Raises:
             Stopped: the user asked for it.
         """
-        if self._asked:
+        asked, due = self._asked, time.monotonic() - self._last >= self._seconds
+        if self._together is not None:
+            asked, due = self._together(asked, due)
+        if asked:
             self._save()
             raise Stopped(where, self.file)
-        if time.monotonic() - self._last >= self._seconds:
+        if due:
             self._save()
             self._last = time.monotonic()
 
@@ -68,7 +75,9 @@ class Keeper:
 
         def ask(number: int, frame: object) -> None:
             if self._asked:
-                raise KeyboardInterrupt
+                if self._together is None:
+                    raise KeyboardInterrupt
+                return  # the terminal and torchrun both pass it on
             self._asked = True
             self._say(
                 "stopping after this minibatch; once more stops at once, without a checkpoint"

@@ -5,26 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.optimizer import users_optimizer
 from taylor_kernels.studies.own.pace import Pace
 from taylor_kernels.studies.own.parts import Minibatches, to_device
-from taylor_kernels.studies.own.paths import find, naming
+from taylor_kernels.studies.own.processes import Processes, wrapped
 from taylor_kernels.studies.own.scoring import checked_extra
 from taylor_kernels.studies.own.settings import PruneSettings
 from taylor_kernels.studies.own.stopping import Keeper
 from taylor_kernels.studies.own.task import Task, as_mistakes, figures
 from taylor_kernels.studies.progress import Advance, ProgressLog
-from taylor_kernels.studies.training import sgd
 
-_LR, _WEIGHT_DECAY = 0.01, 5e-4
 #: Without --val so many minibatches of --data are judged on; they are kept, on the CPU.
 JUDGED = 10
 #: So often the model is judged on its way to the target; every pruning would take too long.
@@ -33,43 +30,11 @@ _POINTS = 12
 _PRUNINGS = 20
 
 
-def users_optimizer(model: nn.Module, settings: PruneSettings) -> Optimizer:
-    """Momentum SGD, or what --optimizer names: a class gets the parameters, a function the model.
-
-    Raises:
-        Mistake: it makes no optimizer, or raises.
-    """
-    if settings.optimizer is None:
-        return sgd(model, settings.lr or _LR, _WEIGHT_DECAY)
-    path = settings.optimizer
-    make = find("--optimizer", path)
-    kind = make.func if isinstance(make, partial) else make
-    if isinstance(kind, type) and issubclass(kind, Optimizer):
-        options: dict[str, float] = {} if settings.lr is None else {"lr": settings.lr}
-        with naming(f"--optimizer: {path}(parameters)"):
-            return make(model.parameters(), **options)
-    if not callable(make):
-        raise Mistake(
-            f"--optimizer: {path} is a {type(make).__name__}, neither a class of optimizers nor a "
-            "function"
-        )
-    if settings.lr is not None:
-        raise Mistake(
-            f"--lr: the function {path} makes the whole optimizer of --optimizer; set the learning "
-            "rate there"
-        )
-    with naming(f"--optimizer: {path}(model)"):
-        optimizer = make(model)
-    if not isinstance(optimizer, Optimizer):
-        raise Mistake(
-            f"--optimizer: {path}(model) gave a {type(optimizer).__name__}, not a "
-            "torch.optim.Optimizer; a function is called with the model"
-        )
-    return optimizer
-
-
 class Training:
     """One run of `prune`: its model, optimizer and pruner, and how far it is.
+
+    Args:
+        team: the processes that train the model together; None where there is one.
 
     Attributes:
         model: pruned in place; compact once `tuning`.
@@ -79,9 +44,16 @@ class Training:
         minibatches: seen so far; pruned_at: when the target was met.
     """
 
-    def __init__(self, task: Task, settings: PruneSettings, log: ProgressLog) -> None:
-        self.task, self.settings, self.log = task, settings, log
-        self.model = task.model
+    def __init__(
+        self,
+        task: Task,
+        settings: PruneSettings,
+        log: ProgressLog,
+        team: Processes | None = None,
+    ) -> None:
+        self.task, self.settings, self.log, self._team = task, settings, log, team
+        self.model = self._trained = task.model
+        self._loader = task.loader.of_process(team)
         self.optimizer = users_optimizer(self.model, settings)
         self._first_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.course: list[dict[str, float]] = []
@@ -89,6 +61,7 @@ class Training:
         self.minibatches = self.pruned_at = 0
         self.epoch = self.done = 0  # the epoch that is run, and its minibatches that are done
         self.tuning_from = 0
+        self._unused = team is not None and _leaves_some_without_gradient(task)
         self._val: Minibatches | None = None
         self._judged: list[tuple[int, Any]] = []
         device = next(self.model.parameters()).device
@@ -102,11 +75,11 @@ class Training:
             self._judged = [(number, to_device(batch, cpu)) for number, batch in first]
         self.every, self._pace_prunings = settings.every, 0
         if settings.epochs is not None:
-            if task.loader.length() is None:
+            if self._loader.length() is None:
                 log.say(
                     "counting the minibatches of --data, which does not say; --steps limits them"
                 )
-            minibatches = settings.epochs * task.loader.counted()
+            minibatches = settings.epochs * self._loader.counted()
             self.every = max(1, min(settings.every, minibatches // _PRUNINGS))
             self._pace_prunings = max(1, minibatches // self.every)
         with as_mistakes():
@@ -117,12 +90,16 @@ class Training:
                 every=self.every,
                 per_step=_count_or_fraction(settings.per_step),
                 optimizer=self.optimizer,
+                ranks=None if team is None else team.ranks,
                 **settings.of_pruner,
             )
         self._pace = Pace(self.pruner, self._pace_prunings) if self._pace_prunings else None
         dtype = settings.amp_dtype()
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self._keeper = Keeper(settings.checkpoint, settings.save_every, self._save, log.say)
+        together = None if team is None else self._decided
+        self._keeper = Keeper(
+            settings.checkpoint, settings.save_every, self._save, log.say, together
+        )
 
     def run(self) -> nn.Module:
         """Prune and fine-tune, from a checkpoint on if one is there and to be used.
@@ -133,6 +110,7 @@ class Training:
         """
         if self.settings.resume and self.settings.checkpoint.exists():
             self._load()
+        self._wrap()
         with self._keeper.listening():
             if not self.course:
                 self._judge()
@@ -160,6 +138,7 @@ class Training:
                 if not pruner.done:  # else it is saved as soon as it is compact
                     self._save()
         self.model = pruner.compact()
+        self._wrap()  # what it averages are other parameters now
         self.tuning, self.pruned_at = True, self.minibatches
         self._judge()
         self.epoch, self.done = self.epoch + 1, 0
@@ -168,7 +147,7 @@ class Training:
 
     def _tune(self) -> None:
         epochs = self.settings.finetune
-        length = self.task.loader.length()
+        length = self._loader.length()
         with self.log.task("fine-tune", epochs * (length or 1)) as advance:
             passed = self.epoch - self.tuning_from
             advance(by=passed * (length or 1) + self.done)
@@ -191,7 +170,7 @@ class Training:
 
         A minibatch counts as done as soon as it is handed out: what is saved is saved after it.
         """
-        for number, batch in self.task.loader.epoch(self.epoch, self.done):
+        for number, batch in self._loader.epoch(self.epoch, self.done):
             self.done = number + 1
             yield batch
         self.epoch, self.done = self.epoch + 1, 0
@@ -205,7 +184,7 @@ class Training:
             return self.task.judge(self.model, batch, where).loss
 
         self.optimizer.zero_grad(set_to_none=True)
-        value = loss()
+        value = self.task.judge(self._trained, batch, where).loss
         number = value.item()
         if not math.isfinite(number):
             raise Mistake(f"--data: the loss is {number} {where} lower --lr, or look at the data")
@@ -218,6 +197,17 @@ class Training:
         self._scaler.update()
         self.minibatches += 1
         return number, record
+
+    def _wrap(self) -> None:
+        """Let the processes train one model, from now on; a collective."""
+        if self._team is not None:
+            self._trained = wrapped(self.model, unused=self._unused)
+
+    def _decided(self, asked: bool, due: bool) -> tuple[bool, bool]:
+        """One that is asked to stop stops all; the first one's clock says when to save."""
+        assert self._team is not None
+        everyone = self._team.heard(asked, due)
+        return any(flag for flag, _ in everyone), everyone[0][1]
 
     def _score(self, loss: Callable[[], Tensor]) -> object:
         if self._scaler.is_enabled():
@@ -279,6 +269,15 @@ class Training:
 
 
 _COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
+
+
+def _leaves_some_without_gradient(task: Task) -> bool:
+    """Whether a loss leaves parameters that are trained without a gradient."""
+    batch, model = task.loader.first(), task.model
+    task.judge(model, batch).loss.backward()
+    found = any(p.requires_grad and p.grad is None for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 class _Progress:

@@ -1,0 +1,315 @@
+"""Checkpoints to which every rank writes the parts that it holds, by torch.distributed.checkpoint.
+
+A folder holds numbered ones. One is whole once it has an index, which is written last; the latest
+that is whole counts, and those before it are removed then. In each there is an entry for every
+tensor of the model and of the optimizer's state, and one, `plain`, with all else: the pruner's
+state, the extras, and the model's and the optimizer's with a tensor without memory in the place of
+each. That is read without running code.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.pruning.apart import followed_by, with_memory, without_memory
+from taylor_kernels.pruning.checkpoint import (
+    bare,
+    check_belongs,
+    check_content,
+    check_given,
+    parts_of,
+    restored,
+)
+from taylor_kernels.pruning.plain import as_plain
+from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.state import VERSION, check_version, first_line
+from taylor_kernels.shards import is_sharded
+from taylor_kernels.tracing.running import outside_inference_mode
+
+_FORMAT = "taylor_kernels.sharded_checkpoint"
+_PLAIN, _INDEX = "plain", ".metadata"
+_Path = str | os.PathLike[str]
+
+
+def save_sharded_checkpoint(
+    folder: _Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    pruner: Pruner | None = None,
+    **extra: Any,
+) -> None:
+    """Write the state of a run to a folder, every rank the parts of tensors that it holds.
+
+    For parameters of which a rank holds a part (DTensors of FSDP2 or tensor parallelism), which
+    `save_checkpoint` would bring together in the memory of every rank. All ranks call it; of what
+    they hold alike rank 0's is written. Any number of ranks may go on from it. A crash at any time
+    leaves the checkpoint that was there before.
+
+    Args:
+        folder: made where it is missing, in one that all ranks see.
+        model, optimizer, pruner, extra: as those of `save_checkpoint`.
+
+    Raises:
+        TypeError: a part is something else than those of `save_checkpoint`.
+        RuntimeError: ranks have pruned other filters, or one could not write, or stopped. How long
+            the others wait for it is the timeout of the process group.
+        OSError: the folder cannot be written. The checkpoint that was there still is.
+
+    Example:
+        >>> import tempfile, torch, taylor_kernels as tk
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tk.save_sharded_checkpoint(folder, model=model, epoch=3)
+        ...     tk.load_sharded_checkpoint(folder, model=model)
+        {'epoch': 3}
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    model = bare(model)
+    check_given(model, optimizer)
+    ranks = _ranks(model, pruner)
+    if pruner is not None:
+        pruner.sync()
+        pruner.check_masks()
+    first = ranks is None or ranks.rank == 0
+    entries: dict[str, Tensor] = {}
+    error: Exception | None = None
+    number = 0
+    try:
+        parts = parts_of(model, optimizer, pruner)
+        content: dict[str, Any] = {"format": _FORMAT, "version": VERSION, "pruner": parts["pruner"]}
+        for name in ("model", "optimizer"):
+            content[name] = without_memory(parts[name], name, entries)
+        if first:
+            for name in ("model", "optimizer", "pruner"):
+                content[name] = as_plain(content[name], name)
+            content["extra"] = {name: as_plain(value, name) for name, value in extra.items()}
+            entries[_PLAIN] = _packed(content)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            number = max(_numbers(folder), default=-1) + 1
+        else:  # of what all hold alike rank 0's is written
+            entries = {name: tensor for name, tensor in entries.items() if is_sharded(tensor)}
+    except Exception as caught:
+        error = caught
+    number = _agreed(ranks, error, "begin the checkpoint", number)
+    target = Path(folder) / f"{number:08d}"
+    try:
+        with _as_one_process():
+            dcp.save(
+                entries,
+                storage_writer=dcp.FileSystemWriter(target),
+                process_group=None if ranks is None else ranks.group,
+                no_dist=ranks is None,
+            )
+    except (Exception, CheckpointException) as caught:
+        where = "" if ranks is None else f"rank {ranks.rank} of {ranks.size}: "
+        raise RuntimeError(
+            f"{where}the checkpoint {str(target)!r} could not be written ({_reason(caught)}); has "
+            "another rank stopped, or is the disk full? The one before it, if any, is still there"
+        ) from caught
+    if first:
+        for old in _numbers(folder):
+            if old < number:
+                shutil.rmtree(Path(folder) / f"{old:08d}", ignore_errors=True)
+
+
+def read_sharded_checkpoint(folder: _Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors of the model and the optimizer: "pruner" and "extra".
+
+    `Pruner.load_state_dict` of the pruner's state cuts a model that is whole to the structure that
+    it had; sharded then, it takes the rest from `load_sharded_checkpoint`, part by part.
+
+    Raises:
+        FileNotFoundError: no checkpoint in the folder is whole.
+        ValueError: it is damaged, or not one of these.
+
+    Example:
+        >>> import tempfile, torch, taylor_kernels as tk
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tk.save_sharded_checkpoint(folder, model=model, epoch=3)
+        ...     tk.read_sharded_checkpoint(folder)
+        {'pruner': None, 'extra': {'epoch': 3}}
+    """
+    content = _content(_latest(folder))
+    return {"pruner": content["pruner"], "extra": content["extra"]}
+
+
+@outside_inference_mode()
+def load_sharded_checkpoint(
+    folder: _Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    pruner: Pruner | None = None,
+) -> dict[str, Any]:
+    """Put a run back where `save_sharded_checkpoint` left it, on any number of ranks.
+
+    A model that is whole is cut to the structure that it had, as by `load_checkpoint`; one that is
+    sharded takes the parts that its ranks hold, and has to have that structure already (see
+    `read_sharded_checkpoint`). PyTorch reads the index with pickle, which can run code: load no
+    folder that you do not trust.
+
+    Returns:
+        The extras that were saved.
+
+    Raises:
+        FileNotFoundError: no checkpoint in the folder is whole.
+        TypeError: a part is something else.
+        ValueError: the checkpoint is damaged, or of another model, optimizer, criterion or set of
+            parts; or the model is sharded and has another structure. Nothing has changed, on
+            any rank.
+        RuntimeError: the pruner is closed, or another rank could not read. Nothing has changed.
+
+    Example:
+        >>> import tempfile, torch, taylor_kernels as tk
+        >>> model, again = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     tk.save_sharded_checkpoint(folder, model=model)
+        ...     _ = tk.load_sharded_checkpoint(folder, model=again)
+        >>> torch.equal(again.weight, model.weight)
+        True
+    """
+    model = bare(model)
+    check_given(model, optimizer)
+    check_belongs(model, optimizer, pruner)
+    ranks = _ranks(model, pruner)
+    error: Exception | None = None
+    content: dict[str, Any] = {}
+    try:
+        target = _latest(folder)
+        content = _content(target)
+        _check_structure(content, model, pruner)
+        check_content(content, model, optimizer, pruner)
+        entries: dict[str, Tensor] = {}
+        state = model.state_dict()
+        content["model"] = with_memory(content["model"], "model", entries, state.get)
+        content["optimizer"] = with_memory(
+            content["optimizer"], "optimizer", entries, followed_by(content["optimizer"], optimizer)
+        )
+        _read(target, entries)
+    except Exception as caught:
+        error = caught
+    _agreed(ranks, error, "read the checkpoint")
+    return restored(content, model, optimizer, pruner)
+
+
+def _ranks(model: nn.Module, pruner: Pruner | None) -> Ranks | None:
+    """Those who write together; None where this process has all."""
+    if pruner is not None and pruner.ranks is not None:
+        return pruner.ranks
+    return Ranks() if any(map(is_sharded, model.parameters())) else None
+
+
+def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int = 0) -> int:
+    """Rank 0's number, once all ranks have come without an error; a collective."""
+    if ranks is not None:
+        ranks.check_done(error, what)
+        return int(ranks.gather(torch.tensor([number]).view(torch.uint8))[0].view(torch.int64))
+    if error is not None:
+        raise error
+    return number
+
+
+def _numbers(folder: _Path) -> list[int]:
+    return [int(one.name) for one in Path(folder).iterdir() if one.name.isdigit()]
+
+
+def _latest(folder: _Path) -> Path:
+    root = Path(folder)
+    known = _numbers(root) if root.is_dir() else []
+    whole = [n for n in known if (root / f"{n:08d}" / _INDEX).exists()]
+    if not whole:
+        raise FileNotFoundError(f"folder: there is no whole checkpoint in {str(root)!r}")
+    return root / f"{max(whole):08d}"
+
+
+def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:
+    if pruner is None or content["pruner"] is None or not any(map(is_sharded, model.parameters())):
+        return
+    after = pruner.shapes_after(content["pruner"])
+    have = dict(model.state_dict())
+    if any(tuple(have[name].shape) != shape for name, shape in after.items()):
+        raise ValueError(
+            "model: filters have been removed from that of the checkpoint, and its parameters are "
+            "in parts on several ranks and cannot be cut there; pruner.load_state_dict("
+            'read_sharded_checkpoint(folder)["pruner"]) cuts it before fully_shard()'
+        )
+
+
+def _packed(content: dict[str, Any]) -> Tensor:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def _content(target: Path) -> dict[str, Any]:
+    """What `plain` holds, checked."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        index = dcp.FileSystemReader(target).read_metadata()
+        entry: Any = index.state_dict_metadata[_PLAIN]
+        packed = torch.empty(entry.size, dtype=torch.uint8)
+    except Exception as error:
+        raise ValueError(
+            f"folder: {str(target)!r} is damaged, or was not written by save_sharded_checkpoint "
+            f"({_reason(error)})"
+        ) from error
+    _read(target, {_PLAIN: packed})
+    try:
+        buffer = io.BytesIO(packed.numpy().tobytes())
+        content = torch.load(buffer, map_location="cpu", weights_only=True)
+        known = content["format"] == _FORMAT
+    except Exception as error:
+        raise ValueError(f"folder: {str(target)!r} is damaged ({_reason(error)})") from error
+    if not known:
+        raise ValueError(f"folder: {str(target)!r} was not written by save_sharded_checkpoint")
+    check_version(content, f"folder: {str(target)!r}")
+    return content
+
+
+def _read(target: Path, entries: dict[str, Tensor]) -> None:
+    """Fill tensors, each rank its own parts: without a collective, so that none waits for one
+    that cannot read.
+
+    Raises:
+        ValueError: they are not all there.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with _as_one_process():
+            dcp.load(entries, storage_reader=dcp.FileSystemReader(target), no_dist=True)
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"folder: {str(target)!r} is damaged ({_reason(error)})") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in one line: PyTorch wraps what ranks have raised."""
+    failures = getattr(error, "failures", None)
+    inner = next((one for one, _ in failures.values()), error) if failures else error
+    return f"{type(inner).__name__}: {first_line(inner)}"
+
+
+@contextmanager
+def _as_one_process() -> Iterator[None]:
+    """Without PyTorch's remark that no group is used, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield

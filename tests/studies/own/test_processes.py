@@ -1,0 +1,207 @@
+"""Processes that torchrun starts prune a model of the user's as one process does."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("matplotlib", reason="prune needs matplotlib")
+pytest.importorskip("safetensors", reason="prune needs safetensors")
+
+from safetensors.torch import load_file
+
+from taylor_kernels import cli
+from tests.distributed.launch import outcomes, ran
+from tests.helpers import ROOT
+from tests.helpers.user_models import command
+
+pytestmark = pytest.mark.usefixtures("one_thread", "weights_alone")
+
+#: Seconds that torchrun may take, the imports of its processes on a busy machine among them.
+LIMIT = 150
+MODULE = """
+import os, signal
+class Plain(nn.Module):
+    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 10, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(10, 4)
+        self.idle = nn.Linear(3, 3)
+        self.scale = 1.5
+    def forward(self, x):
+        Plain.calls += self.training and torch.is_grad_enabled()
+        if os.environ.get("STOP") == f"{os.environ.get('RANK')} {Plain.calls}":
+            os.kill(os.getpid(), getattr(signal, os.environ.pop("SIGNAL")))
+        return self.head(self.two(self.one(x)).mean((2, 3)))
+def forward(model, batch):  # an attribute of the model, inside whatever it is
+    return nn.functional.cross_entropy(model(batch[0]) * model.scale, batch[1])
+odd = lambda: DataLoader(TensorDataset(torch.randn(60, 1, 6, 6), torch.zeros(60).long()), 15)
+def own(rank, world_size):  # of which the second has a minibatch less
+    return [(torch.randn(6, 1, 6, 6) + rank, torch.randint(0, 4, (6,))) for _ in range(5 - rank)]
+"""
+PRUNE = ("--model", "mynets:Plain", "--data", "mynets:make_loader", "--batches", "3",
+         "--forward", "mynets:forward", "--flops", "0.6", "--epochs", "2", "--finetune", "1",
+         "--lr", "0.02")  # fmt: skip
+
+
+def leave_out_what_takes_seconds():
+    """No drawings and no exports."""
+    from taylor_kernels.studies.own import artifacts, pages
+    from taylor_kernels.studies.report import Text
+
+    def refuse(self):
+        raise RuntimeError("not in this test")
+
+    pages.draw = lambda *_, **__: Text("not in this test")
+    artifacts._Writer._exported = refuse
+
+
+def in_process(rank, size, folder, port, commands, stop=None):
+    """Exit code and what was said of commands, each as torchrun starts it."""
+    leave_out_what_takes_seconds()
+    dist.destroy_process_group()
+    os.chdir(folder)
+    if stop is not None:
+        os.environ["STOP"], os.environ["SIGNAL"] = stop
+    found = []
+    for number, arguments in enumerate(commands):
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_RUN_ID": "test",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[number]),
+        }  # fmt: skip
+        sys.modules.pop("mynets", None)
+        said, complained, code = io.StringIO(), io.StringIO(), None
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+            try:
+                cli.main([arguments[0], "--device", "cpu", *arguments[1:]])
+            except SystemExit as end:
+                code = end.code
+        found.append((code, said.getvalue(), complained.getvalue()))
+    return found
+
+
+def ports(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture
+def alone(folder, capsys):
+    """One process's result."""
+    with open(folder / "mynets.py", "a") as file:
+        file.write(MODULE)
+    if not _ALONE:  # it is the same for all tests
+        code, _, err = command(capsys, "prune", *PRUNE, "--out", "alone")
+        assert code == 0, err
+        _ALONE.append(outcome(folder, "alone"))
+    return _ALONE[0]
+
+
+_ALONE: list[tuple[dict, dict]] = []
+
+
+def outcome(folder, name):
+    result = json.loads((folder / name / "result.json").read_text())
+    return result, load_file(folder / name / "pruned.safetensors")
+
+
+def alike(found, wanted):
+    (ours, weights), (theirs, whole) = found, wanted
+    for key in ("widths", "removed", "pruned_at", "minibatches", "layers"):
+        assert ours.get(key) == theirs.get(key), key
+    assert [p["minibatch"] for p in ours["course"]] == [p["minibatch"] for p in theirs["course"]]
+    for one, other in zip(ours["course"], theirs["course"], strict=True):
+        assert one["flops"] == other["flops"]
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert weights.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("alone")
+def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
+    runs = [
+        ("prune", *PRUNE, "--data", "mynets:pairs", "--out", "no"),
+        ("prune", *PRUNE, "--data", "mynets:odd", "--out", "no"),
+        ("score", *PRUNE[:6], "--out", "no"),
+        ("prune", *PRUNE, "--data", "mynets:own", "--criterion", "taylor_fo", "--out", "own"),
+    ]
+    first, second = ran(2, in_process, folder, ports(len(runs)), runs)
+    for number, begins in enumerate(
+        (
+            "error: --data: mynets:pairs gave a list, of which 2 processes cannot each read",
+            "error: --data: mynets:odd has batch_size=15, which 2 processes cannot share equally",
+            "error: torchrun: it has started 2 processes, and score is of one",
+        )
+    ):
+        for code, said, complained in (first[number], second[number]):
+            assert (code, said) == (2, "")
+            assert complained.splitlines()[-1].startswith(begins)
+    # Loaders of their own parts: an epoch ends with the shortest.
+    assert first[3][0] == second[3][0] == 0, (first[3], second[3])
+    own = outcome(folder, "own")[0]
+    assert own["course"][-1]["minibatch"] - own["pruned_at"] == 4  # an epoch of fine-tuning
+
+
+def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
+    broken = [("prune", *PRUNE, "--out", "broken", "--save-every", "0", "--resume")]
+    first, second = outcomes(2, in_process, folder, ports(1), broken, ("1 4", "SIGKILL"))
+    assert not second
+    ((code, said, complained),) = first["result"]
+    assert (code, said) == (2, "")
+    assert re.search(r"^error: .*RuntimeError|^error: torchrun: process 0 of 2 cannot go on",
+                     complained, re.MULTILINE)  # fmt: skip
+    assert "Traceback" not in complained
+
+    both = ran(2, in_process, folder, ports(1), broken, ("1 5", "SIGTERM"))
+    assert [run[0][0] for run in both] == [130, 130]
+    assert "after minibatch 3" in both[0][0][2]
+    assert "go on with, by torchrun with any number of processes: taylor" in both[0][0][2]
+    assert both[1][0][1] == ""
+
+    code, _, err = command(capsys, *broken[0])
+    assert code == 0, err
+    assert "going on from broken/checkpoint.pt, after minibatch 8" in err
+    alike(outcome(folder, "broken"), alone)
+
+
+def test_two_that_torchrun_starts_prune_as_one_does(folder, alone):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    line = [*start, "-m", "tests.studies.own.test_processes", "prune", "--device", "cpu", *PRUNE]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*line, "--out", "run"], env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"torchrun took over {LIMIT} s: {process.communicate()[0]}")
+    assert process.returncode == 0, said
+    assert said.count("run/report.html") == 1  # one prints
+    assert not (folder / "run/checkpoint.pt").exists()
+    alike(outcome(folder, "run"), alone)
+    assert outcome(folder, "run")[0]["processes"] == 2
+
+
+if __name__ == "__main__":  # as torchrun starts it
+    leave_out_what_takes_seconds()
+    cli.main(sys.argv[1:])
