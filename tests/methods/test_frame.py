@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,6 +83,26 @@ def test_controls():
         assert held.masks[name].equal(mask)
         moved = (start[name] - ranked_weights(model)[name].detach())[mask] / 1e-3
         assert (moved - STEPS).abs().max() > 1
+
+
+@pytest.mark.parametrize("name", ["SNIP", "lottery ticket, rewound"])
+def test_masks_that_were_kept_are_finished_to_the_same_bits(name):
+    """As a run that was stopped between the two halves goes on."""
+    frame = FRAMES[name]
+    whole, *_ = run(frame)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    again = copy.deepcopy(model)
+    batch = torch.randn(16, 6), torch.randint(0, 4, (16,))
+    masks = frame.find(
+        model, 0.25, Training(), STEPS, batches=[batch], loss=F.cross_entropy, early=EARLY
+    )
+    assert all(w.all() for w in ranked_weights(model).values())  # not masked yet
+    if frame.weights_from == "early":
+        Training()(again, 0, EARLY)
+    frame.finish(again, masks, Training(), STEPS, early=EARLY)
+    for key, value in whole.state_dict().items():
+        assert again.state_dict()[key].equal(value), key
 
 
 def test_mistakes_are_named():
