@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
@@ -63,6 +64,20 @@ class LeNet5(nn.Sequential):
         )
 
 
+class DeepMlp(nn.Sequential):
+    """Eight hidden layers of 100 neurons with norms, without biases, for images [N, 1, H, W]: a
+    network of which a criterion can starve single layers."""
+
+    def __init__(self, image: Sequence[int]) -> None:
+        widths = [image[-2] * image[-1], *[100] * 8]
+        layers = [
+            (nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU())
+            for before, after in itertools.pairwise(widths)
+        ]
+        hidden = [module for layer in layers for module in layer]
+        super().__init__(nn.Flatten(), *hidden, nn.Linear(widths[-1], CLASSES))
+
+
 def with_norms(make: Callable[[Sequence[int]], nn.Sequential], image: Sequence[int]) -> nn.Module:
     """A network with BatchNorm before each ReLU, without weight and bias: of such layers scale and
     sign of the weights are all that there is."""
@@ -85,6 +100,7 @@ def _resnet(image: Sequence[int]) -> nn.Module:
 NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-300-100": LeNet300,
     "LeNet-5": LeNet5,
+    "MLP of eight layers": DeepMlp,
     "LeNet-300-100 with norms": partial(with_norms, LeNet300),
     "LeNet-5 with norms": partial(with_norms, LeNet5),
     "ResNet": _resnet,

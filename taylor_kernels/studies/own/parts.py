@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.studies.digest import digest
+from taylor_kernels.studies.digest import digest, digest_files
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.paths import find, made, naming
+from taylor_kernels.studies.source_code import module_files
 
 
 def users_model(path: str) -> nn.Module:
@@ -130,6 +131,27 @@ class Minibatches:
             set_epoch(number)
         with naming(f"{self.option}: iterating over {self.path}"):
             return iter(self._loader)
+
+
+def as_pair(option: str, path: str, number: int, batch: Any) -> tuple[Any, Any]:
+    """A minibatch that is a pair (inputs, targets).
+
+    Raises:
+        Mistake: it is none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    many = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+    raise Mistake(
+        f"{option}: minibatch {number} of {path} is a {type(batch).__name__}{many}, not a pair "
+        "(inputs, targets)"
+    )
+
+
+def sources_digest(*paths: str | None) -> str:
+    """Stands for the user's modules and what they import: a loss made by functools.partial, or a
+    setting of the model that is no weight, is seen nowhere else."""
+    return digest_files(module_files({path.partition(":")[0] for path in paths if path}))
 
 
 def seed_everything(seed: int, *numbers: int) -> None:
