@@ -156,8 +156,8 @@ class FilterGSM(GSM):
             number += group.size
         found = {}
         for name, parameter in self._model.named_parameters():
-            classes = self._channels.classes.get(name)
-            rows = [known.get(int(each), -1) for each in classes[0]] if classes else []
+            dimensions = self._channels.classes.get(name)
+            rows = [known.get(int(each), -1) for each in dimensions[0]] if dimensions else []
             if any(row >= 0 for row in rows):
                 found[id(parameter)] = torch.tensor(rows, device=parameter.device)
         return found
