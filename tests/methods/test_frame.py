@@ -128,3 +128,25 @@ def test_a_training_that_fails_leaves_no_hook():
     with pytest.raises(ZeroDivisionError):
         FRAMES["random"].run(model, 0.5, train, 10)
     assert not model[0].weight._backward_hooks
+
+
+def test_a_frame_runs_under_bfloat16_autocast():
+    def train(model, first, last):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(inputs).float(), targets)
+            loss.backward()
+            optimizer.step()
+
+    inputs = torch.randn(64, 6)
+    targets = inputs[:, :4].argmax(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    held = FRAMES["SNIP"].run(
+        model, 0.5, train, 80, batches=[(inputs, targets)], loss=F.cross_entropy
+    )
+    weights = ranked_weights(model)
+    assert all(not w[~held.masks[name]].any() for name, w in weights.items())
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == 40
+    assert (model(inputs).argmax(1) == targets).float().mean() > 0.5

@@ -111,7 +111,9 @@ class Trainer:
                 optimizer.zero_grad()
                 loss = problem.judge(model, pair, where).loss
                 if not math.isfinite(value := loss.item()):
-                    raise Mistake(f"--lr: the loss is {value} {where} so lower it")
+                    raise Mistake(
+                        f"--lr: the loss is {value} {where} so lower it, or look at the data"
+                    )
                 loss.backward()
                 optimizer.step()
             self._advance(f"loss {value:.3f}")
