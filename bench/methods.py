@@ -31,6 +31,8 @@ from taylor_kernels.studies.results import Json, circumstances, readable, rounde
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/methods")
+#: Every study.
+STUDIES = ("gsm", "mirror", "spp", "at_init")
 
 
 def find_study(name: str) -> MethodStudy:
@@ -112,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seconds = sum(one["seconds"] for one in runs)
     told = circumstances(command, torch.device("cpu"), THREADS, seconds)
     result = keep(study, {"runs": runs} | told)
-    print_table(study.table(result), Console())
+    for made in (study.table, *study.more.values()):
+        print_table(made(result), Console())
     return 0
 
 

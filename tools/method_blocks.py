@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from bench.markdown import table
-from bench.methods import KEPT, ROOT, find_study
+from bench.methods import KEPT, ROOT, STUDIES, find_study
 from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.pruning_at_init import CRITERIA
 from taylor_kernels.studies.methods.pages import SUMMARY_HEAD, summary_row
@@ -26,10 +26,12 @@ def methods_table() -> str:
     return table(SUMMARY_HEAD, rows)
 
 
-def study_block(name: str) -> str:
-    """A method's own table, with its caption and source."""
-    result = kept_results()[name]
-    made = find_study(name).table(result)
+def study_block(name: str, more: str = "") -> str:
+    """A method's own table, or a further one, with its caption and source."""
+    if name not in (kept := kept_results()):
+        return f"Not measured yet: `python -m bench.methods {name}` does it."
+    result, study = kept[name], find_study(name)
+    made = study.more[more](result) if more else study.table(result)
     source = f"Source: `{(KEPT / name).as_posix()}.json`, written by `{result['command']}`."
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}".strip()))
 
@@ -68,6 +70,12 @@ def _schedule(frame: Frame) -> str:
 
 
 def method_blocks() -> dict[str, Callable[[], str]]:
-    """`method-<study>` for each study that has runs, and the tables of settings."""
+    """`method-<study>` for each study, `-<name>` behind that for a further table, and the tables of
+    settings."""
     found: dict[str, Callable[[], str]] = {"at-init": criteria_at_init, "frames": frames_table}
-    return found | {f"method-{name}": partial(study_block, name) for name in kept_results()}
+    for name in STUDIES:
+        block = f"method-{name.replace('_', '-')}"
+        found[block] = partial(study_block, name)
+        for more in find_study(name).more:
+            found[f"{block}-{more}"] = partial(study_block, name, more)
+    return found

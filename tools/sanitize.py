@@ -6,14 +6,18 @@ compute-sanitizer --tool memcheck python3 tools/sanitize.py
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from taylor_kernels.methods import MirrorDescent
+from taylor_kernels.methods.mirror_settings import METHODS
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher
 from taylor_kernels.ops.filter_moments import filter_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.ops.global_threshold import global_threshold
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
+from taylor_kernels.ops.sparse_momentum import sparse_momentum
 
 #: shape, groups: rows by threads, warps, blocks and segments; grids of one and many blocks.
 PARAMETERS = (
@@ -83,6 +87,11 @@ def main() -> None:
                 )
             for shape, size, geometry in CONVOLUTIONS:
                 check_fisher(shape, size, geometry, dtype, offset)
+            weights, grads, momenta = (
+                [tensor(shape, dtype, offset) for shape, _ in PARAMETERS] for _ in range(3)
+            )
+            check_momentum(weights, grads, momenta)
+            check_mirror(weights, grads)
     torch.cuda.synchronize()
     print("every kernel ran and agrees with the reference")
 
@@ -101,6 +110,50 @@ def check_second_order(weights: list[Tensor], grads: list[Tensor], run: dict) ->
     ]
     for got, expected in zip(*(flat(tables) for tables in found), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1.0)
+
+
+def check_momentum(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> None:
+    """A step of GSM, whose bits are the reference's."""
+    number = len(weights)
+    count = sum(w.numel() for w in weights) // 3
+    found = []
+    for backend in ("cuda", "reference"):
+        mine, kept = ([t.clone() for t in each] for each in (weights, momenta))
+        table = global_threshold(mine, count, factors=grads, backend=backend)
+        each = {"lr": [0.1] * number, "momentum": [0.9] * number, "weight_decay": [0.01] * number}
+        ranked = [True] * number
+        sparse_momentum(mine, grads, kept, table, ranked=ranked, backend=backend, **each)
+        found.append([table, *mine, *kept])
+    for got, expected in zip(*found, strict=True):
+        if not got.equal(expected):
+            raise AssertionError("global_threshold, sparse_momentum: other bits than the reference")
+
+
+def check_mirror(weights: list[Tensor], grads: list[Tensor]) -> None:
+    """Two steps and the rounding of every projection and update of mirror_step.
+
+    Half weights lie on a grid, so that a few come to a threshold of the hard step exactly.
+    """
+    for method in METHODS:
+        for levels in ("binary", "ternary"):
+            if (method, levels) == ("md-tanh", "ternary"):
+                continue
+            found = []
+            for backend in ("cuda", "reference"):
+                mine = [nn.Parameter(w.clone()) for w in weights]
+                optimizer = MirrorDescent(
+                    mine, 0.01, method=method, levels=levels, quantize="all", backend=backend
+                )
+                for _ in range(2):
+                    for weight, grad in zip(mine, grads, strict=True):
+                        weight.grad = grad
+                    optimizer.step()
+                found.append([w.detach().clone() for w in mine])
+                optimizer.quantize()
+            got, expected = (torch.cat([w.flatten() for w in each]) for each in found)
+            differ = ~torch.isclose(got, expected, rtol=1e-2, atol=1e-2)
+            if int(differ.sum()) > got.numel() // 1000:
+                raise AssertionError(f"mirror_step: {method}, {levels} is not the reference's")
 
 
 def check_fisher(

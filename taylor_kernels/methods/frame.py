@@ -9,7 +9,7 @@ Each published method is a named setting of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,21 +93,38 @@ class Frame:
         Raises:
             ValueError: a control or number that is not known or out of its range.
         """
-        if control not in CONTROLS:
-            raise ValueError(f"control: {control!r} is not one of {CONTROLS}")
-        if control == "shuffle" and generator is None:
-            raise ValueError("generator: shuffling draws from one; pass a torch.Generator")
-        rewind = {"start": 0, "early": early, "end": steps}[self.weights_from]
-        if not 0 <= rewind <= steps:
-            raise ValueError(f"early: {early} is not between 0 and the {steps} steps")
-        if 0 < rewind < steps:
-            train(model, 0, rewind)
+        self._check(steps, early, control, generator)
+        masks = self.find(model, keep, train, steps, batches=batches, loss=loss, early=early)
+        return self.finish(
+            model, masks, train, steps, early=early, control=control, generator=generator
+        )
+
+    def find(
+        self,
+        model: nn.Module,
+        keep: float,
+        train: Train,
+        steps: int,
+        *,
+        batches: Batches = (),
+        loss: Loss | None = None,
+        early: int = 0,
+    ) -> dict[str, Tensor]:
+        """The first half of `run`: the masks, f1; the model has the weights of kW then, unmasked.
+
+        Arguments are those of `run`. Masks may be kept, and put on such a model later by `finish`.
+        """
+        self._check(steps, early)
+        rewind = self._rewind(steps, early)
+        first = rewind if rewind < steps else 0
+        if first:
+            train(model, 0, first)
         kept_state = _copied(model)
         masks: dict[str, Tensor] = {}
         for time in range(1, self.times + 1):
             if self.mask_from == "end":
                 with Held(model, masks):
-                    train(model, rewind if rewind < steps else 0, steps)
+                    train(model, first, steps)
             if rewind == steps:
                 kept_state = _copied(model)
             masks = at_init(
@@ -122,11 +139,30 @@ class Frame:
                 masks=masks,
             )
             model.load_state_dict(kept_state)
+        return masks
+
+    def finish(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, Tensor],
+        train: Train,
+        steps: int,
+        *,
+        early: int = 0,
+        control: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Held:
+        """The second half of `run`: put masks on a model with the weights of kW and train it, f2.
+
+        Arguments and what is returned are those of `run`.
+        """
+        self._check(steps, early, control, generator)
         if control == "shuffle":
             assert generator is not None
             masks = shuffled(masks, generator)
         elif control == "reinit":
             _draw_anew(model)
+        rewind = self._rewind(steps, early)
         held = Held(model, masks)
         try:
             train(model, rewind if rewind < steps else 0, steps)
@@ -134,6 +170,24 @@ class Frame:
             held.close()
             raise
         return held
+
+    def _rewind(self, steps: int, early: int) -> int:
+        """kW as an iteration."""
+        return {"start": 0, "early": early, "end": steps}[self.weights_from]
+
+    def _check(
+        self,
+        steps: int,
+        early: int,
+        control: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if control not in CONTROLS:
+            raise ValueError(f"control: {control!r} is not one of {CONTROLS}")
+        if control == "shuffle" and generator is None:
+            raise ValueError("generator: shuffling draws from one; pass a torch.Generator")
+        if not 0 <= self._rewind(steps, early) <= steps:
+            raise ValueError(f"early: {early} is not between 0 and the {steps} steps")
 
 
 #: The published methods.

@@ -74,6 +74,9 @@ class MirrorDescent(Optimizer):
         quantize: "matrices": tensors of two or more dimensions; others are trained as they are.
             "all": every tensor, as published. False: none of this group. `parameter_groups` makes
             groups that leave out the first or the last layer.
+        start: "weights": x̃ starts as the weights, as published. "spread": as the weights over the
+            greatest |w| of their tensor. Ternary weights within ±½ are 0 once β is large, and usual
+            starts are all there: in a short run, spread them, or few or none get out.
         check_gradients: refuse a step whose gradients are not all finite, before anything is
             changed. It reads them once more, and waits for a GPU.
         backend: one of `taylor_kernels.available_backends()`; None picks by device.
@@ -124,6 +127,7 @@ class MirrorDescent(Optimizer):
         beta_max: float = 1e35,
         scale: str | float | None = None,
         quantize: str | bool = "matrices",
+        start: str = "weights",
         check_gradients: bool = True,
         backend: str | None = None,
     ):
@@ -146,6 +150,7 @@ class MirrorDescent(Optimizer):
             beta_max=beta_max,
             scale=scale,
             quantize=quantize,
+            start=start,
         )
         super().__init__(params, defaults)
         for i in range(len(self.param_groups)):

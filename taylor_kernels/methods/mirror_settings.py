@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "levels": ("binary", "ternary"),
     "optimizer": ("adam", "sgd"),
     "quantize": ("matrices", "all", False),
+    "start": ("weights", "spread"),
 }
 #: Option -> what it must be, in words and as a test of a float.
 _NUMBERS = {

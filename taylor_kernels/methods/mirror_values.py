@@ -120,20 +120,20 @@ def rule_of(
 def first_value(group: Mapping[str, Any], param: Tensor) -> Tensor:
     """What is stored for the weights that a parameter starts with.
 
-    x̃ is the weight, and for a softmax λ times the weight, a plane for each λ. The mirror forms
-    store what that projects to with β = 1. A hard ternary step would round all of a usual start to
-    0, so it starts from w / max |w|.
+    x̃ is the weight w, or w / max |w| where it is to be spread, and for a softmax λ times that, a
+    plane for each λ. The mirror forms store what that projects to with β = 1. A hard ternary step
+    would round all of a usual start to 0, so it is always spread.
     """
     x = param.detach().to(accumulator(param.dtype))
     projection, update = METHODS[group["method"]]
     ternary = group["levels"] == "ternary"
     planes = 1
+    if group["start"] == "spread" or (projection == "sign" and ternary):
+        x = x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
     if projection == "softmax":
         x = torch.stack((-x, 0 * x, x)) if ternary else torch.stack((-x, x))
         planes = len(x)
         x = x.softmax(0) if update == "mirror" else x
-    elif projection == "sign" and ternary:
-        x = x / x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)
     elif update == "mirror":
         x = x.tanh()
     return _stored(param, planes).copy_(x)

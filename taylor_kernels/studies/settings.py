@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,3 +58,39 @@ class StudySettings:
         """
         check_seed(self.seed)
         self.torch_device()
+
+    @property
+    def name(self) -> str:
+        """Of the command."""
+        raise NotImplementedError
+
+    def command(self) -> str:
+        """The command line that gives these settings, defaults left out."""
+        defaults = type(self)().plain()
+        parts = [f"taylor-kernels {self.name}"]
+        for key, value in self.plain().items():
+            if value == defaults[key] or key in ("force", "resume"):
+                continue
+            if isinstance(value, bool):
+                parts.append(flag(key))
+            else:
+                many = value if isinstance(value, list) else [value]
+                parts += [f"{flag(key)} {shlex.quote(f'{one}')}" for one in many]
+        return " ".join(parts)
+
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            key: str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+            for key, value in values.items()
+        }
+
+
+def flag(name: str) -> str:
+    """A setting as an option of the command line."""
+    return f"--{name.replace('_', '-')}"

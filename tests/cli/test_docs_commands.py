@@ -13,14 +13,14 @@ pytest.importorskip("safetensors", reason="prune needs safetensors")
 pytest.importorskip("sklearn", reason="the page's data are scikit-learn's")
 
 from taylor_kernels import cli
-from taylor_kernels.cli import prune, score
+from taylor_kernels.cli import at_init, prune, score
 from taylor_kernels.studies.own import artifacts, pages
 from taylor_kernels.studies.report import Text
 from tests.helpers import ROOT
 
 PAGE = (ROOT / "docs/command-line.md").read_text()
 COMMANDS = re.findall(r"^```sh\ntaylor-kernels (.*)\n```$", PAGE, re.MULTILINE)
-EXAMPLES = [part.EXAMPLE.partition("taylor-kernels ")[2] for part in (score, prune)]
+EXAMPLES = [part.EXAMPLE.partition("taylor-kernels ")[2] for part in (score, prune, at_init)]
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def test_it_runs(line, mymodels, capsys):
 
 
 def test_the_page_shows_each_command():
-    assert sorted({line.split()[0] for line in COMMANDS}) == ["prune", "score"]
+    assert sorted({line.split()[0] for line in COMMANDS}) == ["at-init", "prune", "score"]
     assert any("--dry-run" in line for line in COMMANDS)
 
 
 def test_options_of_the_page_are_options(capsys):
     known = get_args_parser().format_help()  # torchrun's
-    for command in ("score", "prune", "compare"):
+    for command in ("score", "prune", "compare", "at-init"):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         known += capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,6 +85,26 @@ def test_controls():
         assert (moved - STEPS).abs().max() > 1
 
 
+@pytest.mark.parametrize("name", ["SNIP", "lottery ticket, rewound"])
+def test_masks_that_were_kept_are_finished_to_the_same_bits(name):
+    """As a run that was stopped between the two halves goes on."""
+    frame = FRAMES[name]
+    whole, *_ = run(frame)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    again = copy.deepcopy(model)
+    batch = torch.randn(16, 6), torch.randint(0, 4, (16,))
+    masks = frame.find(
+        model, 0.25, Training(), STEPS, batches=[batch], loss=F.cross_entropy, early=EARLY
+    )
+    assert all(w.all() for w in ranked_weights(model).values())  # not masked yet
+    if frame.weights_from == "early":
+        Training()(again, 0, EARLY)
+    frame.finish(again, masks, Training(), STEPS, early=EARLY)
+    for key, value in whole.state_dict().items():
+        assert again.state_dict()[key].equal(value), key
+
+
 def test_mistakes_are_named():
     for call, message in (
         (lambda: Frame("it", "early", "start", "snip", ""), "mask_from: 'early'"),
@@ -106,3 +128,25 @@ def test_a_training_that_fails_leaves_no_hook():
     with pytest.raises(ZeroDivisionError):
         FRAMES["random"].run(model, 0.5, train, 10)
     assert not model[0].weight._backward_hooks
+
+
+def test_a_frame_runs_under_bfloat16_autocast():
+    def train(model, first, last):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(inputs).float(), targets)
+            loss.backward()
+            optimizer.step()
+
+    inputs = torch.randn(64, 6)
+    targets = inputs[:, :4].argmax(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    held = FRAMES["SNIP"].run(
+        model, 0.5, train, 80, batches=[(inputs, targets)], loss=F.cross_entropy
+    )
+    weights = ranked_weights(model)
+    assert all(not w[~held.masks[name]].any() for name, w in weights.items())
+    assert sum(int(w.count_nonzero()) for w in weights.values()) == 40
+    assert (model(inputs).argmax(1) == targets).float().mean() > 0.5

@@ -382,3 +382,27 @@ def test_a_closure_gives_its_loss():
 
     assert optimizer.step(closure).requires_grad
     assert optimizer.param_groups[0]["iteration"] == 1
+
+
+@pytest.mark.parametrize("method", ["md-tanh-s", "gd-tanh", "binaryconnect"])
+def test_ternary_levels_are_thirds_of_the_line_cut_at_one_half(method):
+    """P_∞(x̃) is −1 below −½, 0 between and 1 above ½, whatever the weights are scaled to."""
+    layer = nn.Linear(64, 64, bias=False)
+    start = layer.weight.detach().clone()
+    optimizer = MirrorDescent(
+        layer.parameters(), method=method, levels="ternary", start="spread", beta=1e6
+    )
+    x = (start.double() / start.double().abs().max()).float()
+    expected = (x > 0.5).float() - (x < -0.5).float()
+    clear = (x.abs() - 0.5).abs() > 1e-4
+    assert layer.weight.detach()[clear].equal(expected[clear])
+    assert 0.4 < optimizer.quantize().zeros / x.numel() < 0.6  # of a uniform start
+
+
+def test_a_usual_start_is_all_zero_between_ternary_levels():
+    """What `start="spread"` is there for: x̃ of at most 1/√64 are far within ±½."""
+    layer = nn.Linear(64, 64, bias=False)
+    assert layer.weight.abs().max() < 0.5
+    optimizer = MirrorDescent(layer.parameters(), levels="ternary", beta=100.0)
+    report = optimizer.quantize()
+    assert report.zeros == report.weights == 64 * 64

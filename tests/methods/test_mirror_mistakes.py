@@ -36,6 +36,7 @@ BAD_OPTIONS = {
     "levels": (3, "levels: 3 is not one of 'binary', 'ternary'"),
     "optimizer": ("lion", "optimizer: 'lion' is not one of"),
     "quantize": (True, "quantize: True is not one of 'matrices', 'all', False"),
+    "start": ("zero", "start: 'zero' is not one of 'weights', 'spread'"),
     "lr": (-1.0, "lr: -1 is not 0 or more"),
     "eps": (-1e-9, "eps: -1e-09 is not 0 or more"),
     "momentum": (1.0, "momentum: 1 is not from 0 to below 1"),

@@ -27,7 +27,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of one seed of the digits, two epochs; ternary weights leave 0 later than β is at its end."""
     epochs = {name: 12 if "ternary" in name else 2 for name in mirror.WAYS}
     ways = {
-        name: replace(way, of_problem={mirror.DIGITS: {"epochs": epochs[name]}})
+        name: replace(way, of_problem={mirror.DIGITS: {"epochs": epochs[name], "first": True}})
         for name, way in mirror.WAYS.items()
     }
     study = replace(mirror.STUDY, ways=ways, problems=[mirror.DIGITS])

@@ -97,6 +97,7 @@ class MethodStudy:
         table: all results in one table.
         plot: drawn into `<name>.png`.
         summary: "accuracy" and "compression" in words, for the table over all methods.
+        more: further tables by name, each for a place of its own in the documentation.
         speed: measures the method's kernels or step: plain JSON with "words" for that table.
     """
 
@@ -110,6 +111,7 @@ class MethodStudy:
     table: Callable[[Json], Table]
     plot: Callable[[Json], Plot]
     summary: Callable[[Json], Mapping[str, str]]
+    more: Mapping[str, Callable[[Json], Table]] = field(default_factory=dict)
     speed: Callable[[], Json] | None = None
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from taylor_kernels.studies.digest import digest_files
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.problem import Batch, Problem, inner_layers
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from taylor_kernels.studies.own.judge import Judge, is_classifier
-from taylor_kernels.studies.own.parts import Minibatches, seed_everything, users_model
+from taylor_kernels.studies.own.parts import (
+    Minibatches,
+    as_pair,
+    seed_everything,
+    sources_digest,
+    users_model,
+)
 from taylor_kernels.studies.own.paths import find, find_function
-from taylor_kernels.studies.source_code import module_files
 
 
 def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Problem, dict[str, str]]:
@@ -41,6 +45,7 @@ def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Proble
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise Mistake(f"--model: it has no layer whose filters can be compared ({why})")
+    sources = sources_digest(settings.model, settings.loss)
     problem = Problem(
         settings.model,
         model,
@@ -50,7 +55,7 @@ def user_problem(settings: OracleSettings, device: torch.device) -> tuple[Proble
         test_batches=batches,
         loss=loss,
         classifies=is_classifier(outcome.outputs, outcome.targets),
-        origin=f"{settings.model} {settings.loss} {_sources(settings)} {outcome.loss.item():.4g}",
+        origin=f"{settings.model} {settings.loss} {sources} {outcome.loss.item():.4g}",
     )
     return problem, left_out
 
@@ -73,20 +78,5 @@ def _pairs(settings: OracleSettings, device: torch.device) -> list[Batch]:
     loader = Minibatches(
         "--data", settings.data, seed=settings.seed, limit=settings.batches, device=device
     )
-    batches: list[Batch] = []
-    for number, batch in loader.epoch(0):
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            many = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
-            raise Mistake(
-                f"--data: minibatch {number} of {settings.data} is a "
-                f"{type(batch).__name__}{many}, not a pair (inputs, targets)"
-            )
-        batches.append((batch[0], batch[1]))
-    return batches
-
-
-def _sources(settings: OracleSettings) -> str:
-    """Stands for the user's modules and what they import: a loss made by functools.partial, or a
-    setting of the model that is no weight, is seen nowhere else."""
-    names = {path.partition(":")[0] for path in (settings.model, settings.loss) if path}
-    return digest_files(module_files(names))
+    data = settings.data
+    return [as_pair("--data", data, number, batch) for number, batch in loader.epoch(0)]

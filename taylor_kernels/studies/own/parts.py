@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from taylor_kernels.studies.digest import digest
+from taylor_kernels.studies.digest import digest, digest_files
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.paths import find, made, naming
 from taylor_kernels.studies.own.processes import Processes, started_by_torchrun
 from taylor_kernels.studies.own.splitting import PartOfSampler, split
+from taylor_kernels.studies.source_code import module_files
 
 #: A function with these arguments makes a loader of one process's part.
 _PART = ("rank", "world_size")
@@ -189,6 +190,27 @@ class Minibatches:
 
 
 _END = object()
+
+
+def as_pair(option: str, path: str, number: int, batch: Any) -> tuple[Any, Any]:
+    """A minibatch that is a pair (inputs, targets).
+
+    Raises:
+        Mistake: it is none.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    many = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+    raise Mistake(
+        f"{option}: minibatch {number} of {path} is a {type(batch).__name__}{many}, not a pair "
+        "(inputs, targets)"
+    )
+
+
+def sources_digest(*paths: str | None) -> str:
+    """Stands for the user's modules and what they import: a loss made by functools.partial, or a
+    setting of the model that is no weight, is seen nowhere else."""
+    return digest_files(module_files({path.partition(":")[0] for path in paths if path}))
 
 
 def seed_everything(seed: int, *numbers: int) -> None:

@@ -117,7 +117,7 @@ def _facts(
     return {
         **{name: getattr(cost, name) for name in ("filters", "params", "flops")},
         **{f"{name}_fraction": value for name, value in cost.over(pruner.whole).items()},
-        **figures(task, model, batches),
+        **figures(task.judge, model, batches),
     }
 
 

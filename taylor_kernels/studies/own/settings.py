@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.statistics import Statistic, get_statistic
 from taylor_kernels.studies.options import Mistake, check_writable, find_criteria
-from taylor_kernels.studies.settings import StudySettings
+from taylor_kernels.studies.settings import StudySettings, flag
 
 #: Options that say how a run goes and not what comes out.
 _HOW = frozenset({"out", "device", "force", "resume", "save_every", "dry_run"})
@@ -92,42 +91,17 @@ class OwnSettings(StudySettings):
 
     def decisive(self) -> str:
         """The options that decide the result, as JSON: a checkpoint is of the same ones."""
-        return json.dumps({k: v for k, v in self._plain().items() if k not in _HOW})
+        return json.dumps({k: v for k, v in self.plain().items() if k not in _HOW})
 
     def differing(self, other: str) -> list[str]:
         """The options in which a run with the `decisive` options `other` was another."""
         theirs, own = json.loads(other), json.loads(self.decisive())
-        return [_flag(k) for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k)]
-
-    def command(self) -> str:
-        """The command line that gives these settings, defaults left out."""
-        plain = type(self)()
-        parts = [f"taylor-kernels {self.name}"]
-        for key, value in self._plain().items():
-            if value == plain._plain()[key] or key in ("force", "resume"):
-                continue
-            if isinstance(value, bool):
-                parts.append(_flag(key))
-            else:
-                many = value if isinstance(value, list) else [value]
-                parts += [f"{_flag(key)} {shlex.quote(f'{one}')}" for one in many]
-        return " ".join(parts)
+        return [flag(k) for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k)]
 
     @property
     def name(self) -> str:
         """Of the command."""
         return "score"
-
-    def _plain(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            key: str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for key, value in values.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -204,7 +178,7 @@ class PruneSettings(OwnSettings):
                             ("round_to", 1), ("min_filters", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
-                raise Mistake(f"{_flag(name)}: {value} is below {least}")
+                raise Mistake(f"{flag(name)}: {value} is below {least}")
         if not (0 < self.per_step < 1 or (self.per_step >= 1 and self.per_step % 1 == 0)):
             raise Mistake(
                 f"--per-step: {self.per_step:g} is neither a fraction of the filters, such as "
@@ -241,7 +215,3 @@ class PruneSettings(OwnSettings):
                 f"--filters 1: keeps every filter, which contradicts {others}; leave one of them "
                 "out"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -74,12 +74,12 @@ def users_task(settings: OwnSettings, device: torch.device, *, limit: int | None
     )
 
 
-def figures(task: Task, model: nn.Module, batches: Iterable[tuple[int, Any]]) -> dict[str, float]:
+def figures(judge: Judge, model: nn.Module, batches: Iterable[tuple[int, Any]]) -> dict[str, float]:
     """Mean loss in eval mode over numbered minibatches, and the fraction of right answers."""
     total = examples = hits = answers = 0.0
     with eval_mode(model), torch.no_grad():
         for number, batch in batches:
-            outcome = task.judge(model, batch, f"on minibatch {number} of those to judge on,")
+            outcome = judge(model, batch, f"on minibatch {number} of those to judge on,")
             n = example_count(batch if outcome.targets is None else outcome.targets)
             total += n * float(outcome.loss)
             examples += n

@@ -231,7 +231,9 @@ class Training:
         batches: Iterable[tuple[int, Any]] = self._judged or ()
         if self._val is not None:
             batches = self._val.epoch(0)
-        found = figures(self.task, self.model, ((n, to_device(b, device)) for n, b in batches))
+        found = figures(
+            self.task.judge, self.model, ((n, to_device(b, device)) for n, b in batches)
+        )
         self.course.append({"minibatch": self.minibatches, **kept, **found})
 
     def _is_far_from_last_point(self) -> bool:
