@@ -12,7 +12,7 @@ from torch.amp.grad_scaler import GradScaler
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.tables import check_parts
+from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.importance.together import Together
@@ -22,6 +22,7 @@ from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    check_streams,
     check_weight,
     checked_tables,
     filter_count,
@@ -96,6 +97,11 @@ class Importance(OnModel):
             makes the same meter. compute() is collective then and gives the same bits on all.
         scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
             unscale_() has been called, and minibatches whose steps it skips do not count.
+        stream: score each weight as its gradient comes in backward(), and free the gradient of
+            every parameter of the model there, for models whose gradients do not fit beside their
+            weights. The scores are the same bits. No optimizer can step on such a pass, and a
+            second backward() before update() is an error, since what it would be added to is gone.
+            Of criteria that read weight gradients; others need none inside scoring().
 
     Attributes:
         dropped: minibatches that did not count on any rank, since one of them had gradients that
@@ -129,11 +135,14 @@ class Importance(OnModel):
         example_inputs: Any = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
+        stream: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.criterion = get_criterion(criterion)
         statistic = get_statistic(self.criterion.statistic)
+        if stream:
+            check_streams(statistic, self.criterion.name)
         trainable_only = statistic.reads == "weight gradients"
         self._layers = find_layers(model, layers, trainable_only=trainable_only)
         for layer in self._layers.values():
@@ -146,6 +155,9 @@ class Importance(OnModel):
         self._scaling = None if scaler is None else Scaling(scaler, model)
         self.ranks = ranks
         check_parts(self._statistic, ranks)
+        if stream:
+            check_ranks_stream(self._statistic, ranks)
+            self._statistic.start_stream(watch=scaler is not None)
         self._together: Together | None = None
         if ranks is not None:
             self._together = Together(ranks, self.criterion, self._statistic, self._sizes)
@@ -201,14 +213,15 @@ class Importance(OnModel):
         check_closure(self._statistic, closure, self.criterion.name, "update")
         if self._scaling is not None:
             loss_scale = self._scaling.of(self._statistic, loss_scale)
-            if self._scaling.skips():
+            if self._scaling.skips(self._statistic.stream):
                 self.skip()
                 return
         if self._together is not None:
             loss_scale *= self._together.prepare()
         found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
-        if self._scaling is not None and not self._scaling.check_finite(tables):
+        streamed = self._statistic.stream is not None  # then its gradients have told
+        if self._scaling is not None and not streamed and not self._scaling.check_finite(tables):
             self.skip()
             return
         self._device = tables[0].device
