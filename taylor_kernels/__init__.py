@@ -31,6 +31,7 @@ from taylor_kernels.pruning import (
     load_pruned,
     save_checkpoint,
     save_pruned,
+    update_config,
 )
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 from taylor_kernels.tracing import Channels, trace
@@ -69,4 +70,5 @@ __all__ = [
     "second_order_moments",
     "statistic_names",
     "trace",
+    "update_config",
 ]
