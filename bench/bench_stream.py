@@ -29,7 +29,7 @@ from taylor_kernels import system
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path("bench/results/stream/result.json")
 TOKENS, LARGE_TOKENS = (128, 512), (512, 4096)
-#: Of a plain step's peak beyond the weights, streaming leaves at most this much of the shorter text.
+#: Of a plain step's peak beyond the weights, streaming leaves this much at most, of a short text.
 LIMIT = 0.6
 MODELS: dict[str, dict[str, Any]] = {}
 MODELS["small"] = dict(

@@ -101,6 +101,18 @@ class _Search:
                 f"model: {self._class.__name__} makes none from its own config; keep it by "
                 "tk.save_pruned"
             )
+        # A buffer that is not saved is made anew, with values that nobody has cut.
+        unsaved = {
+            f"{name}.{leaf}".lstrip(".")
+            for name, module in model.named_modules()
+            for leaf in module._non_persistent_buffers_set
+        }
+        cut = [n for n, s in _shapes(before).items() if n in unsaved and s != self._shapes.get(n)]
+        if cut:
+            raise ValueError(
+                f"model: the buffer {cut[0]} has lost entries, and save_pretrained() does not "
+                "write it; keep the model by tk.save_pruned"
+            )
         pairs = {
             (old, new)
             for name, shape in _shapes(before).items()

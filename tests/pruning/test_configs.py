@@ -106,3 +106,34 @@ def test_what_no_config_makes_changes_nothing_and_has_a_recipe(tmp_path):
 def test_other_models_have_no_config():
     with pytest.raises(TypeError, match=r"model: expected a model of transformers.*Linear"):
         tk.update_config(torch.nn.Linear(2, 2), torch.randn(1, 2))
+
+
+class Scaled(torch.nn.Module):
+    """A buffer of its channels is not saved, but made anew of their number."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.enter = torch.nn.Linear(4, config.width)
+        self.leave = torch.nn.Linear(config.width, 2)
+        self.register_buffer("scale", torch.linspace(1, 2, config.width), persistent=False)
+
+    def forward(self, x):
+        return self.leave(self.enter(x) * self.scale)
+
+
+class Config:
+    def __init__(self):
+        self.width = 8
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+def test_a_buffer_that_is_not_saved_would_have_other_values():
+    model, x = Scaled(Config()), torch.randn(1, 4)
+    to_the_minimum(model, x, 4, [])
+    assert model.enter.out_features == 4
+    with pytest.raises(ValueError, match=r"model: the buffer scale .*tk.save_pruned"):
+        tk.update_config(model, x)
+    assert model.config.width == 8
