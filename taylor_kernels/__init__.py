@@ -34,6 +34,7 @@ from taylor_kernels.pruning import (
     save_checkpoint,
     save_pruned,
     save_sharded_checkpoint,
+    update_config,
 )
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
 from taylor_kernels.tracing import Channels, trace
@@ -75,4 +76,5 @@ __all__ = [
     "second_order_moments",
     "statistic_names",
     "trace",
+    "update_config",
 ]

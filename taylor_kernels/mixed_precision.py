@@ -11,6 +11,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from taylor_kernels.statistics import Statistic, find_layers, held_weight
+from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import filter_axis
 
 
@@ -42,13 +43,18 @@ class Scaling:
             self._scaler = scaler
         self._optimizers = list(optimizers)
 
-    def skips(self) -> bool:
-        """Whether a gradient is not finite, so that the scaler skips the step; counted."""
+    def skips(self, stream: GradientStream | None = None) -> bool:
+        """Whether a gradient is not finite, so that the scaler skips the step; counted.
+
+        Args:
+            stream: has freed the gradients, and noted whether they were finite.
+        """
         if not self._scaler.is_enabled():
             return False
         # Once they are unscaled the scaler knows; clipping may have changed what there is since.
         found = [v for state in self._states() for v in state["found_inf_per_device"].values()]
         bad = any(bool(v) for v in found) or self._any_not_finite()
+        bad = bad or (stream is not None and not stream.finite)
         self.overflowed += bad
         return bad
 
@@ -78,7 +84,8 @@ class Scaling:
                 "scaler: it has made the step of this minibatch; score between backward() and "
                 "scaler.step()"
             )
-        if statistic.reads == "weight gradients" and OptState.UNSCALED in stages:
+        reads_them_now = statistic.reads == "weight gradients" and statistic.stream is None
+        if reads_them_now and OptState.UNSCALED in stages:
             if any(_gradients([one]) for one in self._unexamined()):
                 raise RuntimeError(
                     "scaler: it has unscaled the gradients of one optimizer and not of another, so "

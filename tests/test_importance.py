@@ -171,7 +171,7 @@ def test_the_same_gradients_are_not_scored_twice(criterion, set_to_none):
         imp.update()
     with pytest.raises(RuntimeError, match=r"once after each loss\.backward"):
         imp.update()
-    assert imp._updates == 20
+    assert imp._totals.updates == 20
 
 
 @pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])

@@ -119,3 +119,17 @@ def check_parts(statistic: Statistic, ranks: Ranks | None) -> None:
             "ranks: the weights are spread over ranks, so that gradients are those of all, and "
             f"these {ranks.size} ranks have to hold all parts; pass the group of all of them"
         )
+
+
+def check_ranks_stream(statistic: Statistic, ranks: Ranks | None) -> None:
+    """The ranks take gradients for what they are as they are streamed.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if ranks is not None and statistic.spread is None and ranks.gradients != "local":
+        raise ValueError(
+            "ranks: gradients that are streamed are scored before anything averages them over the "
+            "ranks; pass Ranks(gradients='local'), and run the passes inside no_sync() of "
+            "DistributedDataParallel, or without it"
+        )

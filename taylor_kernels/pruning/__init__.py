@@ -1,6 +1,7 @@
 """Iterative pruning over Taylor scores."""
 
 from taylor_kernels.pruning.checkpoint import load_checkpoint, save_checkpoint
+from taylor_kernels.pruning.configs import update_config
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.recipe import load_pruned, save_pruned
@@ -22,4 +23,5 @@ __all__ = [
     "save_checkpoint",
     "save_pruned",
     "save_sharded_checkpoint",
+    "update_config",
 ]

@@ -11,6 +11,7 @@ from taylor_kernels.statistics.base import (
     check_closure,
     check_loss_scale,
     check_no_noise,
+    check_streams,
     check_weight,
     checked_tables,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "check_closure",
     "check_loss_scale",
     "check_no_noise",
+    "check_streams",
     "check_weight",
     "checked_tables",
     "filter_count",

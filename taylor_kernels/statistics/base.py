@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from taylor_kernels.statistics.hooks.sites import GateSites
+from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import Layers, filter_count
 
 #: Runs the model and returns the loss, a scalar.
@@ -49,6 +50,8 @@ class Statistic(ABC):
         same_draws: what it draws at an update is to be the same on all ranks.
         mask: of an update that is being collected, for each pass which examples count ([N] or
             [N, T] bool), if some do not.
+        streams: it can take each gradient as it comes (`start_stream`).
+        stream: what hands them over, and frees them, where it does.
 
     Example:
         >>> import taylor_kernels as tk
@@ -76,6 +79,8 @@ class Statistic(ABC):
     shared_columns: ClassVar[int] = 1
     same_draws: ClassVar[bool] = False
     mask: list[Tensor] | None = None
+    streams: ClassVar[bool] = False
+    stream: GradientStream | None = None
 
     def __init__(
         self,
@@ -133,11 +138,43 @@ class Statistic(ABC):
         """Layers of which it was found to be rounding noise; their tables hold nan from then on."""
         return []
 
+    def start_stream(self, *, watch: bool) -> None:
+        """From now on take each gradient in backward(), and free it there; sets `stream`.
+
+        Args:
+            watch: note whether the gradients are finite.
+
+        Raises:
+            NotImplementedError: it does not `streams`.
+        """
+        raise NotImplementedError(f"statistic {self.name!r} does not take gradients as they come")
+
     def discard(self) -> None:  # noqa: B027 - most statistics gather nothing between updates
         """Forget what was gathered since the last collect(): a minibatch is not to count."""
 
     def close(self) -> None:  # noqa: B027 - and put no hook on the model
         """Take every hook off the model."""
+
+
+def check_streams(statistic: type[Statistic], criterion: str) -> None:
+    """The gradients that a criterion's statistic reads can be streamed.
+
+    Raises:
+        ValueError: they cannot, or it reads none.
+    """
+    if statistic.streams:
+        return
+    instead = {
+        "weights": "it reads the weights alone, so pass no stream",
+        "forward": "it needs no backward pass, so pass no stream",
+        "activations": "it reads no weight gradient: run the passes inside tk.scoring(model), "
+        "where none is made, and pass no stream",
+        "weight gradients": f"its statistic {statistic.name!r} reads them all at once",
+        "closure": "it runs the model itself and leaves no gradient, so pass no stream",
+    }
+    raise ValueError(
+        f"stream: {criterion!r} cannot take gradients one by one: {instead[statistic.reads]}"
+    )
 
 
 def check_closure(statistic: Statistic, closure: object, criterion: str, method: str) -> None:

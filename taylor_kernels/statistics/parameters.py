@@ -1,8 +1,9 @@
-"""Statistics read off the parameters alone: no hook is put on the model."""
+"""Statistics read off the parameters alone; only streamed gradients need hooks."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from taylor_kernels.shards import is_sharded, local_part, offsets, part_count, r
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
 from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
+from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import (
     Layer,
     Layers,
@@ -58,35 +60,93 @@ class WeightMoments(_OfWeights):
 
     A layer that the backward pass did not reach has no gradient: its moments are those of a
     gradient of zero in every column but w2.
+
+    Streamed, a weight's moments are taken as its gradient comes, a launch for each: the bits of a
+    table do not depend on what else is in the launch.
     """
 
     name = "moments"
     columns = "5, those of `MOMENTS`: Σ gw, Σ (gw)², Σ abs(gw), Σ w², Σ g²"
     reads = "weight gradients"
     shared_columns = len(MOMENTS)
+    streams = True
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)
         self._scored: list[tuple[weakref.ref[Tensor], int]] = []
         self._powers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._numbers = list(layers.values())
+        self._streamed: dict[int, Tensor] = {}
+        self._places: dict[Tensor, list[int]] = {}
+
+    def start_stream(self, *, watch: bool) -> None:
+        for number, (name, layer) in enumerate(self.layers.items()):
+            check_leaf(name, layer)
+            self._places.setdefault(layer.weight, []).append(number)
+        self.stream = GradientStream(self.model, self._take, watch=watch)
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        pair = parameter.detach(), parameter.grad.detach()
+        numbers = self._places.get(parameter, [])
+        self._streamed |= self._moments(dict.fromkeys(numbers, pair))
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        weights, grads = self._weights_and_grads()
-        layers = list(self.layers.values())
-        tables = [torch.empty(0)] * len(layers)
-        for axis, chosen in by_filter_axis(layers):
-            moments = filter_moments(
-                [local_part(weights[i]) for i in chosen],
-                [local_part(grads[i]) for i in chosen],
-                dim=axis,
-                groups=[filter_groups(layers[i]) for i in chosen],
-                backend=self.backend,
-            )
-            for i, table in zip(chosen, moments, strict=True):
-                tables[i] = self._whole_rows(layers[i], table)
+        found = (
+            self._moments(dict(enumerate(self._pairs()))) if self.stream is None else self._came()
+        )
+        tables = [found[number] for number in range(len(self.layers))]
         if loss_scale != 1.0:
             tables = [t / loss_scale ** self._powers_like(t) for t in tables]
         return tables
+
+    def _moments(self, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+        """The tables of layers, by number, from the weight and the gradient of each."""
+        numbers, tables = list(pairs), {}
+        for axis, chosen in by_filter_axis([self._numbers[number] for number in numbers]):
+            of_axis = [numbers[i] for i in chosen]
+            moments = filter_moments(
+                [local_part(pairs[number][0]) for number in of_axis],
+                [local_part(pairs[number][1]) for number in of_axis],
+                dim=axis,
+                groups=[filter_groups(self._numbers[number]) for number in of_axis],
+                backend=self.backend,
+            )
+            for number, table in zip(of_axis, moments, strict=True):
+                tables[number] = self._whole_rows(self._numbers[number], table)
+        return tables
+
+    def _came(self) -> dict[int, Tensor]:
+        """The tables of a pass whose gradients were streamed."""
+        weights, grads = self._weights_and_grads()
+        for name, grad in zip(self.layers, grads, strict=True):
+            if grad is not None:
+                raise RuntimeError(
+                    f"stream: {name}.weight has a gradient that was not streamed: it is another "
+                    "parameter than when the meter was made, or the gradient is older than that; "
+                    "call zero_grad(set_to_none=True), and make a new meter of a changed model"
+                )
+        if not self._streamed:
+            raise RuntimeError(
+                "stream: no layer's gradient came since the last update(); call it once after each "
+                "loss.backward()"
+            )
+        found, self._streamed = self._streamed, {}
+        assert self.stream is not None
+        self.stream.clear()
+        for number, weight in enumerate(weights):  # one after another: each needs a gradient
+            if number not in found:
+                found |= self._moments({number: (weight, torch.zeros_like(weight))})
+        return found
+
+    def discard(self) -> None:
+        if self.stream is not None:
+            self._streamed = {}
+            self.stream.clear()
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
 
     def _powers_like(self, table: Tensor) -> Tensor:
         """The power of the loss scale that each moment holds.
@@ -99,7 +159,7 @@ class WeightMoments(_OfWeights):
             self._powers[key] = torch.tensor(_POWERS, dtype=table.dtype, device=table.device)
         return self._powers[key]
 
-    def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor | None]]:
         weights: list[Tensor] = []
         grads: list[Tensor | None] = []
         for name, layer in self.layers.items():
@@ -112,6 +172,11 @@ class WeightMoments(_OfWeights):
                 )
             weights.append(weight.detach())
             grads.append(weight.grad)
+        return weights, grads
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """The weight of each layer and its gradient, zeros where there is none."""
+        weights, grads = self._weights_and_grads()
         present = [grad for grad in grads if grad is not None]
         if not present:
             raise RuntimeError(
@@ -127,11 +192,10 @@ class WeightMoments(_OfWeights):
                 "loss.backward()"
             )
         self._scored = [(weakref.ref(grad), grad._version) for grad in present]
-        filled = [
-            torch.zeros_like(w) if grad is None else grad.detach()
-            for w, grad in zip(weights, grads, strict=True)
+        return [
+            (weight, torch.zeros_like(weight) if grad is None else grad.detach())
+            for weight, grad in zip(weights, grads, strict=True)
         ]
-        return weights, filled
 
 
 @register_statistic

@@ -36,13 +36,15 @@ def sharded(rank, size, criteria):
     from torch.distributed.fsdp import fully_shard
 
     found = {}
-    for criterion in criteria:
+    for criterion in [*criteria, "streamed"]:
         model = runs.network()
         for layer in (model[3], model[7]):
             fully_shard(layer)
         fully_shard(model)
         ranks = tk.distributed.Ranks(timeout=60)
-        imp = tk.Importance(model, criterion, ranks=ranks)
+        stream = criterion == "streamed"
+        name = "taylor_fo" if stream else criterion
+        imp = tk.Importance(model, name, ranks=ranks, stream=stream)
         for batch in runs.minibatches(2, 4 * size):
             runs.update(imp, model, runs.part(batch, rank, [4] * size))
         found[criterion] = imp.compute()
@@ -57,6 +59,8 @@ def test_fsdp2():
         same_bits([one[criterion] for one in found])
         wanted = runs.alone(criterion, runs.minibatches(2, 4 * size))
         close(found[0][criterion], wanted["scores"])
+    for one in found:
+        same_bits([one["taylor_fo"], one["streamed"]])
 
 
 def perceptron():

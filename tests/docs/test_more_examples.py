@@ -9,8 +9,14 @@ import pytest
 from tests.helpers import ROOT
 from tests.integrations.conftest import library
 
-#: These have tests of their own: the README's example, one that needs Avalanche, one of processes.
-ELSEWHERE = ("prune_digits.py", "continual_digits.py", "prune_ddp.py")
+#: These have tests of their own: the README's example, one that needs Avalanche, one of processes,
+#: and one that trains a language model.
+ELSEWHERE = (
+    "prune_digits.py",
+    "continual_digits.py",
+    "prune_ddp.py",
+    "prune_language_model.py",
+)
 #: Libraries that no requirement of the tests names.
 NEEDS = {
     "backpack_squares.py": "backpack",

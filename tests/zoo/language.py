@@ -132,8 +132,53 @@ def whisper() -> Built:
     return hf.WhisperForConditionalGeneration(config), inputs
 
 
+def mixtral() -> Built:
+    """Its experts are slices of three-dimensional parameters, a loop over those that are hit."""
+    import transformers as hf
+
+    config = hf.MixtralConfig(
+        **COMMON, vocab_size=50, num_key_value_heads=2, num_local_experts=4,
+        experts_implementation="eager",
+    )  # fmt: skip
+    return _causal(hf.MixtralForCausalLM(config))
+
+
+def clip() -> Built:
+    import transformers as hf
+
+    config = hf.CLIPConfig(
+        text_config=dict(
+            **COMMON, vocab_size=50, max_position_embeddings=16, bos_token_id=1, eos_token_id=2
+        ),
+        vision_config=dict(**COMMON, image_size=32, patch_size=8),
+        projection_dim=16,
+    )
+    return hf.CLIPModel(config), {"input_ids": _tokens(), "pixel_values": _images(32)}
+
+
+def whisper_encoder() -> Built:
+    model, inputs = whisper()
+    return model.model.encoder, {"input_features": inputs["input_features"]}
+
+
+class Translation(nn.Module):
+    """PyTorch's own transformer between an embedding and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.body = nn.Transformer(32, 4, 1, 1, 48, batch_first=True)
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        return self.head(self.body(x, x))
+
+
 BUILDERS: dict[str, Callable[[], Built]] = {
     "llama": llama, "llama_eager": lambda: llama("eager"), "qwen2": qwen2, "qwen3": qwen3,
     "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "swin": swin, "convnext": convnext,
     "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
+    "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
+    "torch_transformer": lambda: (Translation(), _tokens()),
 }  # fmt: skip

@@ -57,6 +57,11 @@ class CriterionImportance(SweptGroups, importance.GroupMagnitudeImportance):
                 "example_inputs: the model was traced before it was pruned; close() this "
                 "importance and make a new one by tk_importance() after each step of pruning"
             )
+        if self._options.get("stream"):
+            raise RuntimeError(
+                "stream: the gradients of parameters from before the pruning were streamed; "
+                "close() this importance and make a new one by tk_importance() after each step"
+            )
         meter._sizes = {name: filter_count(layer) for name, layer in meter._layers.items()}
         meter._zero()
         self._weights = {m: m.weight for m in meter._layers.values()}

@@ -77,3 +77,20 @@ def test_examples_run(name):
     for test in finder.find(getattr(door, name), name, module=False, globs={}):
         runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+def test_streamed_gradients_are_of_the_parameters_before_a_pruning():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    importance = door.tk_importance("taylor_fo", model, stream=True)
+    pruner = tp.pruner.BasePruner(
+        model, x, importance, pruning_ratio=0.5, ignored_layers=[model[2]]
+    )
+    model.zero_grad()  # building the graph has run backward passes
+    cross_entropy(model(x), y).backward()
+    importance.update()
+    pruner.step()
+    assert model[0].out_features == 4
+    cross_entropy(model(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"stream: .* make a new one by tk_importance\(\)"):
+        importance.update()

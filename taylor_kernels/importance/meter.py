@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.scores import TotalRound
-from taylor_kernels.distributed.tables import TableRound, check_parts, exchanges_tables
+from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
+from taylor_kernels.importance.together import Together
+from taylor_kernels.importance.totals import Totals
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import (
     Statistic,
     check_closure,
     check_loss_scale,
+    check_streams,
     check_weight,
     checked_tables,
     filter_count,
@@ -32,8 +32,6 @@ from taylor_kernels.statistics import (
 )
 from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing import trace
-
-_STATE_VERSION = 1
 
 
 class Importance(OnModel):
@@ -100,6 +98,11 @@ class Importance(OnModel):
             makes the same meter. compute() is collective then and gives the same bits on all.
         scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
             unscale_() has been called, and minibatches whose steps it skips do not count.
+        stream: score each weight as its gradient comes in backward(), and free the gradient of
+            every parameter of the model there, for models whose gradients do not fit beside their
+            weights. The scores are the same bits. No optimizer can step on such a pass, and a
+            second backward() before update() is an error, since what it would be added to is gone.
+            Of criteria that read weight gradients; others need none inside scoring().
 
     Attributes:
         dropped: minibatches that did not count on any rank, since one of them had gradients that
@@ -133,11 +136,14 @@ class Importance(OnModel):
         example_inputs: Any = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
+        stream: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.criterion = get_criterion(criterion)
         statistic = get_statistic(self.criterion.statistic)
+        if stream:
+            check_streams(statistic, self.criterion.name)
         trainable_only = statistic.reads == "weight gradients"
         self._layers = find_layers(model, layers, trainable_only=trainable_only)
         for layer in self._layers.values():
@@ -145,20 +151,17 @@ class Importance(OnModel):
             select(held.device, held.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
         self._statistic = self._made(model, statistic, backend, example_inputs)
-        self._sum: Tensor
-        self._sum_squares: Tensor
-        self._counts: list[int]
-        self._updates: int
+        self._totals: Totals
         self._closed = False
         self._scaling = None if scaler is None else Scaling(scaler, model)
         self.ranks = ranks
         check_parts(self._statistic, ranks)
-        self._round: TableRound | TotalRound | None = None
+        if stream:
+            check_ranks_stream(self._statistic, ranks)
+            self._statistic.start_stream(watch=scaler is not None)
+        self._together: Together | None = None
         if ranks is not None:
-            kind = TableRound if exchanges_tables(self._statistic, ranks) else TotalRound
-            in_parts = self._statistic.spread is not None
-            self._round = kind(ranks, self.criterion, statistic, self._sizes, in_parts=in_parts)
-        self._seen = 0  # minibatches of the run, those that do not count among them
+            self._together = Together(ranks, self.criterion, self._statistic, self._sizes)
         self._zero()
 
     def _made(
@@ -217,59 +220,23 @@ class Importance(OnModel):
         check_closure(self._statistic, closure, self.criterion.name, "update")
         if self._scaling is not None:
             loss_scale = self._scaling.of(self._statistic, loss_scale)
-            if self._scaling.skips():
+            if self._scaling.skips(self._statistic.stream):
                 self.skip()
                 return
-        if self.ranks is not None:
-            loss_scale *= self.ranks.prepare(self._statistic, self._seen)
+        if self._together is not None:
+            loss_scale *= self._together.prepare()
         with counted(self._statistic, mask):
             found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
-        if self._scaling is not None and not self._scaling.check_finite(tables):
+        streamed = self._statistic.stream is not None  # then its gradients have told
+        if self._scaling is not None and not streamed and not self._scaling.check_finite(tables):
             self.skip()
             return
         self._device = tables[0].device
-        if self._round is None:
-            self._take(*self._observed(tables, self._statistic.unread), 1)
+        if self._together is None:
+            self._totals.add(self._totals.observed(tables, self._statistic.unread), 1)
             return
-        if isinstance(self._round, TotalRound):
-            observed = self._observed(tables, self._statistic.unread)
-            self._round.add_scores(self._statistic, tables, weight, observed)
-        else:
-            self._round.add(self._statistic, tables, weight)
-        self._tick()
-
-    def _observed(
-        self, tables: list[Tensor], unread: frozenset[str]
-    ) -> tuple[Tensor, Tensor, list[int]]:
-        """Of the scores of a minibatch: sums over observations, of squares too; counts."""
-        device = tables[0].device
-        if len({table.size(1) for table in tables}) == 1:
-            tables = [torch.cat([table.to(device) for table in tables])]
-        scores = [self.criterion.observations(table.to(device)) for table in tables]
-        total = torch.cat([s.sum(1, dtype=torch.float64) for s in scores])
-        squares = torch.cat([s.double().square().sum(1) for s in scores])
-        counts = [s.size(1) for s in scores]
-        counts *= len(self._sizes) if len(counts) == 1 else 1
-        if unread:  # for these layers it was no observation
-            read = [name not in unread for name in self._sizes]
-            of_filters = torch.tensor(read).repeat_interleave(torch.tensor([*self._sizes.values()]))
-            total, squares = (t.where(of_filters.to(device), 0.0) for t in (total, squares))
-            counts = [n * here for n, here in zip(counts, read, strict=True)]
-        return total, squares, counts
-
-    def _take(self, total: Tensor, squares: Tensor, counts: list[int], updates: int) -> None:
-        self._sum = self._sum.to(total.device) + total
-        self._sum_squares = self._sum_squares.to(total.device) + squares
-        self._counts = [old + new for old, new in zip(self._counts, counts, strict=True)]
-        self._updates += updates
-
-    def _tick(self) -> None:
-        """A minibatch of the run has passed on this rank."""
-        assert self.ranks is not None
-        assert self._round is not None
-        self._seen += 1
-        if len(self._round) >= self.ranks.window:
+        if self._together.add(tables, weight, self._totals):
             self.sync()
 
     def sync(self) -> None:
@@ -281,12 +248,9 @@ class Importance(OnModel):
         Raises:
             RuntimeError: a rank did not come in time, or the ranks do not fit together.
         """
-        if isinstance(self._round, TableRound):
-            for tables in self._round.exchange(self._device):
-                self._take(*self._observed(tables, self._round.unread), 1)
-        elif self._round is not None and len(self._round):
-            total, squares, counts, updates = self._round.exchange()
-            self._take(total.to(self._device), squares.to(self._device), counts, updates)
+        if self._together is not None:
+            for seen, updates in self._together.exchange(self._totals, self._device):
+                self._totals.add(seen, updates)
 
     def absent(self) -> None:
         """In place of update() on a rank that has no part of the minibatch: it counts for nothing.
@@ -297,11 +261,11 @@ class Importance(OnModel):
             RuntimeError: the meter is closed, or has no `ranks`.
         """
         self._require_open("absent")
-        if self._round is None:
+        if self._together is None:
             raise RuntimeError("absent: the meter has no ranks=, so there is no one to wait for it")
         self._statistic.discard()
-        self._round.absent()
-        self._tick()
+        if self._together.absent():
+            self.sync()
 
     @property
     def overflowed(self) -> int:
@@ -310,7 +274,7 @@ class Importance(OnModel):
 
     @property
     def dropped(self) -> int:
-        return 0 if self._round is None else self._round.dropped
+        return 0 if self._together is None else self._together.dropped
 
     def skip(self) -> None:
         """Forget what backward() left since the last update(): in place of update(), for a
@@ -324,9 +288,8 @@ class Importance(OnModel):
         """
         self._require_open("skip")
         self._statistic.discard()
-        if self._round is not None:
-            self._round.drop()
-            self._tick()
+        if self._together is not None and self._together.drop():
+            self.sync()
 
     @property
     def needs_closure(self) -> bool:
@@ -346,6 +309,7 @@ class Importance(OnModel):
         Raises:
             RuntimeError: there was no update yet.
         """
+        self.sync()
         self._require_updates("compute")
         if noise := self._noise():
             remedy = (
@@ -358,24 +322,22 @@ class Importance(OnModel):
                 f"comes later normalises each channel, and its scores are nan; {remedy}",
                 stacklevel=2,
             )
-        return self._per_layer(self._sum / self._counts_per_filter())
+        return self._totals.mean()
 
     def standard_error(self) -> dict[str, Tensor]:
         """Standard error of every score of compute(): sqrt(sample variance / observations).
 
         Same keys and shapes; nan where there was but one observation.
         """
+        self.sync()
         self._require_updates("standard_error")
-        n = self._counts_per_filter()
-        mean = self._sum / n
-        variance = (self._sum_squares / n - mean.square()).clamp_min(0) * n / (n - 1)
-        return self._per_layer((variance / n).sqrt().where(n > 1, math.nan))
+        return self._totals.standard_error()
 
     def reset(self) -> None:
         """Forget all updates, and what was gathered since the last."""
         self._statistic.discard()
-        if self._round is not None:
-            self._round.clear()
+        if self._together is not None:
+            self._together.clear()
         self._zero()
 
     def close(self) -> None:
@@ -391,20 +353,12 @@ class Importance(OnModel):
         Raises:
             RuntimeError: there are minibatches that the ranks have not exchanged yet.
         """
-        if self._round is not None and len(self._round):
+        if self._together is not None and len(self._together):
             raise RuntimeError(
-                f"state_dict: {len(self._round)} minibatches are this rank's alone yet; call "
+                f"state_dict: {len(self._together)} minibatches are this rank's alone yet; call "
                 "sync() on every rank first"
             )
-        return {
-            "version": _STATE_VERSION,
-            "criterion": self.criterion.name,
-            "filters": dict(self._sizes),
-            "sum": self._sum.clone(),
-            "sum_squares": self._sum_squares.clone(),
-            "counts": list(self._counts),
-            "updates": self._updates,
-        }
+        return self._totals.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict() of the same criterion on the same layers.
@@ -413,47 +367,19 @@ class Importance(OnModel):
             ValueError: the state is not one, or of another criterion, model or version; nothing
                 is changed then.
         """
-        expected = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != expected.keys():
-            raise ValueError("state: not a state_dict of tk.Importance")
-        for key in ("version", "criterion", "filters"):
-            if state[key] != expected[key]:
-                raise ValueError(
-                    f"state: its {key} is {state[key]!r}, this meter's is {expected[key]!r}"
-                )
-        for key in ("sum", "sum_squares"):
-            if not isinstance(state[key], Tensor) or state[key].shape != expected[key].shape:
-                raise ValueError(f"state: {key} does not hold one number per filter")
-        counts, updates = state["counts"], state["updates"]
-        if not isinstance(counts, list) or len(counts) != len(self._sizes):
-            raise ValueError("state: counts does not hold one number per layer")
-        if any(type(n) is not int or n < 0 for n in (*counts, updates)):
-            raise ValueError("state: counts and updates are not whole numbers from 0 on")
+        self._totals.check(state)
         self._statistic.discard()
-        if self._round is not None:
-            self._round.clear()
-        self._seen = updates
-        self._sum = state["sum"].double().clone()
-        self._sum_squares = state["sum_squares"].double().clone()
-        self._counts = list(counts)
-        self._updates = self._statistic.updates = updates
+        if self._together is not None:
+            self._together.clear()
+        self._totals.load(state)
+        self._statistic.updates = self._totals.updates
+        if self._together is not None:
+            self._together.seen = self._totals.updates
 
     def _zero(self) -> None:
-        total = sum(self._sizes.values())
-        self._sum = torch.zeros(total, dtype=torch.float64)
-        self._sum_squares = torch.zeros(total, dtype=torch.float64)
-        self._counts = [0] * len(self._sizes)
+        self._totals = Totals(self.criterion, self._sizes)
         self._device = held_weight(next(iter(self._layers.values()))).device
-        self._updates = self._statistic.updates = 0
-
-    def _counts_per_filter(self) -> Tensor:
-        counts = torch.tensor(self._counts, dtype=torch.float64)
-        sizes = torch.tensor(list(self._sizes.values()))
-        return counts.repeat_interleave(sizes).to(self._sum.device)
-
-    def _per_layer(self, values: Tensor) -> dict[str, Tensor]:
-        parts = values.float().split(list(self._sizes.values()))
-        return dict(zip(self._sizes, parts, strict=True))
+        self._statistic.updates = 0
 
     def _require_open(self, method: str) -> None:
         if self._closed:
@@ -463,10 +389,9 @@ class Importance(OnModel):
             )
 
     def _noise(self) -> list[str]:
-        found = self._statistic.noise if self._round is None else self._round.noise
+        found = self._statistic.noise if self._together is None else self._together.noise
         return [name for name in self._sizes if name in found]
 
     def _require_updates(self, method: str) -> None:
-        self.sync()
-        if not self._updates:
+        if not self._totals.updates:
             raise RuntimeError(f"{method}: there was no update() yet")
