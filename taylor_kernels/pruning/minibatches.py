@@ -11,6 +11,7 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.tables import check_parts
 from taylor_kernels.mixed_precision import Scaling
+from taylor_kernels.pruning.block_scores import BlockScores
 from taylor_kernels.pruning.gathering import Gathering
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
@@ -29,6 +30,7 @@ class Minibatches:
     Args:
         scores: where they go.
         scaling: what a GradScaler does; None without one.
+        blocks: the scores of residual blocks, where these may go.
 
     Attributes:
         statistic: that is watched; None when nothing is to come.
@@ -43,10 +45,11 @@ class Minibatches:
         scores: UnitScores,
         ranks: Ranks | None,
         scaling: Scaling | None,
+        blocks: BlockScores | None = None,
     ) -> None:
         self._model, self._criterion, self._every = model, criterion, every
         self._ranks, self._scaling = ranks, scaling
-        self.scores = scores
+        self.scores, self.blocks = scores, blocks
         self.statistic: Statistic | None = None
         self.steps = 0
         self._seen = 0  # minibatches of the run, those that do not count among them
@@ -57,14 +60,21 @@ class Minibatches:
         """Go on from the scores of a saved state."""
         self.scores, self.steps, self._seen = scores, steps, steps
 
-    def watch(self, statistic: Statistic | None, groups: Sequence[Group]) -> None:
+    def watch(
+        self, statistic: Statistic | None, groups: Sequence[Group], blocks: Sequence[int] = ()
+    ) -> None:
         """Take another statistic in place of the one there was, which is taken off the model.
 
         Args:
             groups: whose units are scored.
+            blocks: the numbers of those that are scored.
         """
         if self.statistic is not None:
             self.statistic.close()
+        if self.blocks is not None:
+            self.blocks.close()
+            if statistic is not None:
+                self.blocks.watch(self._model, blocks)
         self.statistic, self._groups = statistic, groups
         if statistic is not None:
             statistic.updates = self.steps
@@ -97,8 +107,12 @@ class Minibatches:
             loss_scale *= self._ranks.prepare(self.statistic, self._seen)
         return loss_scale
 
-    def add(self, found: object, weight: float) -> bool:
-        """Score what the statistic has collected; whether it is time to prune."""
+    def add(self, found: object, scale: float, weight: float) -> bool:
+        """Score what the statistic has collected; whether it is time to prune.
+
+        Args:
+            scale: what the loss was multiplied by.
+        """
         assert self.statistic is not None
         tables = checked_tables(self.statistic, found)
         if self._scaling is not None and not self._scaling.check_finite(tables):
@@ -111,6 +125,8 @@ class Minibatches:
             return self._passed()
         check_no_noise(self.statistic.noise)
         self.scores.add(tables, self.statistic.unread)
+        if self.blocks is not None:
+            self.blocks.add(scale, dict(zip(self.statistic.layers, tables, strict=True)))
         self.steps += 1
         return self.scores.count >= self._every
 
@@ -126,6 +142,8 @@ class Minibatches:
         if self.statistic is None:
             return
         self.statistic.discard()
+        if self.blocks is not None:
+            self.blocks.discard()
         if self._gathering is not None:
             self._gathering.drop()
             self._passed()

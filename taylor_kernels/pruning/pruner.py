@@ -19,6 +19,7 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.pruning.arguments import check_arguments, check_optimizer, one_criterion
+from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network, check_free
@@ -26,7 +27,7 @@ from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.resuming import Resumable
-from taylor_kernels.pruning.selection import select
+from taylor_kernels.pruning.selection import select_with_blocks
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
@@ -61,6 +62,10 @@ class Pruner(Resumable):
             and prune the same filters, or raise an error that names the first layer that differs.
         scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
             unscale_() has been called, and minibatches whose steps it skips do not count.
+        blocks: whole residual blocks may go too: the branch with its parameters, while the tensor
+            that it is added to stays. A block is ranked like a bundle of all its filters, by its
+            score over their number: of taylor_fo_bn and taylor_fo_gate that of a gate on what the
+            branch adds, Σ y·dy; of other criteria the sum over its filters. Not with `ranks`.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -106,6 +111,7 @@ class Pruner(Resumable):
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
+        blocks: bool = False,
         importance: str | Criterion | None = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
@@ -123,6 +129,7 @@ class Pruner(Resumable):
             optimizer=optimizer,
             backend=backend,
         )
+        check_blocks(blocks, self.criterion, ranks)
         check_free(model)
         self.model = model
         self.optimizer = optimizer
@@ -139,15 +146,19 @@ class Pruner(Resumable):
                 min_filters=min_filters,
                 reads=self._reads,
                 verify=verify,
+                blocks=blocks,
             )
             self._prunable = prunable
-            self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
+            self._budget = Budget(
+                prunable.meter, prunable.groups, targets, per_step, prunable.blocks
+            )
             self._network = Network(model, prunable, optimizer)
             self.ranks = ranks
             scaling = None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))
             self._minibatches = Minibatches(
-                model, self.criterion, every, self._new_scores(), ranks, scaling
-            )
+                model, self.criterion, every, self._new_scores(), ranks, scaling,
+                BlockScores(self.criterion, prunable.blocks, backend) if blocks else None,
+            )  # fmt: skip
             self._history: list[PruneRecord] = []
             self._closed = False
             self._watch()
@@ -190,7 +201,7 @@ class Pruner(Resumable):
             if scale is None:
                 return None
             found = minibatches.statistic.collect(loss_scale=scale, closure=closure)
-            return self._prune() if minibatches.add(found, weight) else None
+            return self._prune() if minibatches.add(found, scale, weight) else None
 
     def skip(self) -> None:
         """Forget the minibatch: in place of step(), for one that is not to count, as one whose
@@ -223,22 +234,31 @@ class Pruner(Resumable):
     def _prune(self) -> PruneRecord:
         net = self._network
         net.check_optimizer()
-        running = self._minibatches.scores
-        self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored)
+        running, of_blocks = self._minibatches.scores, self._minibatches.blocks
+        left = [net.blocks[number] for number in net.left]
+        self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
         scores = running.close_period(self._momentum, net.dead)
-        taken = select(net.groups, net.dead, scores, net.meter, self._budget)
+        worth = [] if of_blocks is None else of_blocks.worth(self._momentum, net.meter)
+        taken, blocks = select_with_blocks(
+            net.groups, net.dead, scores, net.meter, self._budget, left, worth
+        )
         went = [score[units] for score, units in zip(scores, taken, strict=True)]
+        went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))
+        names = tuple(left[number].name for number in blocks)
         record = PruneRecord.of(
             net.meter.cost,
             self.whole,
             step=self._minibatches.steps,
-            removed=net.mask(taken),
+            removed=net.mask(taken, [net.left[number] for number in blocks]),
+            blocks=names,
             threshold=torch.cat(went).max().item(),
             done=self.done,
         )
         self._history.append(record)
         self.check_masks()
-        if record.done:
+        if blocks:
+            running.regroup(net.groups, self._scored)
+        if record.done or blocks:
             self._watch()
         return record
 
@@ -257,6 +277,7 @@ class Pruner(Resumable):
             self.check_masks()
             gone = self._network.compact()
             self._minibatches.scores.drop(gone, self._network.groups)
+            self._minibatches.scores.regroup(self._network.groups, self._scored)
             self._watch()
         return self.model
 
@@ -289,7 +310,8 @@ class Pruner(Resumable):
 
     @property
     def _scored(self) -> list[str]:
-        return self._prunable.scored_at(self._network.groups, gates=self._at_gates)
+        net = self._network
+        return self._prunable.scored_at(net.groups, net.blocks_off, gates=self._at_gates)
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
@@ -299,4 +321,4 @@ class Pruner(Resumable):
             return
         kind = get_statistic(self.criterion.statistic)
         statistic = self._network.statistic(kind, self._scored, self._backend)
-        self._minibatches.watch(statistic, self._network.groups)
+        self._minibatches.watch(statistic, self._network.groups, self._network.left)

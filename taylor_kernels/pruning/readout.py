@@ -92,6 +92,19 @@ class Readout(OnModel):
         """Layers that can be pruned -> filters at the start."""
         return dict(self._prunable.widths)
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The residual blocks that are left, masked ones not counted; none without `blocks`."""
+        return tuple(self._network.blocks[number].name for number in self._network.left)
+
+    def block_scores(self) -> dict[str, float]:
+        """Block that is left -> the moving average of its score as of the last pruning.
+
+        Empty before the first pruning, and without `blocks`.
+        """
+        blocks = self._minibatches.blocks
+        return {} if blocks is None else blocks.averages()
+
     def scores(self) -> dict[str, Tensor]:
         """Layer -> [F] moving averages of its present filters' scores as of the last pruning.
 

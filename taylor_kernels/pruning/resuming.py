@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,22 @@ from taylor_kernels.pruning.readout import Readout
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.tracing.blocks import Place
 from taylor_kernels.tracing.running import outside_inference_mode
+
+
+class Removal(NamedTuple):
+    """What was taken off a model.
+
+    Attributes:
+        cuts: tensor -> dimension -> indices [n].
+        attributes: module -> attribute -> what it became.
+        places: what whole blocks have left of modules.
+    """
+
+    cuts: dict[str, dict[int, Tensor]]
+    attributes: dict[str, dict[str, Any]]
+    places: tuple[Place, ...]
 
 
 class Resumable(Readout):
@@ -52,18 +67,24 @@ class Resumable(Readout):
             removed = self._network.state()["removed"]
             self._minibatches.check_masks(self._network.first, removed)
 
-    def removal(self) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, Any]]]:
-        """What compact() has taken off the original model: tensor -> dimension -> indices [n], and
-        module -> attribute -> what it became. `save_pruned` keeps it.
+    def removal(self) -> Removal:
+        """What compact() has taken off the original model, which `save_pruned` keeps.
 
         Raises:
             ValueError: filters are masked that compact() has not removed.
         """
-        state = self._network.state()
-        if not all(map(torch.equal, state["removed"], state["compacted"])):
+        state, blocks = self._network.state(), self._network.block_state()
+        if not all(map(torch.equal, state["removed"], state["compacted"])) or not torch.equal(
+            blocks["removed"], blocks["compacted"]
+        ):
             raise ValueError("pruner: it holds filters at zero; call compact() first")
-        channels = self._prunable.channels
-        return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
+        gone = self._network.blocks_off
+        channels = self._prunable.channels.leaving(gone)
+        return Removal(
+            channels.entries(state["compacted"]),
+            channels.attributes(state["compacted"]),
+            tuple(place for block in gone for place in block.places),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the pruner needs to go on, as tensors and plain Python.
@@ -82,7 +103,10 @@ class Resumable(Readout):
         masks, scores = self._network.state(), self._minibatches.scores.state_dict()
         structure, name = self._prunable.structure, self.criterion.name
         steps = self._minibatches.steps
-        return pruner_state(structure, name, masks, scores, steps, self._history)
+        blocks = None
+        if self._minibatches.blocks is not None:
+            blocks = self._network.block_state() | {"scores": self._minibatches.blocks.state_dict()}
+        return pruner_state(structure, name, masks, scores, steps, self._history, blocks)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a pruner of the same original model stopped.
@@ -98,21 +122,38 @@ class Resumable(Readout):
         """
         state = self._checked(state)
         with outside_inference_mode():
-            self._network.restore(state["removed"], state["compacted"])
+            off, gone = self._of_blocks(state)
+            self._network.restore(state["removed"], state["compacted"], off, gone)
             scores = self._new_scores()
             scores.load_state_dict(state["scores"])
             self._minibatches.restart(scores, state["steps"])
+            if self._minibatches.blocks is not None:
+                self._minibatches.blocks.load_state_dict(state["blocks"]["scores"])
             self._history = [PruneRecord(**record) for record in state["history"]]
             self._watch()
 
     def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shapes that `load_state_dict(state)` would give what it cuts; raises as that does."""
-        return self._network.shapes_after(self._checked(state)["compacted"])
+        state = self._checked(state)
+        return self._network.shapes_after(state["compacted"], self._of_blocks(state)[1])
+
+    def gone_after(self, state: dict[str, Any]) -> list[str]:
+        """The names of the model's state that would go with whole blocks; raises as that does."""
+        return self._network.gone_after(self._of_blocks(self._checked(state))[1])
+
+    def _of_blocks(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B] bool: the blocks that a state has removed in any way, and those it has compacted."""
+        blocks = state.get("blocks")
+        if blocks is None:
+            none = torch.zeros(0, dtype=torch.bool)
+            return none, none
+        return blocks["removed"], blocks["compacted"]
 
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
-        state = check_pruner_state(state, self._prunable.structure, self.criterion.name)
-        self._network.stale(state["compacted"])
+        names = None if self._minibatches.blocks is None else self._network.block_state()["names"]
+        state = check_pruner_state(state, self._prunable.structure, self.criterion.name, names)
+        self._network.stale(state["compacted"], self._of_blocks(state)[1])
         return state
 
     def _check_open(self) -> None:

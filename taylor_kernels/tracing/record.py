@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.values import Values
+
 Vector = npt.NDArray[np.int64]
 #: Kinds of steps.
 NORM, PRODUCT, END = "norm", "product", "end"
@@ -199,6 +201,7 @@ class Record:
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
+        values: where tensors came from.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
     """
@@ -218,6 +221,7 @@ class Record:
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
+    values: Values = field(default_factory=Values)
     step: int = 0
     size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)

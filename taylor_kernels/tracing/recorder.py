@@ -172,11 +172,13 @@ class Recorder(TorchDispatchMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.flow.enter(module, args)
+        self.record.values.enter(module, self._names.get(module, ""), args)
         self.stack.append((self._names.get(module, ""), module))
         self.record.ran.add(self.module)
 
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         self.flow.leave(module, output)
+        self.record.values.leave(module, kwargs, output)
         while self.stack and self.stack.pop()[1] is not module:
             pass
 
@@ -248,7 +250,11 @@ class Recorder(TorchDispatchMode):
             written += tensors_of(call.args.get(name))
         for tensor in written:
             self.touched(tensor)
+        values = self.record.values
+        parents = [values.of(tensor) for tensor in call.tensors]
         call.out = self._execute(func, args, kwargs)
+        outs = tensors_of(call.out)
+        values.follow(call.name, call.tensors, outs, written, parents, self.record.step)
         self.record.step += 1
         makes = not call.tensors or call.name in MAKERS or call.name in REPEATS
         if makes or any(map(followed, call.labels.values())):

@@ -82,7 +82,9 @@ def traced(
             lambda module, args: recorder.enter(module, args)
         ),
         torch.nn.modules.module.register_module_forward_hook(
-            lambda module, _, output: recorder.leave(module, output), always_call=True
+            lambda module, _, kwargs, output: recorder.leave(module, kwargs, output),
+            with_kwargs=True,
+            always_call=True,
         ),
     ]
     try:
@@ -102,6 +104,7 @@ def traced(
             for tensor in tensors_in(outputs):
                 labels = recorder.labels(tensor)
                 recorder.flow.reaches_output(tensor, labels)
+                recorder.record.values.returns(tensor)
                 for vector in labels.vectors():
                     recorder.record.fix(vector, reason)
     finally:
