@@ -4,7 +4,7 @@ A residual block is an addition of a tensor x and of what a branch of layers has
 nested ones the inner are taken. Without the branch x alone is left, so a block can go if
 
 - modules of the model hold all of the branch: those that run inside of it and nowhere else. One of
-  them gives the branch's output, from which to the sum only operations lie that leave zeros zero.
+  them gives the branch's output, behind which are only operations that a factor passes through.
 - nothing else reads what the branch makes, and no parameter of it is shared with the rest.
 
 Removal puts modules without parameters in their places. Where a module is nothing but the block,
@@ -22,19 +22,20 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.flow import CONTRACTIONS
 from taylor_kernels.tracing.recorder import MOVES
-from taylor_kernels.tracing.rules.elementwise import KEEP_ZERO, PRODUCTS, QUOTIENTS
+from taylor_kernels.tracing.rules.elementwise import PRODUCTS, QUOTIENTS
 from taylor_kernels.tracing.values import ModuleCall, Passed, Path, Values
 
-#: Operations that leave zeros zero, whatever else they are given.
-_ZERO_STAYS = MOVES | KEEP_ZERO | PRODUCTS | QUOTIENTS | {
-    "view", "slice", "roll", "index_select", "native_dropout", "constant_pad_nd",
-}  # fmt: skip
 #: Operations that only copy their one tensor.
 _COPIES = {"clone", "_to_copy", "contiguous", "to", "alias", "detach"}
 #: Operations that give no negative numbers where none come in.
 _POOLS = {
     "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "max_pool1d", "avg_pool1d",
     "_adaptive_avg_pool2d", "native_dropout",
+}  # fmt: skip
+#: Operations that a factor in front of them, zero or near one, passes through.
+_HOMOGENEOUS = MOVES | PRODUCTS | QUOTIENTS | _COPIES | _POOLS | {
+    "view", "slice", "roll", "index_select", "constant_pad_nd", "neg", "relu", "leaky_relu",
+    "dropout", "feature_dropout",
 }  # fmt: skip
 
 
@@ -355,7 +356,7 @@ class _Finder:
                         return Place(name, self._like(name), path)
             value = self._all[end]
             inside = [parent for parent in value.parents if parent in branch]
-            if value.operation not in _ZERO_STAYS or len(inside) != 1:
+            if value.operation not in _HOMOGENEOUS or len(inside) != 1:
                 raise _NoBlock("no module gives the output of its branch alone")
             end = inside[0]
 

@@ -82,7 +82,8 @@ def traced(
             lambda module, args: recorder.enter(module, args)
         ),
         torch.nn.modules.module.register_module_forward_hook(
-            lambda module, _, kwargs, output: recorder.leave(module, kwargs, output),
+            # After an error PyTorch calls it without the keyword arguments.
+            lambda module, _, *rest: recorder.leave(module, *({}, *rest)[-2:]),
             with_kwargs=True,
             always_call=True,
         ),

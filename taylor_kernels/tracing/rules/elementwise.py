@@ -22,7 +22,7 @@ _UNTAGGED = {
     "complex", "polar",
 }  # fmt: skip
 #: f(0) = 0, whatever the other arguments are.
-KEEP_ZERO = {
+_KEEP_ZERO = {
     "relu", "relu6", "gelu", "silu", "tanh", "neg", "abs", "clone", "_to_copy", "to", "contiguous",
     "hardswish", "leaky_relu", "elu", "celu", "selu", "sqrt", "square", "sin", "sinh", "tan", "erf",
     "sign", "mish", "prelu", "_prelu_kernel", "dropout", "native_dropout", "hardshrink", "asin",
@@ -68,7 +68,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     result.uniform = bool(parts) and not fixed
     if result.uniform:
         result.dims = [np.zeros(size, np.int64) for size in shape]
-        if call.name in KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
+        if call.name in _KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
     loose: set[int] = set()
@@ -89,7 +89,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
             result.zero[dim] = _zero(call, parts, wide, dim)
     result.loose = frozenset(loose)
     result.memory.repeated = bool(loose)
-    if len(parts) == 1 or (call.name in KEEP_ZERO and parts):
+    if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
         result.name = parts[0].name
     return result
 
@@ -121,7 +121,7 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
         isinstance(call.args.get(name), (int, float)) and call.args[name] != 0
         for name in ("self", "other", "value")
     )
-    if call.name in KEEP_ZERO:
+    if call.name in _KEEP_ZERO:
         return bool(zero) and zero[0]
     if call.name in PRODUCTS:
         return any(zero)
