@@ -4,6 +4,7 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 `taylor_kernels.methods` hands on their names.
 """
 
+from taylor_kernels.methods.adaptive import AdaptivePruner
 from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.methods.lowered import LoweredConv, LoweredLinear, lower_columns
@@ -19,6 +20,7 @@ __all__ = [
     "FRAMES",
     "GSM",
     "SPP",
+    "AdaptivePruner",
     "Frame",
     "LoweredConv",
     "LoweredLinear",

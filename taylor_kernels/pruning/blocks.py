@@ -63,15 +63,19 @@ def mask_block(model: nn.Module, block: Block) -> torch.utils.hooks.RemovableHan
 
 
 def _zeroed(path: Path, module: nn.Module, args: object, output: Any) -> Any:
-    zeros = branch_output(output, path) * 0
-    if not path:
-        return zeros
-    return type(output)([zeros if n == path[0] else part for n, part in enumerate(output)])
+    return with_branch_output(output, path, branch_output(output, path) * 0)
 
 
 def branch_output(output: Any, path: Path) -> Tensor:
     """The branch's tensor in what a module has returned."""
     return output[path[0]] if path else output
+
+
+def with_branch_output(output: Any, path: Path, tensor: Tensor) -> Any:
+    """What a module has returned, with another tensor in the place of the branch's."""
+    if not path:
+        return tensor
+    return type(output)([tensor if n == path[0] else part for n, part in enumerate(output)])
 
 
 def remove_blocks(model: nn.Module, blocks: Sequence[Block], optimizer: object = None) -> None:

@@ -19,12 +19,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.flow import CONTRACTIONS
 from taylor_kernels.tracing.recorder import MOVES
 from taylor_kernels.tracing.rules.elementwise import PRODUCTS, QUOTIENTS
 from taylor_kernels.tracing.values import ModuleCall, Passed, Path, Values
 
+#: Modules whose output is their weight times something, plus their bias.
+_AFFINE = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
 #: Operations that only copy their one tensor.
 _COPIES = {"clone", "_to_copy", "contiguous", "to", "alias", "detach"}
 #: Operations that give no negative numbers where none come in.
@@ -67,6 +71,8 @@ class Block:
         open_places: the same without a module as a whole, for models that ask more of it.
         modules: the names of all modules that go.
         steps: numbers of the operations of the branch, as the run counted them.
+        scale: the layer or norm whose weight and bias a factor on the branch's output can be taken
+            into; "" if there is none.
     """
 
     name: str
@@ -75,6 +81,7 @@ class Block:
     open_places: tuple[Place, ...]
     modules: frozenset[str]
     steps: frozenset[int]
+    scale: str = ""
 
     def opened(self) -> Block:
         """The block whose modules are replaced one by one."""
@@ -167,7 +174,8 @@ class _Finder:
     def __init__(self, values: Values, model: nn.Module, layers: Collection[str]) -> None:
         self._values, self._all = values, values.values
         self._layers = layers
-        self._names = [name for name, _ in model.named_modules()]
+        self._modules = dict(model.named_modules())
+        self._names = list(self._modules)
         self._holders: dict[int, list[str]] = {}
         for owner, module in model.named_modules():
             for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -292,7 +300,22 @@ class _Finder:
             for n in range(one.first, one.stop)
             if self._all[n].operation
         )
-        return Block(name, output, places, open_places, modules, steps)
+        scale = self._scale(end, branch)
+        return Block(name, output, places, open_places, modules, steps, scale)
+
+    def _scale(self, end: int, branch: frozenset[int]) -> str:
+        while True:
+            for call in self._values.calls:
+                given = call.returned.get(())
+                affine = isinstance(self._modules[call.module], _AFFINE)
+                if affine and given and given.value == end and len(self._calls[call.module]) == 1:
+                    weight = getattr(self._modules[call.module], "weight", None)
+                    return call.module if isinstance(weight, nn.Parameter) else ""
+            value = self._all[end]
+            inside = [parent for parent in value.parents if parent in branch]
+            if value.operation not in _HOMOGENEOUS or len(inside) != 1:
+                return ""
+            end = inside[0]
 
     def _inner_sums(self, number: int) -> Iterator[int]:
         for parent in self._all[number].parents[:2]:
