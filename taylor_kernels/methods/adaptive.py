@@ -5,7 +5,8 @@ proportions that are learned, down to half of the parameters without loss. What 
 
 - An L1 penalty on gates: on γ of the norm behind each channel (Liu et al. 2017, "Learning efficient
   convolutional networks through network slimming"), and on one number g for each residual block,
-  by which its branch is multiplied, both as a soft threshold of lr·λ at every step.
+  by which its branch is multiplied: a soft threshold at every step, of lr·λ on γ, and of lr·λ·n on
+  g, n the filters that are left in the block, since g scales what all of them come to.
 - A layer's channels fall by a threshold from the layer's own distribution: the smallest go whose
   squares together are no more than a share `tolerance` of the layer's Σ γ². Blocks fall in the same
   way among all blocks, so one whose gate has reached 0 always does.
@@ -100,9 +101,9 @@ class AdaptivePruner(OnModel):
         flops: float | None = None,
         params: float | None = None,
         filters: float | None = None,
-        strength: float = 1e-3,
-        growth: float = 1.05,
-        tolerance: float = 0.01,
+        strength: float = 3e-3,
+        growth: float = 1.02,
+        tolerance: float = 0.05,
         every: int = 50,
         blocks: bool = True,
         ignore: Sequence[str | nn.Module] = (),
@@ -131,6 +132,8 @@ class AdaptivePruner(OnModel):
         self.model, self.strength = model, float(strength)
         self._optimizer = optimizer
         self._growth, self._tolerance, self._every = float(growth), float(tolerance), every
+        trained = self._rates()
+        self._trained = {name for name, p in model.named_parameters() if p in trained}
         with outside_inference_mode(), new_garbage_only():
             self._prunable = find_prunable(
                 model, example_inputs, ignore, round_to=round_to, min_filters=min_filters,
@@ -206,9 +209,13 @@ class AdaptivePruner(OnModel):
             rates = self._rates()
             rate = max(rates.values(), default=0.0)
             if self.done:
-                self._gates.step(rate, 0.0)
+                self._gates.step(rate, {})
                 return None
-            self._gates.step(rate, self.strength)
+            net = self._network
+            self._gates.step(
+                rate,
+                {n: self.strength * net.meter.filters_of(net.blocks[n]) for n in net.left},
+            )
             for name in {name for group in self._network.groups for name in self._norms(group)}:
                 scale = lookup(self.model, name)
                 shrunk = scale.abs() - rates[scale] * self.strength
@@ -231,11 +238,7 @@ class AdaptivePruner(OnModel):
 
     def _norms(self, group: Group) -> list[str]:
         """The scales that gate a group's channels and are trained: names of parameters."""
-        trained = {p for one in optimizers_in(self._optimizer) for g in one.param_groups
-                   for p in g["params"]}  # fmt: skip
-        parameters = dict(self.model.named_parameters())
-        names = [f"{norm}.weight" for norm in group.norms]
-        return [n for n in names if n in parameters and parameters[n] in trained]
+        return [n for norm in group.norms if (n := f"{norm}.weight") in self._trained]
 
     def _prune(self) -> PruneRecord | None:
         net = self._network

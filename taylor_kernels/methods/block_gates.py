@@ -44,15 +44,19 @@ class BlockGates:
         tensor = branch_output(output, path)
         return with_branch_output(output, path, tensor * self._gates[number].to(tensor.dtype))
 
-    def step(self, rate: float, strength: float) -> None:
-        """Follow the gradients that backward() has left, and shrink by rate·strength."""
+    def step(self, rate: float, strengths: Mapping[int, float]) -> None:
+        """Follow the gradients that backward() has left, and shrink by rate·strength.
+
+        Args:
+            strengths: of the penalty on each block's gate; none where it is missing.
+        """
         for number in self._handles:
             gate = self._gates[number]
             slope = 0.0 if gate.grad is None else float(gate.grad)
             momentum = _MOMENTUM * float(self._momenta[number]) + slope
             self._momenta[number] = momentum
             value = float(gate.detach()) - rate * momentum
-            shrunk = max(abs(value) - rate * strength, 0.0)
+            shrunk = max(abs(value) - rate * strengths.get(number, 0.0), 0.0)
             gate.data.fill_(shrunk if value > 0 else -shrunk)
         self.discard()
 

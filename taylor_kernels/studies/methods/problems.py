@@ -81,6 +81,10 @@ def _resnet(image: Sequence[int]) -> nn.Module:
     return DigitsResNet()
 
 
+def _deep_resnet(image: Sequence[int]) -> nn.Module:
+    return DigitsResNet(width=12, blocks=5)
+
+
 #: Name -> what makes it for images of a shape.
 NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-300-100": LeNet300,
@@ -88,6 +92,7 @@ NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-300-100 with norms": partial(with_norms, LeNet300),
     "LeNet-5 with norms": partial(with_norms, LeNet5),
     "ResNet": _resnet,
+    "ResNet, deep": _deep_resnet,
 }
 #: Name -> what loads it, shuffled or drawn by a seed.
 DATA: dict[str, Callable[[int], Data]] = {"digits": load_digits, "MNIST-1D": load_mnist1d}
