@@ -9,18 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import branch_output, with_branch_output
 from taylor_kernels.tracing import Block
+from taylor_kernels.tracing.values import Path
 
 _MOMENTUM = 0.9
+
+
+class _Scaling:
+    """A hook that multiplies a branch by its gate; it belongs to the model, and is copied with
+    it."""
+
+    def __init__(self, path: Path, gate: Tensor) -> None:
+        self._path, self._gate = path, gate
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        tensor = branch_output(output, self._path)
+        return with_branch_output(output, self._path, tensor * self._gate.to(tensor.dtype))
 
 
 class BlockGates:
     """One gate for each block whose branch ends in a layer or norm that can take it in.
 
-    They begin at 1 and follow plain gradient descent with momentum, and a soft threshold; they are
-    no parameters of the model, and no copy of it has them.
+    They begin at 1 and follow plain gradient descent with momentum, and a soft threshold. They are
+    no parameters of the model, which a copy of it would share; a copy has gates of its own.
 
     Args:
         blocks: those of the model, as it was at first.
@@ -35,14 +48,9 @@ class BlockGates:
         for number, block in enumerate(blocks):
             if block.scale:
                 module = model.get_submodule(block.output.module)
-                hook = Hook(self._scaled, number)
+                hook = _Scaling(block.output.returned, self._gates[number])
                 # First of all, so that masks of blocks come behind it.
                 self._handles[number] = module.register_forward_hook(hook, prepend=True)
-
-    def _scaled(self, number: int, module: nn.Module, args: object, output: Any) -> Any:
-        path = self._blocks[number].output.returned
-        tensor = branch_output(output, path)
-        return with_branch_output(output, path, tensor * self._gates[number].to(tensor.dtype))
 
     def step(self, rate: float, strengths: Mapping[int, float]) -> None:
         """Follow the gradients that backward() has left, and shrink by rate·strength.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
@@ -38,8 +38,7 @@ class BlockMasks:
     """Blocks whose branches add zeros: the module that gives a branch's output returns it times 0.
 
     The branch is still computed, and its parameters have gradients of zero, so that those who wait
-    for all gradients (DistributedDataParallel) go on. A copy of the model holds no block back: the
-    hooks do nothing there.
+    for all gradients go on. Copies of the model add zeros too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,11 +58,18 @@ class BlockMasks:
 def mask_block(model: nn.Module, block: Block) -> torch.utils.hooks.RemovableHandle:
     """Let the branch of a block add zeros, until the hook is taken off."""
     module = model.get_submodule(block.output.module)
-    return module.register_forward_hook(Hook(_zeroed, block.output.returned))
+    return module.register_forward_hook(Zeroing(block.output.returned))
 
 
-def _zeroed(path: Path, module: nn.Module, args: object, output: Any) -> Any:
-    return with_branch_output(output, path, branch_output(output, path) * 0)
+class Zeroing:
+    """A hook that makes a branch add zeros; it belongs to the model, and is copied with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        zeros = branch_output(output, self._path) * 0
+        return with_branch_output(output, self._path, zeros)
 
 
 def branch_output(output: Any, path: Path) -> Tensor:

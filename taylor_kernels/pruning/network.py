@@ -212,10 +212,9 @@ class Network:
                 )
 
     def close(self) -> None:
-        """Take the hooks off the model, for good."""
+        """Take the hooks off the model, for good; masked blocks go on to add zeros."""
         self.in_use = False
         self._masks.close()
-        self._block_masks.close()
         self._steps.close()
 
     @property

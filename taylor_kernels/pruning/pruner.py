@@ -297,7 +297,8 @@ class Pruner(Resumable):
         self._network.use(optimizer)
 
     def close(self) -> None:
-        """Take every hook off the model, for good; masked filters are no longer held at zero.
+        """Take every hook off the model, for good; masked filters are no longer held at zero, while
+        masked blocks go on to add zeros.
 
         compact() can still remove them.
         """

@@ -14,7 +14,8 @@ return zeros of the shape of what they are given, so that the code around them r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from taylor_kernels.tracing.flow import CONTRACTIONS
 from taylor_kernels.tracing.recorder import MOVES
 from taylor_kernels.tracing.rules.elementwise import PRODUCTS, QUOTIENTS
-from taylor_kernels.tracing.values import ModuleCall, Passed, Path, Values
+from taylor_kernels.tracing.values import ModuleCall, Path, Values
 
 #: Modules whose output is their weight times something, plus their bias.
 _AFFINE = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -162,8 +163,9 @@ def find_blocks(
     return _Finder(values, model, layers).find()
 
 
-def _value(passed: Passed) -> int:
-    return passed.value
+def _sums(marks: Iterable[bool]) -> list[int]:
+    """How many of the marks in front of each place are set."""
+    return [0, *itertools.accumulate(map(int, marks))]
 
 
 class _NoBlock(Exception):
@@ -325,36 +327,32 @@ class _Finder:
 
     def _held(self, branch: frozenset[int]) -> set[str]:
         """The modules that run inside of the branch alone."""
-        kept: dict[int, bool] = {}
+        outside = [False] * len(self._all)  # it is not of the branch, and serves something else
+        for number in reversed(range(len(self._all))):
+            outside[number] = number not in branch and (
+                number in self._values.outputs
+                or any(outside[c] for c in self._children[number] if self._live[c])
+            )
+        made = [bool(value.operation) for value in self._all]
+        foreign = _sums(m and o for m, o in zip(made, outside, strict=True))
+        mine = _sums(number in branch for number in range(len(made)))
+        every = _sums(made)
 
-        def inside(number: int) -> bool:
-            """It is of the branch, or serves nothing else."""
-            if number not in kept:
-                kept[number] = number in branch or (
-                    number not in self._values.outputs
-                    and all(inside(c) for c in self._children[number] if self._live[c])
-                )
-            return kept[number]
+        def fits(call: ModuleCall) -> bool:
+            if every[call.stop] == every[call.first]:  # it hands on what it is given
+                given = [passed.value for passed in call.returned.values()]
+                return bool(given) and branch.issuperset(given)
+            return foreign[call.stop] == foreign[call.first]
 
-        found = set()
-        for name, calls in self._calls.items():
-            fits = bool(name)
-            for call in calls:
-                made = [n for n in range(call.first, call.stop) if self._all[n].operation]
-                fits = fits and all(map(inside, made))
-                if not made:  # it hands on what it is given
-                    fits = (
-                        fits
-                        and bool(call.returned)
-                        and all(passed.value in branch for passed in call.returned.values())
-                    )
-            if fits and any(
-                number in branch
-                for call in calls
-                for number in (*range(call.first, call.stop), *map(_value, call.returned.values()))
-            ):
-                found.add(name)
-        return found
+        def takes_part(call: ModuleCall) -> bool:
+            returned = (passed.value for passed in call.returned.values())
+            return mine[call.stop] > mine[call.first] or not branch.isdisjoint(returned)
+
+        return {
+            name
+            for name, calls in self._calls.items()
+            if name and all(map(fits, calls)) and any(map(takes_part, calls))
+        }
 
     def _outermost(self, held: Collection[str]) -> Iterator[str]:
         for name in self._names:

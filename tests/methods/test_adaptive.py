@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
@@ -50,6 +51,7 @@ def test_what_is_removed_is_what_was_masked():
         assert number < 1000
     images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
     expected = model.eval()(images)
+    assert torch.equal(copy.deepcopy(model)(images), expected)
     gates = pruner.gates
     blocks = [name for record in pruner.history for name in record.blocks]
     assert blocks

@@ -284,6 +284,22 @@ def test_a_block_that_matters_least_goes_first_and_whole():
     assert isinstance(model[4], nn.Identity)
 
 
+def test_copies_and_closed_pruners_keep_masked_blocks_out():
+    model, x = built("scaled")
+    weaken(model, "scaled")
+    optimizer, pruner = make(model, x, params=0.5, per_step=0.5)
+    while not pruner.done:
+        step(model, optimizer, x, pruner)
+    assert len(pruner.blocks) < 3
+    expected = model.eval()(x)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    pruner.close()
+    assert torch.equal(model(x), expected)
+    pruner.compact()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def random_network(seed: int) -> tuple[nn.Module, int]:
     """Stages of random blocks, with and without projections between; how many can be found."""
     draw = random.Random(seed)
