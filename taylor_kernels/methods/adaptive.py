@@ -209,12 +209,12 @@ class AdaptivePruner(OnModel):
             rates = self._rates()
             rate = max(rates.values(), default=0.0)
             if self.done:
-                self._gates.step(rate, {})
+                self._gates.step(rate, [0.0] * len(self._network.blocks))
                 return None
             net = self._network
             self._gates.step(
                 rate,
-                {n: self.strength * net.meter.filters_of(net.blocks[n]) for n in net.left},
+                [self.strength * net.meter.filters_of(block) for block in net.blocks],
             )
             for name in {name for group in self._network.groups for name in self._norms(group)}:
                 scale = lookup(self.model, name)

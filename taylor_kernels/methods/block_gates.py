@@ -21,12 +21,13 @@ class _Scaling:
     """A hook that multiplies a branch by its gate; it belongs to the model, and is copied with
     it."""
 
-    def __init__(self, path: Path, gate: Tensor) -> None:
-        self._path, self._gate = path, gate
+    def __init__(self, path: Path, gates: Tensor, number: int) -> None:
+        self._path, self._gates, self._number = path, gates, number
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
         tensor = branch_output(output, self._path)
-        return with_branch_output(output, self._path, tensor * self._gate.to(tensor.dtype))
+        scaled = tensor * self._gates[self._number].to(tensor.dtype)
+        return with_branch_output(output, self._path, scaled)
 
 
 class BlockGates:
@@ -42,50 +43,45 @@ class BlockGates:
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model, self._blocks = model, list(blocks)
         device = next(model.parameters()).device
-        self._gates = [torch.ones((), device=device, requires_grad=True) for _ in blocks]
-        self._momenta = torch.zeros(len(self._blocks), dtype=torch.float64)
+        self.gates = torch.ones(len(self._blocks), device=device, requires_grad=True)
+        self._momenta = torch.zeros(len(self._blocks), device=device)
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         for number, block in enumerate(blocks):
             if block.scale:
                 module = model.get_submodule(block.output.module)
-                hook = _Scaling(block.output.returned, self._gates[number])
+                hook = _Scaling(block.output.returned, self.gates, number)
                 # First of all, so that masks of blocks come behind it.
                 self._handles[number] = module.register_forward_hook(hook, prepend=True)
 
-    def step(self, rate: float, strengths: Mapping[int, float]) -> None:
+    @torch.no_grad()
+    def step(self, rate: float, strengths: Sequence[float]) -> None:
         """Follow the gradients that backward() has left, and shrink by rate·strength.
 
         Args:
-            strengths: of the penalty on each block's gate; none where it is missing.
+            strengths: of the penalty on each block's gate.
         """
-        for number in self._handles:
-            gate = self._gates[number]
-            slope = 0.0 if gate.grad is None else float(gate.grad)
-            momentum = _MOMENTUM * float(self._momenta[number]) + slope
-            self._momenta[number] = momentum
-            value = float(gate.detach()) - rate * momentum
-            shrunk = max(abs(value) - rate * strengths.get(number, 0.0), 0.0)
-            gate.data.fill_(shrunk if value > 0 else -shrunk)
+        if not self._handles:
+            return
+        self._momenta.mul_(_MOMENTUM)
+        if self.gates.grad is not None:
+            self._momenta.add_(self.gates.grad)
+        moved = self.gates - rate * self._momenta
+        shrunk = moved.abs() - rate * torch.tensor(strengths).to(moved)
+        self.gates.copy_(moved.sign() * shrunk.clamp_min(0))
         self.discard()
 
     def discard(self) -> None:
         """Forget the gradients."""
-        for gate in self._gates:
-            gate.grad = None
+        self.gates.grad = None
 
     def values(self, left: Sequence[int]) -> dict[str, float]:
-        return {
-            self._blocks[number].name: float(self._gates[number].detach())
-            for number in left
-            if number in self._handles
-        }
+        now = self.gates.tolist()
+        return {self._blocks[n].name: now[n] for n in left if n in self._handles}
 
     def energies(self, left: Sequence[int]) -> Tensor:
         """[n] float64: the squares of these gates; nan for a block without one."""
-        held = [
-            float(self._gates[n].detach()) ** 2 if n in self._handles else float("nan")
-            for n in left
-        ]
+        now = self.gates.tolist()
+        held = [now[n] ** 2 if n in self._handles else float("nan") for n in left]
         return torch.tensor(held, dtype=torch.float64)
 
     def keep(self, left: Sequence[int]) -> None:
@@ -101,16 +97,15 @@ class BlockGates:
             for leaf in ("weight", "bias"):
                 parameter = getattr(module, leaf, None)
                 if parameter is not None:
-                    parameter.mul_(self._gates[number].to(parameter))
+                    parameter.mul_(self.gates[number].to(parameter))
         remove_all(list(self._handles.values()))
         self._handles.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        gates = torch.tensor([float(gate.detach()) for gate in self._gates])
-        return {"gates": gates, "momenta": self._momenta.clone(), "held": sorted(self._handles)}
+        gates, momenta = (part.detach().cpu().clone() for part in (self.gates, self._momenta))
+        return {"gates": gates, "momenta": momenta, "held": sorted(self._handles)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for gate, value in zip(self._gates, state["gates"].tolist(), strict=True):
-            gate.data.fill_(value)
-        self._momenta = state["momenta"].clone()
+        self.gates.data.copy_(state["gates"])
+        self._momenta.copy_(state["momenta"])
         self.keep(state["held"])

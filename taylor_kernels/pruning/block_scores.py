@@ -100,22 +100,30 @@ class BlockScores:
             loss_scale: what the loss was multiplied by before backward().
             tables: layer -> [F, K], of the criterion's statistic.
         """
-        found = torch.full((len(self._blocks),), torch.nan, dtype=torch.float64)
+        scores: dict[int, Tensor] = {}
         if self._gates is not None:
             for number, gates in self._gates.collect().items():
                 table = gates / loss_scale
                 row = table[None] if self._per_example else table.sum()[None, None]
-                found[number] = self._criterion.observations(row).mean().double().item()
+                scores[number] = self._criterion.observations(row).mean()
         elif not self._at_gates:
-            scores = self._of_filters(tables)
+            of_layers = self._of_filters(tables)
             for number in self._left:
-                held = [s for name, s in scores.items() if self._blocks[number].holds(name)]
-                if held and self._criterion.coupled == "first":
-                    found[number] = held[0][0].item()
-                elif held:
-                    found[number] = torch.cat(held).double().sum().item()
-        self._sum = found if self._sum is None else self._sum + found
+                held = [s for name, s in of_layers.items() if self._blocks[number].holds(name)]
+                if held:
+                    first = self._criterion.coupled == "first"
+                    scores[number] = held[0][0] if first else torch.cat(held).double().sum()
+        device = next(iter(tables.values())).device
+        found = torch.full((len(self._blocks),), torch.nan, dtype=torch.float64, device=device)
+        if scores:
+            values = [score.to(device, torch.float64) for score in scores.values()]
+            found[torch.tensor(list(scores))] = torch.stack(values)
+        self._sum = found if self._sum is None else self._sum.to(found) + found
         self.count += 1
+
+    def drop(self) -> None:
+        """Forget the minibatches since the last pruning."""
+        self._sum, self.count = None, 0
 
     def _of_filters(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layer -> [F]: what each filter scores by itself. Scores may look at all rows at once."""
@@ -139,7 +147,7 @@ class BlockScores:
 
     def _close_period(self, momentum: float) -> list[float]:
         assert self._sum is not None
-        mean = self._sum / self.count
+        mean = self._sum.cpu() / self.count
         self._sum, self.count = None, 0
         if self._average is not None:
             mixed = momentum * self._average + (1 - momentum) * mean
@@ -157,7 +165,9 @@ class BlockScores:
         return {self._blocks[n].name: self._average[n].item() for n in self._left}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sum": self._sum, "average": self._average, "count": self.count}
+        total = None if self._sum is None else self._sum.cpu().clone()
+        average = None if self._average is None else self._average.clone()
+        return {"sum": total, "average": average, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sum, self._average = state["sum"], state["average"]

@@ -237,7 +237,12 @@ class Pruner(Resumable):
         running, of_blocks = self._minibatches.scores, self._minibatches.blocks
         left = [net.blocks[number] for number in net.left]
         self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
-        scores = running.close_period(self._momentum, net.dead)
+        try:
+            scores = running.close_period(self._momentum, net.dead)
+        except RuntimeError:
+            if of_blocks is not None:
+                of_blocks.drop()
+            raise
         worth = [] if of_blocks is None else of_blocks.worth(self._momentum, net.meter)
         taken, blocks = select_with_blocks(
             net.groups, net.dead, scores, net.meter, self._budget, left, worth

@@ -141,7 +141,7 @@ def test_a_gate_follows_its_gradient_and_its_penalty():
 
 def test_a_block_whose_gate_is_gone_goes():
     model, optimizer, pruner = built(every=1, params=0.2, strength=1e-6, tolerance=0.01)
-    pruner._gates._gates[2].data.zero_()
+    pruner._gates.gates.data[2] = 0
     name = list(pruner.gates)[2]
     train(model, optimizer, pruner, [0])
     assert pruner.history[0].blocks == (name,)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 DIGITS, DEEP = ("ResNet", "digits"), ("ResNet, deep", "digits")
 BATCH = 64
 #: Epochs of dense training, and of pruning and fine-tuning together.
-SETTINGS = {"training": 12, "epochs": 12, "lr": 0.05, "params": 0.5}
+SETTINGS = {"training": 10, "epochs": 10, "lr": 0.05, "params": 0.5}
 
 
 def dense(trial: Trial, settings: Mapping[str, Any]) -> Json:
