@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing import attributes
-from taylor_kernels.tracing.blocks import Block, find_blocks
+from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
+from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
