@@ -15,7 +15,7 @@ proportions that are learned, down to half of the parameters without loss. What 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.methods.block_gates import BlockGates
-from taylor_kernels.pruning.arguments import check_arguments
+from taylor_kernels.pruning.arguments import check_arguments, check_number
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.groups import Group
@@ -36,6 +36,7 @@ from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import lookup
 from taylor_kernels.pruning.selection import select_with_blocks
+from taylor_kernels.statistics.base import check_loss_scale
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
 
 _VERSION = 1
@@ -125,9 +126,13 @@ class AdaptivePruner(OnModel):
         )
         if not optimizers_in(optimizer):
             raise ValueError("optimizer: the penalty follows its learning rates; give the one used")
-        _check("strength", strength, lambda value: 0 < value < float("inf"), "a number above 0")
-        _check("growth", growth, lambda value: 1 <= value < float("inf"), "1 or more")
-        _check("tolerance", tolerance, lambda value: 0 < value < 1, "a share above 0 and below 1")
+        check_number(
+            "strength", strength, lambda value: 0 < value < float("inf"), "a number above 0"
+        )
+        check_number("growth", growth, lambda value: 1 <= value < float("inf"), "1 or more")
+        check_number(
+            "tolerance", tolerance, lambda value: 0 < value < 1, "a share above 0 and below 1"
+        )
         check_free(model)
         self.model, self.strength = model, float(strength)
         self._optimizer = optimizer
@@ -191,30 +196,36 @@ class AdaptivePruner(OnModel):
                 found |= {slot.owner: reason for slot in group.producers}
         return found
 
-    def step(self) -> PruneRecord | None:
+    def step(self, *, loss_scale: float = 1.0) -> PruneRecord | None:
         """Shrink the gates, and at every `every`-th step mask what has fallen.
 
-        Between backward() and optimizer.step(). Under a GradScaler, unscale_() comes first, and
-        skip() takes its place where gradients have overflowed.
+        Between backward() and optimizer.step().
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward() (a GradScaler's
+                get_scale()). Where gradients have overflowed, call skip() in place of step().
 
         Returns:
             What went, or None.
 
         Raises:
+            ValueError: the scale is no positive number.
             RuntimeError: γ or a gate is not finite; nothing was masked then. Or other code has cut
                 the model.
         """
+        check_loss_scale(loss_scale)
         self._network.check_unchanged()
         with torch.no_grad(), outside_inference_mode():
             rates = self._rates()
             rate = max(rates.values(), default=0.0)
             if self.done:
-                self._gates.step(rate, [0.0] * len(self._network.blocks))
+                self._gates.step(rate, [0.0] * len(self._network.blocks), loss_scale)
                 return None
             net = self._network
             self._gates.step(
                 rate,
                 [self.strength * net.meter.filters_of(block) for block in net.blocks],
+                loss_scale,
             )
             for name in {name for group in self._network.groups for name in self._norms(group)}:
                 scale = lookup(self.model, name)
@@ -356,8 +367,3 @@ def _shares(energies: Tensor, tolerance: float) -> Tensor:
     shares = torch.empty_like(energies)
     shares[order] = known[order].cumsum(0) / total if total > 0 else torch.zeros_like(energies)
     return torch.where(known.isinf() | (shares > tolerance), torch.inf, shares)
-
-
-def _check(name: str, value: Any, fits: Callable[[float], bool], what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fits(value):
-        raise ValueError(f"{name}: expected {what}, got {value!r}")

@@ -3,6 +3,7 @@ trained."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,17 +55,18 @@ class BlockGates:
                 self._handles[number] = module.register_forward_hook(hook, prepend=True)
 
     @torch.no_grad()
-    def step(self, rate: float, strengths: Sequence[float]) -> None:
+    def step(self, rate: float, strengths: Sequence[float], loss_scale: float) -> None:
         """Follow the gradients that backward() has left, and shrink by rate·strength.
 
         Args:
             strengths: of the penalty on each block's gate.
+            loss_scale: what the loss was multiplied by.
         """
         if not self._handles:
             return
         self._momenta.mul_(_MOMENTUM)
         if self.gates.grad is not None:
-            self._momenta.add_(self.gates.grad)
+            self._momenta.add_(self.gates.grad, alpha=1 / loss_scale)
         moved = self.gates - rate * self._momenta
         shrunk = moved.abs() - rate * torch.tensor(strengths).to(moved)
         self.gates.copy_(moved.sign() * shrunk.clamp_min(0))
@@ -79,8 +81,15 @@ class BlockGates:
         return {self._blocks[n].name: now[n] for n in left if n in self._handles}
 
     def energies(self, left: Sequence[int]) -> Tensor:
-        """[n] float64: the squares of these gates; nan for a block without one."""
+        """[n] float64: the squares of these gates; nan for a block without one.
+
+        Raises:
+            RuntimeError: one is not finite.
+        """
         now = self.gates.tolist()
+        for name, gate in self.values(left).items():
+            if not math.isfinite(gate):
+                raise RuntimeError(f"{name}: its gate is {gate}, so nothing was pruned")
         held = [now[n] ** 2 if n in self._handles else float("nan") for n in left]
         return torch.tensor(held, dtype=torch.float64)
 

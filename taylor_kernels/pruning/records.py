@@ -19,7 +19,7 @@ class PruneRecord:
         filters_fraction, params_fraction, flops_fraction: the same as fractions of the original.
         threshold: the greatest score among the units that went.
         done: all targets are met.
-        blocks: the residual blocks that went.
+        blocks: the residual blocks that went; their filters are not in `removed`.
     """
 
     step: int

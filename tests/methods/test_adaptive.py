@@ -111,7 +111,8 @@ def test_a_layers_threshold_is_its_own():
     assert not record.blocks
 
 
-def test_a_gate_follows_its_gradient_and_its_penalty():
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_a_gate_follows_its_gradient_and_its_penalty(scale):
     model, _optimizer, pruner = built()
     torch.manual_seed(1)
     images, labels = torch.randn(8, 1, 8, 8, dtype=torch.float64), torch.arange(8)
@@ -122,17 +123,17 @@ def test_a_gate_follows_its_gradient_and_its_penalty():
         )
         for name in pruner.gates
     ]
-    F.cross_entropy(model(images), labels).backward()
+    (F.cross_entropy(model(images), labels) * scale).backward()
     for handle in handles:
         handle.remove()
     expected = {}
     for name, output in kept.items():
         filters = sum(m.out_channels for m in model.get_submodule(name).modules()
                       if isinstance(m, nn.Conv2d))  # fmt: skip
-        slope = (output * output.grad).sum().item()
+        slope = (output * output.grad).sum().item() / scale
         expected[name] = 1 - 0.05 * slope - 0.05 * 0.02 * filters
     norms = {n: p.clone() for n, p in model.named_parameters() if ".bn" in n and "weight" in n}
-    pruner.step()
+    pruner.step(loss_scale=scale)
     for name, gate in pruner.gates.items():
         assert gate == pytest.approx(expected[name], rel=1e-5)
     for name, before in norms.items():
@@ -223,3 +224,11 @@ def test_models_without_scales_and_states_of_others_are_refused():
     _, _, pruner = built()
     with pytest.raises(ValueError, match="state: it is no state_dict"):
         pruner.load_state_dict({"version": 1})
+
+
+def test_gates_that_are_not_finite_are_said():
+    _model, _optimizer, pruner = built(every=1)
+    pruner._gates.gates.data[0] = torch.nan
+    with pytest.raises(RuntimeError, match="its gate is nan"):
+        pruner.step()
+    assert not pruner.history
