@@ -20,7 +20,7 @@ _Key = TypeVar("_Key")
 _Layout = tuple[int, tuple[tuple[int, int], ...]]
 
 
-@dataclass
+@dataclass(slots=True)
 class Value:
     """What one operation made, or what came from outside of the run (`operation` is "").
 
@@ -118,7 +118,7 @@ class Values:
 
     def of(self, tensor: Tensor) -> int:
         """The number of a tensor's value."""
-        memory, layout = memory_of(tensor), _layout(tensor)
+        memory, layout = _place(tensor)
         known = self._known.setdefault(memory, {})
         if layout not in known:
             # Other elements of memory that is known, or something from outside.
@@ -137,16 +137,16 @@ class Values:
             given: its tensors; `parents` are their values as they were before.
             written: those of them that it has written into.
         """
-        memories = {memory_of(tensor) for tensor in given}
         for tensor in written:
-            memory = memory_of(tensor)
+            memory, layout = _place(tensor)
             # What else there was in this memory is read through what was written.
             before = self._known.get(memory, {}).values()
             number = self._new(name, dict.fromkeys((*parents, *before)), tensor, step)
-            self._known[memory] = {_layout(tensor): number}
+            self._known[memory] = {layout: number}
+        memories = {memory_of(tensor) for tensor in given}
         made = -1
         for tensor in outs:
-            memory, layout = memory_of(tensor), _layout(tensor)
+            memory, layout = _place(tensor)
             if memory in memories:
                 known = self._known.setdefault(memory, {})
                 if layout not in known:
@@ -163,11 +163,15 @@ class Values:
         return len(self.values) - 1
 
 
-def _layout(tensor: Tensor) -> _Layout:
-    """Which elements of its memory a tensor has, in whatever order: dimensions that can be merged
-    are, and the others are sorted."""
+def _place(tensor: Tensor) -> tuple[int, _Layout]:
+    """The memory of a tensor, and which elements of it the tensor has, in whatever order:
+    dimensions that can be merged are, and the others are sorted."""
     if not has_storage(tensor):
-        return 0, ()
+        return -id(tensor), (0, ())
+    memory, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    if tensor.is_contiguous():
+        numel = tensor.numel()
+        return memory, (offset, ((1, numel),) if numel != 1 else ())
     dims = sorted(
         (stride, size)
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
@@ -179,4 +183,4 @@ def _layout(tensor: Tensor) -> _Layout:
             merged[-1] = (merged[-1][0], merged[-1][1] * size)
         else:
             merged.append((stride, size))
-    return int(tensor.storage_offset()), tuple(merged)
+    return memory, (offset, tuple(merged))
