@@ -4,6 +4,7 @@ Each is an object with the verbs of PyTorch's optimizers or of the pruner, `stat
 `taylor_kernels.methods` hands on their names.
 """
 
+from taylor_kernels.methods.adaptive import AdaptivePruner
 from taylor_kernels.methods.filter_gsm import FilterGSM
 from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.gsm import GSM
@@ -20,6 +21,7 @@ __all__ = [
     "FRAMES",
     "GSM",
     "SPP",
+    "AdaptivePruner",
     "FilterGSM",
     "Frame",
     "LoweredConv",

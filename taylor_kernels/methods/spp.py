@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from taylor_kernels.hooks import Hook, OnModel, remove_all
 from taylor_kernels.methods.probabilities import advanced, drawn
 from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, unit_groups
 from taylor_kernels.methods.unread import remove_unread
+from taylor_kernels.pruning.arguments import check_number
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.tracing import trace
 
@@ -93,9 +94,9 @@ class SPP(OnModel):
         decay: float = 0.25,
         seed: int = 0,
     ) -> None:
-        _check("every", every, lambda n: n >= 1, "iterations, 1 or more")
-        _check("step", step, lambda a: 0 < a <= 1, "A, above 0 and at most 1")
-        _check("decay", decay, lambda u: 0 < u < 1, "u, above 0 and below 1")
+        check_number("every", every, lambda n: n >= 1, "iterations, 1 or more")
+        check_number("step", step, lambda a: 0 < a <= 1, "A, above 0 and at most 1")
+        check_number("decay", decay, lambda u: 0 < u < 1, "u, above 0 and below 1")
         if isinstance(layers, str):
             raise TypeError(f"layers: expected names, got one string {layers!r}; pass [{layers!r}]")
         self._model, self._kind = model, groups
@@ -138,7 +139,7 @@ class SPP(OnModel):
             shares = [ratio] * len(names)
         counts = []
         for each, share in zip(self._groups, shares, strict=True):
-            _check("ratio", share, lambda r: 0 < r < 1, "a share above 0 and below 1")
+            check_number("ratio", share, lambda r: 0 < r < 1, "a share above 0 and below 1")
             wanted = math.ceil(share * each.count * (1 - 1e-12))  # 0.55 · 100 is above 55
             counts.append(min(wanted, each.count - 1))
         return counts
@@ -327,8 +328,3 @@ class SPP(OnModel):
         ]
         self.iteration, self.recoveries, self._seed = counts
         self._note_gone()
-
-
-def _check(name: str, value: Any, fine: Callable[[float], bool], what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not fine(value):
-        raise ValueError(f"{name}: expected {what}, got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -99,6 +99,19 @@ def check_count(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+def check_number(name: str, value: Any, fits: Callable[[float], bool], what: str) -> None:
+    """An argument is a number that fits.
+
+    Args:
+        what: what is expected, in words.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not _is_number(value) or not fits(value):
+        raise ValueError(f"{name}: expected {what}, got {value!r}")
 
 
 def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:

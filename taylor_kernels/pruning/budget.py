@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from taylor_kernels.pruning.flops import Cost, Meter
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.tracing import Block
 
 #: Why a layer has no score though its criterion is one of it.
 UNREAD = "no gradient reaches its output, because everything before is frozen"
@@ -20,6 +22,7 @@ class Budget:
         meter: of the whole model; it is left as it was.
         targets: the fractions to keep of "flops", "params" or "filters".
         per_step: filters that go at a pruning: a count, or a fraction of those of the whole model.
+        blocks: residual blocks that may go too.
 
     Attributes:
         whole: the cost of the model as it was at first.
@@ -36,9 +39,10 @@ class Budget:
         groups: Sequence[Group],
         targets: Mapping[str, float],
         per_step: int | float,
+        blocks: Sequence[Block] = (),
     ) -> None:
         self.whole: Cost = meter.cost
-        _check_reachable(meter, groups, targets)
+        _check_reachable(meter, groups, targets, blocks)
         self._limits = {name: kept * getattr(self.whole, name) for name, kept in targets.items()}
         self.filters = (
             per_step if isinstance(per_step, int) else max(1, round(per_step * self.whole.filters))
@@ -55,11 +59,13 @@ class Budget:
         groups: Sequence[Group],
         dead: Sequence[Tensor],
         unscored: Sequence[bool],
+        blocks: Sequence[Block] = (),
     ) -> None:
         """It can be met by units of the groups that have scores.
 
         Args:
             dead: per group [U] bool, units gone already.
+            blocks: those that are left and may go.
 
         Raises:
             RuntimeError: it cannot; the message names the others.
@@ -70,11 +76,8 @@ class Budget:
             0 if absent else group.most_removable(int((~gone).sum()))
             for group, gone, absent in zip(groups, dead, unscored, strict=True)
         ]
-        for group, units in zip(groups, most, strict=True):
-            meter.take(group, units)
-        met = self.met(meter)
-        for group, units in zip(groups, most, strict=True):
-            meter.take(group, -units)
+        with _without(meter, groups, most, blocks):
+            met = self.met(meter)
         if not met:
             names = [
                 slot.owner
@@ -89,7 +92,28 @@ class Budget:
             )
 
 
-def _check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str, float]) -> None:
+@contextmanager
+def _without(
+    meter: Meter, groups: Sequence[Group], units: Sequence[int], blocks: Sequence[Block]
+) -> Iterator[None]:
+    """Inside, the meter counts so many units of each group and these blocks as gone."""
+    for group, count in zip(groups, units, strict=True):
+        meter.take(group, count)
+    for block in blocks:
+        meter.leave(block)
+    yield
+    for block in blocks:
+        meter.leave(block, back=True)
+    for group, count in zip(groups, units, strict=True):
+        meter.take(group, -count)
+
+
+def _check_reachable(
+    meter: Meter,
+    groups: Sequence[Group],
+    targets: Mapping[str, float],
+    blocks: Sequence[Block],
+) -> None:
     whole = meter.cost
     if "flops" in targets and not whole.flops:
         raise ValueError(
@@ -97,11 +121,8 @@ def _check_reachable(meter: Meter, groups: Sequence[Group], targets: Mapping[str
             "nothing; give them a batch of at least one"
         )
     most = [group.most_removable(group.size) for group in groups]
-    for group, units in zip(groups, most, strict=True):
-        meter.take(group, units)
-    least = meter.cost.over(whole)
-    for group, units in zip(groups, most, strict=True):
-        meter.take(group, -units)
+    with _without(meter, groups, most, blocks):
+        least = meter.cost.over(whole)
     for name, target in targets.items():
         if least[name] > target:
             # Rounded up, so that the fraction in the message is one that can be reached.

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
+from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.exact_run import (
     InDouble,
     SmallPools,
@@ -35,7 +37,8 @@ from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.masking import fill, fills
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
-from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
 
 #: Relative to the greatest output, in float64 and in lower precision. Rounding stays far below;
@@ -47,54 +50,87 @@ _DRAWS = 3
 SECONDS = 120.0
 
 
-def unsound(
-    model: nn.Module, example_inputs: Any, channels: Channels, *, train_too: bool
-) -> dict[int, str]:
+def sound_blocks(trial: Trial, blocks: Sequence[Block]) -> tuple[list[Block], dict[str, str]]:
+    """The residual blocks whose removal is what masking them is, and block -> reason for others.
+
+    A module that is nothing but the block becomes the identity; where the model asks more of it,
+    the modules inside are tried.
+    """
+    chosen, found = list(blocks), _unsound_blocks(trial, blocks)
+    if any(chosen[n].places != chosen[n].open_places for n in found):
+        chosen = [block.opened() if n in found else block for n, block in enumerate(chosen)]
+        found = _unsound_blocks(trial, chosen)
+    reasons = {chosen[number].name: reason for number, reason in found.items()}
+    return [block for number, block in enumerate(chosen) if number not in found], reasons
+
+
+def _unsound_blocks(trial: Trial, blocks: Sequence[Block]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    while tried := [number for number in range(len(blocks)) if number not in found]:
+        culprits = _halved(partial(trial.fault_of_blocks, blocks), tried)
+        if not culprits:
+            break
+        found |= culprits
+    return found
+
+
+def _halved(fault: Callable[[Sequence[int]], str], numbers: Sequence[int]) -> dict[int, str]:
+    reason = fault(numbers)
+    if not reason or len(numbers) == 1:
+        return dict.fromkeys(numbers, reason) if reason else {}
+    half = len(numbers) // 2
+    found = _halved(fault, numbers[:half]) | _halved(fault, numbers[half:])
+    return found or dict.fromkeys(numbers, reason)
+
+
+def unsound(trial: Trial, blocks: Sequence[Block] = ()) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
     Args:
-        model: a copy in eval mode; its values are changed.
-        train_too: it has layers or parameters that eval mode does not reach (heads for training
-            alone), so it must also run in train mode without the units.
+        blocks: residual blocks; in some of the draws they are gone, all or every second of them.
     """
-    trial = _Trial(model, example_inputs, channels, train_too)
+    channels = trial.channels
     until = time.monotonic() + SECONDS
     found: dict[int, str] = {}
     for draw in range(_DRAWS):
         while numbers := [n for n in range(len(channels.groups)) if n not in found]:
             if time.monotonic() > until and draw:
                 return found
-            culprits = _culprits(trial, numbers, draw, until)
+            culprits = _culprits(trial, numbers, draw, until, blocks[::draw] if draw else ())
             found |= culprits
             if not culprits:
                 break
     return found
 
 
-def _culprits(trial: _Trial, numbers: list[int], draw: int, until: float) -> dict[int, str]:
-    if time.monotonic() > until:
-        reason = (
-            f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or "
-            "verify=False to go without the proof"
-        )
-        return dict.fromkeys(numbers, reason)
-    reason = trial.fault(numbers, draw)
-    if not reason or len(numbers) == 1:
-        return dict.fromkeys(numbers, reason) if reason else {}
-    half = len(numbers) // 2
-    found = _culprits(trial, numbers[:half], draw, until)
-    found |= _culprits(trial, numbers[half:], draw, until)
+def _culprits(
+    trial: Trial, numbers: Sequence[int], draw: int, until: float, blocks: Sequence[Block]
+) -> dict[int, str]:
+    def fault(some: Sequence[int]) -> str:
+        if time.monotonic() > until:
+            return (
+                f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or "
+                "verify=False to go without the proof"
+            )
+        return trial.fault(some, draw, blocks)
+
     # Each half may be sound, and both together not.
-    return found or dict.fromkeys(numbers, reason)
+    return _halved(fault, numbers)
 
 
-class _Trial:
-    """A model whose tensors are exchanged for each run and put back after it."""
+class Trial:
+    """A model whose tensors are exchanged for each run and put back after it.
+
+    Args:
+        model: a copy in eval mode; its values are changed.
+        train_too: it has layers or parameters that eval mode does not reach (heads for training
+            alone), so it must also run in train mode without the units.
+    """
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, channels: Channels, train_too: bool
     ) -> None:
-        self._model, self._channels = model, channels
+        self._model, self.channels = model, channels
         self._modules = dict(model.named_modules())
         self._generator = torch.Generator().manual_seed(0)
         self._steady = False
@@ -142,7 +178,7 @@ class _Trial:
         """
         self._inputs = tree_map(self._noisy, example_inputs)
         called: set[str] = set()
-        known = self._channels.layers.keys() - self._channels.outside.keys()
+        known = self.channels.layers.keys() - self.channels.outside.keys()
         handles = [
             self._modules[name].register_forward_pre_hook(lambda *_, name=name: called.add(name))
             for name in known
@@ -161,28 +197,44 @@ class _Trial:
                 handle.remove()
         return called >= known
 
-    def fault(self, numbers: Collection[int], draw: int) -> str:
-        """What is wrong with removing units of these groups; "" if nothing."""
-        channels = self._channels
+    def fault(self, numbers: Collection[int], draw: int, blocks: Sequence[Block] = ()) -> str:
+        """What is wrong with removing units of these groups; "" if nothing.
+
+        Args:
+            blocks: residual blocks that go with them.
+        """
         dead = [
             _units(cast(Group, group), number, draw)
             if number in numbers
             else torch.zeros(group.size, dtype=torch.bool)
-            for number, group in enumerate(channels.groups)
+            for number, group in enumerate(self.channels.groups)
         ]
+        return self._fault(dead, blocks, "its channels")
+
+    def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
+        """What is wrong with removing those of these blocks that have such numbers; "" if
+        nothing."""
+        none = [torch.zeros(group.size, dtype=torch.bool) for group in self.channels.groups]
+        return self._fault(none, [blocks[number] for number in numbers], "the block")
+
+    def _fault(self, dead: Sequence[Tensor], blocks: Sequence[Block], what: str) -> str:
+        some = f"some of {what}" if what == "its channels" else what
+        channels = self.channels.leaving(blocks) if blocks else self.channels
         entries = channels.entries(dead)
         try:
             with self._restored():
                 self._put({name: _clone(self._originals[name]) for name in entries})
                 for name, parts in fills(self._held, channels, entries).items():
                     fill(self._held[name].data, parts)
+                for block in blocks:
+                    mask_block(self._model, block)
                 norms = keep_only(self._modules, channels, dead)
                 try:
                     masked = self._outputs()
                 finally:
                     remove_all(norms)
         except Exception as error:
-            return f"the model does not run with some of its channels at zero ({_short(error)})"
+            return f"the model does not run with {some} at zero ({_short(error)})"
         try:
             with self._restored():
                 kept: dict[int, Tensor] = {}
@@ -190,12 +242,14 @@ class _Trial:
                     {n: smaller(self._originals[n], cuts, kept) for n, cuts in entries.items()}
                 )
                 set_attributes(self._modules, channels.attributes(dead))
+                for block in blocks:
+                    replace_modules(self._model, block.places)
                 removed = self._outputs()
                 if self._train_too:
                     self._outputs(train=True)
         except Exception as error:
-            return f"the model does not run without some of its channels ({_short(error)})"
-        return _difference(masked, removed)
+            return f"the model does not run without {some} ({_short(error)})"
+        return _difference(masked, removed, what)
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         self._changed.update(tensors)
@@ -259,11 +313,13 @@ def _units(group: Group, number: int, draw: int) -> Tensor:
     return gone
 
 
-def _difference(masked: Sequence[Tensor], removed: Sequence[Tensor]) -> str:
+def _difference(masked: Sequence[Tensor], removed: Sequence[Tensor], what: str) -> str:
     if [one.shape for one in masked] != [other.shape for other in removed]:
-        return "removing its channels changes the shape of the output"
+        return f"removing {what} changes the shape of the output"
     for one, other in zip(masked, removed, strict=True):
         if not _close(*(part.to_dense() if part.is_sparse else part for part in (one, other))):
+            if what == "the block":
+                return "without its modules the outputs are not what they are with zeros for it"
             return "an operation mixes its channels: a masked one is not a removed one"
     return ""
 

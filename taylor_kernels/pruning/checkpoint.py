@@ -211,7 +211,9 @@ def check_content(
         for name, value in model.state_dict().items()
     }
     cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
-    check_model_state(content["model"], shapes | cut)
+    gone = set() if pruner is None else set(pruner.gone_after(content["pruner"]))
+    left = {name: shape for name, shape in (shapes | cut).items() if name not in gone}
+    check_model_state(content["model"], left)
     return cut
 
 
@@ -226,7 +228,11 @@ def restored(
     if optimizer is not None:
         cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
         after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
-        check_optimizer_states(content["optimizer"], optimizer, {} if pruner is None else after)
+        gone = set() if pruner is None else set(pruner.gone_after(content["pruner"]))
+        leaving = [p for name, p in model.named_parameters() if name in gone]
+        check_optimizer_states(
+            content["optimizer"], optimizer, {} if pruner is None else after, leaving
+        )
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
     model.load_state_dict(content["model"])

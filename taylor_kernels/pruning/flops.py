@@ -8,6 +8,7 @@ the products inside attention, stays as it was.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.tracing import Block
 from taylor_kernels.tracing.recorder import operation
 
 
@@ -38,8 +40,8 @@ class Cost:
         }
 
 
-#: Of a tensor: its extents, the FLOPs of an entry, and (dimension, channels there) of a unit.
-_Shrinking = tuple[list[int], int, list[tuple[int, int]]]
+#: Of a tensor: its name and extents, the FLOPs of an entry, (dimension, channels there) of a unit.
+_Shrinking = tuple[str, list[int], int, list[tuple[int, int]]]
 
 
 class Meter:
@@ -50,10 +52,16 @@ class Meter:
         macs: parameter -> the multiply-adds that its entries take part in, all as many.
         flops: of the whole model.
         groups: the groups whose filters count.
+        blocks: residual block -> the FLOPs of the operations of its branch.
     """
 
     def __init__(
-        self, model: nn.Module, macs: Mapping[str, int], flops: int, groups: Sequence[Group]
+        self,
+        model: nn.Module,
+        macs: Mapping[str, int],
+        flops: int,
+        groups: Sequence[Group],
+        blocks: Mapping[Block, int] | None = None,
     ) -> None:
         self._extents = {name: list(p.shape) for name, p in model.named_parameters()}
         self._per_entry = {
@@ -65,15 +73,53 @@ class Meter:
         self._flops = flops
         self._params = sum(prod(extents) for extents in self._extents.values())
         self._filters = sum(group.size * group.filters_per_unit for group in groups)
+        self._widths: Counter[str] = Counter()  # of each layer, the filters that count
+        for group in groups:
+            for slot in group.producers:
+                self._widths[slot.owner] += slot.index.numel()
+        self._whole = (self.cost, {n: list(e) for n, e in self._extents.items()}, +self._widths)
+        #: FLOPs of a block that are no layer's, such as the products inside attention.
+        self._beside = {
+            block.name: total - sum(2 * macs.get(n, 0) for n in self._extents if block.holds(n))
+            for block, total in (blocks or {}).items()
+        }
+        self._gone: set[str] = set()  # tensors and layers of blocks that have gone
+
+    def reset(self) -> None:
+        """Count nothing as gone."""
+        whole, extents, widths = self._whole
+        self._filters, self._params, self._flops = whole.filters, whole.params, whole.flops
+        for name, sizes in extents.items():
+            self._extents[name][:] = sizes
+        self._widths = +widths
+        self._gone.clear()
+
+    def filters_of(self, block: Block) -> int:
+        """The filters that count, of all layers of a block."""
+        return sum(width for name, width in self._widths.items() if block.holds(name))
+
+    def leave(self, block: Block, *, back: bool = False) -> None:
+        """Count a block as gone, with all that is left of its layers, or as there again."""
+        sign = 1 if back else -1
+        self._filters += sign * self.filters_of(block)
+        self._flops += sign * self._beside[block.name]
+        names = {name for name in (*self._extents, *self._widths) if block.holds(name)}
+        for name in names & self._extents.keys():
+            self._params += sign * prod(self._extents[name])
+            self._flops += sign * self._per_entry.get(name, 0) * prod(self._extents[name])
+        self._gone = self._gone - names if back else self._gone | names
 
     def take(self, group: Group, units: int) -> None:
         """Count `units` of the group as gone (back again if negative)."""
-        self._filters -= units * group.filters_per_unit
-        for extents, per_entry, shrinking in self._tensors_of(group):
+        for slot in group.producers:
+            filters = units * slot.index.size(1)
+            self._widths[slot.owner] -= filters
+            self._filters -= 0 if slot.owner in self._gone else filters
+        for name, extents, per_entry, shrinking in self._tensors_of(group):
             before = prod(extents)
             for dim, channels in shrinking:
                 extents[dim] -= units * channels
-            change = prod(extents) - before
+            change = 0 if name in self._gone else prod(extents) - before
             self._params += change
             self._flops += per_entry * change
 
@@ -85,7 +131,7 @@ class Meter:
                 if entry.tensor in self._extents:
                     found.setdefault(entry.tensor, []).append((entry.dim, entry.index.size(1)))
             shrinking = [
-                (self._extents[name], self._per_entry.get(name, 0), dims)
+                (name, self._extents[name], self._per_entry.get(name, 0), dims)
                 for name, dims in found.items()
             ]
             # With the group, because another one may have its id in a copy of this meter.
@@ -98,8 +144,8 @@ class Meter:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> its shape with the units gone."""
-        return {name: tuple(extents) for name, extents in self._extents.items()}
+        """Parameter name -> its shape with the units gone; none of blocks that have gone."""
+        return {name: tuple(e) for name, e in self._extents.items() if name not in self._gone}
 
 
 class FlopCount(TorchDispatchMode):
@@ -107,6 +153,7 @@ class FlopCount(TorchDispatchMode):
 
     Attributes:
         total: so far.
+        of_steps: of each operation that was run on its own, in order.
     """
 
     def __init__(self) -> None:
@@ -115,9 +162,16 @@ class FlopCount(TorchDispatchMode):
         super().__init__()
         self._formulas = flop_registry
         self.total = 0
+        self.of_steps: list[int] = []
 
     def run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
         """Run an operation; of a composite one, what it is made of is counted."""
+        before = self.total
+        out = self._run(func, args, kwargs)
+        self.of_steps.append(self.total - before)
+        return out
+
+    def _run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
         if operation(func).composite:
             with self:
                 return func.decompose(*args, **kwargs)
@@ -133,4 +187,4 @@ class FlopCount(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        return self.run(func, args, kwargs or {})
+        return self._run(func, args, kwargs or {})

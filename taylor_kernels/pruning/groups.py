@@ -31,7 +31,10 @@ class Group(tracing.Group):
         return sum(slot.index.size(1) for slot in self.producers)
 
     def next_to_go(self, alive: int) -> int:
-        """How many units go next where `alive` are left; 0 at the minimum."""
+        """How many units go next where `alive` are left; 0 at the minimum, and where all layers
+        have gone with their blocks."""
+        if not self.filters_per_unit:
+            return 0
         count = alive % self.multiple or self.multiple
         return count if alive - count >= self.minimum else 0
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.gate_sites import find_gate_sites
+from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
@@ -18,6 +19,7 @@ from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import is_sharded
 from taylor_kernels.statistics import Layers, Statistic
+from taylor_kernels.tracing import Block, Channels
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -44,7 +46,8 @@ class Network:
     Attributes:
         channels: as the model is now; `Group.classes` says which units are left.
         dead: per group [U] bool, True for units that are masked.
-        meter: counts masked and removed units as gone.
+        meter: counts masked and removed units and blocks as gone.
+        blocks: the residual blocks there were at first, if they may go.
         in_use: its pruner is open and has not reached its targets.
     """
 
@@ -57,6 +60,11 @@ class Network:
         self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
+        self._whole = prunable.channels
+        self.blocks = prunable.blocks
+        self._off = torch.zeros(len(self.blocks), dtype=torch.bool)  # blocks masked or removed
+        self._removed = self._off.clone()  # of these the ones that are removed
+        self._block_masks = BlockMasks(model)
         self._steps = Steps()
         self._shapes = self._found_shapes()
         self.in_use = True
@@ -66,8 +74,21 @@ class Network:
     def groups(self) -> list[Group]:
         return cast("list[Group]", self.channels.groups)
 
-    def mask(self, taken: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
-        """Mask units ([n] int64 per group) that the meter has counted as gone already.
+    @property
+    def left(self) -> list[int]:
+        """The numbers of the blocks that are neither masked nor removed."""
+        return (~self._off).nonzero().flatten().tolist()
+
+    @property
+    def blocks_off(self) -> list[Block]:
+        """The blocks that are masked or removed."""
+        return [block for block, off in zip(self.blocks, self._off.tolist(), strict=True) if off]
+
+    def mask(
+        self, taken: Sequence[Tensor], blocks: Sequence[int] = ()
+    ) -> dict[str, tuple[int, ...]]:
+        """Mask units ([n] int64 per group) and blocks (their numbers) that the meter has counted as
+        gone already. What goes with a masked block is looked at no more.
 
         Returns:
             Layer -> the filters that went, numbered as at first.
@@ -80,7 +101,11 @@ class Network:
             for slot in first.producers if units.numel() else []:
                 gone = slot.index[left.nonzero().flatten()[units]].flatten().tolist()
                 filters.setdefault(slot.owner, []).extend(gone)
+        if blocks:
+            self._off[list(blocks)] = True
+            self.channels = self.channels.leaving([self.blocks[number] for number in blocks])
         self._masks.set(self.channels, self.dead)
+        self._set_block_masks()
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def zero_gradients(self) -> None:
@@ -98,9 +123,11 @@ class Network:
         Raises:
             ValueError: an optimizer's state cannot be cut. Nothing has changed.
         """
-        gone = self._remove(self.dead)
+        blocks = self._masked_blocks()
+        gone = self._remove(self.dead, self.channels, self._off)
         self._masks.close()
-        if self._optimizer is None and any(units.any() for units in gone):
+        self._set_block_masks()
+        if self._optimizer is None and (blocks or any(units.any() for units in gone)):
             warnings.warn(
                 "compact() has put new parameters in place of those it cut: an optimizer made "
                 "before holds the old ones and would not train the model; make a new one, or give "
@@ -109,8 +136,17 @@ class Network:
             )
         return gone
 
-    def _remove(self, dead: list[Tensor]) -> list[Tensor]:
-        if any(gone.any() for gone in dead):
+    def _masked_blocks(self) -> list[Block]:
+        masked = (self._off & ~self._removed).tolist()
+        return [block for block, off in zip(self.blocks, masked, strict=True) if off]
+
+    def _set_block_masks(self) -> None:
+        self._block_masks.set(self._masked_blocks())
+
+    def _remove(self, dead: list[Tensor], channels: Channels, blocks: Tensor) -> list[Tensor]:
+        """Remove units of the groups of `channels`, and those blocks ([B] bool) that are there."""
+        leaving = (blocks & ~self._removed).nonzero().flatten().tolist()
+        if any(gone.any() for gone in dead) or leaving:
             if any(map(is_sharded, self.model.parameters())):
                 raise ValueError(
                     "model: its parameters are in parts on several ranks and cannot be cut there; "
@@ -119,8 +155,10 @@ class Network:
                 )
             self.check_unchanged()
             stepped = self._steps.optimizers
-            remove(self.model, self.channels, dead, self._optimizer, stepped)
-            self.channels = self.channels.without(dead)
+            remove(self.model, channels, dead, self._optimizer, stepped)
+            remove_blocks(self.model, [self.blocks[n] for n in leaving], self._optimizer)
+            self._removed = self._removed | blocks
+            self.channels = channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
         return dead
@@ -174,7 +212,7 @@ class Network:
                 )
 
     def close(self) -> None:
-        """Take the hooks off the model, for good."""
+        """Take the hooks off the model, for good; masked blocks go on to add zeros."""
         self.in_use = False
         self._masks.close()
         self._steps.close()
@@ -183,10 +221,11 @@ class Network:
     def widths(self) -> dict[str, int]:
         """Layer -> filters left, masked ones not counted."""
         widths = dict(self._original_widths)
-        for first, gone in zip(self._first, self._gone(), strict=True):
+        for first, units in zip(self._first, self._gone(), strict=True):
             for slot in first.producers:
-                widths[slot.owner] -= gone * slot.index.size(1)
-        return widths
+                widths[slot.owner] -= units * slot.index.size(1)
+        off = self.blocks_off
+        return {n: 0 if any(b.holds(n) for b in off) else width for n, width in widths.items()}
 
     def _left(self) -> list[Tensor]:
         """Which units of each group, as it was at first, the model still has: [U] bool."""
@@ -212,8 +251,21 @@ class Network:
             removed.append(off)
         return {"removed": removed, "compacted": compacted}
 
-    def stale(self, compacted: Sequence[Tensor]) -> list[Tensor]:
+    def block_state(self) -> dict[str, Any]:
+        """The names of the blocks; [B] bool, which are "removed" in any way, and "compacted"."""
+        names = [block.name for block in self.blocks]
+        return {"names": names, "removed": self._off.clone(), "compacted": self._removed.clone()}
+
+    def _cutting(self, blocks: Tensor) -> Channels:
+        """The channels to remove stale units from, where these blocks ([B] bool) are removed."""
+        gone = [b for b, off in zip(self.blocks, blocks.tolist(), strict=True) if off]
+        return self._whole.without([~left for left in self._left()]).leaving(gone)
+
+    def stale(self, compacted: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
         """Which present units a state has removed from the model: [U] bool per group.
+
+        Args:
+            blocks: [B] bool, those that the state has removed from the model.
 
         Raises:
             ValueError: the model has lost units that the state still has.
@@ -224,12 +276,26 @@ class Network:
                     "state: it holds filters that have been removed from this model; load it into "
                     "a pruner of the model as it was at first"
                 )
+        if (self._removed & ~blocks).any():
+            raise ValueError(
+                "state: it holds blocks that have been removed from this model; load it into a "
+                "pruner of the model as it was at first"
+            )
         return [gone[left] for left, gone in zip(self._left(), compacted, strict=True)]
 
-    def shapes_after(self, compacted: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    def gone_after(self, blocks: Tensor) -> list[str]:
+        """The names in the model's state that `restore` would remove with blocks ([B] bool)."""
+        leaving = (blocks & ~self._removed).nonzero().flatten().tolist()
+        names = self.model.state_dict()
+        return [n for n in names if any(self.blocks[number].holds(n) for number in leaving)]
+
+    def shapes_after(
+        self, compacted: Sequence[Tensor], blocks: Tensor
+    ) -> dict[str, tuple[int, ...]]:
         """The shapes that `restore` would give the tensors that it cuts."""
         cut: dict[int, tuple[int, ...]] = {}
-        for name, cuts in self.channels.entries(self.stale(compacted)).items():
+        channels = self._cutting(blocks)
+        for name, cuts in channels.entries(self.stale(compacted, blocks)).items():
             tensor = lookup(self.model, name)
             cut[id(tensor)] = tuple(
                 size - cuts[dim].numel() if dim in cuts else size
@@ -238,12 +304,25 @@ class Network:
         tensors = self.model.state_dict(keep_vars=True)  # a shared one is in it several times
         return {name: cut[id(tensor)] for name, tensor in tensors.items() if id(tensor) in cut}
 
-    def restore(self, removed: Sequence[Tensor], compacted: Sequence[Tensor]) -> None:
+    def restore(
+        self,
+        removed: Sequence[Tensor],
+        compacted: Sequence[Tensor],
+        blocks_removed: Tensor,
+        blocks_compacted: Tensor,
+    ) -> None:
         """Take on a state: remove what it has removed, mask what it has masked, and no more."""
-        stale, before = self.stale(compacted), self._gone()
-        self._remove(stale)
+        stale, cutting = self.stale(compacted, blocks_compacted), self._cutting(blocks_compacted)
+        self._remove(stale, cutting, blocks_compacted)
+        self._off = blocks_removed.clone()
+        left = self._left()
+        self.channels = self._whole.without([~there for there in left]).leaving(self.blocks_off)
         self._masks.close()
-        self.dead = [off[left] for left, off in zip(self._left(), removed, strict=True)]
-        for group, old, new in zip(self.groups, before, self._gone(), strict=True):
-            self.meter.take(group, new - old)
+        self.dead = [off[there] for there, off in zip(left, removed, strict=True)]
+        self.meter.reset()
+        for group, gone in zip(self._first, self._gone(), strict=True):
+            self.meter.take(group, gone)
+        for block in self.blocks_off:
+            self.meter.leave(block)
         self._masks.set(self.channels, self.dead)
+        self._set_block_masks()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,12 +25,16 @@ def optimizer_states(optimizer: object) -> Any:
 
 
 def check_optimizer_states(
-    saved: Any, optimizer: object, shapes: Mapping[Any, tuple[int, ...]]
+    saved: Any,
+    optimizer: object,
+    shapes: Mapping[Any, tuple[int, ...]],
+    gone: Collection[Tensor] = (),
 ) -> None:
     """What `optimizer_states` gave, of optimizers like these.
 
     Args:
         shapes: parameter -> the shape that it will have.
+        gone: parameters that will be in none of the groups.
 
     Raises:
         ValueError: it is damaged, or of other optimizers. Nothing has changed.
@@ -42,11 +46,15 @@ def check_optimizer_states(
             f"{len(own)} here, those inside others counted: "
             f"{', '.join(type(one).__name__ for one in own)}"
         )
-    for one, state in zip(own, states, strict=True):
-        _check_state(state, one)
-        _check_shapes(state, one, shapes)
-    # What else an optimizer needs, it alone knows: it tries.
     with _put_back(own):
+        left_out = set(gone)
+        for one in own:
+            for group in one.param_groups:
+                group["params"] = [p for p in group["params"] if p not in left_out]
+        for one, state in zip(own, states, strict=True):
+            _check_state(state, one)
+            _check_shapes(state, one, shapes)
+        # What else an optimizer needs, it alone knows: it tries.
         for one, state in zip(own, states, strict=True):
             try:
                 one.load_state_dict(state)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
-from taylor_kernels.pruning.check import unsound
+from taylor_kernels.pruning.blocks import choose_blocks
+from taylor_kernels.pruning.check import Trial, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
@@ -21,7 +22,7 @@ from taylor_kernels.statistics import (
     is_computed,
     is_layer,
 )
-from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.tracing import traced
 
 
@@ -34,7 +35,9 @@ class Prunable:
         scored: the layers whose statistics make up the scores, in the model's order.
         widths: layers that can be pruned -> filters.
         skipped: layers that cannot -> why.
+        spare: all layers that the criterion can score, to be looked at where only blocks are left.
         structure: the groups in plain Python, to recognise the model by.
+        blocks: residual blocks that may go; empty where none are to.
     """
 
     channels: Channels
@@ -43,17 +46,27 @@ class Prunable:
     scored: list[str]
     widths: dict[str, int]
     skipped: dict[str, str]
+    spare: list[str]
     structure: list[list[list[Any]]]
+    blocks: tuple[Block, ...] = ()
 
-    def scored_at(self, groups: Sequence[Group], *, gates: bool) -> list[str]:
-        """The layers that are looked at: at gate sites one of a group stands for all."""
-        if not gates:
-            return self.scored
-        firsts = [
-            next(slot.owner for slot in group.producers if slot.owner in self.scored)
-            for group in groups
-        ]
-        return [name for name in self.scored if name in firsts]
+    def scored_at(
+        self, groups: Sequence[Group], gone: Sequence[Block], *, gates: bool
+    ) -> list[str]:
+        """The layers that are looked at: at gate sites one of a group stands for all.
+
+        Args:
+            gone: blocks whose layers are looked at no more.
+        """
+        scored, spare = (
+            [n for n in names if not any(block.holds(n) for block in gone)]
+            for names in (self.scored, self.spare)
+        )
+        if not gates or not scored:
+            return scored or spare[:1]
+        members = [[s.owner for s in g.producers if s.owner in scored] for g in groups]
+        firsts = [names[0] for names in members if names]
+        return [name for name in scored if name in firsts] or spare[:1]
 
 
 def find_prunable(
@@ -65,11 +78,13 @@ def find_prunable(
     min_filters: int,
     reads: Reads,
     verify: bool,
+    blocks: bool = False,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
     Args:
         reads: what the criterion's statistic reads.
+        blocks: residual blocks may go too.
 
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
@@ -82,18 +97,27 @@ def find_prunable(
         raise ValueError("model: has nothing to prune (no convolution or linear layer)")
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run)
+    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
     unscored = _unscored(layers, channels.outside, reads)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
     channels = channels.offering(groups)
-    if verify and groups:
+    chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
+    if verify and (groups or chosen):
         unreached = layers.keys() - channels.layers.keys()
-        found = unsound(
-            plain, example_inputs, channels, train_too=bool(unreached or channels.unread)
-        )
+        train_too = bool(unreached or channels.unread)
+        trial = Trial(plain, example_inputs, channels, train_too)
+        chosen, found_blocks = sound_blocks(trial, chosen)
+        others |= found_blocks
+        found = unsound(trial, chosen)
         for number, reason in found.items():
             skipped |= {slot.owner: reason for slot in groups[number].producers}
         groups = [group for number, group in enumerate(groups) if number not in found]
+    if blocks and not chosen:
+        reasons = "; ".join(f"{name or 'model'}: {why}" for name, why in others.items())
+        raise ValueError(
+            "blocks: the model has no residual block that could go: no addition of a tensor and of "
+            f"what a branch of layers makes of it ({reasons or 'none is there'}); leave blocks out"
+        )
     if not groups:
         reasons = "; ".join(f"{name}: {skipped[name]}" for name in layers)
         raise ValueError(f"model: has nothing to prune ({reasons})")
@@ -102,13 +126,26 @@ def find_prunable(
     return Prunable(
         channels=channels.offering(groups),
         groups=groups,
-        meter=Meter(plain, channels.macs, count.total, groups),
-        scored=[name for name in layers if name in owners and name not in unscored],
+        meter=Meter(
+            plain,
+            channels.macs,
+            count.total,
+            groups,
+            {block: sum(count.of_steps[step] for step in block.steps) for block in chosen},
+        ),
+        scored=[
+            name
+            for name in layers
+            if name not in unscored
+            and (name in owners or any(block.holds(name) for block in chosen))
+        ],
         widths={name: filter_count(layers[name]) for name in layers if name in owners},
         skipped={name: skipped[name] for name in layers if name not in owners},
+        spare=[name for name in layers if name in channels.layers and name not in unscored],
         structure=[
             [[slot.owner, slot.side, *slot.index.shape] for slot in group.slots] for group in groups
         ],
+        blocks=tuple(chosen),
     )
 
 

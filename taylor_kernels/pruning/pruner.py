@@ -11,50 +11,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.distributed.tables import check_parts
-from taylor_kernels.hooks import OnModel
 from taylor_kernels.mixed_precision import Scaling
-from taylor_kernels.pruning.arguments import (
-    check_arguments,
-    check_count,
-    check_optimizer,
-    one_criterion,
-)
-from taylor_kernels.pruning.budget import UNREAD, Budget
-from taylor_kernels.pruning.flops import Cost
-from taylor_kernels.pruning.gathering import Gathering
+from taylor_kernels.pruning.arguments import check_arguments, check_optimizer, one_criterion
+from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
+from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.selection import select
-from taylor_kernels.pruning.state import check_pruner_state, pruner_state
+from taylor_kernels.pruning.resuming import Resumable
+from taylor_kernels.pruning.selection import select_with_blocks
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.shards import is_sharded
-from taylor_kernels.statistics import (
-    Closure,
-    Statistic,
-    checked_tables,
-    filter_count,
-    get_statistic,
-)
-from taylor_kernels.statistics.base import (
-    check_closure,
-    check_loss_scale,
-    check_no_noise,
-    check_weight,
-)
+from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
 
 
-class Pruner(OnModel):
+class Pruner(Resumable):
     """Prunes a model while it trains.
 
     Args:
@@ -83,6 +63,10 @@ class Pruner(OnModel):
             and prune the same filters, or raise an error that names the first layer that differs.
         scaler: the GradScaler of the training loop. Its scale is divided out, whether or not
             unscale_() has been called, and minibatches whose steps it skips do not count.
+        blocks: whole residual blocks may go too: the branch with its parameters, while the tensor
+            that it is added to stays. A block is ranked like a bundle of all its filters, by its
+            score over their number: of taylor_fo_bn and taylor_fo_gate that of a gate on what the
+            branch adds, Σ y·dy; of other criteria the sum over its filters. Not with `ranks`.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -128,6 +112,7 @@ class Pruner(OnModel):
         min_filters: int = 1,
         backend: str | None = None,
         verify: bool = True,
+        blocks: bool = False,
         importance: str | Criterion | None = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
@@ -145,13 +130,14 @@ class Pruner(OnModel):
             optimizer=optimizer,
             backend=backend,
         )
+        check_blocks(blocks, self.criterion, ranks)
         check_free(model)
         self.model = model
         self.optimizer = optimizer
         self.targets = targets
         self._reads = get_statistic(self.criterion.statistic).reads
         self._at_gates = get_statistic(self.criterion.statistic).at_gates
-        self._every, self._momentum, self._backend = every, momentum, backend
+        self._momentum, self._backend = momentum, backend
         with outside_inference_mode(), new_garbage_only():
             prunable = find_prunable(
                 model,
@@ -161,20 +147,20 @@ class Pruner(OnModel):
                 min_filters=min_filters,
                 reads=self._reads,
                 verify=verify,
+                blocks=blocks,
             )
             self._prunable = prunable
-            self._budget = Budget(prunable.meter, prunable.groups, targets, per_step)
-            self._network = Network(model, prunable, optimizer)
-            self._scores = self._new_scores()
-            self._steps = 0
-            self.ranks = ranks
-            self._scaling = (
-                None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))
+            self._budget = Budget(
+                prunable.meter, prunable.groups, targets, per_step, prunable.blocks
             )
-            self._gathering: Gathering | None = None
-            self._seen = 0  # minibatches of the run, those that do not count among them
+            self._network = Network(model, prunable, optimizer)
+            self.ranks = ranks
+            scaling = None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))
+            self._minibatches = Minibatches(
+                model, self.criterion, every, self._new_scores(), ranks, scaling,
+                BlockScores(self.criterion, prunable.blocks, backend) if blocks else None,
+            )  # fmt: skip
             self._history: list[PruneRecord] = []
-            self._statistic: Statistic | None = None
             self._closed = False
             self._watch()
 
@@ -213,35 +199,18 @@ class Pruner(OnModel):
         self._check_open()
         if self.ranks is not None:
             self._network.zero_gradients()
-        if self._statistic is None:
+        minibatches = self._minibatches
+        if minibatches.statistic is None:
             return None
-        check_loss_scale(loss_scale)
-        check_weight(weight)
-        check_closure(self._statistic, closure, self.criterion.name, "step")
+        minibatches.check(loss_scale, closure, weight)
         self._network.check_unchanged()
-        if self._in_parts != self._is_in_parts():
-            self._gather()  # the model has been sharded since
         with outside_inference_mode():
-            if self._scaling is not None:
-                loss_scale = self._scaling.of(self._statistic, loss_scale)
-                if self._scaling.skips():
-                    self.skip()
-                    return None
-            if self.ranks is not None:
-                loss_scale *= self.ranks.prepare(self._statistic, self._seen)
-            with counted(self._statistic, mask):
-                found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
-            tables = checked_tables(self._statistic, found)
-            if self._scaling is not None and not self._scaling.check_finite(tables):
-                self.skip()
+            scale = minibatches.scale(loss_scale)
+            if scale is None:
                 return None
-            if self._gathering is not None:
-                self._gathering.add(self._statistic, tables, weight)
-                return self._passed()
-            check_no_noise(self._statistic.noise)
-            self._scores.add(tables, self._statistic.unread)
-            self._steps += 1
-            return self._prune() if self._scores.count >= self._every else None
+            with counted(minibatches.statistic, mask):
+                found = minibatches.statistic.collect(loss_scale=scale, closure=closure)
+            return self._prune() if minibatches.add(found, scale, weight) else None
 
     def skip(self) -> None:
         """Forget the minibatch: in place of step(), for one that is not to count, as one whose
@@ -254,12 +223,7 @@ class Pruner(OnModel):
             RuntimeError: the pruner is closed.
         """
         self._check_open()
-        if self._statistic is None:
-            return
-        self._statistic.discard()
-        if self._gathering is not None:
-            self._gathering.drop()
-            self._passed()
+        self._minibatches.skip()
 
     def absent(self) -> PruneRecord | None:
         """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
@@ -273,134 +237,44 @@ class Pruner(OnModel):
         if self.ranks is None:
             raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
         self._network.zero_gradients()
-        if self._gathering is None or self._statistic is None:
-            return None
-        self._statistic.discard()
-        self._gathering.absent()
         with outside_inference_mode():
-            return self._passed()
-
-    def sync(self) -> None:
-        """Exchange what the `ranks` have seen since they did so last; a collective.
-
-        To be called before state_dict(). Without ranks, or if nothing came since, it does nothing.
-
-        Raises:
-            RuntimeError: a rank did not come in time, or the ranks do not fit together.
-        """
-        if self._gathering is not None:
-            self._steps += self._gathering.exchange()
-
-    @property
-    def overflowed(self) -> int:
-        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
-        return 0 if self._scaling is None else self._scaling.overflowed
-
-    @property
-    def dropped(self) -> int:
-        """Minibatches that did not count on any of the `ranks`, since one of them had gradients
-        that were not finite, or called skip()."""
-        return 0 if self._gathering is None else self._gathering.dropped
-
-    def _passed(self) -> PruneRecord | None:
-        """A minibatch of the run has passed on this rank, and so on the others."""
-        assert self._gathering is not None
-        self._seen += 1
-        if self._gathering.due(self._every):
-            self.sync()
-        return self._prune() if self._scores.count >= self._every else None
+            return self._prune() if self._minibatches.absent() else None
 
     def _prune(self) -> PruneRecord:
         net = self._network
         net.check_optimizer()
-        self._budget.check_in_reach(net.meter, net.groups, net.dead, self._scores.unscored)
-        scores = self._scores.close_period(self._momentum, net.dead)
-        taken = select(net.groups, net.dead, scores, net.meter, self._budget)
+        running, of_blocks = self._minibatches.scores, self._minibatches.blocks
+        left = [net.blocks[number] for number in net.left]
+        self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
+        try:
+            scores = running.close_period(self._momentum, net.dead)
+        except RuntimeError:
+            if of_blocks is not None:
+                of_blocks.drop()
+            raise
+        worth = [] if of_blocks is None else of_blocks.worth(self._momentum, net.meter)
+        taken, blocks = select_with_blocks(
+            net.groups, net.dead, scores, net.meter, self._budget, left, worth
+        )
         went = [score[units] for score, units in zip(scores, taken, strict=True)]
+        went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))
+        names = tuple(left[number].name for number in blocks)
         record = PruneRecord.of(
             net.meter.cost,
             self.whole,
-            step=self._steps,
-            removed=net.mask(taken),
+            step=self._minibatches.steps,
+            removed=net.mask(taken, [net.left[number] for number in blocks]),
+            blocks=names,
             threshold=torch.cat(went).max().item(),
             done=self.done,
         )
         self._history.append(record)
         self.check_masks()
-        if record.done:
+        if blocks:
+            running.regroup(net.groups, self._scored)
+        if record.done or blocks:
             self._watch()
         return record
-
-    def check_masks(self) -> None:
-        """All `ranks` have removed the same filters; a collective. Prunings do it themselves.
-
-        Raises:
-            RuntimeError: they have not; the message names the first layer that differs.
-        """
-        if self._gathering is not None:
-            removed = self._network.state()["removed"]
-            self._gathering.check_masks(self._network.first, removed)
-
-    @property
-    def per_step(self) -> int:
-        """How many filters go at a pruning; a schedule may set it between prunings.
-
-        It is an argument and no part of the state: a run that resumes sets it again.
-        """
-        return self._budget.filters
-
-    @per_step.setter
-    def per_step(self, filters: int) -> None:
-        check_count("per_step", filters)
-        self._budget.filters = filters
-
-    @property
-    def needs_closure(self) -> bool:
-        """Whether step() is to be called with a closure; otherwise it takes none."""
-        return self._reads == "closure"
-
-    @property
-    def done(self) -> bool:
-        """All targets are met; step() does nothing more, and what is masked stays off."""
-        return self._budget.met(self._network.meter)
-
-    @property
-    def history(self) -> tuple[PruneRecord, ...]:
-        """All prunings so far."""
-        return tuple(self._history)
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Layers whose filters are not removed -> the reason."""
-        return self._prunable.skipped | dict.fromkeys(self._scores.unread_layers, UNREAD)
-
-    @property
-    def cost(self) -> Cost:
-        """Filters, parameters and FLOPs that are left, masked ones not counted."""
-        return self._network.meter.cost
-
-    @property
-    def whole(self) -> Cost:
-        """The same of the original model."""
-        return self._budget.whole
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Layers that can be pruned -> filters left, masked ones not counted."""
-        return self._network.widths
-
-    @property
-    def original_widths(self) -> dict[str, int]:
-        """Layers that can be pruned -> filters at the start."""
-        return dict(self._prunable.widths)
-
-    def scores(self) -> dict[str, Tensor]:
-        """Layer -> [F] moving averages of its present filters' scores as of the last pruning.
-
-        Coupled filters have the score of their unit; masked ones, and those that cannot go, nan.
-        Empty before the first pruning.
-        """
-        return self._scores.by_layer(self._network.dead, self.model)
 
     def compact(self) -> nn.Module:
         """Remove what is masked from the model, in place, with the optimizer's state.
@@ -416,22 +290,10 @@ class Pruner(OnModel):
             self.sync()
             self.check_masks()
             gone = self._network.compact()
-            self._scores.drop(gone, self._network.groups)
+            self._minibatches.scores.drop(gone, self._network.groups)
+            self._minibatches.scores.regroup(self._network.groups, self._scored)
             self._watch()
         return self.model
-
-    def removal(self) -> tuple[dict[str, dict[int, Tensor]], dict[str, dict[str, Any]]]:
-        """What compact() has taken off the original model: tensor -> dimension -> indices [n], and
-        module -> attribute -> what it became. `save_pruned` keeps it.
-
-        Raises:
-            ValueError: filters are masked that compact() has not removed.
-        """
-        state = self._network.state()
-        if not all(map(torch.equal, state["removed"], state["compacted"])):
-            raise ValueError("pruner: it holds filters at zero; call compact() first")
-        channels = self._prunable.channels
-        return channels.entries(state["compacted"]), channels.attributes(state["compacted"])
 
     def use_optimizer(
         self, optimizer: Optimizer | Sequence[Optimizer], *, scaler: GradScaler | None = None
@@ -450,17 +312,15 @@ class Pruner(OnModel):
         """
         self._check_open()
         check_optimizer(optimizer, self.model)
-        if self._scaling is not None:
-            self._scaling.use(optimizers_in(optimizer), scaler)
-        elif scaler is not None:
-            self._scaling = Scaling(scaler, self.model, optimizers_in(optimizer))
+        self._minibatches.use(optimizers_in(optimizer), scaler)
         self.optimizer = optimizer
         self._network.use(optimizer)
-        if self._in_parts != self._is_in_parts():
+        if self._minibatches.resharded:
             self._watch()  # behind the hooks that a plan has put on the layers
 
     def close(self) -> None:
-        """Take every hook off the model, for good; masked filters are no longer held at zero.
+        """Take every hook off the model, for good; masked filters are no longer held at zero, while
+        masked blocks go on to add zeros.
 
         compact() can still remove them.
         """
@@ -468,100 +328,20 @@ class Pruner(OnModel):
         self._network.close()
         self._watch()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the pruner needs to go on, as tensors and plain Python.
-
-        Save it beside the model's and the optimizer's (`save_checkpoint` does all three). It is
-        the same on all `ranks`, and holds for any number of them.
-
-        Raises:
-            RuntimeError: there are minibatches that the ranks have not exchanged yet.
-        """
-        if self._gathering is not None and len(self._gathering):
-            raise RuntimeError(
-                f"state_dict: {len(self._gathering)} minibatches are this rank's alone yet; call "
-                "sync() on every rank first"
-            )
-        masks, scores = self._network.state(), self._scores.state_dict()
-        structure, name = self._prunable.structure, self.criterion.name
-        return pruner_state(structure, name, masks, scores, self._steps, self._history)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a pruner of the same original model stopped.
-
-        The model's structure follows: what had been removed is removed, what was masked is
-        masked. Load the model's own state_dict after this one, and the optimizer's after that
-        (`load_checkpoint` does).
-
-        Raises:
-            ValueError: the state is damaged, or of another model or criterion, or the model has
-                lost filters that the state still has. Nothing has changed.
-            RuntimeError: the pruner is closed.
-        """
-        state = self._checked(state)
-        with outside_inference_mode():
-            self._network.restore(state["removed"], state["compacted"])
-            self._scores = self._new_scores()
-            self._scores.load_state_dict(state["scores"])
-            self._steps = self._seen = state["steps"]
-            self._history = [PruneRecord(**record) for record in state["history"]]
-            self._watch()
-
-    def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shapes that `load_state_dict(state)` would give what it cuts; raises as that does."""
-        return self._network.shapes_after(self._checked(state)["compacted"])
-
-    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
-        self._check_open()
-        state = check_pruner_state(state, self._prunable.structure, self.criterion.name)
-        self._network.stale(state["compacted"])
-        return state
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the pruner is closed; build a new one to go on pruning")
-
     def _new_scores(self) -> UnitScores:
         return UnitScores(self.criterion, self._network.groups, self._scored, whole=self._at_gates)
 
     @property
     def _scored(self) -> list[str]:
-        return self._prunable.scored_at(self._network.groups, gates=self._at_gates)
+        net = self._network
+        return self._prunable.scored_at(net.groups, net.blocks_off, gates=self._at_gates)
 
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
-        if self._statistic is not None:
-            self._statistic.close()
-            self._statistic = None
+        self._minibatches.watch(None, self._network.groups)
         self._network.in_use = not self.done and not self._closed
-        if self._network.in_use:
-            kind = get_statistic(self.criterion.statistic)
-            self._statistic = self._network.statistic(kind, self._scored, self._backend)
-            self._statistic.updates = self._steps
-        self._gather()
-
-    def _is_in_parts(self) -> bool:
-        """Whether a rank holds a part of the model's parameters."""
-        return any(map(is_sharded, self.model.parameters()))
-
-    def _gather(self) -> None:
-        """Begin to keep minibatches for the ranks."""
-        if self._statistic is not None:
-            check_parts(self._statistic, self.ranks)
-        self._in_parts = self._is_in_parts()
-        if self.ranks is None:
+        if not self._network.in_use:
             return
-        dropped = self.dropped
-        layers = {} if self._statistic is None else self._statistic.layers
-        sizes = {name: filter_count(layer) for name, layer in layers.items()}
-        groups, device = self._network.groups, next(self.model.parameters()).device
-        self._gathering = Gathering(
-            self.ranks,
-            self.criterion,
-            self._statistic,
-            self._scores,
-            sizes,
-            groups,
-            device,
-            dropped,
-        )
+        kind = get_statistic(self.criterion.statistic)
+        statistic = self._network.statistic(kind, self._scored, self._backend)
+        self._minibatches.watch(statistic, self._network.groups, self._network.left)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from numbers import Integral
 from typing import Any
 
@@ -17,9 +17,12 @@ from taylor_kernels.files import write_atomically
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
 from taylor_kernels.pruning.state import first_line
+from taylor_kernels.tracing.blocks import Place, replace_modules
 
 #: The one entry of the file's metadata: of several the order, and so the bytes, would vary.
 _KEY, _VERSION = "taylor_kernels.pruned", "1"
+#: The version of files of models that whole residual blocks were removed from.
+_WITH_BLOCKS = "2"
 
 
 def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
@@ -58,7 +61,7 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
     _require_safetensors()
     from safetensors.torch import save
 
-    cuts, attributes = pruner.removal()
+    cuts, attributes, places = pruner.removal()
     content, aliases = _unique_tensors(pruner.model)
     shapes = _shapes_before(Tensors(pruner.model), cuts)
     lists: dict[tuple[int, ...], int] = {}  # most lists of indices are those of several tensors
@@ -69,12 +72,13 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         for name, own in cuts.items()
     }
     recipe = {
-        "version": _VERSION,
+        "version": _VERSION if not places else _WITH_BLOCKS,
         "shapes": shapes,
         "indices": list(lists),
         "cuts": table,
         "attributes": attributes,
         "aliases": aliases,
+        **({"places": [list(place) for place in map(astuple, places)]} if places else {}),
     }
     metadata = {_KEY: json.dumps(recipe, separators=(",", ":"))}
     write_atomically(path, lambda file: file.write(save(content, metadata)))
@@ -115,7 +119,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     file = _read(os.fsdecode(path))
     _check_model(model, Tensors(model), file)
-    cut_model(model, file.cuts, file.attributes)
+    cut_model(model, file.cuts, file.attributes, file.places)
     model.load_state_dict(file.state)
     return model
 
@@ -124,8 +128,10 @@ def cut_model(
     model: nn.Module,
     cuts: Mapping[str, Mapping[int, Tensor]],
     attributes: Mapping[str, Mapping[str, Any]],
+    places: Sequence[Place] = (),
 ) -> None:
     """Take off a whole model what `Pruner.removal` says, in place."""
+    replace_modules(model, places)
     tensors, modules = Tensors(model), dict(model.named_modules())
     tensors.put({name: smaller(tensors[name], own) for name, own in cuts.items()})
     for name, own in attributes.items():
@@ -142,6 +148,7 @@ class _File:
         shapes: tensor that is cut -> its shape before.
         cuts: tensor -> dimension -> indices [n] int64.
         attributes: module -> attribute -> value, sequences as lists.
+        places: what whole blocks have left of modules.
     """
 
     path: str
@@ -149,6 +156,7 @@ class _File:
     shapes: dict[str, list[int]]
     cuts: dict[str, dict[int, Tensor]]
     attributes: dict[str, dict[str, Any]]
+    places: tuple[Place, ...]
 
 
 def _read(path: str) -> _File:
@@ -168,7 +176,7 @@ def _read(path: str) -> _File:
     try:
         recipe = json.loads(metadata[_KEY])
         version = recipe["version"]
-        if version == _VERSION:
+        if version in (_VERSION, _WITH_BLOCKS):
             indices = [torch.tensor(entry, dtype=torch.int64) for entry in recipe["indices"]]
             cuts = {
                 name: {int(dim): indices[number] for dim, number in own.items()}
@@ -178,12 +186,22 @@ def _read(path: str) -> _File:
                 _check_indices(name, recipe["shapes"][name], own)
             state |= {alias: state[name] for alias, name in recipe["aliases"].items()}
             attributes = {name: dict(own) for name, own in recipe["attributes"].items()}
-            return _File(path, state, recipe["shapes"], cuts, attributes)
+            places = tuple(_place(*entry) for entry in recipe.get("places", []))
+            return _File(path, state, recipe["shapes"], cuts, attributes, places)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(f"path: {path!r} is damaged ({first_line(error)})") from error
     raise ValueError(
         f"path: {path!r} has version {version} of the format, this release reads {_VERSION}"
     )
+
+
+def _place(module: Any, like: Any, returned: Any) -> Place:
+    """What a file says that a block has left of a module."""
+    fits = isinstance(module, str) and (like is None or _is_integer(like) or isinstance(like, str))
+    path = tuple(returned)
+    if not fits or not all(map(_is_integer, path)) or len(path) not in (0, 2):
+        raise ValueError(f"what is left of module {module!r:.80} is not known")
+    return Place(module, like, path)
 
 
 def _check_indices(name: str, shape: list[int], cuts: Mapping[int, Tensor]) -> None:
@@ -233,13 +251,15 @@ def _is_integer(value: object) -> bool:
 
 def _check_model(model: nn.Module, tensors: Tensors, file: _File) -> None:
     """The model is as the original was before anything went."""
-    known = set(tensors)
-    differing = [
+    modules = dict(model.named_modules())
+    gone = tuple(f"{place.module}." for place in file.places)
+    known = {name for name in tensors if not name.startswith(gone)}
+    differing = [place.module for place in file.places if place.module not in modules]
+    differing += [
         name
         for name, shape in file.shapes.items()
         if name not in known or list(tensors[name].shape) != shape
     ]
-    modules = dict(model.named_modules())
     differing += [
         f"{name}.{attribute}"
         for name, own in file.attributes.items()
@@ -256,7 +276,7 @@ def _check_model(model: nn.Module, tensors: Tensors, file: _File) -> None:
     shapes = {
         name: after.get(id(value), tuple(value.shape))
         for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not name.startswith(gone)
     }
     saved = {name: tuple(value.shape) for name, value in file.state.items()}
     differing += sorted(

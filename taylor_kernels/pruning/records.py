@@ -19,6 +19,7 @@ class PruneRecord:
         filters_fraction, params_fraction, flops_fraction: the same as fractions of the original.
         threshold: the greatest score among the units that went.
         done: all targets are met.
+        blocks: the residual blocks that went; their filters are not in `removed`.
     """
 
     step: int
@@ -31,6 +32,7 @@ class PruneRecord:
     flops_fraction: float
     threshold: float
     done: bool
+    blocks: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -42,6 +44,7 @@ class PruneRecord:
         removed: dict[str, tuple[int, ...]],
         threshold: float,
         done: bool,
+        blocks: tuple[str, ...] = (),
     ) -> PruneRecord:
         """The record of a pruning that left `cost` of a model that cost `whole`."""
         left = cost.over(whole)
@@ -56,4 +59,5 @@ class PruneRecord:
             flops_fraction=left["flops"],
             threshold=threshold,
             done=done,
+            blocks=blocks,
         )

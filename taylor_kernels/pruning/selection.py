@@ -11,6 +11,7 @@ from torch import Tensor
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.tracing import Block
 
 
 def select(
@@ -20,7 +21,21 @@ def select(
     meter: Meter,
     budget: Budget,
 ) -> list[Tensor]:
-    """The units to remove now, cheapest first, until `budget.filters` have gone or it is met.
+    """The units to remove now, cheapest first: `select_with_blocks` where there are no blocks."""
+    return select_with_blocks(groups, dead, scores, meter, budget, [], [])[0]
+
+
+def select_with_blocks(
+    groups: Sequence[Group],
+    dead: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    meter: Meter,
+    budget: Budget,
+    blocks: Sequence[Block],
+    worth: Sequence[float],
+) -> tuple[list[Tensor], list[int]]:
+    """The units and blocks to remove now, cheapest first, until `budget.filters` have gone or it
+    is met.
 
     The units of a group go in bundles that keep its width a multiple. A bundle is worth the mean
     score of its units, which for bundles of one is a plain sort of all units; the worth of a
@@ -30,24 +45,37 @@ def select(
     Args:
         dead: per group [U] bool, units gone already.
         scores: per group [U] float, on the CPU; units at infinity do not go.
-        meter: counts the units taken here as gone.
+        meter: counts the units and blocks taken here as gone.
+        blocks: those that are left. A block goes as a whole, like a bundle of all its filters; its
+            units do not go on their own at the same time.
+        worth: of each block, to be ranked with the scores of units.
 
     Returns:
-        Per group [n] int64, ascending; all empty if nothing can go.
+        Per group [n] int64, ascending, and the numbers of the blocks; all empty if nothing can go.
     """
     bundles = _Bundles(groups, dead, scores, budget.filters)
-    least = int(bundles.filters.min()) if bundles.filters.size else 1
-    order = _cheapest(bundles.worth, min(-(-budget.filters // least), bundles.worth.size))
-    owner, filters = bundles.owner[order], bundles.filters[order].cumsum()
+    values = np.concatenate([bundles.worth, np.array(worth, np.float64)])
+    sizes = [max(meter.filters_of(block), 1) for block in blocks]
+    every = np.concatenate([bundles.filters, np.array(sizes, np.int64)])
+    owners = np.concatenate([bundles.owner, len(groups) + np.arange(len(blocks))])
+    least = int(every.min()) if every.size else 1
+    order = _cheapest(values, min(-(-budget.filters // least), values.size))
+    owner, filters = owners[order], every[order].cumsum()
     # One bundle more than stays below the number of filters, and none that has no score.
     most = int(filters.searchsorted(budget.filters)) + 1
-    most = min(most, int(np.isfinite(bundles.worth[order]).sum()))
+    most = min(most, int(np.isfinite(values[order]).sum()))
 
     taken = [0] * len(groups)  # units that the meter counts as gone
+    left: list[int] = []  # blocks that it counts as gone
 
     def take(number: int) -> None:
         """Let the meter count the cheapest `number` bundles as gone, and no others."""
-        wanted = bundles.units_in(np.bincount(owner[:number], minlength=len(groups))).tolist()
+        counts = np.bincount(owner[:number], minlength=len(groups) + len(blocks))
+        wanted = bundles.units_in(counts[: len(groups)]).tolist()
+        wanted_blocks = counts[len(groups) :].nonzero()[0].tolist()
+        for place in set(left).symmetric_difference(wanted_blocks):
+            meter.leave(blocks[place], back=place in left)
+        left[:] = wanted_blocks
         for group, before, after in zip(groups, taken, wanted, strict=True):
             if after != before:
                 meter.take(group, after - before)
@@ -64,7 +92,13 @@ def select(
             middle = (low + high) // 2
             low, high = (low, middle) if met(middle) else (middle + 1, high)
         take(low)
-    return bundles.cheapest_units(taken)
+    going = [blocks[place] for place in left]
+    for number, group in enumerate(groups):
+        inside = all(any(b.holds(slot.owner) for b in going) for slot in group.producers)
+        if taken[number] and inside:
+            meter.take(group, -taken[number])
+            taken[number] = 0
+    return bundles.cheapest_units(taken), left
 
 
 def _stable_order(values: np.ndarray) -> np.ndarray:

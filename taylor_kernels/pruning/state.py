@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def pruner_state(
     scores: dict[str, Any],
     steps: int,
     history: Sequence[PruneRecord],
+    blocks: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `check_pruner_state` lets pass."""
     return {
@@ -51,11 +52,18 @@ def pruner_state(
         "scores": scores,
         "steps": steps,
         "history": [asdict(record) for record in history],
+        **({} if blocks is None else {"blocks": blocks}),
     }
 
 
-def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str, Any]:
-    """A state_dict that a pruner with this structure and criterion wrote, or a ValueError."""
+def check_pruner_state(
+    state: Any, structure: list, criterion: str, blocks: list[str] | None = None
+) -> dict[str, Any]:
+    """A state_dict that a pruner with this structure and criterion wrote, or a ValueError.
+
+    Args:
+        blocks: the names of the pruner's blocks; None if it has no blocks=True.
+    """
     if not isinstance(state, Mapping) or state.get("format") != PRUNER_FORMAT:
         raise ValueError("state: it is not the state_dict of a tk.Pruner")
     check_version(state, "state")
@@ -69,7 +77,17 @@ def check_pruner_state(state: Any, structure: list, criterion: str) -> dict[str,
             "state: it is of another model, or of other prunable layers; build the pruner of the "
             "same model, as it was at first, with the same arguments"
         )
+    saved = state.get("blocks")
+    if (saved is None) != (blocks is None):
+        given, lack = ("with", "without") if blocks is None else ("without", "with")
+        raise ValueError(
+            f"state: it is of a pruner {given} blocks=True, this one is {lack} it; build the "
+            "pruner with the same arguments"
+        )
+    state = {**state, "history": _with_blocks(state.get("history"))}
     damage = _damage(state, [group[0][2] for group in structure])
+    if not damage and blocks is not None:
+        damage = _damage_of_blocks(saved, blocks)
     if damage:
         raise ValueError(f"state: it is damaged ({damage})")
     return dict(state)
@@ -106,6 +124,32 @@ def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
     return ""
 
 
+def _with_blocks(history: object) -> object:
+    """Records as they are now; those of a release without blocks say nothing of any."""
+    if not isinstance(history, list):
+        return history
+    return [{"blocks": ()} | r if isinstance(r, dict) else r for r in history]
+
+
+def _damage_of_blocks(saved: Any, names: list[str]) -> str:
+    if not isinstance(saved, Mapping) or saved.get("names") != names:
+        return "its residual blocks are others"
+    removed, compacted = saved.get("removed"), saved.get("compacted")
+    if not (_is_masks(removed, len(names)) and _is_masks(compacted, len(names))):
+        return "the masks of blocks do not fit them"
+    if (compacted & ~removed).any():
+        return "blocks are compacted that were never removed"
+    scores = saved.get("scores")
+    if not isinstance(scores, dict) or scores.keys() != {"sum", "average", "count"}:
+        return "the running scores of blocks are missing or not all there"
+    for name in ("sum", "average"):
+        if scores[name] is not None and not _is_tensor(scores[name], torch.float64, len(names)):
+            return f"the {name} of the scores of blocks does not fit them"
+    if not _is_count(scores["count"]) or (scores["count"] > 0) != (scores["sum"] is not None):
+        return "the count of the scores of blocks does not fit their sum"
+    return ""
+
+
 def check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
     if not isinstance(state, Mapping):
         raise ValueError("model: its state in the file is damaged")
@@ -126,6 +170,10 @@ def _is_tensor(value: object, dtype: torch.dtype, size: int) -> bool:
     return isinstance(value, Tensor) and value.dtype == dtype and value.shape == (size,)
 
 
+def _is_masks(value: object, size: int) -> TypeGuard[Tensor]:
+    return _is_tensor(value, torch.bool, size)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -137,6 +185,9 @@ def _is_record(record: object) -> bool:
         "int": _is_count,
         "float": lambda value: isinstance(value, float),
         "bool": lambda value: isinstance(value, bool),
+        "tuple[str, ...]": lambda value: (
+            isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+        ),
     }
     return all(fits.get(f.type, _is_removed)(record[f.name]) for f in fields(PruneRecord))
 

@@ -143,11 +143,17 @@ class UnitScores:
         ]
 
     def _members(self, group: Group) -> list[Slot]:
-        """The layers that score a group: all that have a table, or those of them that were read."""
+        """The layers that score a group: all that have a table, or those of them that were read;
+        none where all have gone with their blocks."""
         scored = [slot for slot in group.producers if slot.owner in self._layers]
-        if self._whole:
+        if self._whole and scored:
             return [replace(scored[0], index=scored[0].index[:, :1])]
         return [slot for slot in scored if slot.owner not in self._unread] or scored
+
+    def regroup(self, groups: Sequence[Group], scored: Sequence[str]) -> None:
+        """Blocks have gone: the same units, without their layers."""
+        self._groups, self._index = list(groups), {}
+        self._layers = {name: number for number, name in enumerate(scored)}
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
         """Forget dead units; `groups` are the ones that remain."""
@@ -195,8 +201,8 @@ class UnitScores:
         runs: list[list[int]] = []
         columns: list[int] = []
         for number, group in enumerate(self._groups):
-            slot = self._members(group)[0]
-            width = tables[self._layers[slot.owner]].size(1)
+            members = self._members(group)
+            width = tables[self._layers[members[0].owner]].size(1) if members else 0
             if runs and columns[-1] == width:
                 runs[-1].append(number)
             else:
@@ -207,6 +213,8 @@ class UnitScores:
     def _score(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> Tensor:
         """[U] scores of a run of groups."""
         names = {slot.owner for number in run for slot in self._members(self._groups[number])}
+        if not names:
+            return torch.zeros(sum(self._groups[n].size for n in run), device=tables[0].device)
         used = sorted(names, key=self._layers.__getitem__)
         chosen = [tables[self._layers[name]] for name in used]
         device = chosen[0].device

@@ -15,6 +15,7 @@ Parts that are sliced off a dimension shrink in proportion, or with the attribut
 """
 
 from taylor_kernels.tracing.attributes import register_attributes
+from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.record import Reason
@@ -24,6 +25,7 @@ from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Slot
 __all__ = [
     "IN",
     "OUT",
+    "Block",
     "Channels",
     "Choice",
     "Entry",

@@ -11,7 +11,7 @@ the others are removed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ class AcrossNorms:
         given = args[0] if len(args) == 1 and isinstance(args[0], Tensor) else None
         self._frames.append(_Frame(module, given, len(self._recorder.record.fixed)))
 
-    def leave(self, module: nn.Module, name: str, output: Any) -> None:
+    def leave(self, module: nn.Module, name: str, kwargs: Mapping[str, Any], output: Any) -> None:
         """A module has run."""
         while self._frames:
             frame = self._frames.pop()
@@ -80,7 +80,13 @@ class AcrossNorms:
             return
         record = self._recorder.record
         span = range(frame.first, len(record.fixed))
-        if not name or not frame.leaf or frame.given is None or not _alike(frame.given, output):
+        if (
+            kwargs
+            or not name
+            or not frame.leaf
+            or frame.given is None
+            or not _alike(frame.given, output)
+        ):
             return
         if not any(record.fixed[n][1].mixer and record.fixed[n][0].any() for n in span):
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
+from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
@@ -214,6 +218,55 @@ class Channels:
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
+        ]
+        return other
+
+    def find_blocks(self, model: nn.Module) -> tuple[list[Block], dict[str, str]]:
+        """The residual blocks that can go, and of other sums of a tensor and of what was made of
+        it, by the module that adds them, why they cannot.
+
+        Args:
+            model: the traced model or a copy of it.
+
+        Raises:
+            RuntimeError: the trace has not followed where tensors come from.
+        """
+        if self._record.values is None:
+            raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
+        return find_blocks(self._record.values, model, self._layers)
+
+    def leaving(self, blocks: Sequence[Block]) -> Channels:
+        """The channels of the model without these blocks.
+
+        The groups and their units stay the same ones; a group all of whose layers have gone has
+        neither slots nor entries.
+        """
+
+        def gone(name: str) -> bool:
+            return any(block.holds(name) for block in blocks)
+
+        other = copy.copy(self)
+        other._classes = {key: v for key, v in self._classes.items() if not gone(key[0])}
+        other._layers = {name: sides for name, sides in self._layers.items() if not gone(name)}
+        other._publish()
+        other.norms = [(name, classes) for name, classes in self.norms if not gone(name)]
+        other._across = {name: found for name, found in self._across.items() if not gone(name)}
+        stays = [not gone(step.module) and not gone(step.layer) for step in self.steps]
+        number = np.cumsum(stays) - 1
+        other.steps = []
+        for step in itertools.compress(self.steps, stays):
+            kept = step.of(step.inputs, step.outputs)
+            kept.sources = frozenset(int(number[n]) for n in step.sources if stays[n])
+            other.steps.append(kept)
+        other._sizes = [size for size in self._sizes if not gone(size[0])]
+        other.groups = [
+            replace(
+                group,
+                slots=tuple(slot for slot in group.slots if not gone(slot.owner)),
+                entries=tuple(entry for entry in group.entries if not gone(entry.tensor)),
+                norms=tuple(name for name in group.norms if not gone(name)),
+            )
+            for group in self.groups
         ]
         return other
 

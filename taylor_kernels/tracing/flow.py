@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.labels import Labels, has_storage
-from taylor_kernels.tracing.operations import tensors_of
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.operations import memory_of, tensors_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 #: Products of two activations, or with a weight that cannot be followed.
-_CONTRACTIONS = {
+CONTRACTIONS = {
     "mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "addmm", "baddbmm", "addmv", "linear",
     "convolution", "scaled_dot_product_attention",
 }  # fmt: skip
@@ -77,7 +77,7 @@ class Flow:
         sources: frozenset[int] = frozenset()
         memories = set()
         for tensor in call.tensors:
-            key = _memory(tensor)
+            key = memory_of(tensor)
             memories.add(key)
             sources |= self._marks.get(key, frozenset())
         first = len(self._steps)
@@ -88,13 +88,13 @@ class Flow:
             self._product(call, outs, product, sources)
         if call.name in _RECURRENT:
             self._recurrent(call, outs, sources)
-        elif call.name in _CONTRACTIONS and not products:
+        elif call.name in CONTRACTIONS and not products:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
             self._end(vectors, sources)
         made = range(first, len(self._steps))
         fresh = frozenset(number for number in made if self._steps[number].kind != END)
         for out in outs:
-            key = _memory(out)
+            key = memory_of(out)
             mark = fresh or sources
             if key in memories:
                 mark |= self._marks.get(key, frozenset())
@@ -102,14 +102,14 @@ class Flow:
 
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
-        memories = {_memory(tensor) for tensor in call.tensors}
+        memories = {memory_of(tensor) for tensor in call.tensors}
         for out in tensors_of(call.out):
-            if (key := _memory(out)) not in memories:
+            if (key := memory_of(out)) not in memories:
                 self._marks.pop(key, None)
 
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:
         """The model has returned a tensor."""
-        self._end(labels.vectors(), self._marks.get(_memory(tensor), frozenset()))
+        self._end(labels.vectors(), self._marks.get(memory_of(tensor), frozenset()))
 
     def _add(self, step: Step, outs: Sequence[Tensor], dim: int) -> None:
         self._steps.append(step)
@@ -165,9 +165,5 @@ class Flow:
         return dim if any(_same_values(given[0], tensor) for tensor in call.tensors) else None
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if has_storage(tensor) else -id(tensor)
-
-
 def _same_values(one: Tensor, other: Tensor) -> bool:
-    return _memory(one) == _memory(other) and one.numel() == other.numel()
+    return memory_of(one) == memory_of(other) and one.numel() == other.numel()

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import ref
 
-import torch
 from torch import Tensor
 
+from taylor_kernels.tracing.operations import has_storage
 from taylor_kernels.tracing.record import Vector
 
 
@@ -77,12 +77,6 @@ class Labels:
 
     def vectors(self) -> list[Vector]:
         return [dim for dim in self.dims if dim is not None and dim.any()]
-
-
-def has_storage(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own to know it by; those inside vmap do not."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout == torch.strided and not wrapped
 
 
 class Store:

@@ -61,3 +61,14 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in tensors_of(item)]
     return []
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own to know it by; those inside vmap do not."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout == torch.strided and not wrapped
+
+
+def memory_of(tensor: Tensor) -> int:
+    """What all views of a tensor have in common, as long as one of them is alive."""
+    return tensor.untyped_storage()._cdata if has_storage(tensor) else -id(tensor)

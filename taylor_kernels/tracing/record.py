@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.values import Values
+
 if TYPE_CHECKING:
     from taylor_kernels.tracing.across import Across
 
@@ -201,6 +203,7 @@ class Record:
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
+        values: where tensors came from, if that is followed.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
     """
@@ -221,6 +224,7 @@ class Record:
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
+    values: Values | None = None
     step: int = 0
     size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
 from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.values import Values
 
 
 class Call:
@@ -151,6 +152,7 @@ class Recorder(TorchDispatchMode):
 
     Args:
         execute: runs an operation; for callers that count what runs.
+        blocks: also follow where tensors come from, by which residual blocks are found.
     """
 
     def __init__(
@@ -159,10 +161,11 @@ class Recorder(TorchDispatchMode):
         touched: Callable[[Tensor], None],
         seconds: float,
         execute: Execute | None = None,
+        blocks: bool = False,
     ) -> None:
         super().__init__()
         self._execute = execute or _execute
-        self.record = Record()
+        self.record = Record(values=Values() if blocks else None)
         self.store = Store()
         self.flow = Flow(self)
         self.across = AcrossNorms(self)
@@ -176,12 +179,16 @@ class Recorder(TorchDispatchMode):
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.flow.enter(module, args)
         self.across.enter(module, args)
+        if self.record.values is not None:
+            self.record.values.enter(module, self._names.get(module, ""), args)
         self.stack.append((self._names.get(module, ""), module))
         self.record.ran.add(self.module)
 
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         self.flow.leave(module, output)
-        self.across.leave(module, self._names.get(module, ""), output)
+        self.across.leave(module, self._names.get(module, ""), kwargs, output)
+        if self.record.values is not None:
+            self.record.values.leave(module, kwargs, output)
         while self.stack and self.stack.pop()[1] is not module:
             pass
 
@@ -253,7 +260,12 @@ class Recorder(TorchDispatchMode):
             written += tensors_of(call.args.get(name))
         for tensor in written:
             self.touched(tensor)
+        values = self.record.values
+        parents = [] if values is None else [values.of(tensor) for tensor in call.tensors]
         call.out = self._execute(func, args, kwargs)
+        if values is not None:
+            outs = tensors_of(call.out)
+            values.follow(call.name, call.tensors, outs, written, parents, self.record.step)
         self.record.step += 1
         makes = not call.tensors or call.name in MAKERS or call.name in REPEATS
         if makes or any(map(followed, call.labels.values())):

@@ -24,7 +24,9 @@ from taylor_kernels.tracing.running import (
 )
 
 
-def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> Channels:
+def trace(
+    model: nn.Module, example_inputs: Any, *, seconds: float = 300.0, blocks: bool = False
+) -> Channels:
     """Which index of which dimension of which parameter goes with which.
 
     The model is run once in eval mode on the example inputs, below autograd and module code, so
@@ -36,6 +38,7 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. They
             are run as they are, since only the caller knows what may be cut: one item is enough.
         seconds: tracing stops with an error after this time.
+        blocks: also follow where tensors come from, so that `Channels.find_blocks` can be asked.
 
     Returns:
         The groups of channels that go together, and for all others why they cannot go.
@@ -56,11 +59,16 @@ def trace(model: nn.Module, example_inputs: Any, *, seconds: float = 300.0) -> C
         >>> channels.groups[0].size, channels.skipped
         (8, {'2': 'reaches the output of the model'})
     """
-    return traced(model, example_inputs, seconds)
+    return traced(model, example_inputs, seconds, blocks=blocks)
 
 
 def traced(
-    model: nn.Module, example_inputs: Any, seconds: float = 300.0, execute: Execute | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    seconds: float = 300.0,
+    execute: Execute | None = None,
+    *,
+    blocks: bool = False,
 ) -> Channels:
     """`trace` for callers that run the operations themselves.
 
@@ -76,13 +84,16 @@ def traced(
         )
     names = {module: name for name, module in model.named_modules()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    recorder = Recorder(names, untouched.touch, seconds, execute)
+    recorder = Recorder(names, untouched.touch, seconds, execute, blocks)
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
             lambda module, args: recorder.enter(module, args)
         ),
         torch.nn.modules.module.register_module_forward_hook(
-            lambda module, _, output: recorder.leave(module, output), always_call=True
+            # After an error PyTorch calls it without the keyword arguments.
+            lambda module, _, *rest: recorder.leave(module, *({}, *rest)[-2:]),
+            with_kwargs=True,
+            always_call=True,
         ),
     ]
     try:
@@ -102,6 +113,8 @@ def traced(
             for tensor in tensors_in(outputs):
                 labels = recorder.labels(tensor)
                 recorder.flow.reaches_output(tensor, labels)
+                if recorder.record.values is not None:
+                    recorder.record.values.returns(tensor)
                 for vector in labels.vectors():
                     recorder.record.fix(vector, reason)
     finally:

@@ -73,8 +73,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The layer that names the group in messages."""
-        return self.producers[0].owner
+        """The layer that names the group in messages; "" once all of its layers have gone."""
+        return self.producers[0].owner if self.producers else ""
 
     def without(self, dead: Tensor, moved: Mapping[tuple[str, str | int], Vector]) -> Group:
         """The group once its dead units ([U] bool) are removed.

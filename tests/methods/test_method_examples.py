@@ -11,6 +11,7 @@ from taylor_kernels.methods import packed
 from taylor_kernels.ops import mirror_step
 
 CHECKED = {
+    "AdaptivePruner": tk.methods.AdaptivePruner,
     "MirrorDescent": tk.methods.MirrorDescent,
     "load_packed": tk.methods.load_packed,
     "parameter_groups": tk.methods.parameter_groups,

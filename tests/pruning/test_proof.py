@@ -241,8 +241,8 @@ def test_time_is_bounded(monkeypatch):
 
 def test_a_few_faults_among_many_groups_cost_few_runs(monkeypatch):
     runs = []
-    fault = check._Trial.fault
-    monkeypatch.setattr(check._Trial, "fault", lambda self, *a: runs.append(1) or fault(self, *a))
+    fault = check.Trial.fault
+    monkeypatch.setattr(check.Trial, "fault", lambda self, *a: runs.append(1) or fault(self, *a))
     odd = Apply(lambda s, x: x.view(len(x), 8))  # a width that no attribute holds
     layers = []
     for number in range(40):

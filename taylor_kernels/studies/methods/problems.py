@@ -99,6 +99,10 @@ def _resnet(image: Sequence[int]) -> nn.Module:
     return DigitsResNet()
 
 
+def _deep_resnet(image: Sequence[int]) -> nn.Module:
+    return DigitsResNet(width=12, blocks=5)
+
+
 #: Name -> what makes it for images of a shape.
 NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-300-100": LeNet300,
@@ -107,6 +111,7 @@ NETWORKS: dict[str, Callable[[Sequence[int]], nn.Module]] = {
     "LeNet-600-200 with norms": partial(with_norms, partial(LeNet300, width=2)),
     "LeNet-5, 2× wide, with norms": partial(with_norms, partial(LeNet5, width=2)),
     "ResNet": _resnet,
+    "ResNet, deep": _deep_resnet,
 }
 #: Name -> what loads it, shuffled or drawn by a seed.
 DATA: dict[str, Callable[[int], Data]] = {"digits": load_digits, "MNIST-1D": load_mnist1d}

@@ -31,11 +31,11 @@ _KEEP_ZERO = {
     "resolve_neg", "type_as", "isnan", "isinf", "nan_to_num", "positive",
 }  # fmt: skip
 #: Zero where one operand is.
-_PRODUCTS = {"mul", "logical_and", "bitwise_and"}
+PRODUCTS = {"mul", "logical_and", "bitwise_and"}
 #: Zero where all operands are.
 _SUMS = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "logical_or", "hypot"}
 #: The operands after the first do not matter where the first is zero.
-_QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
+QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
 
 
 def is_elementwise(call: Call) -> bool:
@@ -68,7 +68,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     result.uniform = bool(parts) and not fixed
     if result.uniform:
         result.dims = [np.zeros(size, np.int64) for size in shape]
-        if call.name in _KEEP_ZERO or call.name in _PRODUCTS or call.name in _SUMS:
+        if call.name in _KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
     loose: set[int] = set()
@@ -123,9 +123,9 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
     )
     if call.name in _KEEP_ZERO:
         return bool(zero) and zero[0]
-    if call.name in _PRODUCTS:
+    if call.name in PRODUCTS:
         return any(zero)
-    if call.name in _QUOTIENTS:
+    if call.name in QUOTIENTS:
         return call.of(call.args["self"]) in wide and zero[0]
     if call.name in _SUMS:
         # A broadcast operand, or a scalar, adds something everywhere.

@@ -1,0 +1,369 @@
+"""Adaptive channel and layer pruning: what goes of each layer, and which layers, nobody sets.
+
+A reconstruction: of the method only the abstract is known, in which channels and layers are cut in
+proportions that are learned, down to half of the parameters without loss. What is built here:
+
+- An L1 penalty on gates: on γ of the norm behind each channel (Liu et al. 2017, "Learning efficient
+  convolutional networks through network slimming"), and on one number g for each residual block,
+  by which its branch is multiplied: a soft threshold at every step, of lr·λ on γ, and of lr·λ·n on
+  g, n the filters that are left in the block, since g scales what all of them come to.
+- A layer's channels fall by a threshold from the layer's own distribution: the smallest go whose
+  squares together are no more than a share `tolerance` of the layer's Σ γ². Blocks fall in the same
+  way among all blocks, so one whose gate has reached 0 always does.
+- What falls is masked, and what is left trains on; λ grows until the target is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from taylor_kernels.criteria import get_criterion
+from taylor_kernels.hooks import OnModel
+from taylor_kernels.methods.block_gates import BlockGates
+from taylor_kernels.pruning.arguments import check_arguments, check_number
+from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.network import Network, check_free
+from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.prunable import find_prunable
+from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.removal import lookup
+from taylor_kernels.pruning.selection import select_with_blocks
+from taylor_kernels.statistics.base import check_loss_scale
+from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
+
+_VERSION = 1
+#: More filters than any model has: nothing but thresholds and targets ends a pruning.
+_ALL = 2**62
+
+
+class AdaptivePruner(OnModel):
+    """Prunes channels and whole residual blocks while a model trains (a reconstruction).
+
+    `step()` comes between backward() and the optimizer's step. When `done`, train on to fine-tune,
+    before or after `compact()`, which removes what is masked and takes the gates of blocks into the
+    layers.
+
+    Args:
+        model: pruned in place. Layers without a norm with a scale behind them stay as they are.
+        example_inputs: as `tk.Pruner` takes them.
+        optimizer: what trains the model; its rates scale the penalty, and its state is cut.
+        flops, params, filters: the fractions to keep, in (0, 1], at least one: when to stop. How
+            much of which layer goes is not set.
+        strength: λ of the penalty at first.
+        growth: what λ is multiplied by at every pruning, at least 1.
+        tolerance: the share of a layer's Σ γ² that may go at a pruning.
+        every: steps between two prunings.
+        blocks: whole residual blocks may go.
+        ignore, round_to, min_filters, verify: as `tk.Pruner` takes them.
+
+    Attributes:
+        done: the targets are met; nothing is penalised any more.
+        strength: λ now.
+
+    Raises:
+        TypeError, ValueError: as `tk.Pruner`, or an argument here is out of range; or no channel
+            has a norm with a scale that the optimizer trains. The model is as it was.
+
+    Example:
+        >>> import torch, taylor_kernels as tk
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(
+        ...     nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)
+        ... )
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = tk.methods.AdaptivePruner(
+        ...     model, torch.randn(1, 1, 3, 3), optimizer=optimizer, params=0.5, blocks=False,
+        ...     every=10, strength=0.1,
+        ... )
+        >>> while not pruner.done:
+        ...     optimizer.zero_grad()
+        ...     model(torch.randn(8, 1, 3, 3)).square().mean().backward()
+        ...     record = pruner.step()
+        ...     optimizer.step()
+        >>> pruner.compact()[0].out_channels <= 8
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer],
+        flops: float | None = None,
+        params: float | None = None,
+        filters: float | None = None,
+        strength: float = 3e-3,
+        growth: float = 1.02,
+        tolerance: float = 0.05,
+        every: int = 50,
+        blocks: bool = True,
+        ignore: Sequence[str | nn.Module] = (),
+        round_to: int = 1,
+        min_filters: int = 1,
+        verify: bool = True,
+    ) -> None:
+        targets = check_arguments(
+            model,
+            get_criterion("bn_scale"),
+            {"flops": flops, "params": params, "filters": filters},
+            every=every,
+            per_step=1,
+            momentum=0.0,
+            round_to=round_to,
+            min_filters=min_filters,
+            optimizer=optimizer,
+            backend=None,
+        )
+        if not optimizers_in(optimizer):
+            raise ValueError("optimizer: the penalty follows its learning rates; give the one used")
+        check_number(
+            "strength", strength, lambda value: 0 < value < float("inf"), "a number above 0"
+        )
+        check_number("growth", growth, lambda value: 1 <= value < float("inf"), "1 or more")
+        check_number(
+            "tolerance", tolerance, lambda value: 0 < value < 1, "a share above 0 and below 1"
+        )
+        check_free(model)
+        self.model, self.strength = model, float(strength)
+        self._optimizer = optimizer
+        self._growth, self._tolerance, self._every = float(growth), float(tolerance), every
+        trained = self._rates()
+        self._trained = {name for name, p in model.named_parameters() if p in trained}
+        with outside_inference_mode(), new_garbage_only():
+            self._prunable = find_prunable(
+                model, example_inputs, ignore, round_to=round_to, min_filters=min_filters,
+                reads="weights", verify=verify, blocks=blocks,
+            )  # fmt: skip
+            if not any(map(self._norms, self._prunable.groups)):
+                raise ValueError(
+                    "model: no channel that could go has a norm behind it with a scale that the "
+                    "optimizer trains, so there is nothing to penalise; use tk.Pruner"
+                )
+            self._budget = Budget(
+                self._prunable.meter, self._prunable.groups, targets, _ALL, self._prunable.blocks
+            )
+            self._network = Network(model, self._prunable, optimizer)
+            self._gates = BlockGates(model, self._prunable.blocks)
+        self._steps = 0
+        self._history: list[PruneRecord] = []
+
+    @property
+    def done(self) -> bool:
+        return self._budget.met(self._network.meter)
+
+    @property
+    def history(self) -> tuple[PruneRecord, ...]:
+        """All prunings at which something went."""
+        return tuple(self._history)
+
+    @property
+    def cost(self) -> Cost:
+        """Filters, parameters and FLOPs that are left, masked ones not counted."""
+        return self._network.meter.cost
+
+    @property
+    def whole(self) -> Cost:
+        """The same of the original model."""
+        return self._budget.whole
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Layers that can be pruned -> filters left, masked ones not counted."""
+        return self._network.widths
+
+    @property
+    def gates(self) -> dict[str, float]:
+        """Residual block that is left, and has a gate -> its gate."""
+        return self._gates.values(self._network.left)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Layers whose filters are not removed, unless their block is -> the reason."""
+        found = dict(self._prunable.skipped)
+        for group in self._network.groups:
+            if not self._norms(group):
+                reason = "no norm behind it has a scale that the optimizer trains"
+                found |= {slot.owner: reason for slot in group.producers}
+        return found
+
+    def step(self, *, loss_scale: float = 1.0) -> PruneRecord | None:
+        """Shrink the gates, and at every `every`-th step mask what has fallen.
+
+        Between backward() and optimizer.step().
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward() (a GradScaler's
+                get_scale()). Where gradients have overflowed, call skip() in place of step().
+
+        Returns:
+            What went, or None.
+
+        Raises:
+            ValueError: the scale is no positive number.
+            RuntimeError: γ or a gate is not finite; nothing was masked then. Or other code has cut
+                the model.
+        """
+        check_loss_scale(loss_scale)
+        self._network.check_unchanged()
+        with torch.no_grad(), outside_inference_mode():
+            rates = self._rates()
+            rate = max(rates.values(), default=0.0)
+            if self.done:
+                self._gates.step(rate, [0.0] * len(self._network.blocks), loss_scale)
+                return None
+            net = self._network
+            self._gates.step(
+                rate,
+                [self.strength * net.meter.filters_of(block) for block in net.blocks],
+                loss_scale,
+            )
+            for name in {name for group in self._network.groups for name in self._norms(group)}:
+                scale = lookup(self.model, name)
+                shrunk = scale.abs() - rates[scale] * self.strength
+                scale.copy_(scale.sign() * shrunk.clamp_min(0))
+            self._steps += 1
+            return self._prune() if self._steps % self._every == 0 else None
+
+    def skip(self) -> None:
+        """Forget the minibatch."""
+        self._gates.discard()
+
+    def _rates(self) -> dict[Tensor, float]:
+        """Parameter -> its learning rate."""
+        return {
+            parameter: float(group["lr"])
+            for one in optimizers_in(self._optimizer)
+            for group in one.param_groups
+            for parameter in group["params"]
+        }
+
+    def _norms(self, group: Group) -> list[str]:
+        """The scales that gate a group's channels and are trained: names of parameters."""
+        return [n for norm in group.norms if (n := f"{norm}.weight") in self._trained]
+
+    def _prune(self) -> PruneRecord | None:
+        net = self._network
+        scores = [
+            self._shares(group, dead) for group, dead in zip(net.groups, net.dead, strict=True)
+        ]
+        left = net.left
+        worth = _shares(self._gates.energies(left), self._tolerance).tolist()
+        net.check_optimizer()
+        taken, gone = select_with_blocks(
+            net.groups, net.dead, scores, net.meter, self._budget,
+            [net.blocks[number] for number in left], worth,
+        )  # fmt: skip
+        self.strength *= self._growth
+        if not gone and not any(units.numel() for units in taken):
+            return None
+        went = [score[units] for score, units in zip(scores, taken, strict=True)]
+        went.append(torch.tensor([worth[number] for number in gone], dtype=torch.float64))
+        record = PruneRecord.of(
+            net.meter.cost, self.whole, step=self._steps,
+            removed=net.mask(taken, [left[number] for number in gone]),
+            threshold=torch.cat(went).max().item(), done=self.done,
+            blocks=tuple(net.blocks[left[number]].name for number in gone),
+        )  # fmt: skip
+        self._gates.keep(net.left)
+        self._history.append(record)
+        return record
+
+    def _shares(self, group: Group, dead: Tensor) -> Tensor:
+        """[U] float64: the share of Σ γ² up to each unit, inf above the tolerance."""
+        energy = torch.zeros(group.size, dtype=torch.float64)
+        names = self._norms(group)
+        for entry in group.entries:
+            if entry.tensor in names:
+                scale = lookup(self.model, entry.tensor).detach().double().cpu()
+                if not scale.isfinite().all():
+                    raise RuntimeError(f"{entry.tensor}: it is not finite, so nothing was pruned")
+                energy += scale[entry.index].square().sum(1)
+        if not names:
+            return torch.full_like(energy, torch.inf)
+        shares = torch.full_like(energy, torch.inf)
+        shares[~dead] = _shares(energy[~dead], self._tolerance)
+        return shares
+
+    def compact(self) -> nn.Module:
+        """Remove what is masked, in place, with the optimizer's state. Once `done`, the gates of
+        the blocks that are left become part of their layers.
+
+        Returns:
+            The model.
+        """
+        with outside_inference_mode():
+            self._network.compact()
+            if self.done:
+                self._gates.fold()
+        return self.model
+
+    def close(self) -> None:
+        """Take every hook off the model; masked filters are no longer held, gates are taken into
+        their layers."""
+        self._gates.fold()
+        self._network.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it needs to go on, as tensors and plain Python; beside the model's and the
+        optimizer's."""
+        return {
+            "version": _VERSION,
+            "structure": self._prunable.structure,
+            "masks": self._network.state(),
+            "blocks": self._network.block_state(),
+            "gates": self._gates.state_dict(),
+            "strength": self.strength,
+            "steps": self._steps,
+            "history": [asdict(record) for record in self._history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stopped; of the same original model, made with the same arguments.
+
+        The model's structure follows: load the model's own state_dict after this one, and the
+        optimizer's after that.
+
+        Raises:
+            ValueError: the state is of another model. Nothing has changed.
+        """
+        own = self._network.block_state()["names"]
+        if (
+            not isinstance(state, Mapping)
+            or state.get("version") != _VERSION
+            or state.get("structure") != self._prunable.structure
+            or state["blocks"]["names"] != own
+        ):
+            raise ValueError(
+                "state: it is no state_dict of an AdaptivePruner of this model; make the pruner of "
+                "the model as it was at first, with the same arguments"
+            )
+        masks, blocks = state["masks"], state["blocks"]
+        with outside_inference_mode():
+            self._network.restore(
+                masks["removed"], masks["compacted"], blocks["removed"], blocks["compacted"]
+            )
+            self._gates.load_state_dict(state["gates"])
+            self._gates.keep(self._network.left)
+        self.strength, self._steps = state["strength"], state["steps"]
+        self._history = [PruneRecord(**record) for record in state["history"]]
+
+
+def _shares(energies: Tensor, tolerance: float) -> Tensor:
+    """[n] float64: the share of the sum that each value and all smaller ones make up; inf above
+    the tolerance, and for values that are nan."""
+    known = energies.nan_to_num(nan=torch.inf)
+    order = known.argsort(stable=True)
+    total = energies.nansum()
+    shares = torch.empty_like(energies)
+    shares[order] = known[order].cumsum(0) / total if total > 0 else torch.zeros_like(energies)
+    return torch.where(known.isinf() | (shares > tolerance), torch.inf, shares)

@@ -1,0 +1,101 @@
+"""Residual blocks of a pruner: which may go, how one is held at zero, and how it is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.hooks import remove_all
+from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.blocks import replace_modules
+from taylor_kernels.tracing.values import Path
+
+
+def choose_blocks(
+    channels: Channels, model: nn.Module, ignored: Collection[str]
+) -> tuple[list[Block], dict[str, str]]:
+    """The blocks of a traced model that may go, and module -> reason for the others.
+
+    Args:
+        ignored: modules that stay, and so the blocks that they are in.
+    """
+    blocks, others = channels.find_blocks(model)
+    chosen = []
+    for block in blocks:
+        kept = sorted(block.modules & set(ignored))
+        if kept:
+            others[block.name] = f"{kept[0]!r} is ignored"
+        else:
+            chosen.append(block)
+    return chosen, others
+
+
+class BlockMasks:
+    """Blocks whose branches add zeros: the module that gives a branch's output returns it times 0.
+
+    The branch is still computed, and its parameters have gradients of zero, so that those who wait
+    for all gradients go on. Copies of the model add zeros too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def set(self, blocks: Sequence[Block]) -> None:
+        """Mask exactly these."""
+        self.close()
+        self._handles += [mask_block(self._model, block) for block in blocks]
+
+    def close(self) -> None:
+        remove_all(self._handles)
+        self._handles.clear()
+
+
+def mask_block(model: nn.Module, block: Block) -> torch.utils.hooks.RemovableHandle:
+    """Let the branch of a block add zeros, until the hook is taken off."""
+    module = model.get_submodule(block.output.module)
+    return module.register_forward_hook(Zeroing(block.output.returned))
+
+
+class Zeroing:
+    """A hook that makes a branch add zeros; it belongs to the model, and is copied with it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
+        zeros = branch_output(output, self._path) * 0
+        return with_branch_output(output, self._path, zeros)
+
+
+def branch_output(output: Any, path: Path) -> Tensor:
+    """The branch's tensor in what a module has returned."""
+    return output[path[0]] if path else output
+
+
+def with_branch_output(output: Any, path: Path, tensor: Tensor) -> Any:
+    """What a module has returned, with another tensor in the place of the branch's."""
+    if not path:
+        return tensor
+    return type(output)([tensor if n == path[0] else part for n, part in enumerate(output)])
+
+
+def remove_blocks(model: nn.Module, blocks: Sequence[Block], optimizer: object = None) -> None:
+    """Remove blocks from a model, in place; their parameters leave the optimizers with their state.
+
+    Args:
+        optimizer: one, or a sequence of them.
+    """
+    before = set(model.parameters())
+    for block in blocks:
+        replace_modules(model, block.places)
+    gone = before - set(model.parameters())
+    for one in optimizers_in(optimizer):
+        for group in one.param_groups:
+            group["params"] = [p for p in group["params"] if p not in gone]
+        for parameter in gone:
+            one.state.pop(parameter, None)

@@ -1,0 +1,161 @@
+"""A pruner's state: saved, and taken on by a pruner of the same original model."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from taylor_kernels.criteria import Criterion
+from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.pruning.readout import Readout
+from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.state import check_pruner_state, pruner_state
+from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.tracing.blocks import Place
+from taylor_kernels.tracing.running import outside_inference_mode
+
+
+class Removal(NamedTuple):
+    """What was taken off a model.
+
+    Attributes:
+        cuts: tensor -> dimension -> indices [n].
+        attributes: module -> attribute -> what it became.
+        places: what whole blocks have left of modules.
+    """
+
+    cuts: dict[str, dict[int, Tensor]]
+    attributes: dict[str, dict[str, Any]]
+    places: tuple[Place, ...]
+
+
+class Resumable(Readout):
+    """What a pruner gives of itself to others: its state, and to ranks their agreement."""
+
+    criterion: Criterion
+    ranks: Ranks | None
+    _closed: bool
+
+    @abstractmethod
+    def _new_scores(self) -> UnitScores:
+        """Scores of nothing yet, for the model as it is."""
+
+    @abstractmethod
+    def _watch(self) -> None:
+        """Put the meter on the model's layers as they are, or take it off when all is done."""
+
+    def sync(self) -> None:
+        """Exchange what the `ranks` have seen since they did so last; a collective.
+
+        To be called before state_dict(). Without ranks, or if nothing came since, it does nothing.
+
+        Raises:
+            RuntimeError: a rank did not come in time, or the ranks do not fit together.
+        """
+        self._minibatches.sync()
+
+    def check_masks(self) -> None:
+        """All `ranks` have removed the same filters; a collective. Prunings do it themselves.
+
+        Raises:
+            RuntimeError: they have not; the message names the first layer that differs.
+        """
+        if self.ranks is not None:
+            removed = self._network.state()["removed"]
+            self._minibatches.check_masks(self._network.first, removed)
+
+    def removal(self) -> Removal:
+        """What compact() has taken off the original model, which `save_pruned` keeps.
+
+        Raises:
+            ValueError: filters are masked that compact() has not removed.
+        """
+        state, blocks = self._network.state(), self._network.block_state()
+        if not all(map(torch.equal, state["removed"], state["compacted"])) or not torch.equal(
+            blocks["removed"], blocks["compacted"]
+        ):
+            raise ValueError("pruner: it holds filters at zero; call compact() first")
+        gone = self._network.blocks_off
+        channels = self._prunable.channels.leaving(gone)
+        return Removal(
+            channels.entries(state["compacted"]),
+            channels.attributes(state["compacted"]),
+            tuple(place for block in gone for place in block.places),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the pruner needs to go on, as tensors and plain Python.
+
+        Save it beside the model's and the optimizer's (`save_checkpoint` does all three). It is
+        the same on all `ranks`, and holds for any number of them.
+
+        Raises:
+            RuntimeError: there are minibatches that the ranks have not exchanged yet.
+        """
+        if waiting := self._minibatches.waiting:
+            raise RuntimeError(
+                f"state_dict: {waiting} minibatches are this rank's alone yet; call "
+                "sync() on every rank first"
+            )
+        masks, scores = self._network.state(), self._minibatches.scores.state_dict()
+        structure, name = self._prunable.structure, self.criterion.name
+        steps = self._minibatches.steps
+        blocks = None
+        if self._minibatches.blocks is not None:
+            blocks = self._network.block_state() | {"scores": self._minibatches.blocks.state_dict()}
+        return pruner_state(structure, name, masks, scores, steps, self._history, blocks)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a pruner of the same original model stopped.
+
+        The model's structure follows: what had been removed is removed, what was masked is
+        masked. Load the model's own state_dict after this one, and the optimizer's after that
+        (`load_checkpoint` does).
+
+        Raises:
+            ValueError: the state is damaged, or of another model or criterion, or the model has
+                lost filters that the state still has. Nothing has changed.
+            RuntimeError: the pruner is closed.
+        """
+        state = self._checked(state)
+        with outside_inference_mode():
+            off, gone = self._of_blocks(state)
+            self._network.restore(state["removed"], state["compacted"], off, gone)
+            scores = self._new_scores()
+            scores.load_state_dict(state["scores"])
+            self._minibatches.restart(scores, state["steps"])
+            if self._minibatches.blocks is not None:
+                self._minibatches.blocks.load_state_dict(state["blocks"]["scores"])
+            self._history = [PruneRecord(**record) for record in state["history"]]
+            self._watch()
+
+    def shapes_after(self, state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes that `load_state_dict(state)` would give what it cuts; raises as that does."""
+        state = self._checked(state)
+        return self._network.shapes_after(state["compacted"], self._of_blocks(state)[1])
+
+    def gone_after(self, state: dict[str, Any]) -> list[str]:
+        """The names of the model's state that would go with whole blocks; raises as that does."""
+        return self._network.gone_after(self._of_blocks(self._checked(state))[1])
+
+    def _of_blocks(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """[B] bool: the blocks that a state has removed in any way, and those it has compacted."""
+        blocks = state.get("blocks")
+        if blocks is None:
+            none = torch.zeros(0, dtype=torch.bool)
+            return none, none
+        return blocks["removed"], blocks["compacted"]
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        self._check_open()
+        names = None if self._minibatches.blocks is None else self._network.block_state()["names"]
+        state = check_pruner_state(state, self._prunable.structure, self.criterion.name, names)
+        self._network.stale(state["compacted"], self._of_blocks(state)[1])
+        return state
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the pruner is closed; build a new one to go on pruning")

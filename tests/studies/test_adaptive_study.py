@@ -1,0 +1,33 @@
+"""The study of adaptive pruning from end to end, on the smallest of runs."""
+
+import pytest
+
+from taylor_kernels.studies.cache import Cache
+from taylor_kernels.studies.methods import adaptive
+from taylor_kernels.studies.methods.pages import facts_of
+from taylor_kernels.studies.methods.study import Way, run
+from taylor_kernels.studies.plotting import draw
+from taylor_kernels.studies.progress import ProgressLog
+
+SMALL = {"training": 1, "epochs": 3, "strength": 0.02, "every": 4}
+
+
+@pytest.mark.slow
+def test_every_way_ends_with_half_of_the_parameters(tmp_path):
+    ways = {label: Way(way.run, {**way.settings, **SMALL}) for label, way in adaptive.WAYS.items()}
+    study = adaptive.MethodStudy(
+        **{**vars(adaptive.STUDY), "ways": ways, "problems": [adaptive.DIGITS]}
+    )
+    runs = run(study, Cache(tmp_path), ProgressLog(), seeds=1)
+    found = {one["way"]: one for one in runs}
+    assert found.keys() == ways.keys()
+    assert found["dense"]["params"] == 1
+    assert all(one["params"] <= 0.5 for label, one in found.items() if label != "dense")
+    kept = found["uniform, by magnitude"]["kept"]
+    assert max(kept) - min(kept) < 0.1
+    assert min(found["adaptive"]["kept"]) == 0  # a block has gone
+    result = facts_of(study) | {"runs": runs}
+    assert len(adaptive.table(result).rows) == len(ways)
+    assert "of" in adaptive.summary(result)["accuracy"]
+    draw(adaptive.plot(result), tmp_path / "it.png", alt="", caption="")
+    assert (tmp_path / "it.png").stat().st_size > 10_000
