@@ -66,7 +66,7 @@ class FilterGSM(GSM):
         *,
         backend: str | None = None,
     ) -> None:
-        self._model, self._channels = model, trace(model, example_inputs)
+        self._model, self._channels = model, trace(model, example_inputs).gone_at_zero()
         sizes = [group.size for group in self._channels.groups]
         if not sizes:
             raise ValueError("model: no filters of it can go; see tk.trace(model, example_inputs)")

@@ -110,7 +110,7 @@ class SPP(OnModel):
                     "example_inputs: filters go with all that reads them, which a run of the model "
                     "shows; pass what it is called with"
                 )
-            self._channels = trace(model, example_inputs)
+            self._channels = trace(model, example_inputs).gone_at_zero()
             self._groups = unit_groups(model, self._channels, layers)
         else:
             raise ValueError(f"groups: expected 'columns' or 'filters', got {groups!r}")

@@ -107,3 +107,10 @@ def test_mistakes_are_named_and_change_nothing():
     with pytest.raises(FloatingPointError, match="3: the sum over one of its filters"):
         optimizer.step()
     assert all(p.equal(old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_filters_that_a_norm_reads_together_stay():
+    """A LayerNorm's statistics would change once their zeros are gone."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 2))
+    optimizer = FilterGSM(model, torch.randn(1, 4), compression=2)
+    assert optimizer.active == 3  # of the six that the second layer has

@@ -45,7 +45,12 @@ def noisy(model):
             "mixtral",
             8,
             [],
-            {"num_attention_heads": (4, 2), "num_key_value_heads": (2, 1), "head_dim": (None, 8)},
+            {
+                "num_attention_heads": (4, 2),
+                "num_key_value_heads": (2, 1),
+                "head_dim": (None, 8),
+                "hidden_size": (32, 8),
+            },
         ),
         ("gpt2", 48, ["*attn*"], {"n_inner": (None, 48)}),
         ("qwen3", 16, ["*attn*"], {"intermediate_size": (48, 16)}),
@@ -93,7 +98,8 @@ def test_what_no_config_makes_changes_nothing_and_has_a_recipe(tmp_path):
     torch.manual_seed(0)
     model, inputs = language.bert()
     fresh = copy.deepcopy(model)
-    pruner = to_the_minimum(noisy(model), inputs, 16, ["*intermediate*"])
+    whole = ["*intermediate*", "*output*", "*pooler*"]  # the stream, and what is within a layer
+    pruner = to_the_minimum(noisy(model), inputs, 16, whole)
     before, config = judging.outputs(model, inputs), model.config.to_dict()
     with pytest.raises(ValueError, match=r"no BertConfig makes.*query.weight, .*tk.save_pruned"):
         tk.update_config(model, inputs)  # a head's width is that of the stream over the heads
