@@ -3,6 +3,7 @@
 They start from run.ckpt in the working directory where there is one, however many wrote it.
 """
 
+import gc
 import os
 from datetime import timedelta
 
@@ -52,4 +53,7 @@ pruner.compact()
 ddp = tk.distributed.rewrapped(ddp)  # the old wrapper averages parameters that are gone
 cross_entropy(ddp(images[rank::size]), labels[rank::size]).backward()
 print(f"rank {rank}: {pruner.widths}", flush=True)
+del ddp  # a wrapper that outlives its process group can abort the process at its end
+gc.collect()
+dist.barrier()
 dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ def processes(device: str) -> Iterator[Processes | None]:
     try:
         yield Processes()
     finally:
+        gc.collect()  # a wrapper that outlives its process group can abort the process at its end
         dist.destroy_process_group()
 
 
