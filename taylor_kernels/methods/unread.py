@@ -57,7 +57,7 @@ def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = Non
         >>> tk.methods.remove_unread(model, torch.randn(1, 4)), model[0].out_features
         (3, 5)
     """
-    channels = trace(model, example_inputs)
+    channels = trace(model, example_inputs).gone_at_zero()
     dead = unread_units(model, channels)
     expected = _outputs(copy.deepcopy(model).eval(), example_inputs)
 

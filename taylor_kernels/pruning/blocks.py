@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -68,8 +69,20 @@ class Zeroing:
         self._path = path
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
-        zeros = branch_output(output, self._path) * 0
+        zeros = _Nothing.apply(branch_output(output, self._path))
         return with_branch_output(output, self._path, zeros)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros like a tensor, whatever is in it, and a gradient of zeros for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.zeros_like(gradients[0])
 
 
 def branch_output(output: Any, path: Path) -> Tensor:
@@ -96,6 +109,9 @@ def remove_blocks(model: nn.Module, blocks: Sequence[Block], optimizer: object =
     gone = before - set(model.parameters())
     for one in optimizers_in(optimizer):
         for group in one.param_groups:
-            group["params"] = [p for p in group["params"] if p not in gone]
+            stays = [p not in gone for p in group["params"]]
+            for key in ("params", "param_names"):
+                if group.get(key):
+                    group[key] = list(itertools.compress(group[key], stays))
         for parameter in gone:
             one.state.pop(parameter, None)

@@ -75,7 +75,7 @@ def update_config(model: nn.Module, example_inputs: Any) -> dict[str, tuple[int 
         )
     search = _Search(model, config)
     changes = search.found()
-    made = search.made(changes)
+    made = search.made(changes, "cpu")  # with the buffers that are not saved
     assert made is not None
     if not _same_outputs(model, made, example_inputs):
         raise ValueError(
@@ -129,13 +129,13 @@ class _Search:
             held = {int(v) for (_, name), v in self._numbers.items() if name == path[-1]}
             self._candidates[path] = held | {new for _, new in pairs}
 
-    def made(self, changes: Mapping[Path, int]) -> nn.Module | None:
-        """The model of a config with these changes, without values; None if there is none."""
+    def made(self, changes: Mapping[Path, int], device: str = "meta") -> nn.Module | None:
+        """The model of a config with these changes; None if there is none."""
         config = copy.deepcopy(self.config)
         try:
             for path, value in changes.items():
                 _set(config, path, value)
-            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            with torch.device(device), torch.random.fork_rng(devices=[]):
                 return self._class(config)
         except Exception:  # whatever a class says of numbers that do not fit together
             return None
@@ -206,28 +206,35 @@ def _divides(value: int, old: int, new: int) -> bool:
 
 
 def _same_outputs(model: nn.Module, made: nn.Module, example_inputs: Any) -> bool:
-    """Whether a model without values, given those of the other, returns the same."""
+    """Whether a new model, given what is saved of the other, is the same and returns the same."""
     held: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     held |= dict(model.named_buffers(remove_duplicate=False))
     for prefix, module in made.named_modules():
         for table in (module._parameters, module._buffers):
             for leaf, tensor in table.items():
-                if tensor is not None:
-                    table[leaf] = held[f"{prefix}.{leaf}".lstrip(".")]
+                name = f"{prefix}.{leaf}".lstrip(".")
+                if tensor is None:
+                    continue
+                fresh = leaf in module._non_persistent_buffers_set  # made anew on loading
+                if fresh and not _alike(tensor.to(held[name].device), held[name]):
+                    return False
+                table[leaf] = held[name]
     with eval_mode(model), quiet(), torch.no_grad():
         one = [t.clone() for t in tensors_in(call(model, copied(example_inputs)))]
         try:
             other = list(tensors_in(call(made.eval(), copied(example_inputs))))
         except Exception:  # it computes with what it holds no values of
             return False
-    if [t.shape for t in one] != [t.shape for t in other]:
+    return len(one) == len(other) and all(map(_alike, one, other))
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return all(
-        torch.allclose(a, b, rtol=0, atol=_CLOSE * float(a.abs().max()), equal_nan=True)
-        if a.is_floating_point() and a.numel()
-        else torch.equal(a, b)
-        for a, b in zip(one, other, strict=True)
-    )
+    if not one.is_floating_point() or not one.numel():
+        return torch.equal(one, other)
+    scale = float(one.abs().nan_to_num().max())
+    return torch.allclose(one, other, rtol=0, atol=_CLOSE * scale, equal_nan=True)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -63,11 +63,14 @@ def choose_groups(
     """
     groups: list[Group] = []
     skipped: dict[str, str] = {}
+    together = channels.normalised_together
     for traced in channels.groups:
         slots = [slot for slot in traced.slots if slot.side == IN or slot.owner in layers]
         if all(slot.side == IN for slot in slots):
             continue
-        group = _group(traced, slots, round_to, min_filters)
+        # A norm of one channel gives the same whatever it reads.
+        normed = bool(together[traced.classes].any())
+        group = _group(traced, slots, round_to, min_filters, least_units=2 if normed else 1)
         reason = _obstacle(traced, ignored)
         if not reason and all(slot.owner in unscored for slot in group.producers):
             reason = unscored[group.name]
@@ -88,11 +91,16 @@ def choose_groups(
 
 
 def _group(
-    traced: tracing.Group, slots: list[tracing.Slot], round_to: int, min_filters: int
+    traced: tracing.Group,
+    slots: list[tracing.Slot],
+    round_to: int,
+    min_filters: int,
+    *,
+    least_units: int,
 ) -> Group:
     producers = [slot for slot in slots if slot.side == OUT]
     multiple = lcm(*(round_to // gcd(round_to, slot.index.size(1)) for slot in producers))
-    least = max(-(-min_filters // slot.index.size(1)) for slot in producers)
+    least = max(least_units, *(-(-min_filters // slot.index.size(1)) for slot in producers))
     return Group(
         tuple(slots), traced.entries, traced.classes, traced.norms,
         multiple=multiple, minimum=-(-least // multiple) * multiple,

@@ -12,14 +12,14 @@ does the same, and so does a saved one, since its outputs are made of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.pruning.removal import set_attributes
 from taylor_kernels.tracing import Channels
 
 
@@ -28,37 +28,46 @@ class KeptOnly:
 
     Args:
         dim: the channels' dimension in the module's input and output, from the end.
-        kept: their indices, [n] int64.
+        kept: their indices, [n] int64, on the module's device.
         attributes: what the module's attributes are once the others are gone.
     """
 
     def __init__(self, dim: int, kept: Tensor, attributes: Mapping[str, Any]) -> None:
         self._dim, self._kept, self._attributes = dim, kept, dict(attributes)
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        (input,) = args
-        kept = self._kept.to(input.device)
-        with self._smaller(module, kept):
-            found = module.forward(input.index_select(self._dim, kept))
-        return found.new_zeros(output.shape).index_copy(self._dim, kept, found)
-
-    @contextmanager
-    def _smaller(self, module: nn.Module, kept: Tensor) -> Iterator[None]:
-        tensors, values = (
-            dict(module._parameters),
-            {n: getattr(module, n) for n in self._attributes},
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(inputs) != 1:
+            raise RuntimeError(
+                f"model: a {type(module).__name__} some of whose channels are masked was given "
+                f"{len(inputs)} tensors, where the example inputs gave it one; compact() first"
+            )
+        if self._kept.device != output.device:
+            self._kept = self._kept.to(output.device)
+        kept = inputs[0].index_select(self._dim, self._kept)
+        found = self._smaller(module).forward(
+            *(kept if value is inputs[0] else value for value in args),
+            **{name: kept if value is inputs[0] else value for name, value in kwargs.items()},
         )
-        try:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    dim = max(range(tensor.dim()), key=tensor.size)
-                    # The cut one is no leaf: its gradient goes on to the whole one.
-                    module._parameters[name] = tensor.index_select(dim, kept)  # type: ignore[assignment]
-            set_attributes({"": module}, {"": self._attributes})
-            yield
-        finally:
-            module._parameters.update(tensors)
-            set_attributes({"": module}, {"": values})
+        return torch.zeros_like(output, dtype=found.dtype).index_copy(self._dim, self._kept, found)
+
+    def _smaller(self, module: nn.Module) -> nn.Module:
+        """A module of the cut tensors; the one there is may run in other threads."""
+        new = copy.copy(module)
+        vars(new).update(_parameters=self._cut(module._parameters), **self._attributes)
+        vars(new)["_buffers"] = self._cut(module._buffers)
+        return new
+
+    def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """The cut ones are no leaves: their gradients go on to the whole ones."""
+        return {
+            name: None
+            if tensor is None
+            else tensor.index_select(max(range(tensor.dim()), key=tensor.size), self._kept)
+            for name, tensor in tensors.items()
+        }
 
 
 def keep_only(
@@ -69,7 +78,13 @@ def keep_only(
     return [
         # Before the hooks of others, which see the output as it is.
         modules[name].register_forward_hook(
-            KeptOnly(dim, kept, attributes.get(name, {})), prepend=True
+            KeptOnly(dim, kept.to(_device(modules[name])), attributes.get(name, {})),
+            prepend=True,
+            with_kwargs=True,
         )
         for name, (dim, kept) in channels.kept_by_norms(dead).items()
     ]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))

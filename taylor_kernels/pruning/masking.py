@@ -29,20 +29,21 @@ class Masks:
     forward pass of the model and after every step of an optimizer, which undoes what momentum did
     to them; a model that was compiled before shows its passes to no hook. Norms across channels are
     run on what is kept (`KeptOnly`). The hooks outlive the pruner. In a copy of the model the units
-    are plain zeros, and only its norms still know of them.
+    are plain zeros, and only its norms still know of them; its state_dict says nothing of that.
     """
 
     def __init__(self, model: nn.Module, optimizer: object) -> None:
         self._model = model
         self.optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._norms: list[torch.utils.hooks.RemovableHandle] = []
         self._masked: dict[str, Fills] = {}
         # One hook is on all optimizers, and would outlive the model.
         weakref.finalize(model, remove_all, self._hooks)
 
     def set(self, channels: Channels, dead: Sequence[Tensor]) -> None:
         """Mask exactly the dead units ([U] bool per group); what was masked before stays zero."""
-        self.close()
+        self.clear()
         entries = channels.entries(dead)
         if not entries:
             return
@@ -65,7 +66,7 @@ class Masks:
         self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
-        self._hooks += keep_only(dict(self._model.named_modules()), channels, dead)
+        self._norms = keep_only(dict(self._model.named_modules()), channels, dead)
 
     def zero_gradients(self) -> None:
         """Zero the masked entries of gradients again, where others write them after backward().
@@ -76,10 +77,16 @@ class Masks:
             _zero_grad(parts, lookup(self._model, name))
 
     def close(self) -> None:
-        """Take the hooks off; the values stay."""
+        """Take the hooks off that hold the values, which stay; norms go on as they were."""
         remove_all(self._hooks)
         self._hooks.clear()
         self._masked = {}
+
+    def clear(self) -> None:
+        """Take all hooks off: what was masked has been removed, or will be masked anew."""
+        self.close()
+        remove_all(self._norms)
+        self._norms = []
 
 
 def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
@@ -123,8 +130,15 @@ def check_unmasked(model: nn.Module) -> None:
     """No pruner holds filters of this model, or of a part of it, at zero.
 
     Raises:
-        ValueError: one does.
+        ValueError: one does, or has done so and left norms that are run on the other channels.
     """
+    for name, module in model.named_modules():
+        if any(isinstance(hook, KeptOnly) for hook in module._forward_hooks.values()):
+            raise ValueError(
+                f"model: its norm {name!r} is run on the channels that an earlier Pruner has kept; "
+                "compact() with that one first. A copy of such a model cannot be pruned: compact() "
+                "the one it is a copy of, and copy that"
+            )
     hooks: list[object] = [
         hook for module in model.modules() for hook in module._forward_pre_hooks.values()
     ]
@@ -137,9 +151,3 @@ def check_unmasked(model: nn.Module) -> None:
             "model: an earlier Pruner holds filters of it at zero; call compact() or close() of "
             "that one first, or go on with copy.deepcopy(model), where they are plain zeros"
         )
-    for name, module in model.named_modules():
-        if any(isinstance(hook, KeptOnly) for hook in module._forward_hooks.values()):
-            raise ValueError(
-                f"model: its norm {name!r} is run on the channels that an earlier Pruner has kept, "
-                "of this model or of one that it is a copy of; compact() with that one first"
-            )

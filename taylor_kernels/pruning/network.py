@@ -125,7 +125,7 @@ class Network:
         """
         blocks = self._masked_blocks()
         gone = self._remove(self.dead, self.channels, self._off)
-        self._masks.close()
+        self._masks.clear()
         self._set_block_masks()
         if self._optimizer is None and (blocks or any(units.any() for units in gone)):
             warnings.warn(

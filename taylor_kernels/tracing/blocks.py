@@ -106,14 +106,16 @@ def replace_modules(model: nn.Module, places: Sequence[Place]) -> None:
     code around it may ask for them.
     """
     for place in places:
-        owner, _, leaf = place.module.rpartition(".")
-        old, around = model.get_submodule(place.module), model.get_submodule(owner)
+        old = model.get_submodule(place.module)
         new = nn.Identity() if place.like is None else Zeros(place.like, place.returned)
         for name, value in vars(old).items():
             if name not in _OF_EVERY_MODULE and isinstance(value, _PLAIN):
                 new.__dict__.setdefault(name, value)
         for name in (*old._parameters, *old._buffers):
             new.register_parameter(name, None)
-        setattr(around, leaf, new.train(old.training))
-        if isinstance(around, nn.TransformerEncoderLayer):
-            around.activation_relu_or_gelu = 0  # its fused form reads all weights by itself
+        new.train(old.training)
+        for around in model.modules():
+            for leaf in [leaf for leaf, module in around._modules.items() if module is old]:
+                setattr(around, leaf, new)
+                if isinstance(around, nn.TransformerEncoderLayer):
+                    around.activation_relu_or_gelu = 0  # its fused form reads all weights by itself

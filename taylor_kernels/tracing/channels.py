@@ -187,15 +187,21 @@ class Channels:
         other.groups = list(groups)
         return other
 
+    @property
+    def normalised_together(self) -> Tensor:
+        """[classes] bool: those that a norm across channels reads."""
+        read = np.zeros(self._why.size, bool)
+        for _, vector in self._across.values():
+            read[vector] = True
+        return torch.from_numpy(read)
+
     def gone_at_zero(self) -> Channels:
         """The same channels with the groups only whose units are as good as gone at zero.
 
         That is all that no norm across channels reads: `kept_by_norms` has nothing to say of them.
         """
-        read = np.zeros(self._why.size, bool)
-        for _, vector in self._across.values():
-            read[vector] = True
-        other = self.offering([g for g in self.groups if not read[g.classes.numpy()].any()])
+        read = self.normalised_together
+        other = self.offering([g for g in self.groups if not read[g.classes].any()])
         reason = "is normalised together with other channels, among which a zero counts"
         others = {slot.owner for group in self.groups for slot in group.producers}
         others -= {slot.owner for group in other.groups for slot in group.producers}

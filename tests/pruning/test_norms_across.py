@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -233,3 +234,65 @@ def test_groups_of_one_size_lose_different_numbers_in_the_proof():
     with pytest.raises(ValueError, match="nothing to prune") as found:
         tk.Pruner(Mistaken(), torch.randn(2, 4), filters=0.5)
     assert str(found.value).count("does not run without some of its channels") == 2
+
+
+def test_what_norms_compute_outlives_close():
+    model, pruner = pruned_in_part()
+    inputs = tokens()
+    masked = model(inputs)
+    pruner.close()
+    torch.testing.assert_close(model(inputs), masked)
+    with pytest.raises(ValueError, match="is run on the channels that an earlier Pruner has kept"):
+        tk.Pruner(model, tokens(1), filters=0.5)
+    pruner.compact()
+    torch.testing.assert_close(model(inputs), masked)
+    tk.Pruner(model, tokens(1), filters=0.9)
+
+
+def test_passes_of_several_threads_leave_a_masked_norm_as_it_is():
+    model, _ = pruned_in_part()
+    inputs = [tokens() for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(20):
+                for got, one in zip(pool.map(model, inputs), expected, strict=True):
+                    torch.testing.assert_close(got, one)
+    assert all(norm.weight.numel() == 12 for norm in model.norms)
+
+
+def test_a_norm_keeps_two_channels():
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    pruner = tk.Pruner(model, torch.randn(1, 4), "magnitude_l2", filters=0.25, every=1)
+    while not pruner.done:
+        pruner.step()
+    assert pruner.widths == {"0": 2}
+    with pytest.raises(ValueError, match=r"filters: 0\.2 cannot be reached"):
+        tk.Pruner(
+            nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
+            torch.randn(1, 4), filters=0.2,
+        )  # fmt: skip
+
+
+class Shifted(nn.Module):
+    """A norm with a buffer along its channels, called by keyword."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+        self.register_buffer("shift", torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.gain + self.shift
+
+
+def test_buffers_of_a_norm_are_cut_too():
+    model = nn.Sequential(nn.Linear(4, 8), Shifted(8), nn.Linear(8, 3))
+    pruner = tk.Pruner(model, torch.randn(1, 4), "random", filters=0.5, every=1, per_step=4)
+    model(torch.randn(6, 4)).square().sum().backward()
+    pruner.step()
+    x = torch.randn(6, 4)
+    masked = model(x)
+    pruner.compact()
+    torch.testing.assert_close(model(x), masked)
+    assert model[1].shift.numel() == 4

@@ -156,7 +156,7 @@ def test_unreachable_target_says_the_least_fraction():
     least = float(str(got.value).split(" of the params")[0].split()[-1])
     pruner = Pruner(model, inputs, "random", params=least, every=1, per_step=5)
     run(model, inputs, pruner)
-    assert all(width == 1 for width in pruner.widths.values())
+    assert set(pruner.widths.values()) == {1, 2}  # two where a norm reads the channels
     with pytest.raises(ValueError, match="cannot be reached"):
         Pruner(zoo.build("transformer")[0], inputs, params=least - 1e-3)
 

@@ -66,7 +66,7 @@ class GradientStream:
         if held is not None and held.grad is not None:
             raise RuntimeError(
                 f"stream: {name} has a gradient from before, which this one would be added to; "
-                "call zero_grad(set_to_none=True) first"
+                "call zero_grad(set_to_none=True), and skip() to forget this pass"
             )
 
     def _pass_on(self, name: str, parameter: nn.Parameter) -> None:
@@ -78,7 +78,8 @@ class GradientStream:
                 raise RuntimeError(
                     f"stream: a second gradient of {name} came before update(), and the first is "
                     "gone: streamed gradients cannot be accumulated. Call update() after each "
-                    "backward(), or leave stream out; inside a checkpoint use use_reentrant=False"
+                    "backward(), or skip() after one that failed or is not to count; or leave "
+                    "stream out. Inside a checkpoint use use_reentrant=False"
                 )
             self._came.add(name)
             if self._watch and grad.numel():
