@@ -66,6 +66,8 @@ def stubs_of(packages: Sequence[str]) -> Iterator[None]:
         sys.meta_path.remove(finder)
         # Others ask whether these are there, and must not be told that they are.
         for name in [name for name in sys.modules if _is_in(name, packages)]:
+            around, _, leaf = name.rpartition(".")
+            vars(sys.modules.get(around, ModuleType(""))).pop(leaf, None)
             del sys.modules[name]
 
 
