@@ -7,7 +7,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -58,6 +58,10 @@ def _is_there(package: str) -> bool:
 def stubs_of(packages: Sequence[str]) -> Iterator[None]:
     """Inside, those of the packages that are not installed can be imported all the same."""
     packages = [p for p in packages if not _is_there(p)]
+    with suppress(ImportError):  # it asks once, and remembers what it was told
+        from transformers.utils import is_torchvision_available
+
+        is_torchvision_available()
     finder = _Stubs(packages)
     sys.meta_path.insert(0, finder)
     try:
