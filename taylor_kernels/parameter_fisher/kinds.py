@@ -96,7 +96,7 @@ class LayerWeight(Kind):
     def squares(self, uses: list[Use], backend: str | None) -> Tensor:
         return weight_fisher(self.module, uses, backend)  # type: ignore[arg-type]
 
-    def norms(self, use: Use) -> Tensor | None:
+    def norms(self, use: Use) -> Tensor:
         return weight_norms(self.module, use)  # type: ignore[arg-type]
 
 

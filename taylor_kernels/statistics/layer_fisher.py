@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from taylor_kernels.backends import gram
 from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
+from taylor_kernels.ops.example_norms import (
+    conv2d_example_norms,
+    conv3d_example_norms,
+    linear_example_norms,
+)
 from taylor_kernels.statistics.layers import Layer, filter_axis
 
 #: The input of one use of a layer, and the gradient of its output.
@@ -69,23 +73,14 @@ def weight_fisher(layer: Layer, uses: Sequence[Use], backend: str | None = None)
     return fisher.movedim(0, filter_axis(layer))
 
 
-def weight_norms(layer: Layer, use: Use) -> Tensor | None:
-    """[N]: Σ over a linear layer's weight of g_n²; None where its gradients take less.
-
-    Of tokens t, s of an example it is Σ_{t,s} (x_t·x_s)(dy_t·dy_s), two matrices of tokens. These
-    terms cancel where dy adds up to 0 and x does not, which float32 would not survive.
-    """
-    if isinstance(layer, _ConvNd):
-        return None
+def weight_norms(layer: Layer, use: Use) -> Tensor:
+    """[N]: Σ over a layer's weight of g_n²."""
     (use,) = _batched(layer, [use])
-    x, dy = (tensor.to(accumulator(tensor.dtype)) for tensor in _as_one([use]))
-    if x.size(1) == 1:
-        return x[:, 0].square().sum(1) * dy[:, 0].square().sum(1)
-    tokens, size = (x.size(1), 1), (dy.size(2), x.size(2), 1, 1)
-    if not gram.is_shorter(tokens, tokens, size, (1, 1), (0, 0), 1, x.device, x.dtype):
-        return None
-    pairs = ((a.double(), b.double()) for a, b in zip(x, dy, strict=True))
-    return torch.stack([((a @ a.T) * (b @ b.T)).sum().clamp(min=0) for a, b in pairs]).to(x.dtype)
+    if not isinstance(layer, _ConvNd):
+        return linear_example_norms(*_as_one([use]))
+    problem = _as_convolution(layer, use, layer.weight.shape)
+    norms = conv3d_example_norms if len(problem.stride) == 3 else conv2d_example_norms
+    return norms(*problem)
 
 
 def weight_gradients(layer: Layer, use: Use) -> Tensor:
