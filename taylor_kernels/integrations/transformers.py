@@ -182,6 +182,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.pruner.sync()
         if self._compact:
             self.pruner.compact()
+        # DDP keeps the parameters that it was made with, and train() would take the same DDP again.
+        self._trainer.model_wrapped = self._trainer.model
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into `trainer_state.json`; called on the rank that writes."""

@@ -172,3 +172,11 @@ def test_several_processes_prune_as_one_and_one_goes_on(tmp_path):
     assert len(before) == 2
     same(prunings(got.pruner)[:2], before)
     assert got.pruner.done
+
+
+def test_several_processes_train_together_after_the_model_was_cut(tmp_path):
+    """A second train() wraps the cut model anew: ranks that see other examples stay the same."""
+    library("transformers")
+    one, other = ran(2, on_rank, "transformers", str(tmp_path))
+    assert sum(one["widths"]) == 12
+    same(one, other)

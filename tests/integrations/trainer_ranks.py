@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tests.integrations import trainer_runs as runs
@@ -18,6 +19,8 @@ def on_rank(rank: int, size: int, kind: str, folder: str) -> dict[str, Any]:
         MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_USE_CPU="true",
     )  # fmt: skip
     options: dict[str, Any] = {}
+    if kind == "transformers":
+        options = {"num_train_epochs": 3, "save_strategy": "no"}
     if kind == "lightning":
         from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
@@ -26,6 +29,10 @@ def on_rank(rank: int, size: int, kind: str, folder: str) -> dict[str, Any]:
     pruner = got.pruner
     masks = [mask.tolist() for mask in pruner.state_dict()["removed"]]
     pruner.compact()
+    if kind == "transformers":
+        before = pruner.model.net[0].weight.detach().clone()
+        got.trainer.train()
+        assert not torch.equal(pruner.model.net[0].weight, before)
     return {
         "masks": masks,
         "prunings": [(r.step, r.threshold, list(r.removed.values())) for r in pruner.history],
