@@ -125,6 +125,32 @@ def test_clipping_shows_where_it_comes_before(kind, tmp_path):
     assert math.isclose(least[1] / least[0], ratio, rel_tol=1e-2)
 
 
+def test_a_second_trainer_of_lightnings_goes_on_with_its_own_optimizer(tmp_path):
+    """The first one keeps its optimizer, with momenta of the parameters that are cut later."""
+    library("lightning")
+    from lightning import pytorch
+
+    first, module, callback = runs.lightning(tmp_path, max_epochs=1)
+    pruner = callback.pruner
+    assert not pruner.done
+    old = first.optimizers[0]
+    assert any(p in old.state for p in module.parameters())
+    second = pytorch.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=runs.EPOCHS,
+        callbacks=[callback],
+    )
+    second.fit(module, runs.loader())
+    assert callback.pruner is pruner
+    assert pruner.done
+    assert sum(m.out_channels for m in module.net if isinstance(m, nn.Conv2d)) == 12
+    assert set(second.optimizers[0].state) == set(module.parameters())
+
+
 def test_a_model_that_accelerate_compiles(tmp_path):
     plain = trained("accelerate", tmp_path)
     forget_accelerator()
