@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
+from taylor_kernels.distributed.wrapping import refuse_stale
 from taylor_kernels.files import write_atomically
 from taylor_kernels.integrations import absent
 from taylor_kernels.integrations._trainers import (
@@ -51,7 +53,9 @@ class AcceleratedPruner(Pruner):
     step() is called at every backward pass and scores where the optimizer steps, that is, after the
     last one of an accumulation. The accelerator's scaler is divided out, its trackers are told of
     every pruning, and its `save_state` and `load_state` take the pruner along, compacted or not.
-    Where it runs several processes, they prune as one.
+    Where it runs several processes, they prune as one; after compact(), and after a load_state()
+    that has cut the model, go on with `model = tk.distributed.rewrapped(model)`, without which the
+    next forward pass raises a RuntimeError.
 
     Args:
         accelerator: whose `prepare` has been given the model and the optimizer.
@@ -110,6 +114,9 @@ class AcceleratedPruner(Pruner):
         self.accelerator = accelerator
         self._file = f"{name}.pt"
         self._masks: list[Tensor] = []  # of the backward passes that are accumulated
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                refuse_stale(module)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
