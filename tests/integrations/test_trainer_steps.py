@@ -61,6 +61,34 @@ def test_an_accumulation_is_one_minibatch(criterion):
         torch.testing.assert_close(found[1][name], score, rtol=1e-5, atol=0, equal_nan=True)
 
 
+def test_what_is_skipped_takes_its_masks_along():
+    """And a name is one pruner's alone."""
+    library("accelerate")
+    from accelerate import Accelerator
+
+    from taylor_kernels.integrations.accelerate import AcceleratedPruner
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, data = Tokens(), sentences()
+    accelerated, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    options: dict[str, Any] = {"optimizer": optimizer, "filters": 0.5, "every": 1, "per_step": 1}
+    pruner = AcceleratedPruner(
+        accelerator, accelerated, data[0]["x"][None], "taylor_fo_gate", **options
+    )
+    with pytest.raises(ValueError, match="name: the accelerator has a pruner 'pruner'"):
+        AcceleratedPruner(accelerator, accelerated, data[0]["x"][None], **options)
+    records = []
+    for number, sentence in enumerate(data[:3]):
+        batch = {name: value[None] for name, value in sentence.items()}
+        with accelerator.accumulate(accelerated):
+            accelerator.backward(accelerated(**batch)["loss"])
+            records.append(pruner.step(mask=batch["mask"]))
+            if number == 0:
+                pruner.skip()
+    assert [record is None for record in records] == [True, False, True]
+    assert len(pruner._masks) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaler_is_divided_out(kind, tmp_path):
     plain = trained(kind, tmp_path)
