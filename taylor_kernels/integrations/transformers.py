@@ -52,7 +52,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     The pruner is made when train() begins. Checkpoints of the Trainer hold its state in their
     `trainer_state.json`, and `train(resume_from_checkpoint=...)` goes on from there. At the end the
     model is compacted, with the state of `trainer.optimizer`; its scheduler stays with it, so that
-    train() may be called again.
+    train() may be called again. The Trainer asks whether to stop after steps alone: resumed from a
+    checkpoint in which the targets were reached, it trains for one step more.
 
     Args:
         trainer: to which the callback is added, by `trainer.add_callback`.
