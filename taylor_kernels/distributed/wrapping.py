@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from taylor_kernels.hooks import Hook
 
 #: Arguments of DistributedDataParallel that it keeps under their own name.
 _KEPT = (
@@ -18,7 +21,8 @@ def rewrapped(ddp: DistributedDataParallel, **changed: Any) -> DistributedDataPa
     """A new DistributedDataParallel around the same module, with the same settings.
 
     `Pruner.compact()` puts smaller parameters in place of the old ones, which the old wrapper goes
-    on averaging. To be called on every rank: making one is collective.
+    on averaging. To be called on every rank: making one is collective. The new one raises
+    a RuntimeError, in place of training, once its own parameters are replaced.
 
     Args:
         changed: arguments of DistributedDataParallel that are to be others.
@@ -57,4 +61,27 @@ def rewrapped(ddp: DistributedDataParallel, **changed: Any) -> DistributedDataPa
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     kept = [name for name in (*_KEPT, buffers) if name in known and hasattr(ddp, name)]
     settings = {name: getattr(ddp, name) for name in kept}
-    return DistributedDataParallel(ddp.module, **(settings | changed))
+    new = DistributedDataParallel(ddp.module, **(settings | changed))
+    refuse_stale(new)
+    return new
+
+
+def refuse_stale(ddp: DistributedDataParallel) -> None:
+    """Let it raise a RuntimeError, in place of training, once its parameters are replaced.
+
+    It would go on averaging the old ones, and the ranks would train apart.
+    """
+    # The wrapper itself keeps these parameters, so that no other gets one of their ids.
+    held = frozenset(map(id, ddp.module.parameters()))
+    ddp.register_forward_pre_hook(Hook(_check_current, held))
+
+
+def _check_current(held: frozenset[int], ddp: DistributedDataParallel, *_: object) -> None:
+    if torch.is_grad_enabled() and any(
+        id(p) not in held for p in ddp.module.parameters() if p.requires_grad
+    ):
+        raise RuntimeError(
+            "model: this DistributedDataParallel was made before compact(), or load_state(), put "
+            "smaller parameters in place of those that it averages; go on with "
+            "model = tk.distributed.rewrapped(model), on every rank"
+        )

@@ -65,6 +65,7 @@ class TrainedPruner:
         if self.pruner is not None and self.pruner.model is model:
             self.pruner.use_optimizer(optimizers, scaler=scaler)
             self.pruner.skip()  # what a training that ended early has left
+            self.pruner.sync()  # ranks have kept that for one another, and a state would lack it
             self._masks = []
             return self.pruner
         if any(map(is_sharded, model.parameters())):

@@ -15,14 +15,17 @@ for x, y in loader:
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
+from taylor_kernels.distributed.wrapping import refuse_stale
 from taylor_kernels.files import write_atomically
 from taylor_kernels.integrations import absent
 from taylor_kernels.integrations._trainers import (
@@ -41,6 +44,9 @@ try:
 except ModuleNotFoundError as error:
     raise absent(error, "accelerate", "accelerate", "1.15") from error
 
+#: The names that pruners of an accelerator have.
+_NAMES: weakref.WeakKeyDictionary[Accelerator, set[str]] = weakref.WeakKeyDictionary()
+
 #: One process, or several under DistributedDataParallel.
 _WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -51,7 +57,9 @@ class AcceleratedPruner(Pruner):
     step() is called at every backward pass and scores where the optimizer steps, that is, after the
     last one of an accumulation. The accelerator's scaler is divided out, its trackers are told of
     every pruning, and its `save_state` and `load_state` take the pruner along, compacted or not.
-    Where it runs several processes, they prune as one.
+    Where it runs several processes, they prune as one; after compact(), and after a load_state()
+    that has cut the model, go on with `model = tk.distributed.rewrapped(model)`, without which the
+    next forward pass raises a RuntimeError.
 
     Args:
         accelerator: whose `prepare` has been given the model and the optimizer.
@@ -61,8 +69,8 @@ class AcceleratedPruner(Pruner):
         name: of the file in the folder of `save_state`; several pruners need several.
 
     Raises:
-        ValueError, TypeError: the accelerator shards parameters (FSDP, DeepSpeed, ...); or as
-            `tk.Pruner` does.
+        ValueError, TypeError: the accelerator shards parameters (FSDP, DeepSpeed, ...), or has a
+            pruner of that name; or as `tk.Pruner` does.
 
     Example:
         >>> import torch
@@ -97,6 +105,12 @@ class AcceleratedPruner(Pruner):
     ) -> None:
         if accelerator.distributed_type not in _WHOLE:
             raise not_whole(accelerator.distributed_type.value)
+        taken = _NAMES.setdefault(accelerator, set())
+        if name in taken:
+            raise ValueError(
+                f"name: the accelerator has a pruner {name!r}, whose file of save_state() this one "
+                "would overwrite; give another, as name='second'"
+            )
         given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
         super().__init__(
             accelerator.unwrap_model(model, keep_torch_compile=False),
@@ -110,6 +124,10 @@ class AcceleratedPruner(Pruner):
         self.accelerator = accelerator
         self._file = f"{name}.pt"
         self._masks: list[Tensor] = []  # of the backward passes that are accumulated
+        taken.add(name)
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                refuse_stale(module)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
@@ -131,6 +149,16 @@ class AcceleratedPruner(Pruner):
                 add_histograms(tracker.tracker, self, record.step)
         return record
 
+    def skip(self) -> None:
+        """As `tk.Pruner.skip`, of all passes that are accumulated so far."""
+        self._masks = []
+        super().skip()
+
+    def absent(self) -> PruneRecord | None:
+        """As `tk.Pruner.absent`, of all passes that are accumulated so far."""
+        self._masks = []
+        return super().absent()
+
     def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         """Called by save_state() on all ranks."""
         self.sync()
@@ -147,4 +175,5 @@ class AcceleratedPruner(Pruner):
                 f"load_state: there is no {self._file} in {folder!r}; it was saved without this "
                 "pruner, so make the pruner after load_state()"
             )
+        self._masks = []
         self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -52,7 +52,8 @@ class PruningCallback(TrainerCallback, ExportableState):
     The pruner is made when train() begins. Checkpoints of the Trainer hold its state in their
     `trainer_state.json`, and `train(resume_from_checkpoint=...)` goes on from there. At the end the
     model is compacted, with the state of `trainer.optimizer`; its scheduler stays with it, so that
-    train() may be called again.
+    train() may be called again. The Trainer asks whether to stop after steps alone: resumed from a
+    checkpoint in which the targets were reached, it trains for one step more.
 
     Args:
         trainer: to which the callback is added, by `trainer.add_callback`.
@@ -182,6 +183,8 @@ class PruningCallback(TrainerCallback, ExportableState):
         self.pruner.sync()
         if self._compact:
             self.pruner.compact()
+        # DDP keeps the parameters that it was made with, and train() would take the same DDP again.
+        self._trainer.model_wrapped = self._trainer.model
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into `trainer_state.json`; called on the rank that writes."""

@@ -18,6 +18,7 @@ from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.pruning.blocks import branch_output
 from taylor_kernels.pruning.flops import Meter
 from taylor_kernels.statistics import get_statistic
+from taylor_kernels.statistics.counting import Counting
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.tracing import Block
 from taylor_kernels.tracing.values import Path
@@ -93,16 +94,26 @@ class BlockScores:
         if self._gates is not None:
             self._gates.discard()
 
-    def add(self, loss_scale: float, tables: Mapping[str, Tensor]) -> None:
+    def add(
+        self,
+        loss_scale: float,
+        tables: Mapping[str, Tensor],
+        masks: Sequence[Tensor] | None = None,
+    ) -> None:
         """Add a minibatch.
 
         Args:
             loss_scale: what the loss was multiplied by before backward().
             tables: layer -> [F, K], of the criterion's statistic.
+            masks: one for each pass, of the examples that count; None where all do.
+
+        Raises:
+            ValueError: the masks do not fit; nothing is added.
         """
         scores: dict[int, Tensor] = {}
         if self._gates is not None:
-            for number, gates in self._gates.collect().items():
+            used = masks if self._per_example else None
+            for number, gates in self._gates.collect(used).items():
                 table = gates / loss_scale
                 row = table[None] if self._per_example else table.sum()[None, None]
                 scores[number] = self._criterion.observations(row).mean()
@@ -180,7 +191,9 @@ class _BranchGates:
     def __init__(self, model: nn.Module, blocks: Mapping[int, Block], backend: str | None) -> None:
         self._backend = backend
         self._captures = Captures()
-        self._received: dict[int, list[Tensor]] = {}
+        self._names = {number: block.output.module for number, block in blocks.items()}
+        self._received: dict[int, list[tuple[int, Tensor]]] = {}  # with the number of the pass
+        self._pass = 0
         self._handles = [model.register_forward_pre_hook(Hook(self._on_model))]
         for number, block in blocks.items():
             module = model.get_submodule(block.output.module)
@@ -188,6 +201,7 @@ class _BranchGates:
             self._handles.append(module.register_forward_hook(hook))
 
     def _on_model(self, *_: object) -> None:
+        self._pass += 1
         self._captures.forget()
 
     def _on_output(
@@ -197,18 +211,28 @@ class _BranchGates:
         if not torch.is_grad_enabled() or not tensor.requires_grad:
             return
 
+        pass_ = self._pass
+
         def receive(y: Tensor, dy: Tensor) -> None:
             y, dy = (part.unsqueeze(1) if part.dim() == 1 else part for part in (y, dy))
             gates = gate_gradients(y, dy, backend=self._backend)  # any dimension serves: all add up
-            self._received.setdefault(number, []).append(gates.sum(1))
+            self._received.setdefault(number, []).append((pass_, gates.sum(1)))
 
         self._captures.add(name, number, tensor, receive, self.discard)
 
-    def collect(self) -> dict[int, Tensor]:
-        """Block -> [N], since the last call."""
-        found = {number: torch.cat(parts) for number, parts in self._received.items()}
+    def collect(self, masks: Sequence[Tensor] | None) -> dict[int, Tensor]:
+        """Block -> [N] since the last call, of the examples that count."""
+        received = self._received
         self.discard()
-        return found
+        if masks is None or not received:
+            return {block: torch.cat([s for _, s in parts]) for block, parts in received.items()}
+        counting = Counting(masks, (number for parts in received.values() for number, _ in parts))
+        return {
+            block: torch.cat(
+                [s[counting.of(self._names[block], n, len(s)).to(s.device)] for n, s in parts]
+            )
+            for block, parts in received.items()
+        }
 
     def discard(self) -> None:
         self._received = {}

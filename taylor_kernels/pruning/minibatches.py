@@ -144,9 +144,10 @@ class Minibatches:
             self._gathering.add(self.statistic, tables, weight)
             return self._passed()
         check_no_noise(self.statistic.noise)
-        self.scores.add(tables, self.statistic.unread)
         if self.blocks is not None:
-            self.blocks.add(scale, dict(zip(self.statistic.layers, tables, strict=True)))
+            named = dict(zip(self.statistic.layers, tables, strict=True))
+            self.blocks.add(scale, named, self.statistic.mask)
+        self.scores.add(tables, self.statistic.unread)
         self.steps += 1
         return self.scores.count >= self._every
 

@@ -182,7 +182,12 @@ class Network:
         return kind(self.model, layers, backend, sites)
 
     def use(self, optimizer: object) -> None:
-        """Let another optimizer's state follow the masks."""
+        """Let another optimizer's state follow the masks.
+
+        Those that it replaces may keep state of the parameters; they count as gone until one of
+        them makes a step again.
+        """
+        self._steps.forget(set(optimizers_in(self._optimizer)).difference(optimizers_in(optimizer)))
         self._optimizer = self._masks.optimizer = optimizer
 
     def check_optimizer(self) -> None:

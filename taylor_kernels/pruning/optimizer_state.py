@@ -80,6 +80,10 @@ class Steps:
     def _note(self, optimizer: Optimizer, *_: object) -> None:
         self.optimizers.add(optimizer)
 
+    def forget(self, optimizers: Iterable[Optimizer]) -> None:
+        """Take these for ones that have made none."""
+        self.optimizers.difference_update(optimizers)
+
 
 def check_complete(
     optimizers: Sequence[Optimizer], stepped: Collection[Optimizer], cut: Mapping[str, Tensor]

@@ -210,7 +210,8 @@ class Pruner(Resumable):
                 return None
             with counted(minibatches.statistic, mask):
                 found = minibatches.statistic.collect(loss_scale=scale, closure=closure)
-            return self._prune() if minibatches.add(found, scale, weight) else None
+                due = minibatches.add(found, scale, weight)
+            return self._prune() if due else None
 
     def skip(self) -> None:
         """Forget the minibatch: in place of step(), for one that is not to count, as one whose

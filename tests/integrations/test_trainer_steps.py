@@ -61,6 +61,34 @@ def test_an_accumulation_is_one_minibatch(criterion):
         torch.testing.assert_close(found[1][name], score, rtol=1e-5, atol=0, equal_nan=True)
 
 
+def test_what_is_skipped_takes_its_masks_along():
+    """And a name is one pruner's alone."""
+    library("accelerate")
+    from accelerate import Accelerator
+
+    from taylor_kernels.integrations.accelerate import AcceleratedPruner
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, data = Tokens(), sentences()
+    accelerated, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    options: dict[str, Any] = {"optimizer": optimizer, "filters": 0.5, "every": 1, "per_step": 1}
+    pruner = AcceleratedPruner(
+        accelerator, accelerated, data[0]["x"][None], "taylor_fo_gate", **options
+    )
+    with pytest.raises(ValueError, match="name: the accelerator has a pruner 'pruner'"):
+        AcceleratedPruner(accelerator, accelerated, data[0]["x"][None], **options)
+    records = []
+    for number, sentence in enumerate(data[:3]):
+        batch = {name: value[None] for name, value in sentence.items()}
+        with accelerator.accumulate(accelerated):
+            accelerator.backward(accelerated(**batch)["loss"])
+            records.append(pruner.step(mask=batch["mask"]))
+            if number == 0:
+                pruner.skip()
+    assert [record is None for record in records] == [True, False, True]
+    assert len(pruner._masks) == 1
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scaler_is_divided_out(kind, tmp_path):
     plain = trained(kind, tmp_path)
@@ -123,6 +151,32 @@ def test_clipping_shows_where_it_comes_before(kind, tmp_path):
     ratio = 1.0 if kind == "lightning" else (limit / norm) ** 2
     assert ratio == 1.0 or ratio < 0.01
     assert math.isclose(least[1] / least[0], ratio, rel_tol=1e-2)
+
+
+def test_a_second_trainer_of_lightnings_goes_on_with_its_own_optimizer(tmp_path):
+    """The first one keeps its optimizer, with momenta of the parameters that are cut later."""
+    library("lightning")
+    from lightning import pytorch
+
+    first, module, callback = runs.lightning(tmp_path, max_epochs=1)
+    pruner = callback.pruner
+    assert not pruner.done
+    old = first.optimizers[0]
+    assert any(p in old.state for p in module.parameters())
+    second = pytorch.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        max_epochs=runs.EPOCHS,
+        callbacks=[callback],
+    )
+    second.fit(module, runs.loader())
+    assert callback.pruner is pruner
+    assert pruner.done
+    assert sum(m.out_channels for m in module.net if isinstance(m, nn.Conv2d)) == 12
+    assert set(second.optimizers[0].state) == set(module.parameters())
 
 
 def test_a_model_that_accelerate_compiles(tmp_path):

@@ -17,7 +17,7 @@ from tests.distributed.launch import ran
 from tests.helpers.programs import run_program
 from tests.integrations import trainer_runs as runs
 from tests.integrations.conftest import library
-from tests.integrations.trainer_ranks import on_rank
+from tests.integrations.trainer_ranks import after_load, on_rank
 from tests.integrations.trainer_runs import KINDS, Trained, trained
 
 pytestmark = [
@@ -172,3 +172,20 @@ def test_several_processes_prune_as_one_and_one_goes_on(tmp_path):
     assert len(before) == 2
     same(prunings(got.pruner)[:2], before)
     assert got.pruner.done
+
+
+def test_several_processes_train_together_after_the_model_was_cut(tmp_path):
+    """A second train() wraps the cut model anew: ranks that see other examples stay the same."""
+    library("transformers")
+    one, other = ran(2, on_rank, "transformers", str(tmp_path))
+    assert sum(one["widths"]) == 12
+    same(one, other)
+
+
+def test_several_processes_go_on_from_the_state_of_a_model_that_was_cut(tmp_path):
+    """The wrapper over the old parameters says so; with a new one the run goes on to equal bits."""
+    library("accelerate")
+    one, other = ran(2, after_load, str(tmp_path))
+    assert one["True"]["0.weight"].size(0) < 12 or one["True"]["3.weight"].size(0) < 12
+    same(one, other)
+    same(one["True"], one["False"])

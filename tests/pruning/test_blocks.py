@@ -254,6 +254,38 @@ def test_a_blocks_gate_is_that_of_a_factor_on_its_branch(kind, criterion):
     assert len(found) >= len(outputs) - 1
 
 
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_padding_does_not_count_in_the_scores_of_blocks(tokens_first):
+    """Of two passes, each with its mask; in dim 0 are sequences, or the tokens of all of them."""
+    model, _ = built("pre-norm")
+    if tokens_first:
+        torch.manual_seed(1)
+        model = tokens(Feed(WIDTH), Feed(WIDTH)).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model)
+    passes = [torch.randn(5, 3, 4, dtype=torch.float64) for _ in range(2)]
+    if tokens_first:
+        masks = [torch.rand(5, 3) < 0.6 for _ in range(2)]
+        real = [x[mask] for x, mask in zip(passes, masks, strict=True)]
+        passes = [x.flatten(0, 1) for x in passes]
+        counts = [mask.flatten() for mask in masks]
+    else:
+        masks = counts = [torch.arange(5) < n for n in (2, 4)]
+        real = [x[mask] for x, mask in zip(passes, masks, strict=True)]
+    found = []
+    for net, inputs, counted in ((model, passes, counts), (twin, real, None)):
+        _, pruner = make(net, passes[0], params=0.9, per_step=1)
+        for number, x in enumerate(inputs):
+            outputs = net(x) if counted is None else net(x)[counted[number]]
+            outputs.square().sum().backward()
+        assert pruner.step(mask=None if counted is None else masks) is not None
+        found.append(pruner.block_scores())
+    assert len(found[0]) >= 1
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
 def test_of_weights_a_block_is_the_sum_of_its_filters():
     model, x = built("basic")
     _, pruner = make(model, x, "taylor_fo", params=0.9, per_step=1)
