@@ -1,7 +1,8 @@
 """Checkpoints to which every rank writes the parts that it holds, by torch.distributed.checkpoint.
 
-A folder holds numbered ones. One is whole once it has an index, which is written last; the latest
-that is whole counts, and those before it are removed then. In each there is an entry for every
+A folder holds numbered ones, `checkpoint-00000000` the first. One is whole once it has an index,
+which is written last; the latest that is whole counts, and those before it are removed then. What
+else is in the folder stays. In each there is an entry for every
 tensor of the model and of the optimizer's state, and one, `plain`, with all else: the pruner's
 state, the extras, and the model's and the optimizer's with a tensor without memory in the place of
 each. That is read without running code.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +42,9 @@ from taylor_kernels.tracing.running import outside_inference_mode
 
 _FORMAT = "taylor_kernels.sharded_checkpoint"
 _PLAIN, _INDEX = "plain", ".metadata"
+#: What a checkpoint is called, and what the files are that PyTorch writes to it.
+_NAME = re.compile(r"checkpoint-([0-9]{8})")
+_FILE = re.compile(r"\.metadata(\.tmp)?|.*\.distcp", re.DOTALL)
 _Path = str | os.PathLike[str]
 
 
@@ -59,7 +64,9 @@ def save_sharded_checkpoint(
     leaves the checkpoint that was there before.
 
     Args:
-        folder: made where it is missing, in one that all ranks see.
+        folder: made where it is missing, in one that all ranks see. The checkpoint is in a folder
+            of its own in it, `checkpoint-00000001` or another number; of what else is there nothing
+            is touched.
         model, optimizer, pruner, extra: as those of `save_checkpoint`.
 
     Raises:
@@ -106,7 +113,7 @@ def save_sharded_checkpoint(
     except Exception as caught:
         error = caught
     number = _agreed(ranks, error, "begin the checkpoint", number)
-    target = Path(folder) / f"{number:08d}"
+    target = _named(folder, number)
     try:
         with _as_one_process():
             dcp.save(
@@ -124,7 +131,7 @@ def save_sharded_checkpoint(
     if first:
         for old in _numbers(folder):
             if old < number:
-                shutil.rmtree(Path(folder) / f"{old:08d}", ignore_errors=True)
+                _remove(_named(folder, old))
 
 
 def read_sharded_checkpoint(folder: _Path) -> dict[str, Any]:
@@ -225,17 +232,28 @@ def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int
     return number
 
 
+def _named(folder: _Path, number: int) -> Path:
+    return Path(folder) / f"checkpoint-{number:08d}"
+
+
 def _numbers(folder: _Path) -> list[int]:
-    return [int(one.name) for one in Path(folder).iterdir() if one.name.isdigit()]
+    found = (_NAME.fullmatch(one.name) for one in Path(folder).iterdir())
+    return [int(one[1]) for one in found if one]
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint, unless someone has put something else into it."""
+    if old.is_dir() and all(one.is_file() and _FILE.fullmatch(one.name) for one in old.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _latest(folder: _Path) -> Path:
     root = Path(folder)
     known = _numbers(root) if root.is_dir() else []
-    whole = [n for n in known if (root / f"{n:08d}" / _INDEX).exists()]
+    whole = [n for n in known if (_named(root, n) / _INDEX).exists()]
     if not whole:
         raise FileNotFoundError(f"folder: there is no whole checkpoint in {str(root)!r}")
-    return root / f"{max(whole):08d}"
+    return _named(root, max(whole))
 
 
 def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:
