@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -31,6 +32,7 @@ from taylor_kernels.pruning.checkpoint import (
     check_belongs,
     check_content,
     check_given,
+    check_optimizers,
     parts_of,
     restored,
 )
@@ -59,8 +61,9 @@ def save_sharded_checkpoint(
     """Write the state of a run to a folder, every rank the parts of tensors that it holds.
 
     For parameters of which a rank holds a part (DTensors of FSDP2 or tensor parallelism), which
-    `save_checkpoint` would bring together in the memory of every rank. All ranks call it; of what
-    they hold alike rank 0's is written. Any number of ranks may go on from it. A crash at any time
+    `save_checkpoint` would bring together in the memory of every rank. All ranks of the pruner, or
+    without one all of torch.distributed, call it, whatever the model is wrapped in; of what they
+    hold alike rank 0's is written. Any number of ranks may go on from it. A crash at any time
     leaves the checkpoint that was there before.
 
     Args:
@@ -168,8 +171,9 @@ def load_sharded_checkpoint(
 
     A model that is whole is cut to the structure that it had, as by `load_checkpoint`; one that is
     sharded takes the parts that its ranks hold, and has to have that structure already (see
-    `read_sharded_checkpoint`). PyTorch reads the index with pickle, which can run code: load no
-    folder that you do not trust.
+    `read_sharded_checkpoint`). The ranks that would save it together load it together. PyTorch
+    reads the index with pickle, which can run code: load no folder that you do not trust. Nor does
+    it keep checksums of tensors: a file that is cut off is noticed, other bits in it are not.
 
     Returns:
         The extras that were saved.
@@ -208,6 +212,7 @@ def load_sharded_checkpoint(
         content["optimizer"] = with_memory(
             content["optimizer"], "optimizer", entries, followed_by(content["optimizer"], optimizer)
         )
+        check_optimizers(content, model, optimizer, pruner)
         _read(target, entries)
     except Exception as caught:
         error = caught
@@ -216,10 +221,11 @@ def load_sharded_checkpoint(
 
 
 def _ranks(model: nn.Module, pruner: Pruner | None) -> Ranks | None:
-    """Those who write together; None where this process has all."""
+    """Those who write together; None where this process is alone."""
     if pruner is not None and pruner.ranks is not None:
         return pruner.ranks
-    return Ranks() if any(map(is_sharded, model.parameters())) else None
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Ranks() if several or any(map(is_sharded, model.parameters())) else None
 
 
 def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int = 0) -> int:

@@ -138,6 +138,48 @@ def test_what_fails_on_one_rank_fails_on_all_and_changes_nothing(tmp_path):
     )
 
 
+def plain(rank, size, folder):
+    """A model that DistributedDataParallel wraps, without a pruner; then another optimizer on 1."""
+    torch.manual_seed(rank)  # DDP hands on rank 0's weights
+    model = torch.nn.Linear(3, 2)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    wrapped(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    for step in range(2):
+        tk.save_sharded_checkpoint(folder, model=wrapped, optimizer=optimizer, rank=rank, step=step)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    again = torch.nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in again.state_dict().items()}
+    kind = torch.optim.SGD if rank else torch.optim.Adam
+    given = {"momentum": 0.9} if rank else {}
+    its = kind(again.parameters(), 0.5, **given)
+    try:
+        tk.load_sharded_checkpoint(folder, model=again, optimizer=its)
+        said = "nothing"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    same = all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+    unchanged = same and not its.state and its.param_groups[0]["lr"] == 0.5
+    its = torch.optim.Adam(again.parameters(), 0.5)
+    extra = tk.load_sharded_checkpoint(folder, model=again, optimizer=its)
+    back = all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
+    return {"said": said, "unchanged": unchanged, "extra": extra, "back": back}
+
+
+def test_ranks_with_whole_models_write_one_checkpoint(tmp_path):
+    first, second = ran(2, plain, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert first["extra"] == second["extra"] == {"rank": 0, "step": 1}
+    assert first["back"]
+    assert second["back"]
+    # An optimizer that does not fit on one rank: no rank has loaded anything.
+    assert first["said"].startswith("RuntimeError: rank 1 could not read the checkpoint")
+    assert second["said"].startswith("ValueError: optimizer: ")
+    assert first["unchanged"]
+    assert second["unchanged"]
+
+
 def test_one_process_alone(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
