@@ -61,7 +61,6 @@ class Training:
         self.minibatches = self.pruned_at = 0
         self.epoch = self.done = 0  # the epoch that is run, and its minibatches that are done
         self.tuning_from = 0
-        self._unused = team is not None and _leaves_some_without_gradient(task)
         self._val: Minibatches | None = None
         self._judged: list[tuple[int, Any]] = []
         device = next(self.model.parameters()).device
@@ -201,7 +200,7 @@ class Training:
     def _wrap(self) -> None:
         """Let the processes train one model, from now on; a collective."""
         if self._team is not None:
-            self._trained = wrapped(self.model, unused=self._unused)
+            self._trained = wrapped(self.model)
 
     def _decided(self, asked: bool, due: bool) -> tuple[bool, bool]:
         """One that is asked to stop stops all; the first one's clock says when to save."""
@@ -271,15 +270,6 @@ class Training:
 
 
 _COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
-
-
-def _leaves_some_without_gradient(task: Task) -> bool:
-    """Whether a loss leaves parameters that are trained without a gradient."""
-    batch, model = task.loader.first(), task.model
-    task.judge(model, batch).loss.backward()
-    found = any(p.requires_grad and p.grad is None for p in model.parameters())
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 class _Progress:

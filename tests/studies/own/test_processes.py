@@ -48,6 +48,16 @@ class Plain(nn.Module):
         return self.head(self.two(self.one(x)).mean((2, 3)))
 def forward(model, batch):  # an attribute of the model, inside whatever it is
     return nn.functional.cross_entropy(model(batch[0]) * model.scale, batch[1])
+class Skipping(Plain):  # a layer at random, on each process another time
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Conv2d(10, 10, 3, padding=1)
+        del self.idle
+    def forward(self, x):
+        x = self.two(self.one(x))
+        if not self.training or torch.rand(()) < 0.5:
+            x = x + self.extra(x)
+        return self.head(x.mean((2, 3)))
 odd = lambda: DataLoader(TensorDataset(torch.randn(60, 1, 6, 6), torch.zeros(60).long()), 15)
 def own(rank, world_size):  # of which the second has a minibatch less
     return [(torch.randn(6, 1, 6, 6) + rank, torch.randint(0, 4, (6,))) for _ in range(5 - rank)]
@@ -158,6 +168,17 @@ def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
     assert first[3][0] == second[3][0] == 0, (first[3], second[3])
     own = outcome(folder, "own")[0]
     assert own["course"][-1]["minibatch"] - own["pruned_at"] == 4  # an epoch of fine-tuning
+
+
+@pytest.mark.usefixtures("alone")
+def test_layers_that_are_skipped_at_random(folder):
+    given = ("--model", "mynets:Skipping", "--criterion", "taylor_fo", "--out", "skipping")
+    run = [("prune", *PRUNE, *given)]
+    for ((code, _, complained),) in ran(2, in_process, folder, ports(1), run):
+        assert code == 0, complained
+    result, weights = outcome(folder, "skipping")
+    assert result["final"]["flops_fraction"] <= 0.6
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
