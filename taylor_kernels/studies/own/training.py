@@ -66,7 +66,7 @@ class Training:
         device = next(self.model.parameters()).device
         if settings.val is not None:
             self._val = Minibatches(
-                "--val", settings.val, seed=settings.seed, limit=None, device=device
+                "--val", settings.val, seed=settings.seed, limit=None, device=device, whole=True
             )
         else:
             cpu = torch.device("cpu")

@@ -61,6 +61,11 @@ class Skipping(Plain):  # a layer at random, on each process another time
 odd = lambda: DataLoader(TensorDataset(torch.randn(60, 1, 6, 6), torch.zeros(60).long()), 15)
 def own(rank, world_size):  # of which the second has a minibatch less
     return [(torch.randn(6, 1, 6, 6) + rank, torch.randint(0, 4, (6,))) for _ in range(5 - rank)]
+def val(rank, world_size):  # all of which every process judges on
+    return own(rank, world_size) if (rank, world_size) == (0, 1) else 1 / 0
+def sampled():
+    data = make_loader().dataset
+    return DataLoader(data, 15, sampler=torch.utils.data.DistributedSampler(data))
 """
 PRUNE = ("--model", "mynets:Plain", "--data", "mynets:make_loader", "--batches", "3",
          "--forward", "mynets:forward", "--flops", "0.6", "--epochs", "2", "--finetune", "1",
@@ -151,21 +156,24 @@ def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
         ("prune", *PRUNE, "--data", "mynets:pairs", "--out", "no"),
         ("prune", *PRUNE, "--data", "mynets:odd", "--out", "no"),
         ("score", *PRUNE[:6], "--out", "no"),
-        ("prune", *PRUNE, "--data", "mynets:own", "--criterion", "taylor_fo", "--out", "own"),
-    ]
+        ("prune", *PRUNE, "--val", "mynets:sampled", "--out", "no"),
+        ("prune", *PRUNE, "--data", "mynets:own", "--val", "mynets:val", "--out", "own",
+         "--criterion", "taylor_fo"),
+    ]  # fmt: skip
     first, second = ran(2, in_process, folder, ports(len(runs)), runs)
     for number, begins in enumerate(
         (
             "error: --data: mynets:pairs gave a list, of which 2 processes cannot each read",
             "error: --data: mynets:odd has batch_size=15, which 2 processes cannot share equally",
             "error: torchrun: it has started 2 processes, and score is of one",
+            "error: --val: mynets:sampled has a DistributedSampler, which gives each of 2",
         )
     ):
         for code, said, complained in (first[number], second[number]):
             assert (code, said) == (2, "")
             assert complained.splitlines()[-1].startswith(begins)
     # Loaders of their own parts: an epoch ends with the shortest.
-    assert first[3][0] == second[3][0] == 0, (first[3], second[3])
+    assert first[-1][0] == second[-1][0] == 0, (first[-1], second[-1])
     own = outcome(folder, "own")[0]
     assert own["course"][-1]["minibatch"] - own["pruned_at"] == 4  # an epoch of fine-tuning
 
