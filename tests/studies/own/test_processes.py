@@ -63,6 +63,10 @@ def own(rank, world_size):  # of which the second has a minibatch less
     return [(torch.randn(6, 1, 6, 6) + rank, torch.randint(0, 4, (6,))) for _ in range(5 - rank)]
 def val(rank, world_size):  # all of which every process judges on
     return own(rank, world_size) if (rank, world_size) == (0, 1) else 1 / 0
+def missing(rank, world_size):
+    if rank:
+        raise OSError("shard-1.tar is not there")
+    return own(rank, world_size)
 def sampled():
     data = make_loader().dataset
     return DataLoader(data, 15, sampler=torch.utils.data.DistributedSampler(data))
@@ -187,6 +191,16 @@ def test_layers_that_are_skipped_at_random(folder):
     result, weights = outcome(folder, "skipping")
     assert result["final"]["flops_fraction"] <= 0.6
     assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_error_of_one_is_told_though_the_others_meet_elsewhere(folder):
+    run = [("prune", *PRUNE, "--data", "mynets:missing", "--out", "no")]
+    (first,), (second,) = ran(2, in_process, folder, ports(1), run)
+    assert (first[0], second[0]) == (2, 2)
+    assert second[2].startswith("error: --data: ")
+    assert "shard-1.tar is not there" in second[2]
+    assert first[2].splitlines()[-1].startswith("error: torchrun: ")
 
 
 def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
