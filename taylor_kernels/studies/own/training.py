@@ -107,7 +107,7 @@ class Training:
             Mistake: the loss or a score is not finite, or the checkpoint is of another run.
             Stopped: the user asked for it; the checkpoint is there.
         """
-        if self.settings.resume and self.settings.checkpoint.exists():
+        if self.settings.resume and self._is_there():
             self._load()
         self._wrap()
         with self._keeper.listening():
@@ -254,6 +254,20 @@ class Training:
             course=self.course,
             **{name: getattr(self, name) for name in _COUNTERS},
         )
+
+    def _is_there(self) -> bool:
+        """Whether there is a checkpoint, which all processes have to see; a collective."""
+        file = self.settings.checkpoint
+        if self._team is None:
+            return file.exists()
+        seen = [flag for (flag,) in self._team.heard(file.exists())]
+        if any(seen) and not all(seen):
+            lacking = ", ".join(str(rank) for rank, flag in enumerate(seen) if not flag)
+            raise Mistake(
+                f"--resume: process {lacking} of {len(seen)} does not see {file}, which others do; "
+                "give an --out that all of them read"
+            )
+        return all(seen)
 
     def _load(self) -> None:
         file = self.settings.checkpoint

@@ -113,6 +113,12 @@ def in_process(rank, size, folder, port, commands, stop=None):
     return found
 
 
+def in_folder(rank, size, folder, port, commands):
+    """The same, with a folder of its own for the second process."""
+    sys.path.insert(0, str(folder))
+    return in_process(rank, size, folder / "empty" if rank else folder, port, commands)
+
+
 def ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -218,6 +224,11 @@ def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
     assert "after minibatch 3" in both[0][0][2]
     assert "go on with, by torchrun with any number of processes: taylor" in both[0][0][2]
     assert both[1][0][1] == ""
+
+    (folder / "empty").mkdir()
+    code, _, err = ran(2, in_folder, folder, ports(1), broken)[0][0]
+    assert code == 2
+    assert "--resume: process 1 of 2 does not see broken/checkpoint.pt, which others do" in err
 
     code, _, err = command(capsys, *broken[0])
     assert code == 0, err
