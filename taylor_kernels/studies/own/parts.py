@@ -203,7 +203,7 @@ class Minibatches:
         self._used = True
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, PartOfSampler):
-            sampler.before = partial(seed_everything, self._seed, number, 0)
+            sampler.before = partial(self._seed_order, number)
             sampler.after = partial(seed_everything, self._seed, number, 0, *self._rank)
             sampler = sampler.whole
         for holder in (self._loader, sampler):
@@ -212,8 +212,18 @@ class Minibatches:
                 generator.manual_seed(_mixed(self._seed, number))
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(number)
+        seed_everything(self._seed, number, *self._rank)  # of which workers' seeds are drawn
         with naming(f"{self.option}: iterating over {self.path}"):
             return iter(self._loader)
+
+    def _seed_order(self, number: int) -> None:
+        """Seed as one process has it where its DataLoader draws the order of an epoch."""
+        if getattr(self._loader, "num_workers", 0):  # as the epoch begins, after workers' seed
+            seed_everything(self._seed, number)
+            if getattr(self._loader, "generator", None) is None:
+                torch.empty((), dtype=torch.int64).random_()
+        else:  # with the first minibatch
+            seed_everything(self._seed, number, 0)
 
 
 _END = object()
