@@ -212,7 +212,9 @@ class Minibatches:
                 generator.manual_seed(_mixed(self._seed, number))
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(number)
-        seed_everything(self._seed, number, *self._rank)  # of which workers' seeds are drawn
+        if isinstance(getattr(self._loader, "sampler", None), DistributedSampler):
+            # Workers' seeds are drawn of it. A user's own parts may need one order on all ranks.
+            seed_everything(self._seed, number, *self._rank)
         with naming(f"{self.option}: iterating over {self.path}"):
             return iter(self._loader)
 
