@@ -188,9 +188,15 @@ class Ranks:
         """All ranks wait until each has done its part; a collective.
 
         Raises:
-            RuntimeError: another rank failed. The error of this one is raised as it is.
+            RuntimeError: another rank failed, or is in another collective. The error of this one
+                is raised as it is, whatever became of the others.
         """
-        failed = self.gather(torch.tensor([error is not None]).view(torch.uint8)).any(1)
+        failed = torch.zeros(0, dtype=torch.bool)
+        try:
+            failed = self.gather(torch.tensor([error is not None]).view(torch.uint8)).any(1)
+        except RuntimeError:
+            if error is None:
+                raise
         if error is not None:
             raise error
         if failed.any():

@@ -37,7 +37,7 @@ from taylor_kernels.methods.mirror_settings import (
     is_quantized,
     scale_of,
 )
-from taylor_kernels.methods.mirror_state import check_state
+from taylor_kernels.methods.mirror_state import check_state, with_start
 from taylor_kernels.methods.mirror_values import Call, Quantized, first_value
 
 if TYPE_CHECKING:
@@ -287,6 +287,7 @@ class MirrorDescent(Optimizer):
             TypeError, ValueError: it is not the state of a MirrorDescent of parameters of these
                 shapes, in the same groups, or an option in it is out of range. Nothing is changed.
         """
+        state_dict = with_start(state_dict)
         check_state(self.param_groups, self.defaults, state_dict)
         super().load_state_dict(state_dict)
         # PyTorch casts state to the parameter's dtype, and may share memory with what it is given.

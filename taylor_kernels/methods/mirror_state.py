@@ -52,6 +52,14 @@ def check_state(
             _check_parameter(where, saved, param, states.get(key, {}))
 
 
+def with_start(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A saved state whose groups have the option `start`, which those of before it lack."""
+    groups = state_dict.get("param_groups")
+    if groups is None:
+        return state_dict
+    return {**state_dict, "param_groups": [{"start": "weights", **group} for group in groups]}
+
+
 def _check_parameter(
     where: str, saved: Mapping[str, Any], param: Tensor, state: Mapping[str, Any]
 ) -> None:

@@ -165,6 +165,7 @@ def load_checkpoint(
     check_belongs(model, optimizer, pruner)
     content = read_checkpoint(path)
     check_content(content, model, optimizer, pruner)
+    check_optimizers(content, model, optimizer, pruner)
     return restored(content, model, optimizer, pruner)
 
 
@@ -217,22 +218,29 @@ def check_content(
     return cut
 
 
+def check_optimizers(
+    content: Mapping[str, Any], model: nn.Module, optimizer: Any, pruner: Pruner | None
+) -> None:
+    """The optimizers take their states in what `check_content` has let pass.
+
+    Raises:
+        ValueError: one does not. Nothing has changed.
+    """
+    if optimizer is None:
+        return
+    cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
+    after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    gone = set() if pruner is None else set(pruner.gone_after(content["pruner"]))
+    leaving = [p for name, p in model.named_parameters() if name in gone]
+    check_optimizer_states(
+        content["optimizer"], optimizer, {} if pruner is None else after, leaving
+    )
+
+
 def restored(
     content: Mapping[str, Any], model: nn.Module, optimizer: Any, pruner: Pruner | None
 ) -> dict[str, Any]:
-    """Put back what `check_content` has let pass; the extras.
-
-    Raises:
-        ValueError: an optimizer does not take its state. Nothing has changed.
-    """
-    if optimizer is not None:
-        cut = {} if pruner is None else pruner.shapes_after(content["pruner"])
-        after = {p: cut.get(name, tuple(p.shape)) for name, p in model.named_parameters()}
-        gone = set() if pruner is None else set(pruner.gone_after(content["pruner"]))
-        leaving = [p for name, p in model.named_parameters() if name in gone]
-        check_optimizer_states(
-            content["optimizer"], optimizer, {} if pruner is None else after, leaving
-        )
+    """Put back what `check_content` and `check_optimizers` have let pass; the extras."""
     if pruner is not None:
         pruner.load_state_dict(content["pruner"])
     model.load_state_dict(content["model"])

@@ -1,7 +1,8 @@
 """Checkpoints to which every rank writes the parts that it holds, by torch.distributed.checkpoint.
 
-A folder holds numbered ones. One is whole once it has an index, which is written last; the latest
-that is whole counts, and those before it are removed then. In each there is an entry for every
+A folder holds numbered ones, `checkpoint-00000000` the first. One is whole once it has an index,
+which is written last; the latest that is whole counts, and those before it are removed then. What
+else is in the folder stays. In each there is an entry for every
 tensor of the model and of the optimizer's state, and one, `plain`, with all else: the pruner's
 state, the extras, and the model's and the optimizer's with a tensor without memory in the place of
 each. That is read without running code.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +32,7 @@ from taylor_kernels.pruning.checkpoint import (
     check_belongs,
     check_content,
     check_given,
+    check_optimizers,
     parts_of,
     restored,
 )
@@ -40,6 +44,9 @@ from taylor_kernels.tracing.running import outside_inference_mode
 
 _FORMAT = "taylor_kernels.sharded_checkpoint"
 _PLAIN, _INDEX = "plain", ".metadata"
+#: What a checkpoint is called, and what the files are that PyTorch writes to it.
+_NAME = re.compile(r"checkpoint-([0-9]{8})")
+_FILE = re.compile(r"\.metadata(\.tmp)?|.*\.distcp", re.DOTALL)
 _Path = str | os.PathLike[str]
 
 
@@ -54,12 +61,15 @@ def save_sharded_checkpoint(
     """Write the state of a run to a folder, every rank the parts of tensors that it holds.
 
     For parameters of which a rank holds a part (DTensors of FSDP2 or tensor parallelism), which
-    `save_checkpoint` would bring together in the memory of every rank. All ranks call it; of what
-    they hold alike rank 0's is written. Any number of ranks may go on from it. A crash at any time
+    `save_checkpoint` would bring together in the memory of every rank. All ranks of the pruner, or
+    without one all of torch.distributed, call it, whatever the model is wrapped in; of what they
+    hold alike rank 0's is written. Any number of ranks may go on from it. A crash at any time
     leaves the checkpoint that was there before.
 
     Args:
-        folder: made where it is missing, in one that all ranks see.
+        folder: made where it is missing, in one that all ranks see. The checkpoint is in a folder
+            of its own in it, `checkpoint-00000001` or another number; of what else is there nothing
+            is touched.
         model, optimizer, pruner, extra: as those of `save_checkpoint`.
 
     Raises:
@@ -106,7 +116,7 @@ def save_sharded_checkpoint(
     except Exception as caught:
         error = caught
     number = _agreed(ranks, error, "begin the checkpoint", number)
-    target = Path(folder) / f"{number:08d}"
+    target = _named(folder, number)
     try:
         with _as_one_process():
             dcp.save(
@@ -124,7 +134,7 @@ def save_sharded_checkpoint(
     if first:
         for old in _numbers(folder):
             if old < number:
-                shutil.rmtree(Path(folder) / f"{old:08d}", ignore_errors=True)
+                _remove(_named(folder, old))
 
 
 def read_sharded_checkpoint(folder: _Path) -> dict[str, Any]:
@@ -161,8 +171,9 @@ def load_sharded_checkpoint(
 
     A model that is whole is cut to the structure that it had, as by `load_checkpoint`; one that is
     sharded takes the parts that its ranks hold, and has to have that structure already (see
-    `read_sharded_checkpoint`). PyTorch reads the index with pickle, which can run code: load no
-    folder that you do not trust.
+    `read_sharded_checkpoint`). The ranks that would save it together load it together. PyTorch
+    reads the index with pickle, which can run code: load no folder that you do not trust. Nor does
+    it keep checksums of tensors: a file that is cut off is noticed, other bits in it are not.
 
     Returns:
         The extras that were saved.
@@ -201,6 +212,7 @@ def load_sharded_checkpoint(
         content["optimizer"] = with_memory(
             content["optimizer"], "optimizer", entries, followed_by(content["optimizer"], optimizer)
         )
+        check_optimizers(content, model, optimizer, pruner)
         _read(target, entries)
     except Exception as caught:
         error = caught
@@ -209,10 +221,11 @@ def load_sharded_checkpoint(
 
 
 def _ranks(model: nn.Module, pruner: Pruner | None) -> Ranks | None:
-    """Those who write together; None where this process has all."""
+    """Those who write together; None where this process is alone."""
     if pruner is not None and pruner.ranks is not None:
         return pruner.ranks
-    return Ranks() if any(map(is_sharded, model.parameters())) else None
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return Ranks() if several or any(map(is_sharded, model.parameters())) else None
 
 
 def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int = 0) -> int:
@@ -225,17 +238,28 @@ def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int
     return number
 
 
+def _named(folder: _Path, number: int) -> Path:
+    return Path(folder) / f"checkpoint-{number:08d}"
+
+
 def _numbers(folder: _Path) -> list[int]:
-    return [int(one.name) for one in Path(folder).iterdir() if one.name.isdigit()]
+    found = (_NAME.fullmatch(one.name) for one in Path(folder).iterdir())
+    return [int(one[1]) for one in found if one]
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint, unless someone has put something else into it."""
+    if old.is_dir() and all(one.is_file() and _FILE.fullmatch(one.name) for one in old.iterdir()):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _latest(folder: _Path) -> Path:
     root = Path(folder)
     known = _numbers(root) if root.is_dir() else []
-    whole = [n for n in known if (root / f"{n:08d}" / _INDEX).exists()]
+    whole = [n for n in known if (_named(root, n) / _INDEX).exists()]
     if not whole:
         raise FileNotFoundError(f"folder: there is no whole checkpoint in {str(root)!r}")
-    return root / f"{max(whole):08d}"
+    return _named(root, max(whole))
 
 
 def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:

@@ -68,15 +68,15 @@ def test_killed_with_four_resumed_with_two_and_one(tmp_path):
     assert not killed[2]
     # They end by themselves: those that do not are killed after a while, and leave no error.
     assert all("RuntimeError" in killed[rank]["error"] for rank in (0, 1, 3))
-    assert [one.name for one in folder.iterdir()] == ["00000001"]  # of step 4
+    assert [one.name for one in folder.iterdir()] == ["checkpoint-00000001"]  # of step 4
 
     # With two, of a model that is cut now: one is killed while both write.
     writing = outcomes(2, resumed, folder, "whole", [1], -1, 7)
     assert not writing[1]
     assert "rank 0 of 2: the checkpoint" in writing[0]["error"]
     assert "has another rank stopped" in writing[0]["error"]
-    assert not (folder / "00000003" / ".metadata").exists()
-    assert (folder / "00000002" / ".metadata").exists()  # of step 6
+    assert not (folder / "checkpoint-00000003" / ".metadata").exists()
+    assert (folder / "checkpoint-00000002" / ".metadata").exists()  # of step 6
 
     # With two again, that read their parts: all are killed.
     assert not any(outcomes(2, resumed, folder, "parts", [0, 1], 9))
@@ -138,6 +138,48 @@ def test_what_fails_on_one_rank_fails_on_all_and_changes_nothing(tmp_path):
     )
 
 
+def plain(rank, size, folder):
+    """A model that DistributedDataParallel wraps, without a pruner; then another optimizer on 1."""
+    torch.manual_seed(rank)  # DDP hands on rank 0's weights
+    model = torch.nn.Linear(3, 2)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.Adam(model.parameters(), 0.1)
+    wrapped(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    for step in range(2):
+        tk.save_sharded_checkpoint(folder, model=wrapped, optimizer=optimizer, rank=rank, step=step)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    again = torch.nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in again.state_dict().items()}
+    kind = torch.optim.SGD if rank else torch.optim.Adam
+    given = {"momentum": 0.9} if rank else {}
+    its = kind(again.parameters(), 0.5, **given)
+    try:
+        tk.load_sharded_checkpoint(folder, model=again, optimizer=its)
+        said = "nothing"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    same = all(torch.equal(value, before[name]) for name, value in again.state_dict().items())
+    unchanged = same and not its.state and its.param_groups[0]["lr"] == 0.5
+    its = torch.optim.Adam(again.parameters(), 0.5)
+    extra = tk.load_sharded_checkpoint(folder, model=again, optimizer=its)
+    back = all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
+    return {"said": said, "unchanged": unchanged, "extra": extra, "back": back}
+
+
+def test_ranks_with_whole_models_write_one_checkpoint(tmp_path):
+    first, second = ran(2, plain, tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["checkpoint-00000001"]
+    assert first["extra"] == second["extra"] == {"rank": 0, "step": 1}
+    assert first["back"]
+    assert second["back"]
+    # An optimizer that does not fit on one rank: no rank has loaded anything.
+    assert first["said"].startswith("RuntimeError: rank 1 could not read the checkpoint")
+    assert second["said"].startswith("ValueError: optimizer: ")
+    assert first["unchanged"]
+    assert second["unchanged"]
+
+
 def test_one_process_alone(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2)
@@ -162,3 +204,27 @@ def test_one_process_alone(tmp_path):
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):
         tk.load_sharded_checkpoint(tmp_path, model=again, optimizer=its)
+
+
+def test_what_else_is_in_the_folder_stays(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    kept = [
+        tmp_path / name
+        for name in (
+            "20240101/notes.txt",
+            "00000000/__0_0.distcp",
+            "checkpoint-0/model.pt",
+            "checkpoint-00000000/my-copy.pt",  # beside nothing of ours
+            "checkpoint-00000000/more/__0_0.distcp",
+            "checkpoint-00000001",  # a file
+            "old-checkpoint-00000000/.metadata",
+        )
+    ]
+    for one in kept:
+        one.parent.mkdir(parents=True, exist_ok=True)
+        one.write_text(one.name)
+    for epoch in range(3):
+        tk.save_sharded_checkpoint(tmp_path, model=model, epoch=epoch)
+    assert [one.read_text() for one in kept] == [one.name for one in kept]
+    assert tk.load_sharded_checkpoint(tmp_path, model=model) == {"epoch": 2}
+    assert len(list(tmp_path.glob("*/__0_0.distcp"))) == 2  # one checkpoint's, and the user's

@@ -406,3 +406,19 @@ def test_a_usual_start_is_all_zero_between_ternary_levels():
     optimizer = MirrorDescent(layer.parameters(), levels="ternary", beta=100.0)
     report = optimizer.quantize()
     assert report.zeros == report.weights == 64 * 64
+
+
+def test_a_state_of_before_the_option_start_is_taken():
+    model = torch.nn.Linear(3, 2)
+    optimizer = tk.methods.MirrorDescent(model.parameters())
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["start"]
+    again = torch.nn.Linear(3, 2)
+    its = tk.methods.MirrorDescent(again.parameters(), start="spread")
+    its.load_state_dict(state)
+    assert "start" not in state["param_groups"][0]  # it is the caller's
+    assert its.param_groups[0]["start"] == "weights"
+    assert torch.equal(again.weight, model.weight)

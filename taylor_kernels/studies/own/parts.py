@@ -58,16 +58,25 @@ class Minibatches:
         option, path: where it comes from: --data or --val, and what that says.
         limit: so many minibatches are an epoch at most; None for all.
         device: what tensors are moved to.
+        whole: every process reads all of it, as where a model is judged.
 
     Raises:
-        Mistake: the path leads nowhere, or to what cannot be iterated over.
+        Mistake: the path leads nowhere, or to what cannot be iterated over, or to one process's
+            part where all is wanted.
     """
 
     def __init__(
-        self, option: str, path: str, *, seed: int, limit: int | None, device: torch.device
+        self,
+        option: str,
+        path: str,
+        *,
+        seed: int,
+        limit: int | None,
+        device: torch.device,
+        whole: bool = False,
     ) -> None:
         self.option, self.path = option, path
-        self._seed, self._limit, self._device = seed, limit, device
+        self._seed, self._limit, self._device, self._whole = seed, limit, device, whole
         self._team: Processes | None = None
         self._own_part = False  # the user's loader itself is of one process's part
         self._rank: tuple[int, ...] = ()  # in seeds, of all processes but the first
@@ -150,7 +159,23 @@ class Minibatches:
                 f"{self.option}: {self.path} gave a {type(loader).__name__}, which cannot be "
                 "iterated over"
             )
+        if self._whole:
+            self._check_whole(loader)
         return loader
+
+    def _check_whole(self, loader: Any) -> None:
+        batches = getattr(loader, "batch_sampler", None)
+        for sampler in (
+            getattr(loader, "sampler", None),
+            batches,
+            getattr(batches, "sampler", None),
+        ):
+            if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+                raise Mistake(
+                    f"{self.option}: {self.path} has a DistributedSampler, which gives each of "
+                    f"{sampler.num_replicas} processes a part; every process judges on all of it, "
+                    "so leave the sampler out"
+                )
 
     def _for_process(self, make: Callable[..., Any]) -> Callable[[], Any]:
         """A function that makes a loader, told which process's part is wanted if it asks."""
@@ -160,6 +185,8 @@ class Minibatches:
             return make
         if not all(name in names for name in _PART):
             return make
+        if self._whole:
+            return partial(make, rank=0, world_size=1)
         self._own_part = True
         variables = ("RANK", "WORLD_SIZE") if started_by_torchrun() else ()
         rank, size = (int(os.environ[name]) for name in variables) if variables else (0, 1)
@@ -176,7 +203,7 @@ class Minibatches:
         self._used = True
         sampler = getattr(self._loader, "sampler", None)
         if isinstance(sampler, PartOfSampler):
-            sampler.before = partial(seed_everything, self._seed, number, 0)
+            sampler.before = partial(self._seed_order, number)
             sampler.after = partial(seed_everything, self._seed, number, 0, *self._rank)
             sampler = sampler.whole
         for holder in (self._loader, sampler):
@@ -185,8 +212,20 @@ class Minibatches:
                 generator.manual_seed(_mixed(self._seed, number))
         if callable(set_epoch := getattr(sampler, "set_epoch", None)):
             set_epoch(number)
+        if isinstance(getattr(self._loader, "sampler", None), DistributedSampler):
+            # Workers' seeds are drawn of it. A user's own parts may need one order on all ranks.
+            seed_everything(self._seed, number, *self._rank)
         with naming(f"{self.option}: iterating over {self.path}"):
             return iter(self._loader)
+
+    def _seed_order(self, number: int) -> None:
+        """Seed as one process has it where its DataLoader draws the order of an epoch."""
+        if getattr(self._loader, "num_workers", 0):  # as the epoch begins, after workers' seed
+            seed_everything(self._seed, number)
+            if getattr(self._loader, "generator", None) is None:
+                torch.empty((), dtype=torch.int64).random_()
+        else:  # with the first minibatch
+            seed_everything(self._seed, number, 0)
 
 
 _END = object()

@@ -149,10 +149,10 @@ def check_alone(command: str) -> None:
         )
 
 
-def wrapped(model: nn.Module, *, unused: bool) -> Wrapped:
+def wrapped(model: nn.Module) -> Wrapped:
     """A wrapper that averages gradients; collective.
 
-    Args:
-        unused: a loss may leave parameters without a gradient.
+    Any minibatch may leave other parameters without a gradient, on one process and not on another,
+    as where layers are skipped at random. One that is not asked to look for them waits for theirs.
     """
-    return Wrapped(model, find_unused_parameters=unused)
+    return Wrapped(model, find_unused_parameters=True)

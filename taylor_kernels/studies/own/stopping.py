@@ -67,6 +67,8 @@ class Keeper:
     def listening(self) -> Iterator[None]:
         """Inside, Ctrl-C and SIGTERM ask to stop at the next `between`; a second one stops at once.
 
+        With several processes a second one changes nothing: from one Ctrl-C each process has two,
+        the terminal's and torchrun's. torchrun kills those that go on for more than 30 seconds.
         Outside of the main thread, where signals do not arrive, nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -79,9 +81,10 @@ class Keeper:
                     raise KeyboardInterrupt
                 return  # the terminal and torchrun both pass it on
             self._asked = True
-            self._say(
-                "stopping after this minibatch; once more stops at once, without a checkpoint"
-            )
+            more = "; once more stops at once, without a checkpoint"
+            if self._together is not None:
+                more = ", unless torchrun kills the processes before: it waits 30 seconds"
+            self._say(f"stopping after this minibatch{more}")
 
         before = {number: signal.signal(number, ask) for number in _SIGNALS}
         try:

@@ -61,13 +61,12 @@ class Training:
         self.minibatches = self.pruned_at = 0
         self.epoch = self.done = 0  # the epoch that is run, and its minibatches that are done
         self.tuning_from = 0
-        self._unused = team is not None and _leaves_some_without_gradient(task)
         self._val: Minibatches | None = None
         self._judged: list[tuple[int, Any]] = []
         device = next(self.model.parameters()).device
         if settings.val is not None:
             self._val = Minibatches(
-                "--val", settings.val, seed=settings.seed, limit=None, device=device
+                "--val", settings.val, seed=settings.seed, limit=None, device=device, whole=True
             )
         else:
             cpu = torch.device("cpu")
@@ -108,7 +107,7 @@ class Training:
             Mistake: the loss or a score is not finite, or the checkpoint is of another run.
             Stopped: the user asked for it; the checkpoint is there.
         """
-        if self.settings.resume and self.settings.checkpoint.exists():
+        if self.settings.resume and self._is_there():
             self._load()
         self._wrap()
         with self._keeper.listening():
@@ -201,7 +200,7 @@ class Training:
     def _wrap(self) -> None:
         """Let the processes train one model, from now on; a collective."""
         if self._team is not None:
-            self._trained = wrapped(self.model, unused=self._unused)
+            self._trained = wrapped(self.model)
 
     def _decided(self, asked: bool, due: bool) -> tuple[bool, bool]:
         """One that is asked to stop stops all; the first one's clock says when to save."""
@@ -256,6 +255,20 @@ class Training:
             **{name: getattr(self, name) for name in _COUNTERS},
         )
 
+    def _is_there(self) -> bool:
+        """Whether there is a checkpoint, which all processes have to see; a collective."""
+        file = self.settings.checkpoint
+        if self._team is None:
+            return file.exists()
+        seen = [flag for (flag,) in self._team.heard(file.exists())]
+        if any(seen) and not all(seen):
+            lacking = ", ".join(str(rank) for rank, flag in enumerate(seen) if not flag)
+            raise Mistake(
+                f"--resume: process {lacking} of {len(seen)} does not see {file}, which others do; "
+                "give an --out that all of them read"
+            )
+        return all(seen)
+
     def _load(self) -> None:
         file = self.settings.checkpoint
         extra = checked_extra(self.settings)
@@ -271,15 +284,6 @@ class Training:
 
 
 _COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
-
-
-def _leaves_some_without_gradient(task: Task) -> bool:
-    """Whether a loss leaves parameters that are trained without a gradient."""
-    batch, model = task.loader.first(), task.model
-    task.judge(model, batch).loss.backward()
-    found = any(p.requires_grad and p.grad is None for p in model.parameters())
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 class _Progress:

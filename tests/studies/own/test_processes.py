@@ -48,9 +48,28 @@ class Plain(nn.Module):
         return self.head(self.two(self.one(x)).mean((2, 3)))
 def forward(model, batch):  # an attribute of the model, inside whatever it is
     return nn.functional.cross_entropy(model(batch[0]) * model.scale, batch[1])
+class Skipping(Plain):  # a layer at random, on each process another time
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Conv2d(10, 10, 3, padding=1)
+        del self.idle
+    def forward(self, x):
+        x = self.two(self.one(x))
+        if not self.training or torch.rand(()) < 0.5:
+            x = x + self.extra(x)
+        return self.head(x.mean((2, 3)))
 odd = lambda: DataLoader(TensorDataset(torch.randn(60, 1, 6, 6), torch.zeros(60).long()), 15)
 def own(rank, world_size):  # of which the second has a minibatch less
     return [(torch.randn(6, 1, 6, 6) + rank, torch.randint(0, 4, (6,))) for _ in range(5 - rank)]
+def val(rank, world_size):  # all of which every process judges on
+    return own(rank, world_size) if (rank, world_size) == (0, 1) else 1 / 0
+def missing(rank, world_size):
+    if rank:
+        raise OSError("shard-1.tar is not there")
+    return own(rank, world_size)
+def sampled():
+    data = make_loader().dataset
+    return DataLoader(data, 15, sampler=torch.utils.data.DistributedSampler(data))
 """
 PRUNE = ("--model", "mynets:Plain", "--data", "mynets:make_loader", "--batches", "3",
          "--forward", "mynets:forward", "--flops", "0.6", "--epochs", "2", "--finetune", "1",
@@ -92,6 +111,12 @@ def in_process(rank, size, folder, port, commands, stop=None):
                 code = end.code
         found.append((code, said.getvalue(), complained.getvalue()))
     return found
+
+
+def in_folder(rank, size, folder, port, commands):
+    """The same, with a folder of its own for the second process."""
+    sys.path.insert(0, str(folder))
+    return in_process(rank, size, folder / "empty" if rank else folder, port, commands)
 
 
 def ports(count):
@@ -141,23 +166,47 @@ def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
         ("prune", *PRUNE, "--data", "mynets:pairs", "--out", "no"),
         ("prune", *PRUNE, "--data", "mynets:odd", "--out", "no"),
         ("score", *PRUNE[:6], "--out", "no"),
-        ("prune", *PRUNE, "--data", "mynets:own", "--criterion", "taylor_fo", "--out", "own"),
-    ]
+        ("prune", *PRUNE, "--val", "mynets:sampled", "--out", "no"),
+        ("prune", *PRUNE, "--data", "mynets:own", "--val", "mynets:val", "--out", "own",
+         "--criterion", "taylor_fo"),
+    ]  # fmt: skip
     first, second = ran(2, in_process, folder, ports(len(runs)), runs)
     for number, begins in enumerate(
         (
             "error: --data: mynets:pairs gave a list, of which 2 processes cannot each read",
             "error: --data: mynets:odd has batch_size=15, which 2 processes cannot share equally",
             "error: torchrun: it has started 2 processes, and score is of one",
+            "error: --val: mynets:sampled has a DistributedSampler, which gives each of 2",
         )
     ):
         for code, said, complained in (first[number], second[number]):
             assert (code, said) == (2, "")
             assert complained.splitlines()[-1].startswith(begins)
     # Loaders of their own parts: an epoch ends with the shortest.
-    assert first[3][0] == second[3][0] == 0, (first[3], second[3])
+    assert first[-1][0] == second[-1][0] == 0, (first[-1], second[-1])
     own = outcome(folder, "own")[0]
     assert own["course"][-1]["minibatch"] - own["pruned_at"] == 4  # an epoch of fine-tuning
+
+
+@pytest.mark.usefixtures("alone")
+def test_layers_that_are_skipped_at_random(folder):
+    given = ("--model", "mynets:Skipping", "--criterion", "taylor_fo", "--out", "skipping")
+    run = [("prune", *PRUNE, *given)]
+    for ((code, _, complained),) in ran(2, in_process, folder, ports(1), run):
+        assert code == 0, complained
+    result, weights = outcome(folder, "skipping")
+    assert result["final"]["flops_fraction"] <= 0.6
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_error_of_one_is_told_though_the_others_meet_elsewhere(folder):
+    run = [("prune", *PRUNE, "--data", "mynets:missing", "--out", "no")]
+    (first,), (second,) = ran(2, in_process, folder, ports(1), run)
+    assert (first[0], second[0]) == (2, 2)
+    assert second[2].startswith("error: --data: ")
+    assert "shard-1.tar is not there" in second[2]
+    assert first[2].splitlines()[-1].startswith("error: torchrun: ")
 
 
 def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
@@ -175,6 +224,11 @@ def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
     assert "after minibatch 3" in both[0][0][2]
     assert "go on with, by torchrun with any number of processes: taylor" in both[0][0][2]
     assert both[1][0][1] == ""
+
+    (folder / "empty").mkdir()
+    code, _, err = ran(2, in_folder, folder, ports(1), broken)[0][0]
+    assert code == 2
+    assert "--resume: process 1 of 2 does not see broken/checkpoint.pt, which others do" in err
 
     code, _, err = command(capsys, *broken[0])
     assert code == 0, err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +192,29 @@ def test_gradients_that_are_there_already_do_not_count(saved, capsys):
         assert code == 0, err
         found.append(load_file(saved / model / "scores.safetensors"))
     assert all(found[0][name].equal(found[1][name]) for name in ("one.0", "two.0", "head"))
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return torch.tensor([float(i), torch.rand(()).item()])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_parts_of_processes_have_one_order_and_noise_of_their_own(monkeypatch, workers):
+    def load():
+        return torch.utils.data.DataLoader(Noisy(), 4, shuffle=True, num_workers=workers)
+
+    monkeypatch.setitem(sys.modules, "noisy", SimpleNamespace(load=load))
+    kinds = {"seed": 0, "limit": None, "device": torch.device("cpu")}
+    alone = [b for _, b in Minibatches("--data", "noisy:load", **kinds).epoch(1)]
+    teams = [SimpleNamespace(rank=rank, size=2, first=not rank) for rank in range(2)]
+    parts = [
+        [b for _, b in Minibatches("--data", "noisy:load", **kinds).of_process(team).epoch(1)]
+        for team in teams
+    ]
+    for whole, *ours in zip(alone, *parts, strict=True):
+        assert sorted(torch.cat(ours)[:, 0].tolist()) == sorted(whole[:, 0].tolist())
+        assert not set(ours[0][:, 1].tolist()) & set(ours[1][:, 1].tolist())
