@@ -159,24 +159,36 @@ def _direction(rule: MirrorRule, given: Tensors, g: Tensor) -> list[Tensor | Non
     return [m / (v**0.5 + rule.eps), m, v]
 
 
-#: A step's roundings: some tens of operations on numbers of order 1. A projection multiplies them
-#: by its slope, up to β.
+#: A step's roundings: some tens of operations on numbers of order 1, or of the terms that it adds,
+#: which may cancel. A projection multiplies them by its slope, up to β.
 C = 8
 
 
 def check(rule: MirrorRule, before: Tensors, after: Tensors) -> None:
     """Each tensor that a step wrote is within C roundings of float64, the parameter within those
     of its dtype."""
-    expected = step64(rule, before)
+    expected, terms = step64(rule, before), _terms(rule, before)
     for name, got, wanted in zip(Tensors._fields, after, expected, strict=True):
         if wanted is None or name == "grad":
             continue
         got = got.flatten() if name == "param" else got
         eps = torch.finfo(got.dtype).eps if name == "param" else 0.0
         unit = EPS32 if before.param.dtype != torch.float64 else 2**-52
-        bound = (C * (1 + max(rule.beta, rule.next_beta)) * unit + eps) * (1 + wanted.abs())
+        size = 1 + wanted.abs() + (terms if name in ("param", "value") else 0.0)
+        bound = C * (1 + max(rule.beta, rule.next_beta)) * unit * size + eps * (1 + wanted.abs())
         off = (got.double() - wanted).abs()
         assert (off <= bound).all(), f"{label(rule)} {name}: {(off / bound).max():.2f} of the bound"
+
+
+def _terms(rule: MirrorRule, given: Tensors) -> Tensor | float:
+    """What a step adds up that is no quotient: |η g| + |η m|, [elements]."""
+    if rule.direction == "adam" or rule.update == "jacobian":
+        return 0.0
+    terms = rule.rate * rule.scale * given.grad.double().flatten().abs()
+    if rule.direction == "momentum":
+        assert given.first is not None
+        terms = terms + rule.rate * given.first.double().abs().sum(0)
+    return terms
 
 
 def check_projections(rule: MirrorRule, each: Sequence[Tensors], backend: str) -> None:
