@@ -77,7 +77,7 @@ NETWORKS: dict[str, Network] = {
     "efficientnet_pytorch_b0": Network("efficientnet_pytorch", vision.efficientnet, (64, 224), 81),
     "monai_unet": Network("monai", vision.monai_unet, (32, 64), 11),
     "monai_basic_unet": Network("monai", vision.monai_basic_unet, (32, 32), 22),
-    # Those of transformers: a stream that is normalised across its channels stays.
+    # Those of transformers, whose streams are normalised across their channels.
     "llama": _hf("llama", 14),
     "llama_eager": _hf("llama_eager", 14),
     "qwen2": _hf("qwen2", 14),
