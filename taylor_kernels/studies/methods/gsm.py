@@ -190,7 +190,8 @@ def two_populations(result: Json) -> Plot:
             panel.set_title(", ".join(problem))
             panel.set_xlabel("log₁₀ |w|")
             panel.set_ylabel("share of weights")
-            panel.legend(title="of the steps", fontsize=7)
+        lines = drawing.axes[0].get_legend_handles_labels()
+        drawing.legend(*lines, title="of the steps", loc="outside lower center", ncols=5)
         return drawing
 
     return plot
