@@ -45,7 +45,9 @@ def loaded(model):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("copied", [copy.deepcopy, loaded])
 def test_a_copy_is_a_model_as_any_other(name, copied):
-    model, inputs, pruner = masked(name)
+    # A norm that is run on some channels goes on so in copies: test_norms_across.py.
+    stream = ("embed", "down.*") if name == "transformer" else ()
+    model, inputs, pruner = masked(name, ignore=stream)
     twin = copied(model)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)

@@ -73,7 +73,7 @@ def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):
     )
     results, log = tmp_path / "results.json", tmp_path / "log"
     command = [sys.executable, "-m", "pytest", "-v", f"--benchmark-json={results}", str(tmp_path)]
-    result = run(Step("some", [command], 30.0), log, 24.0)
+    result = run(Step("some", [command], 40.0), log, 32.0)
     assert result["code"] == 124
     assert len(result["failed"]) == 1
     assert "test_wrong" in result["failed"][0]
