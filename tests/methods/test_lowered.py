@@ -145,3 +145,14 @@ def test_layers_that_others_read_by_themselves_stay():
     alone = nn.Linear(4, 4)
     nn.init.zeros_(alone.weight[:, 0])
     assert tk.methods.lower_columns(alone) == {}
+
+
+def test_channels_that_a_norm_reads_together_stay_though_no_layer_reads_them():
+    """Their values still count in the statistics of the others."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[2].weight[:, :3] = 0
+        model[0].weight[:3] = 0
+        model[0].bias[:3] = model[0](torch.zeros(1, 4)).mean()  # about what the others are
+    assert tk.methods.remove_unread(model, torch.zeros(1, 4)) == 0
+    assert model[0].out_features == 8
