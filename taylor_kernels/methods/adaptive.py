@@ -24,15 +24,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import get_criterion
-from taylor_kernels.hooks import OnModel
 from taylor_kernels.methods.block_gates import BlockGates
 from taylor_kernels.pruning.arguments import check_arguments, check_number
 from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
+from taylor_kernels.pruning.readout import Progress
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import lookup
 from taylor_kernels.pruning.selection import select_with_blocks
@@ -44,7 +43,7 @@ _VERSION = 1
 _ALL = 2**62
 
 
-class AdaptivePruner(OnModel):
+class AdaptivePruner(Progress):
     """Prunes channels and whole residual blocks while a model trains (a reconstruction).
 
     `step()` comes between backward() and the optimizer's step. When `done`, train on to fine-tune,
@@ -156,30 +155,6 @@ class AdaptivePruner(OnModel):
             self._gates = BlockGates(model, self._prunable.blocks)
         self._steps = 0
         self._history: list[PruneRecord] = []
-
-    @property
-    def done(self) -> bool:
-        return self._budget.met(self._network.meter)
-
-    @property
-    def history(self) -> tuple[PruneRecord, ...]:
-        """All prunings at which something went."""
-        return tuple(self._history)
-
-    @property
-    def cost(self) -> Cost:
-        """Filters, parameters and FLOPs that are left, masked ones not counted."""
-        return self._network.meter.cost
-
-    @property
-    def whole(self) -> Cost:
-        """The same of the original model."""
-        return self._budget.whole
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Layers that can be pruned -> filters left, masked ones not counted."""
-        return self._network.widths
 
     @property
     def gates(self) -> dict[str, float]:

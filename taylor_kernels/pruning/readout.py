@@ -15,15 +15,50 @@ from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.statistics import Reads
 
 
-class Readout(OnModel):
+class Progress(OnModel):
+    """How far a pruning has come, of any object that prunes a `Network` within a `Budget`."""
+
+    _budget: Budget
+    _history: list[PruneRecord]
+    _network: Network
+    _prunable: Prunable
+
+    @property
+    def done(self) -> bool:
+        """All targets are met; step() does nothing more, and what is masked stays off."""
+        return self._budget.met(self._network.meter)
+
+    @property
+    def history(self) -> tuple[PruneRecord, ...]:
+        """All prunings so far."""
+        return tuple(self._history)
+
+    @property
+    def cost(self) -> Cost:
+        """Filters, parameters and FLOPs that are left, masked ones not counted."""
+        return self._network.meter.cost
+
+    @property
+    def whole(self) -> Cost:
+        """The same of the original model."""
+        return self._budget.whole
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Layers that can be pruned -> filters left, masked ones not counted."""
+        return self._network.widths
+
+    @property
+    def original_widths(self) -> dict[str, int]:
+        """Layers that can be pruned -> filters at the start."""
+        return dict(self._prunable.widths)
+
+
+class Readout(Progress):
     """What can be read off a pruner at any time; `Pruner` holds what it is read off."""
 
     model: nn.Module
-    _budget: Budget
-    _history: list[PruneRecord]
     _minibatches: Minibatches
-    _network: Network
-    _prunable: Prunable
     _reads: Reads
 
     @property
@@ -56,41 +91,11 @@ class Readout(OnModel):
         return self._reads == "closure"
 
     @property
-    def done(self) -> bool:
-        """All targets are met; step() does nothing more, and what is masked stays off."""
-        return self._budget.met(self._network.meter)
-
-    @property
-    def history(self) -> tuple[PruneRecord, ...]:
-        """All prunings so far."""
-        return tuple(self._history)
-
-    @property
     def skipped(self) -> dict[str, str]:
         """Layers whose filters are not removed -> the reason."""
         return self._prunable.skipped | dict.fromkeys(
             self._minibatches.scores.unread_layers, UNREAD
         )
-
-    @property
-    def cost(self) -> Cost:
-        """Filters, parameters and FLOPs that are left, masked ones not counted."""
-        return self._network.meter.cost
-
-    @property
-    def whole(self) -> Cost:
-        """The same of the original model."""
-        return self._budget.whole
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """Layers that can be pruned -> filters left, masked ones not counted."""
-        return self._network.widths
-
-    @property
-    def original_widths(self) -> dict[str, int]:
-        """Layers that can be pruned -> filters at the start."""
-        return dict(self._prunable.widths)
 
     @property
     def blocks(self) -> tuple[str, ...]:
