@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,20 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+#: What makes DTensors: newer and older PyTorch.
+_CODE = frozenset(("torch.distributed.tensor", "torch.distributed._tensor"))
+
 
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor; torch.distributed.tensor is imported by those who make one."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a module has a DTensor among its parameters; none can be made unless its code is
+    loaded, which is told in no time."""
+    loaded = any(name in sys.modules for name in _CODE)
+    return loaded and any(map(is_sharded, module.parameters()))
 
 
 def local_part(tensor: Tensor) -> Tensor:

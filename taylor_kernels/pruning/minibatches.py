@@ -17,7 +17,7 @@ from taylor_kernels.pruning.block_scores import BlockScores
 from taylor_kernels.pruning.gathering import Gathering
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.shards import is_sharded
+from taylor_kernels.shards import has_shards
 from taylor_kernels.statistics import Closure, Statistic, checked_tables, filter_count
 from taylor_kernels.statistics.base import (
     check_closure,
@@ -88,7 +88,7 @@ class Minibatches:
         """Begin to keep minibatches for the ranks."""
         if self.statistic is not None:
             check_parts(self.statistic, self._ranks)
-        self._in_parts = self._is_in_parts()
+        self._in_parts = has_shards(self._model)
         if self._ranks is None:
             return
         dropped = self.dropped
@@ -100,13 +100,10 @@ class Minibatches:
             device, dropped,
         )  # fmt: skip
 
-    def _is_in_parts(self) -> bool:
-        return any(map(is_sharded, self._model.parameters()))
-
     @property
     def resharded(self) -> bool:
         """Whether ranks have begun to hold parts of the model's parameters, or have ended to."""
-        return self._in_parts != self._is_in_parts()
+        return self._in_parts != has_shards(self._model)
 
     def use(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> None:
         """Ask after these optimizers from now on, and another scaler if one is given."""
