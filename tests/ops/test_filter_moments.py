@@ -12,12 +12,18 @@ BACKENDS = ("cpu", "reference")
 
 
 def test_error_is_at_most_twice_that_of_eager_sums():
-    weight, grad = torch.randn(2, 257, 2304)
-    ref, bound = cases.reference64(weight, grad, 0)
-    gw = weight * grad
-    terms = torch.stack((gw, gw * gw, gw.abs(), weight * weight, grad * grad), -1)
-    eager = ((terms.sum(1) - ref).abs() / bound).amax(0)
-    ours = ((tk.filter_moments(weight, grad, backend="cpu") - ref).abs() / bound).amax(0)
+    """In the root mean square over 2,048 filters: it varies by 3%, the greatest error by a third."""
+    squares = torch.zeros(2, 5, dtype=torch.float64)  # ours, eager
+    for _ in range(8):
+        weight, grad = torch.randn(2, 256, 2304)
+        ref, bound = cases.reference64(weight, grad, 0)
+        gw = weight * grad
+        terms = torch.stack((gw, gw * gw, gw.abs(), weight * weight, grad * grad), -1)
+        for of, sums in zip(
+            squares, (tk.filter_moments(weight, grad, backend="cpu"), terms.sum(1)), strict=True
+        ):
+            of += ((sums - ref) / bound).square().sum(0)
+    ours, eager = squares.sqrt()
     assert (ours <= 2 * eager).all(), (ours, eager)
 
 
