@@ -111,9 +111,19 @@ class Round(ABC):
     def __len__(self) -> int:
         return len(self._ticks)
 
-    def add(self, statistic: Statistic, tables: Sequence[Tensor], weight: float) -> None:
-        """A minibatch of this rank: the table of every layer."""
-        self._unread = statistic.unread
+    def add(
+        self,
+        statistic: Statistic,
+        tables: Sequence[Tensor],
+        weight: float,
+        unread: frozenset[str] = frozenset(),
+    ) -> None:
+        """A minibatch of this rank: the table of every layer.
+
+        Args:
+            unread: of those that the statistic knows nothing of, the ones without a value.
+        """
+        self._unread = statistic.unread | unread
         self.noise |= frozenset(statistic.noise)
         if not statistic.counts_here:
             self._ticks.append(Tick(ABSENT))

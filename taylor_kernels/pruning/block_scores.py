@@ -27,21 +27,17 @@ from taylor_kernels.tracing.values import Path
 _OF_GATES = ("gates", "example_gates")
 
 
-def check_blocks(blocks: object, criterion: Criterion, ranks: object) -> None:
+def check_blocks(blocks: object, criterion: Criterion) -> None:
     """The argument `blocks` fits the others.
 
     Raises:
         TypeError: it is no bool.
-        ValueError: the criterion says nothing of a whole block, or there are `ranks`.
+        ValueError: the criterion says nothing of a whole block.
     """
     if not isinstance(blocks, bool):
         raise TypeError(f"blocks: expected True or False, got {blocks!r}")
     if not blocks:
         return
-    if ranks is not None:
-        raise ValueError(
-            "blocks: several ranks cannot agree on whole blocks yet; leave out ranks= or blocks="
-        )
     kind = get_statistic(criterion.statistic)
     if kind.at_gates and kind.name not in _OF_GATES:
         raise ValueError(
@@ -61,16 +57,20 @@ class BlockScores:
     Args:
         blocks: all there were at first.
         backend: of the kernels.
+
+    Attributes:
+        left: the numbers of those that are scored.
+        at_gates: the scores are those of the blocks' gates, and not of their filters.
     """
 
     def __init__(
         self, criterion: Criterion, blocks: Sequence[Block], backend: str | None = None
     ) -> None:
         self._criterion, self._blocks, self._backend = criterion, list(blocks), backend
+        self.left: list[int] = []
         kind = get_statistic(criterion.statistic)
-        self._at_gates, self._per_example = kind.name in _OF_GATES, kind.per_example
+        self.at_gates, self._per_example = kind.name in _OF_GATES, kind.per_example
         self._gates: _BranchGates | None = None
-        self._left: list[int] = []
         self._sum: Tensor | None = None  # [B] float64, nan where a block has no score
         self._average: Tensor | None = None
         self.count = 0
@@ -78,8 +78,8 @@ class BlockScores:
     def watch(self, model: nn.Module, left: Sequence[int]) -> None:
         """Score these blocks of the model from now on."""
         self.close()
-        self._left = list(left)
-        if self._at_gates:
+        self.left = list(left)
+        if self.at_gates:
             chosen = {number: self._blocks[number] for number in left}
             self._gates = _BranchGates(model, chosen, self._backend)
 
@@ -94,43 +94,64 @@ class BlockScores:
         if self._gates is not None:
             self._gates.discard()
 
-    def add(
-        self,
-        loss_scale: float,
-        tables: Mapping[str, Tensor],
-        masks: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Add a minibatch.
+    def __len__(self) -> int:
+        """How many blocks there were at first."""
+        return len(self._blocks)
+
+    def name_of(self, number: int) -> str:
+        return self._blocks[number].name
+
+    def collect(
+        self, loss_scale: float, masks: Sequence[Tensor] | None = None
+    ) -> dict[int, Tensor]:
+        """Block -> [1, K], the gradients of its gate since the last call, a table as a layer's is:
+        of every example, or their sum. A block that no gradient has reached has none, and none has
+        one where the scores are not `at_gates`.
 
         Args:
             loss_scale: what the loss was multiplied by before backward().
-            tables: layer -> [F, K], of the criterion's statistic.
             masks: one for each pass, of the examples that count; None where all do.
 
         Raises:
-            ValueError: the masks do not fit; nothing is added.
+            ValueError: the masks do not fit.
+        """
+        if self._gates is None:
+            return {}
+        found = {}
+        for number, gates in self._gates.collect(masks if self._per_example else None).items():
+            table = gates / loss_scale
+            found[number] = table[None] if self._per_example else table.sum()[None, None]
+        return found
+
+    def of(self, tables: Mapping[str, Tensor], gates: Mapping[int, Tensor]) -> Tensor:
+        """[B] float64, nan where a block has no score: those of a minibatch.
+
+        Args:
+            tables: layer -> [F, K], of the criterion's statistic.
+            gates: what `collect` gave.
         """
         scores: dict[int, Tensor] = {}
-        if self._gates is not None:
-            used = masks if self._per_example else None
-            for number, gates in self._gates.collect(used).items():
-                table = gates / loss_scale
-                row = table[None] if self._per_example else table.sum()[None, None]
-                scores[number] = self._criterion.observations(row).mean()
-        elif not self._at_gates:
+        if self.at_gates:
+            for number, table in gates.items():
+                scores[number] = self._criterion.observations(table).mean()
+        else:
             of_layers = self._of_filters(tables)
-            for number in self._left:
+            for number in self.left:
                 held = [s for name, s in of_layers.items() if self._blocks[number].holds(name)]
                 if held:
                     first = self._criterion.coupled == "first"
                     scores[number] = held[0][0] if first else torch.cat(held).double().sum()
         device = next(iter(tables.values())).device
-        found = torch.full((len(self._blocks),), torch.nan, dtype=torch.float64, device=device)
+        found = torch.full((len(self),), torch.nan, dtype=torch.float64, device=device)
         if scores:
             values = [score.to(device, torch.float64) for score in scores.values()]
             found[torch.tensor(list(scores))] = torch.stack(values)
-        self._sum = found if self._sum is None else self._sum.to(found) + found
-        self.count += 1
+        return found
+
+    def take(self, scores: Tensor, count: int) -> None:
+        """Add the sum of the scores, [B], of `count` minibatches."""
+        self._sum = scores if self._sum is None else self._sum.to(scores) + scores
+        self.count += count
 
     def drop(self) -> None:
         """Forget the minibatches since the last pruning."""
@@ -153,7 +174,7 @@ class BlockScores:
         scores = self._close_period(momentum)
         if not self._criterion.across_layers or self._criterion.coupled == "first":
             return scores
-        filters = [max(meter.filters_of(self._blocks[number]), 1) for number in self._left]
+        filters = [max(meter.filters_of(self._blocks[number]), 1) for number in self.left]
         return [score / count for score, count in zip(scores, filters, strict=True)]
 
     def _close_period(self, momentum: float) -> list[float]:
@@ -164,7 +185,7 @@ class BlockScores:
             mixed = momentum * self._average + (1 - momentum) * mean
             mean = torch.where(self._average.isnan(), mean, mixed)
         self._average = mean
-        scores = mean[self._left]
+        scores = mean[self.left]
         if not self._criterion.across_layers and (scores.nan_to_num() > 0).any():
             scores = scores / scores[~scores.isnan()].mean()
         return scores.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
@@ -173,7 +194,7 @@ class BlockScores:
         """Block that is left -> its score as of the last pruning."""
         if self._average is None:
             return {}
-        return {self._blocks[n].name: self._average[n].item() for n in self._left}
+        return {self._blocks[n].name: self._average[n].item() for n in self.left}
 
     def state_dict(self) -> dict[str, Any]:
         total = None if self._sum is None else self._sum.cpu().clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -97,7 +97,7 @@ class Minibatches:
         device = next(self._model.parameters()).device
         self._gathering = Gathering(
             self._ranks, self._criterion, self.statistic, self.scores, sizes, self._groups,
-            device, dropped,
+            device, dropped, self.blocks,
         )  # fmt: skip
 
     @property
@@ -137,13 +137,14 @@ class Minibatches:
         if self._scaling is not None and not self._scaling.check_finite(tables):
             self.skip()
             return False
+        blocks = self.blocks
+        gates = {} if blocks is None else blocks.collect(scale, self.statistic.mask)
         if self._gathering is not None:
-            self._gathering.add(self.statistic, tables, weight)
+            self._gathering.add(self.statistic, tables, weight, gates)
             return self._passed()
         check_no_noise(self.statistic.noise)
-        if self.blocks is not None:
-            named = dict(zip(self.statistic.layers, tables, strict=True))
-            self.blocks.add(scale, named, self.statistic.mask)
+        if blocks is not None:
+            blocks.take(blocks.of(dict(zip(self.statistic.layers, tables, strict=True)), gates), 1)
         self.scores.add(tables, self.statistic.unread)
         self.steps += 1
         return self.scores.count >= self._every
@@ -171,6 +172,8 @@ class Minibatches:
         if self._gathering is None or self.statistic is None:
             return False
         self.statistic.discard()
+        if self.blocks is not None:
+            self.blocks.discard()
         self._gathering.absent()
         return self._passed()
 
@@ -187,10 +190,15 @@ class Minibatches:
             self.sync()
         return self.scores.count >= self._every
 
-    def check_masks(self, groups: Sequence[Group], removed: Sequence[torch.Tensor]) -> None:
-        """All ranks have removed the same filters."""
+    def check_masks(
+        self,
+        groups: Sequence[Group],
+        removed: Sequence[torch.Tensor],
+        blocks: Mapping[str, bool],
+    ) -> None:
+        """All ranks have removed the same filters, and the same blocks."""
         if self._gathering is not None:
-            self._gathering.check_masks(groups, removed)
+            self._gathering.check_masks(groups, removed, blocks)
 
     @property
     def waiting(self) -> int:

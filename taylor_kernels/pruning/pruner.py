@@ -66,7 +66,7 @@ class Pruner(Resumable):
         blocks: whole residual blocks may go too: the branch with its parameters, while the tensor
             that it is added to stays. A block is ranked like a bundle of all its filters, by its
             score over their number: of taylor_fo_bn and taylor_fo_gate that of a gate on what the
-            branch adds, Σ y·dy; of other criteria the sum over its filters. Not with `ranks`.
+            branch adds, Σ y·dy; of other criteria the sum over its filters.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -130,7 +130,7 @@ class Pruner(Resumable):
             optimizer=optimizer,
             backend=backend,
         )
-        check_blocks(blocks, self.criterion, ranks)
+        check_blocks(blocks, self.criterion)
         check_free(model)
         self.model = model
         self.optimizer = optimizer

@@ -58,14 +58,17 @@ class Resumable(Readout):
         self._minibatches.sync()
 
     def check_masks(self) -> None:
-        """All `ranks` have removed the same filters; a collective. Prunings do it themselves.
+        """All `ranks` have removed the same filters and blocks; a collective. Prunings do it
+        themselves.
 
         Raises:
-            RuntimeError: they have not; the message names the first layer that differs.
+            RuntimeError: they have not; the message names the first layer or block that differs.
         """
         if self.ranks is not None:
             removed = self._network.state()["removed"]
-            self._minibatches.check_masks(self._network.first, removed)
+            blocks = self._network.block_state()
+            gone = dict(zip(blocks["names"], blocks["removed"].tolist(), strict=True))
+            self._minibatches.check_masks(self._network.first, removed, gone)
 
     def removal(self) -> Removal:
         """What compact() has taken off the original model, which `save_pruned` keeps.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -15,9 +16,12 @@ STEPS, EXAMPLES = 12, 8
 
 
 def started(
-    criterion: str, ranks: tk.distributed.Ranks | None, **options: Any
+    criterion: str,
+    ranks: tk.distributed.Ranks | None,
+    model: nn.Module | None = None,
+    **options: Any,
 ) -> tuple[nn.Module, torch.optim.Optimizer, tk.Pruner]:
-    model = runs.network(train=True)
+    model = runs.network(train=True) if model is None else model
     optimizer = sgd(model)
     settings = {"filters": 0.5, "every": 3, "per_step": 3} | options
     pruner = tk.Pruner(
@@ -66,12 +70,13 @@ def ended(model, pruner):
     return {
         "history": pruner.history,
         "scores": pruner.scores(),
+        "blocks": pruner.block_scores(),
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
     }
 
 
-def alone(criterion, steps=STEPS):
-    model, optimizer, pruner = started(criterion, None)
+def alone(criterion, steps=STEPS, **options):
+    model, optimizer, pruner = started(criterion, None, **options)
     for step in range(steps):
         step_of(pruner, optimizer, model, model, minibatch(step))
     return ended(model, pruner)
@@ -83,6 +88,8 @@ def part(step, rank, size):
 
 def alike(found, wanted, rtol=1e-4):
     assert [r.removed for r in found["history"]] == [r.removed for r in wanted["history"]]
+    assert [r.blocks for r in found["history"]] == [r.blocks for r in wanted["history"]]
+    assert found["blocks"] == pytest.approx(wanted["blocks"], rel=rtol)
     assert len(found["history"]) > 2
     for key in ("scores", "weights"):
         for name, value in wanted[key].items():
@@ -95,5 +102,6 @@ def alike(found, wanted, rtol=1e-4):
 def same_bits(found):
     for other in found[1:]:
         assert other["history"] == found[0]["history"]
+        assert other["blocks"] == found[0]["blocks"]
         for name, value in found[0]["scores"].items():
             assert torch.equal(value.nan_to_num(7.0), other["scores"][name].nan_to_num(7.0))

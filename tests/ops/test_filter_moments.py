@@ -12,7 +12,7 @@ BACKENDS = ("cpu", "reference")
 
 
 def test_error_is_at_most_twice_that_of_eager_sums():
-    """In the root mean square over 2,048 filters: it varies by 3%, the greatest error by a third."""
+    """In the root mean square over 2,048 filters: that varies by 3%, the greatest by a third."""
     squares = torch.zeros(2, 5, dtype=torch.float64)  # ours, eager
     for _ in range(8):
         weight, grad = torch.randn(2, 256, 2304)
