@@ -76,6 +76,9 @@ def command(
         list[str] | None,
         typer.Option(help="A layer that keeps its filters (* and ? match); repeat for more."),
     ] = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Whole residual blocks may go too.")
+    ] = False,
     batches: Batches = 20,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would go, layer by layer; write nothing.")
@@ -108,8 +111,8 @@ def command(
         model=model, data=data, val=val, loss=loss, forward=forward, criterion=criterion,
         flops=flops, params=params, filters=filters, epochs=epochs, finetune=finetune, steps=steps,
         every=every, per_step=per_step, lr=lr, optimizer=optimizer, round_to=round_to,
-        min_filters=min_filters, ignore=tuple(ignore or ()), batches=batches, dry_run=dry_run,
-        out=out, seed=seed, device=device, amp=amp, resume=resume, force=force,
+        min_filters=min_filters, ignore=tuple(ignore or ()), blocks=blocks, batches=batches,
+        dry_run=dry_run, out=out, seed=seed, device=device, amp=amp, resume=resume, force=force,
         save_every=save_every,
     )  # fmt: skip
     run_job(run_prune, settings, as_json=as_json)

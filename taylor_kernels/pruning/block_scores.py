@@ -17,6 +17,7 @@ from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.pruning.blocks import branch_output
 from taylor_kernels.pruning.flops import Meter
+from taylor_kernels.shards import plan_mesh
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.statistics.counting import Counting
 from taylor_kernels.statistics.hooks.captures import Captures
@@ -82,6 +83,19 @@ class BlockScores:
         if self.at_gates:
             chosen = {number: self._blocks[number] for number in left}
             self._gates = _BranchGates(model, chosen, self._backend)
+
+    def check_parts(self, model: nn.Module) -> None:
+        """The activations that gates of blocks are read off are whole on this rank.
+
+        Raises:
+            ValueError: a tensor parallel plan has spread them.
+        """
+        if self.at_gates and plan_mesh(model) is not None:
+            raise ValueError(
+                f"blocks: {self._criterion.name!r} reads gates of whole blocks, which it cannot "
+                "where a tensor parallel plan has spread activations over the ranks; use taylor_fo "
+                "or leave blocks= out"
+            )
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -88,6 +88,8 @@ class Minibatches:
         """Begin to keep minibatches for the ranks."""
         if self.statistic is not None:
             check_parts(self.statistic, self._ranks)
+            if self.blocks is not None:
+                self.blocks.check_parts(self._model)
         self._in_parts = has_shards(self._model)
         if self._ranks is None:
             return

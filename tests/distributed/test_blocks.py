@@ -108,6 +108,35 @@ def test_under_ddp(size, criterion):
         assert torch.equal(one["trained"], found[0]["trained"])
 
 
+def under_a_plan(rank, size):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    class Residual(nn.Sequential):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    branch = Residual(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    model = nn.Sequential(nn.Linear(6, 6), branch, nn.Linear(6, 3))
+    pruner = tk.Pruner(
+        model, torch.zeros(1, 6), "taylor_fo_gate", filters=0.5, blocks=True,
+        ranks=tk.distributed.Ranks(timeout=60),
+    )  # fmt: skip
+    mesh = init_device_mesh("cpu", (size,))
+    parallelize_module(model, mesh, {"1.0": ColwiseParallel(), "1.2": RowwiseParallel()})
+    with pytest.raises(ValueError, match="blocks: 'taylor_fo_gate' reads gates of whole blocks"):
+        pruner.use_optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    return pruner.blocks
+
+
+def test_gates_of_blocks_under_a_plan():
+    assert ran(2, under_a_plan) == [("1",)] * 2
+
+
 def test_a_rank_that_ends_early():
     def run(rank, size, meeting):
         ranks = ThreadRanks(meeting, rank)

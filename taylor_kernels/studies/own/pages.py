@@ -11,6 +11,7 @@ from torch import Tensor
 from taylor_kernels.studies.own import plots
 from taylor_kernels.studies.own.artifacts import Artifact
 from taylor_kernels.studies.own.tables import (
+    blocks_table,
     files_table,
     layers_table,
     outcome_table,
@@ -49,7 +50,12 @@ def prune_report(
         Section("Before and after", [outcome_table(result)]),
         Section("On the way", [_course(result, folder)]),
         Section(
-            "Where the filters went", [_widths(result, folder), layers_table(result["widths"])]
+            "Where the filters went",
+            [
+                _widths(result, folder),
+                layers_table(result["widths"]),
+                *blocks_table(result["blocks"]),
+            ],
         ),
         *_stays(result),
         Section(
@@ -199,6 +205,7 @@ def _method(result: Json) -> str:
 def tables(result: Json, files: list[Artifact]) -> list[Table]:
     """What a run of `prune` prints."""
     found = [outcome_table(result), layers_table(result["widths"])]
+    found += blocks_table(result["blocks"])
     if result["skipped"]:
         found.append(stays_table(result["skipped"]))
     return [*found, files_table(files)]

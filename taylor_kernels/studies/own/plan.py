@@ -36,11 +36,19 @@ class Plan:
             model and of every stop.
         widths: layer -> (filters now, filters left at each stop).
         skipped: layer -> why none of its filters can go.
+        blocks: {"left", "gone"}: residual blocks, where these may go.
     """
 
     stops: list[dict[str, float]]
     widths: dict[str, tuple[int, list[int]]]
     skipped: dict[str, str]
+    blocks: dict[str, list[str]]
+
+
+def blocks_of(pruner: Pruner) -> dict[str, list[str]]:
+    """The residual blocks that are left, and those that went; none where they all stay."""
+    gone = [name for record in pruner.history for name in record.blocks]
+    return {"left": list(pruner.blocks), "gone": gone}
 
 
 def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
@@ -92,7 +100,7 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
         stops[int(name)]["ms"] = milliseconds
     skipped = pruner.skipped
     pruner.close()
-    return Plan(stops, widths, skipped)
+    return Plan(stops, widths, skipped, blocks_of(pruner))
 
 
 def _score(

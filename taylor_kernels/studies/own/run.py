@@ -17,11 +17,17 @@ from taylor_kernels.studies.own.artifacts import write_artifacts
 from taylor_kernels.studies.own.pages import prune_report, score_report, tables
 from taylor_kernels.studies.own.parts import users_model
 from taylor_kernels.studies.own.paths import find
-from taylor_kernels.studies.own.plan import planned, timed
+from taylor_kernels.studies.own.plan import blocks_of, planned, timed
 from taylor_kernels.studies.own.processes import Processes, check_alone, processes
 from taylor_kernels.studies.own.scoring import Scores, scored
 from taylor_kernels.studies.own.settings import OwnSettings, PruneSettings, ScoreSettings
-from taylor_kernels.studies.own.tables import layers_table, score_table, stays_table, stops_table
+from taylor_kernels.studies.own.tables import (
+    blocks_table,
+    layers_table,
+    score_table,
+    stays_table,
+    stops_table,
+)
 from taylor_kernels.studies.own.task import Task, as_mistakes, users_task
 from taylor_kernels.studies.own.training import JUDGED, Training
 from taylor_kernels.studies.progress import ProgressLog
@@ -146,6 +152,7 @@ def _dry_run(task: Task, settings: PruneSettings, log: ProgressLog) -> tuple[Jso
         **rounded(asdict(plan)),
     }  # fmt: skip
     printed = [stops_table(plan.stops, settings.criterion, task.per_example), layers_table(widths)]
+    printed += blocks_table(plan.blocks)
     return result, printed + ([stays_table(plan.skipped)] if plan.skipped else [])
 
 
@@ -191,6 +198,7 @@ def _outcome(training: Training, times: dict[str, float]) -> Json:
         "optimizer": type(training.optimizer).__name__,
         "widths": {n: [w, pruner.widths[n]] for n, w in pruner.original_widths.items()},
         "removed": {layer: sorted(filters) for layer, filters in removed.items()},
+        "blocks": blocks_of(pruner),
         "skipped": pruner.skipped,
         "flops_of": "one example" if training.task.per_example else "a minibatch",
         "judged_on": f"Judged in eval mode on {judged}.",

@@ -120,7 +120,7 @@ class PruneSettings(OwnSettings):
         flops, params, filters: the fractions to keep.
         epochs: spread the pruning over so many; None for as many as `per_step` takes.
         finetune: epochs after it.
-        every, per_step, round_to, min_filters, ignore: as of `tk.Pruner`.
+        every, per_step, round_to, min_filters, ignore, blocks: as of `tk.Pruner`.
         lr: learning rate; None for the optimizer's own.
         optimizer: import path; None for momentum SGD.
         steps: at most so many minibatches are an epoch.
@@ -139,6 +139,7 @@ class PruneSettings(OwnSettings):
     round_to: int = 1
     min_filters: int = 1
     ignore: tuple[str, ...] = ()
+    blocks: bool = False
     lr: float | None = None
     optimizer: str | None = None
     steps: int | None = None
@@ -158,6 +159,7 @@ class PruneSettings(OwnSettings):
             "round_to": self.round_to,
             "min_filters": self.min_filters,
             "ignore": self.ignore,
+            "blocks": self.blocks,
         }
 
     @property

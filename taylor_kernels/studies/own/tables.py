@@ -77,6 +77,14 @@ def layers_table(widths: dict[str, list[int]]) -> Table:
     return Table(("layer", "filters", "left", "gone", "left, %"), rows)
 
 
+def blocks_table(blocks: dict[str, list[str]]) -> list[Table]:
+    """Which residual blocks went; no table where none could."""
+    rows = [[key, f"{len(names)}", ", ".join(names)] for key, names in blocks.items()]
+    if not any(blocks.values()):
+        return []
+    return [Table(("residual blocks", "", "which"), rows, numeric=(1,))]
+
+
 def outcome_table(result: Json) -> Table:
     """The model before and after: size, cost, time and how well it does."""
     before, pruned, after = (result[key] for key in ("dense", "pruned", "final"))

@@ -104,6 +104,36 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(folder, capsys):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("options", [("--dry-run",), ("--finetune", "1")])
+def test_whole_blocks_go_too(options, folder, capsys):
+    given = (
+        "--model",
+        "mynets:residual",
+        "--data",
+        "mynets:make_loader",
+        "--criterion",
+        "taylor_fo",
+    )
+    targets = ("--blocks", "--params", "0.4", "--min-filters", "5", "--out", "out", *options)
+    code, out, err = command(capsys, "prune", *given, *targets, "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    gone, left = result["blocks"]["gone"], result["blocks"]["left"]
+    assert gone
+    assert sorted(gone + left) == ["2", "3", "4", "5"]
+    code, out, err = command(capsys, "prune", *given, *targets, "--force")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    assert ["gone", f"{len(gone)}"] in [row[:2] for row in rows]
+    if "--dry-run" not in options:
+        page = (folder / "out/report.html").read_text()
+        assert "residual blocks" in page
+        assert ", ".join(gone) in page
+        fresh = sys.modules["mynets"].residual()
+        pruned = tk.load_pruned(fresh, folder / "out/pruned.safetensors")
+        assert all(isinstance(pruned.get_submodule(name), torch.nn.Identity) for name in gone)
+
+
 def test_what_cannot_be_exported_is_a_line_and_no_error(folder, capsys):
     with open(folder / "mynets.py", "a") as file:
         file.write(
