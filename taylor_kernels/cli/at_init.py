@@ -83,6 +83,7 @@ def command(
         AtInitSettings,
     )
     from taylor_kernels.studies.options import Mistake
+    from taylor_kernels.studies.own.processes import check_alone
     from taylor_kernels.studies.progress import ProgressLog
 
     settings = AtInitSettings(
@@ -93,6 +94,7 @@ def command(
         device=device, force=force,
     )  # fmt: skip
     try:
+        check_alone("at-init")
         result, tables = run(settings, ProgressLog())
     except Mistake as error:
         fail(str(error))

@@ -57,6 +57,7 @@ def command(
     from taylor_kernels.studies.options import Mistake
     from taylor_kernels.studies.oracle.run import run
     from taylor_kernels.studies.oracle.settings import OracleSettings
+    from taylor_kernels.studies.own.processes import check_alone
     from taylor_kernels.studies.progress import ProgressLog
 
     settings = OracleSettings(
@@ -65,6 +66,7 @@ def command(
         seed=seed, device=device, quick=quick, force=force,
     )  # fmt: skip
     try:
+        check_alone("compare")
         _, tables = run(settings, ProgressLog())
     except Mistake as error:
         fail(str(error))

@@ -35,6 +35,7 @@ def command(
     """Train a small ResNet on real digits, prune it by several criteria, write a report."""
     require("demo", "sklearn", "matplotlib", "safetensors")
     from taylor_kernels.studies.options import Mistake
+    from taylor_kernels.studies.own.processes import check_alone
     from taylor_kernels.studies.progress import ProgressLog
     from taylor_kernels.studies.pruning.run import run
     from taylor_kernels.studies.pruning.settings import (
@@ -55,6 +56,7 @@ def command(
         recipe=QUICK if quick else FULL,
     )
     try:
+        check_alone("demo")
         _, table = run(settings, ProgressLog())
     except Mistake as error:
         fail(str(error))

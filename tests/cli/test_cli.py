@@ -31,6 +31,17 @@ def test_help_shows_an_example_that_parses(capsys, command):
     assert all(word in known for word in example if word.startswith("--"))
 
 
+@pytest.mark.parametrize("command", ["demo", "compare", "at-init"])
+def test_commands_of_one_process_refuse_more(command, capsys, monkeypatch, tmp_path):
+    """Each would write into the same folder."""
+    for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "1")):
+        monkeypatch.setenv(name, value)
+    code, _, err = call(capsys, command, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert f"started 2 processes, and {command} is of one; start it without" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_command_there_is_help(capsys):
     code, out, _ = call(capsys)
     assert code == 0
