@@ -13,8 +13,9 @@ import pytest
 from taylor_kernels.backends.native import _native
 from tests.helpers import ROOT
 
-#: Units in the last place; csrc/cpu/elementary.h names the same.
-BOUNDS = {"exp": 1.0, "tanh": 1.4}
+#: Units in the last place, over all floats (measured with a step of 1 in place of 9001);
+#: csrc/cpu/elementary.h names the same.
+BOUNDS = {"exp": 1.01, "tanh": 1.34}
 FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
