@@ -178,7 +178,9 @@ class Trial:
         """
         self._inputs = tree_map(self._noisy, example_inputs)
         called: set[str] = set()
-        known = self.channels.layers.keys() - self.channels.outside.keys()
+        known = (
+            self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
+        )
         handles = [
             self._modules[name].register_forward_pre_hook(lambda *_, name=name: called.add(name))
             for name in known

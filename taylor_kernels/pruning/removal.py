@@ -16,6 +16,7 @@ from taylor_kernels.pruning.optimizer_state import (
     optimizers_in,
 )
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.multihead import follow_attention
 
 
 def remove(
@@ -96,6 +97,7 @@ def set_attributes(
     modules: Mapping[str, nn.Module], values: Mapping[str, Mapping[str, object]]
 ) -> None:
     for name, own in values.items():
+        follow_attention(modules, name)
         for attribute, value in own.items():
             setattr(modules[name], attribute, value)
 

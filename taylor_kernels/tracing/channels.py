@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
@@ -38,6 +39,8 @@ class Channels:
         layers: layer -> the classes of its input and output channels, as the layer counts them.
         macs: parameter -> the multiply-adds of the run that its entries took part in, each one as
             many as the others.
+        bare: of the layers those that are none of PyTorch's: bare weights, which are named by the
+            parameter -> the parameters and the dimension of each along which the outputs lie.
         outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in
@@ -81,13 +84,24 @@ class Channels:
         self._layers: dict[str, tuple[Vector, Vector]] = {}
         self.macs: dict[str, int] = {}
         self.outside: dict[str, str] = {}
+        self.bare: dict[str, tuple[tuple[str, int], ...]] = {}
         for product in record.products:
-            if product.module not in self._layers:
+            bare = bare_weight(record, product, modules)
+            name = product.module if bare is None else bare.name
+            if name in self._layers:
+                pass
+            elif bare is None:
                 sides = self._label[product.inputs], self._label[product.outputs]
-                self._layers[product.module] = sides
+                self._layers[name] = sides
+            else:
+                dims = (bare.inputs, bare.outputs)
+                inputs, outputs = (self._classes[product.weight, dim] for dim in dims)
+                self._layers[name] = inputs, outputs
+                self.bare[name] = ((product.weight, bare.outputs),)
+                self._order.setdefault(name, self._order.get(product.module, -1))
             self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
             if product.caller != product.module:
-                self.outside[product.module] = product.caller
+                self.outside[name] = product.caller
         # A layer that ran, and whose weight was none of the model's tensors.
         for name, module in model.named_modules():
             if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
@@ -373,7 +387,7 @@ class Channels:
             for attribute, what in attributes.rules_of(module).items():
                 vector = None
                 if isinstance(what, tuple):
-                    first = firsts.get(id(getattr(module, what[0], None)), "")
+                    first = firsts.get(id(_inside(module, what[0])), "")
                     vector = self._classes.get((first, what[1]))
                 elif what == "groups":
                     vector = self._label[groups[name]] if name in groups else None
@@ -433,3 +447,11 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
+
+
+def _inside(module: nn.Module, name: str) -> object:
+    """An attribute of a module, or of modules in it; None if there is no such."""
+    found: object = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found

@@ -96,8 +96,7 @@ NETWORKS: dict[str, Network] = {
 UNTIMED: dict[str, Network] = {
     "clip": _hf("clip", 16),
     "whisper_encoder": _hf("whisper_encoder", 5),
-    # Experts are no layers, and most of the parameters.
-    "mixtral": _hf("mixtral", 6, params=0.95),
-    # nn.MultiheadAttention checks its width itself.
-    "torch_transformer": _hf("torch_transformer", 2, params=0.8),
+    # Neurons of its experts, which are slices of one parameter; of whole experts none.
+    "mixtral": _hf("mixtral", 12),
+    "torch_transformer": _hf("torch_transformer", 10),
 }
