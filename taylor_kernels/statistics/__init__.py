@@ -30,7 +30,7 @@ from taylor_kernels.statistics.layers import (
 )
 from taylor_kernels.statistics.loss_change import LossChange
 from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
-from taylor_kernels.statistics.parts import BareLayer, bare_layer
+from taylor_kernels.statistics.parts import BareLayer, bare_layer, parts_beside_layers
 from taylor_kernels.statistics.registry import (
     get_statistic,
     register_statistic,
@@ -73,6 +73,7 @@ __all__ = [
     "is_computed",
     "is_frozen",
     "is_layer",
+    "parts_beside_layers",
     "register_statistic",
     "statistic_names",
     "statistics_table",

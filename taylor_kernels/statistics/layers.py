@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeGuard
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from taylor_kernels.statistics.parts import BareLayer
+from taylor_kernels.statistics.parts import BareLayer, bare_layer
 
 #: A layer whose filters can be scored; a class of `_LINEAR_TOO` counts as a linear layer.
 Layer = _ConvNd | nn.Linear | BareLayer
@@ -29,12 +29,20 @@ def is_layer(module: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:
     return any(f"{c.__module__}.{c.__qualname__}" in _LINEAR_TOO for c in type(module).__mro__)
 
 
-def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only: bool) -> Layers:
+def find_layers(
+    model: nn.Module,
+    names: Sequence[str] | None,
+    *,
+    trainable_only: bool,
+    beside: Callable[[], Mapping[str, Sequence[tuple[str, int]]]] | None = None,
+) -> Layers:
     """The convolution and linear layers of a model by name: all, or those that `names` match.
 
     Args:
         names: module names; * and ? match as in file names.
         trainable_only: leave layers with a frozen weight out (with a warning).
+        beside: gives what `parts_beside_layers` finds, where names that match no layer are looked
+            for.
 
     Raises:
         ValueError: a name matches no such layer; a named layer is frozen though
@@ -52,14 +60,22 @@ def find_layers(model: nn.Module, names: Sequence[str] | None, *, trainable_only
         for pattern in names:
             matches = {n: m for n, m in candidates.items() if fnmatchcase(n, pattern)}
             if not matches:
-                raise ValueError(
-                    f"layers: {pattern!r} matches no convolution or linear layer; "
-                    f"there are {', '.join(candidates) or 'none'}"
-                )
+                others = {} if beside is None else beside()
+                matches = {
+                    name: bare_layer(model, parts)
+                    for name, parts in others.items()
+                    if fnmatchcase(name, pattern)
+                }
+                if not matches:
+                    raise ValueError(
+                        f"layers: {pattern!r} matches no convolution or linear layer"
+                        + ("" if beside is None else ", norm, embedding or other parameter")
+                        + f"; there are {', '.join((*candidates, *others)) or 'none'}"
+                    )
             chosen |= matches
     frozen: list[str] = []
     if trainable_only:
-        frozen = [n for n, m in chosen.items() if not held_weight(m).requires_grad]
+        frozen = [n for n, m in chosen.items() if is_frozen(m)]
     if frozen and names is not None:
         raise ValueError(
             f"layers: {', '.join(frozen)} have frozen weights, so this criterion has nothing to "

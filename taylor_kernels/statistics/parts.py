@@ -7,7 +7,7 @@ What sums over a filter's elements sums over its parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -62,3 +62,43 @@ def bare_layer(model: nn.Module, places: Sequence[tuple[str, int]]) -> BareLayer
         owner, _, leaf = name.rpartition(".")
         parts.append(Part(model.get_submodule(owner), leaf, axis))
     return BareLayer(parts)
+
+
+def parts_beside_layers(
+    model: nn.Module,
+    is_layer: Callable[[nn.Module | None], bool],
+    known: Mapping[str, Sequence[tuple[str, int]]],
+) -> dict[str, list[tuple[str, int]]]:
+    """Everything of a model that layers do not hold and that channels lie along.
+
+    Args:
+        known: weights that a trace has seen in use, as `Channels.bare` names them.
+
+    Returns:
+        In the model's order: a norm -> its scale and shift; an embedding -> its columns; any other
+        parameter -> its next-to-last dimension, in which functional.linear takes outputs, or
+        what is `known` of it.
+    """
+    found: dict[str, list[tuple[str, int]]] = {}
+    for name, module in model.named_modules():
+        own = {leaf: p for leaf, p in module._parameters.items() if p is not None}
+        prefix = f"{name}." if name else ""
+        if is_layer(module) or not own or name in known:
+            pass
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            found[name] = [(f"{prefix}weight", 1)]
+        elif _is_norm(module, own):
+            found[name] = [(prefix + leaf, 0) for leaf in own]
+        else:
+            for leaf, parameter in own.items():
+                if parameter.dim():
+                    found[prefix + leaf] = [(prefix + leaf, max(parameter.dim() - 2, 0))]
+    modules = dict(model.named_modules())
+    others = {n: list(parts) for n, parts in known.items() if not is_layer(modules.get(n))}
+    return found | others
+
+
+def _is_norm(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Whether a module is a vector or two along one dimension of what it is given, of any class."""
+    shapes = {tuple(parameter.shape) for parameter in own.values()}
+    return not module._modules and len(shapes) == 1 and len(*shapes) == 1
