@@ -146,7 +146,7 @@ class FilterGSM(GSM):
         for group in self._channels.groups:
             for slot in group.producers:
                 bare = self._channels.bare.get(slot.owner)
-                ((weight, axis),) = bare or ((f"{slot.owner}.weight", 0),)
+                weight, axis = (bare or ((f"{slot.owner}.weight", 0),))[0]
                 owner = self._model.get_submodule(weight.rpartition(".")[0])
                 if axis or isinstance(owner, _ConvTransposeNd):
                     raise ValueError(

@@ -70,7 +70,10 @@ def choose_groups(
             continue
         # A norm of one channel gives the same whatever it reads.
         normed = bool(together[traced.classes].any())
-        group = _group(traced, slots, round_to, min_filters, least_units=2 if normed else 1)
+        experts = channels.experts_needed(traced)
+        least = max(2 if normed else 1, experts)
+        # How many experts there are is no width of a layer.
+        group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
         reason = _obstacle(traced, ignored, channels.bare)
         if not reason and all(slot.owner in unscored for slot in group.producers):
             reason = unscored[group.name]

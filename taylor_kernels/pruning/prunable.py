@@ -138,6 +138,7 @@ def find_prunable(
             count.total,
             groups,
             {block: sum(count.of_steps[step] for step in block.steps) for block in chosen},
+            channels.routed,
         ),
         scored=[
             name

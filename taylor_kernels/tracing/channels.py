@@ -102,6 +102,10 @@ class Channels:
             self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
             if product.caller != product.module:
                 self.outside[name] = product.caller
+        for mixture in record.mixtures:
+            self._layers[mixture.experts] = np.zeros(0, np.int64), self._label[mixture.atoms]
+            self.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
+        self._mixtures = {m.router: (m, self._label[m.atoms]) for m in record.mixtures}
         # A layer that ran, and whose weight was none of the model's tensors.
         for name, module in model.named_modules():
             if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
@@ -250,6 +254,7 @@ class Channels:
         other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
         other.steps = [step.of(left(step.inputs), left(step.outputs)) for step in self.steps]
         other._across = {name: (dim, left(vector)) for name, (dim, vector) in self._across.items()}
+        other._mixtures = {name: (m, left(vector)) for name, (m, vector) in self._mixtures.items()}
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
@@ -286,6 +291,7 @@ class Channels:
         other._publish()
         other.norms = [(name, classes) for name, classes in self.norms if not gone(name)]
         other._across = {name: found for name, found in self._across.items() if not gone(name)}
+        other._mixtures = {name: m for name, m in self._mixtures.items() if not gone(name)}
         stays = [not gone(step.module) and not gone(step.layer) for step in self.steps]
         number = np.cumsum(stays) - 1
         other.steps = []
@@ -346,6 +352,35 @@ class Channels:
             for name, (dim, vector) in self._across.items()
             if gone[vector].any()
         }
+
+    def kept_by_routers(self, dead: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What masking the dead units asks of routers: to choose among the experts that are kept.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+
+        Returns:
+            Router -> the numbers [n] of the experts that stay; only routers some of whose go.
+        """
+        gone = self._gone(dead)
+        return {
+            name: index(np.flatnonzero(~gone[vector]))
+            for name, (_, vector) in self._mixtures.items()
+            if gone[vector].any()
+        }
+
+    def experts_needed(self, group: Group) -> int:
+        """So many units of a group stay at least, of which a router chooses that many for each
+        token; 0 where the units are no experts."""
+        mine = group.classes.numpy()
+        counts = [m.top_k for m, vector in self._mixtures.values() if np.isin(vector, mine).any()]
+        return max(counts, default=0)
+
+    @property
+    def routed(self) -> set[str]:
+        """Parameters with an expert for each index of dimension 0, of which a token goes through as
+        many, however many there are."""
+        return {part for mixture, _ in self._mixtures.values() for part in mixture.parts}
 
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
 from taylor_kernels.tracing.leaks import Leaks
 from taylor_kernels.tracing.multihead import (
     CHECKED,
@@ -101,7 +102,7 @@ def traced(
         ),
     ]
     try:
-        with new_garbage_only(), quiet(), prunable_attention(model):
+        with new_garbage_only(), quiet(), prunable_attention(model), one_expert_at_a_time(model):
             model.eval()
             for name, tensor in tensors:
                 recorder.add(name, tensor)
@@ -125,6 +126,7 @@ def traced(
         for handle in handles:
             handle.remove()
         untouched.restore()
+    recorder.record.mixtures += find_mixtures(recorder.record, dict(model.named_modules()))
     with prunable_attention(model):
         return Channels(recorder.record, model)
 
