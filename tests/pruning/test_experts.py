@@ -162,6 +162,9 @@ def test_a_masked_expert_is_chosen_by_no_token():
     logits, chosen = seen[0]
     assert not torch.isin(chosen, dead.nonzero()).any()
     assert torch.equal(logits.isneginf(), dead.expand_as(logits))
+    pruner.close()
+    with pytest.raises(ValueError, match=r"its (router 'mixture.gate'|norm 'norm') is run on the"):
+        tk.Pruner(model, inputs, "taylor_fo", filters=0.5)
 
 
 def test_logits_that_are_returned_keep_the_experts():
