@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from taylor_kernels.statistics import (
     find_layers,
     get_statistic,
     held_weight,
+    is_layer,
+    parts_beside_layers,
 )
 from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing import trace
@@ -86,11 +89,17 @@ class Importance(OnModel):
     Args:
         model: any nn.Module.
         criterion: a name from `criterion_names()`, or a `Criterion`.
-        layers: names of the layers to score (* and ? match); None means all.
+        layers: names of what to score (* and ? match); None means all convolution and linear
+            layers. A name that matches none of these is looked for among norms (a channel's score
+            is of its scale and shift), embeddings (a score for each column, a channel of what they
+            return) and other parameters by their own names (along the next-to-last dimension, where
+            functional.linear has outputs, or as a trace of the `example_inputs` finds them used):
+            `layers=["*", "*norm*", "embed"]`. Of these alone criteria can tell that read weights.
         backend: one of `tk.available_backends()`; None picks by device.
         example_inputs: what to trace the model on (`tk.trace`), so that the gates of filters stand
             behind all norms of their channels: a tensor, a tuple of arguments or a dict of keyword
-            arguments. Only gate criteria, `bn_scale` and `oracle` read it. A filter has then the
+            arguments. Only gate criteria, `bn_scale` and `oracle` read it, and
+            those of weights that `layers` names beside layers. A filter has then the
             score of its gate, which filters that go together share. Give it wherever a norm comes
             later than directly behind a layer: behind an activation, a pooling, a sum or a
             concatenation, as in pre-activation networks and DenseNets.
@@ -145,7 +154,12 @@ class Importance(OnModel):
         if stream:
             check_streams(statistic, self.criterion.name)
         trainable_only = statistic.reads == "weight gradients"
-        self._layers = find_layers(model, layers, trainable_only=trainable_only)
+        self._layers = find_layers(
+            model,
+            layers,
+            trainable_only=trainable_only,
+            beside=partial(_beside_layers, model, example_inputs) if statistic.reads_bare else None,
+        )
         for layer in self._layers.values():
             held = held_weight(layer)
             select(held.device, held.dtype, backend)  # says now what cannot run
@@ -395,3 +409,11 @@ class Importance(OnModel):
     def _require_updates(self, method: str) -> None:
         if not self._totals.updates:
             raise RuntimeError(f"{method}: there was no update() yet")
+
+
+def _beside_layers(
+    model: nn.Module, example_inputs: Any
+) -> Mapping[str, Sequence[tuple[str, int]]]:
+    """What can be scored beside layers; a trace tells how weights that no layer holds are used."""
+    known = {} if example_inputs is None else trace(model, example_inputs).bare
+    return parts_beside_layers(model, is_layer, known)

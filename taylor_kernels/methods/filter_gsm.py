@@ -145,12 +145,16 @@ class FilterGSM(GSM):
         number = 0
         for group in self._channels.groups:
             for slot in group.producers:
-                if isinstance(self._model.get_submodule(slot.owner), _ConvTransposeNd):
+                bare = self._channels.bare.get(slot.owner)
+                weight, axis = (bare or ((f"{slot.owner}.weight", 0),))[0]
+                owner = self._model.get_submodule(weight.rpartition(".")[0])
+                if axis or isinstance(owner, _ConvTransposeNd):
                     raise ValueError(
-                        f"model: {slot.owner!r} is a transposed convolution, whose filters lie "
-                        "along its second dimension; use tk.Pruner, or GSM for single weights"
+                        f"model: {slot.owner!r} is a transposed convolution, or another weight "
+                        "whose filters do not lie along its first dimension; use tk.Pruner, or "
+                        "GSM for single weights"
                     )
-                classes = self._channels.classes[f"{slot.owner}.weight"][0]
+                classes = self._channels.classes[weight][0]
                 for unit, places in enumerate(slot.index.tolist()):
                     known |= {int(classes[place]): number + unit for place in places}
             number += group.size

@@ -190,8 +190,9 @@ def readers(group: Group, model: nn.Module) -> list[Slot]:
     A depthwise convolution hands its channels on and is not among them.
     """
     inputs = [slot for slot in group.slots if slot.side == IN]
-    found = [slot for slot in inputs if not _is_depthwise(model.get_submodule(slot.owner))]
-    fine = all(_has_columns(model.get_submodule(slot.owner)) for slot in found)
+    modules = dict(model.named_modules())  # a weight that no layer holds is none of these
+    found = [slot for slot in inputs if not _is_depthwise(modules.get(slot.owner))]
+    fine = all(_has_columns(modules.get(slot.owner)) for slot in found)
     return found if fine else []
 
 
@@ -223,16 +224,17 @@ def layer_of(model: nn.Module, name: str) -> Layer:
     return module
 
 
-def _has_columns(module: nn.Module) -> TypeGuard[Layer]:
+def _has_columns(module: nn.Module | None) -> TypeGuard[Layer]:
     plain = isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
-    return (plain or isinstance(module, nn.Linear)) and "weight" in module._parameters
+    layer = module if plain or isinstance(module, nn.Linear) else None
+    return layer is not None and "weight" in layer._parameters
 
 
 def _tall(layer: _ConvNd) -> bool:
     return layer.out_channels > layer.groups
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def _is_depthwise(module: nn.Module | None) -> bool:
     return isinstance(module, _ConvNd) and module.groups > 1 and module.weight.size(1) == 1
 
 

@@ -36,10 +36,11 @@ def choose_blocks(
 
 
 class BlockMasks:
-    """Blocks whose branches add zeros: the module that gives a branch's output returns it times 0.
+    """Blocks whose branches add zeros: the module that gives a branch's output returns zeros.
 
-    The branch is still computed, and its parameters have gradients of zero, so that those who wait
-    for all gradients go on. Copies of the model add zeros too.
+    The branch is still computed, and nothing of it is passed on, in neither direction: where it
+    overflows, zero times its infinities would be nan. Its parameters have gradients of zero, so
+    that those who wait for all gradients go on. Copies of the model add zeros too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,30 +60,39 @@ class BlockMasks:
 def mask_block(model: nn.Module, block: Block) -> torch.utils.hooks.RemovableHandle:
     """Let the branch of a block add zeros, until the hook is taken off."""
     module = model.get_submodule(block.output.module)
-    return module.register_forward_hook(Zeroing(block.output.returned))
+    held = [part for name, part in model.named_modules() if name in block.modules]
+    return module.register_forward_hook(Zeroing(block.output.returned, held))
 
 
 class Zeroing:
-    """A hook that makes a branch add zeros; it belongs to the model, and is copied with it."""
+    """A hook that makes a branch add zeros; it belongs to the model, and is copied with it.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        path: where in its module's output the branch's tensor is.
+        held: the modules of the block.
+    """
+
+    def __init__(self, path: Path, held: Sequence[nn.Module]) -> None:
+        self._path, self._held = path, tuple(held)
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> Any:
-        zeros = _Nothing.apply(branch_output(output, self._path))
+        own = [p for part in self._held for p in part._parameters.values()]
+        trained = dict.fromkeys(p for p in own if p is not None and p.requires_grad)
+        zeros = _Nothing.apply(branch_output(output, self._path).detach(), *trained)
         return with_branch_output(output, self._path, zeros)
 
 
 class _Nothing(torch.autograd.Function):
-    """Zeros like a tensor, whatever is in it, and a gradient of zeros for it."""
+    """Zeros like a tensor, whatever is in it, and gradients of zeros for parameters."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
         return torch.zeros_like(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return torch.zeros_like(gradients[0])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *map(torch.zeros_like, ctx.parameters)
 
 
 def branch_output(output: Any, path: Path) -> Tensor:

@@ -36,9 +36,11 @@ from taylor_kernels.pruning.exact_run import (
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.masking import fill, fills
+from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
+from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
 
 #: Relative to the greatest output, in float64 and in lower precision. Rounding stays far below;
@@ -178,7 +180,9 @@ class Trial:
         """
         self._inputs = tree_map(self._noisy, example_inputs)
         called: set[str] = set()
-        known = self.channels.layers.keys() - self.channels.outside.keys()
+        known = (
+            self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
+        )
         handles = [
             self._modules[name].register_forward_pre_hook(lambda *_, name=name: called.add(name))
             for name in known
@@ -237,7 +241,7 @@ class Trial:
             return f"the model does not run with {some} at zero ({_short(error)})"
         try:
             with self._restored():
-                kept: dict[int, Tensor] = {}
+                kept: Kept = {}
                 self._put(
                     {n: smaller(self._originals[n], cuts, kept) for n, cuts in entries.items()}
                 )
@@ -273,6 +277,7 @@ class Trial:
         if any(module.training is not train for module in self._modules.values()):
             self._model.train(train)
         with ExitStack() as stack:
+            stack.enter_context(one_expert_at_a_time(self._model))
             stack.enter_context(quiet())  # every run starts from the caller's random state
             stack.enter_context(InDouble() if self._exact else SmallPools())
             before = _random_state()

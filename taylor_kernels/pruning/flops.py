@@ -9,7 +9,7 @@ the products inside attention, stays as it was.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -53,6 +53,7 @@ class Meter:
         flops: of the whole model.
         groups: the groups whose filters count.
         blocks: residual block -> the FLOPs of the operations of its branch.
+        routed: parameters with an expert for each index of dimension 0.
     """
 
     def __init__(
@@ -62,10 +63,12 @@ class Meter:
         flops: int,
         groups: Sequence[Group],
         blocks: Mapping[Block, int] | None = None,
+        routed: Collection[str] = (),
     ) -> None:
         self._extents = {name: list(p.shape) for name, p in model.named_parameters()}
+        self._routed = frozenset(routed)
         self._per_entry = {
-            name: 2 * macs[name] // prod(extents)
+            name: 2 * macs[name] // self._worked(name)
             for name, extents in self._extents.items()
             if macs.get(name)
         }
@@ -84,6 +87,11 @@ class Meter:
             for block, total in (blocks or {}).items()
         }
         self._gone: set[str] = set()  # tensors and layers of blocks that have gone
+
+    def _worked(self, name: str) -> int:
+        """The entries of a parameter that its FLOPs are counted for: of experts those of one, since
+        a token goes through as many of them whatever is left."""
+        return prod(self._extents[name][int(name in self._routed) :])
 
     def reset(self) -> None:
         """Count nothing as gone."""
@@ -106,7 +114,7 @@ class Meter:
         names = {name for name in (*self._extents, *self._widths) if block.holds(name)}
         for name in names & self._extents.keys():
             self._params += sign * prod(self._extents[name])
-            self._flops += sign * self._per_entry.get(name, 0) * prod(self._extents[name])
+            self._flops += sign * self._per_entry.get(name, 0) * self._worked(name)
         self._gone = self._gone - names if back else self._gone | names
 
     def take(self, group: Group, units: int) -> None:
@@ -116,12 +124,12 @@ class Meter:
             self._widths[slot.owner] -= filters
             self._filters -= 0 if slot.owner in self._gone else filters
         for name, extents, per_entry, shrinking in self._tensors_of(group):
-            before = prod(extents)
+            before, worked = prod(extents), self._worked(name)
             for dim, channels in shrinking:
                 extents[dim] -= units * channels
-            change = 0 if name in self._gone else prod(extents) - before
-            self._params += change
-            self._flops += per_entry * change
+            if name not in self._gone:
+                self._params += prod(extents) - before
+                self._flops += per_entry * (self._worked(name) - worked)
 
     def _tensors_of(self, group: Group) -> list[_Shrinking]:
         known = self._shrinking.get(id(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd, lcm
@@ -70,8 +70,11 @@ def choose_groups(
             continue
         # A norm of one channel gives the same whatever it reads.
         normed = bool(together[traced.classes].any())
-        group = _group(traced, slots, round_to, min_filters, least_units=2 if normed else 1)
-        reason = _obstacle(traced, ignored)
+        experts = channels.experts_needed(traced)
+        least = max(2 if normed else 1, experts)
+        # How many experts there are is no width of a layer.
+        group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
+        reason = _obstacle(traced, ignored, channels.bare)
         if not reason and all(slot.owner in unscored for slot in group.producers):
             reason = unscored[group.name]
         if not reason and not group.next_to_go(group.size):
@@ -107,10 +110,19 @@ def _group(
     )  # fmt: skip
 
 
-def _obstacle(group: tracing.Group, ignored: Collection[str]) -> str:
+def _obstacle(
+    group: tracing.Group,
+    ignored: Collection[str],
+    bare: Mapping[str, Sequence[tuple[str, int]]],
+) -> str:
     """The module to ignore whose filters these are, or whose vectors go with them."""
-    producers = {slot.owner for slot in group.producers}
-    readers = {slot.owner for slot in group.slots} - producers
+
+    def holders(slots: Sequence[tracing.Slot]) -> set[str]:
+        weights = [bare.get(slot.owner, ((f"{slot.owner}.weight", 0),)) for slot in slots]
+        return {name.rpartition(".")[0] for of_slot in weights for name, _ in of_slot}
+
+    producers = holders(group.producers)
+    readers = holders(group.slots) - producers
     for entry in group.entries:
         owner = entry.tensor.rpartition(".")[0]
         if owner in ignored and owner not in readers:

@@ -6,7 +6,8 @@ the others are removed, and the masked channels of its output are zeros:
 
     y[kept] = norm(x[kept], γ[kept], β[kept]),    y[others] = 0
 
-That is what masking and removing a channel of such a norm mean in this package. A copy of the model
+That is what masking and removing a channel of such a norm mean in this package. A router of a
+mixture of experts is treated alike: it chooses among those that are kept. A copy of the model
 does the same, and so does a saved one, since its outputs are made of it.
 """
 
@@ -70,12 +71,63 @@ class KeptOnly:
         }
 
 
+class KeptExperts(KeptOnly):
+    """A forward hook that runs its router again on the rows of the experts that are kept.
+
+    Of what it returns, the numbers of experts are put back to those among all experts, and what has
+    a column for each expert, as logits have, holds minus infinity for the others.
+
+    Args:
+        kept: the numbers of the experts that stay, [n] int64.
+    """
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__(0, kept, {"num_experts": kept.numel()})
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        count, device = module.num_experts, next(module.parameters()).device
+        assert isinstance(count, int)
+        kept = self._kept = self._kept.to(device)
+
+        def among_all(tensor: Any, before: Any) -> Any:
+            if not isinstance(tensor, Tensor):
+                return tensor
+            if not tensor.is_floating_point():
+                return kept[tensor]
+            if before.size(-1) != count:
+                return tensor
+            return torch.full_like(before, -torch.inf).index_copy(-1, kept, tensor)
+
+        found = self._smaller(module).forward(*args, **kwargs)
+        return tuple(map(among_all, found, output))
+
+    def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        return {
+            name: None if tensor is None else tensor.index_select(0, self._kept)
+            for name, tensor in tensors.items()
+        }
+
+
 def keep_only(
     modules: Mapping[str, nn.Module], channels: Channels, dead: Sequence[Tensor]
 ) -> list[RemovableHandle]:
-    """Have the norms across channels run on what the dead units leave; returns the hooks."""
+    """Have the norms across channels, and routers, run on what the dead units leave.
+
+    Returns:
+        The hooks.
+    """
     attributes = channels.attributes(dead)
-    return [
+    routers = [
+        modules[name].register_forward_hook(
+            KeptExperts(kept.to(_device(modules[name]))),
+            prepend=True,
+            with_kwargs=True,
+        )
+        for name, kept in channels.kept_by_routers(dead).items()
+    ]
+    return routers + [
         # Before the hooks of others, which see the output as it is.
         modules[name].register_forward_hook(
             KeptOnly(dim, kept.to(_device(modules[name])), attributes.get(name, {})),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, remove_all
-from taylor_kernels.pruning.kept_norms import KeptOnly, keep_only
+from taylor_kernels.pruning.kept_norms import KeptExperts, KeptOnly, keep_only
 from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.shards import fill_part
@@ -133,10 +133,12 @@ def check_unmasked(model: nn.Module) -> None:
         ValueError: one does, or has done so and left norms that are run on the other channels.
     """
     for name, module in model.named_modules():
-        if any(isinstance(hook, KeptOnly) for hook in module._forward_hooks.values()):
+        kept = [hook for hook in module._forward_hooks.values() if isinstance(hook, KeptOnly)]
+        if kept:
+            what = "router" if isinstance(kept[0], KeptExperts) else "norm"
             raise ValueError(
-                f"model: its norm {name!r} is run on the channels that an earlier Pruner has kept; "
-                "compact() with that one first. A copy of such a model cannot be pruned: compact() "
+                f"model: its {what} {name!r} is run on the channels that an earlier Pruner has "
+                "kept; compact() with that one first. A copy of such a model cannot be pruned: compact() "
                 "the one it is a copy of, and copy that"
             )
     hooks: list[object] = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimiz
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import has_shards
-from taylor_kernels.statistics import Layers, Statistic
+from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.tracing import Block, Channels
 
 #: Model -> the network of the last pruner that was made of it.
@@ -170,12 +170,22 @@ class Network:
         names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
 
+    def layers(self, names: Iterable[str]) -> Layers:
+        """Layers of these names as they are, bare weights among them."""
+        modules, bare = dict(self.model.named_modules()), self._whole.bare
+        found = {
+            name: bare_layer(self.model, bare[name])
+            if name in bare and not is_layer(modules.get(name))
+            else modules[name]
+            for name in names
+        }
+        return cast("Layers", found)
+
     def statistic(
         self, kind: type[Statistic], names: Sequence[str], backend: str | None
     ) -> Statistic:
         """A meter of that kind on these layers of the model as it is."""
-        modules = dict(self.model.named_modules())
-        layers = cast("Layers", {name: modules[name] for name in names})
+        layers = self.layers(names)
         if not kind.at_gates:
             return kind(self.model, layers, backend)
         sites = find_gate_sites(self.channels, self.model, layers)

@@ -19,6 +19,7 @@ from taylor_kernels.hooks import Hook
 from taylor_kernels.shards import fill_part
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
+Kept = dict[tuple[int, int], Tensor]  # see `cut`
 
 
 #: What optimizers_in looks at before it gives up; an optimizer that is wrapped lies near.
@@ -187,21 +188,22 @@ def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cu
                 fill_part(value, dim, index.to(value.device), 0.0)
 
 
-def cut(tensor: Tensor, cuts: Cuts, kept: dict[int, Tensor] | None = None) -> Tensor:
+def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
     """The tensor without these indices.
 
     Args:
-        kept: indices that stay, by the id of those that go: `Channels.entries` has one index
-            tensor for all places of one make, and they are worked out once. To be kept no longer
-            than the cuts.
+        kept: indices that stay, by the id of those that go and the size they go from:
+            `Channels.entries` has one index tensor for all places of one make, and they are worked
+            out once. To be kept no longer than the cuts.
     """
     kept = {} if kept is None else kept
     for dim, index in cuts.items():
-        left = kept.get(id(index))
+        key = id(index), tensor.size(dim)
+        left = kept.get(key)
         if left is None:
             stays = torch.ones(tensor.size(dim), dtype=torch.bool)
             stays[index] = False
-            left = kept[id(index)] = stays.nonzero().flatten()
+            left = kept[key] = stays.nonzero().flatten()
         tensor = tensor.index_select(dim, left.to(tensor.device))
     return tensor
 

@@ -15,11 +15,13 @@ from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.statistics import (
+    BareLayer,
     Layers,
     Reads,
+    bare_layer,
     filter_count,
-    held_weight,
     is_computed,
+    is_frozen,
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
@@ -77,6 +79,7 @@ def find_prunable(
     round_to: int,
     min_filters: int,
     reads: Reads,
+    reads_bare: bool = False,
     verify: bool,
     blocks: bool = False,
 ) -> Prunable:
@@ -84,6 +87,7 @@ def find_prunable(
 
     Args:
         reads: what the criterion's statistic reads.
+        reads_bare: it reads weights that no layer holds too.
         blocks: residual blocks may go too.
 
     Raises:
@@ -98,7 +102,9 @@ def find_prunable(
     plain = _copied(model)
     count = FlopCount()
     channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
-    unscored = _unscored(layers, channels.outside, reads)
+    for name, parts in channels.bare.items():
+        layers.setdefault(name, bare_layer(model, parts))
+    unscored = _unscored(layers, channels.outside, reads, reads_bare)
     groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
     channels = channels.offering(groups)
     chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
@@ -132,6 +138,7 @@ def find_prunable(
             count.total,
             groups,
             {block: sum(count.of_steps[step] for step in block.steps) for block in chosen},
+            channels.routed,
         ),
         scored=[
             name
@@ -149,15 +156,23 @@ def find_prunable(
     )
 
 
-def _unscored(layers: Layers, outside: Mapping[str, str], reads: Reads) -> dict[str, str]:
+def _unscored(
+    layers: Layers, outside: Mapping[str, str], reads: Reads, reads_bare: bool
+) -> dict[str, str]:
     """Layers that a criterion cannot score -> why."""
     found: dict[str, str] = {}
     for name, layer in layers.items():
         computed = is_computed(layer)
         if computed and reads in ("weight gradients", "closure"):
             found[name] = "its weight is computed from other parameters and holds no gradient"
-        elif reads == "weight gradients" and not held_weight(layer).requires_grad:
+        elif reads == "weight gradients" and is_frozen(layer):
             found[name] = "its weights are frozen and this criterion reads their gradients"
+        elif isinstance(layer, BareLayer):
+            if not reads_bare:
+                found[name] = (
+                    "it is a weight that no layer holds, so this criterion cannot see what it "
+                    "makes; taylor_fo reads weights alone"
+                )
         elif name in outside and reads not in ("weights", "weight gradients"):
             found[name] = (
                 f"its weight is used by {outside[name] or 'the model'!r}, which does not call it, "

@@ -146,6 +146,7 @@ class Pruner(Resumable):
                 round_to=round_to,
                 min_filters=min_filters,
                 reads=self._reads,
+                reads_bare=get_statistic(self.criterion.statistic).reads_bare,
                 verify=verify,
                 blocks=blocks,
             )

@@ -116,4 +116,4 @@ class Readout(Progress):
         Coupled filters have the score of their unit; masked ones, and those that cannot go, nan.
         Empty before the first pruning.
         """
-        return self._minibatches.scores.by_layer(self._network.dead, self.model)
+        return self._minibatches.scores.by_layer(self._network.dead, self._network.layers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.pruning.optimizer_state import (
+    Kept,
     check_complete,
     check_follows,
     cut,
@@ -16,6 +17,7 @@ from taylor_kernels.pruning.optimizer_state import (
     optimizers_in,
 )
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.multihead import follow_attention
 
 
 def remove(
@@ -46,7 +48,7 @@ def remove(
         check_follows(optimizers, name, old[name], cuts)
     if optimizers:
         check_complete(optimizers, stepped, old)
-    kept: dict[int, Tensor] = {}
+    kept: Kept = {}
     new = {name: smaller(old[name], cuts, kept) for name, cuts in entries.items()}
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
@@ -96,14 +98,13 @@ def set_attributes(
     modules: Mapping[str, nn.Module], values: Mapping[str, Mapping[str, object]]
 ) -> None:
     for name, own in values.items():
+        follow_attention(modules, name)
         for attribute, value in own.items():
             setattr(modules[name], attribute, value)
 
 
 @torch.no_grad()
-def smaller(
-    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None = None
-) -> Tensor:
+def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:
     """A parameter, with its gradient, or a buffer without these indices.
 
     Args:
@@ -123,9 +124,7 @@ def smaller(
     return parameter
 
 
-def _cut_as_laid_out(
-    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None
-) -> Tensor:
+def _cut_as_laid_out(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None) -> Tensor:
     new = cut(tensor, cuts, kept)
     if tensor.dim() == 4 and tensor.layout == torch.strided and not tensor.is_contiguous():
         return new.contiguous(memory_format=torch.channels_last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.groups import Group
-from taylor_kernels.statistics import filter_count, get_statistic
+from taylor_kernels.statistics import Layers, filter_count, get_statistic
 from taylor_kernels.tracing import Slot
 
 #: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows
@@ -166,17 +166,19 @@ class UnitScores:
                 setattr(self, name, values[keep.to(values.device)])
         self._groups, self._index = list(groups), {}
 
-    def by_layer(self, dead: Sequence[Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def by_layer(
+        self, dead: Sequence[Tensor], layers: Callable[[Iterable[str]], Layers]
+    ) -> dict[str, Tensor]:
         """Layer -> [F] averages; nan for filters that are dead or in no group."""
         if self._average is None:
             return {}
-        modules = dict(model.named_modules())
+        known = layers({slot.owner for group in self._groups for slot in group.producers})
         found: dict[str, Tensor] = {}
         scores = self._average.cpu().split([group.size for group in self._groups])
         for group, gone, score in zip(self._groups, dead, scores, strict=True):
             for slot in group.producers:
                 if slot.owner not in found:
-                    width = filter_count(modules[slot.owner])
+                    width = filter_count(known[slot.owner])
                     found[slot.owner] = torch.full((width,), float("nan"))
                 shown = torch.where(gone, float("nan"), score).float()
                 found[slot.owner][slot.index] = shown[:, None].expand_as(slot.index)

@@ -25,10 +25,12 @@ from taylor_kernels.statistics.layers import (
     find_layers,
     held_weight,
     is_computed,
+    is_frozen,
     is_layer,
 )
 from taylor_kernels.statistics.loss_change import LossChange
 from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
+from taylor_kernels.statistics.parts import BareLayer, bare_layer, parts_beside_layers
 from taylor_kernels.statistics.registry import (
     get_statistic,
     register_statistic,
@@ -38,6 +40,7 @@ from taylor_kernels.statistics.registry import (
 from taylor_kernels.statistics.weight_products import Hutchinson, SecondOrder
 
 __all__ = [
+    "BareLayer",
     "BatchNormScale",
     "Closure",
     "ExactGateCurvature",
@@ -56,6 +59,7 @@ __all__ = [
     "SecondOrder",
     "Statistic",
     "WeightMoments",
+    "bare_layer",
     "check_closure",
     "check_loss_scale",
     "check_no_noise",
@@ -67,7 +71,9 @@ __all__ = [
     "get_statistic",
     "held_weight",
     "is_computed",
+    "is_frozen",
     "is_layer",
+    "parts_beside_layers",
     "register_statistic",
     "statistic_names",
     "statistics_table",

@@ -50,6 +50,7 @@ class Statistic(ABC):
         same_draws: what it draws at an update is to be the same on all ranks.
         mask: of an update that is being collected, for each pass which examples count ([N] or
             [N, T] bool), if some do not.
+        reads_bare: its layers may be parameters that no layer holds (`statistics.parts.BareLayer`).
         streams: it can take each gradient as it comes (`start_stream`).
         stream: what hands them over, and frees them, where it does.
 
@@ -79,6 +80,7 @@ class Statistic(ABC):
     shared_columns: ClassVar[int] = 1
     same_draws: ClassVar[bool] = False
     mask: list[Tensor] | None = None
+    reads_bare: ClassVar[bool] = False
     streams: ClassVar[bool] = False
     stream: GradientStream | None = None
 

@@ -18,16 +18,20 @@ from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import (
     Layer,
     Layers,
-    by_filter_axis,
+    Rows,
     check_leaf,
     filter_axis,
     filter_count,
     filter_groups,
     held_weight,
+    rows_of,
     used_weight,
 )
+from taylor_kernels.statistics.parts import BareLayer
 from taylor_kernels.statistics.registry import register_statistic
 
+#: A layer, and one of its parameters.
+_Number = tuple[int, int]
 #: Of g in each of `MOMENTS`.
 _POWERS = (1.0, 2.0, 1.0, 0.0, 2.0)
 
@@ -41,17 +45,21 @@ class _OfWeights(Statistic):
         return [*map(part_count, weights)] if any(map(is_sharded, weights)) else None
 
     @staticmethod
-    def _whole_rows(layer: Layer, table: Tensor) -> Tensor:
+    def _whole_rows(layer: Layer, rows: Rows, table: Tensor) -> Tensor:
         """The table of a part of a layer's weight, with a row for every filter of the layer."""
-        weight, axis = held_weight(layer), filter_axis(layer)
-        if not is_sharded(weight):
+        if not is_sharded(rows.parameter):
             return table
-        if axis and filter_groups(layer) > 1:
+        if rows.merged > 1:
+            raise ValueError(
+                "model: a stack of weights, with the filters in its last dimension, is on several "
+                "ranks, where they cannot be told apart; leave it out, or do not shard it"
+            )
+        if rows.axis and rows.groups > 1:
             raise ValueError(
                 "model: a grouped transposed convolution has its weight on several ranks, where "
                 "its filters cannot be told apart; leave it out, or do not shard it"
             )
-        return rows_in_whole(table, offsets(weight)[axis], filter_count(layer))
+        return rows_in_whole(table, offsets(rows.parameter)[rows.axis], filter_count(layer))
 
 
 @register_statistic
@@ -68,6 +76,7 @@ class WeightMoments(_OfWeights):
     name = "moments"
     columns = "5, those of `MOMENTS`: Σ gw, Σ (gw)², Σ abs(gw), Σ w², Σ g²"
     reads = "weight gradients"
+    reads_bare = True
     shared_columns = len(MOMENTS)
     streams = True
 
@@ -75,15 +84,21 @@ class WeightMoments(_OfWeights):
         super().__init__(model, layers, backend)
         self._scored: list[tuple[weakref.ref[Tensor], int]] = []
         self._powers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._numbers = list(layers.values())
-        self._streamed: dict[int, Tensor] = {}
-        self._places: dict[Tensor, list[int]] = {}
+        self._streamed: dict[_Number, Tensor] = {}
+        self._places: dict[Tensor, list[_Number]] = {}
 
     def start_stream(self, *, watch: bool) -> None:
+        for number, rows in self._rows().items():
+            self._places.setdefault(rows.parameter, []).append(number)
+        self.stream = GradientStream(self.model, self._take, watch=watch)
+
+    def _rows(self) -> dict[_Number, Rows]:
+        """The parameters of all layers as they are now."""
+        found: dict[_Number, Rows] = {}
         for number, (name, layer) in enumerate(self.layers.items()):
             check_leaf(name, layer)
-            self._places.setdefault(layer.weight, []).append(number)
-        self.stream = GradientStream(self.model, self._take, watch=watch)
+            found.update(((number, part), rows) for part, rows in enumerate(rows_of(layer)))
+        return found
 
     def _take(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -92,39 +107,44 @@ class WeightMoments(_OfWeights):
         self._streamed |= self._moments(dict.fromkeys(numbers, pair))
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        found = (
-            self._moments(dict(enumerate(self._pairs()))) if self.stream is None else self._came()
-        )
-        tables = [found[number] for number in range(len(self.layers))]
+        found = self._moments(self._pairs()) if self.stream is None else self._came()
+        tables = [found[number, 0] for number in range(len(self.layers))]
+        for number, part in sorted(found):
+            if part:
+                tables[number] = tables[number] + found[number, part]
         if loss_scale != 1.0:
             tables = [t / loss_scale ** self._powers_like(t) for t in tables]
         return tables
 
-    def _moments(self, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
-        """The tables of layers, by number, from the weight and the gradient of each."""
-        numbers, tables = list(pairs), {}
-        for axis, chosen in by_filter_axis([self._numbers[number] for number in numbers]):
-            of_axis = [numbers[i] for i in chosen]
+    def _moments(self, pairs: Mapping[_Number, tuple[Tensor, Tensor]]) -> dict[_Number, Tensor]:
+        """The tables of parameters, by number, from the values and the gradient of each."""
+        layers, tables = list(self.layers.values()), {}
+        rows = {number: rows_of(layers[number[0]])[number[1]] for number in pairs}
+        for axis in (0, 1):  # 1: transposed convolutions, and GPT-2's linear layers
+            chosen = [number for number, one in rows.items() if one.axis == axis]
+            if not chosen:
+                continue
             moments = filter_moments(
-                [local_part(pairs[number][0]) for number in of_axis],
-                [local_part(pairs[number][1]) for number in of_axis],
+                [rows[number].of(local_part(pairs[number][0])) for number in chosen],
+                [rows[number].of(local_part(pairs[number][1])) for number in chosen],
                 dim=axis,
-                groups=[filter_groups(self._numbers[number]) for number in of_axis],
+                groups=[rows[number].groups for number in chosen],
                 backend=self.backend,
             )
-            for number, table in zip(of_axis, moments, strict=True):
-                tables[number] = self._whole_rows(self._numbers[number], table)
+            for number, table in zip(chosen, moments, strict=True):
+                tables[number] = self._whole_rows(layers[number[0]], rows[number], table)
         return tables
 
-    def _came(self) -> dict[int, Tensor]:
+    def _came(self) -> dict[_Number, Tensor]:
         """The tables of a pass whose gradients were streamed."""
         weights, grads = self._weights_and_grads()
-        for name, grad in zip(self.layers, grads, strict=True):
+        for number, grad in grads.items():
             if grad is not None:
                 raise RuntimeError(
-                    f"stream: {name}.weight has a gradient that was not streamed: it is another "
-                    "parameter than when the meter was made, or the gradient is older than that; "
-                    "call zero_grad(set_to_none=True), and make a new meter of a changed model"
+                    f"stream: {self._named(number)} has a gradient that was not streamed: it is "
+                    "another parameter than when the meter was made, or the gradient is older than "
+                    "that; call zero_grad(set_to_none=True), and make a new meter of a changed "
+                    "model"
                 )
         if not self._streamed:
             raise RuntimeError(
@@ -134,10 +154,15 @@ class WeightMoments(_OfWeights):
         found, self._streamed = self._streamed, {}
         assert self.stream is not None
         self.stream.clear()
-        for number, weight in enumerate(weights):  # one after another: each needs a gradient
+        for number, weight in weights.items():  # one after another: each needs a gradient
             if number not in found:
                 found |= self._moments({number: (weight, torch.zeros_like(weight))})
         return found
+
+    def _named(self, number: _Number) -> str:
+        """What messages call a parameter."""
+        name, layer = list(self.layers.items())[number[0]]
+        return name if isinstance(layer, BareLayer) else f"{name}.weight"
 
     def discard(self) -> None:
         if self.stream is not None:
@@ -159,25 +184,23 @@ class WeightMoments(_OfWeights):
             self._powers[key] = torch.tensor(_POWERS, dtype=table.dtype, device=table.device)
         return self._powers[key]
 
-    def _weights_and_grads(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        weights: list[Tensor] = []
-        grads: list[Tensor | None] = []
-        for name, layer in self.layers.items():
-            check_leaf(name, layer)
-            weight = layer.weight
-            if not weight.requires_grad:
+    def _weights_and_grads(self) -> tuple[dict[_Number, Tensor], dict[_Number, Tensor | None]]:
+        weights: dict[_Number, Tensor] = {}
+        grads: dict[_Number, Tensor | None] = {}
+        for number, rows in self._rows().items():
+            if not rows.parameter.requires_grad:
                 raise RuntimeError(
-                    f"{name}.weight requires no gradient, so this criterion has nothing to read; "
-                    "inside tk.scoring() or with frozen layers use taylor_fo_gate or taylor_fo_bn"
+                    f"{self._named(number)} requires no gradient, so this criterion has nothing to "
+                    "read; inside tk.scoring() or with frozen layers use taylor_fo_gate or "
+                    "taylor_fo_bn"
                 )
-            weights.append(weight.detach())
-            grads.append(weight.grad)
+            weights[number], grads[number] = rows.parameter.detach(), rows.parameter.grad
         return weights, grads
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """The weight of each layer and its gradient, zeros where there is none."""
+    def _pairs(self) -> dict[_Number, tuple[Tensor, Tensor]]:
+        """Each parameter and its gradient, zeros where there is none."""
         weights, grads = self._weights_and_grads()
-        present = [grad for grad in grads if grad is not None]
+        present = [grad for grad in grads.values() if grad is not None]
         if not present:
             raise RuntimeError(
                 "no layer has a gradient; score after loss.backward() and before "
@@ -192,10 +215,11 @@ class WeightMoments(_OfWeights):
                 "loss.backward()"
             )
         self._scored = [(weakref.ref(grad), grad._version) for grad in present]
-        return [
-            (weight, torch.zeros_like(weight) if grad is None else grad.detach())
-            for weight, grad in zip(weights, grads, strict=True)
-        ]
+        pairs: dict[_Number, tuple[Tensor, Tensor]] = {}
+        for number, weight in weights.items():
+            grad = grads[number]
+            pairs[number] = weight, torch.zeros_like(weight) if grad is None else grad.detach()
+        return pairs
 
 
 @register_statistic
@@ -205,21 +229,26 @@ class Magnitudes(_OfWeights):
     name = "magnitudes"
     columns = "2: Σ abs(w), Σ w²"
     reads = "weights"
+    reads_bare = True
     shared_columns = 2
 
     @torch.no_grad()
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        return [self._whole_rows(one, self._table(one)) for one in self.layers.values()]
+        return [self._table(layer) for layer in self.layers.values()]
 
-    @staticmethod
-    def _table(layer: Layer) -> Tensor:
-        weight = local_part(used_weight(layer))
-        if filter_axis(layer):  # [in, out / groups, ...] -> filters first
-            weight = weight.unflatten(0, (filter_groups(layer), -1)).transpose(1, 2).flatten(0, 1)
-        rows = weight.flatten(1)
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        norms = [torch.linalg.vector_norm(rows, p, dim=1, dtype=dtype) for p in (1, 2)]
-        return torch.stack((norms[0], norms[1].square()), 1)
+    def _table(self, layer: Layer) -> Tensor:
+        if isinstance(layer, BareLayer):
+            return torch.stack([self._sums(layer, rows) for rows in rows_of(layer)]).sum(0)
+        return self._sums(layer, Rows(used_weight(layer), filter_axis(layer), filter_groups(layer)))
+
+    def _sums(self, layer: Layer, rows: Rows) -> Tensor:
+        weight = rows.of(local_part(rows.parameter.detach()))
+        if rows.axis:  # [in, out / groups, ...] -> filters first
+            weight = weight.unflatten(0, (rows.groups, -1)).transpose(1, 2).flatten(0, 1)
+        flat = weight.flatten(1) if weight.dim() > 1 else weight[:, None]
+        dtype = torch.promote_types(flat.dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(flat, p, dim=1, dtype=dtype) for p in (1, 2)]
+        return self._whole_rows(layer, rows, torch.stack((norms[0], norms[1].square()), 1))
 
 
 @register_statistic
@@ -276,6 +305,7 @@ class Random(Statistic):
     name = "random"
     columns = "1: uniform in [0, 1), drawn once"
     reads = "weights"
+    reads_bare = True
     drawn = True
     same_draws = True
 

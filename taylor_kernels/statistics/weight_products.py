@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
@@ -15,7 +16,7 @@ from taylor_kernels.ops.second_order_moments import second_order_sums
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hessian_product import gradient_and_product, twice_differentiable
 from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
-from taylor_kernels.statistics.layers import check_leaf, filter_axis, filter_groups
+from taylor_kernels.statistics.layers import Rows, check_leaf, rows_of
 from taylor_kernels.statistics.registry import register_statistic
 
 
@@ -29,9 +30,12 @@ class _WeightProducts(Statistic):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         assert closure is not None
         place: dict[Tensor, int] = {}  # of each weight, among all
+        every: list[list[Rows]] = []  # of each layer
         for name, layer in self.layers.items():
             check_leaf(name, layer)
-            place.setdefault(layer.weight, len(place))
+            every.append(rows_of(layer))
+            for rows in every[-1]:
+                place.setdefault(rows.parameter, len(place))
         weights = list(place)
         values = [weight.detach() for weight in weights]
         with differentiating(), _only_gradients_of(self.model, weights), twice_differentiable():
@@ -41,18 +45,20 @@ class _WeightProducts(Statistic):
             )
         # A convolution and its transpose, as in a tied autoencoder, see other filters in a weight.
         kinds = [
-            (place[layer.weight], filter_axis(layer), filter_groups(layer))
-            for layer in self.layers.values()
+            [_Kind(place[one.parameter], one.axis, one.groups, one.merged) for one in rows]
+            for rows in every
         ]
-        tables: dict[tuple[int, int, int], Tensor] = {}
+        tables: dict[_Kind, Tensor] = {}
         for axis in (0, 1):
-            chosen = [kind for kind in dict.fromkeys(kinds) if kind[1] == axis]
+            seen = dict.fromkeys(kind for of_layer in kinds for kind in of_layer)
+            chosen = [kind for kind in seen if kind.axis == axis]
             if chosen:
-                places, groups = [kind[0] for kind in chosen], [kind[2] for kind in chosen]
-                found = self._reduce(products.of(places), places, axis, groups)
+                places, groups = [kind.place for kind in chosen], [kind.groups for kind in chosen]
+                found = self._reduce(products.of(chosen), places, axis, groups)
                 tables |= zip(chosen, found, strict=True)
         self.updates += 1
-        return [tables[kind] for kind in kinds]
+        sums = [[tables[kind] for kind in of_layer] for of_layer in kinds]
+        return [parts[0] if len(parts) == 1 else torch.stack(parts).sum(0) for parts in sums]
 
     @abstractmethod
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
@@ -65,6 +71,15 @@ class _WeightProducts(Statistic):
         """[F, K] tables of those weights; `places` are theirs among all weights."""
 
 
+class _Kind(NamedTuple):
+    """A way to see filters in a weight: its place among all, and what `Rows` says of it."""
+
+    place: int
+    axis: int
+    groups: int
+    merged: int
+
+
 class _Products(NamedTuple):
     """Of each weight: its values, ∂L/∂W, H·V."""
 
@@ -72,8 +87,13 @@ class _Products(NamedTuple):
     grads: list[Tensor]
     hvps: list[Tensor]
 
-    def of(self, places: list[int]) -> _Products:
-        return _Products(*([tensors[i] for i in places] for tensors in self))
+    def of(self, kinds: list[_Kind]) -> _Products:
+        """Those of some weights, as matrices of these kinds."""
+
+        def seen(tensors: list[Tensor], kind: _Kind) -> Tensor:
+            return Rows(tensors[kind.place], *kind[1:]).of(tensors[kind.place])
+
+        return _Products(*([seen(tensors, kind) for kind in kinds] for tensors in self))
 
 
 @register_statistic
@@ -83,6 +103,7 @@ class SecondOrder(_WeightProducts):
     name = "weight_products"
     columns = "2: Σ q, Σ q² with q = g·w − ½·w·(HW), W all scored weights"
     reads = "closure"
+    reads_bare = True
 
     def _vectors(self, weights: list[Tensor]) -> list[Tensor]:
         return weights
@@ -104,6 +125,7 @@ class Hutchinson(_WeightProducts):
     name = "hutchinson"
     columns = "1: Σ w² z (Hz), random signs z drawn anew at every update"
     reads = "closure"
+    reads_bare = True
     across_ranks = "sum"
     same_draws = True
 

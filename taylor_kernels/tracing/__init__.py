@@ -18,6 +18,7 @@ from taylor_kernels.tracing.attributes import register_attributes
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.choosing import Choice
+from taylor_kernels.tracing.multihead import PrunedMultiheadAttention, follow_attention
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.tracing import trace
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Slot
@@ -30,8 +31,10 @@ __all__ = [
     "Choice",
     "Entry",
     "Group",
+    "PrunedMultiheadAttention",
     "Reason",
     "Slot",
+    "follow_attention",
     "register_attributes",
     "trace",
 ]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Size, Vector
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     nn.LayerNorm: {"normalized_shape": ("weight", 0)},
     nn.GroupNorm: {"num_channels": ("weight", 0)},
     nn.RMSNorm: {"normalized_shape": ("weight", 0)},
+    PrunedMultiheadAttention: {
+        "embed_dim": ("query_weight", 1),
+        "kdim": ("key_weight", 1),
+        "vdim": ("value_weight", 1),
+    },
+    nn.Transformer: {"d_model": ("encoder.norm.weight", 0)},
     nn.PReLU: {"num_parameters": ("weight", 0)},
     nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
@@ -58,8 +65,9 @@ def register_attributes(module_class: type[nn.Module] | str, **counted: Counted)
         module_class: it and its subclasses; a rule for a subclass comes before its parents'. Its
             full dotted name serves as well, and need not be imported.
         counted: attribute -> what it counts: ("weight", 0) for the first dimension of the
-            module's parameter `weight`, or "inputs", "outputs", "groups" of a layer that multiplies
-            by its weight. An attribute that is a tuple gets a tuple.
+            module's parameter `weight`, ("part.weight", 0) for that of a module in it, or "inputs",
+            "outputs", "groups" of a layer that multiplies by its weight. An attribute that is a
+            tuple gets a tuple.
 
     Raises:
         TypeError: the class is not a module class, or a rule is something else.
@@ -204,13 +212,3 @@ def shrunk(
         values = type(old)(entries.get(place, value) for place, value in enumerate(old))
         found.setdefault(module, {})[name] = values
     return found
-
-
-#: Classes that check one width against another, and the dimensions that therefore stay.
-WHOLE: dict[type[nn.Module], tuple[str, tuple[tuple[str, int], ...]]] = {
-    nn.MultiheadAttention: (
-        "belongs to nn.MultiheadAttention, whose own forward checks its width against embed_dim",
-        (("in_proj_weight", 0), ("in_proj_weight", 1), ("q_proj_weight", 0), ("q_proj_weight", 1),
-         ("k_proj_weight", 0), ("v_proj_weight", 0), ("out_proj.weight", 1)),
-    ),
-}  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing import attributes
+from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
@@ -38,6 +39,8 @@ class Channels:
         layers: layer -> the classes of its input and output channels, as the layer counts them.
         macs: parameter -> the multiply-adds of the run that its entries took part in, each one as
             many as the others.
+        bare: of the layers those that are none of PyTorch's: bare weights, which are named by the
+            parameter -> the parameters and the dimension of each along which the outputs lie.
         outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in
@@ -81,13 +84,28 @@ class Channels:
         self._layers: dict[str, tuple[Vector, Vector]] = {}
         self.macs: dict[str, int] = {}
         self.outside: dict[str, str] = {}
+        self.bare: dict[str, tuple[tuple[str, int], ...]] = {}
         for product in record.products:
-            if product.module not in self._layers:
+            bare = bare_weight(record, product, modules)
+            name = product.module if bare is None else bare.name
+            if name in self._layers:
+                pass
+            elif bare is None:
                 sides = self._label[product.inputs], self._label[product.outputs]
-                self._layers[product.module] = sides
+                self._layers[name] = sides
+            else:
+                dims = (bare.inputs, bare.outputs)
+                inputs, outputs = (self._classes[product.weight, dim] for dim in dims)
+                self._layers[name] = inputs, outputs
+                self.bare[name] = ((product.weight, bare.outputs),)
+                self._order.setdefault(name, self._order.get(product.module, -1))
             self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
             if product.caller != product.module:
-                self.outside[product.module] = product.caller
+                self.outside[name] = product.caller
+        for mixture in record.mixtures:
+            self._layers[mixture.experts] = np.zeros(0, np.int64), self._label[mixture.atoms]
+            self.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
+        self._mixtures = {m.router: (m, self._label[m.atoms]) for m in record.mixtures}
         # A layer that ran, and whose weight was none of the model's tensors.
         for name, module in model.named_modules():
             if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
@@ -236,6 +254,7 @@ class Channels:
         other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
         other.steps = [step.of(left(step.inputs), left(step.outputs)) for step in self.steps]
         other._across = {name: (dim, left(vector)) for name, (dim, vector) in self._across.items()}
+        other._mixtures = {name: (m, left(vector)) for name, (m, vector) in self._mixtures.items()}
         other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
         other.groups = [
             group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
@@ -272,6 +291,7 @@ class Channels:
         other._publish()
         other.norms = [(name, classes) for name, classes in self.norms if not gone(name)]
         other._across = {name: found for name, found in self._across.items() if not gone(name)}
+        other._mixtures = {name: m for name, m in self._mixtures.items() if not gone(name)}
         stays = [not gone(step.module) and not gone(step.layer) for step in self.steps]
         number = np.cumsum(stays) - 1
         other.steps = []
@@ -333,6 +353,35 @@ class Channels:
             if gone[vector].any()
         }
 
+    def kept_by_routers(self, dead: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What masking the dead units asks of routers: to choose among the experts that are kept.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+
+        Returns:
+            Router -> the numbers [n] of the experts that stay; only routers some of whose go.
+        """
+        gone = self._gone(dead)
+        return {
+            name: index(np.flatnonzero(~gone[vector]))
+            for name, (_, vector) in self._mixtures.items()
+            if gone[vector].any()
+        }
+
+    def experts_needed(self, group: Group) -> int:
+        """So many units of a group stay at least, of which a router chooses that many for each
+        token; 0 where the units are no experts."""
+        mine = group.classes.numpy()
+        counts = [m.top_k for m, vector in self._mixtures.values() if np.isin(vector, mine).any()]
+        return max(counts, default=0)
+
+    @property
+    def routed(self) -> set[str]:
+        """Parameters with an expert for each index of dimension 0, of which a token goes through as
+        many, however many there are."""
+        return {part for mixture, _ in self._mixtures.values() for part in mixture.parts}
+
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.
 
@@ -373,7 +422,7 @@ class Channels:
             for attribute, what in attributes.rules_of(module).items():
                 vector = None
                 if isinstance(what, tuple):
-                    first = firsts.get(id(getattr(module, what[0], None)), "")
+                    first = firsts.get(id(_inside(module, what[0])), "")
                     vector = self._classes.get((first, what[1]))
                 elif what == "groups":
                     vector = self._label[groups[name]] if name in groups else None
@@ -433,3 +482,11 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
+
+
+def _inside(module: nn.Module, name: str) -> object:
+    """An attribute of a module, or of modules in it; None if there is no such."""
+    found: object = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found

@@ -14,7 +14,7 @@ from weakref import ref
 from torch import Tensor
 
 from taylor_kernels.tracing.operations import has_storage
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.record import Reason, Vector
 
 
 @dataclass
@@ -43,6 +43,7 @@ class Labels:
         uniform: all values are one constant that code made: its places can follow any width.
         loose: dimensions along which one place was repeated: they couple nothing.
         name: the parameter or buffer that this is, or is a transpose or slice of.
+        kept_if_read: atoms that cannot go, and why, once something is made of this tensor.
     """
 
     shape: tuple[int, ...]
@@ -52,6 +53,7 @@ class Labels:
     loose: frozenset[int] = frozenset()
     name: str = ""
     memory: Memory = field(default_factory=Memory)
+    kept_if_read: tuple[tuple[Vector, Reason], ...] = ()
 
     @classmethod
     def fixed(cls, shape: Sequence[int]) -> Labels:

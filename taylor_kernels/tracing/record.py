@@ -18,6 +18,7 @@ from taylor_kernels.tracing.values import Values
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.across import Across
+    from taylor_kernels.tracing.experts import Mixture
 
 Vector = npt.NDArray[np.int64]
 #: Kinds of steps.
@@ -213,6 +214,7 @@ class Record:
     joins: list[Join] = field(default_factory=list)
     fixed: list[tuple[Vector, Reason]] = field(default_factory=list)
     across: list[Across] = field(default_factory=list)
+    mixtures: list[Mixture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)

@@ -68,6 +68,11 @@ class Call:
     def where(self) -> tuple[str, str]:
         return self.recorder.module, self.name
 
+    @property
+    def running(self) -> nn.Module | None:
+        """The module that runs."""
+        return self.recorder.stack[-1][1] if self.recorder.stack else None
+
     def reason(self, text: str, *, mixer: bool = False) -> Reason:
         """A reason that names where this happens."""
         return self.record.reason(text, self.where, mixer=mixer)
@@ -79,7 +84,7 @@ class Call:
     def mix(self, vector: Vector | None) -> None:
         """The operation mixes these atoms."""
         if vector is not None:
-            self.record.fix(vector, self.reason("is mixed with other channels", mixer=True))
+            self.record.fix(vector, self.reason(MIXED, mixer=True))
 
     def refuse_all(self, text: str) -> None:
         """No atom of any operand can go."""
@@ -93,6 +98,8 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
+#: Why channels that an operation mixes stay.
+MIXED = "is mixed with other channels"
 RULES: dict[str, Rule] = {}
 #: The name of the rule for operations that have none.
 OTHER = "*"
@@ -203,6 +210,9 @@ class Recorder(TorchDispatchMode):
         if found is None or len(found.shape) != tensor.dim():
             found = Labels.fixed(tensor.shape)
             self.store.set(tensor, found)
+        for vector, reason in found.kept_if_read:
+            self.record.fix(vector, reason)
+        found.kept_if_read = ()
         return found
 
     def add(self, name: str, tensor: Tensor) -> None:

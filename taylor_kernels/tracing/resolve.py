@@ -30,10 +30,11 @@ def resolve(record: Record) -> tuple[Resolution, list[Across]]:
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
     lifted = {number for call in across for number in call.fixed}
+    routed = {number for mixture in record.mixtures for number in mixture.lifted}
     fixed = [
         (number, 1, vector, reason)
         for number, (vector, reason) in enumerate(record.fixed)
-        if number not in lifted or not reason.mixer
+        if number not in routed and (number not in lifted or not reason.mixer)
     ]
     # In running order: the first reason of several is the one that is given.
     ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])

@@ -69,6 +69,7 @@ class Untouched:
 
     def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
         self._modules = [(module, dict(module.__dict__)) for module in modules]
+        self._classes = [type(module) for module in modules]
         self._modes = [(module, module.training) for module in modules]
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (table, dict(table) if table else _NOTHING)
@@ -97,7 +98,9 @@ class Untouched:
         with torch.no_grad():
             for tensor, value in self._saved.values():
                 tensor.data.copy_(value)
-        for module, attributes in self._modules:
+        for (module, attributes), own in zip(self._modules, self._classes, strict=True):
+            if type(module) is not own:
+                module.__class__ = own
             if not _same(module.__dict__, attributes):
                 module.__dict__.clear()
                 module.__dict__.update(attributes)

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
-from taylor_kernels.tracing.attributes import WHOLE
 from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
 from taylor_kernels.tracing.leaks import Leaks
+from taylor_kernels.tracing.multihead import (
+    CHECKED,
+    PrunedMultiheadAttention,
+    prunable_attention,
+)
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
 from taylor_kernels.tracing.running import (
@@ -97,7 +102,7 @@ def traced(
         ),
     ]
     try:
-        with new_garbage_only(), quiet():
+        with new_garbage_only(), quiet(), prunable_attention(model), one_expert_at_a_time(model):
             model.eval()
             for name, tensor in tensors:
                 recorder.add(name, tensor)
@@ -121,7 +126,9 @@ def traced(
         for handle in handles:
             handle.remove()
         untouched.restore()
-    return Channels(recorder.record, model)
+    recorder.record.mixtures += find_mixtures(recorder.record, dict(model.named_modules()))
+    with prunable_attention(model):
+        return Channels(recorder.record, model)
 
 
 def _checked(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -145,17 +152,17 @@ def _checked(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _keep_whole(recorder: Recorder, names: dict[nn.Module, str]) -> None:
-    """Dimensions that a module class computes from others, so that they cannot shrink alone."""
+    """Attention of classes that inherit PyTorch's, and with it the checks of its widths."""
     for module, name in names.items():
-        for module_class, (text, dims) in WHOLE.items():
-            if not isinstance(module, module_class):
-                continue
-            for path, dim in dims:
-                owner, _, leaf = path.rpartition(".")
-                tensor: Tensor | None = getattr(module.get_submodule(owner), leaf, None)
-                if tensor is not None:
-                    reason = Reason(f"{text} ({name!r})", name)
-                    recorder.record.fix(recorder.labels(tensor).dims[dim], reason)
+        other = type(module) is not PrunedMultiheadAttention
+        if not (other and isinstance(module, nn.MultiheadAttention)):
+            continue
+        text = "belongs to a class of nn.MultiheadAttention, which checks its width"
+        reason = Reason(f"{text} against embed_dim ({name!r})", name)
+        for path, dim in CHECKED:
+            tensor = dict(module.named_parameters()).get(path)
+            if tensor is not None:
+                recorder.record.fix(recorder.labels(tensor).dims[dim], reason)
 
 
 def _refusal(recorder: Recorder, error: Exception) -> str:

@@ -50,6 +50,7 @@ def noisy(model):
                 "num_key_value_heads": (2, 1),
                 "head_dim": (None, 8),
                 "hidden_size": (32, 8),
+                "intermediate_size": (48, 4),  # two rows a neuron, of which eight stay
             },
         ),
         ("gpt2", 48, ["*attn*"], {"n_inner": (None, 48)}),

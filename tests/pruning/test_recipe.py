@@ -62,6 +62,27 @@ def tied() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), one, nn.ReLU(), other, nn.Linear(6, 2))
 
 
+def test_the_same_indices_along_dimensions_of_several_sizes(tmp_path):
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 2)
+        )
+
+    model = make()
+    with torch.no_grad():  # the first units of both layers are the least
+        for layer, unit in ((model[0], 0), (model[0], 1), (model[2], 0), (model[2], 1)):
+            layer.weight[unit] *= 1e-3
+    pruner = Pruner(model, torch.randn(2, 3), "magnitude_l2", filters=0.72, every=1, per_step=4)
+    while not pruner.done:
+        pruner.step()
+    pruner.compact()
+    assert model[2].weight.shape == (3, 7)
+    save_pruned(tmp_path / "it", pruner)
+    again = load_pruned(make(), tmp_path / "it")
+    inputs = torch.randn(4, 3)
+    assert torch.equal(again(inputs), model(inputs))
+
+
 def test_a_tensor_of_two_names_is_one_before_and_after(tmp_path):
     x = torch.randn(5, 4)
     pruner = Pruner(tied(), x[:1], "magnitude_l2", filters=0.6, every=1)

@@ -120,8 +120,9 @@ def test_a_layer_of_pytorch_that_no_one_calls():
             return self.down(torch.relu(self.up(self.mix(x, x, x)[0])))
 
     by_weights = Pruner(Attention(), torch.randn(2, 5, 4), "taylor_fo", params=0.9)
-    assert set(by_weights.widths) == {"mix.out_proj", "up"}
-    assert "nn.MultiheadAttention" in by_weights.skipped["enter"]
+    heads = "mix.in_proj_weight"
+    assert set(by_weights.widths) == {"enter", heads, "mix.out_proj", "up"}
     by_gates = Pruner(Attention(), torch.randn(2, 5, 4), "taylor_fo_gate", params=0.9)
     assert "used by 'mix', which does not call it" in by_gates.skipped["mix.out_proj"]
-    assert set(by_gates.widths) == {"up"}
+    assert "a weight that no layer holds" in by_gates.skipped[heads]
+    assert set(by_gates.widths) == {"enter", "up"}

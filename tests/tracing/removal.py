@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing import Channels, follow_attention
 from taylor_kernels.tracing.running import call, tensors_in
 
 
@@ -64,7 +64,9 @@ def removed(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> nn.
             new = new.index_select(dim, keep.nonzero().flatten())
         for owner, own in aliases[id(old)]:
             setattr(owner, own, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+    modules = dict(model.named_modules())
     for name, values in channels.attributes(dead).items():
+        follow_attention(modules, name)
         for attribute, value in values.items():
             setattr(model.get_submodule(name), attribute, value)
     return model

@@ -22,7 +22,7 @@ class Verdict:
     """What came of pruning a network.
 
     Attributes:
-        layers: convolution and linear layers.
+        layers: convolution and linear layers, and weights that no layer holds.
         prunable: those of them that filters can be removed from.
         reasons: why the rest cannot -> how many layers; numbers in names are dropped.
         left: fraction of the parameters that is left.
@@ -55,7 +55,7 @@ def reasons(model: nn.Module, pruner: tk.Pruner) -> dict[str, int]:
     """Why layers cannot be pruned -> how many, most frequent first."""
     found = Counter(
         re.sub(r"\d+", "#", pruner.skipped.get(name, "is not seen as a layer"))
-        for name in layers(model)
+        for name in dict.fromkeys((*layers(model), *pruner.skipped))
         if name not in pruner.widths
     )
     return dict(found.most_common())
@@ -128,6 +128,7 @@ def prune(
         AssertionError: training does not go on as it should.
     """
     before = reasons(model, pruner), len(pruner.widths)
+    known = {*layers(model), *pruner.widths, *pruner.skipped}
     model.train()
     for _ in range(40):
         if pruner.done:
@@ -150,7 +151,7 @@ def prune(
         assert momentum is None or momentum.shape == parameter.shape, "momentum was not cut"
     whole, cost = pruner.whole.params, pruner.cost.params
     return Verdict(
-        layers=len(layers(model)),
+        layers=len(known),
         prunable=before[1],
         reasons=before[0],
         left=cost / whole,

@@ -91,13 +91,8 @@ NETWORKS: dict[str, Network] = {
     "segformer": _hf("segformer", 28),
     "whisper": _hf("whisper", 15),
     "hf_resnet": _hf("hf_resnet", 10),
-}
-#: Of the tests alone: `tools.zoo_table` takes its times of one machine, and has not seen these.
-UNTIMED: dict[str, Network] = {
     "clip": _hf("clip", 16),
     "whisper_encoder": _hf("whisper_encoder", 5),
-    # Experts are no layers, and most of the parameters.
-    "mixtral": _hf("mixtral", 6, params=0.95),
-    # nn.MultiheadAttention checks its width itself.
-    "torch_transformer": _hf("torch_transformer", 2, params=0.8),
+    "mixtral": _hf("mixtral", 16),
+    "torch_transformer": Network("torch", partial(_configured, "torch_transformer"), least=10),
 }

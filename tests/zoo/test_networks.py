@@ -8,12 +8,12 @@ from __future__ import annotations
 import pytest
 
 from tests.zoo import judging
-from tests.zoo.networks import NETWORKS, UNTIMED
+from tests.zoo.networks import NETWORKS
 
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("network", [*NETWORKS, *UNTIMED], indirect=True)
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
 def test_it_is_pruned_to_the_target_and_trains_on(network):
     model, inputs = network.built()
     pruner, optimizer = judging.new_pruner(model, inputs, network.params)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Product, Vector
 from taylor_kernels.tracing.recorder import Call, rule
@@ -79,6 +80,8 @@ def linear(call: Call) -> Labels:
 @rule("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner")
 def matmul(call: Call) -> Labels:
     left, right = list(call.args.values())[:2]
+    if isinstance(call.running, PrunedMultiheadAttention):
+        call.mix(call.of(left).dims[-1])  # what it scales queries by is of a head's width
     return multiplied(call, left, right, call.out.shape)
 
 
@@ -176,7 +179,7 @@ def _grouped(
         for vector in (rows, columns):
             call.refuse(vector, "belongs to a grouped weight that is computed")
         return None, None, None
-    module = call.recorder.stack[-1][1] if call.recorder.stack else None
+    module = call.running
     # Whole groups can go where the number of groups is an attribute that follows.
     known = "groups" in rules_of(module) if module is not None else False
     may = [0, 1] if known or tie(call, groups, None) else [1]

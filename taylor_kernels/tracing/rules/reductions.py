@@ -10,9 +10,10 @@ from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.record import Norm
-from taylor_kernels.tracing.recorder import Call, rule
+from taylor_kernels.tracing.record import Norm, Reason, Vector
+from taylor_kernels.tracing.recorder import MIXED, Call, rule
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
@@ -37,15 +38,21 @@ def reduction(call: Call) -> Any:
     old = call.of(source)
     along = set(dimensions(call.arg("dim", "axis"), len(old.shape)))
     keep = bool(call.args.get("keepdim"))
+    # The mean of all heads' attention, which is returned by default and mostly thrown away.
+    aside = call.name == "mean" and isinstance(call.running, PrunedMultiheadAttention)
+    mixed: list[tuple[Vector, Reason]] = []
     for dim in along:
         vector = old.dims[dim] if old.dims else None
         harmless = call.name in ("sum", "nansum", "any", "count_nonzero")
         harmless |= call.name in ("norm", "linalg_vector_norm")
-        if not (harmless and old.is_zero(dim)):
+        if aside and vector is not None:
+            mixed.append((vector, call.reason(MIXED, mixer=True)))
+        elif not (harmless and old.is_zero(dim)):
             call.mix(vector)
     result: list[Labels | None] = []
     for out in tensors_of(call.out):
         new = Labels.fixed(out.shape)
+        new.kept_if_read = tuple(mixed)
         places = [dim for dim in range(len(old.shape)) if keep or dim not in along]
         if len(places) == out.dim():
             for place, dim in enumerate(places):

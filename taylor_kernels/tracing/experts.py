@@ -1,0 +1,126 @@
+"""Mixtures of experts: a router that chooses among slices of stacked parameters.
+
+A router sends each token to its `top_k` best experts, by a softmax over all. An expert whose row of
+the router is zero is chosen still, so masking it is not removing it. What being without it means is
+a definition, as it is for norms: **the router's choice is among the experts that are kept**. The
+router has a module of its own here, as the models of transformers have it: its `weight` has a row
+for each expert, and it returns numbers of experts. The experts are the slices along dimension 0 of
+all parameters of another module beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from taylor_kernels.tracing.record import Record, Size, Vector
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A router and its experts.
+
+    Attributes:
+        router, experts: names of the modules.
+        parts: the names of the experts' parameters; experts lie along dimension 0 of each.
+        top_k: so many experts a token is sent to.
+        atoms: of the experts.
+        lifted: numbers of entries in the record's `fixed` that the definition takes back.
+    """
+
+    router: str
+    experts: str
+    parts: tuple[str, ...]
+    top_k: int
+    atoms: Vector
+    lifted: frozenset[int]
+
+
+def find_mixtures(record: Record, modules: Mapping[str, nn.Module]) -> list[Mixture]:
+    """The mixtures that have run; the atoms of a router's rows and of its experts become one."""
+    places = {(name, dim): (start, size) for start, name, dim, size in record.starts}
+    found = []
+    for name, router in modules.items():
+        if name not in record.ran or not _is_router(router):
+            continue
+        count, top_k = _counts(router)
+        beside = [
+            other for other in _siblings(name, modules) if _are_experts(modules[other], count)
+        ]
+        if len(beside) != 1 or beside[0] not in record.ran:
+            continue
+        experts = beside[0]
+        parts = tuple(f"{experts}.{leaf}" for leaf in modules[experts]._parameters)
+        keys = [(f"{name}.weight", 0), *((part, 0) for part in parts)]
+        if not all(key in places for key in keys):
+            continue  # a parameter that is another's too
+        rows = [np.arange(start, start + size) for start, size in (places[key] for key in keys)]
+        for other in rows[1:]:
+            record.join(rows[0], other, (experts, "select"))
+        for module in (name, experts):
+            record.sizes.append(Size(module, "num_experts", rows[0], False))
+        every = np.concatenate(rows)
+        lifted = {
+            number
+            for number, (atoms, reason) in enumerate(record.fixed)
+            if reason.module in (name, experts) and np.isin(atoms[atoms != 0], every).all()
+        }
+        found.append(Mixture(name, experts, parts, top_k, rows[0], frozenset(lifted)))
+    return found
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    """How many experts a module says that there are, and how many a token goes to; or zeros."""
+    count, top_k = (vars(module).get(name) for name in ("num_experts", "top_k"))
+    return (count, top_k) if type(count) is int and type(top_k) is int else (0, 0)
+
+
+def _is_router(module: nn.Module) -> bool:
+    own = module._parameters
+    count, top_k = _counts(module)
+    weight = own.get("weight")
+    return (
+        weight is not None
+        and set(own) == {"weight"}
+        and not module._modules
+        and top_k > 0
+        and weight.dim() == 2
+        and weight.size(0) == count
+    )
+
+
+def _are_experts(module: nn.Module, count: int) -> bool:
+    own = module._parameters.values()
+    stacked = [p is not None and p.dim() > 1 and p.size(0) == count for p in own]
+    return bool(stacked) and all(stacked) and vars(module).get("num_experts") == count
+
+
+def _siblings(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    parent = name.rpartition(".")[0]
+    for other in modules:
+        if other and other != name and other.rpartition(".")[0] == parent:
+            yield other
+
+
+@contextmanager
+def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Inside, models of transformers run their experts in a loop over slices, as their own classes
+    are written, and not in fused products of all, into which no trace sees."""
+    key = "_experts_implementation_internal"
+    configs = {id(m.config): vars(m.config) for m in model.modules() if _has_config(m)}
+    before = [(held, held[key]) for held in configs.values() if key in held]
+    for held, _ in before:
+        held[key] = "eager"
+    try:
+        yield
+    finally:
+        for held, value in before:
+            held[key] = value
+
+
+def _has_config(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("config"), "__dict__")

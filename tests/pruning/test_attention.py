@@ -1,0 +1,122 @@
+"""nn.Transformer as it is pruned: heads, width and feed-forward, and what goes on afterwards."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import taylor_kernels as tk
+from taylor_kernels.tracing import PrunedMultiheadAttention
+
+WIDTH, HEADS = 12, 3
+
+
+class Translation(nn.Module):
+    """PyTorch's transformer, with cross attention, on embeddings of its own width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, WIDTH)
+        self.body = nn.Transformer(WIDTH, HEADS, 1, 1, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(self.body(x, x[:, :-1]))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+TOKENS = torch.arange(42).reshape(6, 7) % 20
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, pruner: tk.Pruner | None = None):
+    optimizer.zero_grad()
+    outputs = model(TOKENS)
+    target = torch.linspace(-1, 1, outputs.numel(), dtype=outputs.dtype).reshape(outputs.shape)
+    loss = (outputs - target).square().mean()
+    loss.backward()
+    if pruner is not None:
+        pruner.step()
+    optimizer.step()
+
+
+def pruned(criterion: str, seed: int = 0):
+    torch.manual_seed(seed)
+    model = Translation().double()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    pruner = tk.Pruner(
+        model, TOKENS[:1], criterion, params=0.6, every=1, per_step=0.06, optimizer=optimizer
+    )
+    while not pruner.done:
+        step(model, optimizer, pruner)
+    model(TOKENS)
+    return model, optimizer, pruner
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "magnitude_l2"])
+def test_masked_is_compacted_and_training_goes_on(criterion):
+    model, optimizer, pruner = pruned(criterion)
+    assert set(pruner.skipped) == {"head"}
+    model.eval()
+    expected, names = model(TOKENS), list(model.state_dict())
+    with torch.no_grad():  # the path that PyTorch takes for inference
+        torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-10)
+    pruner.compact()
+    torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), expected, rtol=0, atol=1e-10)
+    assert list(model.state_dict()) == names
+    assert sum(p.numel() for p in model.parameters()) == pruner.cost.params
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    assert len(attentions) == 3
+    for module in attentions:
+        assert type(module) is PrunedMultiheadAttention
+        rows, columns = module.in_proj_weight.shape
+        assert rows == 3 * module.num_heads * module.head_dim
+        assert module.head_dim == WIDTH // HEADS
+        assert columns == module.embed_dim == module.out_proj.out_features == model.body.d_model
+    step(model.train(), optimizer)
+    for parameter in model.parameters():
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+
+
+def test_the_masked_model_trains_on_as_the_compacted_one():
+    model, optimizer, _ = pruned("taylor_fo", seed=1)
+    twin, twin_optimizer, twins = pruned("taylor_fo", seed=1)
+    twins.compact()
+    for _ in range(3):
+        step(model, optimizer)
+        step(twin, twin_optimizer)
+    torch.testing.assert_close(model(TOKENS), twin(TOKENS), rtol=0, atol=1e-10)
+
+
+def test_it_is_saved_loaded_and_copied(tmp_path):
+    model, _, pruner = pruned("magnitude_l2", seed=2)
+    pruner.compact()
+    tk.save_pruned(tmp_path / "pruned.safetensors", pruner)
+    again = tk.load_pruned(Translation().double(), tmp_path / "pruned.safetensors")
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    torch.save(model, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(whole(TOKENS), model(TOKENS))
+    assert torch.equal(copy.deepcopy(model)(TOKENS), model(TOKENS))
+
+
+def test_a_checkpoint_is_resumed(tmp_path):
+    model, optimizer, pruner = pruned("taylor_fo", seed=3)
+    pruner.compact()
+    path = tmp_path / "run.ckpt"
+    tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    again = Translation().double()
+    other = torch.optim.AdamW(again.parameters(), 1e-2)
+    its = tk.Pruner(
+        again, TOKENS[:1], "taylor_fo", params=0.6, every=1, per_step=0.06, optimizer=other
+    )
+    tk.load_checkpoint(path, model=again, optimizer=other, pruner=its)
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    step(model, optimizer)
+    step(again, other)
+    assert torch.equal(again(TOKENS), model(TOKENS))
