@@ -33,6 +33,6 @@ def test_every_way_ends_with_half_of_the_parameters(tmp_path):
     assert all(time > 0 for time in adaptive.milliseconds(runs, repeats=2))
     result = facts_of(study) | {"runs": runs}
     assert len(adaptive.table(result).rows) == len(ways)
-    assert "of" in adaptive.summary(result)["accuracy"]
+    assert "→" in adaptive.summary(result)["accuracy"]
     draw(adaptive.plot(result), tmp_path / "it.png", alt="", caption="")
     assert (tmp_path / "it.png").stat().st_size > 10_000

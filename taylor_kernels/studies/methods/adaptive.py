@@ -276,12 +276,12 @@ def plot(result: Json) -> Plot:
 def summary(result: Json) -> dict[str, str]:
     full = dict(means(result, "dense", "accuracy"))
     accuracies = [
-        f"{100 * ours:.1f} of {100 * full[problem]:.1f} ({problem[0]})"
+        f"{', '.join(problem)}: {100 * full[problem]:.1f} → {100 * ours:.1f}"
         for problem, ours in means(result, ADAPTIVE, "accuracy")
     ]
     kept = [share for _, share in means(result, ADAPTIVE, "params")]
     return {
-        "accuracy": ", ".join(accuracies),
+        "accuracy": "; ".join(accuracies),
         "compression": f"{1 / max(kept):.1f}–{1 / min(kept):.1f}× fewer parameters",
     }
 

@@ -190,7 +190,7 @@ def table(result: Json) -> Table:
 
 def summary(result: Json) -> dict[str, str]:
     lost = [
-        f"{100 * ours:.1f} of {100 * full:.1f} ({problem[1]})"
+        f"{', '.join(problem)}: {100 * full:.1f} → {100 * ours:.1f}"
         for (problem, ours), (_, full) in zip(
             means(result, "md-tanh-s", "accuracy"), means(result, FLOAT, "accuracy"), strict=True
         )
@@ -201,7 +201,7 @@ def summary(result: Json) -> dict[str, str]:
             means(result, "md-tanh-s", "bytes"), means(result, FLOAT, "bytes"), strict=True
         )
     ]
-    return {"accuracy": ", ".join(lost), "compression": f"{min(sizes):.0f}–{max(sizes):.0f}×"}
+    return {"accuracy": "; ".join(lost), "compression": f"{min(sizes):.0f}–{max(sizes):.0f}×"}
 
 
 STUDY = MethodStudy(
