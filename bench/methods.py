@@ -32,7 +32,7 @@ from taylor_kernels.studies.results import Json, circumstances, readable, rounde
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/methods")
 #: Every study.
-STUDIES = ("gsm", "mirror", "spp", "at_init")
+STUDIES = ("adaptive", "at_init", "gsm", "mirror", "spp")
 
 
 def find_study(name: str) -> MethodStudy:
@@ -52,9 +52,9 @@ def keep(study: MethodStudy, found: Json) -> Json:
     file.parent.mkdir(parents=True, exist_ok=True)
     result = json.loads(file.read_text()) if file.exists() else {"schema": 1, "runs": []}
     if "runs" in found:
-        new = {_problem(run) for run in found["runs"]}
-        others = [run for run in result["runs"] if _problem(run) not in new]
-        found = found | {"runs": others + found["runs"]}
+        new = {_place(run) for run in found["runs"]}
+        others = [run for run in result["runs"] if _place(run) not in new]
+        found = found | {"runs": _in_order(study, others + found["runs"])}
     result |= facts_of(study) | found
     result = rounded(result)
     if result["runs"]:
@@ -64,8 +64,15 @@ def keep(study: MethodStudy, found: Json) -> Json:
     return result
 
 
-def _problem(run: Json) -> tuple[str, str]:
-    return run["network"], run["data"]
+def _place(run: Json) -> tuple[str, str, str]:
+    return run["network"], run["data"], run["way"]
+
+
+def _in_order(study: MethodStudy, runs: Sequence[Json]) -> list[Json]:
+    """As the study has problems and ways, without those that it has no more."""
+    places = [(*problem, way) for problem in study.problems for way in study.ways]
+    found = [run for run in runs if _place(run) in places]
+    return sorted(found, key=lambda run: (places.index(_place(run)), run["seed"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

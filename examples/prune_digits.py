@@ -13,12 +13,9 @@ images, labels = map(torch.from_numpy, load_digits(return_X_y=True))
 images = images.float().view(-1, 1, 8, 8) / 16  # 1797 of them
 loader = DataLoader(TensorDataset(images[:1400], labels[:1400]), batch_size=32, shuffle=True)
 
-
-def block(inputs, outputs):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-body = block(1, 32), block(32, 64), block(64, 64)
+body: list[nn.Module] = []
+for inputs, outputs in ((1, 32), (32, 64), (64, 64)):
+    body += [nn.Conv2d(inputs, outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU()]
 model = nn.Sequential(*body, nn.Flatten(), nn.Linear(64 * 2 * 2, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 

@@ -8,6 +8,7 @@ from taylor_kernels.studies.methods.pages import facts_of
 from taylor_kernels.studies.methods.study import Way, run
 from taylor_kernels.studies.plotting import draw
 from taylor_kernels.studies.progress import ProgressLog
+from taylor_kernels.studies.training import count_parameters
 
 SMALL = {"training": 1, "epochs": 3, "strength": 0.02, "every": 4}
 
@@ -23,11 +24,15 @@ def test_every_way_ends_with_half_of_the_parameters(tmp_path):
     assert found.keys() == ways.keys()
     assert found["dense"]["params"] == 1
     assert all(one["params"] <= 0.5 for label, one in found.items() if label != "dense")
-    kept = found["uniform, by magnitude"]["kept"]
-    assert max(kept) - min(kept) < 0.1
-    assert min(found["adaptive"]["kept"]) == 0  # a block has gone
+    kept = {way: [left / count for _, left, count in one["filters"]] for way, one in found.items()}
+    assert max(kept["uniform, by magnitude"]) - min(kept["uniform, by magnitude"]) < 0.1
+    assert min(kept["adaptive"]) == 0  # a block has gone
+    whole = count_parameters(adaptive.rebuilt(found["dense"]))
+    for one in runs:  # what is timed is of the shape that was pruned to
+        assert count_parameters(adaptive.rebuilt(one)) == round(one["params"] * whole)
+    assert all(time > 0 for time in adaptive.milliseconds(runs, repeats=2))
     result = facts_of(study) | {"runs": runs}
     assert len(adaptive.table(result).rows) == len(ways)
-    assert "of" in adaptive.summary(result)["accuracy"]
+    assert "→" in adaptive.summary(result)["accuracy"]
     draw(adaptive.plot(result), tmp_path / "it.png", alt="", caption="")
     assert (tmp_path / "it.png").stat().st_size > 10_000

@@ -110,6 +110,9 @@ def test_the_command_keeps_runs_and_speed_apart(tmp_path, monkeypatch):
     assert file.with_suffix(".png").exists()
     assert isinstance(study().table(result), Table)
     assert pages.summary_row(result)[:3] == ["It (nobody)", "nothing", "1"]
+    again = ["it", "--seeds", "1", "--cache", str(tmp_path / "cache"), "--way", "start"]
+    assert command.main(again) == 0  # one way anew: the others stay
+    assert json.loads(file.read_text())["runs"] == result["runs"]
     command.keep(study(), {"speed": {"words": "fast"}})
     assert json.loads(file.read_text())["runs"] == result["runs"]
     assert pages.summary_row(json.loads(file.read_text()))[4] == "fast"

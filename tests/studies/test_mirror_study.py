@@ -12,6 +12,7 @@ pytest.importorskip("sklearn", reason="the studies need scikit-learn")
 pytest.importorskip("mnist1d", reason="the studies need mnist1d")
 pytest.importorskip("safetensors", reason="packed files need safetensors")
 
+from taylor_kernels.methods import MirrorDescent
 from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.data import load_digits
 from taylor_kernels.studies.methods import mirror
@@ -44,6 +45,8 @@ def test_every_way_learns_and_says_what_rounding_does(result):
             epochs = 12 if "ternary" in found["way"] else 2
             assert len(found["saturated"]) == len(found["turned"]) == epochs
             assert found["soft"] > 0.3
+    saturated = {found["way"]: found.get("saturated") for found in result["runs"]}
+    assert saturated["binaryconnect"] == [1.0, 1.0]  # a sign is a level
     zeros = {found["way"]: found.get("zeros") for found in result["runs"]}
     assert 0 < zeros["md-tanh-s, ternary"] < 1
     assert zeros["md-tanh-s"] == 0
@@ -75,12 +78,27 @@ def test_norms_are_measured_anew_before_an_accuracy():
 
 
 def test_what_is_followed_counts_turns_of_weights_at_a_level():
-    layer = nn.Linear(4, 1, bias=False)
+    first, layer = nn.Linear(2, 2), nn.Linear(4, 1, bias=False)
+    groups = [
+        {"params": list(first.parameters()), "quantize": False},
+        {"params": list(layer.parameters()), "scale": 0.3, "method": "binaryconnect"},
+    ]
+    optimizer = MirrorDescent(groups)
     values = ([0.5, 1.0, -1.0, 1.0], [0.2, -1.0, -1.0, 0.3], [-1.0, 1.0, 1.0, 1.0])
-    layer.weight.data = torch.tensor([values[0]])
-    followed = mirror.Followed(layer)
+    layer.weight.data = 0.3 * torch.tensor([values[0]])
+    followed = mirror.Followed(optimizer)
     for each in values[1:]:
-        layer.weight.data = torch.tensor([each])
+        layer.weight.data = 0.3 * torch.tensor([each])
         followed.epoch()
     assert followed.saturated == [0.5, 1.0]
     assert followed.turned == [pytest.approx(1 / 3), 1.0]
+
+
+def test_weights_that_the_optimizer_writes_reach_their_levels_exactly():
+    """A scale of its own for each layer: what a large β writes counts as saturated, all of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20))
+    optimizer = MirrorDescent(model.parameters(), scale="layer", beta=1e30)
+    followed = mirror.Followed(optimizer)
+    followed.epoch()
+    assert followed.saturated == [1.0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure as Drawing
 
@@ -34,6 +34,9 @@ def curves(networks: Sequence[tuple[str, Sequence[Json], Sequence[Json]]]) -> Pl
         for number, (name, points, dense) in enumerate(networks):
             panels = list(grid[number * down : (number + 1) * down].flat)
             _panels(panels, theme, name, points, dense)
+        _legend(drawing, drawing.axes[0], "first panel of a network", "left")
+        if columns > 1:
+            _legend(drawing, drawing.axes[1], "the others", "right")
         return drawing
 
     return drawn
@@ -46,16 +49,19 @@ def _panels(
     for number, method in enumerate(methods(points)):
         _line(first, theme, number, points, method, PLAIN, method)
     _frame(first, theme, name, points, dense)
-    first.legend(fontsize=6.5)
     for ax, method in zip(others, methods(points), strict=False):
         for number, control in enumerate(CONTROLS):
             _line(ax, theme, number, points, method, control, control)
         _frame(ax, theme, method, points, dense)
         ax.sharey(first)
-    if others:
-        others[0].legend(fontsize=6.5)
     for ax in others[len(methods(points)) :]:
         ax.set_axis_off()
+
+
+def _legend(drawing: Drawing, ax: Axes, title: str, side: str) -> None:
+    """Below all panels, so that it covers no line."""
+    style: Any = {"loc": f"outside lower {side}", "fontsize": 7, "title_fontsize": 7.5}
+    drawing.legend(*ax.get_legend_handles_labels(), title=title, ncols=3, **style)
 
 
 def _line(

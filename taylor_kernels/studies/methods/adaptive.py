@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.methods.adaptive import AdaptivePruner
 from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.blocks import remove_blocks
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.studies.data import minibatches
 from taylor_kernels.studies.methods.pages import (
@@ -28,6 +29,7 @@ from taylor_kernels.studies.methods.pages import (
     runs_of,
     ways_of,
 )
+from taylor_kernels.studies.methods.problems import DATA, NETWORKS
 from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
 from taylor_kernels.studies.training import (
     Schedule,
@@ -173,24 +175,49 @@ def _fine_tune(
 def _facts(trial: Trial, settings: Mapping[str, Any], model: nn.Module, spent: int) -> Json:
     whole = trial.untrained()
     example = trial.data.test.images[:1]
-    times = latencies({"dense": whole, "it": model}, trial.data.test.images[:BATCH], repeats=15)
-    convolutions = {
-        name: module.out_channels for name, module in whole.named_modules() if _is_conv(module)
-    }
-    left = {name: m.out_channels for name, m in model.named_modules() if _is_conv(m)}
+    left = _filters(model)
     return {
         "accuracy": evaluate(model, trial.data.test),
         "params": count_parameters(model) / count_parameters(whole),
         "flops": count_flops(model, example) / count_flops(whole, example),
         "epochs": spent,
-        "milliseconds": {name: quartiles["median"] for name, quartiles in times.items()},
-        "layers": list(convolutions),
-        "kept": [left.get(name, 0) / count for name, count in convolutions.items()],
+        "blocks": [],
+        "filters": [[name, left.get(name, 0), count] for name, count in _filters(whole).items()],
     }
 
 
-def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d)
+def _filters(model: nn.Module) -> dict[str, int]:
+    """Convolution -> its filters."""
+    return {
+        name: module.out_channels
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def rebuilt(run: Json) -> nn.Module:
+    """A network of the shape that a run has come to, untrained: all that its latency depends on."""
+    images = DATA[run["data"]](run["seed"]).test.images[:1]
+    model = NETWORKS[run["network"]](images.shape[1:])
+    blocks, _ = trace(model, images, blocks=True).find_blocks(model)
+    remove_blocks(model, [block for block in blocks if block.name in run["blocks"]])
+    channels = trace(model, images)
+    left = {name: kept for name, kept, _ in run["filters"]}
+    dead = [torch.arange(group.size) >= left[group.producers[0].owner] for group in channels.groups]
+    remove(model, channels, dead)
+    return model
+
+
+def milliseconds(runs: Sequence[Json], repeats: int = 25) -> list[float]:
+    """Of each run's network the median time of a batch, in turns with all others' in one process.
+
+    The runs are of one problem.
+    """
+    images = DATA[runs[0]["data"]](0).test.images[:BATCH]
+    models = {str(number): rebuilt(run) for number, run in enumerate(runs)}
+    return [
+        quartiles["median"] for quartiles in latencies(models, images, repeats=repeats).values()
+    ]
 
 
 def table(result: Json) -> Table:
@@ -198,9 +225,14 @@ def table(result: Json) -> Table:
         return lambda runs: f"{100 * mean(run[key] for run in runs):.0f}%"
 
     def blocks(runs: Sequence[Json]) -> str:
-        if "blocks" not in runs[0]:
-            return "–"
         return ", ".join(str(len(run["blocks"])) for run in runs)
+
+    speed = result.get("speed", {}).get("relative", {})
+
+    def latency(runs: Sequence[Json]) -> str:
+        of_problem = speed.get(", ".join((runs[0]["network"], runs[0]["data"])), {})
+        found = of_problem.get(runs[0]["way"])
+        return f"{mean(found):.2f}" if found else "–"
 
     return accuracy_table(
         result,
@@ -208,16 +240,12 @@ def table(result: Json) -> Table:
             "parameters": percent("params"),
             "FLOPs": percent("flops"),
             "blocks gone": blocks,
-            "latency": lambda runs: f"{mean(map(_latency, runs)):.2f}",
+            "latency": latency,
         },
         "Accuracy on the test split, mean and range over seeds, after fine-tuning; all ways have "
         "the same epochs in all. Blocks gone: of each seed. Latency: of a batch of 64 on one CPU "
-        "thread, over that of the dense network in the same process.",
+        "thread, over that of the dense network in the same process; means of three seeds.",
     )
-
-
-def _latency(run: Json) -> float:
-    return run["milliseconds"]["it"] / run["milliseconds"]["dense"]
 
 
 def plot(result: Json) -> Plot:
@@ -233,7 +261,7 @@ def plot(result: Json) -> Plot:
             for way in ways_of(result):
                 runs = runs_of(result, way, problem)
                 if runs and way != "dense":
-                    kept = [100 * share for share in runs[0]["kept"]]
+                    kept = [100 * left / count for _, left, count in runs[0]["filters"]]
                     ax.plot(kept, marker="o", markersize=3, linewidth=1.2, label=way)
             ax.set_title(", ".join(problem))
             ax.set_ylabel("filters kept, %")
@@ -248,12 +276,12 @@ def plot(result: Json) -> Plot:
 def summary(result: Json) -> dict[str, str]:
     full = dict(means(result, "dense", "accuracy"))
     accuracies = [
-        f"{100 * ours:.1f} of {100 * full[problem]:.1f} ({problem[0]})"
+        f"{', '.join(problem)}: {100 * full[problem]:.1f} → {100 * ours:.1f}"
         for problem, ours in means(result, ADAPTIVE, "accuracy")
     ]
     kept = [share for _, share in means(result, ADAPTIVE, "params")]
     return {
-        "accuracy": ", ".join(accuracies),
+        "accuracy": "; ".join(accuracies),
         "compression": f"{1 / max(kept):.1f}–{1 / min(kept):.1f}× fewer parameters",
     }
 

@@ -66,7 +66,7 @@ def mirror_descent(trial: Trial, settings: Mapping[str, Any]) -> Json:
         beta_interval=interval,
     )
     optimizer = MirrorDescent(groups, lr=settings["lr"])
-    followed = Followed(model)
+    followed = Followed(optimizer)
     _train(trial, model, optimizer, settings, followed.epoch)
     report = optimizer.quantize(partial(accuracy, model, trial.data))
     with tempfile.TemporaryDirectory() as folder:
@@ -100,19 +100,24 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 class Followed:
-    """How many weights are ±1 exactly after each epoch, and how many of those turn until the next.
+    """How many quantized weights are at a level exactly after each epoch, and how many turn until
+    the next of those that are.
 
-    A weight turns that has the other sign an epoch later.
+    The levels are those of binary weights, ± the scale that the optimizer has for a parameter. A
+    weight turns that has the other sign an epoch later.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = [param for param in model.parameters() if param.dim() > 1]
+    def __init__(self, optimizer: MirrorDescent) -> None:
+        self._weights = [
+            (param, state["scale"]) for param, state in optimizer.state.items() if "value" in state
+        ]
         self._before = self._now()
         self.saturated: list[float] = []
         self.turned: list[float] = []
 
     def _now(self) -> Tensor:
-        return torch.cat([weight.detach().flatten() for weight in self._weights])
+        """Every weight over its scale: ±1, where it is at a level, exactly."""
+        return torch.cat([(param.detach() / scale).flatten() for param, scale in self._weights])
 
     def epoch(self) -> None:
         now, before = self._now(), self._before
@@ -185,7 +190,7 @@ def table(result: Json) -> Table:
 
 def summary(result: Json) -> dict[str, str]:
     lost = [
-        f"{100 * ours:.1f} of {100 * full:.1f} ({problem[1]})"
+        f"{', '.join(problem)}: {100 * full:.1f} → {100 * ours:.1f}"
         for (problem, ours), (_, full) in zip(
             means(result, "md-tanh-s", "accuracy"), means(result, FLOAT, "accuracy"), strict=True
         )
@@ -196,7 +201,7 @@ def summary(result: Json) -> dict[str, str]:
             means(result, "md-tanh-s", "bytes"), means(result, FLOAT, "bytes"), strict=True
         )
     ]
-    return {"accuracy": ", ".join(lost), "compression": f"{min(sizes):.0f}–{max(sizes):.0f}×"}
+    return {"accuracy": "; ".join(lost), "compression": f"{min(sizes):.0f}–{max(sizes):.0f}×"}
 
 
 STUDY = MethodStudy(

@@ -1,4 +1,4 @@
-"""The plot of the mirror-descent study: accuracies, and what becomes of weights at ±1."""
+"""The plot of the mirror-descent study: accuracies, and what becomes of weights at a level."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PLAIN, STABLE = "md-tanh (plain)", "md-tanh-s"
 
 
 def plot(result: Json) -> Plot:
-    """Of every way a point for each seed; and by epochs the share of weights that are ±1 exactly in
-    float32, and of those how many take the other sign in the next epoch."""
+    """Of every way a point for each seed; and by epochs the share of weights that are at a level
+    exactly in float32, and of those how many take the other sign in the next epoch."""
 
     def drawn(theme: Theme) -> Drawing:
         problems = problems_of(result)
@@ -29,9 +29,12 @@ def plot(result: Json) -> Plot:
         axes = drawing.subplots(len(problems), 3, squeeze=False, width_ratios=(1.5, 1, 1))
         for row, problem in zip(axes, problems, strict=True):
             _accuracies(row[0], theme, result, problem)
-            _by_epoch(row[1], theme, result, problem, "saturated", "weights at ±1 exactly, %")
+            _by_epoch(row[1], theme, result, problem, "saturated", "weights at a level exactly, %")
             _by_epoch(row[2], theme, result, problem, "turned", "of those, turned in an epoch, %")
-        axes[0, 1].legend(loc="lower right")
+        lines = {line.get_label(): line for ax in axes[:, 1] for line in ax.get_lines()}
+        if lines:
+            handles, labels = list(lines.values()), list(map(str, lines))
+            drawing.legend(handles, labels, loc="outside lower right", ncols=2)
         return drawing
 
     return drawn
@@ -55,10 +58,12 @@ def _by_epoch(
     ax: Axes, theme: Theme, result: Json, problem: tuple[str, str], key: str, label: str
 ) -> None:
     for number, way in enumerate((PLAIN, STABLE)):
-        runs = runs_of(result, way, problem)
+        runs = [run for run in runs_of(result, way, problem) if key in run]
         if runs:
             each = [100 * mean(values) for values in zip(*(run[key] for run in runs), strict=True)]
             style = series_style(theme, number) | {"marker": ""}
             ax.plot(range(1, len(each) + 1), each, label=way, **style)
     ax.set(xlabel="epoch", ylabel=label)
     ax.set_ylim(bottom=0)
+    if not ax.get_lines():
+        ax.set_axis_off()

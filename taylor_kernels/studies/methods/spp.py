@@ -252,12 +252,12 @@ def table(result: Json) -> Table:
 def summary(result: Json) -> dict[str, str]:
     full = dict(means(result, "dense", "accuracy"))
     accuracies = [
-        f"{100 * ours:.1f} of {100 * full[problem]:.1f} ({problem[1]})"
+        f"{', '.join(problem)}: {100 * full[problem]:.1f} → {100 * ours:.1f}"
         for problem, ours in means(result, "SPP, 4×", "accuracy")
     ]
     kept = [share for _, share in means(result, "SPP, 4×", "macs")]
     return {
-        "accuracy": ", ".join(accuracies),
+        "accuracy": "; ".join(accuracies),
         "compression": f"{1 / max(kept):.1f}–{1 / min(kept):.1f}× fewer FLOPs",
     }
 
