@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -117,7 +118,64 @@ class InDouble(SmallPools):
             args = tuple(_wider(value) for value in args)
         if kwargs:
             kwargs = {name: _wider(value) for name, value in kwargs.items()}
+        if func in _GROUPED and (out := _grouped(*args, **(kwargs or {}))) is not None:
+            return out
         return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
+
+
+#: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB.
+_GROUPED = {F.conv1d, F.conv2d, F.conv3d}
+_MOST = 2**24
+
+
+def _grouped(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """A convolution of several groups, as a product of matrices for each; None for others.
+
+    In double precision PyTorch runs them group after group, a thousand calls for a depthwise layer.
+    What does not fit together is left to PyTorch, which says so.
+    """
+    n = weight.dim() - 2
+    fits = (
+        groups > 1
+        and not isinstance(padding, str)
+        and input.dim() == n + 2
+        and input.size(1) == weight.size(1) * groups
+        and weight.size(0) % groups == 0
+        and input.dtype == weight.dtype == torch.float64
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    if not fits:
+        return None
+    strides, paddings, dilations = (
+        [value] * n if isinstance(value, int) else list(value) * (n // len(value))
+        for value in (stride, padding, dilation)
+    )
+    padded = F.pad(input, [pad for pad in reversed(paddings) for _ in range(2)])
+    kernel = weight.shape[2:]
+    sizes = [
+        (size - every * (k - 1) - 1) // step + 1
+        for size, every, k, step in zip(padded.shape[2:], dilations, kernel, strides, strict=True)
+    ]
+    if min(sizes) < 1 or input.size(1) * len(input) * prod((*kernel, *sizes)) > _MOST:
+        return None
+    steps = padded.stride()[2:]
+    moves = [step * by for step, by in zip(steps, strides, strict=True)]
+    inside = [step * every for step, every in zip(steps, dilations, strict=True)]
+    windows = padded.as_strided(
+        (*padded.shape[:2], *kernel, *sizes), (*padded.stride()[:2], *inside, *moves)
+    )
+    columns = windows.reshape(len(input), groups, weight[0].numel(), -1)
+    out = weight.reshape(groups, -1, columns.size(2)) @ columns
+    out = out.reshape(len(input), len(weight), *sizes)
+    return out if bias is None else out + bias.view(-1, *[1] * n)
 
 
 def _wider(value: Any) -> Any:

@@ -138,6 +138,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
+#: Whether `new_garbage_only` is in use.
+_frozen = False
+
+
 @contextmanager
 def new_garbage_only() -> Iterator[None]:
     """Inside, the collector does not search what was there before.
@@ -145,13 +149,17 @@ def new_garbage_only() -> Iterator[None]:
     Tracing and proving make many small objects, for which it would go through all of a process's
     objects again and again, at a tenth of a second each time.
     """
-    if gc.get_freeze_count():  # somebody else's, who counts on it
+    global _frozen
+    # Asking how many are frozen goes through them all, so that a use inside another one does not.
+    if _frozen or gc.get_freeze_count():  # somebody else's, who counts on it
         yield
         return
     gc.freeze()
+    _frozen = True
     try:
         yield
     finally:
+        _frozen = False
         gc.unfreeze()
 
 
