@@ -29,6 +29,9 @@ _CASTS: dict[Any, Any] = {
 }
 
 
+_POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+
+
 def widened(value: Any) -> Any:
     """A tensor of floating-point numbers in double precision; other values as they are."""
     return value.to(_WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
@@ -76,6 +79,32 @@ def cut_down(example_inputs: Any) -> Any:
     return tree_map(cut, example_inputs)
 
 
+class Noise:
+    """Random numbers in [-0.5, 0.5) to add to tensors: as many as a prime says, again and again.
+
+    To draw them takes longer than a small model runs. The rows of a tensor get different ones, as
+    no width that tensors have is a multiple of the prime.
+    """
+
+    _PERIOD = 65537
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
+        self._drawn = torch.cat([drawn, drawn])
+
+    def add_to(self, tensor: Tensor, scale: float = 1.0) -> Tensor:
+        """Add them in place to a dense tensor of floating-point numbers, from a random place on;
+        others stay as they are."""
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return tensor
+        begin = int(torch.randint(self._PERIOD, (), generator=self._generator))
+        noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
+        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
+            part.add_(noise[: part.numel()], alpha=scale)
+        return tensor
+
+
 class SmallPools(TorchFunctionMode):
     """Windows that averages are taken over are no larger than an image that was cut down.
 
@@ -85,7 +114,7 @@ class SmallPools(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if func in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d) and len(args) > 1:
+        if func in _POOLS and len(args) > 1:
             image, kernel, *rest = args
             if rest[1] if len(rest) > 1 else (kwargs or {}).get("padding", 0):
                 return func(*args, **(kwargs or {}))
@@ -114,10 +143,14 @@ class InDouble(SmallPools):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if torch.dtype in map(type, args):
-            args = tuple(_wider(value) for value in args)
+        for value in args:
+            if type(value) is torch.dtype:
+                args = tuple(_wider(value) for value in args)
+                break
         if kwargs:
             kwargs = {name: _wider(value) for name, value in kwargs.items()}
+        if func not in _SPECIAL:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func in _GROUPED and (out := _grouped(*args, **(kwargs or {}))) is not None:
             return out
         return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
@@ -126,6 +159,8 @@ class InDouble(SmallPools):
 #: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB.
 _GROUPED = {F.conv1d, F.conv2d, F.conv3d}
 _MOST = 2**24
+#: Functions that are not run as they are.
+_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS}
 
 
 def _grouped(
@@ -154,10 +189,7 @@ def _grouped(
     )
     if not fits:
         return None
-    strides, paddings, dilations = (
-        [value] * n if isinstance(value, int) else list(value) * (n // len(value))
-        for value in (stride, padding, dilation)
-    )
+    strides, paddings, dilations = _each(stride, n), _each(padding, n), _each(dilation, n)
     padded = F.pad(input, [pad for pad in reversed(paddings) for _ in range(2)])
     kernel = weight.shape[2:]
     sizes = [
@@ -176,6 +208,11 @@ def _grouped(
     out = weight.reshape(groups, -1, columns.size(2)) @ columns
     out = out.reshape(len(input), len(weight), *sizes)
     return out if bias is None else out + bias.view(-1, *[1] * n)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
 
 
 def _wider(value: Any) -> Any:

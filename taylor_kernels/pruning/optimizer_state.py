@@ -19,6 +19,8 @@ from taylor_kernels.hooks import Hook
 from taylor_kernels.shards import fill_part
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
+#: Id of an index -> what is kept in its dimension, and where that begins if it is one run.
+Kept = dict[int, tuple[Tensor, int | None]]
 
 
 #: What optimizers_in looks at before it gives up; an optimizer that is wrapped lies near.
@@ -187,8 +189,8 @@ def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cu
                 fill_part(value, dim, index.to(value.device), 0.0)
 
 
-def cut(tensor: Tensor, cuts: Cuts, kept: dict[int, Tensor] | None = None) -> Tensor:
-    """The tensor without these indices.
+def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
+    """The tensor without these indices, contiguous, in memory of its own.
 
     Args:
         kept: indices that stay, by the id of those that go: `Channels.entries` has one index
@@ -196,14 +198,24 @@ def cut(tensor: Tensor, cuts: Cuts, kept: dict[int, Tensor] | None = None) -> Te
             than the cuts.
     """
     kept = {} if kept is None else kept
+    rest = []
     for dim, index in cuts.items():
-        left = kept.get(id(index))
-        if left is None:
+        if (known := kept.get(id(index))) is None:
             stays = torch.ones(tensor.size(dim), dtype=torch.bool)
             stays[index] = False
-            left = kept[id(index)] = stays.nonzero().flatten()
+            left = stays.nonzero().flatten()
+            first = int(left[0]) if left.numel() else 0
+            run = not left.numel() or int(left[-1]) - first + 1 == left.numel()
+            known = kept[id(index)] = left, first if run else None
+        left, begin = known
+        if begin is None:
+            rest.append((dim, left))
+        else:
+            # A run of them is a view; one copy is made of all views at the end.
+            tensor = tensor.narrow(dim, begin, left.numel())
+    for dim, left in rest:
         tensor = tensor.index_select(dim, left.to(tensor.device))
-    return tensor
+    return tensor if rest else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cuts) -> Cuts:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.pruning.optimizer_state import (
+    Kept,
     check_complete,
     check_follows,
     cut,
@@ -46,7 +47,7 @@ def remove(
         check_follows(optimizers, name, old[name], cuts)
     if optimizers:
         check_complete(optimizers, stepped, old)
-    kept: dict[int, Tensor] = {}
+    kept: Kept = {}
     new = {name: smaller(old[name], cuts, kept) for name, cuts in entries.items()}
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
@@ -101,9 +102,7 @@ def set_attributes(
 
 
 @torch.no_grad()
-def smaller(
-    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None = None
-) -> Tensor:
+def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:
     """A parameter, with its gradient, or a buffer without these indices.
 
     Args:
@@ -123,9 +122,7 @@ def smaller(
     return parameter
 
 
-def _cut_as_laid_out(
-    tensor: Tensor, cuts: Mapping[int, Tensor], kept: dict[int, Tensor] | None
-) -> Tensor:
+def _cut_as_laid_out(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None) -> Tensor:
     new = cut(tensor, cuts, kept)
     if tensor.dim() == 4 and tensor.layout == torch.strided and not tensor.is_contiguous():
         return new.contiguous(memory_format=torch.channels_last)
