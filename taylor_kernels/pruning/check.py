@@ -27,6 +27,7 @@ from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.exact_run import (
     InDouble,
+    Noise,
     SmallPools,
     SteadyNoise,
     cut_down,
@@ -134,19 +135,19 @@ class Trial:
     ) -> None:
         self._model, self.channels = model, channels
         self._modules = dict(model.named_modules())
-        self._generator = torch.Generator().manual_seed(0)
+        self._noise = Noise()
         self._steady = False
+        back = widen(model)
         # Zeros and ones (a fresh norm, a last layer that starts at zero, an empty example) would
         # hide what a channel does.
         for parameter in model.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
-            parameter.data = self._noisy(parameter.data, max(fan_in, 1) ** -0.5)
+            self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
         self._held = Tensors(model)
         self._originals = {name: self._held[name] for name in self._held}
         self._changed: set[str] = set()
         buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         self._written = buffers
-        back = widen(model)
         self._exact = True
         self._untouched = self._snapshot()
         # Code may need all of the example, and may neither know float64 nor let itself be told.
@@ -166,11 +167,8 @@ class Trial:
                 self._outputs(train=True)
                 self._train_too = True
 
-    def _noisy(self, value: Any, scale: float = 1.0) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        noise = torch.rand(value.shape, generator=self._generator) - 0.5
-        return value.detach() + scale * noise.to(value)
+    def _noisy(self, value: Any) -> Any:
+        return self._noise.add_to(value.detach().clone()) if isinstance(value, Tensor) else value
 
     def _runs(self, example_inputs: Any, *, all_layers: bool = False) -> bool:
         """Run the model on inputs, which are those of all runs from now on.
@@ -297,10 +295,9 @@ def _units(group: Group, number: int, draw: int) -> Tensor:
     different numbers, since code may take the width of one for another's.
     """
     drawn = random.Random(number * _DRAWS + draw)
-    allowed, alive = [0], group.size
-    while (more := group.next_to_go(alive)) and allowed[-1] + more <= max(group.size // 2, more):
-        alive -= more
-        allowed.append(allowed[-1] + more)
+    first = group.next_to_go(group.size)
+    last = min(max(group.size // 2, first), group.most_removable(group.size)) if first else 0
+    allowed = [0, *range(first, last + 1, group.multiple)] if first else [0]
     fewer = allowed[1:] or allowed
     odd = [count for count in allowed if count % 2]
     if draw == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ _CASTS: dict[Any, Any] = {
     Tensor.bfloat16: Tensor.double,
     Tensor.float: Tensor.double,
 }
+
+
+_POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 
 
 def widened(value: Any) -> Any:
@@ -75,6 +79,32 @@ def cut_down(example_inputs: Any) -> Any:
     return tree_map(cut, example_inputs)
 
 
+class Noise:
+    """Random numbers in [-0.5, 0.5) to add to tensors: as many as a prime says, again and again.
+
+    To draw them takes longer than a small model runs. The rows of a tensor get different ones, as
+    no width that tensors have is a multiple of the prime.
+    """
+
+    _PERIOD = 65537
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
+        self._drawn = torch.cat([drawn, drawn])
+
+    def add_to(self, tensor: Tensor, scale: float = 1.0) -> Tensor:
+        """Add them in place to a dense tensor of floating-point numbers, from a random place on;
+        others stay as they are."""
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return tensor
+        begin = int(torch.randint(self._PERIOD, (), generator=self._generator))
+        noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
+        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
+            part.add_(noise[: part.numel()], alpha=scale)
+        return tensor
+
+
 class SmallPools(TorchFunctionMode):
     """Windows that averages are taken over are no larger than an image that was cut down.
 
@@ -84,7 +114,7 @@ class SmallPools(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if func in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d) and len(args) > 1:
+        if func in _POOLS and len(args) > 1:
             image, kernel, *rest = args
             if rest[1] if len(rest) > 1 else (kwargs or {}).get("padding", 0):
                 return func(*args, **(kwargs or {}))
@@ -113,11 +143,76 @@ class InDouble(SmallPools):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if torch.dtype in map(type, args):
-            args = tuple(_wider(value) for value in args)
+        for value in args:
+            if type(value) is torch.dtype:
+                args = tuple(_wider(value) for value in args)
+                break
         if kwargs:
             kwargs = {name: _wider(value) for name, value in kwargs.items()}
+        if func not in _SPECIAL:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if func in _GROUPED and (out := _grouped(*args, **(kwargs or {}))) is not None:
+            return out
         return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
+
+
+#: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB.
+_GROUPED = {F.conv1d, F.conv2d, F.conv3d}
+_MOST = 2**24
+#: Functions that are not run as they are.
+_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS}
+
+
+def _grouped(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """A convolution of several groups, as a product of matrices for each; None for others.
+
+    In double precision PyTorch runs them group after group, a thousand calls for a depthwise layer.
+    What does not fit together is left to PyTorch, which says so.
+    """
+    n = weight.dim() - 2
+    fits = (
+        groups > 1
+        and not isinstance(padding, str)
+        and input.dim() == n + 2
+        and input.size(1) == weight.size(1) * groups
+        and weight.size(0) % groups == 0
+        and input.dtype == weight.dtype == torch.float64
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    if not fits:
+        return None
+    strides, paddings, dilations = _each(stride, n), _each(padding, n), _each(dilation, n)
+    padded = F.pad(input, [pad for pad in reversed(paddings) for _ in range(2)])
+    kernel = weight.shape[2:]
+    sizes = [
+        (size - every * (k - 1) - 1) // step + 1
+        for size, every, k, step in zip(padded.shape[2:], dilations, kernel, strides, strict=True)
+    ]
+    if min(sizes) < 1 or input.size(1) * len(input) * prod((*kernel, *sizes)) > _MOST:
+        return None
+    steps = padded.stride()[2:]
+    moves = [step * by for step, by in zip(steps, strides, strict=True)]
+    inside = [step * every for step, every in zip(steps, dilations, strict=True)]
+    windows = padded.as_strided(
+        (*padded.shape[:2], *kernel, *sizes), (*padded.stride()[:2], *inside, *moves)
+    )
+    columns = windows.reshape(len(input), groups, weight[0].numel(), -1)
+    out = weight.reshape(groups, -1, columns.size(2)) @ columns
+    out = out.reshape(len(input), len(weight), *sizes)
+    return out if bias is None else out + bias.view(-1, *[1] * n)
+
+
+def _each(value: Any, dims: int) -> list[int]:
+    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
 
 
 def _wider(value: Any) -> Any:

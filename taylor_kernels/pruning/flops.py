@@ -21,6 +21,18 @@ from taylor_kernels.pruning.groups import Group
 from taylor_kernels.tracing import Block
 from taylor_kernels.tracing.recorder import operation
 
+#: Layers whose multiply-adds for an entry of the output are the entries of a row of the weight.
+#: To take a composite operation apart, so as to count it, takes longer than a small one runs.
+_LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
+#: Composite operations that are frequent, and in whatever form none of their parts is counted.
+_PRODUCTLESS = {
+    "batch_norm", "_batch_norm_impl_index", "layer_norm", "group_norm", "rms_norm", "softmax",
+    "log_softmax", "dropout", "feature_dropout", "to", "contiguous", "reshape", "flatten",
+    "unflatten", "chunk", "unsafe_chunk", "split", "tensor_split", "narrow", "movedim", "swapaxes",
+    "concat", "pad", "where", "type_as", "view_as", "max_pool1d", "max_pool2d", "max_pool3d",
+    "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -180,7 +192,12 @@ class FlopCount(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
-        if operation(func).composite:
+        known = operation(func)
+        if known.name in _LAYERS and args[0].dim() >= 2 and args[0].dim() >= args[1].dim():
+            out = func(*args, **kwargs)
+            self.total += 2 * out.numel() * prod(args[1].shape[1:])
+            return out
+        if known.composite and known.name not in _PRODUCTLESS:
             with self:
                 return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)

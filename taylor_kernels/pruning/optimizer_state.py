@@ -19,7 +19,9 @@ from taylor_kernels.hooks import Hook
 from taylor_kernels.shards import fill_part
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
-Kept = dict[tuple[int, int], Tensor]  # see `cut`
+#: Id of an index and the size of its dimension -> what is kept of it, and where that begins if it
+#: is one run; see `cut`.
+Kept = dict[tuple[int, int], tuple[Tensor, int | None]]
 
 
 #: What optimizers_in looks at before it gives up; an optimizer that is wrapped lies near.
@@ -189,7 +191,7 @@ def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cu
 
 
 def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
-    """The tensor without these indices.
+    """The tensor without these indices, contiguous, in memory of its own.
 
     Args:
         kept: indices that stay, by the id of those that go and the size they go from:
@@ -197,15 +199,25 @@ def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
             out once. To be kept no longer than the cuts.
     """
     kept = {} if kept is None else kept
+    rest = []
     for dim, index in cuts.items():
         key = id(index), tensor.size(dim)
-        left = kept.get(key)
-        if left is None:
+        if (known := kept.get(key)) is None:
             stays = torch.ones(tensor.size(dim), dtype=torch.bool)
             stays[index] = False
-            left = kept[key] = stays.nonzero().flatten()
+            left = stays.nonzero().flatten()
+            first = int(left[0]) if left.numel() else 0
+            run = not left.numel() or int(left[-1]) - first + 1 == left.numel()
+            known = kept[key] = left, first if run else None
+        left, begin = known
+        if begin is None:
+            rest.append((dim, left))
+        else:
+            # A run of them is a view; one copy is made of all views at the end.
+            tensor = tensor.narrow(dim, begin, left.numel())
+    for dim, left in rest:
         tensor = tensor.index_select(dim, left.to(tensor.device))
-    return tensor
+    return tensor if rest else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cuts) -> Cuts:

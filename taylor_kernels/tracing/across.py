@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.labels import has_atoms
 from taylor_kernels.tracing.record import Reason, Vector
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Across:
     fixed: range
 
 
-@dataclass
+@dataclass(slots=True)
 class _Frame:
     module: nn.Module
     given: Tensor | None
@@ -88,7 +89,7 @@ class AcrossNorms:
             or not _alike(frame.given, output)
         ):
             return
-        if not any(record.fixed[n][1].mixer and record.fixed[n][0].any() for n in span):
+        if not any(record.fixed[n][1].mixer and has_atoms(record.fixed[n][0]) for n in span):
             return
         for dim in range(-output.dim(), 0):
             vectors = self._along(module, frame.given, output, dim)

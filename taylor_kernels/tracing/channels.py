@@ -23,6 +23,7 @@ from taylor_kernels.tracing.drawing import write_page
 from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
 from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import counted, resolve
+from taylor_kernels.tracing.running import tensors_of_modules
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
 
@@ -63,7 +64,7 @@ class Channels:
         {'0': {'out_features': 5}, '1': {'in_features': 5}}
     """
 
-    def __init__(self, record: Record, model: nn.Module) -> None:
+    def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
         self._record = record
         resolution, across = resolve(record)
         roots = np.flatnonzero(resolution.label == np.arange(record.count))
@@ -79,7 +80,7 @@ class Channels:
         for start, name, dim, size in record.starts:
             vector = self._label[start : start + size]
             self._classes[name, dim] = same.setdefault(vector.tobytes(), vector)
-        modules, buffers = dict(model.named_modules()), dict(model.named_buffers())
+        parameters, buffers = tensors_of_modules(modules)
         self._order = {name: number for number, name in enumerate(modules)}
         self._layers: dict[str, tuple[Vector, Vector]] = {}
         self.macs: dict[str, int] = {}
@@ -107,7 +108,7 @@ class Channels:
             self.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
         self._mixtures = {m.router: (m, self._label[m.atoms]) for m in record.mixtures}
         # A layer that ran, and whose weight was none of the model's tensors.
-        for name, module in model.named_modules():
+        for name, module in modules.items():
             if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
                 self._layers.setdefault(name, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
         self._publish()
@@ -126,7 +127,7 @@ class Channels:
             for start, name, _, _ in record.starts
             if name not in buffers and start not in record.seen
         }
-        self._sizes = self._counted(model, modules)
+        self._sizes = self._counted(modules, {**parameters, **buffers})
         self.groups: list[Group] = []
         self.skipped: dict[str, str] = {}
         self._make_groups()
@@ -408,12 +409,12 @@ class Channels:
         return gone
 
     def _counted(
-        self, model: nn.Module, modules: Mapping[str, nn.Module]
+        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
     ) -> list[tuple[str, str, Any, Vector]]:
         """Attributes that count channels: module, attribute, value, classes counted."""
         found: list[tuple[str, str, Any, Vector]] = []
         firsts: dict[int, str] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in tensors.items():
             firsts.setdefault(id(tensor), name)
         groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
         norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
@@ -438,7 +439,7 @@ class Channels:
                     found.append((name, attribute, old, vector))
         for size in counted(self._record.sizes):
             listed, _, place = size.attribute.partition("[")
-            kept = getattr(model.get_submodule(size.module), listed) if place else 0
+            kept = getattr(modules[size.module], listed) if place else 0
             found.append((size.module, size.attribute, kept, self._label[size.atoms]))
         return found
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taylor_kernels.tracing.cuts import Parts, match, proportional
+from taylor_kernels.tracing.cuts import Parts, match
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import Reason, Record, Table, Vector
 from taylor_kernels.tracing.shuffles import runs, shuffles
@@ -121,19 +121,27 @@ def _sharing(vectors: Sequence[Vector]) -> Vector:
 
 
 class Chooser:
-    """Chooses the axes along which tables shrink."""
+    """Chooses the axes along which tables shrink.
+
+    Args:
+        record: of a run, its atoms no two of which are known to be one.
+        grids: its tables.
+        parts: its cuts whose parts have to stay in proportion.
+        why: for each atom the number of the reason that keeps it, or FREE.
+        reasons: by number; others are added.
+    """
 
     def __init__(
         self,
         record: Record,
         grids: Sequence[Grids],
-        forest: Forest,
+        parts: Sequence[Parts],
         why: Vector,
         reasons: list[Reason],
     ) -> None:
-        self.record, self.forest, self.why, self.reasons = record, forest, why, reasons
+        self.record, self.parts, self.why, self.reasons = record, parts, why, reasons
         self.tables = record.tables
-        self.parts = proportional(record)
+        self.forest = forest = Forest(record.count)
         self.shuffles = shuffles(record, forest.label)
         self.numbers: dict[Reason, int] = {}
         self.keeping: dict[tuple[int, int | None], int] = {}

@@ -80,17 +80,11 @@ def _counts(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    own = module._parameters
     count, top_k = _counts(module)
-    weight = own.get("weight")
-    return (
-        weight is not None
-        and set(own) == {"weight"}
-        and not module._modules
-        and top_k > 0
-        and weight.dim() == 2
-        and weight.size(0) == count
-    )
+    if top_k <= 0 or module._modules:
+        return False
+    own = list(module.named_parameters(recurse=False))
+    return len(own) == 1 and own[0][0] == "weight" and own[0][1].shape[:-1] == (count,)
 
 
 def _are_experts(module: nn.Module, count: int) -> bool:

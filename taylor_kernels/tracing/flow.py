@@ -30,7 +30,10 @@ CONTRACTIONS = {
 }  # fmt: skip
 
 
-@dataclass
+_NONE: frozenset[int] = frozenset()
+
+
+@dataclass(slots=True)
 class _Frame:
     """A module that is running."""
 
@@ -74,12 +77,14 @@ class Flow:
         self, call: Call, outs: Sequence[Tensor], products: list[Product], norms: list[Norm]
     ) -> None:
         """An operation has run, in which these products and norms were found."""
-        sources: frozenset[int] = frozenset()
+        marks = self._marks
+        sources = _NONE
         memories = set()
         for tensor in call.tensors:
             key = memory_of(tensor)
             memories.add(key)
-            sources |= self._marks.get(key, frozenset())
+            mark = marks.get(key, _NONE)
+            sources = sources | mark if sources and mark else sources or mark
         first = len(self._steps)
         for norm in norms:
             step = Step(NORM, self._recorder.module, norm.atoms, norm.atoms, sources)
@@ -92,13 +97,13 @@ class Flow:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
             self._end(vectors, sources)
         made = range(first, len(self._steps))
-        fresh = frozenset(number for number in made if self._steps[number].kind != END)
+        fresh = frozenset([number for number in made if self._steps[number].kind != END])
         for out in outs:
             key = memory_of(out)
             mark = fresh or sources
             if key in memories:
-                mark |= self._marks.get(key, frozenset())
-            self._marks[key] = mark
+                mark |= marks.get(key, _NONE)
+            marks[key] = mark
 
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
@@ -109,7 +114,7 @@ class Flow:
 
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:
         """The model has returned a tensor."""
-        self._end(labels.vectors(), self._marks.get(memory_of(tensor), frozenset()))
+        self._end(labels.vectors(), self._marks.get(memory_of(tensor), _NONE))
 
     def _add(self, step: Step, outs: Sequence[Tensor], dim: int) -> None:
         self._steps.append(step)

@@ -17,7 +17,12 @@ from taylor_kernels.tracing.operations import has_storage
 from taylor_kernels.tracing.record import Reason, Vector
 
 
-@dataclass
+def has_atoms(vector: Vector) -> bool:
+    """vector.any(), which is slow for vectors this short: mostly their first place tells."""
+    return bool(vector.size) and (vector.item(0) != 0 or bool(vector.any()))
+
+
+@dataclass(slots=True)
 class Memory:
     """What holds for all views of one tensor.
 
@@ -32,7 +37,7 @@ class Memory:
     uneven: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Labels:
     """The labels of one tensor.
 
@@ -75,10 +80,10 @@ class Labels:
     @property
     def labelled(self) -> list[int]:
         """The dimensions that have atoms."""
-        return [i for i, dim in enumerate(self.dims) if dim is not None and dim.any()]
+        return [i for i, dim in enumerate(self.dims) if dim is not None and has_atoms(dim)]
 
     def vectors(self) -> list[Vector]:
-        return [dim for dim in self.dims if dim is not None and dim.any()]
+        return [dim for dim in self.dims if dim is not None and has_atoms(dim)]
 
 
 class Store:
@@ -110,5 +115,8 @@ class Store:
     def set(self, tensor: Tensor, labels: Labels) -> None:
         mine = ref(tensor)
         self._labels[id(tensor)] = mine, labels
-        if has_storage(tensor) and any(dim is not None for dim in labels.dims):
-            self._owners[tensor.data_ptr()] = mine
+        for dim in labels.dims:
+            if dim is not None:
+                if has_storage(tensor):
+                    self._owners[tensor.data_ptr()] = mine
+                return

@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Recorder
 
-_LEAKS = {
-    Tensor.numpy: "numpy",
-    Tensor.__array__: "numpy",
-    Tensor.tolist: "tolist",
-    Tensor.__dlpack__: "dlpack",
-}
+_LEAKS = {"numpy": "numpy", "__array__": "numpy", "tolist": "tolist", "__dlpack__": "dlpack"}
 
 
-class Leaks(TorchFunctionMode):
-    """Writes down which channels become numpy arrays or Python lists."""
+@contextmanager
+def leaks_seen(recorder: Recorder) -> Iterator[None]:
+    """Inside, what becomes a numpy array or a Python list in this thread is written down.
 
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
+    These methods of tensors run no operation, so that no dispatch mode sees them. A mode for
+    functions does, but is asked at every function and every attribute of a tensor.
+    """
+    mine = threading.get_ident()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
-    ) -> Any:
-        if func in _LEAKS:
-            name, module = _LEAKS[func], self._recorder.module
-            reason = Reason(f"leaves PyTorch by {name} in {module!r}", module, name)
-            for vector in self._recorder.labels(args[0]).vectors():
-                self._recorder.record.fix(vector, reason)
-        return func(*args, **(kwargs or {}))
+    def watched(method: Callable, name: str) -> Callable:
+        @wraps(method)
+        def leaving(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == mine:
+                module = recorder.module
+                reason = Reason(f"leaves PyTorch by {name} in {module!r}", module, name)
+                for vector in recorder.labels(tensor).vectors():
+                    recorder.record.fix(vector, reason)
+            return method(tensor, *args, **kwargs)
+
+        return leaving
+
+    with ExitStack() as stack:
+        for attribute, name in _LEAKS.items():
+            own = vars(Tensor).get(attribute)  # else it is the base class's
+            setattr(Tensor, attribute, watched(getattr(Tensor, attribute), name))
+            if own is None:
+                stack.callback(delattr, Tensor, attribute)
+            else:
+                stack.callback(setattr, Tensor, attribute, own)
+        yield

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Looked up once: these are asked for several times for every operation of a run.
+_STRIDED = torch.strided
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -65,8 +69,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 def has_storage(tensor: Tensor) -> bool:
     """Whether a tensor has memory of its own to know it by; those inside vmap do not."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout == torch.strided and not wrapped
+    return tensor.layout is _STRIDED and not _is_wrapped(tensor)
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -336,7 +337,7 @@ class Record:
             return np.broadcast_to(view, shape).flatten()
         core = [axes[dim] for dim in on]
         small = tuple(shape[dim] for dim in on)
-        cells = self.fresh(int(np.prod(small)))
+        cells = self.fresh(prod(small))
         axes_on = tuple(axis for axis in core if axis is not None)
         every = tuple(range(len(axes_on)))
         self.tables.append(Table(cells, axes_on, "reshape", every, where))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.flow import Flow
-from taylor_kernels.tracing.labels import Labels, Store
+from taylor_kernels.tracing.labels import Labels, Store, has_atoms
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
 from taylor_kernels.tracing.record import Reason, Record, Vector
 from taylor_kernels.tracing.values import Values
@@ -36,11 +36,9 @@ class Call:
         self.func = func
         self.operation = known
         self.name = known.name
-        self.args: dict[str, Any] = {
-            **known.defaults,
-            **dict(zip(known.arguments, args, strict=False)),
-            **kwargs,
-        }
+        self.args: dict[str, Any] = dict(known.defaults)
+        self.args.update(zip(known.arguments, args, strict=False))
+        self.args.update(kwargs)
         self.out: Any = None
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
@@ -184,12 +182,13 @@ class Recorder(TorchDispatchMode):
     # What module runs
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        name = self._names.get(module, "")
         self.flow.enter(module, args)
         self.across.enter(module, args)
         if self.record.values is not None:
-            self.record.values.enter(module, self._names.get(module, ""), args)
-        self.stack.append((self._names.get(module, ""), module))
-        self.record.ran.add(self.module)
+            self.record.values.enter(module, name, args)
+        self.stack.append((name, module))
+        self.record.ran.add(name)
 
     def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         self.flow.leave(module, output)
@@ -283,8 +282,11 @@ class Recorder(TorchDispatchMode):
         else:
             self.flow.forget(call)
         if call.name not in MOVES:
-            given = (v for labels in call.labels.values() for v in labels.vectors())
-            self.record.seen.update(int(vector[0]) for vector in given if vector.size)
+            seen = self.record.seen
+            for labels in call.labels.values():
+                for vector in labels.dims:
+                    if vector is not None and has_atoms(vector):
+                        seen.add(vector.item(0))
         return call.out
 
     def _apply(self, call: Call, written: list[Tensor]) -> None:
@@ -303,8 +305,7 @@ class Recorder(TorchDispatchMode):
         labels += [None] * (len(outs) - len(labels))
         for tensor, new in zip(outs, labels, strict=False):
             new = new or Labels.fixed(tensor.shape)
-            mine = any(tensor is other for other in written) and not call.operation.moves
-            if mine:
+            if written and any(tensor is other for other in written) and not call.operation.moves:
                 self._write(call, tensor, new)
             else:
                 new.shape = tuple(tensor.shape)

@@ -262,9 +262,13 @@ class _Finder:
     def _output(self, end: int, branch: frozenset[int], held: Collection[str]) -> Place:
         """The outermost module that gives what the branch adds."""
         while True:
-            for name in self._outermost(held):
-                for path, passed in self._calls[name][0].returned.items():
-                    if passed.value == end and len(self._calls[name]) == 1:
+            outermost = set(self._outermost(held))
+            for call in reversed(
+                self._values.calls
+            ):  # the last: a dropout hands on what it is given
+                for path, passed in call.returned.items():
+                    name = call.module
+                    if name in outermost and passed.value == end and len(self._calls[name]) == 1:
                         return Place(name, self._like(name), path)
             value = self._all[end]
             inside = [parent for parent in value.parents if parent in branch]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted
 from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
+from taylor_kernels.tracing.cuts import proportional
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
@@ -45,7 +47,50 @@ def resolve(record: Record) -> tuple[Resolution, list[Across]]:
         sizes = [vector.size for _, _, vector, _ in ordered]
         numbers = np.repeat(np.arange(1, len(ordered) + 1), sizes)
         np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
-    return Chooser(record, grids, forest, why, reasons).resolution(), across
+    return _chosen(record, grids, forest, why, reasons), across
+
+
+def _chosen(
+    record: Record, grids: Sequence[Grids], forest: Forest, why: Vector, reasons: list[Reason]
+) -> Resolution:
+    """Choose the axes along which tables shrink, among classes numbered without gaps.
+
+    Every choice that is tried goes through all numbers several times, and of atoms there are many
+    more than of classes.
+    """
+    parts = proportional(record)
+    label = forest.label.copy()
+    if (fixed := np.flatnonzero(label == 0)[1:]).size:
+        # Number 0 is for places that have no atoms; these have, and cannot go either.
+        label[fixed], why[fixed] = fixed[0], 0
+    firsts = np.flatnonzero(label == np.arange(record.count))
+    number = np.zeros(record.count, np.int64)
+    number[firsts] = np.arange(firsts.size)
+    number = number[label]
+    by_class = np.full(firsts.size, FREE)
+    np.minimum.at(by_class, number, why)
+    small = replace(
+        record,
+        count=firsts.size,
+        tables=[
+            replace(t, cells=number[t.cells], axes=tuple(number[axis] for axis in t.axes))
+            for t in record.tables
+        ],
+        sizes=[replace(size, atoms=number[size.atoms]) for size in record.sizes],
+        fixed=[(number[vector], reason) for vector, reason in record.fixed],
+        heads=[number[vector] for vector in record.heads],
+        products=[replace(p, outputs=number[p.outputs]) for p in record.products],
+        seen=set(number[list(record.seen)].tolist()),
+    )
+    chooser = Chooser(
+        small,
+        [Grids(number[grid.cells], number[grid.axes]) for grid in grids],
+        [replace(part, vector=number[part.vector]) for part in parts],
+        by_class,
+        reasons,
+    )
+    chosen = chooser.resolution()
+    return replace(chosen, label=firsts[chosen.label][number], why=chosen.why[number])
 
 
 def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason]]:

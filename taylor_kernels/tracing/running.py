@@ -61,6 +61,29 @@ def example_count(batch: object) -> int:
     return first.size(0) if first is not None and first.dim() else 1
 
 
+def tensors_of_modules(
+    modules: Mapping[str, nn.Module],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters and the buffers of a model by their first names, in its order.
+
+    They are those of `named_parameters` and `named_buffers`, which look for all modules again.
+
+    Args:
+        modules: dict(model.named_modules()).
+    """
+    tables: list[dict[str, Tensor]] = []
+    for kind in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        table: dict[str, Tensor] = {}
+        for prefix, module in modules.items():
+            for leaf, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    table[f"{prefix}.{leaf}" if prefix else leaf] = tensor
+        tables.append(table)
+    return tables[0], tables[1]
+
+
 class Untouched:
     """Puts a model back as it was: modes, buffers, parameters, hooks, attributes, values.
 
@@ -80,7 +103,7 @@ class Untouched:
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
             for tensor in tensors
-            if tensor.layout == torch.strided and not is_lazy(tensor)
+            if tensor.layout is torch.strided and not is_lazy(tensor)
         }
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -141,6 +164,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
+#: Whether `new_garbage_only` is in use.
+_frozen = False
+
+
 @contextmanager
 def new_garbage_only() -> Iterator[None]:
     """Inside, the collector does not search what was there before.
@@ -148,13 +175,17 @@ def new_garbage_only() -> Iterator[None]:
     Tracing and proving make many small objects, for which it would go through all of a process's
     objects again and again, at a tenth of a second each time.
     """
-    if gc.get_freeze_count():  # somebody else's, who counts on it
+    global _frozen
+    # Asking how many are frozen goes through them all, so that a use inside another one does not.
+    if _frozen or gc.get_freeze_count():  # somebody else's, who counts on it
         yield
         return
     gc.freeze()
+    _frozen = True
     try:
         yield
     finally:
+        _frozen = False
         gc.unfreeze()
 
 

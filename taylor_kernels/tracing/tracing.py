@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
-from taylor_kernels.tracing.leaks import Leaks
+from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import (
     CHECKED,
     PrunedMultiheadAttention,
@@ -26,6 +27,7 @@ from taylor_kernels.tracing.running import (
     new_garbage_only,
     quiet,
     tensors_in,
+    tensors_of_modules,
 )
 
 
@@ -80,14 +82,15 @@ def traced(
     Args:
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
-    tensors = _checked(model)
+    modules = _modules(model)
+    tensors = _checked(modules)
     given = list(tensors_in(example_inputs))
     if given and not any(tensor.numel() for tensor in given):
         raise ValueError(
             f"example_inputs: nothing is in them (shape {tuple(given[0].shape)}), so "
             "sizes cannot be told apart; pass at least one example"
         )
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
     recorder = Recorder(names, untouched.touch, seconds, execute, blocks)
     handles = [
@@ -103,11 +106,12 @@ def traced(
     ]
     try:
         with new_garbage_only(), quiet(), prunable_attention(model), one_expert_at_a_time(model):
-            model.eval()
+            if any(module.training for module in names):
+                model.eval()  # which takes its time, as every module sets an attribute
             for name, tensor in tensors:
                 recorder.add(name, tensor)
             _keep_whole(recorder, names)
-            with torch._C._AutoDispatchBelowAutograd(), recorder, Leaks(recorder):
+            with torch._C._AutoDispatchBelowAutograd(), recorder, leaks_seen(recorder):
                 try:
                     outputs = call(model, copied(example_inputs))
                 except (TimeoutError, MemoryError):
@@ -126,16 +130,21 @@ def traced(
         for handle in handles:
             handle.remove()
         untouched.restore()
-    recorder.record.mixtures += find_mixtures(recorder.record, dict(model.named_modules()))
+    recorder.record.mixtures += find_mixtures(recorder.record, modules)
     with prunable_attention(model):
-        return Channels(recorder.record, model)
+        return Channels(recorder.record, modules)
 
 
-def _checked(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """The parameters and buffers of a model that can be traced."""
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return dict(model.named_modules())
+
+
+def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a model that can be traced."""
+    parameters, buffers = tensors_of_modules(modules)
+    tensors = [*parameters.items(), *buffers.items()]
     if not tensors:
         raise ValueError("model: it has no parameters, so there are no channels to follow")
     for name, tensor in tensors:

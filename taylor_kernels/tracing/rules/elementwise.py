@@ -61,7 +61,10 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     parts = [call.of(tensor) for tensor in operands]
     first = parts[0] if parts else Labels.fixed(shape)
     if len(parts) == 1 and first.shape == tuple(shape) and not first.uniform and not first.loose:
-        zero = [_zero(call, parts, parts, dim) for dim in range(len(shape))]
+        if call.name in _KEEP_ZERO and not first.memory.spoiled:
+            zero = list(first.zero)
+        else:
+            zero = [_zero(call, parts, parts, dim) for dim in range(len(shape))]
         return Labels(first.shape, list(first.dims), zero, name=first.name)
     fixed = [part for part in parts if not part.is_uniform]
     result = Labels.fixed(shape)

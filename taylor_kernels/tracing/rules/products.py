@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 from torch import Tensor
@@ -128,7 +129,7 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         result.zero[place] = any(labels.is_zero(place) for labels in batch)
         if heads is not None:
             call.record.heads.append(heads)
-    macs = int(np.prod(shape)) * one.shape[-1]
+    macs = prod(shape) * one.shape[-1]
     if not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
@@ -163,8 +164,8 @@ def convolution(call: Call) -> Labels:
     else:
         inputs, outputs, axis = _grouped(call, rows, columns, groups, transposed)
     call.join(channels, inputs)
-    places = int(np.prod(source.shape if transposed else result.shape))
-    layer(call, weight, inputs, outputs, axis, places * int(np.prod(weight.shape[1:])))
+    places = prod(source.shape if transposed else result.shape)
+    layer(call, weight, inputs, outputs, axis, places * prod(weight.shape[1:]))
     result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
     add_bias(call, call.args.get("bias"), result, -spatial - 1)
     return result
