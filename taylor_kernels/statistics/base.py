@@ -50,6 +50,7 @@ class Statistic(ABC):
         same_draws: what it draws at an update is to be the same on all ranks.
         mask: of an update that is being collected, for each pass which examples count ([N] or
             [N, T] bool), if some do not.
+        moments: of `tk.MOMENTS` those that the criterion reads; None for all.
         streams: it can take each gradient as it comes (`start_stream`).
         stream: what hands them over, and frees them, where it does.
 
@@ -79,6 +80,7 @@ class Statistic(ABC):
     shared_columns: ClassVar[int] = 1
     same_draws: ClassVar[bool] = False
     mask: list[Tensor] | None = None
+    moments: Sequence[str] | None = None
     streams: ClassVar[bool] = False
     stream: GradientStream | None = None
 
@@ -132,6 +134,10 @@ class Statistic(ABC):
     def unshared(cls, columns: Tensor) -> Tensor:
         """A table that has the scores of those whose `shared` columns these are the sums of."""
         return columns
+
+    def is_finite(self, table: Tensor) -> Tensor:
+        """Whether what a criterion reads of a table is, a bool on its device."""
+        return table.isfinite().all()
 
     @property
     def noise(self) -> list[str]:

@@ -299,6 +299,7 @@ class Gates(_Gates):
             moments = filter_moments(
                 [p.detach() for p in parameters],
                 [self._gradients[p] for p in parameters],
+                moments=("gw",),
                 backend=self.backend,
             )
             for (name, _), of_scale, of_shift in zip(

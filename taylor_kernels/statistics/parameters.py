@@ -110,6 +110,7 @@ class WeightMoments(_OfWeights):
                 [local_part(pairs[number][1]) for number in of_axis],
                 dim=axis,
                 groups=[filter_groups(self._numbers[number]) for number in of_axis],
+                moments=self.moments,
                 backend=self.backend,
             )
             for number, table in zip(of_axis, moments, strict=True):
@@ -138,6 +139,11 @@ class WeightMoments(_OfWeights):
             if number not in found:
                 found |= self._moments({number: (weight, torch.zeros_like(weight))})
         return found
+
+    def is_finite(self, table: Tensor) -> Tensor:
+        if self.moments is None:
+            return super().is_finite(table)
+        return table[:, [MOMENTS.index(name) for name in self.moments]].isfinite().all()
 
     def discard(self) -> None:
         if self.stream is not None:
