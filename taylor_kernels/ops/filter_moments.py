@@ -100,9 +100,8 @@ def filter_moments(
         >>> rows, columns = tk.filter_moments([weight], [grad], dim=(0, 1))
         >>> columns[0].tolist()
         [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
-        >>> tk.filter_moments(weight, grad, moments=("gw2",))
-        tensor([[nan, 5., nan, nan, nan],
-                [nan, 36., nan, nan, nan]])
+        >>> tk.filter_moments(weight, grad, moments=("gw2",)).tolist()
+        [[nan, 5.0, nan, nan, nan], [nan, 36.0, nan, nan, nan]]
     """
     return tables(
         _op,
