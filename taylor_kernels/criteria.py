@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taylor_kernels.ops.filter_moments import MOMENTS
+from taylor_kernels.ops.filter_moments import MOMENTS, check_moments
 from taylor_kernels.statistics import Reads, get_statistic
 
 _NEEDS: dict[Reads, str] = {
@@ -43,11 +43,18 @@ class Criterion:
             and initialisation, so the pruner divides them by their mean in the group.
         formula: the score of a filter, for people to read.
         reference: who proposed it, and where.
+        moments: of the statistic "moments", the columns that `score` reads, names of
+            `tk.MOMENTS`; None for all. The others are not computed where that saves time, and are
+            NaN.
 
     Example:
         >>> import torch, taylor_kernels as tk
         >>> gradient_norm = tk.Criterion(
-        ...     "gradient_norm", "moments", lambda table: table[:, 4], formula="Σ g²"
+        ...     "gradient_norm",
+        ...     "moments",
+        ...     lambda table: table[:, 4],
+        ...     formula="Σ g²",
+        ...     moments=("g2",),
         ... )
         >>> gradient_norm.needs
         'a forward and a backward pass'
@@ -66,6 +73,7 @@ class Criterion:
     across_layers: bool = True
     formula: str = ""
     reference: str = ""
+    moments: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in ("name", "statistic", "formula", "reference"):
@@ -75,6 +83,13 @@ class Criterion:
         if not self.name:
             raise ValueError("name: is empty; give the criterion one to be looked up by")
         get_statistic(self.statistic)
+        if self.moments is not None:
+            object.__setattr__(self, "moments", check_moments(self.moments))
+            if self.statistic != "moments":
+                raise ValueError(
+                    f"moments: are columns of the statistic 'moments', and this criterion's is "
+                    f"{self.statistic!r}; leave them out"
+                )
         if not callable(self.score):
             raise TypeError(f"score: expected a function, got {type(self.score).__name__}")
         if self.coupled not in ("sum", "mean", "first"):
@@ -207,17 +222,20 @@ for _criterion in (
         "taylor_fo", "moments", _moment("gw2"),
         formula="Σ (gw)² over its weights, per minibatch",
         reference=f"{_MOLCHANOV_2019}, eq. 8",
+        moments=("gw2",),
     ),
     Criterion(
         "taylor_fo_joint", "moments", lambda table: _moment("gw")(table).square(),
         formula="(Σ gw)²",
         reference=f"{_MOLCHANOV_2019}, the joint form of eq. 8",
+        moments=("gw",),
     ),
     Criterion(
         "taylor_abs", "moments", _moment("abs_gw"),
         formula="Σ abs(gw)",
         reference="Molchanov et al. 2017, Pruning convolutional neural networks for resource "
         "efficient inference, without the average over activations",
+        moments=("abs_gw",),
     ),
     Criterion(
         "taylor_fo_bn", "gates", lambda table: table[:, 0].square(),
@@ -295,6 +313,7 @@ for _criterion in (
         "snip", "moments", _share_of_sum,
         formula="Σ abs(gw), over its sum in the whole network",
         reference="Lee et al. 2019, SNIP: single-shot network pruning",
+        moments=("abs_gw",),
     ),
     Criterion(
         "random", "random", _first, "first",

@@ -58,11 +58,11 @@ class Scaling:
         self.overflowed += bad
         return bad
 
-    def check_finite(self, tables: Sequence[Tensor]) -> bool:
+    def check_finite(self, statistic: Statistic, tables: Sequence[Tensor]) -> bool:
         """Whether tables are finite where no gradient of a parameter told; counted if not."""
         if not self._scaler.is_enabled() or self._gradients():
             return True
-        finite = all(bool(table.isfinite().all()) for table in tables)
+        finite = all(bool(statistic.is_finite(table)) for table in tables)
         self.overflowed += not finite
         return finite
 

@@ -73,9 +73,9 @@ def plan_mesh(model: nn.Module) -> DeviceMesh | None:
     Raises:
         ValueError: FSDP2 lies over the plan, or modules are spread over different ranks.
     """
-    sharded = [_dtensor(p) for p in model.parameters() if is_sharded(p)]
-    if not sharded:
+    if not has_shards(model):
         return None
+    sharded = [_dtensor(p) for p in model.parameters() if is_sharded(p)]
     if is_fsdp(model):
         if any(sum(not one.is_replicate() for one in p.placements) > 1 for p in sharded):
             raise ValueError(
@@ -154,7 +154,8 @@ def whole_state(state: Any) -> Any:
 
 def is_fsdp(model: nn.Module) -> bool:
     """Whether FSDP2 puts parameters of other values in the place of a model's as it runs."""
-    return any(c.__name__ == "FSDPModule" for m in model.modules() for c in type(m).__mro__)
+    kinds = {type(module) for module in model.modules()}  # a few, of hundreds of modules
+    return any(base.__name__ == "FSDPModule" for kind in kinds for base in kind.__mro__)
 
 
 def _dtensor(tensor: Tensor) -> DTensor | Any:

@@ -14,7 +14,7 @@ void define(py::module_& m, const char* name, void (*run)(const Call&, const All
   const auto read_and_run = [=](py::handle described, uintptr_t stream,
                                 const py::function& allocate, uint64_t seed) {
     Call space;
-    const Call& call = call_of(described, seed, space);
+    const Call& call = call_of(described, seed, UINT32_MAX, space);
     py::object workspace;
     const py::gil_scoped_release no_gil;
     const auto in_python = [&](int64_t bytes) {

@@ -15,13 +15,14 @@ namespace {
 
 template <class Call>
 void define(py::module_& m, const char* name, void (*run)(const Call&, int)) {
-  const auto read_and_run = [run](py::handle described, int threads, uint64_t seed) {
+  const auto read_and_run = [run](py::handle described, int threads, uint64_t seed, uint32_t sums) {
     Call space;
-    const Call& call = call_of(described, seed, space);
+    const Call& call = call_of(described, seed, sums, space);
     const py::gil_scoped_release no_gil;
     run(call, threads);
   };
-  m.def(name, read_and_run, py::arg("call"), py::arg("threads"), py::arg("seed") = 0);
+  m.def(name, read_and_run, py::arg("call"), py::arg("threads"), py::arg("seed") = 0,
+        py::arg("sums") = UINT32_MAX);
 }
 
 }  // namespace

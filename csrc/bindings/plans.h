@@ -20,13 +20,14 @@ struct Plan {
 
 // The call of an op that was given a plan, or descriptions, which are read into `space`.
 template <class Call>
-const Call& call_of(py::handle given, uint64_t seed, Call& space) {
-  if (!py::isinstance<Plan<Call>>(given)) {
-    read_call(given, seed, space);
-    return space;
+const Call& call_of(py::handle given, uint64_t seed, uint32_t sums, Call& space) {
+  const bool planned = py::isinstance<Plan<Call>>(given);
+  if (!planned) read_call(given, space);
+  Call& call = planned ? py::cast<Plan<Call>&>(given).call : space;
+  if constexpr (requires { call.seed; }) {
+    call.seed = seed;
+    call.sums = sums;
   }
-  Call& call = py::cast<Plan<Call>&>(given).call;
-  if constexpr (requires { call.seed; }) call.seed = seed;
   return call;
 }
 

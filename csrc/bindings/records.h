@@ -169,16 +169,15 @@ inline void read(py::handle record, Conv2dFisherArgs& args) {
 
 #undef TK_MEMBER
 
-// The call of an op: a record, or a sequence of them and a seed.
+// The call of an op: a record, or a sequence of them.
 template <class Record>
-void read_call(py::handle record, uint64_t, Record& call) {
+void read_call(py::handle record, Record& call) {
   read(record, call);
 }
 
 template <class Item>
-void read_call(py::handle records, uint64_t seed, ItemList<Item>& call) {
+void read_call(py::handle records, ItemList<Item>& call) {
   call.items = read_items<Item>(records);
-  call.seed = seed;
 }
 
 inline void define_set_dtypes(py::module_& m) {

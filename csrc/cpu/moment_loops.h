@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/lanes.h"
 #include "cpu/moment_blocking.h"
@@ -17,6 +18,28 @@ constexpr int64_t kRowRun = 2048;  // elements of a row summed in float before d
 
 template <class Op>
 using Sums = double[Op::kSums];
+
+// Columns of a table: an op that can leave sums out has a column for each of them nevertheless.
+template <class Op>
+constexpr int columns() {
+  if constexpr (requires { Op::kColumns; })
+    return Op::kColumns;
+  else
+    return Op::kSums;
+}
+
+// The row of a filter in a table; `sum(m)` is its sum m. A column that was not wanted is NaN.
+template <class Op, typename S, class Sum>
+[[gnu::always_inline]] inline void write_row(const Op& op, const Sum& sum, S* row) {
+  if constexpr (requires { Op::kColumns; }) {
+    for (int c = 0; c < Op::kColumns; ++c) row[c] = std::numeric_limits<S>::quiet_NaN();
+    for (int m = 0; m < Op::kSums; ++m) {
+      if (op.wanted >> Op::kColumn[m] & 1) row[Op::kColumn[m]] = sum(m);
+    }
+  } else {
+    for (int m = 0; m < Op::kSums; ++m) row[m] = sum(m);
+  }
+}
 
 // Ways to read a register: all of it, or its first n lanes where `readable` elements may be read.
 struct Whole {
@@ -166,7 +189,7 @@ void run_strip(const T* w, const Multiplier& multiplier, int64_t readable, int64
 
 // A vector (bias, BatchNorm): every row has one element, its own terms.
 template <class Op, typename T, class Multiplier>
-void run_vector(const T* w, Multiplier multiplier, int64_t readable, int64_t rows,
+void run_vector(const Op& op, const T* w, Multiplier multiplier, int64_t readable, int64_t rows,
                 typename Sum<T>::Scalar* out) {
   using V = typename Sum<T>::Vector;
   constexpr int kWidth = Sum<T>::kWidth;
@@ -176,7 +199,7 @@ void run_vector(const T* w, Multiplier multiplier, int64_t readable, int64_t row
     V sums[Op::kSums][1] = {};
     add_terms<Op>(terms_at<Op>(w, multiplier, r, load), sums, 0);
     for (int64_t i = 0; i < kWidth && r + i < rows; ++i)
-      for (int m = 0; m < Op::kSums; ++m) out[(r + i) * Op::kSums + m] = sums[m][0][i];
+      write_row(op, [&](int m) { return sums[m][0][i]; }, out + (r + i) * columns<Op>());
   }
 }
 

@@ -92,8 +92,8 @@ class MomentWorker {
     auto multiplier = op_.template multiplier<T>(item, first);
     const int64_t readable = item.rows * blocking.positions - first;
     if (blocking.positions == 1 && !item.col_out) {
-      S* out = static_cast<S*>(item.row_out) + block.row * Op::kSums;
-      return run_vector<Op>(w, multiplier, readable, block.rows, out);
+      S* out = static_cast<S*>(item.row_out) + block.row * columns<Op>();
+      return run_vector(op_, w, multiplier, readable, block.rows, out);
     }
     if (item.row_out) rows_.clear(block.rows);
     if (item.col_out) {
@@ -172,8 +172,11 @@ class MomentWorker {
   }
 
   template <typename S>
-  static void write(const Scratch<Op>& sums, int64_t filters, void* out, int64_t first) {
-    std::copy_n(sums.values.begin(), filters * Op::kSums, static_cast<S*>(out) + first * Op::kSums);
+  void write(const Scratch<Op>& sums, int64_t filters, void* out, int64_t first) const {
+    const double* from = sums.values.data();
+    S* row = static_cast<S*>(out) + first * columns<Op>();
+    for (int64_t f = 0; f < filters; ++f, from += Op::kSums, row += columns<Op>())
+      write_row(op_, [from](int m) { return static_cast<S>(from[m]); }, row);
   }
 
   Op op_;

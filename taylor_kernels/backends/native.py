@@ -61,17 +61,21 @@ def __getattr__(op: str) -> Callable[..., None]:
     return partial(_run, op)
 
 
-def _run(op: str, call: Any, *seed: int) -> None:
+def _run(op: str, call: Any, *seed: int, sums: int | None = None) -> None:
     """Call the kernels of a NamedTuple of layout.py, or of a sequence of them, on their device."""
     record = call if hasattr(call, "_fields") else call[0]
-    launch(op, call, record[0].device, *seed)  # the first member of each is a tensor
+    launch(op, call, record[0].device, *seed, sums=sums)  # the first member of each is a tensor
 
 
-def launch(op: str, call: Any, device: torch.device, *seed: int) -> None:
-    """Run an op's kernels on a device: of a plan, whose outputs were set, or as above."""
+def launch(op: str, call: Any, device: torch.device, *seed: int, sums: int | None = None) -> None:
+    """Run an op's kernels on a device: of a plan, whose outputs were set, or as above.
+
+    On the CPU `sums` chooses those of filter_moments that are computed, a bit each.
+    """
     seed = tuple(number % 2**64 for number in seed)
     if device.type == "cpu":
-        getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed)
+        chosen = {} if sums is None else {"sums": sums}
+        getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed, **chosen)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -135,7 +135,7 @@ class Round(ABC):
         device = tables[0].device
         finite = None
         if known and not self._kind.nan_means:
-            finite = torch.stack([t.isfinite().all().to(device) for t in known]).all()
+            finite = torch.stack([statistic.is_finite(t).to(device) for t in known]).all()
         per_example = self._kind.per_example
         examples = max(t.size(1) for t in tables) if per_example else statistic.examples
         if self._kind.across_ranks == "mean" and self._ranks.loss == "sum":

@@ -165,6 +165,7 @@ class Importance(OnModel):
             select(held.device, held.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
         self._statistic = self._made(model, statistic, backend, example_inputs)
+        self._statistic.moments = self.criterion.moments
         self._totals: Totals
         self._closed = False
         self._scaling = None if scaler is None else Scaling(scaler, model)
@@ -243,7 +244,11 @@ class Importance(OnModel):
             found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
         streamed = self._statistic.stream is not None  # then its gradients have told
-        if self._scaling is not None and not streamed and not self._scaling.check_finite(tables):
+        if (
+            self._scaling is not None
+            and not streamed
+            and not self._scaling.check_finite(self._statistic, tables)
+        ):
             self.skip()
             return
         self._device = tables[0].device

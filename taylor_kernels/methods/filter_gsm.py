@@ -171,6 +171,7 @@ class FilterGSM(GSM):
         tables = filter_moments(
             [first.detach().reshape(first.size(0), -1) for first, _ in pairs],
             [second.detach().reshape(second.size(0), -1) for _, second in pairs],
+            moments=("gw",),
             backend=self._backend,
         )
         total = torch.zeros(self._filters + 1, device=pairs[0][0].device)  # the last is of no one

@@ -46,12 +46,13 @@ def packed_tables(
     groups: object,
     axes: Sequence[int],
     draw: tuple[int, Sequence[int] | None] | None,
+    chosen: int | None,
     backend: str | None,
 ) -> list[tuple[Tensor, list[int]]] | None:
     """For each axis its packed table [filters, *sums], and how many filters each tensor has.
 
     `others` are what belongs to the weights, by name. `draw` is the seed of an op that draws signs,
-    and the tensors' streams.
+    and the tensors' streams. `chosen` are the sums that are wanted, a bit each, if not all.
     """
     planner = plans()
     if planner is None or any(each is None for each in others.values()):
@@ -74,8 +75,25 @@ def packed_tables(
     for axis in axes:
         found[axis] = torch.empty((sum(counts[axis]), *sums), dtype=dtype, device=device)
     plan.set_tables(*found, dtype.itemsize * math.prod(sums))
-    native.launch(op, plan, device, *seed)
+    if chosen is None:
+        native.launch(op, plan, device, *seed)
+    elif on_gpu:
+        native.launch(op, plan, device)
+        leave_out([found[axis] for axis in axes], chosen)
+    else:
+        native.launch(op, plan, device, sums=chosen)
     return [(found[axis], counts[axis]) for axis in axes]
+
+
+def leave_out(tables: Sequence[Tensor], chosen: int) -> None:
+    """Write NaN into the columns of packed tables that were not chosen.
+
+    The kernels of GPUs compute every sum: memory bounds them.
+    """
+    for table in tables:
+        for column in range(table.size(1)):
+            if not chosen >> column & 1:
+                table[:, column].fill_(math.nan)
 
 
 def one_output(

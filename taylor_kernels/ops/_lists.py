@@ -9,12 +9,13 @@ knows, which computes the packed tables. Calls on plain tensors go to the native
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from taylor_kernels.backends import check_name, kernel, native
+from taylor_kernels.backends import check_name, kernel, native, runs_natively
 from taylor_kernels.layout import FLOATS, ParameterItem, accumulator, parameter_item
 from taylor_kernels.ops._checks import (
     alike,
@@ -26,7 +27,7 @@ from taylor_kernels.ops._checks import (
     check_tensor,
     quick_shapes,
 )
-from taylor_kernels.ops._direct import packed_tables
+from taylor_kernels.ops._direct import leave_out, packed_tables
 from taylor_kernels.ops._library import define
 
 if TYPE_CHECKING:
@@ -75,37 +76,48 @@ def tables(
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
     draw: Draw | None = None,
+    sums: int | None = None,
     finish: Callable[[Tensor], object] | None = None,
     **others: object,
 ) -> Any:
     """A table for a tensor, a list of them for a sequence; a pair of either for dim=(0, 1).
 
+    `sums` are those that are wanted, a bit each, of an op that lets them be chosen; None for all.
     `finish` changes a packed table in place before it is handed out.
     """
     check_name(backend)
     axes = check_axes(dim)
-    direct = packed_tables(op.name, op.sums, weights, others, groups, axes, draw, backend)
+    direct = packed_tables(op.name, op.sums, weights, others, groups, axes, draw, sums, backend)
     if direct is not None:
         if finish is not None:
             for packed, _ in direct:
                 finish(packed)
         found = [list(_split(packed, counts)) for packed, counts in direct]
     else:
-        found = _through_the_dispatcher(op, weights, others, groups, axes, draw, backend, finish)
+        found = _through_the_dispatcher(
+            op, weights, others, groups, axes, draw, sums, backend, finish
+        )
     if isinstance(weights, Tensor):
         return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
     return found[0] if len(axes) == 1 else (found[0], found[1])
 
 
 def define_list_op(
-    name: str, inputs: Sequence[str], sums: tuple[int, ...], *, draws: bool = False
+    name: str,
+    inputs: Sequence[str],
+    sums: tuple[int, ...],
+    *,
+    draws: bool = False,
+    chooses: bool = False,
 ) -> ListOp:
     """Register an op that makes tables [filters, *sums] out of lists of tensors, weights first.
 
     It gives two packed tables, by rows and by columns, the one not asked for with no filters. If
-    it draws random signs it is told their seed and a stream for each weight.
+    it draws random signs it is told their seed and a stream for each weight. If it `chooses` it is
+    told which sums are wanted, and those that are not are NaN.
     """
     count = len(inputs)
+    every = 2 ** sums[0] - 1 if chooses else 0
 
     names = [name + "[{}]" for name in inputs]
 
@@ -114,21 +126,35 @@ def define_list_op(
         return _empty_tables(sums, args[0][0], filters)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        lists, (groups, rows, cols, *draw, backend) = args[:count], args[count:]
+        lists, told = args[:count], args[count:]
+        wanted = every
+        if chooses and isinstance(told[-1], int):  # PyTorch leaves out what is the default
+            wanted, told = told[-1], told[:-1]
+            if not 0 < wanted <= every:
+                raise ValueError(f"sums: {wanted} has no such bits; pass 1 to {every}")
+        groups, rows, cols, *draw, backend = told
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
         shapes = _check_call(lists, names, groups, (0, 1) if cols else (0,), streams)
-        compute = kernel(name, lists[0][0].device, lists[0][0].dtype, backend)
+        kind = lists[0][0].device, lists[0][0].dtype, backend
+        compute = kernel(name, *kind)
+        if wanted != every and kind[0].type == "cpu" and runs_natively(name, *kind):
+            compute = partial(compute, sums=wanted)
         filters = _filters(shapes, groups, rows, cols)
         out = _empty_tables(sums, lists[0][0], filters)
         items = _items(out, dict(zip(inputs, lists, strict=True)), groups, filters, streams)
         if items:
             compute(items, *seed)
+        if wanted != every:
+            leave_out(
+                [table for table, asked in zip(out, (rows, cols), strict=True) if asked], wanted
+            )
         return out
 
     lists = ", ".join(f"Tensor[] {each}" for each in inputs)
+    choice = f", int sums={every}" if chooses else ""
     signs = "int seed, int[] streams, " if draws else ""
     op = define(
-        f"{name}({lists}, int[] groups, bool rows, bool cols, {signs}str? backend)"
+        f"{name}({lists}, int[] groups, bool rows, bool cols, {signs}str? backend{choice})"
         " -> (Tensor, Tensor)",
         run,
         empty,
@@ -304,6 +330,7 @@ def _through_the_dispatcher(
     groups: int | Sequence[int],
     axes: tuple[int, ...],
     draw: Draw | None,
+    sums: int | None,
     backend: str | None,
     finish: Callable[[Tensor], object] | None,
 ) -> list[list[Tensor]]:
@@ -321,7 +348,8 @@ def _through_the_dispatcher(
         of_part = [[each[i] for i in places] for each in every]
         drawn = () if draw is None or streams is None else (draw.seed, [streams[i] for i in places])
         rows, cols = 0 in axes, 1 in axes
-        packed = op.call(*of_part, rows, cols, *drawn, backend)
+        chosen = () if sums is None else (sums,)
+        packed = op.call(*of_part, rows, cols, *drawn, backend, *chosen)
         filters = _filters([shapes[i] for i in places], of_part[-1], rows, cols)
         if finish is not None:
             for table in packed:

@@ -24,22 +24,30 @@ if TYPE_CHECKING:
 #: Names of the columns of a moments table.
 MOMENTS = ("gw", "gw2", "abs_gw", "w2", "g2")
 
-_op = define_list_op("filter_moments", ("weights", "grads"), (len(MOMENTS),))
+_op = define_list_op("filter_moments", ("weights", "grads"), (len(MOMENTS),), chooses=True)
+
+
+class _OneAxis(OneAxis, total=False):
+    moments: Sequence[str] | None
+
+
+class _BothAxes(BothAxes, total=False):
+    moments: Sequence[str] | None
 
 
 @overload
-def filter_moments(weights: Tensor, grads: Tensor, **options: Unpack[OneAxis]) -> Tensor: ...
+def filter_moments(weights: Tensor, grads: Tensor, **options: Unpack[_OneAxis]) -> Tensor: ...
 @overload
 def filter_moments(
-    weights: Tensor, grads: Tensor, **options: Unpack[BothAxes]
+    weights: Tensor, grads: Tensor, **options: Unpack[_BothAxes]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def filter_moments(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[OneAxis]
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[_OneAxis]
 ) -> list[Tensor]: ...
 @overload
 def filter_moments(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[BothAxes]
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[_BothAxes]
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 def filter_moments(
     weights: Tensor | Sequence[Tensor],
@@ -47,6 +55,7 @@ def filter_moments(
     *,
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
+    moments: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Moments of every filter of one parameter, or of a list of parameters in one launch.
@@ -63,6 +72,10 @@ def filter_moments(
             first, so for it 0 means input channels and 1 output filters.
         groups: of a grouped convolution, an int or one per tensor. Used for dim 1: column
             j * size(1) + i is channel i of group j.
+        moments: which of `MOMENTS` are wanted, ("gw2",) for example; None for all. The table keeps
+            its five columns. Those that are not wanted are NaN, on every backend, and the others
+            have the bits that they have in a full call. On the CPU one of "gw", "gw2" and "abs_gw"
+            alone takes half the time where the inputs are in cache.
         backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
@@ -71,9 +84,10 @@ def filter_moments(
         Bits do not depend on the rest of the list. Not differentiable: the result has no grad_fn.
 
     Raises:
-        TypeError: not a tensor; integer, complex, sparse or meta tensors.
+        TypeError: not a tensor; integer, complex, sparse or meta tensors; `moments` is no sequence
+            of names.
         ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a `dim`
-            or `groups` that does not fit.
+            or `groups` that does not fit; `moments` without a name, or with an unknown one.
         RuntimeError: the named backend cannot run here.
 
     Example:
@@ -86,6 +100,8 @@ def filter_moments(
         >>> rows, columns = tk.filter_moments([weight], [grad], dim=(0, 1))
         >>> columns[0].tolist()
         [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
+        >>> tk.filter_moments(weight, grad, moments=("gw2",)).tolist()
+        [[nan, 5.0, nan, nan, nan], [nan, 36.0, nan, nan, nan]]
     """
     return tables(
         _op,
@@ -94,4 +110,21 @@ def filter_moments(
         dim=dim,
         groups=groups,
         backend=backend,
+        sums=None if moments is None else _bits(check_moments(moments)),
     )
+
+
+def check_moments(moments: object) -> tuple[str, ...]:
+    """Names of moments, at least one, or an error."""
+    if isinstance(moments, str) or not isinstance(moments, Sequence):
+        raise TypeError(f"moments: expected a sequence of names, such as ('gw2',), got {moments!r}")
+    for name in moments:
+        if name not in MOMENTS:
+            raise ValueError(f"moments: {name!r} is not one of {', '.join(MOMENTS)}")
+    if not moments:
+        raise ValueError("moments: names none; pass at least one of them, or None for all")
+    return tuple(moments)
+
+
+def _bits(moments: Sequence[str]) -> int:
+    return sum(1 << i for i, name in enumerate(MOMENTS) if name in moments)

@@ -136,7 +136,7 @@ class Minibatches:
         """
         assert self.statistic is not None
         tables = checked_tables(self.statistic, found)
-        if self._scaling is not None and not self._scaling.check_finite(tables):
+        if self._scaling is not None and not self._scaling.check_finite(self.statistic, tables):
             self.skip()
             return False
         blocks = self.blocks

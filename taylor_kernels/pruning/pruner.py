@@ -346,4 +346,5 @@ class Pruner(Resumable):
             return
         kind = get_statistic(self.criterion.statistic)
         statistic = self._network.statistic(kind, self._scored, self._backend)
+        statistic.moments = self.criterion.moments
         self._minibatches.watch(statistic, self._network.groups, self._network.left)

@@ -51,6 +51,7 @@ class Statistic(ABC):
         mask: of an update that is being collected, for each pass which examples count ([N] or
             [N, T] bool), if some do not.
         reads_bare: its layers may be parameters that no layer holds (`statistics.parts.BareLayer`).
+        moments: of `tk.MOMENTS` those that the criterion reads; None for all.
         streams: it can take each gradient as it comes (`start_stream`).
         stream: what hands them over, and frees them, where it does.
 
@@ -81,6 +82,7 @@ class Statistic(ABC):
     same_draws: ClassVar[bool] = False
     mask: list[Tensor] | None = None
     reads_bare: ClassVar[bool] = False
+    moments: Sequence[str] | None = None
     streams: ClassVar[bool] = False
     stream: GradientStream | None = None
 
@@ -134,6 +136,10 @@ class Statistic(ABC):
     def unshared(cls, columns: Tensor) -> Tensor:
         """A table that has the scores of those whose `shared` columns these are the sums of."""
         return columns
+
+    def is_finite(self, table: Tensor) -> Tensor:
+        """Whether what a criterion reads of a table is, a bool on its device."""
+        return table.isfinite().all()
 
     @property
     def noise(self) -> list[str]:

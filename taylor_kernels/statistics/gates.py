@@ -230,6 +230,7 @@ class Gates(_Gates):
         self._spoiled: set[str] = set()
         self._hooked: set[nn.Parameter] = set()
         self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._freed = (-1, False)  # a pass, and whether FSDP2 shards the model in it
 
     def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
         if not self._watches():
@@ -243,7 +244,7 @@ class Gates(_Gates):
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
         trains = (
-            not is_fsdp(self.model)
+            not self._frees_parameters()
             and norm.affine
             and norm.weight.requires_grad
             and norm.bias.requires_grad
@@ -260,6 +261,12 @@ class Gates(_Gates):
             return True
         self._captured.pop(norm, None)  # no longer all of its runs
         return False
+
+    def _frees_parameters(self) -> bool:
+        """Whether γ and β are gone by the time of backward(); the modules are asked once a pass."""
+        if self._freed[0] != self._pass:
+            self._freed = self._pass, is_fsdp(self.model)
+        return self._freed[1]
 
     def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
         self._in_backward = True
@@ -299,6 +306,7 @@ class Gates(_Gates):
             moments = filter_moments(
                 [p.detach() for p in parameters],
                 [self._gradients[p] for p in parameters],
+                moments=("gw",),
                 backend=self.backend,
             )
             for (name, _), of_scale, of_shift in zip(

@@ -129,6 +129,7 @@ class WeightMoments(_OfWeights):
                 [rows[number].of(local_part(pairs[number][1])) for number in chosen],
                 dim=axis,
                 groups=[rows[number].groups for number in chosen],
+                moments=self.moments,
                 backend=self.backend,
             )
             for number, table in zip(chosen, moments, strict=True):
@@ -163,6 +164,11 @@ class WeightMoments(_OfWeights):
         """What messages call a parameter."""
         name, layer = list(self.layers.items())[number[0]]
         return name if isinstance(layer, BareLayer) else f"{name}.weight"
+
+    def is_finite(self, table: Tensor) -> Tensor:
+        if self.moments is None:
+            return super().is_finite(table)
+        return table[:, [MOMENTS.index(name) for name in self.moments]].isfinite().all()
 
     def discard(self) -> None:
         if self.stream is not None:

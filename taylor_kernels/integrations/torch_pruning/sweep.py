@@ -126,7 +126,11 @@ class Sweep:
         if self._squared:
             weights = list(torch._foreach_mul(weights, weights))
         both = filter_moments(
-            weights, sources, dim=(0, 1), groups=[groups for _, _, groups in found]
+            weights,
+            sources,
+            dim=(0, 1),
+            groups=[groups for _, _, groups in found],
+            moments=(MOMENTS[self._column],),
         )
         rows, columns = both
         tables = [table[:, self._column] for table in (*rows, *columns)]
