@@ -21,7 +21,9 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "info", "score", "prune", "at-init"])
+@pytest.mark.parametrize(
+    "command", ["demo", "compare", "info", "score", "prune", "at-init", "language"]
+)
 def test_help_shows_an_example_that_parses(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
@@ -41,7 +43,7 @@ def test_without_a_command_there_is_help(capsys):
 def test_help_does_not_import_what_only_commands_need():
     check = (
         "import sys, taylor_kernels.cli as cli\n"
-        "for command in ('demo', 'compare', 'score', 'prune', 'at-init'):\n"
+        "for command in ('demo', 'compare', 'score', 'prune', 'at-init', 'language'):\n"
         "    try: cli.main([command, '--help'])\n"
         "    except SystemExit: pass\n"
         "heavy = {'sklearn', 'scipy', 'matplotlib', 'torch_pruning', 'safetensors'}\n"
