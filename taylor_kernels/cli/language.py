@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from taylor_kernels.cli.common import AsJson, Device, Force, fail, require, show
+from taylor_kernels.cli.common import AsJson, Device, Force, conduct, require
 
 EXAMPLE = (
     "Example: taylor-kernels language --quick --kinds heads --kinds blocks --fractions 0.5 "
@@ -61,8 +60,6 @@ def command(
         FRACTIONS,
         LanguageSettings,
     )
-    from taylor_kernels.studies.options import Mistake
-    from taylor_kernels.studies.progress import ProgressLog
 
     settings = LanguageSettings(
         out=out, quick=quick, draws=draws, seed=seed, device=device, force=force,
@@ -70,11 +67,4 @@ def command(
         kinds=tuple(dict.fromkeys(kinds or KINDS)),
         fractions=tuple(sorted(set(fractions or FRACTIONS))),
     )  # fmt: skip
-    try:
-        result, tables = run(settings, ProgressLog())
-    except Mistake as error:
-        fail(str(error))
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        show(tables, out / "report.html", out / "result.json")
+    conduct(run, settings, as_json=as_json)

@@ -65,8 +65,9 @@ def remarks(result: Json) -> list[str]:
                 name: bits(result, kind, fraction, name, stage) for name in settings["criteria"]
             }
             values = ", ".join(f"`{n}` {perplexity(b)}" for n, b in found.items())
-            parts.append(f"{words} {values}. {_order(settings['criteria'], found)}")
-        said.append(f"**{kind}, {fraction:.0%} gone:** {' '.join(parts)}")
+            order = _order(settings["criteria"], found)
+            parts.append(f"{words.capitalize()}: {values}. {order}".strip())
+        said.append(f"**{kind}, {fraction:.0%} gone.** {' '.join(parts)}")
     return said
 
 

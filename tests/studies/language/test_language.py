@@ -251,8 +251,8 @@ def test_the_order_of_criteria_is_said_as_it_is():
     )
     heads, width = findings.remarks(result)
     assert heads.startswith(
-        "**heads, 50% gone:** as pruned `taylor_fo` 4.00, `magnitude_l2` 8.00, `random` 16.00. "
-        "The order of image networks. trained on"
+        "**heads, 50% gone.** As pruned: `taylor_fo` 4.00, `magnitude_l2` 8.00, `random` 16.00. "
+        "The order of image networks. Trained on: "
     )
     assert "`magnitude_l2` is better than `taylor_fo` by 0.50 bits" in width
     assert "Alike: `taylor_fo` and `random`" in width
