@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from taylor_kernels.cli import at_init, compare, demo, info, prune, score
+from taylor_kernels.cli import at_init, compare, demo, info, language, prune, score
 from taylor_kernels.cli.common import STOPPED, complain
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("score", epilog=score.EXAMPLE)(score.command)
 app.command("demo", epilog=demo.EXAMPLE)(demo.command)
 app.command("compare", epilog=compare.EXAMPLE)(compare.command)
 app.command("at-init", epilog=at_init.EXAMPLE)(at_init.command)
+app.command("language", epilog=language.EXAMPLE)(language.command)
 app.command("info", epilog=info.EXAMPLE)(info.command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,9 +14,8 @@ from taylor_kernels.cli.common import (
     Force,
     LossPath,
     ModelPath,
-    fail,
+    conduct,
     require,
-    show,
 )
 from taylor_kernels.cli.config import Config
 
@@ -82,9 +80,6 @@ def command(
         SPARSITIES,
         AtInitSettings,
     )
-    from taylor_kernels.studies.options import Mistake
-    from taylor_kernels.studies.own.processes import check_alone
-    from taylor_kernels.studies.progress import ProgressLog
 
     settings = AtInitSettings(
         out=out, model=model, data=data, val=val, loss=loss,
@@ -93,12 +88,4 @@ def command(
         epochs=epochs, lr=lr, early=early, batches=batches, steps=steps, seed=seed, seeds=seeds,
         device=device, force=force,
     )  # fmt: skip
-    try:
-        check_alone("at-init")
-        result, tables = run(settings, ProgressLog())
-    except Mistake as error:
-        fail(str(error))
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        show(tables, out / "report.html", out / "result.json")
+    conduct("at-init", run, settings, as_json=as_json)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from taylor_kernels.studies.progress import ProgressLog
     from taylor_kernels.studies.report import Table
+    from taylor_kernels.studies.settings import StudySettings
 
 USER_ERROR = 2
 STOPPED = 130
@@ -59,6 +62,29 @@ def show(tables: Sequence[Table], *files: Path) -> None:
         print_table(table, console)
     for file in files:
         console.print(str(file), highlight=False, markup=False, soft_wrap=True)
+
+
+def conduct(
+    command: str,
+    run: Callable[[Any, ProgressLog], tuple[dict[str, Any], Sequence[Table]]],
+    settings: StudySettings,
+    *,
+    as_json: bool = False,
+) -> None:
+    """Run a study and print its tables, or its result as JSON; a mistake ends the command."""
+    from taylor_kernels.studies.options import Mistake
+    from taylor_kernels.studies.own.processes import check_alone
+    from taylor_kernels.studies.progress import ProgressLog
+
+    try:
+        check_alone(command)
+        result, tables = run(settings, ProgressLog())
+    except Mistake as error:
+        fail(str(error))
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(tables, settings.out / "report.html", settings.out / "result.json")
 
 
 def require(extra: str, *modules: str) -> None:

@@ -13,9 +13,8 @@ from taylor_kernels.cli.common import (
     Force,
     LossPath,
     ModelPath,
-    fail,
+    conduct,
     require,
-    show,
 )
 
 EXAMPLE = (
@@ -54,20 +53,12 @@ def command(
     runtimes. A run that was stopped goes on where it was.
     """
     require("demo", "scipy", "sklearn", "matplotlib", "safetensors")
-    from taylor_kernels.studies.options import Mistake
     from taylor_kernels.studies.oracle.run import run
     from taylor_kernels.studies.oracle.settings import OracleSettings
-    from taylor_kernels.studies.own.processes import check_alone
-    from taylor_kernels.studies.progress import ProgressLog
 
     settings = OracleSettings(
         out=out, model=model, data=data, loss=loss, sample=sample, batches=batches, budget=budget,
         criteria=tuple(dict.fromkeys(criteria)) if criteria else None,
         seed=seed, device=device, quick=quick, force=force,
     )  # fmt: skip
-    try:
-        check_alone("compare")
-        _, tables = run(settings, ProgressLog())
-    except Mistake as error:
-        fail(str(error))
-    show(tables, out / "report.html", out / "result.json")
+    conduct("compare", run, settings)

@@ -46,7 +46,7 @@ class Cost:
     def over(self, whole: Cost) -> dict[str, float]:
         """Each count as a fraction of the whole's."""
         return {
-            "filters": self.filters / whole.filters,
+            "filters": self.filters / whole.filters if whole.filters else 1.0,
             "params": self.params / whole.params,
             "flops": self.flops / whole.flops if whole.flops else 1.0,
         }

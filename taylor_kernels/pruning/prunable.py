@@ -124,7 +124,7 @@ def find_prunable(
             "blocks: the model has no residual block that could go: no addition of a tensor and of "
             f"what a branch of layers makes of it ({reasons or 'none is there'}); leave blocks out"
         )
-    if not groups:
+    if not groups and not chosen:
         reasons = "; ".join(f"{name}: {skipped[name]}" for name in layers)
         raise ValueError(f"model: has nothing to prune ({reasons})")
 

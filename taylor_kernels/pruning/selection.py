@@ -137,13 +137,14 @@ class _Bundles:
     def __init__(
         self, groups: Sequence[Group], dead: Sequence[Tensor], scores: Sequence[Tensor], most: int
     ) -> None:
-        sizes = np.array([gone.numel() for gone in dead])
+        sizes = np.array([gone.numel() for gone in dead], np.int64)
         of_all = np.arange(len(groups)).repeat(sizes)
         # In numpy, as waking PyTorch's threads takes longer than any of this.
-        alive = (~np.concatenate([gone.numpy() for gone in dead])).nonzero()[0]
+        none = np.empty(0, bool)  # there are no groups where only blocks may go
+        alive = (~np.concatenate([none, *(gone.numpy() for gone in dead)])).nonzero()[0]
         of_alive = of_all[alive]
         counts = np.bincount(of_alive, minlength=len(groups))
-        values = np.concatenate([score.double().numpy() for score in scores])[alive]
+        values = np.concatenate([none, *(score.double().numpy() for score in scores)])[alive]
         order = _stable_order(values)
         # Few different numbers in few bits, which numpy sorts without comparing any.
         small = np.min_scalar_type(len(groups))
@@ -164,9 +165,9 @@ class _Bundles:
                 number = min(number, 1 + -(-enough // group.multiple))
             numbers.append(number)
             firsts.append(first)
-        self._first = np.array(firsts)
-        self._multiple = np.array([group.multiple for group in groups])
-        held = np.array(numbers)
+        self._first = np.array(firsts, np.int64)
+        self._multiple = np.array([group.multiple for group in groups], np.int64)
+        held = np.array(numbers, np.int64)
         start = held.cumsum() - held
         self.owner = np.arange(len(groups)).repeat(held)
         length = self._multiple.repeat(held)
@@ -175,7 +176,8 @@ class _Bundles:
         opening = start[held > 0]
         begin[opening] = self._begins[held > 0]
         length[opening] = self._first[held > 0]
-        self.filters = length * np.array([g.filters_per_unit for g in groups]).repeat(held)
+        per_unit = np.array([group.filters_per_unit for group in groups], np.int64)
+        self.filters = length * per_unit.repeat(held)
         self.worth = ranked[begin]
         for width in set(np.bincount(length).nonzero()[0].tolist()) - {1}:
             at = (length == width).nonzero()[0]

@@ -62,7 +62,8 @@ class UnitScores:
     def of(self, tables: Sequence[Tensor], unread: frozenset[str] = frozenset()) -> Tensor:
         """[U of all groups] float64: the scores of a minibatch; arguments as those of `add`."""
         self.note(unread)
-        return torch.cat([self._score(tables, run) for run in self._runs(tables)]).double()
+        found = [self._score(tables, run) for run in self._runs(tables)]
+        return torch.cat(found).double() if found else torch.empty(0, dtype=torch.float64)
 
     def note(self, unread: frozenset[str]) -> None:
         """That these layers have no table in this period."""
@@ -157,7 +158,7 @@ class UnitScores:
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
         """Forget dead units; `groups` are the ones that remain."""
-        keep = ~torch.cat(list(dead))
+        keep = ~torch.cat([torch.empty(0, dtype=torch.bool), *dead])
         if keep.all():
             return
         for name in ("_sum", "_average"):

@@ -21,7 +21,9 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return stop.value.code, captured.out, captured.err
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "info", "score", "prune", "at-init"])
+@pytest.mark.parametrize(
+    "command", ["demo", "compare", "info", "score", "prune", "at-init", "language"]
+)
 def test_help_shows_an_example_that_parses(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0
@@ -31,7 +33,7 @@ def test_help_shows_an_example_that_parses(capsys, command):
     assert all(word in known for word in example if word.startswith("--"))
 
 
-@pytest.mark.parametrize("command", ["demo", "compare", "at-init"])
+@pytest.mark.parametrize("command", ["demo", "compare", "at-init", "language"])
 def test_commands_of_one_process_refuse_more(command, capsys, monkeypatch, tmp_path):
     """Each would write into the same folder."""
     for name, value in (("TORCHELASTIC_RUN_ID", "none"), ("WORLD_SIZE", "2"), ("RANK", "1")):
@@ -52,7 +54,7 @@ def test_without_a_command_there_is_help(capsys):
 def test_help_does_not_import_what_only_commands_need():
     check = (
         "import sys, taylor_kernels.cli as cli\n"
-        "for command in ('demo', 'compare', 'score', 'prune', 'at-init'):\n"
+        "for command in ('demo', 'compare', 'score', 'prune', 'at-init', 'language'):\n"
         "    try: cli.main([command, '--help'])\n"
         "    except SystemExit: pass\n"
         "heavy = {'sklearn', 'scipy', 'matplotlib', 'torch_pruning', 'safetensors'}\n"

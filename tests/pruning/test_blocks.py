@@ -479,3 +479,39 @@ def test_ignored_blocks_stay():
     model, x = built("basic")
     _, pruner = make(model, x, ignore=("4.conv1",))
     assert pruner.blocks == ("3", "5")
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_fo", "magnitude_l2", "random"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_go_alone_where_no_filter_may(kind, criterion):
+    """Every layer is to keep more filters than it has; the state goes to another pruner halfway."""
+    model, x = built(kind)
+    _, pruner = make(model, x, criterion)
+    blocks = pruner._network.blocks
+    pruner.close()
+    stay = [
+        p.numel() for name, p in model.named_parameters() if not any(b.holds(name) for b in blocks)
+    ]
+    least = sum(stay) / sum(p.numel() for p in model.parameters())
+    only = {"params": least + 1e-9, "per_step": 1, "min_filters": 10**6}
+    optimizer, pruner = make(model, x, criterion, **only)
+    assert pruner.widths == {}
+    went: list[str] = []
+    while not pruner.done:
+        _, record = step(model, optimizer, x, pruner)
+        assert record.removed == {}
+        assert len(record.blocks) == 1
+        went += record.blocks
+        if len(went) == 1:
+            state, weights = pruner.state_dict(), model.state_dict()
+            pruner.close()
+            model, _ = built(kind)
+            optimizer, pruner = make(model, x, criterion, **only)
+            model.load_state_dict(weights)
+            pruner.load_state_dict(state)
+    assert sorted(went) == sorted(FOUND[kind])
+    model.eval()
+    expected = model(x)
+    pruner.compact()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert sum(p.numel() for p in model.parameters()) == pruner.cost.params
