@@ -89,7 +89,9 @@ PIPELINED = [
 ]
 #: With both buffers, and so fewer stages; and more examples to a block than a run.
 PIPELINED_LONG = [
-    FisherCase("long", (1, 8, 64, 129), (72, 8, 1, 1)),
+    FisherCase(
+        "long", (1, 8, 64, 129), (72, 8, 1, 1), layout="channels_last", grad_layout="channels_last"
+    ),
     FisherCase(
         "runs", (258, 40, 1, 2), (34, 40, 1, 1), layout="channels_last", grad_layout="channels_last"
     ),

@@ -31,9 +31,12 @@ void launch_gemm(const Launch& to) {
 
 template <class Product, class Tile>
 void launch_pipelined(const Launch& to) {
-  launch_with_shared(Conv2dFisher::kName, to.stream, to.blocks,
-                     PipelineMemory<Product, Tile>::shared(to.task),
-                     fisher_pipelined_kernel<Product, Tile>, to.task);
+  using Memory = PipelineMemory<Product, Tile>;
+  const int limit = shared_limit(Conv2dFisher::kName) - int{sizeof(TilePlace)};
+  FisherTask task = to.task;
+  task.stages = static_cast<uint8_t>(Memory::stages(task, limit));
+  launch_with_shared(Conv2dFisher::kName, to.stream, to.blocks, Memory::shared(task, limit),
+                     fisher_pipelined_kernel<Product, Tile>, task);
 }
 
 template <bool kChannelsInside>

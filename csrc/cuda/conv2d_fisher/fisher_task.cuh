@@ -58,6 +58,7 @@ struct FisherTask {
   bool is_matrix;      // x is [channels, positions] as it stands: 1×1, stride 1, no padding
   bool adds;           // to what is in `out`: squares of the slices before
   uint8_t buffers;     // implicit GEMM: see kMaxBuffers
+  uint8_t stages;      // pipelined: see PipelineMemory
   bool spans;          // implicit GEMM: an example has more positions than a span
   uint8_t lanes_log2;  // direct: lanes of a warp, and warps, that share the positions
   uint8_t warps_log2;

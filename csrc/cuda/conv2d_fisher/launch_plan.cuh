@@ -46,7 +46,11 @@ inline int64_t choose_kernel(FisherPlan& plan, const Conv2dFisherArgs& args,
   if (mma) {
     const TileCosts costs = tile_costs(args.dtype);
     if (is_small) layout = pipeline_layout(plan, args, workspace_bytes);
-    if (layout.fits) consider(BlockTile{}, FisherKernel::block, layout.channels, costs.block);
+    // Two buffers of the larger tile's sums would leave no shared memory for chunks.
+    const bool two_buffers = task.positions > span_of(args.dtype, mma) * kSpans;
+    if (layout.fits && !two_buffers) {
+      consider(BlockTile{}, FisherKernel::block, layout.channels, costs.block);
+    }
     if (args.dtype == DType::f32) {
       consider(WideTile{}, FisherKernel::wide, task.channels, costs.wide);
     } else if (layout.fits && (plan.channels_inside || layout.needs_room)) {

@@ -24,21 +24,23 @@ struct PipelineMemory {
   static constexpr int kBuffer = kThreads * kSums * int{sizeof(float)};
   static constexpr int kBuffers = Tile::kColumns * int{sizeof(Column<int>)};
   static constexpr int kStage = CopyA::kBytes + CopyB::kBytes;
-  // Two buffers of 128 × 128 sums leave room for two stages in the 163 KiB that sm_80 gives a
-  // block.
-  static constexpr int kStages = kSums > 32 ? 4 : 3;
-  static constexpr int kFewStages = kSums > 32 ? 2 : 3;
+  static constexpr int kStages = kSums > 32 ? 4 : 3;  // fewer where a GPU has no room for them
+  static constexpr int kFewest = 2;
 
-  static TK_HOST_DEVICE int stages(const FisherTask& task) {
-    return task.buffers == kMaxBuffers ? kFewStages : kStages;
+  static int bytes(int buffers, int stages) {
+    return kBuffers + buffers * kBuffer + stages * kStage;
   }
 
-  static constexpr int kMost =
-      kBuffers + std::max(kStages * kStage + kBuffer, kFewStages* kStage + kMaxBuffers * kBuffer);
-  static_assert(kMost + 64 <= 163 << 10);
+  // As many stages as a block may have shared memory for; sums do not depend on it.
+  static int stages(const FisherTask& task, int limit) {
+    int stages = kStages;
+    while (stages > kFewest && bytes(task.buffers, stages) > limit) --stages;
+    return stages;
+  }
 
-  static DynamicShared shared(const FisherTask& task) {
-    return {kBuffers + task.buffers * kBuffer + stages(task) * kStage, kMost};
+  static DynamicShared shared(const FisherTask& task, int limit) {
+    const int buffers = kSums > 32 ? 1 : kMaxBuffers;  // the long examples get the smaller tile
+    return {bytes(task.buffers, stages(task, limit)), std::min(limit, bytes(buffers, kStages))};
   }
 };
 
@@ -95,7 +97,7 @@ template <class Product, class Tile, class Sums>
 __device__ void sum_pipelined(const FisherTask& task, const TilePlace& place,
                               const Column<int>* columns, char* ring, Sums& squares) {
   using Memory = PipelineMemory<Product, Tile>;
-  const int end = Memory::stages(task) * Memory::kStage;
+  const int end = task.stages * Memory::kStage;
   const int warp = threadIdx.x / kWarp;
   const typename Product::template Operand<typename Memory::CopyA, Tile::kWarpFilters, true>
       filters(warp / Tile::kWarpsAcross * Tile::kWarpFilters);
@@ -111,10 +113,12 @@ __device__ void sum_pipelined(const FisherTask& task, const TilePlace& place,
   int done = 0;  // positions of the example that have been multiplied
   int from = 0;
   while (true) {
-    if (Memory::kFewStages < Memory::kStages && task.buffers == kMaxBuffers) {
-      wait_for_copies<Memory::kFewStages - 2>();
-    } else {
+    if (task.stages == Memory::kStages) {
       wait_for_copies<Memory::kStages - 2>();
+    } else if (Memory::kStages > 3 && task.stages == 3) {
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<Memory::kFewest - 2>();
     }
     // All have seen their copies of this stage land, and have multiplied the one that is filled
     // next.

@@ -101,6 +101,7 @@ PYBIND11_MODULE(emulated, m) {
   m.def("synchronize", &emulation::run_pending);
   m.def("set_ptx_version", [](int version) { emulation::ptx_version = version; });
   m.def("early_launches", [] { return emulation::early_launches; });
+  m.def("set_shared_limit", [](int bytes) { emulation::shared_limit = bytes; });
   m.def("shared_limits", &shared_limits);
   m.def("launched_shared", [] { return emulation::launched_shared; });
   m.def("allow_shared_on_threads", &allow_shared_on_threads);
