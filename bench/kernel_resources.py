@@ -74,7 +74,7 @@ def kernels_of(source: Path, folder: Path) -> list[Kernel]:
     binary, resources = compile_cuda(source, folder)
     details = {arch: _details(binary, arch, tool) for arch in ARCHITECTURES}
     machine_code = {arch: sass_of_functions(binary, arch, tool) for arch in ARCHITECTURES}
-    names = _demangled([r.kernel for r in resources])
+    names = demangled([r.kernel for r in resources])
     found = []
     for r in resources:
         shared, threads = details[r.arch][r.kernel]
@@ -107,7 +107,8 @@ def _details(binary: Path, arch: int, tool: str) -> dict[str, tuple[int, int]]:
     return {name: (int(size), int(threads.get(name, "0x400"), 16)) for name, size in shared.items()}
 
 
-def _demangled(names: list[str]) -> dict[str, str]:
+def demangled(names: list[str]) -> dict[str, str]:
+    """Mangled name -> a short one, as the tables have it."""
     done = subprocess.run(["c++filt", "-p", *names], capture_output=True, text=True, check=True)
     shorter = re.sub(r"tk::|\(anonymous namespace\)::|^void ", "", done.stdout, flags=re.MULTILINE)
     for code, dtype in enumerate(("f32", "f16", "bf16", "f64")):  # csrc/common/dtype.h

@@ -36,6 +36,7 @@ from tools.door_blocks import (
     figures_block,
     overhead_block,
 )
+from tools.issue_slots_block import BEFORE, NOW, issue_slots_block
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
@@ -203,6 +204,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
+    "issue-slots": lambda: issue_slots_block(
+        *(json.loads((ROOT / path).read_text()) for path in (BEFORE, NOW))
+    ),
     "methods": methods_table,
     "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,

@@ -42,6 +42,15 @@ inline void allow_shared(const char* name, const void* kernel, int most) {
   allowed.insert({device, kernel});
 }
 
+// Bytes of shared memory that a block may have at most on the current device: 99 KiB on sm_86.
+inline int shared_limit(const char* name) {
+  int device = 0;
+  int bytes = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  return bytes;
+}
+
 // Whether a kernel's code on the current device has instructions of sm_90, by which it waits for
 // the one before it. That for sm_80 has none, also where a driver translates it for a later GPU.
 inline bool waits_by_itself(const char* name, const void* kernel) {

@@ -1,5 +1,6 @@
-// PTX instructions of tensor cores and of launches that overlap, and shared memory whose size the
-// launch decides. tests/backends/emulation has a file of this name that says the same for a CPU.
+// PTX instructions of tensor cores, of copies that run on their own and of launches that overlap,
+// and shared memory whose size the launch decides. tests/backends/emulation has a file of this name
+// that says the same for a CPU.
 //
 // All of a warp's lanes call those of tensor cores together. A product is 16 filters by 8 columns;
 // a step of it takes 32 bytes of either side along the positions: 16 half elements, or 8 of TF32.
@@ -28,6 +29,38 @@ __device__ inline void wait_for_last_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// Begins a copy of 16 or 4 bytes to shared memory, aligned to as many on both sides; zeros, and
+// nothing is read, where `present` is false. It passes no register, and has landed when a wait says
+// so. Those of 16 bytes go past the L1 cache.
+template <int kBytes>
+__device__ inline void copy_to_shared(char* to, const void* from, bool present) {
+  static_assert(kBytes == 16 || kBytes == 4);
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = present ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+
+// Ends a group of the thread's copies, which may be empty.
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the thread's latest kPending groups have landed. Other threads see them after a
+// barrier.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Has a register hold what else would be computed anew wherever it is used.
+__device__ inline void keep(int& value) { asm("" : "+r"(value)); }
 
 #define TK_LOAD_MATRICES(name, instruction)                                              \
   __device__ inline void name(uint32_t (&words)[4], const char* row) {                   \

@@ -73,7 +73,21 @@ def test_cuda(source: Path) -> None:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
                 assert wide >= TILE_VECTOR_LOADS, f"{name} for sm_{arch}: {wide} loads of 128 bits"
                 assert bool(re.search(r"\bHMMA\.", sass)) == ("3Mma" in name), f"{name}: sm_{arch}"
+            if "fisher_pipelined_kernel" in name:
+                check_pipeline(f"{name} for sm_{arch}", sass)
             assert not LOCAL_MEMORY.findall(sass), f"{name} for sm_{arch}: local memory"
+
+
+def check_pipeline(name: str, sass: str) -> None:
+    """Both sides are copied past the registers, 16 bytes at once or 4; other groups may be on their
+    way when the kernel waits for the oldest."""
+    copies = re.findall(r"\bLDGSTS\.E(?:\.\w+)*", sass)
+    wide = [copy for copy in copies if copy.endswith(".128")]
+    assert len(wide) >= TILE_VECTOR_LOADS, f"{name}: {len(wide)} copies of 128 bits"
+    assert len(copies) > len(wide), f"{name}: no copies of 32 bits"
+    assert re.search(r"\bHMMA\.", sass), name
+    waits = [int(n, 16) for n in re.findall(r"\bDEPBAR\.LE SB0, (0x[0-9a-f]+)", sass)]
+    assert max(waits) >= 1, f"{name} waits for all copies at once: {waits}"
 
 
 def check_overlap(name: str, arch: int, sass: str) -> None:

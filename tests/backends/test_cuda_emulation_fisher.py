@@ -22,7 +22,17 @@ from tests.helpers.cases import (
     same_bits,
 )
 from tests.helpers.emulated import kernels, poisoned
-from tests.helpers.fisher_limits import LAYERS, LIMIT_CASES, LIMITS, Kernel, both_orders
+from tests.helpers.fisher_limits import (
+    LAYERS,
+    LIMIT_CASES,
+    LIMITS,
+    PIPELINED,
+    PIPELINED_CASES,
+    PIPELINED_LONG,
+    TURNED,
+    Kernel,
+    both_orders,
+)
 
 ROOM = 64 << 20  # bytes of workspace
 CASES = [case for case in fisher_cases() if 0 not in case.shape]  # the op answers for the empty
@@ -53,6 +63,7 @@ def plan(
     dtype: torch.dtype,
     weighted: bool = False,
     room: int = ROOM,
+    tf32: bool = True,
 ) -> tuple[Kernel, int, int]:
     """The same for tensors that nobody reads."""
     nothing = torch.empty(1, dtype=dtype)
@@ -75,7 +86,7 @@ def plan(
         weight_dtype=torch.float32,
         input_channels_last=case.layout == "channels_last",
         grad_channels_last=case.grad_layout == "channels_last",
-        tf32=True,
+        tf32=tf32,
     )
     return planned(args, room)
 
@@ -104,7 +115,7 @@ def test_matches_float64(case: FisherCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", Kernel)
 def test_weight_of_the_inputs_dtype(kernel: Kernel, dtype: torch.dtype) -> None:
-    case = next(case for case, met in LIMITS if met == kernel)
+    case = next(case for case, met in (*PIPELINED, *LIMITS) if met == kernel)
     x, dy, weight = (t.to(dtype) for t in random_fisher_inputs(case, dtype))
     got = fisher(x, dy, case, weight)
     assert_close(got, *fisher_reference64(x, dy, case, weight))
@@ -125,17 +136,101 @@ def test_tf32_rounds_factors_and_nothing_else(case: FisherCase) -> None:
 @pytest.mark.parametrize("case", LIMIT_CASES, ids=lambda case: case.name)
 def test_bits_do_not_depend_on_alignment(case: FisherCase, dtype: torch.dtype) -> None:
     x, dy, _ = random_fisher_inputs(case, dtype)
-    got = fisher(moved(x, 0), moved(dy, 0), case)
+    weight = torch.randn(case.size) if case in PIPELINED_CASES else None
+    got = fisher(moved(x, 0), moved(dy, 0), case, weight)
     for shifts in ((0, 0), (1, 2), (2, 1)):
-        assert same_bits(got, fisher(moved(x, shifts[0]), moved(dy, shifts[1]), case))
+        shifted = fisher(moved(x, shifts[0]), moved(dy, shifts[1]), case, weight)
+        assert same_bits(got, shifted)
 
 
 @pytest.mark.parametrize(("case", "kernel"), LIMITS, ids=lambda value: getattr(value, "name", None))
 def test_limits_meet_the_kernel_they_are_for(case: FisherCase, kernel: Kernel) -> None:
-    found, splits, _ = plan(case, torch.bfloat16)
-    assert found == kernel
+    tiles = kernel in (Kernel.TALL, Kernel.WIDE)
+    found, splits, _ = plan(case, torch.float32 if tiles else torch.bfloat16, tf32=not tiles)
+    assert found == kernel or (found < kernel == Kernel.SMALL)  # by one that copies
     assert splits > 1 or "splits" not in case.name
     assert plan(case, torch.bfloat16, room=1)[1:] == (1, 0)
+
+
+@pytest.mark.parametrize(("case", "kernel"), [*PIPELINED, *TURNED], ids=lambda v: v.name)
+def test_pipelined_shapes_meet_their_kernel(case: FisherCase, kernel: Kernel) -> None:
+    turned = case in dict(TURNED)
+    found, _, workspace = plan(case, torch.bfloat16)
+    assert found == kernel
+    assert workspace > 0 or not turned
+    without_room = plan(case, torch.bfloat16, room=1)
+    assert without_room == (Kernel.SMALL if turned else kernel, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=("squares", "filters"))
+def test_examples_are_turned_in_slices(weighted: bool, dtype: torch.dtype) -> None:
+    """A workspace for two or three examples: each slice adds to what those before it have left."""
+    case = FisherCase("slices", (8, 20, 6, 5), (40, 20, 3, 3), padding=(1, 1))
+    x, dy, weight = random_fisher_inputs(case, dtype)
+    scaled = weight if weighted else None
+    example = 2 * (20 + 40) * 30
+    for held in (1, 3):
+        room = 2 * (held * example)
+        kernel, _, workspace = plan(case, dtype, weighted, room)
+        assert kernel == Kernel.HALF_BLOCK
+        assert 0 < workspace <= room + 2 * 256  # each side begins at a boundary
+        got = fisher(x, dy, case, scaled, room=room)
+        assert_close(got, *fisher_reference64(x, dy, case, scaled))
+        assert same_bits(got, fisher(x, dy, case, scaled, room=room))
+
+
+@pytest.mark.parametrize("case", PIPELINED_LONG, ids=lambda case: case.name)
+def test_pipelined_sums_of_sums(case: FisherCase) -> None:
+    x, dy, _ = random_fisher_inputs(case, torch.float16)
+    assert plan(case, torch.float16, room=1)[0] == Kernel.HALF_BLOCK
+    assert_close(fisher(x, dy, case, room=1), *fisher_reference64(x, dy, case))
+
+
+@pytest.mark.parametrize(("case", "kernel"), [PIPELINED[1], PIPELINED[6]], ids=lambda v: v.name)
+def test_bits_do_not_depend_on_stages(case: FisherCase, kernel: Kernel) -> None:
+    """A GPU with less shared memory gets fewer, and launches no more than it has."""
+    case = case._replace(shape=(*case.shape[:2], 15, 10))  # spans, whose sums take memory too
+    x, dy, _ = random_fisher_inputs(case, torch.float16)
+    module = kernels()
+    expected = fisher(x, dy, case)
+    launched = []
+    for limit in (227 << 10, 110 << 10, 99 << 10):
+        module.set_shared_limit(limit)
+        try:
+            assert same_bits(expected, fisher(x, dy, case))
+        finally:
+            module.set_shared_limit(163 << 10)
+        launched.append(max(module.launched_shared()[-3:]))
+        assert launched[-1] <= limit
+    assert_close(expected, *fisher_reference64(x, dy, case))
+    assert kernel == Kernel.HALF_BLOCK or len(set(launched)) > 1
+
+
+@pytest.mark.parametrize(
+    ("case", "_"), [*PIPELINED[:2], PIPELINED[3], PIPELINED[6]], ids=lambda v: v.name
+)
+def test_a_missing_wait_or_barrier_would_show(case: FisherCase, _: Kernel) -> None:
+    """Copies land when they are waited for, and others see them after a barrier: without any of
+    them the kernel multiplies what is not there yet."""
+    x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
+    module = kernels()
+    for groups in (1, 2):
+        module.set_lax_waits(groups)
+        try:
+            assert fisher(x, dy, case).isnan().any(), f"waits for {groups} groups too few"
+        finally:
+            module.set_lax_waits(0)
+    reference = fisher_reference64(x, dy, case)
+    for barrier in range(2, 4):  # those of the first two stages
+        module.set_skipped_barrier(barrier)
+        try:
+            got = fisher(x, dy, case)
+        finally:
+            module.set_skipped_barrier(-1)
+        with pytest.raises(AssertionError, match="are off"):
+            assert_close(got, *reference)
+    assert_close(fisher(x, dy, case), *reference)
 
 
 @pytest.mark.parametrize(("case", "kernel"), LAYERS.items(), ids=lambda value: value.name)
@@ -144,7 +239,7 @@ def test_layers_get_their_kernel(case: FisherCase, kernel: Kernel) -> None:
         for weighted in (False, True):
             found, _, workspace = plan(layer, torch.bfloat16, weighted)
             assert found == kernel
-            assert workspace <= ROOM
+            assert workspace <= ROOM + 2 * 256
 
 
 #: Bits below the largest that a tensor core keeps, and the groups in which it takes a step.

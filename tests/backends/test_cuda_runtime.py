@@ -230,16 +230,18 @@ SHARED_CASES = [
 def test_a_kernel_is_allowed_its_most_shared_memory_once_per_device(kernels: ModuleType) -> None:
     """Not what each launch needs: another thread's smaller one could come in between."""
     launches = []
-    for device in (0, 1):
+    devices = (2, 3)  # on which no other test has launched
+    for device in devices:
         kernels.set_device(device)
         for case in (*SHARED_CASES, SHARED_CASES[0]):
             x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
             out = torch.empty(case.size)
             call = conv2d_fisher_args(x, dy, None, case.size, *case.geometry, False, out)
             before = len(kernels.launched_shared())
+            kernels.set_shared_limit(99 << 10)  # of sm_86
             emulated.run("conv2d_fisher", call)
             launches += kernels.launched_shared()[before:]
-    limits = kernels.shared_limits()
+    limits = [limit for limit in kernels.shared_limits() if limit[0] in devices]
     places = [(device, kernel) for device, kernel, _ in limits]
     assert len(places) == len(set(places)), "set more than once"
     most: dict[int, set[int]] = {}
@@ -247,6 +249,7 @@ def test_a_kernel_is_allowed_its_most_shared_memory_once_per_device(kernels: Mod
         most.setdefault(kernel, set()).add(size)
     assert all(len(sizes) == 1 for sizes in most.values()), "not the same on all devices"
     assert len(set(launches)) > 3, "the cases do not differ in what they need"
+    kernels.set_shared_limit(163 << 10)
     assert max(launches) <= max(size for _, _, size in limits) <= 99 << 10, "sm_86 has 99 KB"
 
 

@@ -1,6 +1,9 @@
 #include "common/ops.h"
 #include "cuda/conv2d_fisher/direct.cuh"
 #include "cuda/conv2d_fisher/implicit_gemm.cuh"
+#include "cuda/conv2d_fisher/launch_plan.cuh"
+#include "cuda/conv2d_fisher/pipelined_gemm.cuh"
+#include "cuda/conv2d_fisher/turn.cuh"
 #include "cuda/task_launch.cuh"
 
 namespace tk {
@@ -11,40 +14,60 @@ struct Conv2dFisher {  // for finish_kernel
   static constexpr int kSums = 1;
 };
 
+// What is launched of a plan: a slice of its examples, in so many blocks.
+struct Launch {
+  FisherKernel kernel;
+  FisherTask task;
+  int64_t blocks;
+  cudaStream_t stream;
+};
+
 template <class Product, class Tile>
-void launch_gemm(const FisherPlan& plan, cudaStream_t stream) {
-  launch_with_shared(Conv2dFisher::kName, stream, plan.blocks,
-                     TileMemory<Product, Tile>::shared(plan.task),
-                     fisher_gemm_kernel<Product, Tile>, plan.task);
+void launch_gemm(const Launch& to) {
+  launch_with_shared(Conv2dFisher::kName, to.stream, to.blocks,
+                     TileMemory<Product, Tile>::shared(to.task), fisher_gemm_kernel<Product, Tile>,
+                     to.task);
 }
 
-template <class Product>
-void launch_gemm(const FisherPlan& plan, cudaStream_t stream) {
-  switch (plan.kernel) {
-    case FisherKernel::tall:
-      return launch_gemm<Product, TallTile>(plan, stream);
-    case FisherKernel::wide:
-      return launch_gemm<Product, WideTile>(plan, stream);
-    default:
-      return launch_gemm<Product, SmallTile>(plan, stream);
-  }
+template <class Product, class Tile>
+void launch_pipelined(const Launch& to) {
+  using Memory = PipelineMemory<Product, Tile>;
+  const int limit = shared_limit(Conv2dFisher::kName) - int{sizeof(TilePlace)};
+  FisherTask task = to.task;
+  task.stages = static_cast<uint8_t>(Memory::stages(task, limit));
+  launch_with_shared(Conv2dFisher::kName, to.stream, to.blocks, Memory::shared(task, limit),
+                     fisher_pipelined_kernel<Product, Tile>, task);
 }
 
 template <bool kChannelsInside>
-void launch_gemm(const FisherPlan& plan, DType dtype, bool tf32, cudaStream_t stream) {
+void launch_tile(const Launch& to, DType dtype, bool tf32) {
   with_element(dtype, [&](auto element) {
     constexpr DType kType = decltype(element)::kType;
-    if (kType == DType::f32 && !tf32) return launch_gemm<Fma<kChannelsInside>>(plan, stream);
-    launch_gemm<Mma<kType, kChannelsInside>>(plan, stream);
+    if (kType == DType::f32 && !tf32) {
+      using Product = Fma<kChannelsInside>;
+      if (to.kernel == FisherKernel::tall) return launch_gemm<Product, TallTile>(to);
+      if (to.kernel == FisherKernel::wide) return launch_gemm<Product, WideTile>(to);
+      return launch_gemm<Product, SmallTile>(to);
+    }
+    using Product = Mma<kType, kChannelsInside>;
+    if (to.kernel == FisherKernel::block) return launch_pipelined<Product, BlockTile>(to);
+    if constexpr (kType == DType::f32) {
+      if (to.kernel == FisherKernel::wide) return launch_gemm<Product, WideTile>(to);
+    } else if constexpr (kChannelsInside) {
+      if (to.kernel == FisherKernel::half_block) {
+        return launch_pipelined<Product, HalfBlockTile>(to);
+      }
+    }
+    launch_gemm<Product, SmallTile>(to);
   });
 }
 
 template <class E>
-void launch_direct(const FisherPlan& plan, cudaStream_t stream) {
+void launch_direct(const Launch& to) {
   const auto start = [&](auto* kernel) {
-    launch(Conv2dFisher::kName, stream, plan.blocks, kernel, plan.task);
+    launch(Conv2dFisher::kName, to.stream, to.blocks, kernel, to.task);
   };
-  switch (plan.kernel) {
+  switch (to.kernel) {
     case FisherKernel::depthwise:
       return start(fisher_direct_kernel<E, 1, kDirectColumns, int32_t>);
     case FisherKernel::square:
@@ -54,8 +77,14 @@ void launch_direct(const FisherPlan& plan, cudaStream_t stream) {
   }
 }
 
-void launch_direct(const FisherPlan& plan, DType dtype, cudaStream_t stream) {
-  with_element(dtype, [&](auto element) { launch_direct<decltype(element)>(plan, stream); });
+// Turns some examples of `from`, of which this is the first, to where `to` has them.
+void turn_side(const FisherTask& task, FisherSide from, const FisherSide& to, int64_t rows,
+               int64_t pixels, int64_t first, int64_t element, cudaStream_t stream) {
+  from.data = static_cast<const char*>(from.data) + first * from.example * element;
+  TurnTask turned = {from, to, task.groups, rows, to.group, pixels, 0, 0};
+  turned.row_tiles = static_cast<uint32_t>(divide_up(to.group, kTurnSide));
+  turned.pixel_tiles = static_cast<uint32_t>(divide_up(pixels, kTurnSide));
+  turn(Conv2dFisher::kName, stream, element, turned, task.batch);
 }
 
 // The results' parts are a table whose rows finish_kernel adds.
@@ -80,36 +109,66 @@ void conv2d_fisher_cuda(const Conv2dFisherArgs& args, const Allocate& allocate, 
 // As many examples at a time as leave their parts in the workspace.
 void conv2d_example_norms_cuda(const Conv2dFisherArgs& args, const Allocate& allocate,
                                void* stream) {
-  const int64_t parts = plan_norms(args).parts;
-  const int64_t room = parts > 1 ? kWorkspaceBytes / int64_t{sizeof(float)} : kMaxBlocks;
-  const int64_t share = std::min(args.batch, std::max<int64_t>(1, room / parts));
-  void* workspace = workspace_of(parts > 1 ? share * parts : 0, allocate);
-  const int64_t x = args.groups * args.channels * args.image.h * args.image.w;
-  const int64_t dy = args.groups * args.filters * args.out_image.h * args.out_image.w;
-  for (int64_t first = 0; first < args.batch; first += share) {
+  const FisherPlan whole = plan_norms(args, kWorkspaceBytes);
+  const int64_t room =
+      whole.parts > 1 ? kWorkspaceBytes / int64_t{sizeof(float)} / whole.parts : kMaxBlocks;
+  const int64_t share = std::min(whole.slice, std::max<int64_t>(1, room));
+  const auto share_at = [&](int64_t first) {
     Conv2dFisherArgs some = args;
+    const int64_t x = args.groups * args.channels * args.image.h * args.image.w;
+    const int64_t dy = args.groups * args.filters * args.out_image.h * args.out_image.w;
     some.batch = std::min(share, args.batch - first);
     some.input = static_cast<const char*>(args.input) + first * x * size_of(args.dtype);
     some.grad_output =
         static_cast<const char*>(args.grad_output) + first * dy * size_of(args.dtype);
     some.out = static_cast<float*>(args.out) + first;
-    run_fisher(plan_norms(some), some, workspace, stream);
+    return some;
+  };
+  const int64_t floats = plan_norms(share_at(0), kWorkspaceBytes).workspace_floats();
+  void* workspace = workspace_of(floats, allocate);
+  for (int64_t first = 0; first < args.batch; first += share) {
+    const Conv2dFisherArgs some = share_at(first);
+    run_fisher(plan_norms(some, kWorkspaceBytes), some, workspace, stream);
   }
 }
 
-void run_fisher(FisherPlan plan, const Conv2dFisherArgs& args, void* workspace, void* stream) {
-  auto* on = static_cast<cudaStream_t>(stream);
+void run_fisher(const FisherPlan& plan, const Conv2dFisherArgs& args, void* workspace,
+                void* stream) {
+  const int64_t element = size_of(args.dtype);
   auto* out = static_cast<float*>(args.out);
   auto* parts = static_cast<float*>(workspace);
-  plan.task.out = plan.parts > 1 ? parts : out;
-  if (plan.is_direct()) {
-    launch_direct(plan, args.dtype, on);
-  } else if (plan.channels_inside) {
-    launch_gemm<true>(plan, args.dtype, args.tf32, on);
-  } else {
-    launch_gemm<false>(plan, args.dtype, args.tf32, on);
+  Launch next = {plan.kernel, plan.task, 0, static_cast<cudaStream_t>(stream)};
+  FisherTask& task = next.task;
+  float* turned = parts + plan.part_floats();
+  if (plan.turns_x) task.x.data = turned;
+  if (plan.turns_x) turned += turned_floats(task.x, plan.slice, element);
+  if (plan.turns_dy) task.dy.data = turned;
+  task.out = plan.parts > 1 ? parts : out;
+  for (int64_t first = 0; first < plan.task.batch; first += plan.slice) {
+    task.batch = std::min(plan.slice, plan.task.batch - first);
+    next.blocks = plan.tiles * divide_up(task.batch, task.split);
+    if (plan.turns_x) {
+      turn_side(task, plan.x, task.x, task.channels, args.image.h * args.image.w, first, element,
+                next.stream);
+    } else if (first > 0) {
+      task.x.data = static_cast<const char*>(task.x.data) + plan.slice * task.x.example * element;
+    }
+    if (plan.turns_dy) {
+      turn_side(task, plan.dy, task.dy, task.filters, task.positions, first, element, next.stream);
+    } else if (first > 0) {
+      task.dy.data =
+          static_cast<const char*>(task.dy.data) + plan.slice * task.dy.example * element;
+    }
+    if (plan.is_direct()) {
+      with_element(args.dtype, [&](auto e) { launch_direct<decltype(e)>(next); });
+    } else if (plan.channels_inside) {
+      launch_tile<true>(next, args.dtype, args.tf32);
+    } else {
+      launch_tile<false>(next, args.dtype, args.tf32);
+    }
+    task.adds = true;
   }
-  if (plan.parts > 1) finish(plan, parts, out, on);
+  if (plan.parts > 1) finish(plan, parts, out, next.stream);
 }
 
 }  // namespace tk

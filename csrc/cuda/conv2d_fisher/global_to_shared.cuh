@@ -80,6 +80,10 @@ class PositionsChunk : Fetched<E, kRows> {
   static constexpr int kPitch = kRowBytes + 16;
   static constexpr int kRowStep = kPitch;
   static constexpr int kBytes = kPitch * kRows;
+  static constexpr bool kRounded = true;  // as a Product has it
+
+  // The byte where a row's 16 bytes begin that are the vector-th.
+  static __device__ int at(int row, int vector) { return row * kPitch + vector * 16; }
 
   __device__ void fetch_dy(const FisherTask& task, const Raw* from, int rows, int begin) {
     fetch_matrix(task.dy, from, rows, begin, narrow(task.positions));
@@ -188,6 +192,10 @@ class ChannelsChunk : Fetched<E, kRows> {
   static constexpr int kPitch = (kRows + 8) * int{sizeof(Raw)};
   static constexpr int kRowStep = int{sizeof(Raw)};
   static constexpr int kBytes = kPitch * kChunk<E>;
+  static constexpr bool kRounded = true;
+
+  // The byte of a row at a position.
+  static __device__ int at(int row, int position) { return position * kPitch + row * kRowStep; }
 
   __device__ void fetch_dy(const FisherTask& task, const Raw* from, int rows, int begin) {
     if (task.dy.bytes == 16) return fetch_filters<kSize>(task, from, rows, begin);

@@ -3,7 +3,7 @@
 // where all offsets inside an example fit it, else int64_t.
 #pragma once
 
-#include "cuda/conv2d_fisher/launch_plan.cuh"
+#include "cuda/conv2d_fisher/fisher_task.cuh"
 #include "cuda/row_reduce.cuh"
 #include "cuda/vector_load.cuh"
 
@@ -19,18 +19,22 @@ struct alignas(4 * sizeof(Int)) Column {
   Int h;       // and how far below and right of that pixel
   Int w;
   Int entry;  // of a filter's weights
+
+  __device__ bool exists() const { return h != kOutside<Int>; }
 };
 
 // Columns are counted by channel, then tap, as weights are, or by tap, then channel.
 template <bool kTapsFirst, class Int>
 __device__ Column<Int> column_at(const FisherTask& task, Int index) {
-  if (index >= task.columns) return {0, kOutside<Int>, kOutside<Int>, 0};
+  constexpr Column<Int> kNone = {0, kOutside<Int>, kOutside<Int>, 0};
+  if (index >= task.tile_columns()) return kNone;
   const auto taps = static_cast<Int>(task.taps);
-  const auto inner = kTapsFirst ? static_cast<Int>(task.channels) : taps;
+  const auto inner = kTapsFirst ? static_cast<Int>(task.padded_channels) : taps;
   const auto kernel_w = static_cast<Int>(task.kernel.w);
   const auto outer = static_cast<Int>(quotient(index, inner));
   const Int tap = kTapsFirst ? outer : index - outer * inner;
   const Int channel = kTapsFirst ? index - outer * inner : outer;
+  if (kTapsFirst && channel >= task.channels) return kNone;
   const auto i = static_cast<Int>(quotient(tap, kernel_w));
   const Int h = i * static_cast<Int>(task.dilation.h);
   const Int w = (tap - i * kernel_w) * static_cast<Int>(task.dilation.w);
@@ -59,7 +63,7 @@ struct Pixel {
     h = row * static_cast<Int>(task.stride.h) - static_cast<Int>(task.padding.h);
     w = column * static_cast<Int>(task.stride.w) - static_cast<Int>(task.padding.w);
     offset = (h * static_cast<Int>(task.image.w) + w) * static_cast<Int>(task.x.pixel);
-    if (position >= task.positions) h = -kOutside<Int>;
+    if (position >= static_cast<Int>(task.positions)) h = -kOutside<Int>;
   }
 
   __device__ bool inside(const FisherTask& task, const Column<Int>& column) const {

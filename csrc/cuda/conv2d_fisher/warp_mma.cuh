@@ -1,10 +1,11 @@
-// What a warp does with a staged chunk: sums[f][c] += Σ_p dy[f][p] · x[c][p] for its 32 filters and
-// 16 or 32 columns. A Product is a struct:
+// What a warp does with a staged chunk: sums[f][c] += Σ_p dy[f][p] · x[c][p] for its 32 or 64
+// filters and 16 or 32 columns. A Product is a struct:
 //   Chunk<kRows>   how either side is staged
 //   kSpan          positions that its sums may add up
 //   rounded()      a word of elements, as they are staged
 //   row(i), column(j)  the filter and the column of a lane's sums[i][j]
-//   multiply()     of the chunk at `a` and `b`, where the warp's first filter and column begin
+//   Operand        what lanes read of a side, from the warp's first filter or column on
+//   multiply()     of the chunk whose sides are staged at `a` and `b`
 #pragma once
 
 #include "cuda/conv2d_fisher/global_to_shared.cuh"
@@ -12,7 +13,6 @@
 
 namespace tk {
 
-constexpr int kLaneFilters = 4;
 constexpr int kSteps = kRowBytes / 32;  // of tensor cores, to a chunk
 
 __device__ inline int lane() { return threadIdx.x % kWarp; }
@@ -37,22 +37,72 @@ struct Mma : ProductTypes<kType, kInside> {
   static __device__ int row(int i) { return i * 8 + lane() / 4; }
   static __device__ int column(int j) { return j / 2 * 8 + lane() % 4 * 2 + j % 2; }
 
-  template <int kPitchA, int kPitchB, int kColumns>
-  static __device__ void multiply(float (&sums)[kLaneFilters][kColumns], const char* a,
-                                  const char* b) {
+  // The four matrices of 8 rows by 16 bytes that 16 rows hold at a step, in the order that mma
+  // takes them: of filters first the two at the same positions, of columns those of the same rows.
+  // Where a lane finds them is computed once; from there on steps and rows lie at distances that
+  // are constants, but where vectors are swapped. Then there are as many places as they differ.
+  template <class Chunk, int kRows, bool kFilters>
+  class Operand {
+    static constexpr bool kWords = kInside && kType == DType::f32;
+    static constexpr int kPlaces = kWords ? 4 : kInside ? kRows / 16 : kSteps;
+    int places_[kPlaces];
+
+    static __device__ int row_of(int matrix) { return 8 * (kFilters ? matrix % 2 : matrix / 2); }
+    static __device__ int half_of(int matrix) { return kFilters ? matrix / 2 : matrix % 2; }
+
+   public:
+    __device__ explicit Operand(int first) {
+      const int matrix = lane() / 8;
+      const int row = first + row_of(matrix);
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i) {
+        if constexpr (kWords) {
+          places_[i] = Chunk::at(first + 8 * i + lane() / 4, lane() % 4);
+        } else if constexpr (kInside) {
+          places_[i] = Chunk::at(row + 16 * i, 8 * half_of(matrix) + lane() % 8);
+        } else {
+          places_[i] = Chunk::at(row + lane() % 8, 2 * i + half_of(matrix));
+        }
+        if (!kWords) keep(places_[i]);  // eight more would not fit sm_80's registers
+      }
+    }
+
+    // Of 16 rows, the block-th.
+    __device__ void load(uint32_t (&words)[4], const char* stage, int block, int step) const {
+      if constexpr (kWords) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int rows = 2 * block + row_of(i) / 8;
+          const char* from = stage + places_[rows % 4] + Chunk::at(rows / 4 * 32, 0) +
+                             Chunk::at(0, 8 * step + 4 * half_of(i));
+          words[i] = *reinterpret_cast<const uint32_t*>(from);
+        }
+      } else if constexpr (kInside) {
+        load_matrices_transposed(words, stage + places_[block] + Chunk::at(0, 16 * step));
+      } else {
+        load_matrices(words, stage + places_[step] + Chunk::at(16 * block, 0));
+      }
+      if constexpr (!Chunk::kRounded) {
+#pragma unroll
+        for (uint32_t& word : words) word = rounded(word);
+      }
+    }
+  };
+
+  template <class Filters, class Columns, int kFilters, int kColumns>
+  static __device__ void multiply(float (&sums)[kFilters][kColumns], const Filters& from_a,
+                                  const char* a, const Columns& from_b, const char* b) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      uint32_t filters[kLaneFilters / 2][4];
+      uint32_t filters[kFilters / 2][4];
 #pragma unroll
-      for (int i = 0; i < kLaneFilters / 2; ++i) {
-        load_16<kPitchA, true>(filters[i], a, step, i);
-      }
+      for (int i = 0; i < kFilters / 2; ++i) from_a.load(filters[i], a, i, step);
 #pragma unroll
       for (int j = 0; j < kColumns / 4; ++j) {
         uint32_t columns[4];
-        load_16<kPitchB, false>(columns, b, step, j);
+        from_b.load(columns, b, j, step);
 #pragma unroll
-        for (int i = 0; i < kLaneFilters / 2; ++i) {
+        for (int i = 0; i < kFilters / 2; ++i) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = 4 * j + 2 * half;
@@ -71,30 +121,6 @@ struct Mma : ProductTypes<kType, kInside> {
     if constexpr (kType == DType::bf16) mma_bf16(d0, d1, d2, d3, a, b0, b1);
     if constexpr (kType == DType::f32) mma_tf32(d0, d1, d2, d3, a, b0, b1);
   }
-
-  // The four matrices of 8 rows by 16 bytes that 16 rows hold at a step, in the order that mma
-  // takes them: of filters first the two at the same positions, of columns those of the same rows.
-  template <int kPitch, bool kFilters>
-  static __device__ void load_16(uint32_t (&words)[4], const char* stage, int step, int block) {
-    const auto row = [=](int matrix) {
-      return 16 * block + 8 * (kFilters ? matrix % 2 : matrix / 2);
-    };
-    const auto half = [](int matrix) { return kFilters ? matrix / 2 : matrix % 2; };
-    if constexpr (!kInside) {
-      const int from = (row(lane() / 8) + lane() % 8) * kPitch;
-      load_matrices(words, stage + from + 32 * step + 16 * half(lane() / 8));
-    } else if constexpr (kType != DType::f32) {
-      const int position = 16 * step + 8 * half(lane() / 8) + lane() % 8;
-      load_matrices_transposed(words, stage + position * kPitch + row(lane() / 8) * 2);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int position = 8 * step + 4 * half(i) + lane() % 4;
-        const char* from = stage + position * kPitch + (row(i) + lane() / 4) * 4;
-        words[i] = *reinterpret_cast<const uint32_t*>(from);
-      }
-    }
-  }
 };
 
 // In float32 throughout, for f32.
@@ -110,10 +136,23 @@ struct Fma : ProductTypes<DType::f32, kInside> {
     return kInside ? j / 4 * 16 + lane() % 4 * 4 + j % 4 : j * 4 + lane() % 4;
   }
 
-  template <int kPitchA, int kPitchB, int kColumns>
-  static __device__ void multiply(float (&sums)[kLaneFilters][kColumns], const char* a,
-                                  const char* b) {
+  template <class Chunk, int, bool>
+  struct Operand {
+    static constexpr int kPitch = Chunk::kPitch;
+    int first;  // byte
+
+    __device__ explicit Operand(int row) : first(row * Chunk::kRowStep) {}
+  };
+
+  template <class Filters, class Columns, int kLaneFilters, int kColumns>
+  static __device__ void multiply(float (&sums)[kLaneFilters][kColumns], const Filters& from_a,
+                                  const char* a, const Columns& from_b, const char* b) {
+    static_assert(kLaneFilters == 4);
+    constexpr int kPitchA = Filters::kPitch;
+    constexpr int kPitchB = Columns::kPitch;
     constexpr int kPositions = kRowBytes / 4;
+    a += from_a.first;
+    b += from_b.first;
     if constexpr (kInside) {
 #pragma unroll
       for (int p = 0; p < kPositions; ++p) {

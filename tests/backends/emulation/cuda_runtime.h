@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulated_copies.h"
+
 #define __host__
 #define __device__
 #define __global__ static
@@ -55,6 +57,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool running = false;
   bool waiting = false;  // for the rest of the block
+  int barriers = 0;      // of the block, that it has come to
+  Copies copies;
 };
 
 struct Barrier {
@@ -67,6 +71,8 @@ inline unsigned arrived;  // threads of the block, at its barrier
 inline Barrier warp_barriers[32];
 inline std::function<void()> body;
 inline std::vector<char> dynamic_shared;
+inline Copies& copies() { return fibers[threadIdx.x]->copies; }
+inline int skipped_barrier = -1;  // that no thread waits at, so that tests see what it is there for
 
 inline void pass(jmp_buf& from, jmp_buf& to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
@@ -132,7 +138,11 @@ inline bool run_warp(unsigned warp) {
 inline void run_block(size_t shared) {
   dynamic_shared.assign(shared + kGuard, '\xff');
   while (fibers.size() < blockDim.x) fibers.push_back(std::make_unique<Fiber>());
-  for (unsigned i = 0; i < blockDim.x; ++i) fibers[i]->running = true;
+  for (unsigned i = 0; i < blockDim.x; ++i) {
+    fibers[i]->running = true;
+    fibers[i]->barriers = 0;
+    fibers[i]->copies = {};
+  }
   const unsigned warps = (blockDim.x + 31) / 32;
   for (bool running = true; running;) {
     running = false;
@@ -179,7 +189,10 @@ inline bool may_read(const void* from, size_t bytes) {
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::wait_for_block(); }
+inline void __syncthreads() {
+  if (emulation::fibers[threadIdx.x]->barriers++ == emulation::skipped_barrier) return;
+  emulation::wait_for_block();
+}
 
 inline float __shfl_xor_sync(unsigned, float value, int distance) {
   return emulation::exchange(value)[threadIdx.x % 32 ^ distance];

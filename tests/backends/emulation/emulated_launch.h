@@ -26,6 +26,7 @@ struct Limit {
   int bytes;
 };
 inline std::vector<Limit> limits;
+inline int shared_limit = 163 << 10;      // of a block, on every device: an A100's
 inline std::vector<int> launched_shared;  // bytes of every launch
 
 inline int limit_of(const void* kernel) {
@@ -65,6 +66,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::shared_limit;
+  return cudaSuccess;
+}
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {

@@ -38,10 +38,13 @@ int fisher(py::handle record, int64_t workspace_bytes, py::handle workspace) {
   const int64_t weight = args.groups * args.filters * args.channels * args.kernel.h *
                          args.kernel.w * tk::size_of(args.weight_dtype);
   emulation::faults = 0;
+  const tk::FisherPlan plan = tk::plan_fisher(args, workspace_bytes);
+  void* room = tk::data_of(workspace);
   emulation::readable = {{args.input, args.batch * x * tk::size_of(args.dtype)},
                          {args.grad_output, args.batch * dy * tk::size_of(args.dtype)},
-                         {args.weight, args.weight ? weight : 0}};
-  tk::run_fisher(tk::plan_fisher(args, workspace_bytes), args, tk::data_of(workspace), nullptr);
+                         {args.weight, args.weight ? weight : 0},
+                         {room, plan.workspace_floats() * int64_t{sizeof(float)}}};
+  tk::run_fisher(plan, args, room, nullptr);
   emulation::run_pending();
   emulation::readable.clear();
   return emulation::faults;
@@ -93,9 +96,12 @@ PYBIND11_MODULE(emulated, m) {
   m.def("set_function_error",
         [](int error) { emulation::function_error = static_cast<cudaError_t>(error); });
   m.def("take_last_error", [] { return static_cast<int>(cudaGetLastError()); });
+  m.def("set_lax_waits", [](int groups) { emulation::lax_waits = groups; });
+  m.def("set_skipped_barrier", [](int barrier) { emulation::skipped_barrier = barrier; });
   m.def("synchronize", &emulation::run_pending);
   m.def("set_ptx_version", [](int version) { emulation::ptx_version = version; });
   m.def("early_launches", [] { return emulation::early_launches; });
+  m.def("set_shared_limit", [](int bytes) { emulation::shared_limit = bytes; });
   m.def("shared_limits", &shared_limits);
   m.def("launched_shared", [] { return emulation::launched_shared; });
   m.def("allow_shared_on_threads", &allow_shared_on_threads);

@@ -16,6 +16,23 @@ inline void wait_for_last_kernel() { emulation::wait_for_last_kernel(); }
 
 inline char* dynamic_shared() { return emulation::dynamic_shared.data(); }
 
+inline void keep(int&) {}
+
+template <int kBytes>
+void copy_to_shared(char* to, const void* from, bool present) {
+  static_assert(kBytes == 16 || kBytes == 4);
+  if ((to - dynamic_shared()) % kBytes) ++emulation::faults;
+  const bool reads = present && emulation::may_read(from, kBytes);
+  emulation::copies().begin(to, reads ? from : nullptr, kBytes);
+}
+
+inline void end_copies() { emulation::copies().end_group(); }
+
+template <int kPending>
+void wait_for_copies() {
+  emulation::copies().wait_for_all_but(kPending);
+}
+
 inline void load_matrices(uint32_t (&words)[4], const char* row) {
   const unsigned lane = threadIdx.x % 32;
   const auto rows = emulation::exchange(row);
