@@ -167,28 +167,42 @@ C = 8
 def check(rule: MirrorRule, before: Tensors, after: Tensors) -> None:
     """Each tensor that a step wrote is within C roundings of float64, the parameter within those
     of its dtype."""
-    expected, terms = step64(rule, before), _terms(rule, before)
+    expected = step64(rule, before)
+    terms = _terms(rule, before, expected.second)
+    slope = max(rule.beta, rule.next_beta)
+    added = {"param": terms, "value": terms}
+    if rule.update == "jacobian":
+        # A rounding of β·value moves an exponential by as much relative to it, and the Jacobian by
+        # β times that; the next projection multiplies what this moves the value by.
+        assert before.value is not None
+        added["value"] = terms * (1 + slope * (1 + before.value.double().abs().amax(0)))
+        added["param"] = added["value"] * (1 + slope) * max(rule.scale, 1.0)
     for name, got, wanted in zip(Tensors._fields, after, expected, strict=True):
         if wanted is None or name == "grad":
             continue
         got = got.flatten() if name == "param" else got
         eps = torch.finfo(got.dtype).eps if name == "param" else 0.0
         unit = EPS32 if before.param.dtype != torch.float64 else 2**-52
-        size = 1 + wanted.abs() + (terms if name in ("param", "value") else 0.0)
-        bound = C * (1 + max(rule.beta, rule.next_beta)) * unit * size + eps * (1 + wanted.abs())
+        size = 1 + wanted.abs() + added.get(name, 0.0)
+        bound = C * (1 + slope) * unit * size + eps * (1 + wanted.abs())
         off = (got.double() - wanted).abs()
         assert (off <= bound).all(), f"{label(rule)} {name}: {(off / bound).max():.2f} of the bound"
 
 
-def _terms(rule: MirrorRule, given: Tensors) -> Tensor | float:
-    """What a step adds up that is no quotient: |η g| + |η m|, [elements]."""
-    if rule.direction == "adam" or rule.update == "jacobian":
-        return 0.0
-    terms = rule.rate * rule.scale * given.grad.double().flatten().abs()
-    if rule.direction == "momentum":
+def _terms(rule: MirrorRule, given: Tensors, second: Tensor | None) -> Tensor:
+    """The sizes of what a step adds up, [elements]: |η g| + |η m|, both over √v + ε for Adam.
+
+    Args:
+        second: v after the step.
+    """
+    g = rule.scale * given.grad.double().flatten().abs()[None]
+    if rule.direction != "gradient":
         assert given.first is not None
-        terms = terms + rule.rate * given.first.double().abs().sum(0)
-    return terms
+        adam = rule.direction == "adam"
+        g = rule.decay * given.first.double().abs() + (1 - rule.decay if adam else 1) * g
+    if second is not None:
+        g = g / (second.sqrt() + rule.eps)
+    return rule.rate * g.sum(0)
 
 
 def check_projections(rule: MirrorRule, each: Sequence[Tensors], backend: str) -> None:
