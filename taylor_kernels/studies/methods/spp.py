@@ -242,25 +242,27 @@ WAYS = {
 
 
 def table(result: Json) -> Table:
-    def midway(runs: Sequence[Json]) -> str:
-        masks = ("drawn", "expected", "thresholded")
-        if not runs[0].get("midway"):
-            return "–"
-        return " / ".join(percent([run["midway"][mask] for run in runs][:1]) for mask in masks)
+    def recoveries(runs: Sequence[Json]) -> str:
+        return f"{mean(run['recoveries'] for run in runs):.0f}" if "recoveries" in runs[0] else "–"
 
-    return accuracy_table(
-        result,
-        {
-            "FLOPs": lambda runs: f"{100 * mean(run['macs'] for run in runs):.0f}%",
-            "recoveries": lambda runs: (
-                f"{mean(run['recoveries'] for run in runs):.0f}" if "recoveries" in runs[0] else "–"
-            ),
-            "midway: drawn / expected / thresholded": midway,
-        },
+    def midway(runs: Sequence[Json]) -> str:
+        seen = runs[0].get("midway") or {}
+        return " / ".join(percent([value]) for value in seen.values()) or "–"
+
+    columns = {
+        "FLOPs": lambda runs: f"{100 * mean(run['macs'] for run in runs):.0f}%",
+        "recoveries": recoveries,
+    }
+    caption = (
         "Accuracy on the test split, mean and range over three seeds; all ways have the same "
-        "epochs in all. Midway: of seed 0, behind a fifth of the epochs of pruning, under each "
-        "kind of mask.",
+        "epochs in all."
     )
+    if any(run.get("midway") for run in result["runs"] if run["seed"] == 0):
+        columns["midway: drawn / expected / thresholded"] = midway
+        caption += (
+            " Midway: of seed 0, behind a fifth of the epochs of pruning, under each kind of mask."
+        )
+    return accuracy_table(result, columns, caption)
 
 
 def summary(result: Json) -> dict[str, str]:
