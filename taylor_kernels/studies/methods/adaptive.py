@@ -22,12 +22,10 @@ from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.blocks import remove_blocks
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.studies.data import minibatches
+from taylor_kernels.studies.methods.adaptive_plot import plot
 from taylor_kernels.studies.methods.pages import (
     accuracy_table,
     means,
-    problems_of,
-    runs_of,
-    ways_of,
 )
 from taylor_kernels.studies.methods.problems import DATA, NETWORKS
 from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
@@ -43,7 +41,6 @@ from taylor_kernels.studies.training import (
 from taylor_kernels.tracing import Channels, trace
 
 if TYPE_CHECKING:
-    from taylor_kernels.studies.plotting import Plot, Theme
     from taylor_kernels.studies.report import Table
     from taylor_kernels.studies.results import Json
 
@@ -248,31 +245,6 @@ def table(result: Json) -> Table:
     )
 
 
-def plot(result: Json) -> Plot:
-    """What each way keeps of each convolution, of the first seed."""
-    from matplotlib.figure import Figure
-
-    def drawn(theme: Theme) -> Figure:
-        problems = problems_of(result)
-        drawing = Figure(figsize=(10.5, 3.4 * len(problems)), layout="constrained")
-        for ax, problem in zip(
-            drawing.subplots(len(problems), squeeze=False)[:, 0], problems, strict=True
-        ):
-            for way in ways_of(result):
-                runs = runs_of(result, way, problem)
-                if runs and way != "dense":
-                    kept = [100 * left / count for _, left, count in runs[0]["filters"]]
-                    ax.plot(kept, marker="o", markersize=3, linewidth=1.2, label=way)
-            ax.set_title(", ".join(problem))
-            ax.set_ylabel("filters kept, %")
-            ax.set_xlabel("convolution, in the order of the network")
-            ax.set_ylim(bottom=0)
-            ax.legend(loc="lower left")
-        return drawing
-
-    return drawn
-
-
 def summary(result: Json) -> dict[str, str]:
     full = dict(means(result, "dense", "accuracy"))
     accuracies = [
@@ -282,7 +254,7 @@ def summary(result: Json) -> dict[str, str]:
     kept = [share for _, share in means(result, ADAPTIVE, "params")]
     return {
         "accuracy": "; ".join(accuracies),
-        "compression": f"{1 / max(kept):.1f}–{1 / min(kept):.1f}× fewer parameters",
+        "compression": f"{1 / max(kept):.1f}× of the parameters",
     }
 
 
