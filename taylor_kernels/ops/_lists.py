@@ -229,7 +229,7 @@ def _split(table: Tensor, counts: list[int]) -> Sequence[Tensor]:
 
 def _apart(table: Tensor, counts: list[int]) -> list[Tensor]:
     """The same parts of the same memory, but autograd does not keep them together as views of one
-    tensor, which takes longer than all else in a call: no part reaches into another, and the whole
+    tensor, which takes longer: no part reaches into another, and the whole
     is not handed out."""
     return list(torch.unsafe_split_with_sizes(table, counts)) if len(counts) > 1 else [table]
 
