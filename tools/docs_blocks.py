@@ -40,6 +40,7 @@ from tools.issue_slots_block import BEFORE, NOW, issue_slots_block
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
+from tools.step_block import STEP, step_block
 from tools.stream_block import STREAM, stream_block
 from tools.zoo_block import ZOO, zoo_block
 
@@ -212,6 +213,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
+    "step": lambda: step_block(json.loads((ROOT / STEP).read_text())),
     "stream": lambda: stream_block(json.loads((ROOT / STREAM).read_text())),
     "study": lambda: study_block(study()),
     "study-targets": study_targets,

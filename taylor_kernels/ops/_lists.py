@@ -92,7 +92,7 @@ def tables(
         if finish is not None:
             for packed, _ in direct:
                 finish(packed)
-        found = [list(_split(packed, counts)) for packed, counts in direct]
+        found = [_apart(packed, counts) for packed, counts in direct]
     else:
         found = _through_the_dispatcher(
             op, weights, others, groups, axes, draw, sums, backend, finish
@@ -225,6 +225,13 @@ def _filters(
 
 def _split(table: Tensor, counts: list[int]) -> Sequence[Tensor]:
     return torch.split_with_sizes(table, counts) if len(counts) > 1 else [table]
+
+
+def _apart(table: Tensor, counts: list[int]) -> list[Tensor]:
+    """The same parts of the same memory, but autograd does not keep them together as views of one
+    tensor, which takes longer: no part reaches into another, and the whole
+    is not handed out."""
+    return list(torch.unsafe_split_with_sizes(table, counts)) if len(counts) > 1 else [table]
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:

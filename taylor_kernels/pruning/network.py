@@ -165,8 +165,7 @@ class Network:
 
     def _found_shapes(self) -> dict[str, torch.Size | None]:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
-        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.model.named_buffers(remove_duplicate=False))
+        tensors = _named_tensors(self.model)
         names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
 
@@ -341,3 +340,20 @@ class Network:
             self.meter.leave(block)
         self._masks.set(self.channels, self.dead)
         self._set_block_masks()
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by all of their names, sooner than `named_parameters()` gives
+    them: every step asks."""
+    found: dict[str, Tensor] = {}
+    left = [("", model)]
+    while left:
+        prefix, module = left.pop()
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    found[prefix + name] = tensor
+        for name, child in module._modules.items():
+            if child is not None:
+                left.append((f"{prefix}{name}.", child))
+    return found
