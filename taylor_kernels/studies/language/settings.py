@@ -47,7 +47,7 @@ class LanguageSettings(StudySettings):
         kinds: names of `KINDS`.
         fractions: of each kind's units that go, in (0, 1).
         draws: how often `random` is drawn.
-        quick: a small model, a minute in all.
+        quick: a small model, in some minutes.
     """
 
     out: Path = Path("runs/language")
