@@ -3,8 +3,9 @@
     python -m tools.docs_blocks            # rewrites the pages that differ
     python -m tools.docs_blocks --check    # exits with 1 if one does
 
-`python -m bench` and `python -m bench.study` keep their results themselves; those of `make demo`
-are kept by `cp runs/demo/result.json bench/results/demo/`. Then this.
+`python -m bench` and `python -m bench.study` keep their results themselves. Those of `make demo`
+and `taylor-kernels language` are kept by copying result.json, and language.png, from runs/demo and
+runs/language to bench/results/. Then this.
 
 Tables of criteria and statistics come from the package's own registries, figures from
 bench/results, the example from examples/. A test compares all of them.
@@ -37,6 +38,14 @@ from tools.door_blocks import (
     overhead_block,
 )
 from tools.issue_slots_block import BEFORE, NOW, issue_slots_block
+from tools.language_block import (
+    LANGUAGE,
+    language_block,
+    language_findings,
+    language_method_block,
+    language_row,
+    language_speed_block,
+)
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
 from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
@@ -97,6 +106,11 @@ def demo() -> dict[str, Any]:
 
 
 @cache
+def language() -> dict[str, Any]:
+    return json.loads((ROOT / LANGUAGE).read_text())
+
+
+@cache
 def bench_results(path: Path) -> Results:
     results = load(ROOT / path)
     results.path = path  # as it is quoted
@@ -127,7 +141,7 @@ def bench_targets() -> str:
 
 
 def results() -> str:
-    """The README's four rows: what, how much, measured on what, and the file it stands in."""
+    """The README's rows: what, how much, measured on what, and the file it stands in."""
     rows = [
         [what, figure, where, f"`{source.as_posix()}`"] for what, figure, where, source in _rows()
     ]
@@ -182,6 +196,7 @@ def _rows() -> Iterator[tuple[str, str, str, Path]]:
         "CPU, 2 threads, 32 images of 32²",
         CPU,
     )
+    yield language_row(language())
 
 
 _TWO = ("taylor_fo_bn", "taylor_so_diag")
@@ -208,6 +223,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "issue-slots": lambda: issue_slots_block(
         *(json.loads((ROOT / path).read_text()) for path in (BEFORE, NOW))
     ),
+    "language": lambda: language_block(language()),
+    "language-findings": lambda: language_findings(language(), study()),
+    "language-method": lambda: language_method_block(language()),
+    "language-speed": lambda: language_speed_block(language()),
     "methods": methods_table,
     "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,

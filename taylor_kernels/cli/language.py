@@ -19,7 +19,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Folder for the report and what is finished.")] = Path(
         "runs/language"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="A small model: two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small model, in some minutes.")] = False,
     criteria: Annotated[
         list[str] | None,
         typer.Option(

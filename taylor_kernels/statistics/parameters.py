@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -316,6 +317,16 @@ class Random(Statistic):
     same_draws = True
 
     seed = 0
+
+    @classmethod
+    @contextmanager
+    def seeded(cls, seed: int) -> Iterator[None]:
+        """Inside, what is made draws from this seed: to compare with several draws."""
+        before, cls.seed = cls.seed, seed
+        try:
+            yield
+        finally:
+            cls.seed = before
 
     def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
         super().__init__(model, layers, backend)

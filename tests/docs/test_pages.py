@@ -14,7 +14,7 @@ from torch import nn
 import taylor_kernels as tk
 from tests.helpers import ROOT
 from tests.integrations.conftest import library
-from tools import docs_picture
+from tools import docs_picture, language_picture
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -105,6 +105,14 @@ def test_the_picture_is_of_the_kept_study():
     for theme in docs_picture.THEMES:
         mark = f"<!-- figures: {docs_picture.digest(found)} -->"
         assert mark in docs_picture.path(theme).read_text(), "run python -m tools.docs_picture"
+
+
+def test_the_picture_is_of_the_kept_language_models():
+    for theme in language_picture.THEMES:
+        text = language_picture.path(theme).read_text()
+        assert language_picture.mark(language_picture.kept()) in text, (
+            "run python -m tools.language_picture"
+        )
 
 
 def test_every_public_name_has_its_place_in_the_reference():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
+from taylor_kernels.statistics import Random
 from taylor_kernels.studies.digest import digest_tensors
 from taylor_kernels.studies.language.kinds import KINDS, Scoring, prune
 from taylor_kernels.studies.language.network import ByteLlama, Sizes
@@ -118,12 +119,12 @@ class Measurement:
 
     def _measured(self, dense: nn.Module, cell: Cell, file: Path | None) -> Json:
         start, model = time.perf_counter(), copy.deepcopy(dense)
-        torch.manual_seed(self.seed + 1000 * cell.draw)  # `random` draws from it
         windows = minibatches(self.text.train, self.recipe.scored, _SCORED + self.seed)
-        pruner, gone = prune(
-            model, KINDS[cell.kind], cell.fraction, cell.criterion, self._example, windows,
-            self.recipe.scoring,
-        )  # fmt: skip
+        with Random.seeded(self.seed + cell.draw):
+            pruner, gone = prune(
+                model, KINDS[cell.kind], cell.fraction, cell.criterion, self._example, windows,
+                self.recipe.scoring,
+            )  # fmt: skip
         masked = self._exact(model)
         with warnings.catch_warnings():  # the optimizer of recovery is made afterwards
             warnings.filterwarnings("ignore", r"compact\(\) has put new parameters")

@@ -1,11 +1,14 @@
-"""Perplexity against what is gone: a column for each kind, as pruned above, trained on below."""
+"""Perplexity against what is gone: a column for each kind, as pruned above, trained on below.
+
+Each panel has an axis of its own: kinds differ by orders of magnitude.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure as Drawing
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from taylor_kernels.studies.language.findings import STAGES, chosen
 from taylor_kernels.studies.plotting import Plot, Theme, series_style
@@ -22,7 +25,7 @@ def curves(result: Json) -> Plot:
     def drawn(theme: Theme) -> Drawing:
         kinds = result["settings"]["kinds"]
         drawing = Drawing(figsize=(2.25 * len(kinds) + 0.6, 5.2), layout="constrained")
-        grid = drawing.subplots(len(STAGES), len(kinds), sharex=True, sharey="row", squeeze=False)
+        grid = drawing.subplots(len(STAGES), len(kinds), sharex=True, squeeze=False)
         for row, stage in zip(grid, STAGES, strict=True):
             for panel, kind in zip(row, kinds, strict=True):
                 _panel(panel, theme, result, kind, stage)
@@ -53,7 +56,9 @@ def _panel(panel: Axes, theme: Theme, result: Json, kind: str, stage: str) -> No
         low, high = ([2 ** end(v) for v in values] for end in (min, max))
         panel.fill_between(places, low, high, color=style["color"], alpha=0.15, lw=0)
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(MaxNLocator(6))
+    bottom, top = panel.get_ylim()
+    wide = top > 10 * bottom
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)) if wide else MaxNLocator(5))
+    panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xticks([100 * fraction for fraction in fractions])

@@ -21,7 +21,7 @@ FRACTIONS = (0.2, 0.3, 0.5)
 FULL = Recipe(
     sizes=Sizes(),
     dense=Schedule(steps=700, lr=2e-3),
-    recovery=Schedule(steps=20, lr=3e-4, windows=2),
+    recovery=Schedule(steps=20, lr=1e-4, windows=2),
     scored=Schedule(steps=0, lr=0.0, windows=8, length=128),
     scoring=Scoring(),
     judged=16,
@@ -47,7 +47,7 @@ class LanguageSettings(StudySettings):
         kinds: names of `KINDS`.
         fractions: of each kind's units that go, in (0, 1).
         draws: how often `random` is drawn.
-        quick: a small model, a minute in all.
+        quick: a small model, in some minutes.
     """
 
     out: Path = Path("runs/language")

@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib", reason="the study draws")
 pytest.importorskip("safetensors", reason="the study keeps models")
 
 import taylor_kernels as tk
+from taylor_kernels.statistics import Random
 from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.language import findings, measure, settings
 from taylor_kernels.studies.language.kinds import KINDS, Scoring, prune
@@ -133,6 +134,8 @@ def test_the_study_from_end_to_end(tiny, capsys):
         assert cell["parameters"] < result["dense"]["parameters"]
         assert 0 < cell["bits"] < 20
         assert 0 < cell["recovered"] < 20
+    one, other = findings.chosen(result, "feed-forward", 0.5, "random")
+    assert one["bits"] != other["bits"]  # other neurons have gone
     models = result["speed"]["models"]
     assert len(models) == 1 + len(KINDS) * len(fractions)
     for name, one in models.items():
@@ -257,3 +260,19 @@ def test_the_order_of_criteria_is_said_as_it_is():
     assert "`magnitude_l2` is better than `taylor_fo` by 0.50 bits" in width
     assert "Alike: `taylor_fo` and `random`" in width
     assert findings.differences(result, "bits") == [("width", 0.5)]
+
+
+def test_draws_are_others_under_another_seed():
+    model = ByteLlama(SIZES)
+
+    def drawn() -> torch.Tensor:
+        importance = tk.Importance(model, "random")
+        importance.update()
+        scores = importance.compute()
+        importance.close()
+        return torch.cat(list(scores.values()))
+
+    first = drawn()
+    with Random.seeded(1):
+        assert not torch.equal(drawn(), first)
+    assert torch.equal(drawn(), first)
