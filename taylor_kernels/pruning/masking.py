@@ -138,8 +138,8 @@ def check_unmasked(model: nn.Module) -> None:
             what = "router" if isinstance(kept[0], KeptExperts) else "norm"
             raise ValueError(
                 f"model: its {what} {name!r} is run on the channels that an earlier Pruner has "
-                "kept; compact() with that one first. A copy of such a model cannot be pruned: compact() "
-                "the one it is a copy of, and copy that"
+                "kept; compact() with that one first. A copy of such a model cannot be pruned: "
+                "compact() the one it is a copy of, and copy that"
             )
     hooks: list[object] = [
         hook for module in model.modules() for hook in module._forward_pre_hooks.values()
