@@ -54,7 +54,7 @@ def find_mixtures(record: Record, modules: Mapping[str, nn.Module]) -> list[Mixt
         if len(beside) != 1 or beside[0] not in record.ran:
             continue
         experts = beside[0]
-        parts = tuple(f"{experts}.{leaf}" for leaf in modules[experts]._parameters)
+        parts = tuple(f"{experts}.{leaf}" for leaf, _ in modules[experts]._parameters.items())
         keys = [(f"{name}.weight", 0), *((part, 0) for part in parts)]
         if not all(key in places for key in keys):
             continue  # a parameter that is another's too
@@ -80,13 +80,13 @@ def _counts(module: nn.Module) -> tuple[int, int]:
 
 
 def _is_router(module: nn.Module) -> bool:
-    own = module._parameters
+    own = dict(module._parameters.items())  # of a ScriptModule it is no dict
     count, top_k = _counts(module)
     weight = own.get("weight")
     return (
         weight is not None
         and set(own) == {"weight"}
-        and not module._modules
+        and not list(module.children())
         and top_k > 0
         and weight.dim() == 2
         and weight.size(0) == count
@@ -94,7 +94,7 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _are_experts(module: nn.Module, count: int) -> bool:
-    own = module._parameters.values()
+    own = [parameter for _, parameter in module._parameters.items()]
     stacked = [p is not None and p.dim() > 1 and p.size(0) == count for p in own]
     return bool(stacked) and all(stacked) and vars(module).get("num_experts") == count
 
