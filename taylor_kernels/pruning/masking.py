@@ -15,6 +15,7 @@ from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_sta
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.shards import fill_part
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.multihead import unpack_examples
 
 #: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
 Fills = list[tuple[int, Tensor, float]]
@@ -66,7 +67,10 @@ class Masks:
         self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
-        self._norms = keep_only(dict(self._model.named_modules()), channels, dead)
+        modules = dict(self._model.named_modules())
+        for name in (*channels.kept_by_norms(dead), *channels.attributes(dead)):
+            unpack_examples(modules, name)
+        self._norms = keep_only(modules, channels, dead)
 
     def zero_gradients(self) -> None:
         """Zero the masked entries of gradients again, where others write them after backward().

@@ -40,8 +40,9 @@ class Channels:
         layers: layer -> the classes of its input and output channels, as the layer counts them.
         macs: parameter -> the multiply-adds of the run that its entries took part in, each one as
             many as the others.
-        bare: of the layers those that are none of PyTorch's: bare weights, which are named by the
-            parameter -> the parameters and the dimension of each along which the outputs lie.
+        bare: of the layers those that are no convolution or linear layer: weights that code uses
+            by itself, named by the parameter, or by the module whose `weight` it is; and experts,
+            by the module -> the parameters, and the dimension of each along which the outputs lie.
         outside: layer -> the module that uses its weight without calling the layer.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in

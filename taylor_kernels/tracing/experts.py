@@ -54,7 +54,7 @@ def find_mixtures(record: Record, modules: Mapping[str, nn.Module]) -> list[Mixt
         if len(beside) != 1 or beside[0] not in record.ran:
             continue
         experts = beside[0]
-        parts = tuple(f"{experts}.{leaf}" for leaf in modules[experts]._parameters)
+        parts = tuple(f"{experts}.{leaf}" for leaf, _ in modules[experts]._parameters.items())
         keys = [(f"{name}.weight", 0), *((part, 0) for part in parts)]
         if not all(key in places for key in keys):
             continue  # a parameter that is another's too
@@ -81,14 +81,14 @@ def _counts(module: nn.Module) -> tuple[int, int]:
 
 def _is_router(module: nn.Module) -> bool:
     count, top_k = _counts(module)
-    if top_k <= 0 or module._modules:
+    if top_k <= 0 or list(module.children()):
         return False
     own = list(module.named_parameters(recurse=False))
     return len(own) == 1 and own[0][0] == "weight" and own[0][1].shape[:-1] == (count,)
 
 
 def _are_experts(module: nn.Module, count: int) -> bool:
-    own = module._parameters.values()
+    own = [parameter for _, parameter in module._parameters.items()]
     stacked = [p is not None and p.dim() > 1 and p.size(0) == count for p in own]
     return bool(stacked) and all(stacked) and vars(module).get("num_experts") == count
 

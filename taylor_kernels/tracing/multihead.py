@@ -211,15 +211,22 @@ def prunable_attention(model: nn.Module) -> Iterator[None]:
 def follow_attention(modules: Mapping[str, nn.Module], name: str) -> None:
     """An attention, or its `out_proj`, of this name is about to get other widths.
 
-    It takes on the class that can have them. An nn.TransformerEncoder around it packs padded
-    examples only for PyTorch's fused path, which is closed from now on.
+    It takes on the class that can have them.
+    """
+    for candidate in (name, name.rpartition(".")[0]):
+        if type(modules.get(candidate)) is nn.MultiheadAttention:
+            modules[candidate].__class__ = PrunedMultiheadAttention
+            unpack_examples(modules, candidate)
+
+
+def unpack_examples(modules: Mapping[str, nn.Module], name: str) -> None:
+    """An nn.TransformerEncoder around this module packs padded examples no more.
+
+    It does so for PyTorch's fused inference path alone, which a module that is cut, or is run on
+    some of its channels, has left: other modules cannot read what is packed.
     """
     parts = name.split(".")
-    for candidate in (name, ".".join(parts[:-1])):
-        if type(modules.get(candidate)) is not nn.MultiheadAttention:
-            continue
-        modules[candidate].__class__ = PrunedMultiheadAttention
-        for n in range(len(parts)):
-            around = modules.get(".".join(parts[:n]))
-            if isinstance(around, nn.TransformerEncoder):
-                around.use_nested_tensor = False
+    for n in range(len(parts)):
+        around = modules.get(".".join(parts[:n]))
+        if isinstance(around, nn.TransformerEncoder):
+            around.use_nested_tensor = False

@@ -120,3 +120,38 @@ def test_a_checkpoint_is_resumed(tmp_path):
     step(model, optimizer)
     step(again, other)
     assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+class Padded(nn.Module):
+    """An encoder that is given examples of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.enter, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.body = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.head(self.body(self.enter(x), src_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("ignore", [[], ["enter"], ["*self_attn*"]], ids=str)
+def test_inference_on_padded_examples_while_masked(ignore):
+    """PyTorch packs them for a fused path that knows of no masks."""
+    torch.manual_seed(0)
+    model, x = Padded().double(), torch.randn(3, 6, 4, dtype=torch.float64)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[0, -2:] = True
+    pruner = tk.Pruner(
+        model, (x, padding), "magnitude_l2", params=0.8, every=1, per_step=0.1, ignore=ignore
+    )
+    while not pruner.done:
+        pruner.step()
+    expected = model.eval()(x, padding)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, padding), expected, rtol=0, atol=1e-10)
+        twin = copy.deepcopy(model)
+        torch.testing.assert_close(twin(x, padding), expected, rtol=0, atol=1e-10)
+        with pytest.warns(UserWarning, match="new parameters"):
+            pruner.compact()
+        torch.testing.assert_close(model(x, padding), expected, rtol=0, atol=1e-10)
