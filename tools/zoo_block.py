@@ -43,7 +43,7 @@ def _row(name: str, one: dict[str, Any]) -> list[str]:
     return [
         name + size,
         f"{one['prunable']} of {one['layers']}",
-        f"{100 * one['flops']:.1f}%",
+        f"{100 * one['flops']:.1f}%" if "flops" in one else "–",  # not measured in older runs
         ms(seconds["forward_backward"]),
         f"{seconds['build'] / seconds['forward_backward']:.1f}×",
         f"{seconds['trace'] / seconds['forward']:.1f}×",
