@@ -11,8 +11,8 @@ from bench.markdown import ms, table
 #: Relative to the repository; `python -m tools.zoo_table` writes it.
 ZOO = Path("bench/results/zoo/result.json")
 HEAD = (
-    "network", "layers that can be pruned", "forward + backward, ms", "building a pruner",
-    "tracing", "parameters left", "masked − removed",
+    "network", "layers that can be pruned", "of the FLOPs", "forward + backward, ms",
+    "building a pruner", "tracing", "parameters left", "masked − removed",
 )  # fmt: skip
 #: Why the last layer of nearly every network stays.
 OUTPUT = "reaches the output of the model"
@@ -43,6 +43,7 @@ def _row(name: str, one: dict[str, Any]) -> list[str]:
     return [
         name + size,
         f"{one['prunable']} of {one['layers']}",
+        f"{100 * one['flops']:.1f}%" if "flops" in one else "–",  # not measured in older runs
         ms(seconds["forward_backward"]),
         f"{seconds['build'] / seconds['forward_backward']:.1f}×",
         f"{seconds['trace'] / seconds['forward']:.1f}×",

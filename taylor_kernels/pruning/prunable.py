@@ -105,8 +105,12 @@ def find_prunable(
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     unscored = _unscored(layers, channels.outside, reads, reads_bare)
-    groups, skipped = choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
-    channels = channels.offering(groups)
+
+    def choose(channels: Channels) -> tuple[list[Group], dict[str, str]]:
+        return choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
+
+    groups, skipped = choose(channels)
+    whole, channels = channels, channels.offering(groups)
     chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
     if verify and (groups or chosen):
         unreached = layers.keys() - channels.layers.keys()
@@ -115,6 +119,14 @@ def find_prunable(
         chosen, found_blocks = sound_blocks(trial, chosen)
         others |= found_blocks
         found = unsound(trial, chosen)
+        wrong = {slot.owner for number in found for slot in groups[number].producers}
+        # What could not go alone may go with what has the same width by the code's own words.
+        if wrong and (other := whole.coupled(plain, wrong)) is not None:
+            more, stay = choose(other)
+            trial.channels = other.offering(more)
+            left = unsound(trial, chosen)
+            if _filters(more, left) > _filters(groups, found):
+                channels, groups, skipped, found = trial.channels, more, stay, left
         for number, reason in found.items():
             skipped |= {slot.owner: reason for slot in groups[number].producers}
         groups = [group for number, group in enumerate(groups) if number not in found]
@@ -154,6 +166,11 @@ def find_prunable(
         ],
         blocks=tuple(chosen),
     )
+
+
+def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
+    """The filters of the groups in which no fault was found."""
+    return sum(g.size * g.filters_per_unit for n, g in enumerate(groups) if n not in found)
 
 
 def _unscored(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
-from taylor_kernels.tracing.record import NORM, Reason, Record, Step, Vector
+from taylor_kernels.tracing.multihead import prunable_attention
+from taylor_kernels.tracing.record import NORM, Join, Reason, Record, Step, Vector
 from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import counted, resolve
 from taylor_kernels.tracing.running import tensors_of_modules
@@ -276,6 +277,36 @@ class Channels:
         if self._record.values is None:
             raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
         return find_blocks(self._record.values, model, self._layers)
+
+    def coupled(self, model: nn.Module, layers: Collection[str]) -> Channels | None:
+        """The channels where sizes that code wrote down are those of other tensors.
+
+        `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
+        tensor that the code had at hand and that is as wide, so that both lose the same channels.
+
+        Args:
+            model: the traced model or a copy of it.
+            layers: only sizes that count channels which one of these layers makes.
+
+        Returns:
+            None where there are no such sizes.
+        """
+        asked = np.zeros(self._why.size, bool)
+        for name in layers:
+            asked[self._layers[name][1]] = True
+        asked[0] = False
+        joins = []
+        for echo in self._record.echoes:
+            mine = self._label[echo.vector]
+            others = (o for o in echo.others if not np.array_equal(self._label[o], mine))
+            other = next(others, None)
+            if other is not None and (asked[mine].any() or asked[self._label[other]].any()):
+                joins.append(Join(echo.vector, other, echo.where, len(self._record.fixed)))
+        if not joins:
+            return None
+        record = replace(self._record, joins=[*self._record.joins, *joins])
+        with prunable_attention(model):
+            return Channels(record, dict(model.named_modules()))
 
     def leaving(self, blocks: Sequence[Block]) -> Channels:
         """The channels of the model without these blocks.

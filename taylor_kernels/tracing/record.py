@@ -197,6 +197,23 @@ class Size:
     weak: bool
 
 
+@dataclass(frozen=True)
+class Echo:
+    """A size that code wrote down, where tensors that it had at hand are as wide.
+
+    `y.reshape(n, c, -1)` may have c from y or from another tensor, which has to stay as wide then.
+
+    Attributes:
+        vector: what is given the size.
+        others: what else has it, in the order in which it was met.
+        where: module and operation.
+    """
+
+    vector: Vector
+    others: tuple[Vector, ...]
+    where: tuple[str, str]
+
+
 @dataclass
 class Record:
     """Everything that a run says about its atoms.
@@ -222,6 +239,7 @@ class Record:
     products: list[Product] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
+    echoes: list[Echo] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)

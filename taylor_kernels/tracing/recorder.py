@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,7 @@ from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store, has_atoms
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
-from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.record import Echo, Reason, Record, Vector
 from taylor_kernels.tracing.values import Values
 
 
@@ -175,6 +176,7 @@ class Recorder(TorchDispatchMode):
         self.flow = Flow(self)
         self.across = AcrossNorms(self)
         self.stack: list[tuple[str, nn.Module]] = []
+        self._met: list[list[Labels]] = [[]]  # by each running module, the code outside at first
         self.touched = touched
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
@@ -188,6 +190,7 @@ class Recorder(TorchDispatchMode):
         if self.record.values is not None:
             self.record.values.enter(module, name, args)
         self.stack.append((name, module))
+        self._met.append([self.labels(value) for value in args if isinstance(value, Tensor)])
         self.record.ran.add(name)
 
     def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -195,8 +198,10 @@ class Recorder(TorchDispatchMode):
         self.across.leave(module, self._names.get(module, ""), kwargs, output)
         if self.record.values is not None:
             self.record.values.leave(module, kwargs, output)
-        while self.stack and self.stack.pop()[1] is not module:
-            pass
+        while self.stack:
+            self._met.pop()
+            if self.stack.pop()[1] is module:
+                break
 
     @property
     def module(self) -> str:
@@ -241,6 +246,18 @@ class Recorder(TorchDispatchMode):
         owner = name.rpartition(".")[0]
         return "" if owner.startswith("parametrizations.") else owner.split(".parametrizations.")[0]
 
+    def echo(self, vector: Vector, where: tuple[str, str]) -> None:
+        """The running module's code has given these the size that they have, as a number."""
+        found: list[Vector] = []
+        for labels in self._met[-1]:
+            for other in labels.dims:
+                if other is None or other is vector or other.size != vector.size:
+                    continue
+                if not any(np.array_equal(other, one) for one in (vector, *found)):
+                    found.append(other.copy())
+        if found:
+            self.record.echoes.append(Echo(vector.copy(), tuple(found), where))
+
     # Operations
 
     @classmethod
@@ -264,6 +281,7 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         call = Call(self, func, known, args, kwargs)
+        self._met[-1] += call.labels.values()
         written: list[Tensor] = []
         for name in known.written:
             written += tensors_of(call.args.get(name))

@@ -24,6 +24,7 @@ class Verdict:
     Attributes:
         layers: convolution and linear layers, and weights that no layer holds.
         prunable: those of them that filters can be removed from.
+        flops: fraction of the layers' multiply-adds that these take.
         reasons: why the rest cannot -> how many layers; numbers in names are dropped.
         left: fraction of the parameters that is left.
         reached: the target is met.
@@ -32,6 +33,7 @@ class Verdict:
 
     layers: int
     prunable: int
+    flops: float
     reasons: dict[str, int]
     left: float
     reached: bool
@@ -59,6 +61,17 @@ def reasons(model: nn.Module, pruner: tk.Pruner) -> dict[str, int]:
         if name not in pruner.widths
     )
     return dict(found.most_common())
+
+
+def flops_share(pruner: tk.Pruner) -> float:
+    """The part of the multiply-adds of all weights that the layers take that can be pruned."""
+    macs = pruner._prunable.channels.macs
+    can = sum(
+        count
+        for name, count in macs.items()
+        if not {name, name.rpartition(".")[0]}.isdisjoint(pruner.widths)
+    )
+    return can / sum(macs.values())
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -127,7 +140,7 @@ def prune(
     Raises:
         AssertionError: training does not go on as it should.
     """
-    before = reasons(model, pruner), len(pruner.widths)
+    before = reasons(model, pruner), len(pruner.widths), flops_share(pruner)
     known = {*layers(model), *pruner.widths, *pruner.skipped}
     model.train()
     for _ in range(40):
@@ -153,6 +166,7 @@ def prune(
     return Verdict(
         layers=len(known),
         prunable=before[1],
+        flops=before[2],
         reasons=before[0],
         left=cost / whole,
         reached=pruner.done,

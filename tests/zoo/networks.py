@@ -88,7 +88,7 @@ NETWORKS: dict[str, Network] = {
     "vit": _hf("vit", 13),
     "swin": _hf("swin", 14),
     "convnext": _hf("convnext", 16),
-    "segformer": _hf("segformer", 28),
+    "segformer": _hf("segformer", 40),
     "whisper": _hf("whisper", 15),
     "hf_resnet": _hf("hf_resnet", 10),
     "clip": _hf("clip", 16),

@@ -140,6 +140,25 @@ def adaptive_norm() -> nn.Module:
     )  # fmt: skip
 
 
+def reduced_attention() -> nn.Module:
+    """PVT's and SegFormer's: keys and values of a smaller image, made as wide as the stream."""
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        batch, _, width = x.shape
+        y = self.reduce(x.transpose(1, 2).reshape(batch, width, 4, 4))
+        y = self.norm(y.reshape(batch, width, -1).transpose(1, 2))
+        q, k, v = self.query(x)[:, None], self.key(y)[:, None], self.value(y)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)[:, 0]
+        return self.leave(x + self.project(y))
+
+    return Run(
+        forward, enter=nn.Linear(4, 12), reduce=nn.Conv2d(12, 12, 2, 2), norm=nn.LayerNorm(12),
+        query=nn.Linear(12, 8), key=nn.Linear(12, 8), value=nn.Linear(12, 10),
+        project=nn.Linear(10, 12), leave=nn.Linear(12, 3),
+    )  # fmt: skip
+
+
 def same_twice() -> nn.Module:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         y = self.enter(x)
@@ -271,6 +290,9 @@ STRUCTURES: dict[str, Structure] = {
     "adaptive_norm": _of(
         adaptive_norm, "enter", "condition", "project", "down", "leave",
         inputs=lambda: (_tokens(), torch.randn(1, 5)), params=0.8,
+    ),
+    "reduced_attention": _of(
+        reduced_attention, "leave", inputs=lambda: torch.randn(1, 16, 4)
     ),
     "same_twice": _of(same_twice, "leave"),
     "padded_shortcut": _of(padded_shortcut, "leave"),

@@ -73,9 +73,11 @@ def reshaped(
         zero = all(old.zero[i] for i in labelled)
         if len(ours) == 1 and len(theirs) == 1:
             place, vector = theirs[0], old.dims[ours[0]]
+            assert vector is not None
             new.dims[place], new.zero[place] = vector, zero
             if place not in inferred:
-                tie(call, new.shape[place], vector, index=1, weak=True)
+                if not tie(call, new.shape[place], vector, index=1, weak=True) and vector.size > 1:
+                    call.recorder.echo(vector, call.where)
                 if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
                     call.refuse(vector, "becomes as many groups of one, or stays what it is")
             continue

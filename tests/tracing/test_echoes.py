@@ -1,0 +1,71 @@
+"""Sizes that code takes from another tensor: what they count goes with that tensor's channels."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from taylor_kernels.tracing import trace
+from tests.zoo import judging
+
+#: Ways to write the width of one tensor into a reshape of another, which is as wide.
+WAYS = {
+    "reshape": lambda y, x: y.reshape(len(y), x.size(1), -1),
+    "view": lambda y, x: y.contiguous().view(y.size(0), x.shape[1], -1),
+    "constant batch": lambda y, x: y.reshape(-1, x.size(1), y.size(2) * y.size(3)),
+    "split space": lambda y, x: y.reshape(*x.shape[:2], 2, -1).flatten(2),
+}
+
+
+class Reduced(nn.Module):
+    """Layers one after another, each reshaped to the width that went into it."""
+
+    def __init__(self, way, width, depth):
+        super().__init__()
+        self.way = way
+        self.enter = nn.Conv2d(3, width, 1)
+        self.layers = nn.ModuleList(Reduce(way, width) for _ in range(depth))
+        self.leave = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.leave(x.mean((2, 3)))
+
+
+class Reduce(nn.Module):
+    def __init__(self, way, width):
+        super().__init__()
+        self.way, self.conv = way, nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        y = self.way(self.conv(x).relu(), x)
+        return y.unflatten(2, (-1, 4)).tanh()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", range(3))
+def test_they_are_pruned_together(way, seed):
+    draw = random.Random(f"{way} {seed}")
+    torch.manual_seed(seed)
+    model = Reduced(WAYS[way], draw.randint(5, 12), draw.randint(1, 3))
+    x = torch.randn(1, 3, 4, 4)
+    pruner, optimizer = judging.new_pruner(model, x, 0.6)
+    assert list(pruner.skipped) == ["leave"]
+    verdict = judging.prune(model, x, pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12
+
+
+def test_a_size_of_ones_own_couples_nothing():
+    model = Reduced(lambda y, x: y.reshape(len(y), y.size(1), -1), 8, 2)
+    x = torch.randn(1, 3, 4, 4)
+    pruner, _ = judging.new_pruner(model, x, 0.6)
+    assert list(pruner.skipped) == ["leave"]
+    # Each layer's filters go as they are ranked, in a group of their own.
+    assert len(pruner._prunable.groups) == 3
+    assert trace(model, x).coupled(model, ["leave"]) is None
