@@ -22,7 +22,7 @@ namespace py = pybind11;
 // The kernel that is chosen, its splits of the examples, and the bytes of its workspace.
 std::tuple<int, int64_t, int64_t> fisher_plan(py::handle record, int64_t workspace_bytes) {
   tk::Conv2dFisherArgs args;
-  tk::read_call(record, 0, args);
+  tk::read_call(record, args);
   const tk::FisherPlan plan = tk::plan_fisher(args, workspace_bytes);
   return {static_cast<int>(plan.kernel), plan.splits,
           plan.workspace_floats() * int64_t{sizeof(float)}};
@@ -32,7 +32,7 @@ std::tuple<int, int64_t, int64_t> fisher_plan(py::handle record, int64_t workspa
 // tensors.
 int fisher(py::handle record, int64_t workspace_bytes, py::handle workspace) {
   tk::Conv2dFisherArgs args;
-  tk::read_call(record, 0, args);
+  tk::read_call(record, args);
   const int64_t x = args.groups * args.channels * args.image.h * args.image.w;
   const int64_t dy = args.groups * args.filters * args.out_image.h * args.out_image.w;
   const int64_t weight = args.groups * args.filters * args.channels * args.kernel.h *
