@@ -1,4 +1,4 @@
-"""What a result says: perplexities, their order, and where it is not that of image networks."""
+"""What a result says: perplexities, the sizes that they are of, and which criterion comes first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from taylor_kernels.studies.results import Json
 
-#: Bits a byte below which two criteria are called alike: of this order is what another start of the
-#: minibatches changes.
-ALIKE = 0.02
-#: The order of the study on digits with half of the filters gone and no training in between.
-IMAGES = ("Taylor", "magnitude", "random")
+#: What is compared: Taylor scores with the two others.
+FAMILIES = ("Taylor", "magnitude", "random")
 #: As pruned, and after training on: the keys of a cell.
 STAGES = {"bits": "as pruned", "recovered": "trained on"}
 
@@ -28,6 +25,30 @@ def chosen(result: Json, kind: str, fraction: float, criterion: str) -> list[Jso
 def bits(result: Json, kind: str, fraction: float, criterion: str, stage: str) -> float:
     """Mean bits a byte over the draws."""
     return mean(cell[stage] for cell in chosen(result, kind, fraction, criterion))
+
+
+def sizes(result: Json, kind: str, fraction: float) -> dict[str, list[float]]:
+    """Criterion -> the shares of the parameters that are left, one for each draw."""
+    dense = result["dense"]["parameters"]
+    return {
+        name: [cell["parameters"] / dense for cell in chosen(result, kind, fraction, name)]
+        for name in result["settings"]["criteria"]
+    }
+
+
+def in_percent(shares: Sequence[float]) -> str:
+    """Their range in whole percents; one number where that is one."""
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    return f"{low}%" if low == high else f"{low}–{high}%"
+
+
+def unequal(result: Json, kind: str, fraction: float) -> dict[str, str]:
+    """Criterion -> the share of the parameters that is left; empty where it is the same of all.
+
+    Whole units go, and a branch is a large one, of attention another than of a feed-forward layer.
+    """
+    found = {name: in_percent(each) for name, each in sizes(result, kind, fraction).items()}
+    return found if len(set(found.values())) > 1 else {}
 
 
 def perplexity(bits_a_byte: float) -> str:
@@ -45,16 +66,16 @@ def family(criterion: str) -> str:
 
 
 def one_of_each(criteria: Sequence[str]) -> dict[str, str]:
-    """Family -> the first criterion of it, of the families that image networks have an order of."""
+    """Family -> the first criterion of it, of the families that are compared."""
     found: dict[str, str] = {}
     for criterion in criteria:
-        if family(criterion) in IMAGES:
+        if family(criterion) in FAMILIES:
             found.setdefault(family(criterion), criterion)
-    return {name: found[name] for name in IMAGES if name in found}
+    return {name: found[name] for name in FAMILIES if name in found}
 
 
 def remarks(result: Json) -> list[str]:
-    """A sentence or two for each kind at its largest fraction, and on the order of criteria."""
+    """A sentence or two for each kind at its largest fraction, and on which criterion is first."""
     settings = result["settings"]
     fraction = settings["fractions"][-1]
     said = []
@@ -65,42 +86,46 @@ def remarks(result: Json) -> list[str]:
                 name: bits(result, kind, fraction, name, stage) for name in settings["criteria"]
             }
             values = ", ".join(f"`{n}` {perplexity(b)}" for n, b in found.items())
-            order = _order(settings["criteria"], found)
-            parts.append(f"{words.capitalize()}: {values}. {order}".strip())
+            parts.append(f"{words.capitalize()}: {values}. {_order(result, kind, stage)}".strip())
+        if shares := unequal(result, kind, fraction):
+            each = ", ".join(f"`{name}` {share}" for name, share in shares.items())
+            parts.append(f"Not models of one size; of the parameters are left: {each}.")
         said.append(f"**{kind}, {fraction:.0%} gone.** {' '.join(parts)}")
     return said
 
 
-def _order(criteria: Sequence[str], found: dict[str, float]) -> str:
-    """How an order compares with that of image networks."""
-    names = one_of_each(criteria)
-    if len(names) < 2:
-        return ""
-    other, alike = [], []
-    for better, worse in combinations(names.values(), 2):
-        gap = found[worse] - found[better]
-        if abs(gap) <= ALIKE:
-            alike.append(f"`{better}` and `{worse}`")
-        elif gap < 0:
-            other.append(f"`{worse}` is better than `{better}` by {-gap:.2f} bits")
-    parts = []
-    if other:
-        parts.append(f"Not the order of image networks: {'; '.join(other)}.")
-    if alike:
-        parts.append(f"Alike: {'; '.join(alike)}.")
-    return " ".join(parts) or "The order of image networks."
+def _order(result: Json, kind: str, stage: str) -> str:
+    """Taylor scores beside the others, and these beside each other where random ones are better."""
+    cell = (kind, result["settings"]["fractions"][-1])
+    names = one_of_each(result["settings"]["criteria"])
+    said: dict[str, list[str]] = {}
+    for one, other in combinations(names.values(), 2):
+        gap = _gap(result, *cell, one, other, stage)
+        if gap == 0 or (gap > 0 and family(one) != "Taylor"):
+            continue
+        ahead, behind = (one, other) if gap > 0 else (other, one)
+        chance = " (within the range of draws)" if near(result, *cell, one, other, stage) else ""
+        said.setdefault(ahead, []).append(f"`{behind}` by {abs(gap):.2f} bits{chance}")
+    return " ".join(f"`{name}` is better than {' and '.join(each)}." for name, each in said.items())
 
 
-def differences(result: Json, stage: str) -> list[tuple[str, float]]:
-    """Kind and fraction of the cells in which the order is not that of image networks."""
+def _gap(result: Json, kind: str, fraction: float, one: str, other: str, stage: str) -> float:
+    """Bits a byte that the other criterion is worse by."""
+    return bits(result, kind, fraction, other, stage) - bits(result, kind, fraction, one, stage)
+
+
+def near(result: Json, kind: str, fraction: float, one: str, other: str, stage: str) -> bool:
+    """Whether the ranges that the draws of two criteria have meet."""
+    each = [[c[stage] for c in chosen(result, kind, fraction, name)] for name in (one, other)]
+    return max(map(min, each)) <= min(map(max, each))
+
+
+def cells(result: Json) -> list[tuple[str, float]]:
+    """Every kind and fraction."""
     settings = result["settings"]
-    found = []
-    for kind in settings["kinds"]:
-        for fraction in settings["fractions"]:
-            values = [
-                bits(result, kind, fraction, name, stage)
-                for name in one_of_each(settings["criteria"]).values()
-            ]
-            if any(b - a < -ALIKE for a, b in combinations(values, 2)):
-                found.append((kind, fraction))
-    return found
+    return [(kind, fraction) for kind in settings["kinds"] for fraction in settings["fractions"]]
+
+
+def better(result: Json, one: str, other: str, stage: str) -> list[tuple[str, float]]:
+    """Kind and fraction of the cells in which the one criterion is better than the other."""
+    return [cell for cell in cells(result) if _gap(result, *cell, one, other, stage) > 0]

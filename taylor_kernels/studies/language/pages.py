@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from taylor_kernels.studies.language.findings import (
-    ALIKE,
     STAGES,
     bits,
+    cells,
     chosen,
+    in_percent,
     perplexity,
     remarks,
+    sizes,
+    unequal,
 )
 from taylor_kernels.studies.language.kinds import KINDS
 from taylor_kernels.studies.language.plots import curves
@@ -28,22 +31,26 @@ def perplexity_table(result: Json, stage: str) -> Table:
     settings, dense = result["settings"], result["dense"]
     criteria = settings["criteria"]
     rows = []
-    for kind in settings["kinds"]:
-        for fraction in settings["fractions"]:
-            rows.append(
-                [
-                    kind,
-                    f"{fraction:.0%}",
-                    _share(result, kind, fraction),
-                    *(_cell(result, kind, fraction, name, stage) for name in criteria),
-                ]
-            )
+    for kind, fraction in cells(result):
+        shares = unequal(result, kind, fraction)
+        left = [share for each in sizes(result, kind, fraction).values() for share in each]
+        rows.append(
+            [
+                kind,
+                f"{fraction:.0%}",
+                in_percent(left) if shares else in_percent(left[:1]),
+                *(
+                    _cell(result, kind, fraction, name, stage) + _of_size(shares, name)
+                    for name in criteria
+                ),
+            ]
+        )
     words = "" if stage == "bits" else _recovery(result)
     random = ", mean and range of draws for `random`" if "random" in criteria else ""
     caption = (
         f"Perplexity of a byte of held-out text, in brackets bits{random}; dense "
-        f"{_with_bits(dense[stage])}{words}. Parameters: the share that is left under "
-        f"`{criteria[0]}`."
+        f"{_with_bits(dense[stage])}{words}. Parameters: the share that is left; where criteria "
+        "leave unequally many, a cell ends with its own, and models of a row are not of one size."
     )
     return Table([STAGES[stage], "gone", "parameters", *criteria], rows, caption)
 
@@ -56,14 +63,18 @@ def summary_table(result: Json) -> Table:
         return " → ".join(map(perplexity, values))
 
     rows = [["dense", "", *[pair([dense[stage] for stage in STAGES])] * len(settings["criteria"])]]
-    for kind in settings["kinds"]:
-        for fraction in settings["fractions"]:
-            pairs = [
-                pair([bits(result, kind, fraction, name, stage) for stage in STAGES])
-                for name in settings["criteria"]
-            ]
-            rows.append([kind, f"{fraction:.0%}", *pairs])
-    caption = "Perplexity of a byte of held-out text: as pruned → trained on."
+    for kind, fraction in cells(result):
+        shares = unequal(result, kind, fraction)
+        pairs = [
+            pair([bits(result, kind, fraction, name, stage) for stage in STAGES])
+            + _of_size(shares, name)
+            for name in settings["criteria"]
+        ]
+        rows.append([kind, f"{fraction:.0%}", *pairs])
+    caption = (
+        "Perplexity of a byte of held-out text: as pruned → trained on. At: the share of the "
+        "parameters that is left, where criteria leave unequally many."
+    )
     return Table(["", "gone", *settings["criteria"]], rows, caption)
 
 
@@ -76,21 +87,30 @@ def speed_table(result: Json) -> Table:
             [
                 _words(name),
                 f"{one['parameters'] / 1e6:.2f}",
-                f"{one['tokens_per_second']:,.0f}",
-                f"{one['ratio']:.2f}×",
+                milliseconds(one),
+                f"{float(format(one['tokens_per_second'], '.2g')):,.0f}",
+                f"{one['ratio']:.1f}×",
                 *(f"{one[key] / MB:.1f}" for key in ("weights", "forward", "step")),
             ]
         )
     machine = result["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {threads_in_words(result)}"
     caption = (
-        f"Models of `{speed['criterion']}`. Tokens a second: of a forward pass of "
-        f"{speed['tokens']:,} tokens, median of {result['recipe']['repeats']}, all models in turns "
-        f"in one process; {where}. Memory: bytes of tensors at the peak of a forward pass, and of "
-        "a training step without the optimizer's state, weights included; counted."
+        f"Models of `{speed['criterion']}`. A forward pass of {speed['tokens']:,} tokens: median "
+        f"and quartiles of {result['recipe']['repeats']}, all models in turns in one process, "
+        f"tokens a second of the median; {where}. Memory: bytes of tensors at the peak of a "
+        "forward pass, and of a training step without the optimizer's state, weights included; "
+        "counted."
     )
-    head = ["", "parameters, M", "tokens/s", "× dense", "weights, MB", "forward, MB", "step, MB"]
+    memory = ["weights, MB", "forward, MB", "step, MB"]
+    head = ["", "parameters, M", "forward pass, ms", "tokens/s", "× dense", *memory]
     return Table(head, rows, caption)
+
+
+def milliseconds(one: Json) -> str:
+    """Median and quartiles of a model's forward pass."""
+    median, low, high = (one["milliseconds"][key] for key in ("median", "q1", "q3"))
+    return f"{median:.0f} ({low:.0f}–{high:.0f})"
 
 
 def build_report(result: Json, folder: Path) -> Report:
@@ -140,6 +160,8 @@ def method(result: Json) -> str:
         f"The fraction that goes is, {kinds}. It goes in {scoring['rounds']} rounds, branches one "
         f"by one, each after scores on {scoring['minibatches']} new minibatches of "
         f"{scored['windows']} × {scored['length']} bytes; weights do not change in between. "
+        "Branches are of two sizes and go whole, so that with blocks and with all one criterion "
+        "may leave fewer parameters than another. "
         f"Training on, with a new AdamW: {recovery['steps']} steps of {recovery['windows']} × "
         f"{recovery['length']} bytes, the same for all and for the dense model. One dense model, "
         f"seed {settings['seed']}.\n\n"
@@ -155,20 +177,21 @@ def _lead(result: Json) -> str:
     one = result["speed"]["models"][f"{kind} {fraction:g}"]
     pruned, trained = (bits(result, kind, fraction, first, stage) for stage in STAGES)
     dense = result["dense"]
+    left = in_percent(sizes(result, kind, fraction)[first])
     return (
         f"`{first}` takes {fraction:.0%} ({kind}: {KINDS[kind].of}) of a Llama of "
-        f"{dense['parameters'] / 1e6:.1f} M parameters: perplexity of a byte goes from "
-        f"{perplexity(dense['bits'])} to {perplexity(pruned)}, and to **{perplexity(trained)}** by "
-        f"training on ({perplexity(dense['recovered'])} if the dense model is), at "
-        f"{one['ratio']:.2f}× the tokens a second."
+        f"{dense['parameters'] / 1e6:.1f} M parameters, of which {left} are left: perplexity of a "
+        f"byte goes from {perplexity(dense['bits'])} to {perplexity(pruned)}, and to "
+        f"**{perplexity(trained)}** by training on ({perplexity(dense['recovered'])} if the dense "
+        f"model is), at {one['ratio']:.1f}× the tokens a second."
     )
 
 
 def _order_words(result: Json) -> str:
     return "\n\n".join(
         [
-            "On image networks, with half of the filters gone and no training in between, Taylor "
-            f"scores are before magnitude, and that before random. Alike: within {ALIKE} bits.",
+            "Each criterion has pruned the same one dense model. What chance does to a gap is "
+            "known of `random` alone, by its draws.",
             *remarks(result),
         ]
     )
@@ -179,9 +202,8 @@ def _recovery(result: Json) -> str:
     return f", trained on as the others for {recovery['steps']} steps"
 
 
-def _share(result: Json, kind: str, fraction: float) -> str:
-    (cell,) = chosen(result, kind, fraction, result["settings"]["criteria"][0])[:1]
-    return f"{cell['parameters'] / result['dense']['parameters']:.0%}"
+def _of_size(shares: Mapping[str, str], name: str) -> str:
+    return f" at {shares[name]}" if shares else ""
 
 
 def _cell(result: Json, kind: str, fraction: float, criterion: str, stage: str) -> str:
