@@ -130,7 +130,7 @@ def traced(
         for handle in handles:
             handle.remove()
         untouched.restore()
-    recorder.record.mixtures += find_mixtures(recorder.record, modules)
+    recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(model):
         return Channels(recorder.record, modules)
 
