@@ -258,6 +258,13 @@ class Pruner(Resumable):
         taken, blocks = select_with_blocks(
             net.groups, net.dead, scores, net.meter, self._budget, left, worth
         )
+        if not blocks and not any(units.numel() for units in taken):
+            raise RuntimeError(
+                f"{', '.join(b.name for b in left)}: none of these blocks has a finite score, so "
+                "nothing was pruned and the minibatches since the last pruning were dropped; look "
+                "for inf or nan in the loss, and call skip() in place of step() for minibatches "
+                "that a GradScaler skips"
+            )
         went = [score[units] for score, units in zip(scores, taken, strict=True)]
         went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))
         names = tuple(left[number].name for number in blocks)

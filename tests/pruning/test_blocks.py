@@ -515,3 +515,20 @@ def test_blocks_go_alone_where_no_filter_may(kind, criterion):
     pruner.compact()
     torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
     assert sum(p.numel() for p in model.parameters()) == pruner.cost.params
+
+
+def test_a_loss_of_nan_is_said_where_blocks_go_alone():
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), *(Basic(WIDTH) for _ in range(3)))
+    model = nn.Sequential(model, nn.Flatten(), nn.Linear(WIDTH * 16, 2))
+    x = torch.randn(2, 3, 4, 4)
+    pruner = Pruner(
+        model, x, "taylor_fo", params=0.6, every=1, per_step=1, blocks=True, min_filters=10**6
+    )
+    before = pruner.cost
+    (model(x).sum() * torch.nan).backward()
+    with pytest.raises(RuntimeError, match="none of these blocks has a finite score"):
+        pruner.step()
+    assert pruner.cost == before
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert pruner.step().blocks

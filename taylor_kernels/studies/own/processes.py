@@ -142,8 +142,7 @@ def check_alone(command: str) -> None:
     Raises:
         Mistake: torchrun has started more.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if started_by_torchrun() and size > 1:
+    if started_by_torchrun() and (size := int(os.environ["WORLD_SIZE"])) > 1:
         raise Mistake(
             f"torchrun: it has started {size} processes, and {command} is of one; start it without"
         )
