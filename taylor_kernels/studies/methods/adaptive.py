@@ -229,7 +229,7 @@ def table(result: Json) -> Table:
     def latency(runs: Sequence[Json]) -> str:
         of_problem = speed.get(", ".join((runs[0]["network"], runs[0]["data"])), {})
         found = of_problem.get(runs[0]["way"])
-        return f"{mean(found):.2f}" if found else "–"
+        return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else "–"
 
     return accuracy_table(
         result,
@@ -241,7 +241,8 @@ def table(result: Json) -> Table:
         },
         "Accuracy on the test split, mean and range over seeds, after fine-tuning; all ways have "
         "the same epochs in all. Blocks gone: of each seed. Latency: of a batch of 64 on one CPU "
-        "thread, over that of the dense network in the same process; means of three seeds.",
+        "thread, over the mean of the dense networks in the same process; mean and range of three "
+        "seeds.",
     )
 
 
@@ -254,7 +255,7 @@ def summary(result: Json) -> dict[str, str]:
     kept = [share for _, share in means(result, ADAPTIVE, "params")]
     return {
         "accuracy": "; ".join(accuracies),
-        "compression": f"{1 / max(kept):.1f}× of the parameters",
+        "compression": f"{max(kept):.0%} of the parameters left",
     }
 
 

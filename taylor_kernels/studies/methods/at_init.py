@@ -105,14 +105,16 @@ def summary(result: Json) -> dict[str, str]:
         quoted = QUOTED if QUOTED in sparsities(points) else sparsities(points)[0]
         best = {
             method: 100 * mean(p["accuracy"] for p in found)
-            for method in ("SynFlow", "SNIP", "lottery ticket")
+            for method in ("SynFlow", "random", "lottery ticket")
             if (found := chosen(points, method, PLAIN, quoted))
         }
         full = 100 * mean(each["accuracy"] for each in dense)
         said = ", ".join(f"{method} {value:.1f}" for method, value in best.items())
         words.append(f"{', '.join(problem)}: {full:.1f} → {said} at {percent(quoted)}")
-    last = _worst(result)
-    return {"accuracy": "; ".join(words), "compression": last}
+    return {
+        "accuracy": "; ".join(words),
+        "compression": f"{1 / (1 - QUOTED):.0f}×{_worst(result)}",
+    }
 
 
 def _worst(result: Json) -> str:
@@ -126,7 +128,7 @@ def _worst(result: Json) -> str:
             for point in chosen(_of(result, problem)[0], "SynFlow", PLAIN, s)
         )
     ]
-    return f"{1 / (1 - fine[-1]):.0f}× with no layer empty (SynFlow)" if fine else "–"
+    return f"; SynFlow empties no layer up to {1 / (1 - fine[-1]):.0f}×" if fine else ""
 
 
 def plot(result: Json) -> Plot:

@@ -274,7 +274,7 @@ def summary(result: Json) -> dict[str, str]:
         before, *after = (100 * each[problem] for each in (full, half, quarter))
         words = ", ".join(f"{ours:.1f}" for ours in after)
         accuracies.append(f"{', '.join(problem)}: {before:.1f} → {words}")
-    return {"accuracy": "; ".join(accuracies), "compression": "2×, 4× of the columns"}
+    return {"accuracy": "; ".join(accuracies), "compression": "1/2, 1/4 of the columns left"}
 
 
 STUDY = MethodStudy(
