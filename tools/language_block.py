@@ -13,7 +13,12 @@ from taylor_kernels.studies.language.findings import (
     perplexity,
     remarks,
 )
-from taylor_kernels.studies.language.pages import method, perplexity_table, speed_table
+from taylor_kernels.studies.language.pages import (
+    method,
+    perplexity_table,
+    shares,
+    speed_table,
+)
 from taylor_kernels.studies.oracle.tables import half_table
 from taylor_kernels.studies.report import Table
 from taylor_kernels.studies.results import Json
@@ -60,11 +65,12 @@ def language_findings(result: Json, study: Json) -> str:
         found = differences(result, stage)
         where = ", ".join(f"{kind} {fraction:.0%}" for kind, fraction in found)
         counts.append(f"{words} in {len(found)} of {total}" + (f" ({where})" if found else ""))
+    both = ", ".join(f"`{name}`" for name in criteria)
     first = (
-        f"On digits with half of the filters gone, scored again at each step without training, "
-        f"accuracy is: {'; '.join(shown)}. Taylor comes first, magnitude and random behind. Of the "
-        f"language model two of {', '.join(f'`{name}`' for name in criteria)} stand the other way "
-        f"round: {'; '.join(counts)}."
+        "On digits with half of the filters gone, scored again at each step without training, "
+        f"accuracy is: {'; '.join(shown)}. Taylor comes first; magnitude and random are near "
+        f"chance. Of the language model two of {both} stand the other way round: "
+        f"{'; '.join(counts)}. Models of one row differ in size (see the tables)."
     )
     return "\n\n".join([first, "\n".join(f"- {one}" for one in remarks(result))])
 
@@ -79,8 +85,10 @@ def language_row(result: Json) -> tuple[str, str, str, Path]:
         for name in one_of_each(settings["criteria"]).values()
     ]
     speed = result["speed"]["models"][f"all {fraction:g}"]
+    sizes = [100 * share for share in shares(result, "all", fraction)]
+    left = f"{min(sizes):.0f}–{max(sizes):.0f}%"
     return (
-        f"Perplexity of a byte, as pruned to {1 - fraction:.0%} of the parameters → trained on",
+        f"Perplexity of a byte, as pruned to {left} of the parameters → trained on",
         f"dense {perplexity(dense['bits'])} → {perplexity(dense['recovered'])}, "
         f"{', '.join(pairs)}; {speed['ratio']:.1f}× the tokens/s",
         f"[Llama of {dense['parameters'] / 1e6:.1f} M](docs/language.md), CPU, 1 thread",

@@ -42,8 +42,8 @@ def perplexity_table(result: Json, stage: str) -> Table:
     random = ", mean and range of draws for `random`" if "random" in criteria else ""
     caption = (
         f"Perplexity of a byte of held-out text, in brackets bits{random}; dense "
-        f"{_with_bits(dense[stage])}{words}. Parameters: the share that is left under "
-        f"`{criteria[0]}`."
+        f"{_with_bits(dense[stage])}{words}. Parameters: the share that is left, where they differ "
+        "under one criterion after the other: a pruning takes whole blocks, which overshoot."
     )
     return Table([STAGES[stage], "gone", "parameters", *criteria], rows, caption)
 
@@ -168,7 +168,8 @@ def _order_words(result: Json) -> str:
     return "\n\n".join(
         [
             "On image networks, with half of the filters gone and no training in between, Taylor "
-            f"scores are before magnitude, and that before random. Alike: within {ALIKE} bits.",
+            "scores are before magnitude, and that before random, which are near chance both. "
+            f"Alike: within {ALIKE} bits.",
             *remarks(result),
         ]
     )
@@ -179,9 +180,18 @@ def _recovery(result: Json) -> str:
     return f", trained on as the others for {recovery['steps']} steps"
 
 
+def shares(result: Json, kind: str, fraction: float) -> list[float]:
+    """The fraction of the parameters that is left under each criterion, the mean over draws."""
+    return [
+        mean(cell["parameters"] for cell in chosen(result, kind, fraction, name))
+        / result["dense"]["parameters"]
+        for name in result["settings"]["criteria"]
+    ]
+
+
 def _share(result: Json, kind: str, fraction: float) -> str:
-    (cell,) = chosen(result, kind, fraction, result["settings"]["criteria"][0])[:1]
-    return f"{cell['parameters'] / result['dense']['parameters']:.0%}"
+    found = [f"{100 * share:.0f}" for share in shares(result, kind, fraction)]
+    return f"{'/'.join(found if len(set(found)) > 1 else found[:1])}%"
 
 
 def _cell(result: Json, kind: str, fraction: float, criterion: str, stage: str) -> str:
