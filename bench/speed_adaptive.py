@@ -12,7 +12,7 @@ from statistics import mean
 import torch
 
 from bench.methods import KEPT, ROOT
-from taylor_kernels.studies.methods.adaptive import ADAPTIVE, milliseconds
+from taylor_kernels.studies.methods.adaptive import ADAPTIVE, milliseconds, speed_words
 from taylor_kernels.studies.methods.pages import problems_of, runs_of, ways_of
 from taylor_kernels.studies.methods.study import THREADS
 from taylor_kernels.studies.results import Json
@@ -27,13 +27,7 @@ def measure() -> Json:
         found = {", ".join(problem): _of(result, problem) for problem in problems_of(result)}
     finally:
         torch.set_num_threads(threads)
-    # Networks of one shape differ by some percent: said where the slowest is faster than all dense.
-    said = [
-        f"{1 / mean(each[ADAPTIVE]):.2f}× ({name})"
-        for name, each in found.items()
-        if max(each[ADAPTIVE]) < min(each["dense"])
-    ]
-    return {"words": f"a batch faster by {', '.join(said)}" if said else "–", "relative": found}
+    return {"words": speed_words(found, ADAPTIVE), "relative": found}
 
 
 def _of(result: Json, problem: tuple[str, str]) -> dict[str, list[float]]:

@@ -17,6 +17,7 @@ from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.pruning.blocks import branch_output
 from taylor_kernels.pruning.flops import Meter
+from taylor_kernels.pruning.unit_scores import not_finite
 from taylor_kernels.shards import plan_mesh
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.statistics.counting import Counting
@@ -72,7 +73,8 @@ class BlockScores:
         kind = get_statistic(criterion.statistic)
         self.at_gates, self._per_example = kind.name in _OF_GATES, kind.per_example
         self._gates: _BranchGates | None = None
-        self._sum: Tensor | None = None  # [B] float64, nan where a block has no score
+        # [B] float64: nan where a block has no score, inf where one of its scores is not finite.
+        self._sum: Tensor | None = None
         self._average: Tensor | None = None
         self.count = 0
 
@@ -138,7 +140,8 @@ class BlockScores:
         return found
 
     def of(self, tables: Mapping[str, Tensor], gates: Mapping[int, Tensor]) -> Tensor:
-        """[B] float64, nan where a block has no score: those of a minibatch.
+        """[B] float64: those of a minibatch; nan where a block has no score, inf where its score is
+        not finite.
 
         Args:
             tables: layer -> [F, K], of the criterion's statistic.
@@ -158,13 +161,18 @@ class BlockScores:
         device = next(iter(tables.values())).device
         found = torch.full((len(self),), torch.nan, dtype=torch.float64, device=device)
         if scores:
-            values = [score.to(device, torch.float64) for score in scores.values()]
-            found[torch.tensor(list(scores))] = torch.stack(values)
+            values = torch.stack([s.to(device, torch.float64) for s in scores.values()])
+            found[torch.tensor(list(scores))] = values.where(values.isfinite(), torch.inf)
         return found
 
     def take(self, scores: Tensor, count: int) -> None:
         """Add the sum of the scores, [B], of `count` minibatches."""
-        self._sum = scores if self._sum is None else self._sum.to(scores) + scores
+        if self._sum is not None:
+            past = self._sum.to(scores)
+            # inf + nan is nan, but a block that one minibatch has not reached may be broken.
+            broken = past.isinf() | scores.isinf()
+            scores = (past + scores).masked_fill(broken, torch.inf)
+        self._sum = scores
         self.count += count
 
     def drop(self) -> None:
@@ -180,6 +188,20 @@ class BlockScores:
             scores = self._criterion.observations(rows).mean(1)
             found |= zip(same, scores.split([len(t) for t in same.values()]), strict=True)
         return {name: found[name] for name in tables}
+
+    def check_finite(self) -> None:
+        """No block that is left has a score that is not finite; none at all is fine.
+
+        Raises:
+            RuntimeError: one has; the message names them.
+        """
+        assert self._sum is not None
+        broken = self._sum.isinf().tolist()
+        names = [self.name_of(number) for number in self.left if broken[number]]
+        if names:
+            raise not_finite(
+                f"blocks {', '.join(names)}", f"{len(names)} of {len(self.left)} blocks"
+            )
 
     def worth(self, momentum: float, meter: Meter) -> list[float]:
         """What the blocks that are left are ranked by, averaged as `UnitScores.close_period` does;
@@ -202,7 +224,7 @@ class BlockScores:
         scores = mean[self.left]
         if not self._criterion.across_layers and (scores.nan_to_num() > 0).any():
             scores = scores / scores[~scores.isnan()].mean()
-        return scores.nan_to_num(nan=torch.inf, posinf=torch.inf).tolist()
+        return scores.nan_to_num(nan=torch.inf).tolist()
 
     def averages(self) -> dict[str, float]:
         """Block that is left -> its score as of the last pruning."""

@@ -79,16 +79,20 @@ class Budget:
         with _without(meter, groups, most, blocks):
             met = self.met(meter)
         if not met:
-            names = [
-                slot.owner
-                for group, absent in zip(groups, unscored, strict=True)
-                for slot in group.producers
-                if absent
-            ]
+            without = [group for group, absent in zip(groups, unscored, strict=True) if absent]
+            names = [slot.owner for group in without for slot in group.producers]
+            targets = ", ".join(self._limits)
+            if names:
+                raise RuntimeError(
+                    f"{targets}: cannot be reached without filters of {', '.join(names)}, which "
+                    f"have no score ({UNREAD}); raise the target, or run the passes inside "
+                    "tk.scoring(model)"
+                )
+            readers = dict.fromkeys(slot.owner for group in without for slot in group.slots)
             raise RuntimeError(
-                f"{', '.join(self._limits)}: cannot be reached without filters of "
-                f"{', '.join(names)}, which have no score ({UNREAD}); raise the target, or run the "
-                "passes inside tk.scoring(model)"
+                f"{targets}: cannot be reached without input channels of {', '.join(readers)}, "
+                "which no layer has a score of any more: all that made them have gone with their "
+                "blocks; raise the target, or let one of these blocks stay by ignore="
             )
 
 

@@ -195,7 +195,8 @@ class Pruner(Resumable):
             RuntimeError: a score is not finite. Nothing has been masked then, and the minibatches
                 since the last pruning are forgotten. Or the gradients of gates are rounding noise,
                 which says nothing of what is to go; the targets cannot be reached without
-                layers that no gradient reaches; the pruner is closed; or other code cut the model.
+                layers, or blocks, that no gradient reaches, or without channels whose layers have
+                all gone with their blocks; the pruner is closed; or other code cut the model.
         """
         self._check_open()
         if self.ranks is not None:
@@ -249,8 +250,11 @@ class Pruner(Resumable):
         left = [net.blocks[number] for number in net.left]
         self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
         try:
+            if of_blocks is not None:
+                of_blocks.check_finite()
             scores = running.close_period(self._momentum, net.dead)
         except RuntimeError:
+            running.forget()
             if of_blocks is not None:
                 of_blocks.drop()
             raise
@@ -259,11 +263,11 @@ class Pruner(Resumable):
             net.groups, net.dead, scores, net.meter, self._budget, left, worth
         )
         if not blocks and not any(units.numel() for units in taken):
+            # Filters that cannot go were refused above, so that blocks alone are left.
             raise RuntimeError(
-                f"{', '.join(b.name for b in left)}: none of these blocks has a finite score, so "
-                "nothing was pruned and the minibatches since the last pruning were dropped; look "
-                "for inf or nan in the loss, and call skip() in place of step() for minibatches "
-                "that a GradScaler skips"
+                f"blocks {', '.join(block.name for block in left)}: they alone could go, and none "
+                "has a score in all minibatches since the last pruning, so nothing was pruned; let "
+                "gradients reach them, run the passes inside tk.scoring(model), or raise the target"
             )
         went = [score[units] for score, units in zip(scores, taken, strict=True)]
         went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))

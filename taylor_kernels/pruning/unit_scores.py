@@ -19,6 +19,24 @@ from taylor_kernels.tracing import Slot
 _GATHERED = 1 << 24
 
 
+def not_finite(where: str, what: str, remedy: str = "") -> RuntimeError:
+    """The error of scores that nothing can be ranked by.
+
+    Args:
+        where: the layers or blocks.
+        what: how many of what they are.
+        remedy: in place of the usual one.
+    """
+    usual = (
+        "look for inf or nan in the loss, and call skip() in place of step() for minibatches that "
+        "a GradScaler skips"
+    )
+    return RuntimeError(
+        f"{where}: {what} have scores that are not finite, so nothing was pruned and the "
+        f"minibatches since the last pruning were dropped; {remedy or usual}"
+    )
+
+
 class UnitScores:
     """Running scores of all units, group after group.
 
@@ -103,17 +121,10 @@ class UnitScores:
             bad = ~score.isfinite() & ~gone
             if bad.any() and not absent:
                 layers = ", ".join(slot.owner for slot in group.producers)
-                remedy = (
-                    "look for inf or nan in the loss, and call skip() in place of step() for "
-                    "minibatches that a GradScaler skips"
-                )
+                means = ""
                 if score[bad].isnan().any():
-                    remedy = get_statistic(self._criterion.statistic).nan_means or remedy
-                raise RuntimeError(
-                    f"{layers}: {int(bad.sum())} of {group.size} units have scores that are not "
-                    "finite, so nothing was pruned and the minibatches since the last pruning "
-                    f"were dropped; {remedy}"
-                )
+                    means = get_statistic(self._criterion.statistic).nan_means
+                raise not_finite(layers, f"{int(bad.sum())} of {group.size} units", means)
         self._average = average
         if not self._criterion.across_layers:
             scores = [
@@ -124,6 +135,10 @@ class UnitScores:
             torch.full_like(score, torch.inf) if absent else score
             for score, absent in zip(scores, unscored, strict=True)
         ]
+
+    def forget(self) -> None:
+        """Forget the minibatches since the last pruning."""
+        self._sum, self.count = None, 0
 
     @property
     def unread_layers(self) -> list[str]:

@@ -47,4 +47,17 @@ def test_latencies_are_over_the_mean_of_the_dense_networks(tmp_path, monkeypatch
     assert {way: len(each) for way, each in of.items()} == {"it": 2, "dense": 2}
     assert mean(of["dense"]) == pytest.approx(1)
     assert all(value > 0 for value in of["it"])
-    assert "ResNet, digits" in found["words"]
+    assert found["words"] == adaptive.speed_words(found["relative"], "it")
+
+
+def test_a_gain_is_told_where_dense_networks_of_one_shape_differ_by_less():
+    def words(dense, *ours):
+        names = ("ResNet, digits", "ResNet, deep, digits")
+        each = [{"dense": dense, "it": [left]} for left in ours]
+        each[-1]["dense"] = [1.0, 1.0]
+        return adaptive.speed_words(dict(zip(names, each, strict=True)), "it")
+
+    assert words([1.05, 0.95], 0.92, 0.93) == "–"  # noise of one problem is that of the other too
+    assert words([1.05, 0.95], 0.8, 0.93) == "a batch faster by 1.25× (ResNet, digits)"
+    assert words([1.01, 0.99], 0.99, 0.5) == "a batch faster by 2.00× (ResNet, deep, digits)"
+    assert words([1.0, 1.0], 0.8, 0.5).count("×") == 2

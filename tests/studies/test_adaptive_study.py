@@ -33,6 +33,8 @@ def test_every_way_ends_with_half_of_the_parameters(tmp_path):
     assert all(time > 0 for time in adaptive.milliseconds(runs, repeats=2))
     result = facts_of(study) | {"runs": runs}
     assert len(adaptive.table(result).rows) == len(ways)
-    assert "→" in adaptive.summary(result)["accuracy"]
+    summary = adaptive.summary(result)
+    assert "→" in summary["accuracy"]
+    assert " of the parameters left; of the FLOPs ResNet " in summary["compression"]
     draw(adaptive.plot(result), tmp_path / "it.png", alt="", caption="")
     assert (tmp_path / "it.png").stat().st_size > 10_000

@@ -118,6 +118,12 @@ def test_the_command_keeps_runs_and_speed_apart(tmp_path, monkeypatch):
     assert pages.summary_row(json.loads(file.read_text()))[4] == "fast"
 
 
+@pytest.mark.parametrize("name", command.STUDIES)
+def test_what_is_quoted_of_a_study_is_what_its_kept_runs_say(name):
+    result = json.loads((command.ROOT / command.KEPT / f"{name}.json").read_text())
+    assert result["summary"] == command.find_study(name).summary(result)
+
+
 def test_a_study_without_speed_says_so(monkeypatch, capsys):
     monkeypatch.setattr(command, "find_study", lambda name: study())
     with pytest.raises(SystemExit):

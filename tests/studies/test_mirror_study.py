@@ -61,10 +61,26 @@ def test_a_file_of_bits_is_small_for_all_that_stays_in_float(result):
 def test_table_summary_and_plot(result):
     table = mirror.table(result)
     assert [row[1] for row in table.rows] == list(mirror.WAYS)
+    assert not mirror.gaps(result)
     row = summary_row(result | {"summary": mirror.summary(result)})
     assert row[3].endswith("×")
     drawing = mirror.plot(result)(LIGHT)
     assert len(drawing.axes) == 3
+
+
+def test_the_caption_says_what_rows_lack(result):
+    def without(run: dict) -> dict:
+        return {key: value for key, value in run.items() if key != "saturated"}
+
+    digits = [run if run["way"] == "md-tanh-s" else without(run) for run in result["runs"]]
+    signals = [
+        without(run) | {"network": "LeNet", "data": "signals"}
+        for run in result["runs"]
+        if run["way"] not in ("pmf", "gd-tanh")
+    ]
+    caption = mirror.table(result | {"runs": digits + signals}).caption
+    assert "Not run on LeNet, signals: gd-tanh, pmf." in caption
+    assert "was kept of md-tanh-s on LeNet-600-200 with norms, digits." in caption
 
 
 def test_norms_are_measured_anew_before_an_accuracy():

@@ -242,8 +242,21 @@ def table(result: Json) -> Table:
         "Accuracy on the test split, mean and range over seeds, after fine-tuning; all ways have "
         "the same epochs in all. Blocks gone: of each seed. Latency: of a batch of 64 on one CPU "
         "thread, over the mean of the dense networks in the same process; mean and range of three "
-        "seeds.",
+        "seeds. Dense networks are all of one shape, so that their range is what the machine adds.",
     )
+
+
+def speed_words(relative: Mapping[str, Mapping[str, Sequence[float]]], way: str) -> str:
+    """How much faster a batch is, where that is more than dense networks of one shape differ by.
+
+    Args:
+        relative: problem -> way -> latency of each seed's network over the dense ones' mean.
+    """
+    # Noise is the machine's and not a network's, so that the noisiest of all is asked.
+    noise = max(max(each["dense"]) - min(each["dense"]) for each in relative.values())
+    gains = {name: mean(each[way]) for name, each in relative.items()}
+    said = [f"{1 / left:.2f}× ({name})" for name, left in gains.items() if 1 - left > noise]
+    return f"a batch faster by {', '.join(said)}" if said else "–"
 
 
 def summary(result: Json) -> dict[str, str]:
@@ -252,10 +265,14 @@ def summary(result: Json) -> dict[str, str]:
         f"{', '.join(problem)}: {100 * full[problem]:.1f} → {100 * ours:.1f}"
         for problem, ours in means(result, ADAPTIVE, "accuracy")
     ]
-    kept = [share for _, share in means(result, ADAPTIVE, "params")]
+    most = max(share for _, share in means(result, ADAPTIVE, "params"))
+    left = f"{100 * most:.0f}%".replace("50%", "half")
+    flops = "; ".join(
+        f"{problem[0]} {100 * share:.0f}%" for problem, share in means(result, ADAPTIVE, "flops")
+    )
     return {
         "accuracy": "; ".join(accuracies),
-        "compression": f"{max(kept):.0%} of the parameters left",
+        "compression": f"{left} of the parameters left; of the FLOPs {flops}",
     }
 
 

@@ -21,7 +21,14 @@ from torch.nn.functional import cross_entropy
 from taylor_kernels.methods import MirrorDescent, parameter_groups
 from taylor_kernels.studies.data import minibatches
 from taylor_kernels.studies.methods.mirror_plots import plot
-from taylor_kernels.studies.methods.pages import accuracy_table, means, percent
+from taylor_kernels.studies.methods.pages import (
+    accuracy_table,
+    means,
+    percent,
+    problems_of,
+    runs_of,
+    ways_of,
+)
 from taylor_kernels.studies.methods.problems import Data
 from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
 from taylor_kernels.studies.report import Table
@@ -184,8 +191,30 @@ def table(result: Json) -> Table:
             "file, KiB": lambda runs: f"{mean(run['bytes'] for run in runs) / 1024:.0f}",
         },
         "Accuracy of the rounded weights on the test split, mean and range over three seeds; soft: "
-        "before rounding. The file is the whole model's, biases and statistics of norms included.",
+        "before rounding. The file is the whole model's, biases and statistics of norms included."
+        + gaps(result),
     )
+
+
+def gaps(result: Json) -> str:
+    """What some rows lack that others have, in sentences behind a space."""
+    said, watched, mixed = [], [], False
+    for problem in problems_of(result):
+        runs = {way: runs_of(result, way, problem) for way in ways_of(result)}
+        where = ", ".join(problem)
+        if missing := [way for way, found in runs.items() if not found]:
+            said.append(f" Not run on {where}: {', '.join(missing)}.")
+        quantized = {way: found for way, found in runs.items() if found and way != FLOAT}
+        ways = [way for way, found in quantized.items() if "saturated" in found[0]]
+        mixed |= len(ways) < len(quantized)
+        if ways:
+            watched.append(f"{', '.join(ways)} on {where}")
+    if mixed:
+        said.append(
+            " Rows are of different states of the code, under the date of the last: the share of "
+            f"weights at a level, which the plot has, was kept of {'; '.join(watched) or 'none'}."
+        )
+    return "".join(said)
 
 
 def summary(result: Json) -> dict[str, str]:

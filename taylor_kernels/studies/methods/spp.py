@@ -274,7 +274,15 @@ def summary(result: Json) -> dict[str, str]:
         before, *after = (100 * each[problem] for each in (full, half, quarter))
         words = ", ".join(f"{ours:.1f}" for ours in after)
         accuracies.append(f"{', '.join(problem)}: {before:.1f} → {words}")
-    return {"accuracy": "; ".join(accuracies), "compression": "1/2, 1/4 of the columns left"}
+    flops = [dict(means(result, way, "macs")) for way in ("SPP, 2×", "SPP, 4×")]
+    left = "; ".join(
+        f"{problem[0]} {', '.join(f'{100 * each[problem]:.0f}%' for each in flops)}"
+        for problem in full
+    )
+    return {
+        "accuracy": "; ".join(accuracies),
+        "compression": f"1/2, 1/4 of the columns left; of the FLOPs {left}",
+    }
 
 
 STUDY = MethodStudy(

@@ -142,7 +142,10 @@ def check_alone(command: str) -> None:
     Raises:
         Mistake: torchrun has started more.
     """
-    if started_by_torchrun() and (size := int(os.environ["WORLD_SIZE"])) > 1:
+    if not started_by_torchrun():  # whatever WORLD_SIZE says then
+        return
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
         raise Mistake(
             f"torchrun: it has started {size} processes, and {command} is of one; start it without"
         )

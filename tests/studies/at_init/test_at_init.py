@@ -176,8 +176,17 @@ def test_the_study_from_end_to_end(tmp_path):
     assert len(made.table(result).rows) == 2 * 3
     assert made.more["statements"](result).rows[0][1].startswith("SynFlow leaves no layer")
     row = summary_row(result | {"summary": made.summary(result)})
-    assert "at 95%" in row[2]
-    assert row[3].startswith("20×")
+    assert "SynFlow" in row[2]
+    assert "SNIP" not in row[2]
+    assert row[3] == "20× (95% of the weights go)"
+    assert "furthest apart" not in made.table(result).caption  # one seed
+    other = [run | {"seed": 1, "points": [dict(p) for p in run["points"]]} for run in runs[1:]]
+    plain = next(n for n, p in enumerate(runs[1]["points"]) if p["control"] == "as found")
+    first = runs[1]["points"][plain]
+    other[0]["points"][plain]["accuracy"] = -1.0  # further than any other is from itself
+    of_two = made.table(result | {"runs": runs + other}).caption
+    assert f"furthest apart for SNIP at {first['sparsity']:.0%} (" in of_two
+    assert of_two.endswith(f"): {100 * first['accuracy']:.1f}, -100.0.")
     draw(made.plot(result), tmp_path / "it.png", alt="", caption="")
     assert (tmp_path / "it.png").stat().st_size > 10_000
 

@@ -22,6 +22,9 @@ pytest.importorskip("safetensors", reason="prune needs safetensors")
 from safetensors.torch import load_file
 
 from taylor_kernels import cli
+from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own import processes
+from taylor_kernels.studies.own.processes import check_alone
 from tests.distributed.launch import outcomes, ran
 from tests.helpers import ROOT
 from tests.helpers.user_models import command
@@ -254,6 +257,16 @@ def test_two_that_torchrun_starts_prune_as_one_does(folder, alone):
     assert not (folder / "run/checkpoint.pt").exists()
     alike(outcome(folder, "run"), alone)
     assert outcome(folder, "run")[0]["processes"] == 2
+
+
+@pytest.mark.parametrize("size", ["", "two", "4"])
+def test_world_size_says_nothing_where_torchrun_has_started_nothing(size, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    check_alone("score")
+    monkeypatch.setattr(processes, "started_by_torchrun", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(Mistake, match=r"^torchrun: it has started 4 processes, and score is of on"):
+        check_alone("score")
 
 
 if __name__ == "__main__":  # as torchrun starts it
