@@ -9,7 +9,7 @@ channel does not matter more for being made by more layers.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +97,30 @@ class Criterion:
         if not isinstance(self.across_layers, bool):
             raise TypeError(
                 f"across_layers: expected True or False, got {type(self.across_layers).__name__}"
+            )
+        if self.moments is not None:
+            self._check_moments(self.moments)
+
+    def _check_moments(self, named: Sequence[str]) -> None:
+        """The score reads no other moments than these: whatever is in the other columns of a table
+        changes nothing. Of their NaN a comparison, or nansum, would make a finite score."""
+        table = torch.rand(8, len(MOMENTS), generator=torch.Generator().manual_seed(0)) + 0.5
+        read = []
+        try:
+            wanted = self.score(table.clone())
+            if not torch.equal(self.score(table.clone()), wanted):
+                return  # it draws
+            for column, name in enumerate(MOMENTS):
+                other = table.clone()
+                other[:, column] = torch.nan
+                if not torch.equal(self.score(other), wanted):
+                    read.append(name)
+        except Exception:
+            return  # it takes other tables than this; what is wrong with it is said in use
+        if unnamed := [name for name in read if name not in named]:
+            raise ValueError(
+                f"moments: {self.name!r} names {', '.join(named)}, and its score reads "
+                f"{', '.join(unnamed)} too; name every moment that it reads"
             )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -84,6 +85,16 @@ def _hide_from_compiler(function: Any) -> None:
 
 
 _hide_from_compiler(Hook.__call__)
+
+
+def forget_compiled() -> None:
+    """Let all that torch.compile has compiled be compiled anew, since hooks have come or gone.
+
+    It does not look whether a module's hooks are those that it has compiled, and what runs the
+    module may be compiled in any function.
+    """
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and its import takes a second
+        torch.compiler.reset()
 
 
 def remove_all(handles: Sequence[RemovableHandle]) -> None:

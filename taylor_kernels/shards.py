@@ -33,6 +33,15 @@ def has_shards(module: nn.Module) -> bool:
     return any(is_sharded(p) for one in walk(module) for p in one._parameters.values())
 
 
+def in_parts(module: nn.Module) -> bool:
+    """Whether ranks hold parts of a module's parameters between its passes.
+
+    FSDP2 leaves whole ones in the root after a forward pass, until the backward pass or
+    `reshard()`: at that time no parameter is a DTensor, and what is done to them is undone.
+    """
+    return any(name in sys.modules for name in _CODE) and (has_shards(module) or is_fsdp(module))
+
+
 def walk(module: nn.Module) -> set[nn.Module]:
     """Those that `module.modules()` gives, in a third of the time: it is asked at every step."""
     found, left = {module}, [module]

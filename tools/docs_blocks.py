@@ -210,6 +210,7 @@ def _as_pruned(result: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
         yield name, [run["accuracy_before_finetuning"] for run in runs]
 
 
+_STEP = ROOT / STEP
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench": lambda: bench_block(cpu()),
     "bench-targets": bench_targets,
@@ -232,7 +233,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "results": results,
     "sampling": lambda: sampling_block(json.loads((ROOT / SAMPLING).read_text())),
     "statistics": statistics_table,
-    "step": lambda: step_block(json.loads((ROOT / STEP).read_text())),
+    # Without a result there is nothing to quote, so no page can have it.
+    **({"step": lambda: step_block(json.loads(_STEP.read_text()))} if _STEP.exists() else {}),
     "stream": lambda: stream_block(json.loads((ROOT / STREAM).read_text())),
     "study": lambda: study_block(study()),
     "study-targets": study_targets,

@@ -52,8 +52,8 @@ struct FilterMoments {
 
 }  // namespace
 
-// One sum of products alone, as most criteria read it, has kernels of its own: 0.4 to 0.7 of
-// the time where the inputs are in cache. Any other set is picked out of all five, and so is every
+// One sum of products alone, as most criteria read it, has kernels of its own, which take
+// less time where the inputs are in cache. Any other set is picked out of all five, and so is every
 // set on the baseline, which few processors run, to spare the compiler.
 void filter_moments(const ParameterList& call, int threads) {
   const auto sum = [&](auto op) { sum_moments(op, call.items, threads); };

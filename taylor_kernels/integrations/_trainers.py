@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from taylor_kernels.distributed import Ranks
 from taylor_kernels.pruning import Pruner, PruneRecord
-from taylor_kernels.shards import has_shards
+from taylor_kernels.shards import in_parts
 
 #: Arguments of `Pruner` that the trainer knows better.
 _OF_THE_TRAINER = ("model", "optimizer", "scaler", "ranks")
@@ -68,7 +68,7 @@ class TrainedPruner:
             self.pruner.sync()  # ranks have kept that for one another, and a state would lack it
             self._masks = []
             return self.pruner
-        if has_shards(model):
+        if in_parts(model):
             raise not_whole("its strategy")
         device = next(model.parameters()).device
         pruner = Pruner(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -88,12 +89,15 @@ def packed_tables(
 def leave_out(tables: Sequence[Tensor], chosen: int) -> None:
     """Write NaN into the columns of packed tables that were not chosen.
 
-    The kernels of GPUs compute every sum: memory bounds them.
+    The kernels of GPUs compute every sum: memory bounds them. Each fill is a launch there, so
+    columns that lie side by side share one.
     """
     for table in tables:
-        for column in range(table.size(1)):
-            if not chosen >> column & 1:
-                table[:, column].fill_(math.nan)
+        columns = range(table.size(1))
+        for wanted, run in groupby(columns, lambda column: chosen >> column & 1):
+            if not wanted:
+                first, *rest = run
+                table.narrow(1, first, 1 + len(rest)).fill_(math.nan)
 
 
 def one_output(

@@ -92,7 +92,7 @@ def tables(
         if finish is not None:
             for packed, _ in direct:
                 finish(packed)
-        found = [_apart(packed, counts) for packed, counts in direct]
+        found = [_split(packed, counts) for packed, counts in direct]
     else:
         found = _through_the_dispatcher(
             op, weights, others, groups, axes, draw, sums, backend, finish
@@ -223,14 +223,10 @@ def _filters(
     )
 
 
-def _split(table: Tensor, counts: list[int]) -> Sequence[Tensor]:
-    return torch.split_with_sizes(table, counts) if len(counts) > 1 else [table]
-
-
-def _apart(table: Tensor, counts: list[int]) -> list[Tensor]:
-    """The same parts of the same memory, but autograd does not keep them together as views of one
-    tensor, which takes longer: no part reaches into another, and the whole
-    is not handed out."""
+def _split(table: Tensor, counts: list[int]) -> list[Tensor]:
+    """Its parts, in its memory. Autograd does not keep them together as views of one tensor, which
+    takes longer and would forbid writing to one of them in place: no part reaches into another,
+    and the whole is not handed out."""
     return list(torch.unsafe_split_with_sizes(table, counts)) if len(counts) > 1 else [table]
 
 
@@ -361,7 +357,7 @@ def _through_the_dispatcher(
         if finish is not None:
             for table in packed:
                 finish(table)
-        return [list(_split(packed[axis], filters[axis])) for axis in axes]
+        return [_split(packed[axis], filters[axis]) for axis in axes]
 
     parts = _by_kind(lists[0])
     if len(parts) == 1:

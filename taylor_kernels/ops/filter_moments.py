@@ -75,12 +75,14 @@ def filter_moments(
         moments: which of `MOMENTS` are wanted, ("gw2",) for example; None for all. The table keeps
             its five columns. Those that are not wanted are NaN, on every backend, and the others
             have the bits that they have in a full call. On the CPU one of "gw", "gw2" and "abs_gw"
-            alone takes 0.4 to 0.7 of the time where the inputs are in cache.
+            alone takes less time where the inputs are in cache.
         backend: one of `taylor_kernels.available_backends()`; None picks by device.
 
     Returns:
         [F, 5] float32 (float64 for float64 input), columns as in `MOMENTS`; for a sequence a list
-        of such, views of one packed table per device; for dim=(0, 1) a pair (rows, columns).
+        of such; for dim=(0, 1) a pair (rows, columns). The tables of a list share the memory of
+        one packed table per device: none reaches into another, so each may be written in place,
+        but torch.save of one saves them all, unless it is cloned.
         Bits do not depend on the rest of the list. Not differentiable: the result has no grad_fn.
 
     Raises:

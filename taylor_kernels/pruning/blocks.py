@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.hooks import remove_all
+from taylor_kernels.hooks import forget_compiled, remove_all
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
@@ -46,15 +46,21 @@ class BlockMasks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._masked: list[Block] = []
 
     def set(self, blocks: Sequence[Block]) -> None:
         """Mask exactly these."""
+        if list(blocks) == self._masked:
+            return
         self.close()
+        self._masked = list(blocks)
         self._handles += [mask_block(self._model, block) for block in blocks]
+        forget_compiled()
 
     def close(self) -> None:
         remove_all(self._handles)
         self._handles.clear()
+        self._masked = []
 
 
 def mask_block(model: nn.Module, block: Block) -> torch.utils.hooks.RemovableHandle:

@@ -28,7 +28,7 @@ from taylor_kernels.pruning.state import (
     check_version,
     first_line,
 )
-from taylor_kernels.shards import has_shards, whole_state
+from taylor_kernels.shards import in_parts, whole_state
 from taylor_kernels.tracing.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
@@ -156,7 +156,7 @@ def load_checkpoint(
     """
     model = bare(model)
     check_given(model, optimizer)
-    if has_shards(model):
+    if in_parts(model):
         raise ValueError(
             "model: its parameters are in parts on several ranks; load the checkpoint into the "
             "model as it was before fully_shard(), shard it then, and take the optimizer's state "

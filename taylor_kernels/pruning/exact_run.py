@@ -180,6 +180,7 @@ def _grouped(
     n = weight.dim() - 2
     fits = (
         groups > 1
+        and input.numel() > 0
         and not isinstance(padding, str)
         and input.dim() == n + 2
         and input.size(1) == weight.size(1) * groups

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.experts import Result
 
 
 class KeptOnly:
@@ -75,33 +77,45 @@ class KeptExperts(KeptOnly):
     """A forward hook that runs its router again on the rows of the experts that are kept.
 
     Of what it returns, the numbers of experts are put back to those among all experts, and what has
-    a column for each expert, as logits have, holds minus infinity for the others.
+    a column for each expert holds minus infinity for the others, or zero if it is probabilities.
 
     Args:
         kept: the numbers of the experts that stay, [n] int64.
+        results: of each leaf of what the router returns, as the trace has found it.
     """
 
-    def __init__(self, kept: Tensor) -> None:
+    def __init__(self, kept: Tensor, results: Sequence[Result]) -> None:
         super().__init__(0, kept, {"num_experts": kept.numel()})
+        self._results = tuple(results)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        count, device = module.num_experts, next(module.parameters()).device
-        assert isinstance(count, int)
-        kept = self._kept = self._kept.to(device)
+        self._kept = self._kept.to(next(module.parameters()).device)
+        found, form = tree_flatten(self._smaller(module).forward(*args, **kwargs))
+        whole, _ = tree_flatten(output)
+        if not len(found) == len(whole) == len(self._results):
+            raise self._another(module)
+        leaves = map(self._among_all, [module] * len(found), found, whole, self._results)
+        return tree_unflatten(list(leaves), form)
 
-        def among_all(tensor: Any, before: Any) -> Any:
-            if not isinstance(tensor, Tensor):
-                return tensor
-            if not tensor.is_floating_point():
-                return kept[tensor]
-            if before.size(-1) != count:
-                return tensor
-            return torch.full_like(before, -torch.inf).index_copy(-1, kept, tensor)
+    def _among_all(self, module: nn.Module, leaf: Any, whole: Any, result: Result) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if result is Result.NUMBERS:
+            leaf = self._kept[leaf]
+        elif result in (Result.LOGITS, Result.PROBABILITIES):
+            fill = 0.0 if result is Result.PROBABILITIES else -torch.inf
+            leaf = torch.full_like(whole, fill).index_copy(-1, self._kept, leaf)
+        if leaf.shape != whole.shape:
+            raise self._another(module)
+        return leaf
 
-        found = self._smaller(module).forward(*args, **kwargs)
-        return tuple(map(among_all, found, output))
+    def _another(self, module: nn.Module) -> RuntimeError:
+        return RuntimeError(
+            f"model: a {type(module).__name__} some of whose experts are masked returns something "
+            "of another form than on the example inputs; compact() first"
+        )
 
     def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         return {
@@ -121,11 +135,11 @@ def keep_only(
     attributes = channels.attributes(dead)
     routers = [
         modules[name].register_forward_hook(
-            KeptExperts(kept.to(_device(modules[name]))),
+            KeptExperts(kept.to(_device(modules[name])), results),
             prepend=True,
             with_kwargs=True,
         )
-        for name, kept in channels.kept_by_routers(dead).items()
+        for name, (kept, results) in channels.kept_by_routers(dead).items()
     ]
     return routers + [
         # Before the hooks of others, which see the output as it is.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.hooks import Hook, forget_compiled, remove_all
 from taylor_kernels.pruning.kept_norms import KeptExperts, KeptOnly, keep_only
 from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
@@ -71,6 +71,8 @@ class Masks:
         for name in (*channels.kept_by_norms(dead), *channels.attributes(dead)):
             unpack_examples(modules, name)
         self._norms = keep_only(modules, channels, dead)
+        if self._norms:
+            forget_compiled()
 
     def zero_gradients(self) -> None:
         """Zero the masked entries of gradients again, where others write them after backward().
@@ -89,7 +91,9 @@ class Masks:
     def clear(self) -> None:
         """Take all hooks off: what was masked has been removed, or will be masked anew."""
         self.close()
-        remove_all(self._norms)
+        if self._norms:
+            remove_all(self._norms)
+            forget_compiled()
         self._norms = []
 
 

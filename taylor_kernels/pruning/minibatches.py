@@ -17,7 +17,7 @@ from taylor_kernels.pruning.block_scores import BlockScores
 from taylor_kernels.pruning.gathering import Gathering
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.shards import has_shards
+from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Closure, Statistic, checked_tables, filter_count
 from taylor_kernels.statistics.base import (
     check_closure,
@@ -90,7 +90,7 @@ class Minibatches:
             check_parts(self.statistic, self._ranks)
             if self.blocks is not None:
                 self.blocks.check_parts(self._model)
-        self._in_parts = has_shards(self._model)
+        self._in_parts = in_parts(self._model)
         if self._ranks is None:
             return
         dropped = self.dropped
@@ -105,7 +105,7 @@ class Minibatches:
     @property
     def resharded(self) -> bool:
         """Whether ranks have begun to hold parts of the model's parameters, or have ended to."""
-        return self._in_parts != has_shards(self._model)
+        return self._in_parts != in_parts(self._model)
 
     def use(self, optimizers: Sequence[Optimizer], scaler: GradScaler | None) -> None:
         """Ask after these optimizers from now on, and another scaler if one is given."""

@@ -17,7 +17,7 @@ from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
-from taylor_kernels.shards import has_shards
+from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.tracing import Block, Channels
 
@@ -147,7 +147,7 @@ class Network:
         """Remove units of the groups of `channels`, and those blocks ([B] bool) that are there."""
         leaving = (blocks & ~self._removed).nonzero().flatten().tolist()
         if any(gone.any() for gone in dead) or leaving:
-            if has_shards(self.model):
+            if in_parts(self.model):
                 raise ValueError(
                     "model: its parameters are in parts on several ranks and cannot be cut there; "
                     "save_checkpoint(), load it into the model as it was before fully_shard(), "

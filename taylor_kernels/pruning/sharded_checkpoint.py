@@ -39,7 +39,7 @@ from taylor_kernels.pruning.checkpoint import (
 from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import VERSION, check_version, first_line
-from taylor_kernels.shards import has_shards, is_sharded
+from taylor_kernels.shards import in_parts, is_sharded
 from taylor_kernels.tracing.running import outside_inference_mode
 
 _FORMAT = "taylor_kernels.sharded_checkpoint"
@@ -225,7 +225,7 @@ def _ranks(model: nn.Module, pruner: Pruner | None) -> Ranks | None:
     if pruner is not None and pruner.ranks is not None:
         return pruner.ranks
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return Ranks() if several or has_shards(model) else None
+    return Ranks() if several or in_parts(model) else None
 
 
 def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int = 0) -> int:
@@ -263,7 +263,7 @@ def _latest(folder: _Path) -> Path:
 
 
 def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:
-    if pruner is None or content["pruner"] is None or not has_shards(model):
+    if pruner is None or content["pruner"] is None or not in_parts(model):
         return
     after = pruner.shapes_after(content["pruner"])
     have = dict(model.state_dict())

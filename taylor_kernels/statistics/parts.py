@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+#: Where the filters of a parameter lie that only a trace of the model can tell.
+UNKNOWN = -1
+
 
 class Part(NamedTuple):
     """A parameter's place in a model, which stays the same when the parameter is exchanged.
@@ -56,9 +59,20 @@ class BareLayer(nn.Module):
 
 
 def bare_layer(model: nn.Module, places: Sequence[tuple[str, int]]) -> BareLayer:
-    """The layer of parameters by name, each with the dimension that counts filters."""
+    """The layer of parameters by name, each with the dimension that counts filters.
+
+    Raises:
+        ValueError: that is `UNKNOWN` of one.
+    """
     parts = []
     for name, axis in places:
+        if axis == UNKNOWN:
+            shape = tuple(model.get_parameter(name).shape)
+            raise ValueError(
+                f"layers: nothing says along which dimension of {name} {shape} its filters lie: "
+                "pass example_inputs=, by which a trace tells that of a weight that is multiplied "
+                "by; others of such a shape have no filters and cannot be scored"
+            )
         owner, _, leaf = name.rpartition(".")
         parts.append(Part(model.get_submodule(owner), leaf, axis))
     return BareLayer(parts)
@@ -75,9 +89,10 @@ def parts_beside_layers(
         known: weights that a trace has seen in use, as `Channels.bare` names them.
 
     Returns:
-        In the model's order: a norm -> its scale and shift; an embedding -> its columns; any other
-        parameter -> its next-to-last dimension, in which functional.linear takes outputs, or
-        what is `known` of it.
+        In the model's order: a norm -> its scale and shift; an embedding -> its columns; a bilinear
+        layer -> the outputs of its weight; any other parameter -> what is `known` of it, or its
+        next-to-last dimension, in which functional.linear takes outputs. Of one with more than two
+        dimensions nothing says which: `UNKNOWN`.
     """
     found: dict[str, list[tuple[str, int]]] = {}
     for name, module in model.named_modules():
@@ -87,12 +102,18 @@ def parts_beside_layers(
             pass
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             found[name] = [(f"{prefix}weight", 1)]
+        elif isinstance(module, nn.Bilinear):
+            found[name] = [(f"{prefix}weight", 0)]
         elif _is_norm(module, own):
             found[name] = [(prefix + leaf, 0) for leaf in own]
         else:
             for leaf, parameter in own.items():
                 if parameter.dim():
-                    found[prefix + leaf] = [(prefix + leaf, max(parameter.dim() - 2, 0))]
+                    several = parameter.dim() > 2 or isinstance(module, nn.LayerNorm)
+                    axis = UNKNOWN if several else max(parameter.dim() - 2, 0)
+                    # Under the name that a trace would give it.
+                    known_as = name if leaf == "weight" and name else prefix + leaf
+                    found[known_as] = [(prefix + leaf, axis)]
     modules = dict(model.named_modules())
     others = {n: list(parts) for n, parts in known.items() if not is_layer(modules.get(n))}
     return found | others

@@ -141,13 +141,11 @@ def accepted(
         if reason.mixer and vector.any():
             mixers.setdefault(reason.module, set()).add(number)
     found = []
-    for module, mine in calls.items():
+    for module, offered in calls.items():
+        # A stream as long as it is wide offers both dimensions: only one is the weight's.
+        mine = [call for call in offered if _is_one(call, fixed, label)]
         covered = {n for call in mine for n in call.fixed}
-        if (
-            mixers[module] <= covered
-            and len({call.dim for call in mine}) == 1
-            and all(_is_one(call, fixed, label) for call in mine)
-        ):
+        if mine and mixers[module] <= covered and len({call.dim for call in mine}) == 1:
             found += mine
     return found
 

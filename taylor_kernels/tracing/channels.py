@@ -20,6 +20,7 @@ from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
+from taylor_kernels.tracing.experts import Result
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import NORM, Join, Reason, Record, Step, Vector
 from taylor_kernels.tracing.residuals import find_blocks
@@ -386,19 +387,22 @@ class Channels:
             if gone[vector].any()
         }
 
-    def kept_by_routers(self, dead: Sequence[Tensor]) -> dict[str, Tensor]:
+    def kept_by_routers(
+        self, dead: Sequence[Tensor]
+    ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:
         """What masking the dead units asks of routers: to choose among the experts that are kept.
 
         Args:
             dead: for each group [U] bool, True for units that go.
 
         Returns:
-            Router -> the numbers [n] of the experts that stay; only routers some of whose go.
+            Router -> the numbers [n] of the experts that stay, and what the router returns; only
+            routers some of whose experts go.
         """
         gone = self._gone(dead)
         return {
-            name: index(np.flatnonzero(~gone[vector]))
-            for name, (_, vector) in self._mixtures.items()
+            name: (index(np.flatnonzero(~gone[vector])), mixture.results)
+            for name, (mixture, vector) in self._mixtures.items()
             if gone[vector].any()
         }
 

@@ -12,12 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from taylor_kernels.tracing.record import Record, Size, Vector
+
+
+class Result(Enum):
+    """What a router returns in one place, by which it is put back among all experts."""
+
+    NUMBERS = "numbers of the experts that are chosen"
+    LOGITS = "minus infinity for an expert that is not there"
+    PROBABILITIES = "zero for an expert that is not there"
+    OTHER = "the same, whatever experts there are"
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,7 @@ class Mixture:
         top_k: so many experts a token is sent to.
         atoms: of the experts.
         lifted: numbers of entries in the record's `fixed` that the definition takes back.
+        results: of each leaf of what the router returns.
     """
 
     router: str
@@ -38,14 +52,21 @@ class Mixture:
     top_k: int
     atoms: Vector
     lifted: frozenset[int]
+    results: tuple[Result, ...]
 
 
-def find_mixtures(record: Record, modules: Mapping[str, nn.Module]) -> list[Mixture]:
-    """The mixtures that have run; the atoms of a router's rows and of its experts become one."""
+def find_mixtures(
+    record: Record, modules: Mapping[str, nn.Module], returned: Mapping[str, Any]
+) -> list[Mixture]:
+    """The mixtures that have run; the atoms of a router's rows and of its experts become one.
+
+    Args:
+        returned: what routers (`is_router`) have returned, by name.
+    """
     places = {(name, dim): (start, size) for start, name, dim, size in record.starts}
     found = []
     for name, router in modules.items():
-        if name not in record.ran or not _is_router(router):
+        if name not in record.ran or not is_router(router):
             continue
         count, top_k = _counts(router)
         beside = [
@@ -59,18 +80,62 @@ def find_mixtures(record: Record, modules: Mapping[str, nn.Module]) -> list[Mixt
         if not all(key in places for key in keys):
             continue  # a parameter that is another's too
         rows = [np.arange(start, start + size) for start, size in (places[key] for key in keys)]
-        for other in rows[1:]:
-            record.join(rows[0], other, (experts, "select"))
-        for module in (name, experts):
-            record.sizes.append(Size(module, "num_experts", rows[0], False))
         every = np.concatenate(rows)
         lifted = {
             number
             for number, (atoms, reason) in enumerate(record.fixed)
             if reason.module in (name, experts) and np.isin(atoms[atoms != 0], every).all()
         }
-        found.append(Mixture(name, experts, parts, top_k, rows[0], frozenset(lifted)))
+        results = _results(returned.get(name), count, top_k)
+        if isinstance(results, str):
+            for number in lifted:
+                atoms, reason = record.fixed[number]
+                text = f"belongs to an expert, and router {name!r} returns {results}"
+                record.fixed[number] = atoms, replace(reason, text=text)
+            continue
+        for other in rows[1:]:
+            record.join(rows[0], other, (experts, "select"))
+        for module in (name, experts):
+            record.sizes.append(Size(module, "num_experts", rows[0], False))
+        mixture = Mixture(name, experts, parts, top_k, rows[0], frozenset(lifted), results)
+        found.append(mixture)
     return found
+
+
+def _results(returned: Any, count: int, top_k: int) -> tuple[Result, ...] | str:
+    """What the leaves of a router's output are; where one cannot be told, what that is."""
+    found = []
+    for leaf in tree_leaves(returned):
+        result = _result(leaf, count, top_k)
+        if isinstance(result, str):
+            return result
+        found.append(result)
+    return tuple(found)
+
+
+def _result(leaf: Any, count: int, top_k: int) -> Result | str:
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return Result.OTHER
+    if not isinstance(leaf, Tensor):
+        return f"a {type(leaf).__name__}"
+    last = leaf.size(-1) if leaf.dim() else 0
+    if leaf.dtype == torch.bool or leaf.is_complex():
+        return f"{str(leaf.dtype)[6:]} values"
+    if not leaf.is_floating_point():
+        if last == top_k and bool(((leaf >= 0) & (leaf < count)).all()):
+            return Result.NUMBERS
+        return f"integers of shape {tuple(leaf.shape)}, which are no numbers of {top_k} experts"
+    if last != count:
+        return Result.OTHER
+    values = leaf.detach().double()
+    if bool((values < 0).any()):
+        return Result.LOGITS
+    if torch.allclose(values.sum(-1), values.new_ones(()), atol=0.02):  # of half types as well
+        return Result.PROBABILITIES
+    return (
+        "no negative number for any expert of the example, and no probabilities that add up to "
+        "one: what it would return of an expert that is not there cannot be told"
+    )
 
 
 def _counts(module: nn.Module) -> tuple[int, int]:
@@ -79,7 +144,8 @@ def _counts(module: nn.Module) -> tuple[int, int]:
     return (count, top_k) if type(count) is int and type(top_k) is int else (0, 0)
 
 
-def _is_router(module: nn.Module) -> bool:
+def is_router(module: nn.Module) -> bool:
+    """Whether a module has what a router has."""
     count, top_k = _counts(module)
     if top_k <= 0 or list(module.children()):
         return False

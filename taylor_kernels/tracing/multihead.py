@@ -53,8 +53,27 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        """nn.TransformerEncoderLayer and others ask this before they take a fused path."""
+        """nn.TransformerEncoderLayer and others ask this before they take a fused path, which
+        these widths do not fit: False, though the weights may be packed as before."""
         return False
+
+    @_qkv_same_embed_dim.setter
+    def _qkv_same_embed_dim(self, packed: bool) -> None:
+        self.__dict__["_qkv_same_embed_dim"] = packed
+
+    def _reset_parameters(self) -> None:
+        """As in nn.MultiheadAttention, which asks whether the weights are packed."""
+        for weight in (
+            self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight,
+        ):  # fmt: skip
+            if weight is not None:
+                nn.init.xavier_uniform_(weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
 
     @property
     def query_weight(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
+from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store, has_atoms
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
@@ -176,6 +177,7 @@ class Recorder(TorchDispatchMode):
         self.flow = Flow(self)
         self.across = AcrossNorms(self)
         self.stack: list[tuple[str, nn.Module]] = []
+        self.returned: dict[str, Any] = {}  # by routers
         self._met: list[list[Labels]] = [[]]  # by each running module, the code outside at first
         self.touched = touched
         self._names = names
@@ -194,6 +196,8 @@ class Recorder(TorchDispatchMode):
         self.record.ran.add(name)
 
     def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        if is_router(module):
+            self.returned[self._names.get(module, "")] = output
         self.flow.leave(module, output)
         self.across.leave(module, self._names.get(module, ""), kwargs, output)
         if self.record.values is not None:

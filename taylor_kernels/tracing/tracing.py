@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,11 +79,37 @@ def traced(
     *,
     blocks: bool = False,
 ) -> Channels:
-    """`trace` for callers that run the operations themselves.
+    """`trace` for callers that run the operations themselves. One runs at a time in a process:
+    a trace exchanges methods of tensors and classes of modules, and puts back what it found.
 
     Args:
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
+    with _one_at_a_time:
+        return _traced(model, example_inputs, seconds, execute, blocks)
+
+
+#: No wait for it is longer than the other trace's own limit.
+_one_at_a_time = threading.RLock()
+
+
+def _forked() -> None:
+    """The thread that may have held it is not in the child."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _traced(
+    model: nn.Module,
+    example_inputs: Any,
+    seconds: float,
+    execute: Execute | None,
+    blocks: bool,
+) -> Channels:
     modules = _modules(model)
     tensors = _checked(modules)
     given = list(tensors_in(example_inputs))
@@ -130,7 +158,7 @@ def traced(
         for handle in handles:
             handle.remove()
         untouched.restore()
-    recorder.record.mixtures += find_mixtures(recorder.record, modules)
+    recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(model):
         return Channels(recorder.record, modules)
 

@@ -211,8 +211,9 @@ def test_bits_do_not_depend_on_stages(case: FisherCase, kernel: Kernel) -> None:
     ("case", "_"), [*PIPELINED[:2], PIPELINED[3], PIPELINED[6]], ids=lambda v: v.name
 )
 def test_a_missing_wait_or_barrier_would_show(case: FisherCase, _: Kernel) -> None:
-    """Copies land when they are waited for, and others see them after a barrier: without any of
-    them the kernel multiplies what is not there yet."""
+    """Copies land when they are waited for, and others see them after a barrier: without one of the
+    first two stages the kernel multiplies what is not there yet. Barriers that guard what is read
+    from being written over, as behind the last chunk, are not tried."""
     x, dy, _ = random_fisher_inputs(case, torch.bfloat16)
     module = kernels()
     for groups in (1, 2):

@@ -76,16 +76,24 @@ def test_a_scaler_does_not_take_what_was_not_asked_for_an_overflow():
     assert meter.overflowed == 1
 
 
-def test_what_was_not_asked_for_is_nan_and_so_is_a_score_of_it():
-    x, model = torch.randn(4, 3, 8, 8), net()
-    backward(model, x)
-    wrong = tk.Criterion("wrong", "moments", lambda table: table[:, 4], moments=("gw2",))
-    assert wrong.moments == ("gw2",)
-    meter = tk.Importance(model, wrong)
-    meter.update()
-    assert all(scores.isnan().all() for scores in meter.compute().values())
-    pruner = tk.Pruner(model, x[:1], wrong, filters=0.5, every=1)
-    with pytest.raises(RuntimeError, match="scores that are not finite"):
-        pruner.step()
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda table: table[:, 4],
+        lambda table: table[:, 1] + table[:, 4],
+        lambda table: torch.where(table[:, 4] > 1e-3, table[:, 1], 0.0),
+        lambda table: table[:, [1, 4]].nansum(1),
+        lambda table: torch.fmax(table[:, 1], table[:, 4]),
+        lambda table: table[:, 1] * table[:, 4].nan_to_num(1.0),
+    ],
+)
+def test_a_score_of_what_was_not_asked_for_is_an_error(score):
+    """Whether or not NaN would come out of it."""
+    with pytest.raises(ValueError, match="moments: 'wrong' names gw2, and its score reads g2 too"):
+        tk.Criterion("wrong", "moments", score, moments=("gw2",))
+    assert tk.Criterion("right", "moments", score, moments=("gw2", "g2")).moments == ("gw2", "g2")
+
+
+def test_moments_are_of_their_statistic():
     with pytest.raises(ValueError, match="moments: are columns of the statistic 'moments'"):
         tk.Criterion("other", "magnitudes", lambda table: table[:, 0], moments=("w2",))

@@ -51,6 +51,12 @@ def trained_sharded(rank, size, folder, criterion):
             tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner, step=step + 1)
     with pytest.raises(ValueError, match="in parts on several ranks and cannot be cut there"):
         pruner.compact()
+    model(minibatch(0)[0])  # the root's parameters are whole until they are sharded again
+    assert not any(map(is_sharded, model[0].parameters()))
+    with pytest.raises(ValueError, match="in parts on several ranks and cannot be cut there"):
+        pruner.compact()
+    with pytest.raises(ValueError, match=r"load the checkpoint into the model as it was before"):
+        tk.load_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
     tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner, step=8)
     with pytest.raises(ValueError, match=r"load the checkpoint into the model as it was before"):
         tk.load_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)

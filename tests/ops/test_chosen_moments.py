@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import taylor_kernels as tk
 from taylor_kernels.backends import Backend, native, reference, register_backend
+from taylor_kernels.ops._direct import leave_out
 from tests.helpers.cases import DTYPES, filter_moments_cases, random_like_case, same_bits
 
 CASES = filter_moments_cases()
@@ -74,6 +75,19 @@ def test_a_list_has_them_by_every_way(chosen, dim, monkeypatch):
     check(chosen, tables(weights, grads, dim=dim, moments=names), full)
     monkeypatch.setattr(native, "plans_calls", False)
     check(chosen, tables(weights, grads, dim=dim, moments=names), full)
+
+
+@pytest.mark.parametrize(("chosen", "fills"), [(0b00001, 1), (0b00010, 2), (0b10000, 1)])
+def test_unwanted_columns_side_by_side_take_one_fill(chosen, fills):
+    """Each is a launch on a GPU."""
+    table = torch.zeros(3, 5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        leave_out([table], chosen)
+    assert sum(event.name == "aten::fill_" for event in profile.events()) == fills
+    assert [not column.isnan().any() for column in table.T] == [
+        bool(chosen >> i & 1) for i in range(5)
+    ]
+    assert table.isnan().sum() == 3 * 4
 
 
 def test_traced_and_under_vmap():

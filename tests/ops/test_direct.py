@@ -265,11 +265,17 @@ def test_tensors_that_change_between_calls_are_read_anew(planned):
     assert len(planned) == 24
 
 
-def test_results_require_no_gradient_and_are_views_of_one_table():
+@pytest.mark.parametrize("direct", [True, False])
+def test_results_require_no_gradient_and_share_one_table(direct, monkeypatch):
+    """Each may be written in place all the same, by what requires a gradient too."""
+    monkeypatch.setattr(native, "plans_calls", direct and native.plans_calls)
     weights = [torch.randn(3, 2, requires_grad=True) for _ in range(4)]
     tables = tk.filter_moments(weights, [w.detach() for w in weights])
     assert not any(table.requires_grad for table in tables)
     assert len({table.untyped_storage().data_ptr() for table in tables}) == 1
+    tables[0].mul_(torch.ones(5, requires_grad=True))
+    assert tables[0].requires_grad
+    assert not tables[1].requires_grad
 
 
 def test_modes_of_memory_are_kept(poisoned_memory):

@@ -296,3 +296,36 @@ def test_buffers_of_a_norm_are_cut_too():
     pruner.compact()
     torch.testing.assert_close(model(x), masked)
     assert model[1].shift.numel() == 4
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer's layer: positions are mixed as channels are, and have labels as they do."""
+
+    def __init__(self, norm, length: int, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, width)
+        self.norms = nn.ModuleList(norm(width) for _ in range(3))
+        self.tokens = nn.Sequential(nn.Linear(length, 24), nn.GELU(), nn.Linear(24, length))
+        self.channels = nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
+        self.out = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.tokens(self.norms[0](x).mT).mT
+        x = x + self.channels(self.norms[1](x))
+        return self.out(self.norms[2](x).mean(1))
+
+
+@pytest.mark.parametrize("length", [15, 16, 17])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, Own])
+def test_a_stream_as_long_as_it_is_wide_is_like_any_other(norm, length):
+    model, x = Mixer(norm, length).double(), torch.randn(4, length, 5, dtype=torch.float64)
+    kept = ["tokens.0", "channels.0"]  # so that the stream has to shrink
+    pruner = tk.Pruner(model, x[:1], "taylor_fo", filters=0.6, every=1, per_step=6, ignore=kept)
+    while not pruner.done:
+        model.zero_grad()
+        model(x).square().sum().backward()
+        pruner.step()
+    assert pruner.widths["embed"] < 16
+    masked = model(x)
+    torch.testing.assert_close(pruner.compact()(x), masked, rtol=1e-10, atol=1e-10)

@@ -62,7 +62,7 @@ BESIDE = {
     "attention.in_proj_weight": [("attention.in_proj_weight", 0)],
     "attention.in_proj_bias": [("attention.in_proj_bias", 0)],
     "experts.up": [("experts.up", 1)],
-    "experts.down": [("experts.down", 1)],
+    "experts.down": [("experts.down", 2)],
 }
 TOKENS = torch.arange(20).reshape(5, 4) % 7
 
@@ -102,7 +102,9 @@ def test_scores_are_those_of_float64(criterion, stream):
     backward(model)
     wanted = {name: expected(model, places, criterion) for name, places in BESIDE.items()}
     model.zero_grad()
-    meter = tk.Importance(model, criterion, layers=["*", *BESIDE], stream=stream)
+    meter = tk.Importance(
+        model, criterion, layers=["*", *BESIDE], stream=stream, example_inputs=TOKENS
+    )
     backward(model)
     meter.update()
     scores = meter.compute()
@@ -122,6 +124,68 @@ def test_a_trace_tells_where_the_outputs_of_a_bare_weight_lie():
         torch.testing.assert_close(scores[name].double(), values, rtol=1e-6, atol=1e-9)
 
 
+class OwnConv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.conv2d(x, self.weight)
+
+
+class OwnLinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight)
+
+
+class Odd(nn.Module):
+    """Parameters of which no rule says where filters lie, and a layer of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.positions = nn.LayerNorm((4, 6)), nn.Parameter(torch.randn(1, 4, 6))
+        self.pair = nn.Bilinear(6, 6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.positions)
+        return self.pair(x, x)
+
+
+def sizes(model: nn.Module, name: str, inputs: Tensor, traced: bool) -> dict[str, int]:
+    example = inputs if traced else None
+    meter = tk.Importance(model, "taylor_fo", layers=[name], example_inputs=example)
+    model(inputs).square().sum().backward()
+    meter.update()
+    return {key: len(scores) for key, scores in meter.compute().items()}
+
+
+def test_a_weight_of_many_dimensions_asks_for_a_trace():
+    model, images = nn.Sequential(OwnConv(), nn.ReLU()), torch.randn(2, 3, 5, 5)
+    with pytest.raises(
+        ValueError, match=r"dimension of 0.weight \(8, 3, 3, 3\) .* example_inputs="
+    ):
+        sizes(model, "0*", images, traced=False)
+    assert sizes(model, "0*", images, traced=True) == {"0": 8}
+
+
+@pytest.mark.parametrize("name", ["norm", "positions"])
+@pytest.mark.parametrize("traced", [False, True])
+def test_what_has_no_filters_is_an_error(name, traced):
+    with pytest.raises(ValueError, match=rf"which dimension of {name}.* its filters lie"):
+        sizes(Odd(), f"{name}*", torch.randn(2, 4, 6), traced)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_names_are_the_same_with_a_trace_and_without(traced):
+    assert sizes(Odd(), "pair*", torch.randn(2, 4, 6), traced) == {"pair": 5}
+    linear = nn.Sequential(OwnLinear(), nn.ReLU())
+    assert sizes(linear, "0*", torch.randn(2, 6), traced) == {"0": 5}
+
+
 def test_second_order_sums_over_all_parts():
     """Σ q², q = g·w − ½·w·(Hw), over scale and shift of a norm."""
     model = trained()
@@ -132,7 +196,7 @@ def test_second_order_sums_over_all_parts():
         return model(TOKENS).square().sum()
 
     meter.update(closure=loss)
-    places = {n: BESIDE[n] for n in names} | {"experts.down": [("experts.down", 2)]}
+    places = {n: BESIDE[n] for n in names}
     weights = [model.get_parameter(n) for parts in places.values() for n, _ in parts]
     grads = torch.autograd.grad(loss(), weights, create_graph=True)
     product = sum((g * w.detach()).sum() for g, w in zip(grads, weights, strict=True))

@@ -205,3 +205,19 @@ def test_an_encoder_that_packs_padded_examples_takes_the_open_path():
     assert type(encoder.layers[1].self_attn) is PrunedMultiheadAttention
     assert not encoder.use_nested_tensor
     torch.testing.assert_close(found[~padding], expected[~padding], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+def test_parameters_can_be_drawn_anew(kdim):
+    model = nn.MultiheadAttention(8, 2, kdim=kdim, add_bias_kv=True)
+    model.__class__ = PrunedMultiheadAttention
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(torch.nan)
+    model._qkv_same_embed_dim = kdim is None
+    model._reset_parameters()
+    assert not model._qkv_same_embed_dim
+    for name, value in model.named_parameters():
+        assert value.isfinite().all() or name == "out_proj.weight", name
+        assert value.shape == before[name].shape
