@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,11 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         >>> type(attention).__name__, attention.head_dim
         ('PrunedMultiheadAttention', 2)
     """
+
+    #: torch.jit.script compiles the others with the module, and none of these can be.
+    __jit_unused_properties__: ClassVar = [
+        "_qkv_same_embed_dim", "query_weight", "key_weight", "value_weight",
+    ]  # fmt: skip
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
@@ -111,22 +117,23 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             raise RuntimeError("attn_mask: is_causal only says what it is like; pass the mask too")
         batched = query.dim() == 3
         lead = 0 if self.batch_first or not batched else 1
-        same = query is key, key is value
+        same = query is key and key is value
         query = self._examples_first(query)
-        key = query if same[0] else self._examples_first(key)
-        value = key if same[1] else self._examples_first(value)
+        key = query if same else self._examples_first(key)
+        value = key if same else self._examples_first(value)
         padding = _additive(key_padding_mask, query)
         if padding is not None and not batched:
             padding = padding.unsqueeze(0)
         causal = is_causal and padding is None and not need_weights
         mask = None if causal else self._of_heads(_additive(attn_mask, query), query.size(0))
 
-        q, k, v = self._projected(query, key, value)
+        q, k, v = self._projected(query, key, value, same)
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(k.size(0), -1, -1)], 1)
             v = torch.cat([v, self.bias_v.expand(v.size(0), -1, -1)], 1)
         if self.add_zero_attn:
-            k, v = (torch.cat([x, x.new_zeros(x.size(0), 1, x.size(2))], 1) for x in (k, v))
+            k = torch.cat([k, k.new_zeros(k.size(0), 1, k.size(2))], 1)
+            v = torch.cat([v, v.new_zeros(v.size(0), 1, v.size(2))], 1)
         more = k.size(1) - key.size(1)  # positions that no mask speaks of
         if mask is not None:
             mask = functional.pad(mask, (0, more))
@@ -134,15 +141,16 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             padding = functional.pad(padding, (0, more))[:, None, None]
             mask = padding if mask is None else mask + padding
 
-        q, k, v = (self._heads(x) for x in (q, k, v))
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
         dropout = self.dropout if self.training else 0.0
-        weights = None
+        weights: Tensor | None = None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            if dropout:
-                weights = functional.dropout(weights, dropout)
-            context = weights @ v
+            found = (scores if mask is None else scores + mask).softmax(-1)
+            if dropout > 0.0:
+                found = functional.dropout(found, dropout)
+            weights = found
+            context = found @ v
         else:
             context = functional.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=causal
@@ -150,7 +158,8 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
         context = context.transpose(1, 2).flatten(2)
         output = functional.linear(context, self.out_proj.weight, self.out_proj.bias)
         if not batched:
-            output, weights = output.squeeze(0), None if weights is None else weights.squeeze(0)
+            output = output.squeeze(0)
+            weights = None if weights is None else weights.squeeze(0)
         if weights is not None and average_attn_weights:
             weights = weights.mean(-3)
         return output.transpose(0, 1) if lead else output, weights
@@ -161,22 +170,28 @@ class PrunedMultiheadAttention(nn.MultiheadAttention):
             return x.unsqueeze(0)
         return x if self.batch_first else x.transpose(0, 1)
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        biases: list[Tensor | None] = [None, None, None]
-        if self.in_proj_weight is not None and query is key and key is value:
-            return list(
-                functional.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-            )
+    def _projected(
+        self, query: Tensor, key: Tensor, value: Tensor, same: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, from one product where all are of the same tensor."""
+        if self.in_proj_weight is not None and same:
+            packed = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = packed.chunk(3, -1)
+            return q, k, v
+        of_q: Tensor | None = None
+        of_k: Tensor | None = None
+        of_v: Tensor | None = None
         if self.in_proj_bias is not None:
-            biases = [*self.in_proj_bias.chunk(3)]
+            of_q, of_k, of_v = self.in_proj_bias.chunk(3)
         if self.in_proj_weight is None:
-            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+            to_q, to_k, to_v = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         else:
-            weights = [*self.in_proj_weight.chunk(3)]
-        return [
-            functional.linear(x, weight, bias)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        ]
+            to_q, to_k, to_v = self.in_proj_weight.chunk(3)
+        return (
+            functional.linear(query, to_q, of_q),
+            functional.linear(key, to_k, of_k),
+            functional.linear(value, to_v, of_v),
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         """[N, heads, L, head_dim] of [N, L, heads · head_dim]."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import PrunedMultiheadAttention, follow_attention, trace
-from tests.tracing.removal import faults
+from tests.tracing.removal import faults, removed
 
 E, HEADS, N, L, S = 12, 3, 2, 5, 4
 
@@ -221,3 +221,31 @@ def test_parameters_can_be_drawn_anew(kdim):
     for name, value in model.named_parameters():
         assert value.isfinite().all() or name == "out_proj.weight", name
         assert value.shape == before[name].shape
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_it_can_be_scripted(options):
+    _, ours = pair(**options)
+    query, key, value = streams(options, batched=True)
+    scripted, mask = torch.jit.script(ours), torch.randn(L, S, dtype=torch.float64)
+    for need, attn_mask in itertools.product((True, False), (None, mask)):
+        found = scripted(query, key, value, need_weights=need, attn_mask=attn_mask)
+        expected = ours(query, key, value, need_weights=need, attn_mask=attn_mask)
+        assert (found[1] is None) is (expected[1] is None) is not need
+        for one, other in zip(found, expected, strict=True):
+            if other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_layers_around_a_pruned_one_can_be_scripted():
+    model = nn.TransformerEncoderLayer(E, HEADS, 8, batch_first=True, dropout=0.0).double().eval()
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    channels = trace(model, x)
+    dead = [torch.zeros(group.size, dtype=torch.bool) for group in channels.groups]
+    names = [group.name for group in channels.groups]
+    dead[names.index("self_attn.in_proj_weight")][0] = True
+    small = removed(model, channels, dead)
+    assert small.self_attn.num_heads == HEADS - 1
+    torch.testing.assert_close(torch.jit.script(small)(x), small(x), rtol=1e-12, atol=1e-12)
