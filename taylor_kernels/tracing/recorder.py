@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,15 @@ class Recorder(TorchDispatchMode):
             self._met.pop()
             if self.stack.pop()[1] is module:
                 break
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Inside, operations are the trace's own: the caller, who may count, does not run them."""
+        before, self._execute = self._execute, _execute
+        try:
+            yield
+        finally:
+            self._execute = before
 
     @property
     def module(self) -> str:

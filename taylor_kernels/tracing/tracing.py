@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,13 +121,19 @@ def _traced(
     names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
     recorder = Recorder(names, untouched.touch, seconds, execute, blocks)
+
+    def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
+        if output is not None:
+            _keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
+        recorder.leave(module, kwargs, output)
+
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(
             lambda module, args: recorder.enter(module, args)
         ),
         torch.nn.modules.module.register_module_forward_hook(
-            # After an error PyTorch calls it without the keyword arguments.
-            lambda module, _, *rest: recorder.leave(module, *({}, *rest)[-2:]),
+            left,
             with_kwargs=True,
             always_call=True,
         ),
@@ -188,18 +194,52 @@ def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     return tensors
 
 
-def _keep_whole(recorder: Recorder, names: dict[nn.Module, str]) -> None:
+def _keep_whole(recorder: Recorder, names: Mapping[nn.Module, str]) -> None:
     """Attention of classes that inherit PyTorch's, and with it the checks of its widths."""
     for module, name in names.items():
-        other = type(module) is not PrunedMultiheadAttention
-        if not (other and isinstance(module, nn.MultiheadAttention)):
+        if not _checks_widths(module):
             continue
-        text = "belongs to a class of nn.MultiheadAttention, which checks its width"
-        reason = Reason(f"{text} against embed_dim ({name!r})", name)
+        reason = _checked_width(name)
         for path, dim in CHECKED:
             tensor = dict(module.named_parameters()).get(path)
             if tensor is not None:
                 recorder.record.fix(recorder.labels(tensor).dims[dim], reason)
+
+
+def _keep_what_it_read(
+    recorder: Recorder,
+    module: nn.Module,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Such an attention has run: its query keeps its width, and computed weights keep theirs.
+
+    A parametrization (`weight_norm`) leaves no parameter of the name that is checked, and may make
+    the weight of any shapes. Computed once more, it has the labels of what it is made of.
+    """
+    if not _checks_widths(module):
+        return
+    reason = _checked_width(name)
+    query = args[0] if args else kwargs.get("query")
+    if isinstance(query, Tensor) and query.dim():
+        recorder.record.fix(recorder.labels(query).dims[-1], reason)
+    for path, dim in CHECKED:
+        owner, _, leaf = path.rpartition(".")
+        with recorder.uncounted():
+            weight = getattr(module.get_submodule(owner), leaf, None)
+        if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
+            recorder.record.fix(recorder.labels(weight).dims[dim], reason)
+
+
+def _checks_widths(module: nn.Module) -> bool:
+    other = type(module) is not PrunedMultiheadAttention
+    return other and isinstance(module, nn.MultiheadAttention)
+
+
+def _checked_width(name: str) -> Reason:
+    text = "belongs to a class of nn.MultiheadAttention, which checks its width"
+    return Reason(f"{text} against embed_dim ({name!r})", name)
 
 
 def _refusal(recorder: Recorder, error: Exception) -> str:

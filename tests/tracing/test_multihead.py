@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from taylor_kernels.tracing import PrunedMultiheadAttention, follow_attention, trace
 from tests.tracing.removal import faults, removed
@@ -172,6 +173,60 @@ def test_a_class_of_someone_else_runs_as_it_is():
     assert type(model.attention) is Own
     assert "checks its width against embed_dim" in channels.skipped["enter"]
     assert not faults(model, inputs, channels)
+
+
+class Halves(nn.Module):
+    """A parametrization whose originals have other shapes than the weight."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return weight.clone(), torch.eye(weight.size(1))
+
+
+PARAMETRIZE = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "product": lambda module, name: parametrize.register_parametrization(module, name, Halves()),
+}
+
+
+@pytest.mark.parametrize("where", ["own weights", "out_proj", "both"])
+@pytest.mark.parametrize("keys", [{}, {"kdim": 6, "vdim": 4}], ids=["packed", "apart"])
+@pytest.mark.parametrize("change", PARAMETRIZE.values(), ids=PARAMETRIZE)
+def test_a_parametrized_one_keeps_what_it_checks(change, keys, where):
+    model, inputs = Attending(batch_first=True, **keys).eval(), torch.randn(2, 6, 5)
+    if where != "out_proj":
+        packed = ["in_proj_weight"]
+        for name in ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if keys else packed:
+            change(model.attention, name)
+    if where != "own weights":
+        change(model.attention.out_proj, "weight")
+    channels = trace(model, inputs)
+    sizes = {group.name: group.size for group in channels.groups}
+    if where == "out_proj":
+        assert sizes["enter"] == E
+        assert HEADS in sizes.values()
+    else:
+        assert "checks its width" in channels.skipped["enter"]
+        assert HEADS not in sizes.values()
+    for number, group in enumerate(channels.groups):
+        dead = [torch.zeros(other.size, dtype=torch.bool) for other in channels.groups]
+        dead[number][0] = True
+        small = removed(model, channels, dead)
+        assert small(inputs).shape == (2, 6, 3), group.name
+
+
+def test_a_query_that_is_named_keeps_its_width():
+    class Named(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.enter(x)
+            return self.out(self.attention(key=q, value=q, query=q)[0])
+
+    model = Named(batch_first=True)
+    parametrizations.weight_norm(model.attention, "in_proj_weight")
+    assert "checks its width" in trace(model, torch.randn(2, 6, 5)).skipped["enter"]
 
 
 def test_an_error_leaves_the_class_as_it_was():
