@@ -25,7 +25,7 @@ from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import NORM, Join, Reason, Record, Step, Vector
 from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import counted, resolve
-from taylor_kernels.tracing.running import tensors_of_modules
+from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
 
 
@@ -306,7 +306,7 @@ class Channels:
         if not joins:
             return None
         record = replace(self._record, joins=[*self._record.joins, *joins])
-        with prunable_attention(model):
+        with one_at_a_time(), prunable_attention(model):
             return Channels(record, dict(model.named_modules()))
 
     def leaving(self, blocks: Sequence[Block]) -> Channels:

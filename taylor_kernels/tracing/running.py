@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from operator import is_
@@ -149,9 +151,42 @@ def is_lazy(tensor: Tensor) -> bool:
     return torch.nn.parameter.is_lazy(tensor)
 
 
+_lock = threading.RLock()
+
+
+def _forked() -> None:
+    """The thread that may have held it is not in the child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside is one thread of the process; it can go in again.
+
+    What exchanges methods of tensors, classes of modules or settings of PyTorch puts back what it
+    found: two that overlap would leave what the other one had put there.
+    """
+    with _lock:
+        yield
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No gradients, no fused attention fast path, no compilation; random states as they were."""
+    """No gradients, no fused attention fast path, no compilation; random states as they were.
+
+    Some of these are settings of the process, so that threads wait for each other.
+    """
+    with one_at_a_time(), _quiet():
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +25,7 @@ from taylor_kernels.tracing.running import (
     copied,
     is_lazy,
     new_garbage_only,
+    one_at_a_time,
     quiet,
     tensors_in,
     tensors_of_modules,
@@ -85,22 +84,8 @@ def traced(
     Args:
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
-    with _one_at_a_time:
+    with one_at_a_time():  # a wait is no longer than the other trace's own limit
         return _traced(model, example_inputs, seconds, execute, blocks)
-
-
-#: No wait for it is longer than the other trace's own limit.
-_one_at_a_time = threading.RLock()
-
-
-def _forked() -> None:
-    """The thread that may have held it is not in the child."""
-    global _one_at_a_time
-    _one_at_a_time = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forked)
 
 
 def _traced(
