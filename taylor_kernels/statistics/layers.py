@@ -42,7 +42,7 @@ def find_layers(
         names: module names; * and ? match as in file names.
         trainable_only: leave layers with a frozen weight out (with a warning).
         beside: gives what `parts_beside_layers` finds, where names that match no layer are looked
-            for.
+            for. It is called once, since it may run the model.
 
     Raises:
         ValueError: a name matches no such layer; a named layer is frozen though
@@ -57,10 +57,12 @@ def find_layers(
         if isinstance(names, str):
             raise ValueError(f"layers: expected a sequence of names, got the string {names!r}")
         chosen = {}
+        others: Mapping[str, Sequence[tuple[str, int]]] | None = None  # not asked for yet
         for pattern in names:
             matches = {n: m for n, m in candidates.items() if fnmatchcase(n, pattern)}
             if not matches:
-                others = {} if beside is None else beside()
+                if others is None:
+                    others = {} if beside is None else beside()
                 matches = {
                     name: bare_layer(model, parts)
                     for name, parts in others.items()

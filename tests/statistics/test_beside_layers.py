@@ -232,3 +232,19 @@ def test_what_cannot_be_scored_says_so():
     model.norm.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="norm have frozen weights"):
         tk.Importance(model, "taylor_fo", layers=["norm"])
+
+
+def test_the_model_runs_once_however_many_names_are_looked_for():
+    """To find what code multiplies by, the model is traced: once for all names."""
+    runs = []
+
+    class Counted(Experts):
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(x)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(4, 6), Scale(6), Counted(6), nn.LayerNorm(6))
+    for layers in (["1"], ["1", "2.up", "2.d*", "3"]):
+        runs.clear()
+        tk.Importance(model, "taylor_fo", layers=layers, example_inputs=torch.randn(2, 4))
+        assert len(runs) == 1
