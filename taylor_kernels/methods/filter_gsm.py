@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.methods.gsm import GSM
-from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.ops.global_threshold import global_threshold, greatest_masks
 from taylor_kernels.ops.sparse_momentum import sparse_momentum
 from taylor_kernels.pruning.removal import remove
@@ -168,7 +168,7 @@ class FilterGSM(GSM):
 
     def _sums(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Of each filter the sum of products over all of its entries: [filters] float32."""
-        tables = filter_moments(
+        tables = needed_moments(
             [first.detach().reshape(first.size(0), -1) for first, _ in pairs],
             [second.detach().reshape(second.size(0), -1) for _, second in pairs],
             moments=("gw",),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import Hook
-from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.shards import is_fsdp, is_sharded, local_part, plan_mesh, whole
 from taylor_kernels.statistics.base import Closure
@@ -303,7 +303,7 @@ class Gates(_Gates):
         ]
         if norms:
             parameters = [p for _, norm in norms for p in (norm.weight, norm.bias)]
-            moments = filter_moments(
+            moments = needed_moments(
                 [p.detach() for p in parameters],
                 [self._gradients[p] for p in parameters],
                 moments=("gw",),

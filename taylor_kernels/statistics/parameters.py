@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
+from taylor_kernels.ops.filter_moments import MOMENTS, needed_moments
 from taylor_kernels.shards import is_sharded, local_part, offsets, part_count, rows_in_whole, whole
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
@@ -85,12 +85,13 @@ class WeightMoments(_OfWeights):
         super().__init__(model, layers, backend)
         self._scored: list[tuple[weakref.ref[Tensor], int]] = []
         self._powers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._listed = list(layers.values())
         self._streamed: dict[_Number, Tensor] = {}
-        self._places: dict[Tensor, list[_Number]] = {}
+        self._places: dict[Tensor, dict[_Number, Rows]] = {}
 
     def start_stream(self, *, watch: bool) -> None:
         for number, rows in self._rows().items():
-            self._places.setdefault(rows.parameter, []).append(number)
+            self._places.setdefault(rows.parameter, {})[number] = rows
         self.stream = GradientStream(self.model, self._take, watch=watch)
 
     def _rows(self) -> dict[_Number, Rows]:
@@ -103,9 +104,8 @@ class WeightMoments(_OfWeights):
 
     def _take(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
-        pair = parameter.detach(), parameter.grad.detach()
-        numbers = self._places.get(parameter, [])
-        self._streamed |= self._moments(dict.fromkeys(numbers, pair))
+        grad, places = parameter.grad.detach(), self._places.get(parameter, {})
+        self._streamed |= self._moments({number: (rows, grad) for number, rows in places.items()})
 
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         found = self._moments(self._pairs()) if self.stream is None else self._came()
@@ -117,31 +117,30 @@ class WeightMoments(_OfWeights):
             tables = [t / loss_scale ** self._powers_like(t) for t in tables]
         return tables
 
-    def _moments(self, pairs: Mapping[_Number, tuple[Tensor, Tensor]]) -> dict[_Number, Tensor]:
-        """The tables of parameters, by number, from the values and the gradient of each."""
-        layers, tables = list(self.layers.values()), {}
-        rows = {number: rows_of(layers[number[0]])[number[1]] for number in pairs}
+    def _moments(self, pairs: Mapping[_Number, tuple[Rows, Tensor]]) -> dict[_Number, Tensor]:
+        """The tables of parameters, by number, from the rows and the gradient of each."""
+        tables = {}
         for axis in (0, 1):  # 1: transposed convolutions, and GPT-2's linear layers
-            chosen = [number for number, one in rows.items() if one.axis == axis]
+            chosen = {number: pair for number, pair in pairs.items() if pair[0].axis == axis}
             if not chosen:
                 continue
-            moments = filter_moments(
-                [rows[number].of(local_part(pairs[number][0])) for number in chosen],
-                [rows[number].of(local_part(pairs[number][1])) for number in chosen],
+            moments = needed_moments(
+                [rows.of(local_part(rows.parameter.detach())) for rows, _ in chosen.values()],
+                [rows.of(local_part(grad)) for rows, grad in chosen.values()],
                 dim=axis,
-                groups=[rows[number].groups for number in chosen],
+                groups=[rows.groups for rows, _ in chosen.values()],
                 moments=self.moments,
                 backend=self.backend,
             )
-            for number, table in zip(chosen, moments, strict=True):
-                tables[number] = self._whole_rows(layers[number[0]], rows[number], table)
+            for (number, (rows, _)), table in zip(chosen.items(), moments, strict=True):
+                tables[number] = self._whole_rows(self._listed[number[0]], rows, table)
         return tables
 
     def _came(self) -> dict[_Number, Tensor]:
         """The tables of a pass whose gradients were streamed."""
-        weights, grads = self._weights_and_grads()
-        for number, grad in grads.items():
-            if grad is not None:
+        rows = self._trained_rows()
+        for number, one in rows.items():
+            if one.parameter.grad is not None:
                 raise RuntimeError(
                     f"stream: {self._named(number)} has a gradient that was not streamed: it is "
                     "another parameter than when the meter was made, or the gradient is older than "
@@ -156,9 +155,9 @@ class WeightMoments(_OfWeights):
         found, self._streamed = self._streamed, {}
         assert self.stream is not None
         self.stream.clear()
-        for number, weight in weights.items():  # one after another: each needs a gradient
+        for number, one in rows.items():  # one after another: each needs a gradient
             if number not in found:
-                found |= self._moments({number: (weight, torch.zeros_like(weight))})
+                found |= self._moments({number: (one, torch.zeros_like(one.parameter))})
         return found
 
     def _named(self, number: _Number) -> str:
@@ -169,7 +168,9 @@ class WeightMoments(_OfWeights):
     def is_finite(self, table: Tensor) -> Tensor:
         if self.moments is None:
             return super().is_finite(table)
-        return table[:, [MOMENTS.index(name) for name in self.moments]].isfinite().all()
+        # Column by column: a list of indices would be copied from the host to the table's device.
+        columns = [table[:, MOMENTS.index(name)] for name in self.moments]
+        return torch.stack([column.isfinite().all() for column in columns]).all()
 
     def discard(self) -> None:
         if self.stream is not None:
@@ -191,23 +192,23 @@ class WeightMoments(_OfWeights):
             self._powers[key] = torch.tensor(_POWERS, dtype=table.dtype, device=table.device)
         return self._powers[key]
 
-    def _weights_and_grads(self) -> tuple[dict[_Number, Tensor], dict[_Number, Tensor | None]]:
-        weights: dict[_Number, Tensor] = {}
-        grads: dict[_Number, Tensor | None] = {}
-        for number, rows in self._rows().items():
+    def _trained_rows(self) -> dict[_Number, Rows]:
+        """`_rows`, of which every parameter is trained."""
+        found = self._rows()
+        for number, rows in found.items():
             if not rows.parameter.requires_grad:
                 raise RuntimeError(
                     f"{self._named(number)} requires no gradient, so this criterion has nothing to "
                     "read; inside tk.scoring() or with frozen layers use taylor_fo_gate or "
                     "taylor_fo_bn"
                 )
-            weights[number], grads[number] = rows.parameter.detach(), rows.parameter.grad
-        return weights, grads
+        return found
 
-    def _pairs(self) -> dict[_Number, tuple[Tensor, Tensor]]:
-        """Each parameter and its gradient, zeros where there is none."""
-        weights, grads = self._weights_and_grads()
-        present = [grad for grad in grads.values() if grad is not None]
+    def _pairs(self) -> dict[_Number, tuple[Rows, Tensor]]:
+        """Each parameter's rows and its gradient, zeros where there is none."""
+        found = self._trained_rows()
+        grads = [rows.parameter.grad for rows in found.values()]
+        present = [grad for grad in grads if grad is not None]
         if not present:
             raise RuntimeError(
                 "no layer has a gradient; score after loss.backward() and before "
@@ -222,11 +223,10 @@ class WeightMoments(_OfWeights):
                 "loss.backward()"
             )
         self._scored = [(weakref.ref(grad), grad._version) for grad in present]
-        pairs: dict[_Number, tuple[Tensor, Tensor]] = {}
-        for number, weight in weights.items():
-            grad = grads[number]
-            pairs[number] = weight, torch.zeros_like(weight) if grad is None else grad.detach()
-        return pairs
+        return {
+            number: (rows, torch.zeros_like(rows.parameter) if grad is None else grad.detach())
+            for (number, rows), grad in zip(found.items(), grads, strict=True)
+        }
 
 
 @register_statistic

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import taylor_kernels as tk
-from taylor_kernels.ops.filter_moments import filter_moments
+from taylor_kernels.ops.filter_moments import filter_moments, needed_moments
 from taylor_kernels.ops.hutchinson_moments import hutchinson_moments
 from taylor_kernels.ops.rademacher import rademacher_like
 from taylor_kernels.ops.second_order_moments import second_order_moments
@@ -180,3 +180,12 @@ def test_graph_replay_sees_new_values(backend: str, monkeypatch: pytest.MonkeyPa
         ]
 
     check_replay(run, [*grads, *hvps])
+
+
+def test_nothing_is_written_over_moments_that_nobody_needs(backend: str) -> None:
+    weights, grads = [torch.randn(5, 7, device="cuda")], [torch.randn(5, 7, device="cuda")]
+    (table,) = needed_moments(weights, grads, moments=("gw2",), backend=backend)
+    (chosen,) = filter_moments(weights, grads, moments=("gw2",), backend=backend)
+    assert table.isfinite().all()
+    assert chosen.isnan().sum() == 20
+    assert cases.same_bits(table[:, 1], chosen[:, 1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.integrations.torch_pruning.parts import Part
-from taylor_kernels.ops.filter_moments import MOMENTS, filter_moments
+from taylor_kernels.ops.filter_moments import MOMENTS, needed_moments
 
 #: What goes with a parameter's values: its gradient, or its gradient's mean square.
 Source = Callable[[nn.Parameter], "Tensor | None"]
@@ -125,7 +125,7 @@ class Sweep:
         ]
         if self._squared:
             weights = list(torch._foreach_mul(weights, weights))
-        both = filter_moments(
+        both = needed_moments(
             weights,
             sources,
             dim=(0, 1),
