@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from bench.timing import timer
 
 MIB = 2**20
+T = TypeVar("T")
 
 
 @dataclass
@@ -201,14 +202,27 @@ def peak_memory(provider: Provider, device: torch.device, repeats: int = 3) -> i
             torch.cuda.synchronize(device)
             peak = torch.cuda.max_memory_allocated(device) - before
         else:
-            if not _reset_high_water():
+            answer, growth = peak_growth(provider.run)
+            if growth is None:
                 return None
-            before = _status("VmRSS")
-            answer = provider.run()
-            peak = _status("VmHWM") - before
+            peak = growth
         peaks.append(max(0, peak - _bytes_of(answer)))
         del answer
     return int(statistics.median(peaks))
+
+
+def peak_growth(run: Callable[[], T]) -> tuple[T, int | None]:
+    """What a call returns, and the bytes by which the memory of this process grew at most in it.
+
+    Free heap is handed back first: what is made would take its room, and nothing would grow. None
+    where the kernel keeps no mark that can be reset.
+    """
+    gc.collect()
+    if not _reset_high_water():
+        return run(), None
+    before = _status("VmRSS")
+    answer = run()
+    return answer, _status("VmHWM") - before
 
 
 def _reset_high_water() -> bool:

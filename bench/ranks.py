@@ -9,14 +9,11 @@ kept there. It takes a minute or two; nothing else should run beside it, nor use
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import taylor_kernels as tk
+from bench.harness import peak_growth
 from bench.models import resnet18
 from taylor_kernels.system import cpu_model
 from tests.distributed.launch import ran
@@ -67,25 +65,6 @@ def timed(run: Any) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def peak_growth(run: Callable[[], object]) -> int | None:
-    """Bytes by which the memory of this process grows at most while something runs; of Linux."""
-    status, references = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not (status.exists() and os.access(references, os.W_OK)):
-        run()
-        return None
-
-    def kib(name: str) -> int:
-        return int(status.read_text().partition(f"{name}:")[2].split()[0])
-
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # else what is made takes the room of what is gone, and nothing grows
-    references.write_text("5")  # the peak is what there is now
-    before = kib("VmRSS")
-    run()
-    return 1024 * (kib("VmHWM") - before)
 
 
 def loopback() -> int | None:
@@ -136,7 +115,7 @@ def pruned(criterion: str, ranks: tk.distributed.Ranks, *, alone: bool = False) 
         backward = timed(score)
         length = len(pruner.history)
         if alone and number == STEPS - 1:  # the last pruning, whose time is not taken
-            memory = peak_growth(pruner.step)
+            memory = peak_growth(pruner.step)[1]
             break
         took = timed(pruner.step)
         (prunings if len(pruner.history) > length else updates).append(took)
