@@ -49,14 +49,16 @@ class Gathering:
         names = {} if blocks is None else {n: f"block {blocks.name_of(n)}" for n in blocks.left}
         kind = get_statistic(criterion.statistic)
         in_parts = statistic is not None and statistic.spread is not None
+        self._units = sum(group.size for group in groups)
+        self._gates: dict[int, str] = {}
         self._round: TableRound | MeanRound
         if statistic is None or exchanges_tables(statistic, ranks):
-            self._gates = names if blocks is not None and blocks.at_gates else {}
+            if blocks is not None and blocks.at_gates:
+                self._gates = names
             sizes = {**sizes, **dict.fromkeys(self._gates.values(), 1)}
             self._round = TableRound(ranks, criterion, kind, sizes, in_parts=in_parts)
         else:
-            count = self._units = sum(group.size for group in groups)
-            scores_of = _units(groups)
+            count, scores_of = self._units, _units(groups)
             if blocks is not None:
                 scores_of |= {name: torch.tensor([count + n]) for n, name in names.items()}
                 count += len(blocks)
