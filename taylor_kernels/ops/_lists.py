@@ -16,25 +16,14 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel, native, runs_natively
-from taylor_kernels.layout import FLOATS, ParameterItem, accumulator, parameter_item
-from taylor_kernels.ops._checks import (
-    alike,
-    check_axes,
-    check_groups,
-    check_like,
-    check_shape,
-    check_streams,
-    check_tensor,
-    quick_shapes,
-)
+from taylor_kernels.layout import ParameterItem, accumulator, parameter_item
+from taylor_kernels.ops._checks import check_axes, check_groups, check_streams
 from taylor_kernels.ops._direct import leave_out, packed_tables
 from taylor_kernels.ops._library import define
+from taylor_kernels.ops._list_checks import as_lists, by_kind, check_launch, check_lists
 
 if TYPE_CHECKING:
     from typing_extensions import Required
-
-#: What the lists beside the weights hold, for messages.
-_HOLDS = {"grads": "gradients", "hvps": "Hessian-vector products"}
 
 
 class ListOp(NamedTuple):
@@ -134,7 +123,7 @@ def define_list_op(
                 raise ValueError(f"sums: {wanted} has no such bits; pass 1 to {every}")
         groups, rows, cols, *draw, backend = told
         seed, streams = (draw[:1], draw[1]) if draws else ([], None)
-        shapes = _check_call(lists, names, groups, (0, 1) if cols else (0,), streams)
+        shapes = check_launch(lists, names, groups, (0, 1) if cols else (0,), streams)
         kind = lists[0][0].device, lists[0][0].dtype, backend
         compute = kernel(name, *kind)
         if wanted != every and kind[0].type == "cpu" and runs_natively(name, *kind):
@@ -230,102 +219,6 @@ def _split(table: Tensor, counts: list[int]) -> list[Tensor]:
     return list(torch.unsafe_split_with_sizes(table, counts)) if len(counts) > 1 else [table]
 
 
-def _by_kind(tensors: Sequence[Tensor]) -> list[Sequence[int]]:
-    """The places of those that share a device and are float64 or not: what one launch takes."""
-    if len({t.device for t in tensors}) == len({t.dtype is torch.float64 for t in tensors}) == 1:
-        return [range(len(tensors))]
-    parts: dict[tuple[torch.device, bool], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        parts.setdefault((tensor.device, tensor.dtype is torch.float64), []).append(i)
-    return list(parts.values())
-
-
-def _as_lists(inputs: dict[str, object]) -> list[list[Tensor]]:
-    """A list for each name; a single tensor is a list of one."""
-    weights = inputs["weights"]
-    if isinstance(weights, Tensor):
-        for name, value in inputs.items():
-            if not isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name}: expected a torch.Tensor like weights, got {type(value).__name__}"
-                )
-        return [[value] for value in inputs.values() if isinstance(value, Tensor)]
-    lists: list[list[Tensor]] = []
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            raise TypeError(
-                f"{name}: got one tensor for a sequence of weights; "
-                f"pass a sequence of {_HOLDS[name]}"
-            )
-        if not isinstance(value, Sequence):
-            raise TypeError(
-                f"{name}: expected a tensor or a sequence of tensors, got {type(value).__name__}"
-            )
-        lists.append(list(value))
-        if len(lists[-1]) != len(lists[0]):
-            raise ValueError(
-                f"{name}: {len(value)} {_HOLDS[name]} for {len(lists[0])} weights; "
-                "pass one for each"
-            )
-    return lists
-
-
-def _check(
-    lists: Sequence[list[Tensor]], groups: list[int], axes: tuple[int, ...], names: Sequence[str]
-) -> list[torch.Size]:
-    """The shapes of the weights, or an error that names what does not fit."""
-    weights = lists[0]
-    shapes = quick_shapes(lists)
-    if shapes is None:
-        for name, others in zip(names[1:], lists[1:], strict=True):
-            for i, (weight, other) in enumerate(zip(weights, others, strict=True)):
-                check_tensor(weight, names[0].format(i))
-                check_like(other, name.format(i), weight, names[0].format(i))
-        shapes = [weight.shape for weight in weights]
-    for i, (shape, n) in enumerate(zip(shapes, groups, strict=True)):
-        if n > 1 or not 1 < len(shape) <= 5:
-            check_shape(shape, n, axes, names[0].format(i))
-    return shapes
-
-
-def _check_call(
-    lists: Sequence[list[Tensor]],
-    names: Sequence[str],
-    groups: list[int],
-    axes: tuple[int, ...],
-    streams: Sequence[int] | None,
-) -> list[torch.Size]:
-    """The shapes of the weights of one launch, or an error.
-
-    The kernels trust what they are told, and the op may be called by others than `tables`.
-    """
-    weights, *others = lists
-    count = len(weights)
-    if not count:
-        raise ValueError("weights: no tensors; pass at least one")
-    if len(groups) != count or any(len(each) != count for each in others):
-        raise ValueError(f"weights: {count} of them; pass {count} of all that belong to them")
-    if min(groups) < 1:
-        raise ValueError(f"groups: {min(groups)} is not a positive integer")
-    if streams is not None:
-        check_streams(streams, count)
-    if len(_by_kind(weights)) > 1:
-        raise ValueError(
-            "weights: one call takes tensors of one device, all of them float64 or none"
-        )
-    shapes = [weight.shape for weight in weights]
-    for i, (weight, shape, n) in enumerate(zip(weights, shapes, groups, strict=True)):
-        if weight.dtype not in FLOATS or weight.layout is not torch.strided:
-            check_tensor(weight, names[0].format(i))
-        if n > 1 or not 1 < len(shape) <= 5:
-            check_shape(shape, n, axes, names[0].format(i))
-    for name, each in zip(names[1:], others, strict=True):
-        if not alike(each, weights):
-            for i, (tensor, weight) in enumerate(zip(each, weights, strict=True)):
-                check_like(tensor, name.format(i), weight, names[0].format(i))
-    return shapes
-
-
 def _through_the_dispatcher(
     op: ListOp,
     weights: object,
@@ -338,13 +231,13 @@ def _through_the_dispatcher(
     finish: Callable[[Tensor], object] | None,
 ) -> list[list[Tensor]]:
     """One list of tables per axis asked for; one launch for each device and for float64."""
-    lists = _as_lists({"weights": weights, **others})
+    lists = as_lists({"weights": weights, **others})
     names: Sequence[str] = ("weights", *others)
     if not isinstance(weights, Tensor):
         names = [name + "[{}]" for name in names]
     each_groups = check_groups(groups, len(lists[0]))
     streams = None if draw is None else check_streams(draw.streams, len(lists[0]))
-    shapes = _check(lists, each_groups, axes, names)
+    shapes = check_lists(lists, each_groups, axes, names)
 
     def launch(places: Sequence[int]) -> list[list[Tensor]]:
         every: list[list[Any]] = [*lists, each_groups]
@@ -359,7 +252,7 @@ def _through_the_dispatcher(
                 finish(table)
         return [_split(packed[axis], filters[axis]) for axis in axes]
 
-    parts = _by_kind(lists[0])
+    parts = by_kind(lists[0])
     if len(parts) == 1:
         return launch(parts[0])
     found: list[list[Tensor]] = [[torch.empty(0)] * len(shapes) for _ in axes]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from itertools import groupby, islice
 from typing import Any, Literal, get_args
 
@@ -15,6 +14,7 @@ from taylor_kernels.hooks import OnModel
 from taylor_kernels.layout import accumulator
 from taylor_kernels.parameter_fisher.calls import Call
 from taylor_kernels.parameter_fisher.watch import Watch
+from taylor_kernels.parameter_fisher.ways import find_parameters
 from taylor_kernels.statistics import check_loss_scale
 from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs
@@ -122,7 +122,7 @@ class ParameterFisher(OnModel):
             )
         self.reduction, self.matrix, self.samples = reduction, matrix, samples
         self._seed = seed << 32
-        self._parameters = _find(model, parameters)
+        self._parameters = find_parameters(model, parameters)
         self._watch = Watch(model, self._parameters, backend, self._receive)
         self._pending: dict[str, Tensor] = {}
         self._sign = 1  # of the curvature's part whose squares arrive
@@ -273,7 +273,7 @@ class ParameterFisher(OnModel):
         try:
             with differentiating():
                 if self.matrix == "empirical":
-                    self._backward([run_closure(closure)], None, keep=False)
+                    watch.ends.flow([run_closure(closure)], None, keep=False)
                 else:
                     self._run_columns(closure)
         finally:
@@ -294,7 +294,9 @@ class ParameterFisher(OnModel):
                 "closure: its loss lets examples meet (dim 0 of the model's output), as a "
                 "contrastive loss does, so that they have no curvature each"
             )
-        at_once = watch.passes_at_once()
+        # No more than take as much room together as the parameters do.
+        room = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        at_once = watch.ends.passes_at_once(room)
         try:
             for self._sign, columns in groupby(factor.columns, lambda column: column.sign):
                 while some := list(islice(columns, at_once)):
@@ -302,7 +304,7 @@ class ParameterFisher(OnModel):
                         at_once = 1
                     if len(some) == 1 or at_once == 1:
                         for column in some:
-                            self._backward(loss.roots, _given(loss, column), keep=True)
+                            watch.ends.flow(loss.roots, _given(loss, column), keep=True)
                             watch.reduce()
         finally:
             self._sign = 1
@@ -310,36 +312,10 @@ class ParameterFisher(OnModel):
     def _flow_together(self, loss: LossFunction, columns: Sequence[Column]) -> bool:
         """Several columns in one backward pass; False where that cannot be."""
         given = [torch.stack(z) for z in zip(*(_given(loss, c) for c in columns), strict=True)]
-        watch = self._watch
-        try:
-            found = torch.autograd.grad(
-                loss.roots,
-                watch.edges,
-                given,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        except RuntimeError:  # an operation that vmap does not know, or no memory
+        if not self._watch.ends.flow_together(loss.roots, given):
             return False
-        for arrive, dy in zip(watch.arrivals, found, strict=True):
-            if dy is not None:
-                arrive(dy)
-        watch.reduce()
+        self._watch.reduce()
         return True
-
-    def _backward(
-        self, roots: Sequence[Any], vectors: Sequence[Tensor] | None, *, keep: bool
-    ) -> None:
-        watch = self._watch
-        if not watch.edges:
-            raise RuntimeError("closure: it did not call the model that was handed over")
-        to = watch.last_edges()
-        watch.flowing = True
-        try:
-            torch.autograd.grad(roots, to, vectors, retain_graph=keep, allow_unused=True)
-        finally:
-            watch.flowing = False
 
     def _discard(self) -> None:
         self._watch.discard()
@@ -356,26 +332,3 @@ def _given(loss: LossFunction, column: Column) -> list[Tensor]:
         vector.view_as(slope).to(slope)
         for vector, slope in zip(column.vectors, loss.slopes, strict=True)
     ]
-
-
-def _find(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The trained parameters of a model by name: all, or those that `names` match."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(names, str):
-        raise ValueError(f"parameters: expected a sequence of names, got the string {names!r}")
-    for pattern in names or ():
-        if not any(_matches(name, pattern) for name in trained):
-            raise ValueError(
-                f"parameters: {pattern!r} matches no trained parameter; there are "
-                f"{', '.join(trained) or 'none'}"
-            )
-    if names is not None:
-        trained = {n: p for n, p in trained.items() if any(_matches(n, x) for x in names)}
-    if not trained:
-        raise ValueError("model: has no trained parameter, so that there is nothing to follow")
-    return trained
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """A name that holds brackets, as a key of a ModuleDict may, stands for itself."""
-    return name == pattern or fnmatchcase(name, pattern)

@@ -5,30 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.parameter_fisher.calls import Call, RerunUse, Use
-from taylor_kernels.parameter_fisher.kinds import Kind, kinds_of
-from taylor_kernels.parameter_fisher.rerun import Rerun, differentiable, first_size
+from taylor_kernels.parameter_fisher.ends import Ends
+from taylor_kernels.parameter_fisher.rerun import Rerun, first_size
+from taylor_kernels.parameter_fisher.ways import find_ways, parents, uses_in_graph
 from taylor_kernels.statistics.hooks.passes import WatchesPasses, graph_is_kept, inside_backward
-
-#: Modules whose parameters other code uses in their place, so that they are not called themselves.
-_UNITS = (nn.MultiheadAttention,)
-_NEVER_CALLED = (
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.ParameterList,
-    nn.ParameterDict,
-    parametrize.ParametrizationList,
-)
 
 
 class Watch:
@@ -52,12 +42,7 @@ class Watch:
         self.separate = False
         self.own_closure = False
         self._reducing = False
-        self.flowing = False  # a backward pass of the meter's own runs
-        #: Where gradients are to flow to in a backward pass of the meter's own, and what takes
-        #: those of several passes at once, [passes, ...].
-        self.edges: list[torch.autograd.graph.GradientEdge] = []
-        self.arrivals: list[Callable[[Tensor], None]] = []
-        self._held = 0  # bytes of what comes and goes there
+        self.ends = Ends()  # of backward passes of the meter's own
         self._backend = backend
         self._receive = receive
         self._names = {parameter: name for name, parameter in parameters.items()}
@@ -70,39 +55,15 @@ class Watch:
         self._by_parent: set[str] = set()
         self._looked = False  # at the graph of a whole call, for uses by other code
         self._told: set[str] = set()
-        self._kinds, self._units = self._ways()
+        self._kinds, self._units = find_ways(model, self._names)
         self._handles: list[RemovableHandle] = []
         self.close = weakref.finalize(self, remove_all, self._handles)
         self._hook()
 
     def discard(self) -> None:
         """Forget calls, and gradients that have come."""
-        self.calls, self._here, self.edges, self.arrivals = [], None, [], []
-        self._held = 0
-
-    def last_edges(self) -> list[torch.autograd.graph.GradientEdge]:
-        """Those of `edges` behind which there is none: what flows there passes all the others.
-
-        Gradients at edges that a pass is asked for are held until its end; hooks see the others.
-        """
-        nodes = {edge.node for edge in self.edges}
-        leads: dict[Any, bool] = {}  # whether one of them is behind a node
-        stack = [edge.node for edge in self.edges]
-        while stack:
-            node = stack[-1]
-            behind = [following for following, _ in node.next_functions if following is not None]
-            new = [following for following in behind if following not in leads]
-            if new and node not in leads:
-                stack += new
-                continue
-            leads[node] = any(following in nodes or leads[following] for following in behind)
-            stack.pop()
-        return [edge for edge in self.edges if not leads[edge.node]]
-
-    def passes_at_once(self) -> int:
-        """How many backward passes take no more room together than the parameters do."""
-        room = sum(p.numel() * p.element_size() for p in self.parameters.values())
-        return max(1, room // max(1, self._held))
+        self.calls, self._here = [], None
+        self.ends.clear()
 
     def reduce(self) -> None:
         """Reduce whatever gradient has come and was not reduced yet."""
@@ -116,38 +77,6 @@ class Watch:
             WatchesPasses.in_closure.remove(thread)
             self._reducing = False
 
-    def _ways(self) -> tuple[dict[str, dict[str, Kind]], dict[str, dict[str, str]]]:
-        """{module: {parameter: kind}}, and {module to be run again: {parameter: name there}}."""
-        modules = dict(self.model.named_modules())
-        kinds: dict[str, dict[str, Kind]] = {}
-        units: dict[str, dict[str, str]] = {}
-        inside = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, _UNITS) or parametrize.is_parametrized(module)
-        ]
-        for path, module in modules.items():
-            own = {
-                local: self._names[p]
-                for local, p in module.named_parameters(recurse=False, remove_duplicate=False)
-                if p in self._names
-            }
-            if not own:
-                continue
-            unit = next((u for u in inside if not u or f"{path}.".startswith(f"{u}.")), None)
-            known = kinds_of(module) if unit is None else {}
-            if known:
-                kinds[path] = {name: known[local] for local, name in own.items()}
-                continue
-            if unit is None:
-                unit = path
-                while isinstance(modules[unit], _NEVER_CALLED):
-                    unit = unit.rpartition(".")[0]
-            within = path[len(unit) + 1 :] if unit else path
-            for local, name in own.items():
-                units.setdefault(unit, {})[name] = f"{within}.{local}" if within else local
-        return kinds, units
-
     def _hook(self) -> None:
         modules = dict(self.model.named_modules())
         self._handles.append(
@@ -160,7 +89,7 @@ class Watch:
         for path in self._units:
             if path:
                 self._on_output(modules[path], self._on_unit, path)
-        for path in {above for own in self._kinds for above in _parents(own)} - {*self._units}:
+        for path in {above for own in self._kinds for above in parents(own)} - {*self._units}:
             self._on_output(modules[path], self._on_parent, path)
         handle = self.model.register_forward_hook(
             Hook(self._on_model_output), with_kwargs=True, always_call=True
@@ -220,7 +149,7 @@ class Watch:
         call.add(use)
 
         def on_gradient(dy: Tensor) -> None:
-            if call.own and not self.flowing:
+            if call.own and not self.ends.flowing:
                 return
             use.add(dy, kept=graph_is_kept())
             call.arrived(use, self._backend, partial(self._receive, call))
@@ -276,7 +205,7 @@ class Watch:
             self._needs_root(names)  # of modules whose parents are not called
         if not self._looked:
             self._looked = True
-            self._needs_root(self._used_elsewhere(call, output))
+            self._needs_root(self._used_elsewhere(call, uses_in_graph(output, self._names)))
         parameters = self._units.get("", {}) | {name: name for name in self._by_root}
         if parameters:
             self._tell(parameters, "")
@@ -299,7 +228,7 @@ class Watch:
             if tensor.requires_grad:
 
                 def on_gradient(dy: Tensor, place: int = place) -> None:
-                    if self.flowing or not call.own:
+                    if self.ends.flowing or not call.own:
                         rerun.add(place, dy)
 
                 self._await(tensor, on_gradient, partial(rerun.add_passes, place))
@@ -314,10 +243,7 @@ class Watch:
     ) -> None:
         output.register_hook(on_gradient)
         if self.own_closure:
-            self.arrivals.append(on_passes)
-            self._held += sum(x.numel() * x.element_size() for x in (output, *inputs))
-            # Not the tensor: an operation in place would move it to another place in the graph.
-            self.edges.append(torch.autograd.graph.get_gradient_edge(output))
+            self.ends.add(output, on_passes, *inputs)
 
     def _check_checkpoint(self, path: str, output: Tensor) -> None:
         """A module that runs inside backward() was seen before, in the pass itself."""
@@ -345,35 +271,12 @@ class Watch:
                 stacklevel=2,
             )
 
-    def _used_elsewhere(self, call: Call, output: Any) -> list[str]:
-        """Parameters that the graph shows to be used by more than the modules that own them."""
-        seen: dict[str, int] = {}
+    def _used_elsewhere(self, call: Call, uses: Mapping[str, int]) -> list[str]:
+        """Parameters that are used by more than the modules that own them."""
         in_units = {name for unit in self._units.values() for name in unit}
-        visited = set()
-        stack = [tensor.grad_fn for tensor in differentiable(output) if tensor.grad_fn is not None]
-        while stack:
-            node = stack.pop()
-            if node in visited:
-                continue
-            visited.add(node)
-            for following, _ in node.next_functions:
-                if following is None:
-                    continue
-                variable = getattr(following, "variable", None)
-                if variable is None:
-                    stack.append(following)
-                elif variable in self._names:
-                    name = self._names[variable]
-                    seen[name] = seen.get(name, 0) + 1
         return [
             name
-            for name, count in seen.items()
+            for name, count in uses.items()
             if name not in in_units
             and count > len(call.uses.get(name, [])) + call.uses_elsewhere.get(name, 0)
         ]
-
-
-def _parents(path: str) -> Iterator[str]:
-    """Of a module's path, those of all that hold it, the whole model excepted."""
-    while path := path.rpartition(".")[0]:
-        yield path

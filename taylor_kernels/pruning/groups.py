@@ -74,7 +74,7 @@ def choose_groups(
         least = max(2 if normed else 1, experts)
         # How many experts there are is no width of a layer.
         group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
-        reason = _obstacle(traced, ignored, channels.bare)
+        reason = _obstacle(channels, traced, ignored)
         if not reason and all(slot.owner in unscored for slot in group.producers):
             reason = unscored[group.name]
         if not reason and not group.next_to_go(group.size):
@@ -110,15 +110,11 @@ def _group(
     )  # fmt: skip
 
 
-def _obstacle(
-    group: tracing.Group,
-    ignored: Collection[str],
-    bare: Mapping[str, Sequence[tuple[str, int]]],
-) -> str:
+def _obstacle(channels: Channels, group: tracing.Group, ignored: Collection[str]) -> str:
     """The module to ignore whose filters these are, or whose vectors go with them."""
 
     def holders(slots: Sequence[tracing.Slot]) -> set[str]:
-        weights = [bare.get(slot.owner, ((f"{slot.owner}.weight", 0),)) for slot in slots]
+        weights = [channels.weights_of(slot.owner) for slot in slots]
         return {name.rpartition(".")[0] for of_slot in weights for name, _ in of_slot}
 
     producers = holders(group.producers)

@@ -1,25 +1,25 @@
-"""The model as it shrinks: which units are masked, which are gone, and what is left."""
+"""The model as it shrinks: what is chosen is masked in it, and removed from it."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.inventory import Inventory
 from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
-from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing import Channels
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -40,49 +40,23 @@ def check_free(model: nn.Module) -> None:
         )
 
 
-class Network:
-    """A model with its coupled groups.
+class Network(Inventory):
+    """A model from which units and blocks are masked and removed, with the optimizer's state.
 
     Attributes:
-        channels: as the model is now; `Group.classes` says which units are left.
-        dead: per group [U] bool, True for units that are masked.
-        meter: counts masked and removed units and blocks as gone.
-        blocks: the residual blocks there were at first, if they may go.
         in_use: its pruner is open and has not reached its targets.
     """
 
     def __init__(self, model: nn.Module, prunable: Prunable, optimizer: object) -> None:
+        super().__init__(prunable)
         self.model = model
-        self.channels = prunable.channels
-        self.dead = [torch.zeros(group.size, dtype=torch.bool) for group in prunable.groups]
-        self.meter = prunable.meter
-        self._first = prunable.groups
-        self._original_widths = prunable.widths
         self._optimizer = optimizer
         self._masks = Masks(model, optimizer)
-        self._whole = prunable.channels
-        self.blocks = prunable.blocks
-        self._off = torch.zeros(len(self.blocks), dtype=torch.bool)  # blocks masked or removed
-        self._removed = self._off.clone()  # of these the ones that are removed
         self._block_masks = BlockMasks(model)
         self._steps = Steps()
         self._shapes = self._found_shapes()
         self.in_use = True
         _LAST[model] = weakref.ref(self)
-
-    @property
-    def groups(self) -> list[Group]:
-        return cast("list[Group]", self.channels.groups)
-
-    @property
-    def left(self) -> list[int]:
-        """The numbers of the blocks that are neither masked nor removed."""
-        return (~self._off).nonzero().flatten().tolist()
-
-    @property
-    def blocks_off(self) -> list[Block]:
-        """The blocks that are masked or removed."""
-        return [block for block, off in zip(self.blocks, self._off.tolist(), strict=True) if off]
 
     def mask(
         self, taken: Sequence[Tensor], blocks: Sequence[int] = ()
@@ -95,7 +69,7 @@ class Network:
         """
         filters: dict[str, list[int]] = {}
         for first, left, dead, units in zip(
-            self._first, self._left(), self.dead, taken, strict=True
+            self.first, self._left(), self.dead, taken, strict=True
         ):
             dead[units] = True
             for slot in first.producers if units.numel() else []:
@@ -111,11 +85,6 @@ class Network:
     def zero_gradients(self) -> None:
         """See `Masks`."""
         self._masks.zero_gradients()
-
-    @property
-    def first(self) -> list[Group]:
-        """The groups as they were at first, which `state` is of."""
-        return self._first
 
     def compact(self) -> list[Tensor]:
         """Remove what is masked; per group [U] bool, True for the units that went.
@@ -135,10 +104,6 @@ class Network:
                 stacklevel=3,
             )
         return gone
-
-    def _masked_blocks(self) -> list[Block]:
-        masked = (self._off & ~self._removed).tolist()
-        return [block for block, off in zip(self.blocks, masked, strict=True) if off]
 
     def _set_block_masks(self) -> None:
         self._block_masks.set(self._masked_blocks())
@@ -166,7 +131,7 @@ class Network:
     def _found_shapes(self) -> dict[str, torch.Size | None]:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
         tensors = _named_tensors(self.model)
-        names = dict.fromkeys(entry.tensor for group in self._first for entry in group.entries)
+        names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
         return {name: tensors[name].shape if name in tensors else None for name in names}
 
     def layers(self, names: Iterable[str]) -> Layers:
@@ -231,72 +196,6 @@ class Network:
         self._masks.close()
         self._steps.close()
 
-    @property
-    def widths(self) -> dict[str, int]:
-        """Layer -> filters left, masked ones not counted."""
-        widths = dict(self._original_widths)
-        for first, units in zip(self._first, self._gone(), strict=True):
-            for slot in first.producers:
-                widths[slot.owner] -= units * slot.index.size(1)
-        off = self.blocks_off
-        return {n: 0 if any(b.holds(n) for b in off) else width for n, width in widths.items()}
-
-    def _left(self) -> list[Tensor]:
-        """Which units of each group, as it was at first, the model still has: [U] bool."""
-        return [
-            torch.isin(first.classes, group.classes)
-            for first, group in zip(self._first, self.groups, strict=True)
-        ]
-
-    def _gone(self) -> list[int]:
-        """Units of each group that are masked or removed."""
-        return [
-            first.size - group.size + int(dead.sum())
-            for first, group, dead in zip(self._first, self.groups, self.dead, strict=True)
-        ]
-
-    def state(self) -> dict[str, list[Tensor]]:
-        """Masks over the units as they were at first: "removed" in any way, and "compacted"."""
-        removed, compacted = [], []
-        for left, dead in zip(self._left(), self.dead, strict=True):
-            compacted.append(~left)
-            off = ~left
-            off[left] = dead
-            removed.append(off)
-        return {"removed": removed, "compacted": compacted}
-
-    def block_state(self) -> dict[str, Any]:
-        """The names of the blocks; [B] bool, which are "removed" in any way, and "compacted"."""
-        names = [block.name for block in self.blocks]
-        return {"names": names, "removed": self._off.clone(), "compacted": self._removed.clone()}
-
-    def _cutting(self, blocks: Tensor) -> Channels:
-        """The channels to remove stale units from, where these blocks ([B] bool) are removed."""
-        gone = [b for b, off in zip(self.blocks, blocks.tolist(), strict=True) if off]
-        return self._whole.without([~left for left in self._left()]).leaving(gone)
-
-    def stale(self, compacted: Sequence[Tensor], blocks: Tensor) -> list[Tensor]:
-        """Which present units a state has removed from the model: [U] bool per group.
-
-        Args:
-            blocks: [B] bool, those that the state has removed from the model.
-
-        Raises:
-            ValueError: the model has lost units that the state still has.
-        """
-        for own, theirs in zip(self.state()["compacted"], compacted, strict=True):
-            if (own & ~theirs).any():
-                raise ValueError(
-                    "state: it holds filters that have been removed from this model; load it into "
-                    "a pruner of the model as it was at first"
-                )
-        if (self._removed & ~blocks).any():
-            raise ValueError(
-                "state: it holds blocks that have been removed from this model; load it into a "
-                "pruner of the model as it was at first"
-            )
-        return [gone[left] for left, gone in zip(self._left(), compacted, strict=True)]
-
     def gone_after(self, blocks: Tensor) -> list[str]:
         """The names in the model's state that `restore` would remove with blocks ([B] bool)."""
         leaving = (blocks & ~self._removed).nonzero().flatten().tolist()
@@ -334,7 +233,7 @@ class Network:
         self._masks.close()
         self.dead = [off[there] for there, off in zip(left, removed, strict=True)]
         self.meter.reset()
-        for group, gone in zip(self._first, self._gone(), strict=True):
+        for group, gone in zip(self.first, self._gone(), strict=True):
             self.meter.take(group, gone)
         for block in self.blocks_off:
             self.meter.leave(block)

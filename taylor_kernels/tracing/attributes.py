@@ -1,4 +1,4 @@
-"""Module attributes that count channels, and what they become once some are gone.
+"""Which attributes of a module count channels: by rule, and as a run shows them.
 
 PyTorch's own classes are in a table that `register_attributes` extends. For other modules the run
 itself shows candidates: where a module cuts a dimension into parts of a size that one of its
@@ -9,10 +9,9 @@ which goes by the name "widths[1]".
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -182,33 +181,3 @@ def _lists(module: nn.Module) -> list[tuple[str, Sequence[int]]]:
         and attribute not in known
         and not _NO_COUNT.search(attribute)
     ]
-
-
-def shrunk(
-    sizes: Iterable[tuple[str, str, Any, Vector]], gone: npt.NDArray[Any]
-) -> dict[str, dict[str, Any]]:
-    """What becomes of attributes: module -> attribute -> value, of those that change.
-
-    Args:
-        sizes: module, attribute, its value where that is a list or tuple, classes that it counts.
-        gone: [classes] bool.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    lists: dict[tuple[str, str], tuple[Any, dict[int, int]]] = {}
-    changed = set()
-    for module, attribute, old, vector in sizes:
-        left = int(vector.size - gone[vector].sum())
-        name, _, place = attribute.partition("[")
-        if place:
-            # Entries that stay this time may have changed before.
-            lists.setdefault((module, name), (old, {}))[1][int(place[:-1])] = left
-            if left != vector.size:
-                changed.add((module, name))
-        elif left != vector.size:
-            value = (*old[:-1], left) if isinstance(old, tuple) else left
-            found.setdefault(module, {})[attribute] = value
-    for module, name in lists.keys() & changed:
-        old, entries = lists[module, name]
-        values = type(old)(entries.get(place, value) for place, value in enumerate(old))
-        found.setdefault(module, {})[name] = values
-    return found

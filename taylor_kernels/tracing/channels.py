@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd
 
-from taylor_kernels.tracing import attributes
-from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
-from taylor_kernels.tracing.drawing import write_page
+from taylor_kernels.tracing.counters import shrunk
+from taylor_kernels.tracing.drawing import table, write_page
 from taylor_kernels.tracing.experts import Result
+from taylor_kernels.tracing.grouping import find_groups
+from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.record import NORM, Join, Reason, Record, Step, Vector
+from taylor_kernels.tracing.record import Join, Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
-from taylor_kernels.tracing.resolve import counted, resolve
+from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
-from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, index
+from taylor_kernels.tracing.units import Group, index
+from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
 
 
 class Channels:
@@ -70,124 +71,53 @@ class Channels:
     def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
         self._record = record
         resolution, across = resolve(record)
-        roots = np.flatnonzero(resolution.label == np.arange(record.count))
-        number = np.zeros(record.count, np.int64)
-        number[roots] = np.arange(roots.size)
-        self._label = number[resolution.label]
+        label, roots = numbered(resolution.label)
+        self._label = label
         self._why = resolution.why[roots]
         self._reasons = resolution.reasons
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
-        self._classes: dict[tuple[str, int], Vector] = {}
-        same: dict[bytes, Vector] = {}  # most vectors are the same as some others
-        for start, name, dim, size in record.starts:
-            vector = self._label[start : start + size]
-            self._classes[name, dim] = same.setdefault(vector.tobytes(), vector)
-        parameters, buffers = tensors_of_modules(modules)
-        self._order = {name: number for number, name in enumerate(modules)}
-        self._layers: dict[str, tuple[Vector, Vector]] = {}
-        self.macs: dict[str, int] = {}
-        self.outside: dict[str, str] = {}
-        self.bare: dict[str, tuple[tuple[str, int], ...]] = {}
-        for product in record.products:
-            bare = bare_weight(record, product, modules)
-            name = product.module if bare is None else bare.name
-            if name in self._layers:
-                pass
-            elif bare is None:
-                sides = self._label[product.inputs], self._label[product.outputs]
-                self._layers[name] = sides
-            else:
-                dims = (bare.inputs, bare.outputs)
-                inputs, outputs = (self._classes[product.weight, dim] for dim in dims)
-                self._layers[name] = inputs, outputs
-                self.bare[name] = ((product.weight, bare.outputs),)
-                self._order.setdefault(name, self._order.get(product.module, -1))
-            self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
-            if product.caller != product.module:
-                self.outside[name] = product.caller
-        for mixture in record.mixtures:
-            self._layers[mixture.experts] = np.zeros(0, np.int64), self._label[mixture.atoms]
-            self.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
-        self._mixtures = {m.router: (m, self._label[m.atoms]) for m in record.mixtures}
-        # A layer that ran, and whose weight was none of the model's tensors.
-        for name, module in modules.items():
-            if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
-                self._layers.setdefault(name, (np.zeros(0, np.int64), np.zeros(0, np.int64)))
-        self._publish()
-        self.norms = [(norm.module, index(self._label[norm.atoms])) for norm in record.norms]
-        self.steps: list[Step] = [
-            step.of(self._label[step.inputs], self._label[step.outputs]) for step in record.steps
-        ]
-        self._across = {call.module: (call.dim, self._label[call.vectors[0]]) for call in across}
+        dims = find_dims(record, label)
+        layers = find_layers(record, label, dims, modules)
+        self.macs, self.outside, self.bare = layers.macs, layers.outside, layers.bare
+        transposed = {n for n, m in modules.items() if isinstance(m, _ConvTransposeNd)}
+        self._transposed = transposed & layers.sides.keys()
+        vectors = find_vectors(record, label, dims, layers.sides, across, modules)
+        self._publish(vectors)
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
-                entry = (reason, index(np.unique(self._label[atoms])))
+                entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
+        _, buffers = tensors_of_modules(modules)
         self.unread = {
             name
             for start, name, _, _ in record.starts
             if name not in buffers and start not in record.seen
         }
-        self._sizes = self._counted(modules, {**parameters, **buffers})
-        self.groups: list[Group] = []
-        self.skipped: dict[str, str] = {}
-        self._make_groups()
+        self.groups = find_groups(layers, dims, vectors.norms, self.fills, self._why == FREE)
+        offered = {slot.owner for group in self.groups for slot in group.producers}
+        self.skipped = {
+            name: self._why_not(layers.sides[name][1])
+            for name in sorted(layers.sides, key=layers.place)
+            if name not in offered
+        }
 
-    def _publish(self) -> None:
-        """Vectors of classes as tensors."""
+    def _publish(self, vectors: Vectors) -> None:
+        """Work on these vectors, and give them out as tensors."""
+        self._vectors = vectors
         self.classes: dict[str, tuple[Tensor, ...]] = {}
         known: dict[int, Tensor] = {}
-        for (name, _), vector in self._classes.items():
+        for (name, _), vector in vectors.dims.items():
             if (key := id(vector)) not in known:
                 known[key] = index(vector)
             self.classes[name] = (*self.classes.get(name, ()), known[key])
         self.layers: dict[str, tuple[Tensor, Tensor]] = {
             name: (index(inputs), index(outputs))
-            for name, (inputs, outputs) in self._layers.items()
+            for name, (inputs, outputs) in vectors.layers.items()
         }
-
-    # Groups
-
-    def _make_groups(self) -> None:
-        ordered = sorted(self._layers, key=lambda name: self._order.get(name, -1))
-        places: list[Place] = [((name, OUT), self._layers[name][1]) for name in ordered]
-        produced = np.zeros(self._why.size, bool)
-        for _, vector in places:
-            produced[vector] = True
-        places += [((name, IN), self._layers[name][0]) for name in ordered]
-        places += list(self._classes.items())
-        free = produced & (self._why == FREE)
-        made = [item for item in collect(places, free) if len(item[0]) > 1]
-        group_of = np.full(self._why.size, -1)
-        for number, (classes, _) in enumerate(made):
-            group_of[classes] = number
-        norms: list[dict[str, None]] = [{} for _ in made]
-        behind_norms = [group_of[self._label[norm.atoms]] for norm in self._record.norms]
-        for norm, numbers in zip(self._record.norms, behind_norms, strict=True):
-            for number in dict.fromkeys(numbers.tolist()):
-                if number >= 0:
-                    norms[number][norm.module] = None
-        for (classes, table), behind in zip(made, norms, strict=True):
-            slots = [
-                Slot(owner, side, rows)
-                for (owner, side), rows in table.items()
-                if isinstance(side, str)
-            ]
-            entries = [
-                Entry(tensor, dim, rows, self.fills.get(tensor, {}).get(dim, 0.0))
-                for (tensor, dim), rows in table.items()
-                if isinstance(dim, int)
-            ]
-            slots.sort(key=lambda slot: self._order.get(slot.owner, -1))
-            group = Group(tuple(slots), tuple(entries), classes, tuple(behind))
-            self.groups.append(group)
-        self.groups.sort(key=lambda group: self._order.get(group.name, -1))
-        offered = {slot.owner for group in self.groups for slot in group.producers}
-        for name in ordered:
-            if name not in offered:
-                self.skipped[name] = self._why_not(self._layers[name][1])
+        self.norms = [(name, index(vector)) for name, vector in vectors.norms]
+        self.steps = vectors.steps
 
     def _why_not(self, classes: Vector) -> str:
         if not classes.size:
@@ -203,6 +133,16 @@ class Channels:
         why = int(self._why[number])
         return None if why == FREE else self._reasons[why]
 
+    def weights_of(self, layer: str) -> tuple[tuple[str, int], ...]:
+        """The parameters that a layer multiplies by, and the dimension of each along which its
+        outputs lie.
+
+        They are those of `bare`, or the layer's own `weight`, whether or not a parametrization
+        computes it. In a transposed convolution of several groups these are the outputs of each.
+        """
+        name = f"{layer}.weight" if layer else "weight"
+        return self.bare.get(layer, ((name, int(layer in self._transposed)),))
+
     def offering(self, groups: Sequence[Group]) -> Channels:
         """The same channels with these groups: some of its own, which a caller may have changed."""
         other = copy.copy(self)
@@ -213,7 +153,7 @@ class Channels:
     def normalised_together(self) -> Tensor:
         """[classes] bool: those that a norm across channels reads."""
         read = np.zeros(self._why.size, bool)
-        for _, vector in self._across.values():
+        for _, vector in self._vectors.across.values():
             read[vector] = True
         return torch.from_numpy(read)
 
@@ -239,29 +179,11 @@ class Channels:
             dead: for each group [U] bool, True for units that went.
         """
         gone = self._gone(dead)
-
-        def left(vector: Vector) -> Vector:
-            return vector[~gone[vector]]
-
-        moved: dict[tuple[str, str | int], Vector] = {
-            key: np.cumsum(~gone[vector]) - 1 for key, vector in self._classes.items()
-        }
-        for name, sides in self._layers.items():
-            for side, vector in zip((IN, OUT), sides, strict=True):
-                moved[name, side] = np.cumsum(~gone[vector]) - 1
+        after = self._vectors.places_after(gone)
         other = copy.copy(self)
-        vectors = {id(vector): vector for vector in self._classes.values()}
-        fewer = {key: left(vector) for key, vector in vectors.items()}
-        other._classes = {key: fewer[id(vector)] for key, vector in self._classes.items()}
-        other._layers = {name: (left(i), left(o)) for name, (i, o) in self._layers.items()}
-        other._publish()
-        other.norms = [(name, index(left(classes.numpy()))) for name, classes in self.norms]
-        other.steps = [step.of(left(step.inputs), left(step.outputs)) for step in self.steps]
-        other._across = {name: (dim, left(vector)) for name, (dim, vector) in self._across.items()}
-        other._mixtures = {name: (m, left(vector)) for name, (m, vector) in self._mixtures.items()}
-        other._sizes = [(*which, left(vector)) for *which, vector in self._sizes]
+        other._publish(self._vectors.without_classes(gone))
         other.groups = [
-            group.without(mask, moved) for group, mask in zip(self.groups, dead, strict=True)
+            group.without(mask, after) for group, mask in zip(self.groups, dead, strict=True)
         ]
         return other
 
@@ -277,7 +199,7 @@ class Channels:
         """
         if self._record.values is None:
             raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
-        return find_blocks(self._record.values, model, self._layers)
+        return find_blocks(self._record.values, model, self._vectors.layers)
 
     def coupled(self, model: nn.Module, layers: Collection[str]) -> Channels | None:
         """The channels where sizes that code wrote down are those of other tensors.
@@ -294,7 +216,7 @@ class Channels:
         """
         asked = np.zeros(self._why.size, bool)
         for name in layers:
-            asked[self._layers[name][1]] = True
+            asked[self._vectors.layers[name][1]] = True
         asked[0] = False
         joins = []
         for echo in self._record.echoes:
@@ -320,20 +242,7 @@ class Channels:
             return any(block.holds(name) for block in blocks)
 
         other = copy.copy(self)
-        other._classes = {key: v for key, v in self._classes.items() if not gone(key[0])}
-        other._layers = {name: sides for name, sides in self._layers.items() if not gone(name)}
-        other._publish()
-        other.norms = [(name, classes) for name, classes in self.norms if not gone(name)]
-        other._across = {name: found for name, found in self._across.items() if not gone(name)}
-        other._mixtures = {name: m for name, m in self._mixtures.items() if not gone(name)}
-        stays = [not gone(step.module) and not gone(step.layer) for step in self.steps]
-        number = np.cumsum(stays) - 1
-        other.steps = []
-        for step in itertools.compress(self.steps, stays):
-            kept = step.of(step.inputs, step.outputs)
-            kept.sources = frozenset(int(number[n]) for n in step.sources if stays[n])
-            other.steps.append(kept)
-        other._sizes = [size for size in self._sizes if not gone(size[0])]
+        other._publish(self._vectors.without_modules(gone))
         other.groups = [
             replace(
                 group,
@@ -356,16 +265,7 @@ class Channels:
         Args:
             dead: for each group [U] bool, True for units that go.
         """
-        gone = self._gone(dead)
-        found: dict[str, dict[int, Tensor]] = {}
-        known: dict[int, Tensor | None] = {}
-        for (name, dim), vector in self._classes.items():
-            if (key := id(vector)) not in known:
-                places = np.flatnonzero(gone[vector])
-                known[key] = index(places) if places.size else None
-            if (going := known[key]) is not None:
-                found.setdefault(name, {})[dim] = going
-        return found
+        return self._vectors.entries(self._gone(dead))
 
     def kept_by_norms(self, dead: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
         """What masking the dead units asks of norms across channels.
@@ -383,7 +283,7 @@ class Channels:
         gone = self._gone(dead)
         return {
             name: (dim, index(np.flatnonzero(~gone[vector])))
-            for name, (dim, vector) in self._across.items()
+            for name, (dim, vector) in self._vectors.across.items()
             if gone[vector].any()
         }
 
@@ -402,7 +302,7 @@ class Channels:
         gone = self._gone(dead)
         return {
             name: (index(np.flatnonzero(~gone[vector])), mixture.results)
-            for name, (mixture, vector) in self._mixtures.items()
+            for name, (mixture, vector) in self._vectors.mixtures.items()
             if gone[vector].any()
         }
 
@@ -410,14 +310,16 @@ class Channels:
         """So many units of a group stay at least, of which a router chooses that many for each
         token; 0 where the units are no experts."""
         mine = group.classes.numpy()
-        counts = [m.top_k for m, vector in self._mixtures.values() if np.isin(vector, mine).any()]
+        counts = [
+            m.top_k for m, vector in self._vectors.mixtures.values() if np.isin(vector, mine).any()
+        ]
         return max(counts, default=0)
 
     @property
     def routed(self) -> set[str]:
         """Parameters with an expert for each index of dimension 0, of which a token goes through as
         many, however many there are."""
-        return {part for mixture, _ in self._mixtures.values() for part in mixture.parts}
+        return {part for mixture, _ in self._vectors.mixtures.values() for part in mixture.parts}
 
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.
@@ -427,9 +329,9 @@ class Channels:
         Args:
             dead: for each group [U] bool, True for units that go.
         """
-        return attributes.shrunk(self._sizes, self._gone(dead))
+        return shrunk(self._vectors.counters, self._gone(dead))
 
-    def _gone(self, dead: Sequence[Tensor]) -> Vector:
+    def _gone(self, dead: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
         if len(dead) != len(self.groups):
             raise ValueError(
                 f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
@@ -444,55 +346,11 @@ class Channels:
             gone[group.classes[mask.cpu()].numpy()] = True
         return gone
 
-    def _counted(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-    ) -> list[tuple[str, str, Any, Vector]]:
-        """Attributes that count channels: module, attribute, value, classes counted."""
-        found: list[tuple[str, str, Any, Vector]] = []
-        firsts: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            firsts.setdefault(id(tensor), name)
-        groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
-        norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
-        norms |= {s.module: s.outputs for s in self.steps if s.output_dim and s.kind == NORM}
-        for name, module in modules.items():
-            for attribute, what in attributes.rules_of(module).items():
-                vector = None
-                if isinstance(what, tuple):
-                    first = firsts.get(id(_inside(module, what[0])), "")
-                    vector = self._classes.get((first, what[1]))
-                elif what == "groups":
-                    vector = self._label[groups[name]] if name in groups else None
-                elif what == "norm":
-                    # Its vectors first: an InstanceNorm is run on channels repeated by example.
-                    own = [firsts.get(id(t), "") for t in (module.weight, module.running_mean)]
-                    vectors = [self._classes[o, 0] for o in own if (o, 0) in self._classes]
-                    vector = vectors[0] if vectors else norms.get(name)
-                elif name in self._layers:
-                    vector = self._layers[name][what == "outputs"]
-                old = getattr(module, attribute, None)
-                if vector is not None and old is not None:
-                    found.append((name, attribute, old, vector))
-        for size in counted(self._record.sizes):
-            listed, _, place = size.attribute.partition("[")
-            kept = getattr(modules[size.module], listed) if place else 0
-            found.append((size.module, size.attribute, kept, self._label[size.atoms]))
-        return found
-
     # For people
 
     def table(self) -> str:
         """The groups and the layers that they run through, then the layers that are left out."""
-        lines = []
-        for group in self.groups:
-            per = sum(slot.index.size(1) for slot in group.producers)
-            through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
-            lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
-        lines += [f"{name or 'model':<32} stays: {why}" for name, why in self.skipped.items()]
-        wrap = textwrap.TextWrapper(
-            100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
-        )
-        return "\n".join(wrap.fill(line) for line in lines)
+        return table(self)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -519,11 +377,3 @@ class Channels:
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
         return f"Channels({len(self.groups)} groups, {units} units, {len(self.skipped)} skipped)"
-
-
-def _inside(module: nn.Module, name: str) -> object:
-    """An attribute of a module, or of modules in it; None if there is no such."""
-    found: object = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found

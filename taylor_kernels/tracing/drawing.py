@@ -1,7 +1,8 @@
-"""A page that shows which layers hang together, and why the others stay."""
+"""Channels for people: which layers hang together, and why the others stay."""
 
 from __future__ import annotations
 
+import textwrap
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,20 @@ _LEGEND = (
     "of a layer, hollow where they go in, with the number of units at its upper end. Point at a "
     "line for more. Layers in grey stay, for the reason given."
 )
+
+
+def table(channels: Channels) -> str:
+    """The groups and the layers that they run through, then the layers that are left out."""
+    lines = []
+    for group in channels.groups:
+        per = sum(slot.index.size(1) for slot in group.producers)
+        through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
+        lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
+    lines += [f"{name or 'model':<32} stays: {why}" for name, why in channels.skipped.items()]
+    wrap = textwrap.TextWrapper(
+        100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(line) for line in lines)
 
 
 def write_page(channels: Channels, path: Path) -> Path:

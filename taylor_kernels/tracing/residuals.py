@@ -22,25 +22,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.blocks import Block, Place
-from taylor_kernels.tracing.flow import CONTRACTIONS
-from taylor_kernels.tracing.recorder import MOVES
-from taylor_kernels.tracing.rules.elementwise import PRODUCTS, QUOTIENTS
+from taylor_kernels.tracing.value_graph import ValueGraph
 from taylor_kernels.tracing.values import ModuleCall, Values
 
 #: Modules whose output is their weight times something, plus their bias.
 _AFFINE = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.GroupNorm)
-#: Operations that only copy their one tensor.
-_COPIES = {"clone", "_to_copy", "contiguous", "to", "alias", "detach"}
-#: Operations that give no negative numbers where none come in.
-_POOLS = {
-    "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "max_pool1d", "avg_pool1d",
-    "_adaptive_avg_pool2d", "native_dropout",
-}  # fmt: skip
-#: Operations that a factor in front of them, zero or near one, passes through.
-_HOMOGENEOUS = MOVES | PRODUCTS | QUOTIENTS | _COPIES | _POOLS | {
-    "view", "slice", "roll", "index_select", "constant_pad_nd", "neg", "relu", "leaky_relu",
-    "dropout", "feature_dropout",
-}  # fmt: skip
 
 
 def find_blocks(
@@ -65,7 +51,7 @@ class _NoBlock(Exception):
 
 class _Finder:
     def __init__(self, values: Values, model: nn.Module, layers: Collection[str]) -> None:
-        self._values, self._all = values, values.values
+        self._values, self._all, self._graph = values, values.values, ValueGraph(values)
         self._layers = layers
         self._modules = dict(model.named_modules())
         self._names = list(self._modules)
@@ -74,18 +60,6 @@ class _Finder:
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None:
                     self._holders.setdefault(id(tensor), []).append(owner)
-        self._children: list[list[int]] = [[] for _ in self._all]
-        for number, value in enumerate(self._all):
-            for parent in value.parents:
-                self._children[parent].append(number)
-        self._before = [0] * len(self._all)  # a bit for each value that this one is made of
-        for number, value in enumerate(self._all):
-            for parent in value.parents:
-                self._before[number] |= self._before[parent] | 1 << parent
-        live = 0
-        for number in values.outputs:
-            live |= self._before[number] | 1 << number
-        self._live = [bool(live >> number & 1) for number in range(len(self._all))]
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in values.calls:
             self._calls.setdefault(call.module, []).append(call)
@@ -93,10 +67,10 @@ class _Finder:
     def find(self) -> tuple[list[Block], dict[str, str]]:
         blocks: list[tuple[int, frozenset[int], Block]] = []
         others: dict[str, str] = {}
-        for total, stream, ends in self._sums():
+        for total, stream, ends in self._graph.sums():
             for end in ends:
-                branch = self._between(stream, end)
-                if not any(map(self._is_product, branch)) or any(
+                branch = self._graph.between(stream, end)
+                if not any(map(self._graph.is_product, branch)) or any(
                     inner in branch for inner, *_ in blocks
                 ):
                     continue  # an activation function, or a block around others
@@ -106,67 +80,18 @@ class _Finder:
                     others.setdefault(self._module_at(total), str(reason))
         return [block for *_, block in blocks], others
 
-    def _sums(self) -> Iterator[tuple[int, int, list[int]]]:
-        """Sums of a tensor x and of others that are made of it: the sum, x and the others."""
-        for number in range(len(self._all)):
-            if not self._is_sum(number) or not self._live[number]:
-                continue
-            readers = self._children[number]
-            if len(readers) == 1 and self._is_sum(readers[0]):
-                continue  # a part of a longer sum
-            parts = list(self._parts(number))
-            for part in sorted(parts, reverse=True):
-                stream = self._origin(part)
-                ends = [p for p in parts if p != part and self._before[p] >> stream & 1]
-                if ends:
-                    yield number, stream, ends
-                    break
-
-    def _is_sum(self, number: int) -> bool:
-        value = self._all[number]
-        return (
-            value.operation == "add"
-            and len(value.parents) >= 2
-            and all(self._all[parent].numel == value.numel for parent in value.parents[:2])
-        )
-
-    def _is_product(self, number: int) -> bool:
-        operation = self._all[number].operation
-        return operation in CONTRACTIONS or operation.startswith("conv")
-
-    def _parts(self, number: int) -> Iterator[int]:
-        for parent in self._all[number].parents[:2]:
-            if self._is_sum(parent) and len(self._children[parent]) == 1:
-                yield from self._parts(parent)
-            else:
-                yield parent
-
-    def _origin(self, number: int) -> int:
-        while self._all[number].operation in _COPIES and len(self._all[number].parents) == 1:
-            number = self._all[number].parents[0]
-        return number
-
-    def _between(self, stream: int, end: int) -> frozenset[int]:
-        """What is made of x on the way to the branch's end, and that."""
-        before = self._before[end] | 1 << end
-        return frozenset(
-            number
-            for number in range(stream + 1, end + 1)
-            if before >> number & 1 and self._before[number] >> stream & 1
-        )
-
     def _module_at(self, number: int) -> str:
         """The innermost module that ran when a value was made."""
         inside = [c for c in self._values.calls if c.first <= number < c.stop]
         return min(inside, key=lambda c: c.stop - c.first).module if inside else ""
 
     def _block(self, total: int, stream: int, end: int, branch: frozenset[int]) -> Block:
-        parts = {total, *self._inner_sums(total)}
+        parts = {total, *self._graph.inner_sums(total)}
         for number in sorted(branch):
             elsewhere = [
                 child
-                for child in self._children[number]
-                if self._live[child] and child not in branch and child not in parts
+                for child in self._graph.children[number]
+                if self._graph.live[child] and child not in branch and child not in parts
             ]
             if number in self._values.outputs or elsewhere:
                 raise _NoBlock("what its branch computes is used elsewhere too")
@@ -204,17 +129,10 @@ class _Finder:
                 if affine and given and given.value == end and len(self._calls[call.module]) == 1:
                     weight = getattr(self._modules[call.module], "weight", None)
                     return call.module if isinstance(weight, nn.Parameter) else ""
-            value = self._all[end]
-            inside = [parent for parent in value.parents if parent in branch]
-            if value.operation not in _HOMOGENEOUS or len(inside) != 1:
+            behind = self._graph.scaled_from(end, branch)
+            if behind is None:
                 return ""
-            end = inside[0]
-
-    def _inner_sums(self, number: int) -> Iterator[int]:
-        for parent in self._all[number].parents[:2]:
-            if self._is_sum(parent) and len(self._children[parent]) == 1:
-                yield parent
-                yield from self._inner_sums(parent)
+            end = behind
 
     def _held(self, branch: frozenset[int]) -> set[str]:
         """The modules that run inside of the branch alone."""
@@ -222,7 +140,7 @@ class _Finder:
         for number in reversed(range(len(self._all))):
             outside[number] = number not in branch and (
                 number in self._values.outputs
-                or any(outside[c] for c in self._children[number] if self._live[c])
+                or any(outside[c] for c in self._graph.children[number] if self._graph.live[c])
             )
         made = [bool(value.operation) for value in self._all]
         foreign = _sums(m and o for m, o in zip(made, outside, strict=True))
@@ -270,11 +188,10 @@ class _Finder:
                     name = call.module
                     if name in outermost and passed.value == end and len(self._calls[name]) == 1:
                         return Place(name, self._like(name), path)
-            value = self._all[end]
-            inside = [parent for parent in value.parents if parent in branch]
-            if value.operation not in _HOMOGENEOUS or len(inside) != 1:
+            behind = self._graph.scaled_from(end, branch)
+            if behind is None:
                 raise _NoBlock("no module gives the output of its branch alone")
-            end = inside[0]
+            end = behind
 
     def _like(self, name: str) -> int | str:
         call = self._calls[name][0]
@@ -307,35 +224,25 @@ class _Finder:
             and set(call.returned) == {()}
             and call.first <= min(branch)
             and call.stop > total
-            and self._is_stream(call.returned[()].value, total, stream)
+            and self._graph.is_stream(call.returned[()].value, total, stream)
             and all(
                 n in branch
                 or n == total
                 or n == call.returned[()].value
-                or not self._live[n]
-                or all(c in branch for c in self._children[n])
+                or not self._graph.live[n]
+                or all(c in branch for c in self._graph.children[n])
                 for n in range(call.first, call.stop)
                 if self._all[n].operation
             )
         ]
         return min(found, key=lambda call: call.stop - call.first).module if found else ""
 
-    def _is_stream(self, returned: int, total: int, stream: int) -> bool:
-        """Whether a value is x once x is all there is of the sum."""
-        if returned == total:
-            return True
-        value = self._all[returned]
-        while self._all[stream].operation in _POOLS:
-            stream = self._all[stream].parents[0]
-        rectified = value.operation == self._all[stream].operation == "relu"
-        return rectified and total in value.parents
-
     def _left(self, branch: frozenset[int], modules: Collection[str]) -> str:
         """An operation of the branch that would be left to compute with zeros; "" if none."""
         gone = [c for c in self._values.calls if c.module in modules]
         for number in branch:
             inside = any(call.first <= number < call.stop for call in gone)
-            if self._is_product(number) and not inside:
+            if self._graph.is_product(number) and not inside:
                 return self._all[number].operation
         return ""
 

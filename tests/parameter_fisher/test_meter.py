@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.parameter_fisher.watch import Watch
+from taylor_kernels.parameter_fisher.ends import Ends
 from tests.helpers.parameter_loop import by_loop, close, mean_of_own, metered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -339,7 +339,7 @@ def test_several_columns_at_once_are_what_they_are_one_by_one(
         lambda *arguments: flowed.append(batched(*arguments)) or flowed[-1],
     )
     for at_once in (1, 3, 100):
-        monkeypatch.setattr(Watch, "passes_at_once", lambda _, at_once=at_once: at_once)
+        monkeypatch.setattr(Ends, "passes_at_once", lambda *_, at_once=at_once: at_once)
         meter = tk.ParameterFisher(model, matrix="gauss_newton", samples=samples, seed=5)
         meter.update(closure=closure)
         found.append(meter.compute())

@@ -240,6 +240,27 @@ def test_registered_attributes_follow():
         register_attributes(int, shape=("gain", 0))
 
 
+def test_the_outputs_of_a_layer_lie_along_what_it_names():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv1d(3, 5, 1), nn.ConvTranspose1d(5, 6, 1)
+            self.own = nn.Parameter(torch.randn(6, 7))
+            self.out = nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.out(self.up(self.down(x)).mean(-1) @ self.own)
+
+    channels = trace(Model(), torch.randn(2, 3, 4))
+    axes = {"down.weight": 0, "up.weight": 1, "own": 1, "out.weight": 0}
+    found = [channels.weights_of(layer) for layer in channels.layers]
+    assert [one for (one,) in found] == list(axes.items())
+    for (_, outputs), ((name, dim),) in zip(channels.layers.values(), found, strict=True):
+        assert torch.equal(channels.classes[name][dim], outputs)
+    lone = trace(nn.Linear(3, 2), torch.randn(1, 3))
+    assert lone.weights_of("") == (("weight", 0),)
+
+
 def test_wrong_masks_are_refused():
     channels = trace(net(), IMAGE)
     for dead in ([], [torch.zeros(7, dtype=torch.bool)], [torch.zeros(8)]):

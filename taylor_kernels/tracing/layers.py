@@ -1,0 +1,78 @@
+"""The layers of a trace: which weights ran, and the classes of what each takes and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from taylor_kernels.tracing.bare import bare_weight
+from taylor_kernels.tracing.record import Record, Vector
+
+
+@dataclass
+class Layers:
+    """What ran as a layer, by the layer's name.
+
+    Attributes:
+        sides: the classes of its input and output channels, as the layer counts them.
+        bare: as `Channels.bare`.
+        outside: as `Channels.outside`.
+        macs: as `Channels.macs`, by parameter.
+        order: each name's place in the model.
+    """
+
+    order: dict[str, int]
+    sides: dict[str, tuple[Vector, Vector]] = field(default_factory=dict)
+    bare: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> int:
+        """Where in the model a layer is; in front of all others where nothing says so."""
+        return self.order.get(name, -1)
+
+
+def find_layers(
+    record: Record,
+    label: Vector,
+    dims: Mapping[tuple[str, int], Vector],
+    modules: Mapping[str, nn.Module],
+) -> Layers:
+    """The layers that a run multiplied with.
+
+    Args:
+        label: the class of each atom.
+        dims: (parameter or buffer, dimension) -> the classes along it.
+        modules: dict(model.named_modules()).
+    """
+    layers = Layers({name: number for number, name in enumerate(modules)})
+    nothing = np.zeros(0, np.int64)
+    for product in record.products:
+        bare = bare_weight(record, product, modules)
+        name = product.module if bare is None else bare.name
+        if name in layers.sides:
+            pass
+        elif bare is None:
+            layers.sides[name] = label[product.inputs], label[product.outputs]
+        else:
+            layers.sides[name] = (
+                dims[product.weight, bare.inputs],
+                dims[product.weight, bare.outputs],
+            )
+            layers.bare[name] = ((product.weight, bare.outputs),)
+            layers.order.setdefault(name, layers.place(product.module))
+        layers.macs[product.weight] = layers.macs.get(product.weight, 0) + product.macs
+        if product.caller != product.module:
+            layers.outside[name] = product.caller
+    for mixture in record.mixtures:
+        layers.sides[mixture.experts] = nothing, label[mixture.atoms]
+        layers.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
+    # A layer that ran, and whose weight was none of the model's tensors.
+    for name, module in modules.items():
+        if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
+            layers.sides.setdefault(name, (nothing, nothing))
+    return layers

@@ -1,0 +1,170 @@
+"""Vectors of classes: what each place of a traced model goes with, and what removal makes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from taylor_kernels.tracing.across import Across
+from taylor_kernels.tracing.counters import Counter, find_counters
+from taylor_kernels.tracing.experts import Mixture
+from taylor_kernels.tracing.record import Record, Step, Vector
+from taylor_kernels.tracing.units import IN, OUT, index
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The class of each place, list by list.
+
+    Attributes:
+        dims: (parameter or buffer, dimension) -> the classes along it. Most vectors are the same
+            as some others, and one object then.
+        layers: layer -> the classes of its input and of its output channels.
+        norms: [(module, classes)] of every norm that works channel by channel, in running order.
+        steps: the norms and products that channels go through, in running order.
+        across: norm across channels -> the channels' dimension in its input, from the end, and
+            their classes.
+        mixtures: router -> its mixture of experts, and the experts' classes.
+        counters: the attributes that count channels.
+    """
+
+    dims: dict[tuple[str, int], Vector]
+    layers: dict[str, tuple[Vector, Vector]]
+    norms: list[tuple[str, Vector]]
+    steps: list[Step]
+    across: dict[str, tuple[int, Vector]]
+    mixtures: dict[str, tuple[Mixture, Vector]]
+    counters: list[Counter]
+
+    def entries(self, gone: npt.NDArray[np.bool_]) -> dict[str, dict[int, Tensor]]:
+        """Tensor -> dimension -> the indices [n] along it that go, ascending, where any do.
+
+        Args:
+            gone: [classes] bool, classes that are removed.
+        """
+        found: dict[str, dict[int, Tensor]] = {}
+        known: dict[int, Tensor | None] = {}
+        for (name, dim), vector in self.dims.items():
+            if (key := id(vector)) not in known:
+                places = np.flatnonzero(gone[vector])
+                known[key] = index(places) if places.size else None
+            if (going := known[key]) is not None:
+                found.setdefault(name, {})[dim] = going
+        return found
+
+    def places_after(self, gone: npt.NDArray[np.bool_]) -> dict[tuple[str, str | int], Vector]:
+        """(layer, side) or (tensor, dimension) -> for each of its places that stays the new one.
+
+        Args:
+            gone: [classes] bool, classes that are removed.
+        """
+        after: dict[tuple[str, str | int], Vector] = {
+            key: np.cumsum(~gone[vector]) - 1 for key, vector in self.dims.items()
+        }
+        for name, sides in self.layers.items():
+            for side, vector in zip((IN, OUT), sides, strict=True):
+                after[name, side] = np.cumsum(~gone[vector]) - 1
+        return after
+
+    def without_classes(self, gone: npt.NDArray[np.bool_]) -> Vectors:
+        """What is left once these classes are removed; the others keep their numbers.
+
+        Args:
+            gone: [classes] bool.
+        """
+
+        def left(vector: Vector) -> Vector:
+            return vector[~gone[vector]]
+
+        vectors = {id(vector): vector for vector in self.dims.values()}
+        fewer = {key: left(vector) for key, vector in vectors.items()}
+        return Vectors(
+            dims={key: fewer[id(vector)] for key, vector in self.dims.items()},
+            layers={name: (left(i), left(o)) for name, (i, o) in self.layers.items()},
+            norms=[(name, left(vector)) for name, vector in self.norms],
+            steps=[step.of(left(step.inputs), left(step.outputs)) for step in self.steps],
+            across={name: (dim, left(vector)) for name, (dim, vector) in self.across.items()},
+            mixtures={name: (m, left(vector)) for name, (m, vector) in self.mixtures.items()},
+            counters=[(*which, left(vector)) for *which, vector in self.counters],
+        )
+
+    def without_modules(self, gone: Callable[[str], bool]) -> Vectors:
+        """What is left once modules are removed, with all that is in them.
+
+        Args:
+            gone: says of the name of a module, layer or tensor whether it is removed.
+        """
+        stays = [not gone(step.module) and not gone(step.layer) for step in self.steps]
+        number = np.cumsum(stays) - 1
+        steps = []
+        for step in itertools.compress(self.steps, stays):
+            kept = step.of(step.inputs, step.outputs)
+            kept.sources = frozenset(int(number[n]) for n in step.sources if stays[n])
+            steps.append(kept)
+        return Vectors(
+            dims={key: v for key, v in self.dims.items() if not gone(key[0])},
+            layers={name: sides for name, sides in self.layers.items() if not gone(name)},
+            norms=[(name, vector) for name, vector in self.norms if not gone(name)],
+            steps=steps,
+            across={name: found for name, found in self.across.items() if not gone(name)},
+            mixtures={name: found for name, found in self.mixtures.items() if not gone(name)},
+            counters=[counter for counter in self.counters if not gone(counter[0])],
+        )
+
+
+def numbered(label: Vector) -> tuple[Vector, Vector]:
+    """The classes of atoms numbered without gaps, and for each class the atom that it goes by.
+
+    Args:
+        label: for each atom the one that its class goes by.
+    """
+    roots = np.flatnonzero(label == np.arange(label.size))
+    number = np.zeros(label.size, np.int64)
+    number[roots] = np.arange(roots.size)
+    return number[label], roots
+
+
+def find_dims(record: Record, label: Vector) -> dict[tuple[str, int], Vector]:
+    """`Vectors.dims` of a run.
+
+    Args:
+        label: the class of each atom.
+    """
+    dims: dict[tuple[str, int], Vector] = {}
+    same: dict[bytes, Vector] = {}
+    for start, name, dim, size in record.starts:
+        vector = label[start : start + size]
+        dims[name, dim] = same.setdefault(vector.tobytes(), vector)
+    return dims
+
+
+def find_vectors(
+    record: Record,
+    label: Vector,
+    dims: dict[tuple[str, int], Vector],
+    layers: dict[str, tuple[Vector, Vector]],
+    across: Sequence[Across],
+    modules: Mapping[str, nn.Module],
+) -> Vectors:
+    """All vectors of a run, of its atoms' classes.
+
+    Args:
+        label: the class of each atom.
+        across: the norms across channels that keep nothing.
+        modules: dict(model.named_modules()).
+    """
+    steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
+    return Vectors(
+        dims=dims,
+        layers=layers,
+        norms=[(norm.module, label[norm.atoms]) for norm in record.norms],
+        steps=steps,
+        across={call.module: (call.dim, label[call.vectors[0]]) for call in across},
+        mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
+        counters=find_counters(record, label, dims, layers, steps, modules),
+    )
