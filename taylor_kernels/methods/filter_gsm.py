@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.ops.filter_moments import needed_moments
@@ -145,10 +144,8 @@ class FilterGSM(GSM):
         number = 0
         for group in self._channels.groups:
             for slot in group.producers:
-                bare = self._channels.bare.get(slot.owner)
-                weight, axis = (bare or ((f"{slot.owner}.weight", 0),))[0]
-                owner = self._model.get_submodule(weight.rpartition(".")[0])
-                if axis or isinstance(owner, _ConvTransposeNd):
+                weight, axis = self._channels.weights_of(slot.owner)[0]
+                if axis:
                     raise ValueError(
                         f"model: {slot.owner!r} is a transposed convolution, or another weight "
                         "whose filters do not lie along its first dimension; use tk.Pruner, or "
