@@ -86,6 +86,22 @@ def _halved(fault: Callable[[Sequence[int]], str], numbers: Sequence[int]) -> di
     return found or dict.fromkeys(numbers, reason)
 
 
+def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
+    """What is wrong with removing units of all groups at once, in any of the draws; "" if nothing.
+
+    Args:
+        blocks: as of `unsound`.
+    """
+    numbers = range(len(trial.channels.groups))
+    until = time.monotonic() + SECONDS
+    for draw in range(_DRAWS):
+        if time.monotonic() > until:
+            return "" if draw else _late()
+        if reason := trial.fault(numbers, draw, blocks[::draw] if draw else ()):
+            return reason
+    return ""
+
+
 def unsound(trial: Trial, blocks: Sequence[Block] = ()) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
@@ -110,15 +126,17 @@ def _culprits(
     trial: Trial, numbers: Sequence[int], draw: int, until: float, blocks: Sequence[Block]
 ) -> dict[int, str]:
     def fault(some: Sequence[int]) -> str:
-        if time.monotonic() > until:
-            return (
-                f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or "
-                "verify=False to go without the proof"
-            )
-        return trial.fault(some, draw, blocks)
+        return _late() if time.monotonic() > until else trial.fault(some, draw, blocks)
 
     # Each half may be sound, and both together not.
     return _halved(fault, numbers)
+
+
+def _late() -> str:
+    return (
+        f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or verify=False "
+        "to go without the proof"
+    )
 
 
 class Trial:
@@ -128,12 +146,17 @@ class Trial:
         model: a copy in eval mode; its values are changed.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
             alone), so it must also run in train mode without the units.
+
+    Attributes:
+        channels: whose groups are tried; a caller may put others of the model in their place.
+        place: the module in which the last trial failed; None if it ran to its end.
     """
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, channels: Channels, train_too: bool
     ) -> None:
         self._model, self.channels = model, channels
+        self.place: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
         self._steady = False
@@ -221,6 +244,7 @@ class Trial:
 
     def _fault(self, dead: Sequence[Tensor], blocks: Sequence[Block], what: str) -> str:
         some = f"some of {what}" if what == "its channels" else what
+        self.place = None
         channels = self.channels.leaving(blocks) if blocks else self.channels
         entries = channels.entries(dead)
         try:
@@ -250,8 +274,18 @@ class Trial:
                 if self._train_too:
                     self._outputs(train=True)
         except Exception as error:
+            self.place = self._where(error)
             return f"the model does not run without {some} ({_short(error)})"
         return _difference(masked, removed, what)
+
+    def _where(self, error: Exception) -> str:
+        """The innermost module whose method raised an error, or passed it on."""
+        found, step = "", error.__traceback__
+        names = {id(module): name for name, module in self._modules.items()}
+        while step is not None:
+            found = names.get(id(step.tb_frame.f_locals.get("self")), found)
+            step = step.tb_next
+        return found
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         self._changed.update(tensors)

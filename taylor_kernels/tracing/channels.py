@@ -201,7 +201,9 @@ class Channels:
             raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
         return find_blocks(self._record.values, model, self._vectors.layers)
 
-    def coupled(self, model: nn.Module, layers: Collection[str]) -> Channels | None:
+    def coupled(
+        self, model: nn.Module, layers: Collection[str], *, at: Collection[str] | None = None
+    ) -> Channels | None:
         """The channels where sizes that code wrote down are those of other tensors.
 
         `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
@@ -210,6 +212,7 @@ class Channels:
         Args:
             model: the traced model or a copy of it.
             layers: only sizes that count channels which one of these layers makes.
+            at: only sizes that the code of these modules wrote down; None for all modules.
 
         Returns:
             None where there are no such sizes.
@@ -220,6 +223,8 @@ class Channels:
         asked[0] = False
         joins = []
         for echo in self._record.echoes:
+            if at is not None and echo.where[0] not in at:
+                continue
             mine = self._label[echo.vector]
             others = (o for o in echo.others if not np.array_equal(self._label[o], mine))
             other = next(others, None)
