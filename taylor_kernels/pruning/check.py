@@ -5,9 +5,12 @@ written into a forward method, an attribute that counts channels under a name of
 group is tried: some of its units are masked, the outputs kept, the same units removed, and the
 outputs compared in float64. A group that differs, or breaks the model, is not pruned.
 
-Which units go differs from draw to draw: the first ones, the last ones, any. (Code that splits
-channels at half of their number would pass with a balanced choice.) All groups are tried at once;
-only where that fails are they halved, until the ones to blame are left.
+The units that are masked in one run are removed in steps: the first ones of a group, the last ones,
+any; after each step the others are still masked, and the outputs the same. So a run with masks
+serves several removals, and what is left is masked and pruned as in a network that has been
+compacted. (Code that splits channels at half of their number would pass with a balanced choice.)
+All groups are tried at once; only where that fails are they halved, until the ones to blame are
+left.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tenso
 #: half of a group's channels missing from a norm or a softmax is far above.
 _EXACT, _LOOSE = 1e-7, 2e-2
 #: One for each way to choose units.
-_DRAWS = 3
-#: After so much time no further draw is made, and groups that have passed none are left out.
+_STEPS = 3
+#: After so much time no further step is tried, and groups that have passed none are left out.
 SECONDS = 120.0
 
 
@@ -87,49 +90,39 @@ def _halved(fault: Callable[[Sequence[int]], str], numbers: Sequence[int]) -> di
 
 
 def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
-    """What is wrong with removing units of all groups at once, in any of the draws; "" if nothing.
+    """What is wrong with removing units of all groups at once; "" if nothing.
 
     Args:
         blocks: as of `unsound`.
     """
-    numbers = range(len(trial.channels.groups))
-    until = time.monotonic() + SECONDS
-    for draw in range(_DRAWS):
-        if time.monotonic() > until:
-            return "" if draw else _late()
-        if reason := trial.fault(numbers, draw, blocks[::draw] if draw else ()):
-            return reason
-    return ""
+    numbers, until = range(len(trial.channels.groups)), time.monotonic() + SECONDS
+    faults = (trial.fault(numbers, until, gone) for gone in _without(blocks))
+    return next(filter(None, faults), "")
 
 
 def unsound(trial: Trial, blocks: Sequence[Block] = ()) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
     Args:
-        blocks: residual blocks; in some of the draws they are gone, all or every second of them.
+        blocks: residual blocks; units are also removed where all, or every second, of them is gone.
     """
-    channels = trial.channels
     until = time.monotonic() + SECONDS
     found: dict[int, str] = {}
-    for draw in range(_DRAWS):
-        while numbers := [n for n in range(len(channels.groups)) if n not in found]:
-            if time.monotonic() > until and draw:
+    for gone in _without(blocks):
+        while numbers := [n for n in range(len(trial.channels.groups)) if n not in found]:
+            if time.monotonic() > until and gone:
                 return found
-            culprits = _culprits(trial, numbers, draw, until, blocks[::draw] if draw else ())
+            # Each half may be sound, and both together not.
+            culprits = _halved(partial(trial.fault, until=until, blocks=gone), numbers)
             found |= culprits
             if not culprits:
                 break
     return found
 
 
-def _culprits(
-    trial: Trial, numbers: Sequence[int], draw: int, until: float, blocks: Sequence[Block]
-) -> dict[int, str]:
-    def fault(some: Sequence[int]) -> str:
-        return _late() if time.monotonic() > until else trial.fault(some, draw, blocks)
-
-    # Each half may be sound, and both together not.
-    return _halved(fault, numbers)
+def _without(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """The residual blocks that are gone while groups are tried."""
+    return list(dict.fromkeys(((), tuple(blocks), tuple(blocks[::2]))))
 
 
 def _late() -> str:
@@ -222,61 +215,108 @@ class Trial:
                 handle.remove()
         return called >= known
 
-    def fault(self, numbers: Collection[int], draw: int, blocks: Sequence[Block] = ()) -> str:
+    def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.
 
         Args:
-            blocks: residual blocks that go with them.
+            until: no step is taken after this time, of `time.monotonic`.
+            blocks: residual blocks that go with them, all in one step.
         """
-        dead = [
-            _units(cast(Group, group), number, draw)
+        self.place = None
+        if time.monotonic() > until:
+            return _late()
+        steps = [
+            _units(cast(Group, group), number)
             if number in numbers
-            else torch.zeros(group.size, dtype=torch.bool)
+            else torch.zeros(_STEPS, group.size, dtype=torch.bool)
             for number, group in enumerate(self.channels.groups)
         ]
-        return self._fault(dead, blocks, "its channels")
+        if blocks:
+            steps = [units.any(0, keepdim=True) for units in steps]
+        return self._fault(steps, blocks, "its channels", until)
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if
         nothing."""
-        none = [torch.zeros(group.size, dtype=torch.bool) for group in self.channels.groups]
+        none = [torch.zeros(1, group.size, dtype=torch.bool) for group in self.channels.groups]
         return self._fault(none, [blocks[number] for number in numbers], "the block")
 
-    def _fault(self, dead: Sequence[Tensor], blocks: Sequence[Block], what: str) -> str:
+    def _fault(
+        self,
+        steps: Sequence[Tensor],
+        blocks: Sequence[Block],
+        what: str,
+        until: float = float("inf"),
+    ) -> str:
+        """What is wrong with removing what is masked.
+
+        Args:
+            steps: for each group [steps, U] bool, the units that are removed in each.
+            blocks: residual blocks, removed in the first step.
+        """
         some = f"some of {what}" if what == "its channels" else what
-        self.place = None
         channels = self.channels.leaving(blocks) if blocks else self.channels
-        entries = channels.entries(dead)
+        masked = [units.any(0) for units in steps]
+        gone = [torch.zeros_like(units) for units in masked]
+        attributes = channels.attributes(masked)
         try:
+            tensors = self._masked(channels, masked)
             with self._restored():
-                self._put({name: _clone(self._originals[name]) for name in entries})
-                for name, parts in fills(self._held, channels, entries).items():
-                    fill(self._held[name].data, parts)
+                self._put(self._for_a_run(tensors))
                 for block in blocks:
                     mask_block(self._model, block)
-                norms = keep_only(self._modules, channels, dead)
-                try:
-                    masked = self._outputs()
-                finally:
-                    remove_all(norms)
+                expected = self._outputs_kept(channels, masked, attributes, gone)
         except Exception as error:
             return f"the model does not run with {some} at zero ({_short(error)})"
-        try:
-            with self._restored():
+        for step in range(len(steps[0]) if steps else 1):
+            try:
                 kept: Kept = {}
-                self._put(
-                    {n: smaller(self._originals[n], cuts, kept) for n, cuts in entries.items()}
-                )
-                set_attributes(self._modules, channels.attributes(dead))
-                for block in blocks:
-                    replace_modules(self._model, block.places)
-                removed = self._outputs()
-                if self._train_too:
-                    self._outputs(train=True)
-        except Exception as error:
-            self.place = self._where(error)
-            return f"the model does not run without {some} ({_short(error)})"
-        return _difference(masked, removed, what)
+                cuts = channels.entries([units[step] for units in steps], gone)
+                tensors |= {n: smaller(tensors[n], own, kept) for n, own in cuts.items()}
+                gone = [units[: step + 1].any(0) for units in steps]
+                left = [units[step + 1 :].any(0) for units in steps]
+                with self._restored():
+                    self._put(self._for_a_run(tensors))
+                    set_attributes(self._modules, channels.attributes(gone))
+                    for block in blocks:
+                        replace_modules(self._model, block.places)
+                    found = self._outputs_kept(channels, left, attributes, gone)
+                    if self._train_too:
+                        self._outputs(train=True)
+            except Exception as error:
+                self.place = self._where(error)
+                return f"the model does not run without {some} ({_short(error)})"
+            if reason := _difference(expected, found, what):
+                return reason
+            if time.monotonic() > until:
+                break
+        return ""
+
+    def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors that hold something of these units, with what masks it."""
+        entries = channels.entries(dead)
+        tensors = {name: _clone(self._originals[name]) for name in entries}
+        for name, parts in fills(self._held, channels, entries).items():
+            fill(tensors[name].data, parts)
+        return tensors
+
+    def _for_a_run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that the model may write into."""
+        return {n: _clone(t) if n in self._written else t for n, t in tensors.items()}
+
+    def _outputs_kept(
+        self,
+        channels: Channels,
+        masked: Sequence[Tensor],
+        attributes: Mapping[str, Mapping[str, Any]],
+        gone: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """What the model returns where norms and routers know of the masked units."""
+        hooks = keep_only(self._modules, channels, masked, attributes, gone)
+        try:
+            return self._outputs()
+        finally:
+            remove_all(hooks)
 
     def _where(self, error: Exception) -> str:
         """The innermost module whose method raised an error, or passed it on."""
@@ -309,7 +349,7 @@ class Trial:
         if any(module.training is not train for module in self._modules.values()):
             self._model.train(train)
         with ExitStack() as stack:
-            stack.enter_context(one_expert_at_a_time(self._model))
+            stack.enter_context(one_expert_at_a_time(self._modules.values()))
             stack.enter_context(quiet())  # every run starts from the caller's random state
             stack.enter_context(InDouble() if self._exact else SmallPools())
             before = _random_state()
@@ -322,30 +362,34 @@ class Trial:
         return self._outputs(train=train)
 
 
-def _units(group: Group, number: int, draw: int) -> Tensor:
-    """Some of a group's units: [U] bool.
+def _units(group: Group, number: int) -> Tensor:
+    """The units of a group that are removed in each step: [steps, U] bool.
 
-    Half of them at first, or an odd number where it may be; then fewer, and in groups of one size
-    different numbers, since code may take the width of one for another's.
+    Half of them in all, or an odd number where it may be. How many go in a step differs between
+    groups of one size, since code may take the width of one for another's.
     """
-    drawn = random.Random(number * _DRAWS + draw)
-    first = group.next_to_go(group.size)
-    last = min(max(group.size // 2, first), group.most_removable(group.size)) if first else 0
-    allowed = [0, *range(first, last + 1, group.multiple)] if first else [0]
-    fewer = allowed[1:] or allowed
-    odd = [count for count in allowed if count % 2]
-    if draw == 0:
-        count = (odd or allowed)[-1]
-    else:
-        count = fewer[number % len(fewer)] if draw == 1 else drawn.choice(fewer)
-    gone = torch.zeros(group.size, dtype=torch.bool)
-    way = (number + draw) % _DRAWS
-    if way == 0:
-        gone[:count] = True
-    elif way == 1:
-        gone[group.size - count :] = True
-    else:
-        gone[drawn.sample(range(group.size), count)] = True
+    drawn = random.Random(number)
+    gone = torch.zeros(_STEPS, group.size, dtype=torch.bool)
+    if not (first := group.next_to_go(group.size)):
+        return gone
+    last = min(max(group.size // 2, first), group.most_removable(group.size))
+    allowed = range(first, last + 1, group.multiple)
+    most = max((count for count in allowed if count % 2), default=allowed[-1])
+    counts = [0, *range(first, most + 1, group.multiple)]
+    begin = (number + 1) % len(counts)
+    middle = drawn.randrange(begin, len(counts))
+    left, before = list(range(group.size)), 0
+    for step, count in enumerate((counts[begin], counts[middle], most)):
+        going, before = count - before, count
+        way = (number + step) % _STEPS
+        if way == 0:
+            chosen, left = left[:going], left[going:]
+        elif way == 1:
+            chosen, left = left[len(left) - going :], left[: len(left) - going]
+        else:
+            chosen = drawn.sample(left, going)
+            left = sorted(set(left).difference(chosen))
+        gone[step, chosen] = True
     return gone
 
 

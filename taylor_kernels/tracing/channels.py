@@ -233,8 +233,9 @@ class Channels:
         if not joins:
             return None
         record = replace(self._record, joins=[*self._record.joins, *joins])
-        with one_at_a_time(), prunable_attention(model):
-            return Channels(record, dict(model.named_modules()))
+        modules = dict(model.named_modules())
+        with one_at_a_time(), prunable_attention(modules.values()):
+            return Channels(record, modules)
 
     def leaving(self, blocks: Sequence[Block]) -> Channels:
         """The channels of the model without these blocks.
@@ -261,7 +262,9 @@ class Channels:
 
     # The recipe
 
-    def entries(self, dead: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
+    def entries(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
         """What goes with the dead units: tensor -> dimension -> indices [n] ascending.
 
         Masking fills these with zeros (with `fills` where a tensor is named there); removal
@@ -269,10 +272,15 @@ class Channels:
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: for each group [U] bool, True for units that have been removed before; indices
+                are of what is left without them.
         """
-        return self._vectors.entries(self._gone(dead))
+        gone = None if before is None else self._gone(before)
+        return self._vectors.entries(self._gone(dead), gone)
 
-    def kept_by_norms(self, dead: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
+    def kept_by_norms(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, tuple[int, Tensor]]:
         """What masking the dead units asks of norms across channels.
 
         A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
@@ -280,36 +288,44 @@ class Channels:
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
 
         Returns:
             Module -> the channels' dimension in its input, from the end, and the indices [n] of
             those that stay; only modules of which some go.
         """
-        gone = self._gone(dead)
         return {
-            name: (dim, index(np.flatnonzero(~gone[vector])))
+            name: (dim, kept)
             for name, (dim, vector) in self._vectors.across.items()
-            if gone[vector].any()
+            if (kept := self._kept(vector, dead, before)) is not None
         }
 
     def kept_by_routers(
-        self, dead: Sequence[Tensor]
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
     ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:
         """What masking the dead units asks of routers: to choose among the experts that are kept.
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
 
         Returns:
             Router -> the numbers [n] of the experts that stay, and what the router returns; only
             routers some of whose experts go.
         """
-        gone = self._gone(dead)
         return {
-            name: (index(np.flatnonzero(~gone[vector])), mixture.results)
+            name: (kept, mixture.results)
             for name, (mixture, vector) in self._vectors.mixtures.items()
-            if gone[vector].any()
+            if (kept := self._kept(vector, dead, before)) is not None
         }
+
+    def _kept(
+        self, vector: Vector, dead: Sequence[Tensor], before: Sequence[Tensor] | None
+    ) -> Tensor | None:
+        """Where in a vector of classes those are that stay; None if all do."""
+        there = vector if before is None else vector[~self._gone(before)[vector]]
+        gone = self._gone(dead)[there]
+        return index(np.flatnonzero(~gone)) if gone.any() else None
 
     def experts_needed(self, group: Group) -> int:
         """So many units of a group stay at least, of which a router chooses that many for each

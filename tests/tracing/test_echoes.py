@@ -97,7 +97,9 @@ def test_only_code_that_takes_them_couples(way, monkeypatch):
     trials = []
     run = check.Trial.fault
     monkeypatch.setattr(
-        check.Trial, "fault", lambda self, *args: trials.append(args) or run(self, *args)
+        check.Trial,
+        "fault",
+        lambda self, *args, **kw: trials.append(args) or run(self, *args, **kw),
     )
     pruner, optimizer = judging.new_pruner(model, x, 0.6)
     assert len(trials) <= 6
