@@ -162,8 +162,10 @@ class Trial:
         self._held = Tensors(model)
         self._originals = {name: self._held[name] for name in self._held}
         self._changed: set[str] = set()
+        self._run_wrote: list[str] = []
         buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         self._written = buffers
+        self._begun: tuple[dict[str, Tensor], list[Tensor]] | None = None
         self._exact = True
         self._untouched = self._snapshot()
         # Code may need all of the example, and may neither know float64 nor let itself be told.
@@ -190,9 +192,11 @@ class Trial:
         """Run the model on inputs, which are those of all runs from now on.
 
         Args:
-            all_layers: only say whether it runs, and calls the layers that the trace has seen.
+            all_layers: only say whether it runs, and calls the layers that the trace has seen. It
+                is run as the first trial begins, with units of all groups masked, and as it is
+                where that does not say so.
         """
-        self._inputs = tree_map(self._noisy, example_inputs)
+        self._inputs, self._begun = tree_map(self._noisy, example_inputs), None
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
@@ -202,10 +206,16 @@ class Trial:
             for name in known
         ]
         try:
-            with self._restored():
-                versions = {name: self._held[name]._version for name in self._written}
-                self._outputs()
-                self._written = [n for n, v in versions.items() if self._held[n]._version != v]
+            if all_layers:
+                with suppress(Exception):
+                    dead = [units.any(0) for units in self._steps()]
+                    self._begun = self._run_masked(self.channels, dead)
+            if self._begun is None or not called >= known:
+                self._begun = None
+                called.clear()
+                with self._restored():
+                    self._outputs()
+            self._written = self._run_wrote
         except Exception:
             if not all_layers:
                 raise
@@ -225,15 +235,26 @@ class Trial:
         self.place = None
         if time.monotonic() > until:
             return _late()
-        steps = [
+        steps = self._steps(numbers)
+        if blocks:
+            steps = [units.any(0, keepdim=True) for units in steps]
+        elif len(numbers) == len(steps):
+            begun, self._begun = self._begun, None
+            return self._fault(steps, (), "its channels", until, begun)
+        return self._fault(steps, blocks, "its channels", until)
+
+    def _steps(self, numbers: Collection[int] | None = None) -> list[Tensor]:
+        """For each group [steps, U] bool: the units of it that are removed in each step.
+
+        Args:
+            numbers: of the groups that lose any; None for all.
+        """
+        return [
             _units(cast(Group, group), number)
-            if number in numbers
+            if numbers is None or number in numbers
             else torch.zeros(_STEPS, group.size, dtype=torch.bool)
             for number, group in enumerate(self.channels.groups)
         ]
-        if blocks:
-            steps = [units.any(0, keepdim=True) for units in steps]
-        return self._fault(steps, blocks, "its channels", until)
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if
@@ -247,12 +268,14 @@ class Trial:
         blocks: Sequence[Block],
         what: str,
         until: float = float("inf"),
+        begun: tuple[dict[str, Tensor], list[Tensor]] | None = None,
     ) -> str:
         """What is wrong with removing what is masked.
 
         Args:
             steps: for each group [steps, U] bool, the units that are removed in each.
             blocks: residual blocks, removed in the first step.
+            begun: what `_run_masked` returns, where it has run.
         """
         some = f"some of {what}" if what == "its channels" else what
         channels = self.channels.leaving(blocks) if blocks else self.channels
@@ -260,12 +283,7 @@ class Trial:
         gone = [torch.zeros_like(units) for units in masked]
         attributes = channels.attributes(masked)
         try:
-            tensors = self._masked(channels, masked)
-            with self._restored():
-                self._put(self._for_a_run(tensors))
-                for block in blocks:
-                    mask_block(self._model, block)
-                expected = self._outputs_kept(channels, masked, attributes, gone)
+            tensors, expected = begun or self._run_masked(channels, masked, blocks)
         except Exception as error:
             return f"the model does not run with {some} at zero ({_short(error)})"
         for step in range(len(steps[0]) if steps else 1):
@@ -273,6 +291,8 @@ class Trial:
                 kept: Kept = {}
                 cuts = channels.entries([units[step] for units in steps], gone)
                 tensors |= {n: smaller(tensors[n], own, kept) for n, own in cuts.items()}
+                if not cuts and not blocks:
+                    continue
                 gone = [units[: step + 1].any(0) for units in steps]
                 left = [units[step + 1 :].any(0) for units in steps]
                 with self._restored():
@@ -292,6 +312,17 @@ class Trial:
                 break
         return ""
 
+    def _run_masked(
+        self, channels: Channels, dead: Sequence[Tensor], blocks: Sequence[Block] = ()
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The tensors that masking these units and blocks changes, and what the model returns."""
+        tensors = self._masked(channels, dead)
+        with self._restored():
+            self._put(self._for_a_run(tensors))
+            for block in blocks:
+                mask_block(self._model, block)
+            return tensors, self._outputs_kept(channels, dead, channels.attributes(dead))
+
     def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that hold something of these units, with what masks it."""
         entries = channels.entries(dead)
@@ -309,7 +340,7 @@ class Trial:
         channels: Channels,
         masked: Sequence[Tensor],
         attributes: Mapping[str, Mapping[str, Any]],
-        gone: Sequence[Tensor],
+        gone: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """What the model returns where norms and routers know of the masked units."""
         hooks = keep_only(self._modules, channels, masked, attributes, gone)
@@ -339,6 +370,8 @@ class Trial:
         try:
             yield
         finally:
+            # Copies that were made here begin at version 0.
+            self._run_wrote = [name for name in self._written if self._held[name]._version]
             self._held.put({name: self._originals[name] for name in self._changed})
             self._untouched.restore()
 

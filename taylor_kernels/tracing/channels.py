@@ -364,7 +364,7 @@ class Channels:
                     f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
                     f"{mask.dtype} of shape {tuple(mask.shape)}"
                 )
-            gone[group.classes[mask.cpu()].numpy()] = True
+            gone[group.classes.numpy()[mask.cpu().numpy()]] = True
         return gone
 
     # For people
