@@ -5,9 +5,12 @@ written into a forward method, an attribute that counts channels under a name of
 group is tried: some of its units are masked, the outputs kept, the same units removed, and the
 outputs compared in float64. A group that differs, or breaks the model, is not pruned.
 
-Which units go differs from draw to draw: the first ones, the last ones, any. (Code that splits
-channels at half of their number would pass with a balanced choice.) All groups are tried at once;
-only where that fails are they halved, until the ones to blame are left.
+The units that are masked in one run are removed in steps: the first ones of a group, the last ones,
+any; after each step the others are still masked, and the outputs the same. So a run with masks
+serves several removals, and what is left is masked and pruned as in a network that has been
+compacted. (Code that splits channels at half of their number would pass with a balanced choice.)
+All groups are tried at once; only where that fails are they halved, until the ones to blame are
+left.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tenso
 #: half of a group's channels missing from a norm or a softmax is far above.
 _EXACT, _LOOSE = 1e-7, 2e-2
 #: One for each way to choose units.
-_DRAWS = 3
-#: After so much time no further draw is made, and groups that have passed none are left out.
+_STEPS = 3
+#: After so much time no further step is tried, and groups that have passed none are left out.
 SECONDS = 120.0
 
 
@@ -86,39 +89,47 @@ def _halved(fault: Callable[[Sequence[int]], str], numbers: Sequence[int]) -> di
     return found or dict.fromkeys(numbers, reason)
 
 
+def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
+    """What is wrong with removing units of all groups at once; "" if nothing.
+
+    Args:
+        blocks: as of `unsound`.
+    """
+    numbers, until = range(len(trial.channels.groups)), time.monotonic() + SECONDS
+    faults = (trial.fault(numbers, until, gone) for gone in _without(blocks))
+    return next(filter(None, faults), "")
+
+
 def unsound(trial: Trial, blocks: Sequence[Block] = ()) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
     Args:
-        blocks: residual blocks; in some of the draws they are gone, all or every second of them.
+        blocks: residual blocks; units are also removed where all, or every second, of them is gone.
     """
-    channels = trial.channels
     until = time.monotonic() + SECONDS
     found: dict[int, str] = {}
-    for draw in range(_DRAWS):
-        while numbers := [n for n in range(len(channels.groups)) if n not in found]:
-            if time.monotonic() > until and draw:
+    for gone in _without(blocks):
+        while numbers := [n for n in range(len(trial.channels.groups)) if n not in found]:
+            if time.monotonic() > until and gone:
                 return found
-            culprits = _culprits(trial, numbers, draw, until, blocks[::draw] if draw else ())
+            # Each half may be sound, and both together not.
+            culprits = _halved(partial(trial.fault, until=until, blocks=gone), numbers)
             found |= culprits
             if not culprits:
                 break
     return found
 
 
-def _culprits(
-    trial: Trial, numbers: Sequence[int], draw: int, until: float, blocks: Sequence[Block]
-) -> dict[int, str]:
-    def fault(some: Sequence[int]) -> str:
-        if time.monotonic() > until:
-            return (
-                f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or "
-                "verify=False to go without the proof"
-            )
-        return trial.fault(some, draw, blocks)
+def _without(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """The residual blocks that are gone while groups are tried."""
+    return list(dict.fromkeys(((), tuple(blocks), tuple(blocks[::2]))))
 
-    # Each half may be sound, and both together not.
-    return _halved(fault, numbers)
+
+def _late() -> str:
+    return (
+        f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or verify=False "
+        "to go without the proof"
+    )
 
 
 class Trial:
@@ -128,12 +139,17 @@ class Trial:
         model: a copy in eval mode; its values are changed.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
             alone), so it must also run in train mode without the units.
+
+    Attributes:
+        channels: whose groups are tried; a caller may put others of the model in their place.
+        place: the module in which the last trial failed; None if it ran to its end.
     """
 
     def __init__(
         self, model: nn.Module, example_inputs: Any, channels: Channels, train_too: bool
     ) -> None:
         self._model, self.channels = model, channels
+        self.place: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
         self._steady = False
@@ -146,8 +162,10 @@ class Trial:
         self._held = Tensors(model)
         self._originals = {name: self._held[name] for name in self._held}
         self._changed: set[str] = set()
+        self._run_wrote: list[str] = []
         buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         self._written = buffers
+        self._begun: tuple[dict[str, Tensor], list[Tensor]] | None = None
         self._exact = True
         self._untouched = self._snapshot()
         # Code may need all of the example, and may neither know float64 nor let itself be told.
@@ -174,9 +192,11 @@ class Trial:
         """Run the model on inputs, which are those of all runs from now on.
 
         Args:
-            all_layers: only say whether it runs, and calls the layers that the trace has seen.
+            all_layers: only say whether it runs, and calls the layers that the trace has seen. It
+                is run as the first trial begins, with units of all groups masked, and as it is
+                where that does not say so.
         """
-        self._inputs = tree_map(self._noisy, example_inputs)
+        self._inputs, self._begun = tree_map(self._noisy, example_inputs), None
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
@@ -186,10 +206,16 @@ class Trial:
             for name in known
         ]
         try:
-            with self._restored():
-                versions = {name: self._held[name]._version for name in self._written}
-                self._outputs()
-                self._written = [n for n, v in versions.items() if self._held[n]._version != v]
+            if all_layers:
+                with suppress(Exception):
+                    dead = [units.any(0) for units in self._steps()]
+                    self._begun = self._run_masked(self.channels, dead)
+            if self._begun is None or not called >= known:
+                self._begun = None
+                called.clear()
+                with self._restored():
+                    self._outputs()
+            self._written = self._run_wrote
         except Exception:
             if not all_layers:
                 raise
@@ -199,59 +225,138 @@ class Trial:
                 handle.remove()
         return called >= known
 
-    def fault(self, numbers: Collection[int], draw: int, blocks: Sequence[Block] = ()) -> str:
+    def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.
 
         Args:
-            blocks: residual blocks that go with them.
+            until: no step is taken after this time, of `time.monotonic`.
+            blocks: residual blocks that go with them, all in one step.
         """
-        dead = [
-            _units(cast(Group, group), number, draw)
-            if number in numbers
-            else torch.zeros(group.size, dtype=torch.bool)
+        self.place = None
+        if time.monotonic() > until:
+            return _late()
+        steps = self._steps(numbers)
+        if blocks:
+            steps = [units.any(0, keepdim=True) for units in steps]
+        elif len(numbers) == len(steps):
+            begun, self._begun = self._begun, None
+            return self._fault(steps, (), "its channels", until, begun)
+        return self._fault(steps, blocks, "its channels", until)
+
+    def _steps(self, numbers: Collection[int] | None = None) -> list[Tensor]:
+        """For each group [steps, U] bool: the units of it that are removed in each step.
+
+        Args:
+            numbers: of the groups that lose any; None for all.
+        """
+        return [
+            _units(cast(Group, group), number)
+            if numbers is None or number in numbers
+            else torch.zeros(_STEPS, group.size, dtype=torch.bool)
             for number, group in enumerate(self.channels.groups)
         ]
-        return self._fault(dead, blocks, "its channels")
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if
         nothing."""
-        none = [torch.zeros(group.size, dtype=torch.bool) for group in self.channels.groups]
+        none = [torch.zeros(1, group.size, dtype=torch.bool) for group in self.channels.groups]
         return self._fault(none, [blocks[number] for number in numbers], "the block")
 
-    def _fault(self, dead: Sequence[Tensor], blocks: Sequence[Block], what: str) -> str:
+    def _fault(
+        self,
+        steps: Sequence[Tensor],
+        blocks: Sequence[Block],
+        what: str,
+        until: float = float("inf"),
+        begun: tuple[dict[str, Tensor], list[Tensor]] | None = None,
+    ) -> str:
+        """What is wrong with removing what is masked.
+
+        Args:
+            steps: for each group [steps, U] bool, the units that are removed in each.
+            blocks: residual blocks, removed in the first step.
+            begun: what `_run_masked` returns, where it has run.
+        """
         some = f"some of {what}" if what == "its channels" else what
         channels = self.channels.leaving(blocks) if blocks else self.channels
-        entries = channels.entries(dead)
+        masked = [units.any(0) for units in steps]
+        gone = [torch.zeros_like(units) for units in masked]
+        attributes = channels.attributes(masked)
         try:
-            with self._restored():
-                self._put({name: _clone(self._originals[name]) for name in entries})
-                for name, parts in fills(self._held, channels, entries).items():
-                    fill(self._held[name].data, parts)
-                for block in blocks:
-                    mask_block(self._model, block)
-                norms = keep_only(self._modules, channels, dead)
-                try:
-                    masked = self._outputs()
-                finally:
-                    remove_all(norms)
+            tensors, expected = begun or self._run_masked(channels, masked, blocks)
         except Exception as error:
             return f"the model does not run with {some} at zero ({_short(error)})"
-        try:
-            with self._restored():
+        for step in range(len(steps[0]) if steps else 1):
+            try:
                 kept: Kept = {}
-                self._put(
-                    {n: smaller(self._originals[n], cuts, kept) for n, cuts in entries.items()}
-                )
-                set_attributes(self._modules, channels.attributes(dead))
-                for block in blocks:
-                    replace_modules(self._model, block.places)
-                removed = self._outputs()
-                if self._train_too:
-                    self._outputs(train=True)
-        except Exception as error:
-            return f"the model does not run without {some} ({_short(error)})"
-        return _difference(masked, removed, what)
+                cuts = channels.entries([units[step] for units in steps], gone)
+                tensors |= {n: smaller(tensors[n], own, kept) for n, own in cuts.items()}
+                if not cuts and not blocks:
+                    continue
+                gone = [units[: step + 1].any(0) for units in steps]
+                left = [units[step + 1 :].any(0) for units in steps]
+                with self._restored():
+                    self._put(self._for_a_run(tensors))
+                    set_attributes(self._modules, channels.attributes(gone))
+                    for block in blocks:
+                        replace_modules(self._model, block.places)
+                    found = self._outputs_kept(channels, left, attributes, gone)
+                    if self._train_too:
+                        self._outputs(train=True)
+            except Exception as error:
+                self.place = self._where(error)
+                return f"the model does not run without {some} ({_short(error)})"
+            if reason := _difference(expected, found, what):
+                return reason
+            if time.monotonic() > until:
+                break
+        return ""
+
+    def _run_masked(
+        self, channels: Channels, dead: Sequence[Tensor], blocks: Sequence[Block] = ()
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """The tensors that masking these units and blocks changes, and what the model returns."""
+        tensors = self._masked(channels, dead)
+        with self._restored():
+            self._put(self._for_a_run(tensors))
+            for block in blocks:
+                mask_block(self._model, block)
+            return tensors, self._outputs_kept(channels, dead, channels.attributes(dead))
+
+    def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors that hold something of these units, with what masks it."""
+        entries = channels.entries(dead)
+        tensors = {name: _clone(self._originals[name]) for name in entries}
+        for name, parts in fills(self._held, channels, entries).items():
+            fill(tensors[name].data, parts)
+        return tensors
+
+    def _for_a_run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors that the model may write into."""
+        return {n: _clone(t) if n in self._written else t for n, t in tensors.items()}
+
+    def _outputs_kept(
+        self,
+        channels: Channels,
+        masked: Sequence[Tensor],
+        attributes: Mapping[str, Mapping[str, Any]],
+        gone: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """What the model returns where norms and routers know of the masked units."""
+        hooks = keep_only(self._modules, channels, masked, attributes, gone)
+        try:
+            return self._outputs()
+        finally:
+            remove_all(hooks)
+
+    def _where(self, error: Exception) -> str:
+        """The innermost module whose method raised an error, or passed it on."""
+        found, step = "", error.__traceback__
+        names = {id(module): name for name, module in self._modules.items()}
+        while step is not None:
+            found = names.get(id(step.tb_frame.f_locals.get("self")), found)
+            step = step.tb_next
+        return found
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
         self._changed.update(tensors)
@@ -265,6 +370,8 @@ class Trial:
         try:
             yield
         finally:
+            # Copies that were made here begin at version 0.
+            self._run_wrote = [name for name in self._written if self._held[name]._version]
             self._held.put({name: self._originals[name] for name in self._changed})
             self._untouched.restore()
 
@@ -275,7 +382,7 @@ class Trial:
         if any(module.training is not train for module in self._modules.values()):
             self._model.train(train)
         with ExitStack() as stack:
-            stack.enter_context(one_expert_at_a_time(self._model))
+            stack.enter_context(one_expert_at_a_time(self._modules.values()))
             stack.enter_context(quiet())  # every run starts from the caller's random state
             stack.enter_context(InDouble() if self._exact else SmallPools())
             before = _random_state()
@@ -288,30 +395,34 @@ class Trial:
         return self._outputs(train=train)
 
 
-def _units(group: Group, number: int, draw: int) -> Tensor:
-    """Some of a group's units: [U] bool.
+def _units(group: Group, number: int) -> Tensor:
+    """The units of a group that are removed in each step: [steps, U] bool.
 
-    Half of them at first, or an odd number where it may be; then fewer, and in groups of one size
-    different numbers, since code may take the width of one for another's.
+    Half of them in all, or an odd number where it may be. How many go in a step differs between
+    groups of one size, since code may take the width of one for another's.
     """
-    drawn = random.Random(number * _DRAWS + draw)
-    first = group.next_to_go(group.size)
-    last = min(max(group.size // 2, first), group.most_removable(group.size)) if first else 0
-    allowed = [0, *range(first, last + 1, group.multiple)] if first else [0]
-    fewer = allowed[1:] or allowed
-    odd = [count for count in allowed if count % 2]
-    if draw == 0:
-        count = (odd or allowed)[-1]
-    else:
-        count = fewer[number % len(fewer)] if draw == 1 else drawn.choice(fewer)
-    gone = torch.zeros(group.size, dtype=torch.bool)
-    way = (number + draw) % _DRAWS
-    if way == 0:
-        gone[:count] = True
-    elif way == 1:
-        gone[group.size - count :] = True
-    else:
-        gone[drawn.sample(range(group.size), count)] = True
+    drawn = random.Random(number)
+    gone = torch.zeros(_STEPS, group.size, dtype=torch.bool)
+    if not (first := group.next_to_go(group.size)):
+        return gone
+    last = min(max(group.size // 2, first), group.most_removable(group.size))
+    allowed = range(first, last + 1, group.multiple)
+    most = max((count for count in allowed if count % 2), default=allowed[-1])
+    counts = [0, *range(first, most + 1, group.multiple)]
+    begin = (number + 1) % len(counts)
+    middle = drawn.randrange(begin, len(counts))
+    left, before = list(range(group.size)), 0
+    for step, count in enumerate((counts[begin], counts[middle], most)):
+        going, before = count - before, count
+        way = (number + step) % _STEPS
+        if way == 0:
+            chosen, left = left[:going], left[going:]
+        elif way == 1:
+            chosen, left = left[len(left) - going :], left[: len(left) - going]
+        else:
+            chosen = drawn.sample(left, going)
+            left = sorted(set(left).difference(chosen))
+        gone[step, chosen] = True
     return gone
 
 

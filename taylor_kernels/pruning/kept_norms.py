@@ -125,21 +125,28 @@ class KeptExperts(KeptOnly):
 
 
 def keep_only(
-    modules: Mapping[str, nn.Module], channels: Channels, dead: Sequence[Tensor]
+    modules: Mapping[str, nn.Module],
+    channels: Channels,
+    dead: Sequence[Tensor],
+    attributes: Mapping[str, Mapping[str, Any]],
+    before: Sequence[Tensor] | None = None,
 ) -> list[RemovableHandle]:
     """Have the norms across channels, and routers, run on what the dead units leave.
+
+    Args:
+        attributes: what those of modules will be once all units are removed.
+        before: for each group [U] bool, True for units that have been removed.
 
     Returns:
         The hooks.
     """
-    attributes = channels.attributes(dead)
     routers = [
         modules[name].register_forward_hook(
             KeptExperts(kept.to(_device(modules[name])), results),
             prepend=True,
             with_kwargs=True,
         )
-        for name, (kept, results) in channels.kept_by_routers(dead).items()
+        for name, (kept, results) in channels.kept_by_routers(dead, before).items()
     ]
     return routers + [
         # Before the hooks of others, which see the output as it is.
@@ -148,7 +155,7 @@ def keep_only(
             prepend=True,
             with_kwargs=True,
         )
-        for name, (dim, kept) in channels.kept_by_norms(dead).items()
+        for name, (dim, kept) in channels.kept_by_norms(dead, before).items()
     ]
 
 

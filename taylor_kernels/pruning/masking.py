@@ -68,9 +68,10 @@ class Masks:
         after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
         modules = dict(self._model.named_modules())
-        for name in (*channels.kept_by_norms(dead), *channels.attributes(dead)):
+        attributes = channels.attributes(dead)
+        for name in (*channels.kept_by_norms(dead), *attributes):
             unpack_examples(modules, name)
-        self._norms = keep_only(modules, channels, dead)
+        self._norms = keep_only(modules, channels, dead, attributes)
         if self._norms:
             forget_compiled()
 

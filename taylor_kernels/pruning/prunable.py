@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import Trial, sound_blocks, unsound
+from taylor_kernels.pruning.check import Trial, first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
@@ -118,15 +118,21 @@ def find_prunable(
         trial = Trial(plain, example_inputs, channels, train_too)
         chosen, found_blocks = sound_blocks(trial, chosen)
         others |= found_blocks
-        found = unsound(trial, chosen)
-        wrong = {slot.owner for number in found for slot in groups[number].producers}
+        found: dict[int, str] = {}
         # What could not go alone may go with what has the same width by the code's own words.
-        if wrong and (other := whole.coupled(plain, wrong)) is not None:
-            more, stay = choose(other)
-            trial.channels = other.offering(more)
-            left = unsound(trial, chosen)
-            if _filters(more, left) > _filters(groups, found):
-                channels, groups, skipped, found = trial.channels, more, stay, left
+        if not first_fault(trial, chosen):
+            pass
+        elif (followed := _following(trial, whole, plain, chosen, groups, choose)) is not None:
+            channels, groups, skipped = followed
+        else:
+            found = unsound(trial, chosen)
+            wrong = {slot.owner for number in found for slot in groups[number].producers}
+            if wrong and (other := whole.coupled(plain, wrong)) is not None:
+                more, stay = choose(other)
+                trial.channels = other.offering(more)
+                left = unsound(trial, chosen)
+                if _filters(more, left) > _filters(groups, found):
+                    channels, groups, skipped, found = trial.channels, more, stay, left
         for number, reason in found.items():
             skipped |= {slot.owner: reason for slot in groups[number].producers}
         groups = [group for number, group in enumerate(groups) if number not in found]
@@ -166,6 +172,44 @@ def find_prunable(
         ],
         blocks=tuple(chosen),
     )
+
+
+Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
+
+
+def _following(
+    trial: Trial,
+    whole: Channels,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    groups: Sequence[Group],
+    choose: Choose,
+) -> tuple[Channels, list[Group], dict[str, str]] | None:
+    """The channels, groups and skipped layers where the sizes that code has from other tensors
+    follow these, if then all groups are sound and none has lost filters by it.
+
+    The module in which the trial has failed says whose code does so: its class's. So culprits need
+    not be looked for among all groups, and what else happens to be as wide stays apart.
+
+    Args:
+        trial: has found a fault in these groups.
+        whole: the channels that the groups are of.
+    """
+    before = trial.channels
+    while trial.place is not None:
+        kind = type(model.get_submodule(trial.place))
+        at = {name for name, module in model.named_modules() if type(module) is kind}
+        other = whole.coupled(model, whole.layers, at=at)
+        if other is None:
+            break
+        more, skipped = choose(other)
+        if _filters(more, {}) < _filters(groups, {}):
+            break
+        whole, trial.channels = other, other.offering(more)
+        if not first_fault(trial, blocks):
+            return trial.channels, more, skipped
+    trial.channels = before
+    return None
 
 
 def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:

@@ -103,7 +103,6 @@ def set_attributes(
             setattr(modules[name], attribute, value)
 
 
-@torch.no_grad()
 def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:
     """A parameter, with its gradient, or a buffer without these indices.
 
@@ -115,7 +114,7 @@ def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None
         return new
     parameter = nn.Parameter(new, tensor.requires_grad)
     if tensor.grad is not None:
-        parameter.grad = _cut_as_laid_out(tensor.grad, cuts, kept)
+        parameter.grad = _cut_as_laid_out(tensor.grad.detach(), cuts, kept)
     vars(parameter).update(vars(tensor))
     # The tables themselves: the handles that were given out for hooks point at these.
     for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):

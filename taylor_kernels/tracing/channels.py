@@ -201,7 +201,9 @@ class Channels:
             raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
         return find_blocks(self._record.values, model, self._vectors.layers)
 
-    def coupled(self, model: nn.Module, layers: Collection[str]) -> Channels | None:
+    def coupled(
+        self, model: nn.Module, layers: Collection[str], *, at: Collection[str] | None = None
+    ) -> Channels | None:
         """The channels where sizes that code wrote down are those of other tensors.
 
         `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
@@ -210,6 +212,7 @@ class Channels:
         Args:
             model: the traced model or a copy of it.
             layers: only sizes that count channels which one of these layers makes.
+            at: only sizes that the code of these modules wrote down; None for all modules.
 
         Returns:
             None where there are no such sizes.
@@ -220,6 +223,8 @@ class Channels:
         asked[0] = False
         joins = []
         for echo in self._record.echoes:
+            if at is not None and echo.where[0] not in at:
+                continue
             mine = self._label[echo.vector]
             others = (o for o in echo.others if not np.array_equal(self._label[o], mine))
             other = next(others, None)
@@ -228,8 +233,9 @@ class Channels:
         if not joins:
             return None
         record = replace(self._record, joins=[*self._record.joins, *joins])
-        with one_at_a_time(), prunable_attention(model):
-            return Channels(record, dict(model.named_modules()))
+        modules = dict(model.named_modules())
+        with one_at_a_time(), prunable_attention(modules.values()):
+            return Channels(record, modules)
 
     def leaving(self, blocks: Sequence[Block]) -> Channels:
         """The channels of the model without these blocks.
@@ -256,7 +262,9 @@ class Channels:
 
     # The recipe
 
-    def entries(self, dead: Sequence[Tensor]) -> dict[str, dict[int, Tensor]]:
+    def entries(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
         """What goes with the dead units: tensor -> dimension -> indices [n] ascending.
 
         Masking fills these with zeros (with `fills` where a tensor is named there); removal
@@ -264,10 +272,15 @@ class Channels:
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: for each group [U] bool, True for units that have been removed before; indices
+                are of what is left without them.
         """
-        return self._vectors.entries(self._gone(dead))
+        gone = None if before is None else self._gone(before)
+        return self._vectors.entries(self._gone(dead), gone)
 
-    def kept_by_norms(self, dead: Sequence[Tensor]) -> dict[str, tuple[int, Tensor]]:
+    def kept_by_norms(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, tuple[int, Tensor]]:
         """What masking the dead units asks of norms across channels.
 
         A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
@@ -275,36 +288,44 @@ class Channels:
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
 
         Returns:
             Module -> the channels' dimension in its input, from the end, and the indices [n] of
             those that stay; only modules of which some go.
         """
-        gone = self._gone(dead)
         return {
-            name: (dim, index(np.flatnonzero(~gone[vector])))
+            name: (dim, kept)
             for name, (dim, vector) in self._vectors.across.items()
-            if gone[vector].any()
+            if (kept := self._kept(vector, dead, before)) is not None
         }
 
     def kept_by_routers(
-        self, dead: Sequence[Tensor]
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
     ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:
         """What masking the dead units asks of routers: to choose among the experts that are kept.
 
         Args:
             dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
 
         Returns:
             Router -> the numbers [n] of the experts that stay, and what the router returns; only
             routers some of whose experts go.
         """
-        gone = self._gone(dead)
         return {
-            name: (index(np.flatnonzero(~gone[vector])), mixture.results)
+            name: (kept, mixture.results)
             for name, (mixture, vector) in self._vectors.mixtures.items()
-            if gone[vector].any()
+            if (kept := self._kept(vector, dead, before)) is not None
         }
+
+    def _kept(
+        self, vector: Vector, dead: Sequence[Tensor], before: Sequence[Tensor] | None
+    ) -> Tensor | None:
+        """Where in a vector of classes those are that stay; None if all do."""
+        there = vector if before is None else vector[~self._gone(before)[vector]]
+        gone = self._gone(dead)[there]
+        return index(np.flatnonzero(~gone)) if gone.any() else None
 
     def experts_needed(self, group: Group) -> int:
         """So many units of a group stay at least, of which a router chooses that many for each
@@ -343,7 +364,7 @@ class Channels:
                     f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
                     f"{mask.dtype} of shape {tuple(mask.shape)}"
                 )
-            gone[group.classes[mask.cpu()].numpy()] = True
+            gone[group.classes.numpy()[mask.cpu().numpy()]] = True
         return gone
 
     # For people

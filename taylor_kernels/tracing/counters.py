@@ -85,8 +85,10 @@ def shrunk(counters: Iterable[Counter], gone: npt.NDArray[np.bool_]) -> dict[str
     found: dict[str, dict[str, Any]] = {}
     lists: dict[tuple[str, str], tuple[Any, dict[int, int]]] = {}
     changed = set()
+    counts: dict[int, int] = {}  # most vectors are those of several attributes
     for module, attribute, old, vector in counters:
-        left = int(vector.size - gone[vector].sum())
+        if (left := counts.get(id(vector), -1)) < 0:
+            left = counts[id(vector)] = vector.size - int(np.count_nonzero(gone[vector]))
         name, _, place = attribute.partition("[")
         if place:
             # Entries that stay this time may have changed before.

@@ -10,7 +10,7 @@ all parameters of another module beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -140,7 +140,10 @@ def _result(leaf: Any, count: int, top_k: int) -> Result | str:
 
 def _counts(module: nn.Module) -> tuple[int, int]:
     """How many experts a module says that there are, and how many a token goes to; or zeros."""
-    count, top_k = (vars(module).get(name) for name in ("num_experts", "top_k"))
+    held = vars(module)
+    if "top_k" not in held:
+        return 0, 0
+    count, top_k = held.get("num_experts"), held["top_k"]
     return (count, top_k) if type(count) is int and type(top_k) is int else (0, 0)
 
 
@@ -167,11 +170,15 @@ def _siblings(name: str, modules: Mapping[str, nn.Module]) -> Iterator[str]:
 
 
 @contextmanager
-def one_expert_at_a_time(model: nn.Module) -> Iterator[None]:
+def one_expert_at_a_time(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, models of transformers run their experts in a loop over slices, as their own classes
-    are written, and not in fused products of all, into which no trace sees."""
+    are written, and not in fused products of all, into which no trace sees.
+
+    Args:
+        modules: all of a model's.
+    """
     key = "_experts_implementation_internal"
-    configs = {id(m.config): vars(m.config) for m in model.modules() if _has_config(m)}
+    configs = {id(m.config): vars(m.config) for m in modules if _has_config(m)}
     before = [(held, held[key]) for held in configs.values() if key in held]
     for held, _ in before:
         held[key] = "eager"

@@ -11,7 +11,7 @@ from the same parameters under the same names, and takes each width from the ten
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -227,12 +227,15 @@ CHECKED = (
 
 
 @contextmanager
-def prunable_attention(model: nn.Module) -> Iterator[None]:
+def prunable_attention(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, every nn.MultiheadAttention of a model runs in a form whose widths can shrink.
 
     Classes of others that inherit from it run as they are.
+
+    Args:
+        modules: all of the model's.
     """
-    found = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
+    found = [m for m in modules if type(m) is nn.MultiheadAttention]
     for module in found:
         module.__class__ = PrunedMultiheadAttention
     try:

@@ -240,4 +240,6 @@ def copied(example_inputs: Any) -> Any:
     def copy_one(value: Any) -> Any:
         return value.detach().clone() if isinstance(value, Tensor) else value
 
+    if isinstance(example_inputs, Tensor):
+        return copy_one(example_inputs)  # copy.copy of a tensor takes it apart and saves it
     return torch.utils._pytree.tree_map(copy_one, copy.copy(example_inputs))

@@ -124,7 +124,7 @@ def _traced(
         ),
     ]
     try:
-        with new_garbage_only(), quiet(), prunable_attention(model), one_expert_at_a_time(model):
+        with new_garbage_only(), quiet(), prunable_attention(names), one_expert_at_a_time(names):
             if any(module.training for module in names):
                 model.eval()  # which takes its time, as every module sets an attribute
             for name, tensor in tensors:
@@ -150,7 +150,7 @@ def _traced(
             handle.remove()
         untouched.restore()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
-    with prunable_attention(model):
+    with prunable_attention(names):
         return Channels(recorder.record, modules)
 
 

@@ -41,17 +41,22 @@ class Vectors:
     mixtures: dict[str, tuple[Mixture, Vector]]
     counters: list[Counter]
 
-    def entries(self, gone: npt.NDArray[np.bool_]) -> dict[str, dict[int, Tensor]]:
+    def entries(
+        self, gone: npt.NDArray[np.bool_], before: npt.NDArray[np.bool_] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
         """Tensor -> dimension -> the indices [n] along it that go, ascending, where any do.
 
         Args:
             gone: [classes] bool, classes that are removed.
+            before: [classes] bool, those that have been removed before; indices are of what is
+                left without them.
         """
         found: dict[str, dict[int, Tensor]] = {}
         known: dict[int, Tensor | None] = {}
         for (name, dim), vector in self.dims.items():
             if (key := id(vector)) not in known:
-                places = np.flatnonzero(gone[vector])
+                there = vector if before is None else vector[~before[vector]]
+                places = np.flatnonzero(gone[there])
                 known[key] = index(places) if places.size else None
             if (going := known[key]) is not None:
                 found.setdefault(name, {})[dim] = going

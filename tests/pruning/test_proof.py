@@ -244,7 +244,9 @@ def test_time_is_bounded(monkeypatch):
 def test_a_few_faults_among_many_groups_cost_few_runs(monkeypatch):
     runs = []
     fault = check.Trial.fault
-    monkeypatch.setattr(check.Trial, "fault", lambda self, *a: runs.append(1) or fault(self, *a))
+    monkeypatch.setattr(
+        check.Trial, "fault", lambda self, *a, **kw: runs.append(1) or fault(self, *a, **kw)
+    )
     odd = Apply(lambda s, x: x.view(len(x), 8))  # a width that no attribute holds
     layers = []
     for number in range(40):

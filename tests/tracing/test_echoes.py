@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from taylor_kernels.pruning import check
 from taylor_kernels.tracing import trace
 from tests.zoo import judging
 
@@ -59,6 +60,56 @@ def test_they_are_pruned_together(way, seed):
     verdict = judging.prune(model, x, pruner, optimizer)
     assert verdict.reached
     assert verdict.error < 1e-12
+
+
+class Beside(nn.Module):
+    """Reductions, each with a convolution of the same width behind it that stays apart."""
+
+    def __init__(self, way, width, depth):
+        super().__init__()
+        self.enter = nn.Conv2d(3, width, 1)
+        self.layers = nn.ModuleList(Reduce(way, width) for _ in range(depth))
+        self.others = nn.ModuleList(Own(width) for _ in range(depth))
+        self.leave = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for layer, other in zip(self.layers, self.others, strict=True):
+            x = other(layer(x))
+        return self.leave(x.mean((2, 3)))
+
+
+class Own(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return self.conv(x).flatten(2).unflatten(2, (-1, 4)).relu()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_code_that_takes_them_couples(way, monkeypatch):
+    """And it is found without a search: layers that are as wide by chance go as they are ranked."""
+    torch.manual_seed(0)
+    depth = 4
+    model, x = Beside(WAYS[way], 9, depth), torch.randn(1, 3, 4, 4)
+    trials = []
+    run = check.Trial.fault
+    monkeypatch.setattr(
+        check.Trial,
+        "fault",
+        lambda self, *args, **kw: trials.append(args) or run(self, *args, **kw),
+    )
+    pruner, optimizer = judging.new_pruner(model, x, 0.6)
+    assert len(trials) <= 6
+    groups = [{slot.owner for slot in group.producers} for group in pruner._prunable.groups]
+    before = ["enter", *(f"others.{n}.conv" for n in range(depth - 1))]
+    together = [{name, f"layers.{n}.conv"} for n, name in enumerate(before)]
+    assert sorted(map(sorted, groups)) == sorted(
+        map(sorted, [*together, {f"others.{depth - 1}.conv"}])
+    )
+    assert judging.prune(model, x, pruner, optimizer).error < 1e-12
 
 
 def test_a_size_of_ones_own_couples_nothing():

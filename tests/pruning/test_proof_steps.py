@@ -1,0 +1,93 @@
+"""What the proof removes step after step, and that it tells code that depends on widths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import taylor_kernels as tk
+from taylor_kernels.pruning.check import _units
+from taylor_kernels.pruning.groups import Group
+from taylor_kernels.tracing import trace
+from tests.tracing.pieces import Apply
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 17, 64])
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+@pytest.mark.parametrize("minimum", [1, 3])
+def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
+    group = Group((), (), torch.arange(size), (), multiple=multiple, minimum=minimum)
+    object.__setattr__(group, "filters_per_unit", 1)
+    first, most = group.next_to_go(size), group.most_removable(size)
+    ways = set()
+    for number in range(60):
+        steps = _units(group, number)
+        assert steps.shape == (3, size)
+        assert int(steps.sum(0).max()) <= 1
+        total = int(steps.sum())
+        assert (total > 0) == (first > 0)
+        assert total <= min(max(size // 2, first), most)
+        for count in steps.sum(1).cumsum(0).tolist():
+            assert count == 0 or (count - first) % multiple == 0
+        ways.add(tuple(steps.sum(1).tolist()))
+        if first < total:
+            neighbour = _units(group, number + 1)
+            assert int(neighbour[0].sum()) != int(steps[0].sum())
+    assert len(ways) > 1 or not first
+
+
+FAULTS = {
+    "a constant width": lambda x: x.view(len(x), 8, 6, 6),
+    "pairs": lambda x: x.view(len(x), x.size(1) // 2, 2, 6, 6).flatten(1, 2),
+    "its place": lambda x: x * torch.arange(1.0, x.size(1) + 1).view(-1, 1, 1).to(x),
+    "its place from behind": lambda x: x * torch.arange(x.size(1), 0.0, -1).view(-1, 1, 1).to(x),
+    "how many there are": lambda x: x / x.size(1),
+    "a threshold of width": lambda x: x if x.size(1) > 6 else -x,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_code_that_depends_on_a_width_is_found(fault, seed):
+    """Wherever it is: the layer in front of it stays, and the others go."""
+    draw = random.Random(f"{fault} {seed}")
+    torch.manual_seed(seed)
+    at, depth = draw.randrange(4), 4
+    layers: list[nn.Module] = [nn.Conv2d(3, 8, 1)]
+    for number in range(depth):
+        layers += [Apply(lambda s, x: FAULTS[fault](x)) if number == at else nn.ReLU()]
+        layers += [nn.Conv2d(8, 8, 1)]
+    model = nn.Sequential(*layers)
+    pruner = tk.Pruner(model, torch.randn(2, 3, 6, 6), "magnitude_l2", filters=0.5)
+    assert set(pruner.skipped) == {str(2 * at), str(2 * depth)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_indices_after_a_removal_are_of_what_is_left(seed):
+    """Removed one after the other, units take the same entries along as at once."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    norm = draw.choice([nn.LayerNorm(12), nn.Identity()])
+    model = nn.Sequential(
+        nn.Linear(4, 12), norm, nn.Linear(12, draw.choice([6, 12])), nn.ReLU(), nn.LazyLinear(3)
+    )
+    x = torch.randn(2, 4)
+    model(x)
+    channels = trace(model, x)
+    first = [torch.rand(g.size) < 0.3 for g in channels.groups]
+    then = [
+        (torch.rand(g.size) < 0.4) & ~one for g, one in zip(channels.groups, first, strict=True)
+    ]
+    left = channels.without(first)
+    later = [mask[~one] for mask, one in zip(then, first, strict=True)]
+    for name, dims in left.entries(later).items():
+        for dim, index in dims.items():
+            assert torch.equal(channels.entries(then, first)[name][dim], index)
+    assert channels.entries(then, first).keys() == left.entries(later).keys()
+    expected = left.kept_by_norms(later)
+    found = channels.kept_by_norms(then, first)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name][1], expected[name][1]) for name in found)
