@@ -60,6 +60,10 @@ inline KeyBits keys(Floats scores) {
   return bits ^ (bits >> 31 | INT32_MIN);
 }
 
+// Elements ahead that are asked for: with AVX-512 the processor's own prefetching leaves a quarter
+// of the time of a read to be waited for.
+constexpr int64_t kAhead = 512;
+
 // Calls use(scores, n) for each register of an item's elements, n of its lanes.
 template <class Use>
 void for_scores(const ScoreItem& item, int64_t begin, int64_t end, const Use& use) {
@@ -68,8 +72,11 @@ void for_scores(const ScoreItem& item, int64_t begin, int64_t end, const Use& us
     const T* a = static_cast<const T*>(item.a);
     const T* b = static_cast<const T*>(item.b);
     if (!item.ranked && b) a = std::exchange(b, nullptr);
-    for (int64_t i = begin; i < end; i += kKeyLanes)
+    for (int64_t i = begin; i < end; i += kKeyLanes) {
+      __builtin_prefetch(a + i + kAhead);
+      if (b) __builtin_prefetch(b + i + kAhead);
       use(scores(a + i, b ? b + i : nullptr, end - i), std::min<int64_t>(end - i, kKeyLanes));
+    }
   });
 }
 

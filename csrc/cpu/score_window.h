@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -87,11 +88,14 @@ struct WindowCounts {
 
 template <bool kSigned>
 struct WindowPass : IndependentTasks {
+  static constexpr int64_t kKept = 4096;
+
   const GlobalThresholdArgs& call;
   const ItemTasks& tasks;
   const ScoreWindow window;
   WindowCounts& found;
-  std::vector<uint32_t> kept;  // of one task
+  uint32_t kept[kKept + kKeyLanes];  // not yet among those of all threads
+  int64_t count = 0;
 
   WindowPass(const GlobalThresholdArgs& call, const ItemTasks& tasks, ScoreWindow window,
              WindowCounts& found)
@@ -102,27 +106,51 @@ struct WindowPass : IndependentTasks {
     const ScoreItem& item = call.items[i];
     const KeyBits first = KeyBits{} + ordered<kSigned>(window.first);
     const KeyBits last = KeyBits{} + ordered<kSigned>(window.last);
+    const int64_t ranked = item.ranked ? kKeyLanes : 0;
     KeyBits not_finite{}, above{};
-    kept.clear();
     for_scores(item, begin, end, [&](Floats score, int64_t n) {
-      not_finite |= keep_first(magnitudes(score), n) >= static_cast<int32_t>(kInfinity);
-      if (!item.ranked) return;
       const KeyBits key = ordered_keys<kSigned>(score);
-      above -= keep_first(key > last, n);
-      const uint32_t within = set_lanes(keep_first((key >= first) & (key <= last), n));
-      for (uint32_t left = within; left; left &= left - 1)
-        kept.push_back(ordered<kSigned>(key[__builtin_ctz(left)]));
+      KeyBits broken = magnitudes(score) >= static_cast<int32_t>(kInfinity);
+      KeyBits beyond = key > last, from = key >= first;
+      if (std::min(n, ranked) < kKeyLanes) {
+        broken = keep_first(broken, n);
+        beyond = keep_first(beyond, std::min(n, ranked));
+        from = keep_first(from, std::min(n, ranked));
+      }
+      not_finite |= broken;
+      above -= beyond;
+      if (const uint32_t within = set_lanes(from & ~beyond)) keep(key, within);
     });
     int64_t sum = 0;
     for (int lane = 0; lane < kKeyLanes; ++lane) sum += above[lane];
     found.above += sum;
-    const int64_t at = found.within.fetch_add(kept.size());
-    if (at + kept.size() <= found.keys.size())
-      std::copy(kept.begin(), kept.end(), found.keys.begin() + at);
+    hand_over();
     if (!set_lanes(not_finite)) return;
     const int64_t from_end = call.items.size() - i;
     for (int64_t seen = found.broken; seen < from_end;)
       if (found.broken.compare_exchange_weak(seen, from_end)) break;
+  }
+
+ private:
+  void keep(KeyBits key, uint32_t lanes) {
+    const KeyBits bits = kSigned ? key ^ INT32_MIN : key;
+#if defined(__AVX512F__)
+    const auto packed = _mm512_maskz_compress_epi32(lanes, reinterpret_cast<__m512i>(bits));
+    _mm512_storeu_si512(kept + count, packed);
+    count += __builtin_popcount(lanes);
+#else
+    uint32_t each[kKeyLanes];
+    std::memcpy(each, &bits, sizeof(bits));
+    for (; lanes; lanes &= lanes - 1) kept[count++] = each[__builtin_ctz(lanes)];
+#endif
+    if (count >= kKept) hand_over();
+  }
+
+  void hand_over() {
+    const int64_t at = found.within.fetch_add(count);
+    if (at + count <= static_cast<int64_t>(found.keys.size()))
+      std::copy_n(kept, count, found.keys.begin() + at);
+    count = 0;
   }
 };
 
