@@ -2,6 +2,7 @@
 
     python -m bench.methods gsm            # runs it, or goes on; writes bench/results/methods/
     python -m bench.methods gsm --speed    # measures its kernels alone, keeps the rest
+    python -m bench.methods gsm --search   # tries its settings on seeds that are not reported
 
 A study is a module of taylor_kernels/studies/methods/ with a `STUDY`; its speed is measured by that
 or by bench/speed_<name>.py. Runs are kept in
@@ -22,8 +23,8 @@ import torch
 from rich.console import Console
 
 from taylor_kernels.studies.cache import Cache
-from taylor_kernels.studies.methods.pages import facts_of
-from taylor_kernels.studies.methods.study import THREADS, MethodStudy, run
+from taylor_kernels.studies.methods.pages import facts_of, search_table
+from taylor_kernels.studies.methods.study import THREADS, MethodStudy, run, search
 from taylor_kernels.studies.plotting import draw
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.report import print_table
@@ -55,6 +56,9 @@ def keep(study: MethodStudy, found: Json) -> Json:
         new = {_place(run) for run in found["runs"]}
         others = [run for run in result["runs"] if _place(run) not in new]
         found = found | {"runs": _in_order(study, others + found["runs"])}
+    if "search" in found:
+        runs = [*result.get("search", {"runs": []})["runs"], *found["search"]["runs"]]
+        found = {"search": found["search"] | {"runs": _of_searches(study, runs)}}
     result |= facts_of(study) | found
     result = rounded(result)
     if result["runs"]:
@@ -75,10 +79,23 @@ def _in_order(study: MethodStudy, runs: Sequence[Json]) -> list[Json]:
     return sorted(found, key=lambda run: (places.index(_place(run)), run["seed"]))
 
 
+def _of_searches(study: MethodStudy, runs: Sequence[Json]) -> list[Json]:
+    """As the study has settings to try, the last run of each, without those that it has no more."""
+    of = {(*_place(run), json.dumps(run["tried"]), run["seed"]): run for run in runs}
+    places = [
+        (*each.problem, each.way, json.dumps(dict(tried)), seed)
+        for each in study.searches
+        for tried in each.tried
+        for seed in each.seeds
+    ]
+    return [of[place] for place in places if place in of]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("method", help="a module of taylor_kernels/studies/methods")
     parser.add_argument("--speed", action="store_true", help="measure speed alone")
+    parser.add_argument("--search", action="store_true", help="try the settings of its searches")
     parser.add_argument("--network", help="of the study's networks this one; others stay kept")
     parser.add_argument("--data", help="of its data sets this one")
     parser.add_argument("--way", action="append", default=[], help="of its ways this one")
@@ -86,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("runs/methods/cache"))
     options = parser.parse_args(arguments)
     study, start = find_study(options.method), time.perf_counter()
-    command = f"python -m bench.methods {options.method}"
+    command = f"python -m bench.methods {options.method}{' --search' if options.search else ''}"
     if options.speed:
         measure = study.speed or find_speed(options.method)
         if measure is None:
@@ -110,16 +127,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.way) - set(study.ways):
         parser.error(f"--way: {sorted(unknown)} are not ways of {options.method}")
     command += "".join(f" --way '{way}'" for way in options.way)
-    runs = run(
-        study,
-        Cache(options.cache),
-        ProgressLog(),
-        seeds=options.seeds,
-        ways=options.way,
-        problems=problems,
-    )
+    cache, log = Cache(options.cache), ProgressLog()
+    if options.search:
+        runs = search(study, cache, log, ways=options.way, problems=problems)
+    else:
+        runs = run(
+            study, cache, log, seeds=options.seeds, ways=options.way, problems=problems
+        )  # fmt: skip
     seconds = sum(one["seconds"] for one in runs)
     told = circumstances(command, torch.device("cpu"), THREADS, seconds)
+    if options.search:
+        result = keep(study, {"search": {"runs": runs} | told})
+        print_table(search_table(study, result), Console())
+        return 0
     result = keep(study, {"runs": runs} | told)
     for made in (study.table, *study.more.values()):
         print_table(made(result), Console())

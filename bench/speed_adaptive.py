@@ -12,22 +12,31 @@ from statistics import mean
 import torch
 
 from bench.methods import KEPT, ROOT
-from taylor_kernels.studies.methods.adaptive import ADAPTIVE, milliseconds, speed_words
+from taylor_kernels.studies.methods.adaptive import ADAPTIVE
 from taylor_kernels.studies.methods.pages import problems_of, runs_of, ways_of
+from taylor_kernels.studies.methods.shapes import milliseconds, speed_words
 from taylor_kernels.studies.methods.study import THREADS
 from taylor_kernels.studies.results import Json
 
 
 def measure() -> Json:
-    """Of each problem and way the latency of each seed's network, over the dense network's."""
-    result = json.loads((ROOT / KEPT / "adaptive.json").read_text())
+    return latencies_of("adaptive", ADAPTIVE)
+
+
+def latencies_of(name: str, way: str) -> Json:
+    """Of each problem and way of a study the latency of each seed's network, over the dense one's.
+
+    Args:
+        way: what the words for the table over all methods speak of.
+    """
+    result = json.loads((ROOT / KEPT / f"{name}.json").read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         found = {", ".join(problem): _of(result, problem) for problem in problems_of(result)}
     finally:
         torch.set_num_threads(threads)
-    return {"words": speed_words(found, ADAPTIVE), "relative": found}
+    return {"words": speed_words(found, way), "relative": found}
 
 
 def _of(result: Json, problem: tuple[str, str]) -> dict[str, list[float]]:

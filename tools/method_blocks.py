@@ -10,7 +10,7 @@ from bench.markdown import table
 from bench.methods import KEPT, ROOT, STUDIES, find_study
 from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.methods.pruning_at_init import CRITERIA
-from taylor_kernels.studies.methods.pages import SUMMARY_HEAD, summary_row
+from taylor_kernels.studies.methods.pages import SUMMARY_HEAD, search_table, summary_row
 from taylor_kernels.studies.results import Json
 
 
@@ -34,6 +34,16 @@ def study_block(name: str, more: str = "") -> str:
     made = study.more[more](result) if more else study.table(result)
     source = f"Source: `{(KEPT / name).as_posix()}.json`, written by `{result['command']}`."
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}".strip()))
+
+
+def search_block(name: str) -> str:
+    """What was tried before a study's settings were chosen."""
+    result, study = kept_results().get(name, {}), find_study(name)
+    if "search" not in result:
+        return f"Not tried yet: `python -m bench.methods {name} --search` does it."
+    made = search_table(study, result)
+    source = f"Source: `{(KEPT / name).as_posix()}.json`, `{result['search']['command']}`."
+    return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}"))
 
 
 def criteria_at_init() -> str:
@@ -76,6 +86,8 @@ def method_blocks() -> dict[str, Callable[[], str]]:
     for name in STUDIES:
         block = f"method-{name.replace('_', '-')}"
         found[block] = partial(study_block, name)
+        if find_study(name).searches:
+            found[f"{block}-search"] = partial(search_block, name)
         for more in find_study(name).more:
             found[f"{block}-{more}"] = partial(study_block, name, more)
     return found

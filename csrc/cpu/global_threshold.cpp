@@ -4,7 +4,9 @@
 // Each digit of the key takes a pass that counts, in a table of each thread, how many scores have
 // which digit behind the digits that are known. All counts are integers, so that threads and their
 // order change nothing. Only if some of the scores that are equal to the last are left out does a
-// fourth pass count them by tasks, to find where they end.
+// fourth pass count them by tasks, to find where they end. Of many elements a sample tells where
+// the last is, and then one pass takes the place of the three (score_window.h), unless it has
+// missed.
 #include "common/global_threshold.h"
 
 #include <atomic>
@@ -15,6 +17,7 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/score_keys.h"
+#include "cpu/score_window.h"
 
 namespace tk {
 inline namespace TK_ISA {
@@ -37,19 +40,6 @@ struct Counts {
     elements = 0;
   }
 };
-
-// Calls use(scores, n) for each register of an item's elements, n of its lanes.
-template <class Use>
-void for_scores(const ScoreItem& item, int64_t begin, int64_t end, const Use& use) {
-  with_element_type(item.dtype, [&](auto element) {
-    using T = typename decltype(element)::type;
-    const T* a = static_cast<const T*>(item.a);
-    const T* b = static_cast<const T*>(item.b);
-    if (!item.ranked && b) a = std::exchange(b, nullptr);
-    for (int64_t i = begin; i < end; i += kKeyLanes)
-      use(scores(a + i, b ? b + i : nullptr, end - i), std::min<int64_t>(end - i, kKeyLanes));
-  });
-}
 
 template <int kDigit, bool kSigned>
 struct Pass : IndependentTasks {
@@ -147,6 +137,7 @@ class Search {
   const GlobalThresholdArgs& call_;
   ItemTasks tasks_;
   int threads_;
+  int64_t ranked_ = 0;  // elements
   std::unique_ptr<Counts[]> counts_;
   uint32_t prefix_ = 0;  // the digits of the key that are known
   int64_t left_;         // how many of the scores with these digits are among the `wanted`
@@ -157,16 +148,21 @@ class Search {
   Search(const GlobalThresholdArgs& call, int threads)
       : call_(call), tasks_(call.items, kTaskElements), left_(call.wanted) {
     int64_t elements = 0;
-    for (const ScoreItem& item : call.items) elements += item.elements;
+    for (const ScoreItem& item : call.items) {
+      elements += item.elements;
+      if (item.ranked) ranked_ += item.elements;
+    }
     threads_ = static_cast<int>(std::min<int64_t>(threads, elements / kThreadElements + 1));
-    counts_.reset(new Counts[threads_]);
   }
 
   template <bool kSigned>
   void run() {
-    find<0, kSigned>();
-    find<1, kSigned>();
-    find<2, kSigned>();
+    if (ranked_ < kWindowElements || !find_by_window<kSigned>()) {
+      counts_.reset(new Counts[threads_]);
+      find<0, kSigned>();
+      find<1, kSigned>();
+      find<2, kSigned>();
+    }
     auto* table = static_cast<int64_t*>(call_.table);
     table[0] = prefix_;
     table[1] = left_ < ties_ ? position_of_last<kSigned>() : INT64_MAX;
@@ -174,6 +170,18 @@ class Search {
   }
 
  private:
+  template <bool kSigned>
+  bool find_by_window() {
+    const LastKey last = last_by_window<kSigned>(call_, tasks_, ranked_, threads_);
+    if (last.known) {
+      prefix_ = last.key;
+      left_ = last.left;
+      ties_ = last.ties;
+      broken_ = last.broken;
+    }
+    return last.known;
+  }
+
   template <int kDigit, bool kSigned>
   void find() {
     std::atomic<int> workers{0};

@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <utility>
 
 #include "common/global_threshold.h"
 #include "cpu/simd.h"
@@ -57,6 +58,26 @@ inline KeyBits keys(Floats scores) {
   if constexpr (!kSigned) return magnitudes(scores);
   const KeyBits bits = reinterpret_cast<KeyBits>(scores + 0.0f);  // -0 becomes 0
   return bits ^ (bits >> 31 | INT32_MIN);
+}
+
+// Elements ahead that are asked for: with AVX-512 the processor's own prefetching leaves a quarter
+// of the time of a read to be waited for.
+constexpr int64_t kAhead = 512;
+
+// Calls use(scores, n) for each register of an item's elements, n of its lanes.
+template <class Use>
+void for_scores(const ScoreItem& item, int64_t begin, int64_t end, const Use& use) {
+  with_element_type(item.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    const T* a = static_cast<const T*>(item.a);
+    const T* b = static_cast<const T*>(item.b);
+    if (!item.ranked && b) a = std::exchange(b, nullptr);
+    for (int64_t i = begin; i < end; i += kKeyLanes) {
+      __builtin_prefetch(a + i + kAhead);
+      if (b) __builtin_prefetch(b + i + kAhead);
+      use(scores(a + i, b ? b + i : nullptr, end - i), std::min<int64_t>(end - i, kKeyLanes));
+    }
+  });
 }
 
 }  // namespace TK_ISA

@@ -1,10 +1,10 @@
 """global_threshold: which elements of many tensors are the `count` greatest of all, exactly.
 
-No sort and no copy of the scores: the key of the last is found digit by digit, from counts of how
-many scores have which digit. Equal scores go by their position, so that exactly `count` are chosen.
-It is what GSM ranks the weights of a network with in every step (Ding et al., NeurIPS 2019), and a
-global pruning threshold of any other score. Kernels: csrc/common/global_threshold.h,
-backends/triton/global_threshold.py.
+No sort and no copy of all scores: the key of the last is found digit by digit, from counts of how
+many scores have which digit, or on a CPU among the few that a sample says to keep. Equal scores go
+by their position, so that exactly `count` are chosen. It is what GSM ranks the weights of a network
+with in every step (Ding et al., NeurIPS 2019), and a global pruning threshold of any other score.
+Kernels: csrc/common/global_threshold.h, backends/triton/global_threshold.py.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ BACKENDS = [
 ]
 #: Elements of a task of csrc/cpu/global_threshold.cpp, of a chunk of csrc/cuda/global_threshold.cu.
 TASK, CHUNK = 1 << 16, 1 << 14
+#: From so many elements on, the CPU looks for the last score in a window (csrc/cpu/score_window.h).
+WINDOW = 1 << 22
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -76,6 +78,59 @@ def test_around_a_task(values, extra, size):
     total = sum(shapes)
     for count in (1, total // 60, total // 2, total - 1):
         check(a, count)
+
+
+@pytest.mark.parametrize(
+    "values", ["normal", "few", "some equal", "ascending", "periodic", "one far"]
+)
+def test_many_elements(values):
+    """Scores that a sample says much of, and such as mislead it: then all are read again."""
+    size = WINDOW + 70_001
+    a = torch.randn(size)
+    if values == "few":
+        a = a.round()
+    elif values == "some equal":
+        a = a.round(decimals=3)
+    elif values == "ascending":
+        a = torch.arange(size, dtype=torch.float32)
+    elif values == "periodic":  # rows of 1,024, of which a column in a hundred is great
+        a = torch.where(torch.arange(size) % 1024 < 10, 50, 1) * a
+    elif values == "one far":
+        a = torch.zeros(size)
+        a[12_345] = 1.0
+    order = a.abs().sort(descending=True, stable=True).indices
+    for count in (1, size // 60, size // 2, size):
+        check_sorted([a[: WINDOW - 5], a[WINDOW - 5 :].view(2, -1)], order, count)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_many_elements_on_every_instruction_set(signed, each_isa):
+    a, b = torch.randn(WINDOW), torch.randn(WINDOW)
+    scores = a if signed else (a * b).abs()
+    order = scores.sort(descending=True, stable=True).indices
+    check_sorted([a], order, WINDOW // 3, None if signed else [b], signed)
+
+
+def check_sorted(
+    a: list[Tensor],
+    order: Tensor,
+    count: int,
+    b: list[Tensor] | None = None,
+    signed: bool = False,
+) -> None:
+    """`check` of the CPU's kernel alone, by an order that is known."""
+    table = global_threshold(a, count, factors=b, signed=signed, backend=BACKENDS[0])
+    found = torch.cat([m.flatten() for m in greatest_masks(a, table, factors=b, signed=signed)])
+    assert int(found.sum()) == count
+    assert bool(found[order[:count]].all())
+
+
+@pytest.mark.parametrize("where", [0, 2])
+def test_the_first_of_many_elements_that_is_not_finite_is_named(where, each_isa):
+    a = [torch.randn(n) for n in (9, WINDOW, TASK + 1)]
+    a[2][-1] = a[where][3] = math.inf
+    table = global_threshold(a, 1000, ranked=[False, True, True], backend=BACKENDS[0])
+    assert int(table[2]) == len(a) - where
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,12 +195,13 @@ def test_products_that_overflow_are_not_finite_and_doubles_that_do_not_are():
 
 
 def test_threads_change_no_bit(keep_threads):
-    a = [torch.randn(300_000).round(decimals=1), torch.randn(200_000)]
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(global_threshold(a, 60_000, backend=BACKENDS[0]))
-    assert all(table.equal(found[0]) for table in found)
+    for more in (0, WINDOW):
+        a = [torch.randn(300_000).round(decimals=1), torch.randn(200_000 + more)]
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(global_threshold(a, 60_000, backend=BACKENDS[0]))
+        assert all(table.equal(found[0]) for table in found)
 
 
 def test_mistakes_are_named():

@@ -3,7 +3,7 @@
 import pytest
 
 from taylor_kernels.studies.cache import Cache
-from taylor_kernels.studies.methods import adaptive
+from taylor_kernels.studies.methods import adaptive, shapes
 from taylor_kernels.studies.methods.pages import facts_of
 from taylor_kernels.studies.methods.study import Way, run
 from taylor_kernels.studies.plotting import draw
@@ -27,10 +27,10 @@ def test_every_way_ends_with_half_of_the_parameters(tmp_path):
     kept = {way: [left / count for _, left, count in one["filters"]] for way, one in found.items()}
     assert max(kept["uniform, by magnitude"]) - min(kept["uniform, by magnitude"]) < 0.1
     assert min(kept["adaptive"]) == 0  # a block has gone
-    whole = count_parameters(adaptive.rebuilt(found["dense"]))
+    whole = count_parameters(shapes.rebuilt(found["dense"]))
     for one in runs:  # what is timed is of the shape that was pruned to
-        assert count_parameters(adaptive.rebuilt(one)) == round(one["params"] * whole)
-    assert all(time > 0 for time in adaptive.milliseconds(runs, repeats=2))
+        assert count_parameters(shapes.rebuilt(one)) == round(one["params"] * whole)
+    assert all(time > 0 for time in shapes.milliseconds(runs, repeats=2))
     result = facts_of(study) | {"runs": runs}
     assert len(adaptive.table(result).rows) == len(ways)
     summary = adaptive.summary(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from taylor_kernels.studies.cache import Cache
 from taylor_kernels.studies.data import Split
 from taylor_kernels.studies.methods import pages
 from taylor_kernels.studies.methods.problems import DATA, NETWORKS
-from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way, run
+from taylor_kernels.studies.methods.study import MethodStudy, Search, Trial, Way, run
 from taylor_kernels.studies.mnist1d import load_mnist1d
 from taylor_kernels.studies.report import Table
 from taylor_kernels.studies.training import Schedule, evaluate
@@ -122,6 +123,33 @@ def test_the_command_keeps_runs_and_speed_apart(tmp_path, monkeypatch):
 def test_what_is_quoted_of_a_study_is_what_its_kept_runs_say(name):
     result = json.loads((command.ROOT / command.KEPT / f"{name}.json").read_text())
     assert result["summary"] == command.find_study(name).summary(result)
+
+
+def test_what_was_tried_is_kept_beside_the_runs(tmp_path, monkeypatch):
+    """On seeds of its own; a setting that is tried no more goes, one that is chosen is marked."""
+    tried = [{"epochs": 1}, {"epochs": 3}]
+    searched = replace(study(), searches=[Search(PROBLEM, "dense", tried, seeds=(10, 11))])
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "find_study", lambda name: searched)
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert command.main(["it", "--seeds", "1", *cache]) == 0
+    file = tmp_path / command.KEPT / "it.json"
+    before = json.loads(file.read_text())
+    assert command.main(["it", "--search", *cache]) == 0
+    result = json.loads(file.read_text())
+    assert {key: result[key] for key in before} == before
+    found = result["search"]["runs"]
+    assert [(run["tried"], run["seed"]) for run in found] == [
+        (setting, seed) for setting in tried for seed in (10, 11)
+    ]
+    assert result["search"]["command"] == "python -m bench.methods it --search"
+    assert [epochs for _, epochs in CALLS] == [1, 1, 1, 3, 3]
+    rows = pages.search_table(searched, result).rows
+    assert [(row[2], row[4]) for row in rows] == [("epochs 1", "chosen"), ("epochs 3", "")]
+
+    fewer = replace(searched, searches=[Search(PROBLEM, "dense", tried[1:], seeds=(10, 11))])
+    command.keep(fewer, {"search": {"runs": found[2:3]}})
+    assert json.loads(file.read_text())["search"]["runs"] == found[2:]
 
 
 def test_a_study_without_speed_says_so(monkeypatch, capsys):

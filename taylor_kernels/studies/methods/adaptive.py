@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,21 @@ from torch import Tensor, nn
 
 from taylor_kernels.methods.adaptive import AdaptivePruner
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.blocks import remove_blocks
 from taylor_kernels.pruning.removal import remove
 from taylor_kernels.studies.data import minibatches
 from taylor_kernels.studies.methods.adaptive_plot import plot
-from taylor_kernels.studies.methods.pages import (
-    accuracy_table,
-    means,
+from taylor_kernels.studies.methods.pages import accuracy_table, means
+from taylor_kernels.studies.methods.shapes import (
+    BATCH,
+    LATENCY_CAPTION,
+    facts_of_shape,
+    latency_words,
 )
-from taylor_kernels.studies.methods.problems import DATA, NETWORKS
 from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
 from taylor_kernels.studies.training import (
     Schedule,
-    count_flops,
     count_parameters,
     evaluate,
-    latencies,
     sgd,
     train,
 )
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from taylor_kernels.studies.results import Json
 
 DIGITS, DEEP = ("ResNet", "digits"), ("ResNet, deep", "digits")
-BATCH = 64
 #: Epochs of dense training, and of pruning and fine-tuning together.
 SETTINGS = {"training": 10, "epochs": 10, "lr": 0.05, "params": 0.5}
 
@@ -54,7 +53,7 @@ def dense(trial: Trial, settings: Mapping[str, Any]) -> Json:
     """The trained network, trained on for as long as the others are pruned and fine-tuned."""
     model = _trained(trial, settings)
     _fine_tune(trial, settings, model, None, settings["epochs"])
-    return _facts(trial, settings, model, settings["epochs"])
+    return facts_of_shape(trial, model) | {"epochs": settings["epochs"]}
 
 
 def adaptive(trial: Trial, settings: Mapping[str, Any]) -> Json:
@@ -104,7 +103,7 @@ def uniform(trial: Trial, settings: Mapping[str, Any]) -> Json:
         low, high = (low, middle) if count_parameters(smaller) <= most else (middle + 1, high)
     remove(model, channels, _least(model, channels, low / 100), optimizer)
     _fine_tune(trial, settings, model, optimizer, settings["epochs"])
-    return _facts(trial, settings, model, 0)
+    return facts_of_shape(trial, model) | {"epochs": 0}
 
 
 def _least(model: nn.Module, channels: Channels, share: float) -> list[Tensor]:
@@ -145,10 +144,11 @@ def _pruned(
     pruner.compact()
     pruner.close()
     _fine_tune(trial, settings, model, optimizer, settings["epochs"] - spent)
-    return _facts(trial, settings, model, spent) | {
+    gone = [name for record in pruner.history for name in record.blocks]
+    return facts_of_shape(trial, model, gone) | {
+        "epochs": spent,
         "finished": finished,
         "before fine-tuning": before,
-        "blocks": [name for record in pruner.history for name in record.blocks],
     }
 
 
@@ -169,54 +169,6 @@ def _fine_tune(
     )  # fmt: skip
 
 
-def _facts(trial: Trial, settings: Mapping[str, Any], model: nn.Module, spent: int) -> Json:
-    whole = trial.untrained()
-    example = trial.data.test.images[:1]
-    left = _filters(model)
-    return {
-        "accuracy": evaluate(model, trial.data.test),
-        "params": count_parameters(model) / count_parameters(whole),
-        "flops": count_flops(model, example) / count_flops(whole, example),
-        "epochs": spent,
-        "blocks": [],
-        "filters": [[name, left.get(name, 0), count] for name, count in _filters(whole).items()],
-    }
-
-
-def _filters(model: nn.Module) -> dict[str, int]:
-    """Convolution -> its filters."""
-    return {
-        name: module.out_channels
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-    }
-
-
-def rebuilt(run: Json) -> nn.Module:
-    """A network of the shape that a run has come to, untrained: all that its latency depends on."""
-    images = DATA[run["data"]](run["seed"]).test.images[:1]
-    model = NETWORKS[run["network"]](images.shape[1:])
-    blocks, _ = trace(model, images, blocks=True).find_blocks(model)
-    remove_blocks(model, [block for block in blocks if block.name in run["blocks"]])
-    channels = trace(model, images)
-    left = {name: kept for name, kept, _ in run["filters"]}
-    dead = [torch.arange(group.size) >= left[group.producers[0].owner] for group in channels.groups]
-    remove(model, channels, dead)
-    return model
-
-
-def milliseconds(runs: Sequence[Json], repeats: int = 25) -> list[float]:
-    """Of each run's network the median time of a batch, in turns with all others' in one process.
-
-    The runs are of one problem.
-    """
-    images = DATA[runs[0]["data"]](0).test.images[:BATCH]
-    models = {str(number): rebuilt(run) for number, run in enumerate(runs)}
-    return [
-        quartiles["median"] for quartiles in latencies(models, images, repeats=repeats).values()
-    ]
-
-
 def table(result: Json) -> Table:
     def percent(key: str) -> Any:
         return lambda runs: f"{100 * mean(run[key] for run in runs):.0f}%"
@@ -224,39 +176,17 @@ def table(result: Json) -> Table:
     def blocks(runs: Sequence[Json]) -> str:
         return ", ".join(str(len(run["blocks"])) for run in runs)
 
-    speed = result.get("speed", {}).get("relative", {})
-
-    def latency(runs: Sequence[Json]) -> str:
-        of_problem = speed.get(", ".join((runs[0]["network"], runs[0]["data"])), {})
-        found = of_problem.get(runs[0]["way"])
-        return f"{mean(found):.2f} ({min(found):.2f}–{max(found):.2f})" if found else "–"
-
     return accuracy_table(
         result,
         {
             "parameters": percent("params"),
             "FLOPs": percent("flops"),
             "blocks gone": blocks,
-            "latency": latency,
+            "latency": partial(latency_words, result),
         },
         "Accuracy on the test split, mean and range over seeds, after fine-tuning; all ways have "
-        "the same epochs in all. Blocks gone: of each seed. Latency: of a batch of 64 on one CPU "
-        "thread, over the mean of the dense networks in the same process; mean and range of three "
-        "seeds. Dense networks are all of one shape, so that their range is what the machine adds.",
+        f"the same epochs in all. Blocks gone: of each seed. {LATENCY_CAPTION}",
     )
-
-
-def speed_words(relative: Mapping[str, Mapping[str, Sequence[float]]], way: str) -> str:
-    """How much faster a batch is, where that is more than dense networks of one shape differ by.
-
-    Args:
-        relative: problem -> way -> latency of each seed's network over the dense ones' mean.
-    """
-    # Noise is the machine's and not a network's, so that the noisiest of all is asked.
-    noise = max(max(each["dense"]) - min(each["dense"]) for each in relative.values())
-    gains = {name: mean(each[way]) for name, each in relative.items()}
-    said = [f"{1 / left:.2f}× ({name})" for name, left in gains.items() if 1 - left > noise]
-    return f"a batch faster by {', '.join(said)}" if said else "–"
 
 
 def summary(result: Json) -> dict[str, str]:

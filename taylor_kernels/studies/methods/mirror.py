@@ -30,7 +30,7 @@ from taylor_kernels.studies.methods.pages import (
     ways_of,
 )
 from taylor_kernels.studies.methods.problems import Data
-from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
+from taylor_kernels.studies.methods.study import MethodStudy, Search, Trial, Way
 from taylor_kernels.studies.report import Table
 from taylor_kernels.studies.results import Json
 from taylor_kernels.studies.training import evaluate
@@ -68,7 +68,7 @@ def mirror_descent(trial: Trial, settings: Mapping[str, Any]) -> Json:
         method=settings["method"],
         levels=settings["levels"],
         scale=settings["scale"],
-        start="spread" if settings["levels"] == "ternary" else "weights",
+        start=settings["start"],
         beta_scale=settings["beta_end"] ** (interval / steps),
         beta_interval=interval,
     )
@@ -162,9 +162,13 @@ def _train(
         trial.advance(f"loss {loss.item():.3f}")
 
 
-def _way(method: str, lr: float = 0.01, levels: str = "binary") -> Way:
-    settings = {"method": method, "levels": levels, "lr": lr, "beta_end": BETA_END}
-    return Way(mirror_descent, settings | {"scale": "layer"}, OF_PROBLEM)
+def _way(
+    method: str, lr: float = 0.01, levels: str = "binary", start: str = "weights", **on_signals: Any
+) -> Way:
+    """`on_signals`: what is otherwise on MNIST-1D."""
+    settings = {"method": method, "levels": levels, "lr": lr, "beta_end": BETA_END, "start": start}
+    of_problem = OF_PROBLEM | {SIGNALS: OF_PROBLEM[SIGNALS] | on_signals}
+    return Way(mirror_descent, settings | {"scale": "layer"}, of_problem)
 
 
 FLOAT = "float network"
@@ -175,9 +179,32 @@ WAYS = {
     "gd-tanh": _way("gd-tanh"),
     "pmf": _way("pmf"),
     "binaryconnect": _way("binaryconnect", 0.003),
-    "md-tanh-s, ternary": _way("md-tanh-s", levels="ternary"),
+    "md-tanh-s, ternary": _way("md-tanh-s", levels="ternary", start="spread"),
     FLOAT: Way(float_network, {"lr": 0.003}, OF_PROBLEM),
 }
+
+
+#: On MNIST-1D, seven settings for each way that is compared there.
+_RATES = [{"lr": lr} for lr in (0.001, 0.002, 0.003, 0.005, 0.01)]
+_SPREAD = [{"lr": lr, "start": "spread"} for lr in (0.003, 0.01)]
+_RATES_AND_ENDS = [
+    {"lr": lr, "beta_end": end}
+    for lr, end in (
+        (0.001, 500.0),
+        (0.003, 500.0),
+        (0.003, 2e4),
+        (0.01, 500.0),
+        (0.01, 2e4),
+        (0.02, 200.0),
+        (0.03, 200.0),
+    )
+]
+SEARCHES = [
+    Search(SIGNALS, "md-tanh-s", _RATES_AND_ENDS),
+    Search(SIGNALS, "binaryconnect", _RATES + _SPREAD),
+    Search(SIGNALS, "pmf", _RATES_AND_ENDS),
+    Search(SIGNALS, FLOAT, _RATES),
+]
 
 
 def table(result: Json) -> Table:
@@ -244,4 +271,5 @@ STUDY = MethodStudy(
     table=table,
     plot=plot,
     summary=summary,
+    searches=SEARCHES,
 )

@@ -69,6 +69,34 @@ def accuracy_table(
     )
 
 
+def search_table(study: MethodStudy, result: Json) -> Table:
+    """What each setting that was tried gave, on seeds that are not reported."""
+    rows, seeds = [], set()
+    runs = result["search"]["runs"]
+    places = dict.fromkeys((run["network"], run["data"], run["way"]) for run in runs)
+    for *problem, way in places:
+        chosen = study.ways[way].settings_of(tuple(problem))
+        found: dict[str, list[Json]] = {}
+        for run in runs:
+            if (run["network"], run["data"], run["way"]) == (*problem, way):
+                found.setdefault(_in_words(run["tried"]), []).append(run)
+                seeds.add(run["seed"])
+        for words, each in found.items():
+            taken = chosen | each[0]["tried"] == chosen
+            accuracies = percent([run["accuracy"] for run in each])
+            rows.append([", ".join(problem), way, words, accuracies, "chosen" if taken else ""])
+    caption = f"Seeds {', '.join(map(str, sorted(seeds)))}, which no other table has."
+    head = ["network, data", "way", "setting", "accuracy, %", ""]
+    return Table(head, rows, caption, numeric=range(3, 4))
+
+
+def _in_words(settings: Mapping[str, object]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in settings.items()
+    )
+
+
 def summary_row(result: Json) -> list[str]:
     """A method's row of the table over all methods, made of its kept results."""
     summary = result["summary"]

@@ -7,8 +7,10 @@ returns is kept under a key of all that decides it, so that a study that was sto
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,6 +85,23 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Search:
+    """Settings of a way that are tried before one is chosen, on seeds that are not reported.
+
+    Attributes:
+        problem: (network, data).
+        way: a label of the study's.
+        tried: each replaces entries of the way's settings.
+        seeds: the same for all ways that are compared.
+    """
+
+    problem: tuple[str, str]
+    way: str
+    tried: Sequence[Mapping[str, Any]]
+    seeds: Sequence[int] = (10, 11)
+
+
+@dataclass(frozen=True)
 class MethodStudy:
     """How a method is proven.
 
@@ -99,6 +118,7 @@ class MethodStudy:
         summary: "accuracy" and "compression" in words, for the table over all methods.
         more: further tables by name, each for a place of its own in the documentation.
         speed: measures the method's kernels or step: plain JSON with "words" for that table.
+        searches: by which settings were chosen; `python -m bench.methods <name> --search`.
     """
 
     name: str
@@ -113,6 +133,7 @@ class MethodStudy:
     summary: Callable[[Json], Mapping[str, str]]
     more: Mapping[str, Callable[[Json], Table]] = field(default_factory=dict)
     speed: Callable[[], Json] | None = None
+    searches: Sequence[Search] = ()
 
 
 def run(
@@ -129,15 +150,46 @@ def run(
     Args:
         ways, problems: some of the study's; by default all.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
+    with _few_threads():
         return [
             _one(study, problem, way, seed, cache, log)
             for problem in problems or study.problems
             for seed in range(seeds)
             for way in ways or study.ways
         ]
+
+
+def search(
+    study: MethodStudy,
+    cache: Cache,
+    log: ProgressLog,
+    *,
+    ways: Sequence[str] = (),
+    problems: Sequence[tuple[str, str]] = (),
+) -> list[Json]:
+    """Every setting of the study's searches on every seed of theirs, and its accuracy.
+
+    Args:
+        ways, problems: some of those that are searched; by default all.
+    """
+    found = []
+    with _few_threads():
+        for each in study.searches:
+            if each.way in (ways or study.ways) and each.problem in (problems or study.problems):
+                for tried in each.tried:
+                    for seed in each.seeds:
+                        one = _one(study, each.problem, each.way, seed, cache, log, tried)
+                        names = ("way", "network", "data", "seed", "accuracy", "seconds")
+                        found.append({name: one[name] for name in names} | {"tried": dict(tried)})
+    return found
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -149,10 +201,11 @@ def _one(
     seed: int,
     cache: Cache,
     log: ProgressLog,
+    tried: Mapping[str, Any] = MappingProxyType({}),
 ) -> Json:
     way = study.ways[label]
     network, data_name = problem
-    settings = way.settings_of(problem)
+    settings = way.settings_of(problem) | tried
     facts = {"way": label, "network": network, "data": data_name, "seed": seed}
     key = facts | {
         "settings": settings,
