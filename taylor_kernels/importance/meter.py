@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -158,7 +157,7 @@ class Importance(OnModel):
             model,
             layers,
             trainable_only=trainable_only,
-            beside=partial(_beside_layers, model, example_inputs) if statistic.reads_bare else None,
+            beside=_beside(statistic, model, example_inputs),
         )
         for layer in self._layers.values():
             held = held_weight(layer)
@@ -184,7 +183,9 @@ class Importance(OnModel):
     ) -> Statistic:
         if example is None or not statistic.at_gates:
             return statistic(model, self._layers, backend)
-        sites = find_gate_sites(trace(model, example), model, self._layers)
+        sites = find_gate_sites(
+            trace(model, example), model, self._layers, gradients=statistic.gradient_sites
+        )
         if hidden := sites.hidden:
             warnings.warn(
                 f"{', '.join(hidden)}: has filters whose channels no module is given or returns, "
@@ -416,9 +417,17 @@ class Importance(OnModel):
             raise RuntimeError(f"{method}: there was no update() yet")
 
 
-def _beside_layers(
-    model: nn.Module, example_inputs: Any
-) -> Mapping[str, Sequence[tuple[str, int]]]:
-    """What can be scored beside layers; a trace tells how weights that no layer holds are used."""
-    known = {} if example_inputs is None else trace(model, example_inputs).bare
-    return parts_beside_layers(model, is_layer, known)
+def _beside(
+    statistic: type[Statistic], model: nn.Module, example_inputs: Any
+) -> Callable[[], Mapping[str, Sequence[tuple[str, int]]]] | None:
+    """What finds that which can be scored beside layers; None where nothing can be.
+
+    A trace tells how weights that no layer holds are used, and so where gates of these stand.
+    """
+
+    def known() -> Mapping[str, Sequence[tuple[str, int]]]:
+        return {} if example_inputs is None else trace(model, example_inputs).bare
+
+    if statistic.reads_bare:
+        return lambda: parts_beside_layers(model, is_layer, known())
+    return known if statistic.at_gates and example_inputs is not None else None

@@ -187,7 +187,7 @@ class Network:
         layers = self.layers(names)
         if not kind.at_gates:
             return kind(self.model, layers, backend)
-        sites = find_gate_sites(self.channels, self.model, layers)
+        sites = find_gate_sites(self.channels, self.model, layers, gradients=kind.gradient_sites)
         return kind(self.model, layers, backend, sites)
 
     def use(self, optimizer: object) -> None:

@@ -20,7 +20,7 @@ from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
 from taylor_kernels.tracing.drawing import write_page
-from taylor_kernels.tracing.experts import Result
+from taylor_kernels.tracing.experts import ExpertWeights, Mixture, Result
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import NORM, Join, Reason, Record, Step, Vector
 from taylor_kernels.tracing.residuals import find_blocks
@@ -443,6 +443,34 @@ class Channels:
                 )
             gone[group.classes[mask.cpu()].numpy()] = True
         return gone
+
+    @property
+    def expert_weights(self) -> list[ExpertWeights]:
+        """How channels go through the weights of experts, by mixture."""
+        return [
+            self._expert_weights(mixture, classes) for mixture, classes in self._mixtures.values()
+        ]
+
+    def _expert_weights(self, mixture: Mixture, classes: Vector) -> ExpertWeights:
+        products = {part: self._layers[part] for part in mixture.parts if part in self.bare}
+        inputs: dict[str, int] = {}
+        for part, (read, _) in products.items():
+            dims = self.classes[part]
+            along = [d for d, own in enumerate(dims) if d and np.array_equal(own.numpy(), read)]
+            inputs |= {part: along[0] - len(dims)} if along else {}
+        steps = [step for step in self.steps if step.weight in products]
+        read_on = {self.steps[number].weight for step in steps for number in step.sources}
+        last = [part for part in products if part not in read_on]
+        last += [
+            part
+            for part in mixture.parts
+            if part not in products
+            and len(dims := self.classes[part]) == 2
+            and any(np.array_equal(dims[1].numpy(), products[one][1]) for one in last)
+        ]
+        inside = f"{mixture.experts}."
+        normed = any(name.startswith(inside) for name in (*self._across, *dict(self.norms)))
+        return ExpertWeights(mixture.experts, classes, inputs, () if normed else tuple(last))
 
     def _counted(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
