@@ -94,8 +94,9 @@ def find_gate_sites(
         found.append((node.rank(nodes, order), side, site))
     for one in experts if gradients else ():
         rank = (order[one.module],) * 2
-        placed = torch.from_numpy(np.where(np.isin(one.classes, wanted), one.classes, ELSEWHERE))
-        for weight in one.last:
+        stands = np.isin(one.classes, wanted)
+        placed = torch.from_numpy(np.where(stands, one.classes, ELSEWHERE))
+        for weight in one.last if stands.any() else ():
             dims = model.get_parameter(weight).dim()
             site = Site(one.module, OUT, -dims, placed, (one.module,), weight, AT_GRADIENT)
             found.append((rank, OUT, site))

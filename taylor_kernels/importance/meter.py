@@ -93,12 +93,13 @@ class Importance(OnModel):
             is of its scale and shift), embeddings (a score for each column, a channel of what they
             return) and other parameters by their own names (along the next-to-last dimension, where
             functional.linear has outputs, or as a trace of the `example_inputs` finds them used):
-            `layers=["*", "*norm*", "embed"]`. Of these alone criteria can tell that read weights.
+            `layers=["*", "*norm*", "embed"]`. Of these alone criteria can tell that read weights;
+            with `example_inputs` gate criteria can too of weights that no layer holds.
         backend: one of `tk.available_backends()`; None picks by device.
         example_inputs: what to trace the model on (`tk.trace`), so that the gates of filters stand
             behind all norms of their channels: a tensor, a tuple of arguments or a dict of keyword
             arguments. Only gate criteria, `bn_scale` and `oracle` read it, and
-            those of weights that `layers` names beside layers. A filter has then the
+            all where `layers` names what is beside layers. A filter has then the
             score of its gate, which filters that go together share. Give it wherever a norm comes
             later than directly behind a layer: behind an activation, a pooling, a sum or a
             concatenation, as in pre-activation networks and DenseNets.

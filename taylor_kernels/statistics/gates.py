@@ -291,6 +291,8 @@ class Gates(_Gates):
         if not self._watches():
             return
         self._called.add(site.key)
+        if self._frees_parameters():
+            return
         parameter = self.model.get_parameter(site.weight)
         if not parameter.requires_grad:
             self._unreached.add(site.key)
@@ -315,9 +317,9 @@ class Gates(_Gates):
         super()._check()
         if self._weights and in_parts(self.model):
             raise RuntimeError(
-                f"{', '.join(site.weight for site in self._weights)}: gates of experts are read "
-                "off the gradient of a whole weight, and on several ranks it is in parts; use "
-                "taylor_fo, or leave the experts out (ignore=)"
+                f"{', '.join(dict.fromkeys(site.weight for site in self._weights))}: gates of "
+                "experts are read off the gradient of a whole weight, and on several ranks it is "
+                "in parts; use taylor_fo, or leave the experts out (ignore=)"
             )
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
