@@ -30,7 +30,9 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
 
     Inside, no parameter requires a gradient, so backward() computes none: neither the products
     for them nor their memory. Gradients of activations flow from the loss back to the output of
-    the first convolution or linear layer, which is all that they need. On leaving, every
+    the first convolution or linear layer, or into the first nn.MultiheadAttention, which is all
+    that they need. (The gates of experts are read off gradients of their weights: train to score
+    those, or use `taylor_fo`.) On leaving, every
     parameter's `requires_grad` is as it was; `.grad` is never touched.
 
     The model's mode is yours to choose: eval() scores the network as it will be used, train()
@@ -57,6 +59,21 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
             return _StartGraph.apply(output, root)
         return None
 
+    def start_inside(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in given):
+            return None
+        # The query, the key and the value, which may be one: that it is says what is computed.
+        streams = [
+            *args[:3],
+            *(kwargs[name] for name in ("query", "key", "value") if name in kwargs),
+        ]
+        new = {id(one): _StartGraph.apply(one.detach(), root) for one in streams}
+        return (
+            tuple(new.get(id(value), value) for value in args),
+            {name: new.get(id(value), value) for name, value in kwargs.items()},
+        )
+
     from taylor_kernels.statistics.layers import is_layer  # statistics import this module
 
     # Before other hooks: those of Importance must see an output that requires a gradient.
@@ -64,6 +81,11 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
         module.register_forward_hook(start, prepend=True)
         for module in model.modules()
         if is_layer(module) or isinstance(module, _BatchNorm)
+    ]
+    handles += [
+        module.register_forward_pre_hook(start_inside, with_kwargs=True, prepend=True)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
     ]
     try:
         for parameter, _ in flags:

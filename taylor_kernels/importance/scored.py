@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,7 +31,7 @@ def scored_layers(
         model,
         names,
         trainable_only=kind.reads == "weight gradients",
-        beside=partial(_beside_layers, model, example_inputs) if kind.reads_bare else None,
+        beside=_beside(kind, model, example_inputs),
     )
 
 
@@ -47,7 +46,9 @@ def placed(
     example inputs."""
     if example_inputs is None or not kind.at_gates:
         return kind(model, layers, backend)
-    sites = find_gate_sites(trace(model, example_inputs), model, layers)
+    sites = find_gate_sites(
+        trace(model, example_inputs), model, layers, gradients=kind.gradient_sites
+    )
     if hidden := sites.hidden:
         warnings.warn(
             f"{', '.join(hidden)}: has filters whose channels no module is given or returns, "
@@ -57,9 +58,17 @@ def placed(
     return kind(model, layers, backend, sites)
 
 
-def _beside_layers(
-    model: nn.Module, example_inputs: Any
-) -> Mapping[str, Sequence[tuple[str, int]]]:
-    """What can be scored beside layers; a trace tells how weights that no layer holds are used."""
-    known = {} if example_inputs is None else trace(model, example_inputs).bare
-    return parts_beside_layers(model, is_layer, known)
+def _beside(
+    kind: type[Statistic], model: nn.Module, example_inputs: Any
+) -> Callable[[], Mapping[str, Sequence[tuple[str, int]]]] | None:
+    """What finds that which can be scored beside layers; None where nothing can be.
+
+    A trace tells how weights that no layer holds are used, and so where gates of these stand.
+    """
+
+    def known() -> Mapping[str, Sequence[tuple[str, int]]]:
+        return {} if example_inputs is None else trace(model, example_inputs).bare
+
+    if kind.reads_bare:
+        return lambda: parts_beside_layers(model, is_layer, known())
+    return known if kind.at_gates and example_inputs is not None else None

@@ -141,7 +141,7 @@ class AdaptivePruner(Progress):
         with outside_inference_mode(), new_garbage_only():
             self._prunable = find_prunable(
                 model, example_inputs, ignore, round_to=round_to, min_filters=min_filters,
-                reads="weights", verify=verify, blocks=blocks,
+                statistic=None, verify=verify, blocks=blocks,
             )  # fmt: skip
             if not any(map(self._norms, self._prunable.groups)):
                 raise ValueError(

@@ -152,7 +152,7 @@ class Network(Inventory):
         layers = self.layers(names)
         if not kind.at_gates:
             return kind(self.model, layers, backend)
-        sites = find_gate_sites(self.channels, self.model, layers)
+        sites = find_gate_sites(self.channels, self.model, layers, gradients=kind.gradient_sites)
         return kind(self.model, layers, backend, sites)
 
     def use(self, optimizer: object) -> None:

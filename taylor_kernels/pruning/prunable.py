@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
 from taylor_kernels.pruning.check import Trial, first_fault, sound_blocks, unsound
@@ -17,7 +18,7 @@ from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.statistics import (
     BareLayer,
     Layers,
-    Reads,
+    Statistic,
     bare_layer,
     filter_count,
     is_computed,
@@ -78,16 +79,15 @@ def find_prunable(
     *,
     round_to: int,
     min_filters: int,
-    reads: Reads,
-    reads_bare: bool = False,
+    statistic: type[Statistic] | None,
     verify: bool,
     blocks: bool = False,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
     Args:
-        reads: what the criterion's statistic reads.
-        reads_bare: it reads weights that no layer holds too.
+        statistic: what the criterion is computed from; None where no layer is scored, and weights
+            that no layer holds stay.
         blocks: residual blocks may go too.
 
     Raises:
@@ -104,7 +104,7 @@ def find_prunable(
     channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
-    unscored = _unscored(layers, channels.outside, reads, reads_bare)
+    unscored = _unscored(layers, channels, plain, statistic)
 
     def choose(channels: Channels) -> tuple[list[Group], dict[str, str]]:
         return choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
@@ -218,9 +218,13 @@ def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
 
 
 def _unscored(
-    layers: Layers, outside: Mapping[str, str], reads: Reads, reads_bare: bool
+    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic] | None
 ) -> dict[str, str]:
     """Layers that a criterion cannot score -> why."""
+    if statistic is None:
+        return {name: _BARE for name, layer in layers.items() if isinstance(layer, BareLayer)}
+    reads = statistic.reads
+    hidden = _hidden(layers, channels, model, statistic) if statistic.at_gates else {}
     found: dict[str, str] = {}
     for name, layer in layers.items():
         computed = is_computed(layer)
@@ -228,16 +232,52 @@ def _unscored(
             found[name] = "its weight is computed from other parameters and holds no gradient"
         elif reads == "weight gradients" and is_frozen(layer):
             found[name] = "its weights are frozen and this criterion reads their gradients"
+        elif statistic.at_gates:
+            if name in hidden:
+                found[name] = hidden[name]
         elif isinstance(layer, BareLayer):
-            if not reads_bare:
-                found[name] = (
-                    "it is a weight that no layer holds, so this criterion cannot see what it "
-                    "makes; taylor_fo reads weights alone"
-                )
-        elif name in outside and reads not in ("weights", "weight gradients"):
+            if not statistic.reads_bare:
+                found[name] = _BARE
+        elif name in channels.outside and reads not in ("weights", "weight gradients"):
+            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
+    return found
+
+
+_BARE = (
+    "it is a weight that no layer holds, so this criterion cannot see what it makes; taylor_fo "
+    "reads weights alone"
+)
+_OUTSIDE = (
+    "its weight is used by {!r}, which does not call it, so this criterion cannot see its output; "
+    "taylor_fo reads weights alone"
+)
+
+
+def _hidden(
+    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic]
+) -> dict[str, str]:
+    """Layers whose gates stand nowhere -> why."""
+    sites = find_gate_sites(channels, model, layers, gradients=statistic.gradient_sites)
+    hidden = [name for name in sites.unplaced if name in channels.layers]
+    if not hidden:
+        return {}
+    over_minibatches = find_gate_sites(channels, model, layers, gradients=True).unplaced
+    found = {}
+    for name in hidden:
+        if name not in over_minibatches:
             found[name] = (
-                f"its weight is used by {outside[name] or 'the model'!r}, which does not call it, "
-                "so this criterion cannot see its output; taylor_fo reads weights alone"
+                "it is of experts, where tokens of all examples meet: only the slope of a gate "
+                "over a minibatch can be had, which taylor_fo_bn reads; taylor_fo reads weights "
+                "alone"
+            )
+        elif name in channels.outside:
+            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
+        elif isinstance(layers[name], BareLayer):
+            found[name] = _BARE
+        else:
+            found[name] = (
+                "no module is given or returns its channels, so that no gate can stand there; "
+                "taylor_fo reads weights alone"
             )
     return found
 

@@ -145,8 +145,7 @@ class Pruner(Resumable):
                 ignore,
                 round_to=round_to,
                 min_filters=min_filters,
-                reads=self._reads,
-                reads_bare=get_statistic(self.criterion.statistic).reads_bare,
+                statistic=get_statistic(self.criterion.statistic),
                 verify=verify,
                 blocks=blocks,
             )

@@ -42,6 +42,8 @@ class Statistic(ABC):
         drawn: it is one random draw; a study takes the mean over many.
         nan_means: what nan in a table means and what to do about it, if it has a meaning.
         at_gates: it stands on gates, and takes their `sites` where they are known.
+        gradient_sites: the slope of the loss over a minibatch is all that it needs of a gate, which
+            can be read off a weight's gradient where examples cannot be told apart.
         across_ranks: how the tables of processes that each see a part of a minibatch make that of
             the whole: "sum", where what `shared` makes of a table is linear in the loss; "mean",
             a mean over the `examples`; "examples", a column for each; "whole", where squares of
@@ -77,6 +79,7 @@ class Statistic(ABC):
     drawn: ClassVar[bool] = False
     nan_means: ClassVar[str] = ""
     at_gates: ClassVar[bool] = False
+    gradient_sites: ClassVar[bool] = False
     across_ranks: ClassVar[AcrossRanks] = "whole"
     shared_columns: ClassVar[int] = 1
     same_draws: ClassVar[bool] = False

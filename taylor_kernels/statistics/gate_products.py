@@ -77,8 +77,11 @@ class GateProducts(InClosure):
     def _hooks(self) -> list[RemovableHandle]:
         if self.sites is not None:
             return [
-                change_at(self.model, site, partial(self._gated, site.key, dim=site.dim))
+                handle
                 for site in self.sites.sites
+                for handle in change_at(
+                    self.model, site, partial(self._gated, site.key, dim=site.dim)
+                )
             ]
         # Before all other hooks, so that a norm and they are handed what is multiplied.
         handles = [

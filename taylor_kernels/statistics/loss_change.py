@@ -102,13 +102,13 @@ class LossChange(KnowsNorms):
 
     def _zeroed_at(self, sites: GateSites, classes: Tensor) -> list[RemovableHandle]:
         """Hooks that set the channels of these classes to 0 at all their sites."""
-        handles = []
+        handles: list[RemovableHandle] = []
         for site in sites.sites:
             channels = torch.isin(site.classes, classes).nonzero().flatten().tolist()
             if not channels:
                 continue
             device = held_weight(next(iter(self.layers.values()))).device
-            handles.append(change_at(self.model, site, _zeroing(site.dim, channels, device)))
+            handles += change_at(self.model, site, _zeroing(site.dim, channels, device))
         return handles
 
 

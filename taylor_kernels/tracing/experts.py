@@ -55,6 +55,25 @@ class Mixture:
     results: tuple[Result, ...]
 
 
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of a mixture's experts, as channels go through them.
+
+    Attributes:
+        module: the name of the experts' module.
+        classes: of the experts.
+        inputs: weight -> the dimension that its inputs lie along, from the end.
+        last: what makes an expert's output, which is linear in these together: the weights that no
+            other weight of the experts reads, and what is added to their products. Empty where a
+            norm in the module undoes a factor on them.
+    """
+
+    module: str
+    classes: Vector
+    inputs: Mapping[str, int]
+    last: tuple[str, ...]
+
+
 def find_mixtures(
     record: Record, modules: Mapping[str, nn.Module], returned: Mapping[str, Any]
 ) -> list[Mixture]:

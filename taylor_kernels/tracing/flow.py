@@ -95,7 +95,8 @@ class Flow:
             self._recurrent(call, outs, sources)
         elif call.name in CONTRACTIONS and not products:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
-            self._end(vectors, sources)
+            passing = [v for out in outs for v in self._recorder.labels(out).vectors()]
+            self._end(vectors, sources, passing)
         made = range(first, len(self._steps))
         fresh = frozenset([number for number in made if self._steps[number].kind != END])
         for out in outs:
@@ -121,11 +122,17 @@ class Flow:
         if self._frames and outs:
             self._frames[-1].made.append((step, outs[0], dim))
 
-    def _end(self, vectors: Sequence[Vector], sources: frozenset[int]) -> None:
+    def _end(
+        self,
+        vectors: Sequence[Vector],
+        sources: frozenset[int],
+        passing: Sequence[Vector] = (),
+    ) -> None:
         if vectors and sources:
             none = np.zeros(0, np.int64)
+            passed = np.concatenate(passing) if passing else none
             self._steps.append(
-                Step(END, self._recorder.module, np.concatenate(vectors), none, sources)
+                Step(END, self._recorder.module, np.concatenate(vectors), passed, sources)
             )
 
     def _product(
@@ -142,7 +149,9 @@ class Flow:
             product.outputs,
             sources,
             product.module,
-            depthwise,
+            product.weight,
+            linear=call.name == "linear" and isinstance(weight, nn.Parameter),
+            depthwise=depthwise,
         )
         if step.layer == step.module:
             step.input_dim = self._given(call, product.inputs, -1 - space)

@@ -8,7 +8,7 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,8 +157,11 @@ class Step:
         module: the module that ran.
         layer: the layer whose weight was multiplied with, "" for other steps.
         inputs: atoms of the channels that it takes.
-        outputs: atoms of the channels that it gives; none for an end.
+        outputs: atoms of the channels that it gives; of an end those that its result has too, as an
+            attention over positions has the heads of its values.
         sources: numbers of the steps that its input was made by, with no other step between.
+        weight: the parameter that was multiplied with, "" for other steps.
+        linear: it was the whole parameter, in functional.linear.
         depthwise: each output channel is made of one input channel.
         input_dim: the channels' dimension, from the end, in the only tensor that the module was
             given; None where the step's input is not that tensor.
@@ -171,16 +174,15 @@ class Step:
     outputs: Vector
     sources: frozenset[int]
     layer: str = ""
+    weight: str = ""
+    linear: bool = False
     depthwise: bool = False
     input_dim: int | None = None
     output_dim: int | None = None
 
     def of(self, inputs: Vector, outputs: Vector) -> Step:
         """The same step of other channels."""
-        return Step(
-            self.kind, self.module, inputs, outputs, self.sources, self.layer, self.depthwise,
-            self.input_dim, self.output_dim,
-        )  # fmt: skip
+        return replace(self, inputs=inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,10 @@ def _quiet() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        # Weights that autocast has cast before show no labels, and those of a run without gradients
+        # would have none in the next one.
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)

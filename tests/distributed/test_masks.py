@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +28,7 @@ from tests.distributed.prunings import (
     step_of,
 )
 from tests.distributed.threads import Averaged, Meeting, ThreadRanks, in_threads
+from tests.pruning.test_experts import WIDTH, Mixture
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -52,6 +54,47 @@ def in_thread(rank, size, meeting, criterion, options):
 def test_the_filters_that_one_process_prunes(criterion, window):
     found = in_threads(2, in_thread, criterion, {"window": window})
     alike(found[0], alone(criterion))
+    same_bits(found)
+
+
+class Tokens(nn.Module):
+    """An attention of PyTorch, and a mixture of stacked experts, on the pixels of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 4)
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.mixture = Mixture(4, 2, True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.enter(images.flatten(2).mT)
+        x = x + self.attention(x, x, x)[0]
+        return self.head((x + self.mixture(x)).mean(1))
+
+
+OF_TOKENS = {"per_step": 6, "ignore": ["enter"], "filters": 0.4}
+
+
+def tokens_in_thread(rank, size, meeting, criterion, models):
+    ranks = ThreadRanks(meeting, rank)
+    model, optimizer, pruner = started(criterion, ranks, models[rank], **OF_TOKENS)
+    wrapped = Averaged(model, ranks)
+    for step in range(STEPS):
+        step_of(pruner, optimizer, model, wrapped, part(step, rank, size))
+    return ended(model, pruner)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
+def test_heads_and_experts_are_those_that_one_process_prunes(criterion):
+    torch.manual_seed(0)
+    model = Tokens()
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    found = in_threads(2, tokens_in_thread, criterion, copies)
+    wanted = alone(criterion, model=model, **OF_TOKENS)
+    assert any("attention.in_proj_weight" in r.removed for r in wanted["history"])
+    by_weight = "mixture.experts.up" in wanted["scores"]
+    assert by_weight == (criterion == "taylor_fo_bn")
+    alike(found[0], wanted)
     same_bits(found)
 
 

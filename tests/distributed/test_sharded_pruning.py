@@ -15,6 +15,7 @@ from tests.distributed.prunings import (
     EXAMPLES,
     STEPS,
     alike,
+    alone,
     ended,
     minibatch,
     part,
@@ -23,6 +24,7 @@ from tests.distributed.prunings import (
     started,
     step_of,
 )
+from tests.distributed.test_masks import OF_TOKENS, Tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CRITERIA = ["taylor_fo", "taylor_fo_bn"]
@@ -125,3 +127,36 @@ def test_a_rate_that_is_a_tensor_is_of_one_optimizer():
     tk.distributed.carry_state(old, new)
     old.param_groups[0]["lr"].fill_(5.0)
     assert float(new.param_groups[0]["lr"]) == pytest.approx(0.1)
+
+
+def tokens_sharded(rank, size):
+    """Heads are scored by what they make, and experts by gradients, which are in parts."""
+    from torch.distributed.fsdp import fully_shard
+
+    found = []
+    for ignore in (["enter", "mixture"], ["enter"]):
+        torch.manual_seed(0)
+        options = {**OF_TOKENS, "ignore": ignore}
+        ranks = tk.distributed.Ranks(timeout=60)
+        model, old, pruner = started("taylor_fo_bn", ranks, Tokens(), **options)
+        fully_shard(model)
+        optimizer = sgd(model)
+        tk.distributed.carry_state(old, optimizer)
+        pruner.use_optimizer(optimizer)
+        if "mixture" in ignore:
+            for step in range(STEPS):
+                step_of(pruner, optimizer, model, model, part(step, rank, size))
+            found.append(pruner.history)
+            continue
+        with pytest.raises(RuntimeError, match=r"experts\.down: .* in parts; use taylor_fo"):
+            step_of(pruner, optimizer, model, model, part(0, rank, size))
+    return found
+
+
+def test_heads_are_pruned_and_experts_say_why_not():
+    torch.manual_seed(0)
+    options = {**OF_TOKENS, "ignore": ["enter", "mixture"]}
+    wanted = alone("taylor_fo_bn", model=Tokens(), **options)["history"]
+    assert any("attention.in_proj_weight" in record.removed for record in wanted)
+    for (history,) in ran(2, tokens_sharded):
+        assert [record.removed for record in history] == [record.removed for record in wanted]

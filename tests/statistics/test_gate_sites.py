@@ -233,8 +233,8 @@ def test_a_filter_that_no_hook_can_reach_is_named():
             self.used = nn.Linear(3, 6)
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = F.linear(x, self.used.weight).relu()
-            return F.linear(self.a(x).relu() * 2, self.weight) + F.linear(hidden, self.weight)
+            hidden = (x @ self.used.weight.T).relu()
+            return self.a(x).relu() * 2 @ self.weight.T + hidden @ self.weight.T
 
     model = Net()
     x = torch.randn(4, 3)

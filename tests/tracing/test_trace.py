@@ -325,3 +325,13 @@ def test_inputs_with_nothing_in_them_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(ValueError, match=r"^example_inputs: nothing is in them .*\(0, 3, 4, 4\)"):
         trace(model, torch.randn(0, 3, 4, 4))
+
+
+def test_a_trace_inside_autocast_is_the_same_again():
+    """Which keeps the weights that it has cast."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes = [[group.size for group in trace(model, x).groups] for _ in range(2)]
+        assert sizes == [[6], [6]]
+        model(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -6,6 +6,7 @@ import threading
 import warnings
 import weakref
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.shards import local_part
 from taylor_kernels.statistics.base import Closure, Statistic
-from taylor_kernels.statistics.hooks.sites import ELSEWHERE
+from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, ELSEWHERE
 from taylor_kernels.statistics.layers import held_weight
 
 
@@ -35,7 +36,14 @@ class WatchesPasses(Statistic):
         # What is looked at, by name: the layers, or the modules at the sites of their gates.
         self._watched: dict[str, nn.Module] = {**self.layers}
         if self.sites is not None:
-            self._watched = {s.key: self.model.get_submodule(s.module) for s in self.sites.sites}
+            self._watched = {
+                s.key: self.model.get_submodule(
+                    s.weight.rpartition(".")[0] if s.weight else s.module
+                )
+                for s in self.sites.sites
+            }
+        of_sites = () if self.sites is None else self.sites.sites
+        self._at_gradients = {s.key for s in of_sites if s.how == AT_GRADIENT}
         self._handles = [self.model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
@@ -63,12 +71,12 @@ class WatchesPasses(Statistic):
     def _tables(self, closure: Closure | None) -> list[Tensor]:
         """What collect() hands over, before the loss scale is divided out; _check() comes first."""
 
-    def _layers_unreached(self) -> list[str]:
-        """The layers whose gates stand, or would stand, where no gradient comes."""
+    def _layers_at(self, keys: Collection[str]) -> list[str]:
+        """The layers whose gates stand, or would stand, at these places."""
         if self.sites is None:
-            return sorted(self._unreached)
+            return sorted(keys)
         behind = {s.key: s.behind or (s.module,) for s in self.sites.sites}
-        return sorted({name for key in self._unreached for name in behind[key]})
+        return sorted({name for key in keys for name in behind[key]})
 
     def _unread_layers(self) -> frozenset[str]:
         """Layers that no gradient has reached, at any of their sites."""
@@ -88,16 +96,28 @@ class WatchesPasses(Statistic):
 
     def _check(self) -> None:
         """That no layer is about to be scored 0 for want of a look at it."""
-        if self._unreached:
+        of_weights = self._unreached & self._at_gradients
+        if of_weights:
             message = (
-                f"no gradient reaches the output of {', '.join(self._layers_unreached())}, because "
-                "everything before is frozen, so {}; run the pass inside tk.scoring(model), or use "
-                "taylor_fo, which scores the layers that are trained"
+                f"{', '.join(self._layers_at(of_weights))}: gates of experts are read off the "
+                "gradients of their weights, which require none (frozen, or inside tk.scoring), so "
+                "{}; train them to score them"
+            )
+            if of_weights >= self._called:
+                raise RuntimeError(message.format("there is nothing to score"))
+            if not of_weights <= self._told:
+                self._told |= of_weights
+                warnings.warn(message.format("these layers have no score"), stacklevel=5)
+        if unreached := self._unreached - of_weights:
+            message = (
+                f"no gradient reaches the output of {', '.join(self._layers_at(unreached))}, "
+                "because everything before is frozen, so {}; run the pass inside "
+                "tk.scoring(model), or use taylor_fo, which scores the layers that are trained"
             )
             if self._unreached >= self._called:
                 raise RuntimeError(message.format("there is nothing to score"))
-            if not self._unreached <= self._told:
-                self._told |= self._unreached
+            if not unreached <= self._told:
+                self._told |= unreached
                 warnings.warn(message.format("these layers have no score"), stacklevel=5)
         missing = [name for name in self._watched if name not in self._called]
         for name in missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.statistics.hooks.products import Products
 
 IN, OUT = "in", "out"
+#: How a site is met: as what a module is given or returns; as what functional.linear is given or
+#: returns where it multiplies by a parameter; as a sum over the minibatch, from that's gradient.
+AT_MODULE, AT_PRODUCT, AT_GRADIENT = "module", "product", "gradient"
 #: The class of a channel at a site where its gate does not stand.
 ELSEWHERE = -1
 #: Elements gathered at a time: tables have a column for every example, and a row for every channel.
@@ -23,15 +28,17 @@ _GATHERED = 1 << 24
 
 @dataclass(frozen=True)
 class Site:
-    """A place of gates: what a module returns, or what it is given.
+    """A place of gates: what a module, or a product with a parameter in it, returns or is given.
 
     Attributes:
         module: its name.
         side: OUT or IN.
-        dim: the channels' dimension, from the end.
+        dim: the channels' dimension, from the end; where it is met AT_GRADIENT, the parameter's.
         classes: [C] int64, the class of each channel, or ELSEWHERE. Channels of one class share a
             gate, here and at other sites.
         behind: the layers whose channels come here, with no other layer between; for messages.
+        weight: the name of the parameter; "" where it is the module's own input or output.
+        how: AT_MODULE, AT_PRODUCT or AT_GRADIENT.
     """
 
     module: str
@@ -39,11 +46,14 @@ class Site:
     dim: int
     classes: Tensor
     behind: tuple[str, ...] = ()
+    weight: str = ""
+    how: str = AT_MODULE
 
     @property
     def key(self) -> str:
         """What its table and messages name it by."""
-        return self.module if self.side == OUT else f"{self.module} (input)"
+        name = self.weight or self.module
+        return name if self.side == OUT else f"{name} (input)"
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,12 @@ class GateSites:
         placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
         return [name for name, c in self.layers.items() if not torch.isin(c, placed).all()]
 
+    @property
+    def unplaced(self) -> list[str]:
+        """Of these the layers none of whose filters has a gate anywhere."""
+        placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
+        return [name for name, c in self.layers.items() if not torch.isin(c, placed).any()]
+
     def sites_of(self, layer: str) -> list[str]:
         """The keys of the sites at which gates of a layer stand."""
         own = self.layers[layer]
@@ -78,7 +94,7 @@ class SiteRows:
         wanted, place = torch.cat([where.layers[name] for name in layers]).unique(
             return_inverse=True
         )
-        classes = torch.cat([site.classes for site in where.sites])
+        classes = torch.cat([wanted[:0], *(site.classes for site in where.sites)])
         rows = torch.isin(classes, wanted).nonzero().flatten()
         number = torch.searchsorted(wanted, classes[rows])
         order = number.argsort(stable=True)
@@ -114,14 +130,19 @@ class SiteRows:
 
 def change_at(
     model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]
-) -> RemovableHandle:
-    """A hook that puts change(tensor) in place of the tensor at a site, if it is not None."""
+) -> list[RemovableHandle]:
+    """Hooks that put change(tensor) in place of the tensor at a site, if it is not None."""
     module = model.get_submodule(site.module)
+    if site.how == AT_PRODUCT:
+        place = site.weight, site.side == IN
+        return Products(model, {place: change}).put_on(module, scored=False)
     if site.side == IN:
-        return module.register_forward_pre_hook(
-            lambda _, args, kwargs: _with_first(change, args, kwargs), with_kwargs=True
-        )
-    return module.register_forward_hook(lambda _, __, output: change(output))
+        return [
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: _with_first(change, args, kwargs), with_kwargs=True
+            )
+        ]
+    return [module.register_forward_hook(lambda _, __, output: change(output))]
 
 
 def _with_first(
@@ -140,7 +161,7 @@ OnNorm = Callable[[str, _NormBase, Tensor, Tensor], None]
 
 
 class SiteHooks:
-    """Hooks on all gate sites of a model.
+    """Hooks on all gate sites of a model that can be met while it runs.
 
     Args:
         on_output: called with (key, tensor) for what stands at a site.
@@ -152,15 +173,22 @@ class SiteHooks:
     ) -> None:
         self._on_output = weakref.WeakMethod(on_output)
         self._on_norm = weakref.WeakMethod(on_norm)
-        handles = []
+        handles: list[RemovableHandle] = []
+        at_products: dict[str, dict[tuple[str, bool], Callable[[Tensor], Tensor]]] = {}
         for site in sites:
             module = model.get_submodule(site.module)
-            if site.side == IN:
+            if site.how == AT_PRODUCT:
+                change = partial(_seen, self._on_output, site.key)
+                at_products.setdefault(site.module, {})[site.weight, site.side == IN] = change
+            elif site.how == AT_MODULE and site.side == IN:
                 hook = Hook(self._before, site.key)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
+            elif site.how == AT_MODULE:
                 hook = Hook(self._after, site.key)
                 handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        self._products = {name: Products(model, changes) for name, changes in at_products.items()}
+        for name, products in self._products.items():
+            handles += products.put_on(model.get_submodule(name), scored=True)
         self.close = weakref.finalize(self, remove_all, handles)
 
     def of(self, key: str) -> list[_NormBase]:
@@ -168,14 +196,7 @@ class SiteHooks:
         return []
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        def seen(given: Tensor) -> Tensor:
-            # A view of its own: other readers of this tensor have gates of their own.
-            view = given.view_as(given)
-            if (on_output := self._on_output()) is not None:
-                on_output(key, view)
-            return view
-
-        return _with_first(seen, args, kwargs)
+        return _with_first(partial(_seen, self._on_output, key), args, kwargs)
 
     def _after(
         self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor
@@ -185,3 +206,12 @@ class SiteHooks:
                 on_norm(key, module, args[0] if args else kwargs["input"], output)
         elif (on_output := self._on_output()) is not None:
             on_output(key, output)
+
+
+def _seen(on_output: weakref.WeakMethod[OnOutput], key: str, given: Tensor) -> Tensor:
+    """What goes on in the place of a tensor that is shown."""
+    # A view of its own: other readers of this tensor have gates of their own.
+    view = given.view_as(given)
+    if (show := on_output()) is not None:
+        show(key, view)
+    return view

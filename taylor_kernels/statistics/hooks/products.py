@@ -1,0 +1,135 @@
+"""What functional.linear is given and returns where it multiplies by a weight that no hook sees.
+
+nn.MultiheadAttention hands the weight of its `out_proj` to a function and never calls the layer, so
+that no module is given the context vector. While such a module runs, a mode of PyTorch's looks at
+the functions that it calls; all of them compute what they would.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from taylor_kernels.hooks import Hook
+
+#: Makes another tensor of one, or None to leave it.
+Change = Callable[[Tensor], Tensor | None]
+#: (name of the parameter, whether it is what the product is given) -> what is put in its place.
+Changes = Mapping[tuple[str, bool], Change]
+#: How many examples there are where an attention has made [positions · examples, channels] of them.
+_EXAMPLES: ContextVar[int | None] = ContextVar("examples", default=None)
+
+
+class Products:
+    """Puts other tensors in place of what products with parameters are given, or return.
+
+    They are handed over with the examples in dimension 0 and the channels in the last, also where
+    an attention has its positions first.
+
+    Args:
+        changes: of parameters by name, each of which one product uses alone.
+    """
+
+    def __init__(self, model: nn.Module, changes: Changes) -> None:
+        self._model, self._changes = model, changes
+        self.running: list[_Mode | None] = []
+
+    def put_on(self, module: nn.Module, *, scored: bool) -> list[RemovableHandle]:
+        """Watch while a module runs.
+
+        Args:
+            scored: only where a graph is recorded; without one PyTorch may run an attention in one
+                piece, which it would not while it is watched. The hooks stay with their module
+                then, as a `Hook` does, and keep nothing alive.
+        """
+        begin: Any = Hook(self._begin_scored) if scored else self._begin
+        end: Any = Hook(self._end) if scored else self._end
+        # Before and behind the hooks of others, whose functions are none of the module's.
+        return [
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end, prepend=True, always_call=True),
+        ]
+
+    def _begin(self, *_: object) -> None:
+        mode = _Mode(self)
+        mode.__enter__()
+        self.running.append(mode)
+
+    def _begin_scored(self, *_: object) -> None:
+        if torch.is_grad_enabled():
+            self._begin()
+        else:
+            self.running.append(None)
+
+    def _end(self, *_: object) -> None:
+        # None is running where a hook of others has failed before the module ran.
+        mode = self.running.pop() if self.running else None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """functional.linear."""
+        for name in dict.fromkeys(name for name, _ in self._changes):
+            owner, _, leaf = name.rpartition(".")
+            if weight is getattr(self._model.get_submodule(owner), leaf):
+                input = self._changed((name, True), input)
+                return self._changed((name, False), functional.linear(input, weight, bias))
+        return functional.linear(input, weight, bias)
+
+    def _changed(self, place: tuple[str, bool], tensor: Tensor) -> Tensor:
+        change, examples = self._changes.get(place), _EXAMPLES.get()
+        if change is None:
+            return tensor
+        if examples is None:
+            new = change(tensor)
+            return tensor if new is None else new
+        new = change(tensor.unflatten(0, (-1, examples)).transpose(0, 1))
+        return tensor if new is None else new.transpose(0, 1).flatten(0, 1)
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, products: Products) -> None:
+        super().__init__()
+        self._products = products
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # One that an interrupted run has left behind sees the products of later ones.
+        if self._products.running[-1:] == [self]:
+            if func is functional.linear:
+                return self._products.linear(*args, **kwargs)
+            if func is functional.multi_head_attention_forward:
+                return _attention(self._products, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """functional.multi_head_attention_forward, whose last product is shown to `products`.
+
+    It is the same code, and so the same operations: only the names `linear`, which the code itself
+    calls for nothing else, and `has_torch_function`, by which it would hand itself to the mode once
+    more, stand for others.
+    """
+    whole = functional.multi_head_attention_forward
+    names = {
+        **whole.__globals__,
+        "linear": products.linear,
+        "has_torch_function": lambda _: False,
+    }
+    same = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__)
+    same.__kwdefaults__ = whole.__kwdefaults__
+    before = _EXAMPLES.set(query.size(1) if query.dim() == 3 else 1)
+    try:
+        return same(query, *args, **kwargs)
+    finally:
+        _EXAMPLES.reset(before)

@@ -1,0 +1,355 @@
+"""Gates of the heads of attentions, against autograd of a factor on each head's context."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import taylor_kernels as tk
+from taylor_kernels.gate_sites import find_gate_sites
+
+WIDTH, HEADS, EXAMPLES = 12, 3, 4
+
+
+class Written(nn.MultiheadAttention):
+    """nn.MultiheadAttention in a few lines, with `gates` [examples, heads] on the context."""
+
+    gates: Tensor
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+        average_attn_weights=True, is_causal=False,
+    ):  # fmt: skip
+        batched = query.dim() == 3
+        given = [x if batched else x[None] for x in (query, key, value)]
+        given = [x if self.batch_first or not batched else x.transpose(0, 1) for x in given]
+        weights = (
+            (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+            if self.in_proj_weight is None
+            else self.in_proj_weight.chunk(3)
+        )
+        biases = self.in_proj_bias.chunk(3)
+        q, k, v = map(functional.linear, given, weights, biases)
+        more = 0
+        if self.bias_k is not None:
+            k = torch.cat((k, self.bias_k.expand(len(k), 1, -1)), 1)
+            v = torch.cat((v, self.bias_v.expand(len(v), 1, -1)), 1)
+            more += 1
+        if self.add_zero_attn:
+            k = torch.cat((k, k.new_zeros(len(k), 1, k.size(2))), 1)
+            v = torch.cat((v, v.new_zeros(len(v), 1, v.size(2))), 1)
+            more += 1
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.mT / q.size(-1) ** 0.5
+        if attn_mask is not None:
+            scores = scores + functional.pad(attn_mask, (0, more))
+        if key_padding_mask is not None:
+            padding = functional.pad(key_padding_mask, (0, more))
+            scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+        context = scores.softmax(-1) @ v * self.gates[:, :, None, None].to(v)
+        context = context.transpose(1, 2).flatten(2)
+        output = functional.linear(context, self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return output[0], None
+        return output if self.batch_first else output.transpose(0, 1), None
+
+
+class Net(nn.Module):
+    """An attention between linear layers, used in one way or another."""
+
+    def __init__(self, kind: str, batch_first: bool, need_weights: bool) -> None:
+        super().__init__()
+        options = {
+            "cross": {"kdim": 7, "vdim": 5},
+            "added": {"add_bias_kv": True, "add_zero_attn": True},
+        }.get(kind, {})
+        self.kind, self.need_weights = kind, need_weights
+        self.enter, self.head = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 5)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first, **options)
+        self.to_key, self.to_value = nn.Linear(6, 7), nn.Linear(6, 5)
+
+    def attend(self, *streams: Tensor, **masks: Tensor) -> Tensor:
+        return self.attention(*streams, need_weights=self.need_weights, **masks)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.attention.batch_first or self.kind == "unbatched"
+        h = self.enter(x if first else x.transpose(0, 1))
+        if self.kind == "cross":
+            y = x[:, 1:] if first else x[:, 1:].transpose(0, 1)
+            h = h + self.attend(h, self.to_key(y), self.to_value(y))
+        elif self.kind == "padded":
+            padding = torch.arange(x.size(1)) > torch.tensor([4, 2, 3, 1])[: len(x), None]
+            causal = torch.full((x.size(1),) * 2, -torch.inf, dtype=x.dtype).triu(1)
+            h = self.attend(h, h, h, key_padding_mask=padding, attn_mask=causal)
+        elif self.kind == "unbatched":
+            h = torch.stack([self.attend(one, one, one) for one in h])
+        elif self.kind == "twice":
+            h = self.attend(h, h, h).tanh()
+            h = self.attend(h, h[:, :3], h[:, :3]) if first else self.attend(h, h[:3], h[:3])
+        elif self.kind == "reentrant":
+            h = checkpoint(self.attend, h, h, h, use_reentrant=True)
+        elif self.kind == "checkpoint":
+            h = checkpoint(self.attend, h, h, h, use_reentrant=False)
+        else:
+            h = self.attend(h, h, h)
+        out = self.head(h.tanh())
+        return out if first else out.transpose(0, 1)
+
+
+def data(examples: int = EXAMPLES) -> tuple[Tensor, Tensor]:
+    x = torch.randn(examples, 5, 6, dtype=torch.float64)
+    return x, torch.randn(examples, 5, 5, dtype=torch.float64)
+
+
+def loss(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return (model(x) - target).square().sum()
+
+
+def written(model: Net, gates: Tensor) -> Net:
+    """The same model, with these gates on the heads of its attention."""
+    twin = copy.deepcopy(model)
+    twin.kind = "self" if model.kind == "reentrant" else model.kind
+    twin.attention.__class__ = Written
+    twin.attention.gates = gates
+    return twin
+
+
+def slopes(model: Net, x: Tensor, target: Tensor) -> Tensor:
+    """∂L/∂gate of each head [examples, heads]."""
+    gates = torch.ones(len(x), HEADS, dtype=torch.float64, requires_grad=True)
+    return torch.autograd.grad(loss(written(model, gates), x, target), gates)[0]
+
+
+def first_weight(model: Net) -> str:
+    separate = model.attention.in_proj_weight is None
+    return f"attention.{'q_proj_weight' if separate else 'in_proj_weight'}"
+
+
+def of_heads(scores: Tensor) -> Tensor:
+    """[heads] of the scores of the rows of a weight, which are the same in a head."""
+    rows = scores.reshape(-1, HEADS, WIDTH // HEADS)
+    assert torch.equal(rows, rows[:1, :, :1].expand_as(rows))
+    return rows[0, :, 0]
+
+
+def scored(model: Net, criterion: str, x: Tensor, target: Tensor, **options) -> Tensor:
+    imp = tk.Importance(
+        model, criterion, layers=[first_weight(model)], example_inputs=x[:2], **options
+    )
+    if imp.needs_closure:
+        imp.update(closure=lambda: loss(model, x, target))
+    else:
+        loss(model, x, target).backward()
+        imp.update()
+    found = imp.compute()[first_weight(model)]
+    imp.close()
+    return of_heads(found)
+
+
+@pytest.mark.parametrize("in_scoring", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["self", "cross", "padded", "added", "twice", "checkpoint", "reentrant"]
+)
+def test_slopes_are_those_of_factors_on_heads(kind, batch_first, need_weights, in_scoring):
+    model, (x, target) = Net(kind, batch_first, need_weights).double(), data()
+    s = slopes(model, x, target)
+    for criterion, expected in (
+        ("taylor_fo_bn", s.sum(0).square()),
+        ("taylor_fo_gate", s.square().mean(0)),
+    ):
+        with tk.scoring(model) if in_scoring else nullcontext():
+            found = scored(model, criterion, x, target)
+        torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_without_a_batch_each_call_is_an_example(need_weights):
+    """Uses in one call of the model add up, and each of its calls brings another example."""
+    model = Net("unbatched", True, need_weights).double()
+    x, target = data()
+    imp = tk.Importance(model, "taylor_fo_gate", layers=[first_weight(model)], example_inputs=x[:1])
+    for one, wanted in zip(x.split(1), target.split(1), strict=True):
+        loss(model, one, wanted).backward()
+    imp.update()
+    each = [slopes(model, one, t) for one, t in zip(x.split(1), target.split(1), strict=True)]
+    expected = torch.cat(each).square().mean(0).float()
+    torch.testing.assert_close(
+        of_heads(imp.compute()[first_weight(model)]), expected, rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_autocast(need_weights):
+    model, (x, target) = Net("self", False, need_weights), data(8)
+    x, target = x.float(), target.float()
+    name = first_weight(model)
+    imp = tk.Importance(model, "taylor_fo_gate", layers=[name], example_inputs=x[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(model, x, target).backward()
+    imp.update()
+    found = of_heads(imp.compute()[name])
+    exact = slopes(copy.deepcopy(model).double(), x.double(), target.double())
+    torch.testing.assert_close(found, exact.square().mean(0).float(), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_other_statistics_stand_there_too(need_weights, batch_first):
+    model, (x, target) = Net("self", batch_first, need_weights).double().eval(), data()
+
+    def of_gates(z: Tensor) -> Tensor:
+        return loss(written(model, z.expand(len(x), -1)), x, target)
+
+    ones = torch.ones(HEADS, dtype=torch.float64)
+    z = ones.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(of_gates(z), z, create_graph=True)
+    (product,) = torch.autograd.grad(slope.sum(), z)
+    found = scored(model, "taylor_so_bn", x, target)
+    torch.testing.assert_close(found, (slope - product / 2).square().float(), rtol=1e-4, atol=1e-9)
+    without = []
+    for head in range(HEADS):
+        gone = ones.clone()
+        gone[head] = 0.0
+        without.append((of_gates(gone) - of_gates(ones)).detach().square())
+    found = scored(model, "oracle", x, target)
+    torch.testing.assert_close(found, torch.stack(without).float(), rtol=1e-4, atol=1e-9)
+    assert (scored(model, "taylor_so_diag", x, target) > 0).all()
+
+
+def test_a_step_has_the_same_bits_and_inference_its_fused_path():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+    model, x = nn.Sequential(nn.Linear(6, WIDTH), layer, nn.Linear(WIDTH, 5)), torch.randn(3, 5, 6)
+    plain = copy.deepcopy(model)
+    imp = tk.Importance(model, "taylor_fo_gate", example_inputs=x)
+    for one in (model, plain):
+        one(x).square().sum().backward()
+    imp.update()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+    attention, x = model[1].self_attn.eval(), torch.randn(3, 5, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(
+            attention(x, x, x, need_weights=False)[0],
+            plain[1].self_attn.eval()(x, x, x, need_weights=False)[0],
+        )
+
+
+def test_two_meters_see_the_same():
+    model, (x, target) = Net("self", False, True).double(), data()
+    options = {"layers": [first_weight(model)], "example_inputs": x[:2]}
+    meters = [tk.Importance(model, "taylor_fo_gate", **options) for _ in range(2)]
+    loss(model, x, target).backward()
+    for one in meters:
+        one.update()
+    first, second = (of_heads(one.compute()[first_weight(model)]) for one in meters)
+    assert torch.equal(first, second)
+    expected = slopes(model, x, target).square().mean(0).float()
+    torch.testing.assert_close(first, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
+    model, (x, target) = Net("self", True, False).double(), data()
+    imp = tk.Importance(model, "taylor_fo_bn", layers=[first_weight(model)], example_inputs=x[:2])
+
+    def stop(*_: object, **__: object) -> None:
+        raise error("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", stop)
+        with pytest.raises(error, match="stopped"):
+            model(x)
+    imp.skip()
+    loss(model, x, target).backward()
+    imp.update()
+    expected = slopes(model, x, target).sum(0).square().float()
+    found = of_heads(imp.compute()[first_weight(model)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+class Called(nn.Module):
+    """Attention of called layers, with grouped queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.o = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        n, t, _ = h.shape
+        q, k, v = (f(h).view(n, t, -1, 2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (one.repeat_interleave(2, 1) for one in (k, v))
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.head(h + self.o(y.transpose(1, 2).reshape(n, t, -1)))
+
+
+def test_heads_of_called_layers_have_the_gate_of_their_context():
+    """Not one factor on queries, keys and values at once."""
+    model, (x, target) = Called().double(), data()
+    found = {}
+    for criterion in ("taylor_fo_bn", "taylor_fo_gate"):
+        imp = tk.Importance(model, criterion, example_inputs=x[:2])
+        loss(model, x, target).backward()
+        imp.update()
+        found[criterion] = imp.compute()
+        imp.close()
+    gates = torch.ones(len(x), 2, dtype=torch.float64, requires_grad=True)
+    spread = gates.repeat_interleave(4, 1)[:, None]  # a shared head with the two that query it
+    with model.o.register_forward_pre_hook(lambda _, args: (args[0] * spread,)):
+        (s,) = torch.autograd.grad(loss(model, x, target), gates)
+    for name, rows in (("q", 4), ("k", 2), ("v", 2)):
+        for criterion, expected in (
+            ("taylor_fo_bn", s.sum(0).square()),
+            ("taylor_fo_gate", s.square().mean(0)),
+        ):
+            torch.testing.assert_close(
+                found[criterion][name], expected.float().repeat_interleave(rows), rtol=1e-5, atol=0
+            )
+
+
+class Borrowing(nn.Module):
+    """Code that multiplies by the weights of layers and never calls them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.linear(x, self.up.weight, self.up.bias).relu()
+        return self.head(functional.linear(h, self.down.weight, self.down.bias).relu())
+
+
+def test_layers_that_other_code_uses_are_pruned_by_default():
+    model, (x, target) = Borrowing().double(), data()
+    h = functional.linear(x, model.up.weight, model.up.bias).relu()
+    gates = torch.ones(len(x), 1, 8, dtype=torch.float64, requires_grad=True)
+    y = functional.linear(h * gates, model.down.weight, model.down.bias).relu()
+    (s,) = torch.autograd.grad((model.head(y) - target).square().sum(), gates)
+    pruner = tk.Pruner(model, x[:1], params=0.7, every=1)
+    assert set(pruner.skipped) == {"head"}
+    loss(model, x, target).backward()
+    pruner.step()
+    torch.testing.assert_close(
+        pruner.scores()["up"].nan_to_num(), s.sum((0, 1)).square().float(), rtol=1e-4, atol=10.0
+    )
+
+
+def test_sites_of_a_transformer():
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
+    model = nn.Sequential(nn.Linear(6, WIDTH), layer, nn.Linear(WIDTH, 5))
+    channels = tk.trace(model, torch.randn(1, 4, 6))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = find_gate_sites(channels, model, layers)
+    assert not found.hidden
+    assert found.sites_of("0") == ["0", "1.self_attn.out_proj.weight", "1.linear2"]
