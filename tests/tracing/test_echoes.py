@@ -120,3 +120,54 @@ def test_a_size_of_ones_own_couples_nothing():
     # Each layer's filters go as they are ranked, in a group of their own.
     assert len(pruner._prunable.groups) == 3
     assert trace(model, x).coupled(model, ["leave"]) is None
+
+
+#: Ways to cut queries, keys and values into heads, given what made all three and the stream.
+CUTS = {
+    "split by the stream's width": lambda a, qkv, x: [
+        part.view(*x.shape[:2], a.heads, x.size(-1) // a.heads).transpose(1, 2)
+        for part in qkv.split(x.size(-1), dim=2)
+    ],
+    "one reshape": lambda a, qkv, x: (
+        qkv.reshape(*x.shape[:2], 3, a.heads, x.size(-1) // a.heads).permute(2, 0, 3, 1, 4).unbind()
+    ),
+    "chunks": lambda a, qkv, x: [
+        part.view(*x.shape[:2], a.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+    ],
+}
+
+
+class Attention(nn.Module):
+    """As nanoGPT and timm write it: heads are put side by side as wide as the stream."""
+
+    def __init__(self, heads, head_size, cut):
+        super().__init__()
+        width = heads * head_size
+        self.heads, self.cut = heads, cut
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.cut(self, self.qkv(x), x)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("seed", range(2))
+def test_heads_go_with_channels_of_the_stream(cut, seed):
+    draw = random.Random(f"{cut} {seed}")
+    torch.manual_seed(seed)
+    heads, size, layers = draw.randint(4, 6), draw.randint(2, 5), draw.randint(1, 3)
+    model = nn.Sequential(nn.Embedding(9, heads * size))
+    model.extend(Attention(heads, size, CUTS[cut]) for _ in range(layers))
+    model.append(nn.Linear(heads * size, 3))
+    tokens = torch.randint(9, (1, 5))
+    pruner, optimizer = judging.new_pruner(model, tokens, 0.6)
+    assert list(pruner.skipped) == [f"{layers + 1}"]
+    verdict = judging.prune(model, tokens, pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12
+    # As many heads have gone from every layer, each with as many channels as it has.
+    assert {layer.heads for layer in model[1:-1]} == {model[0].embedding_dim // size}
+    assert model[1].heads < heads

@@ -86,6 +86,9 @@ def reshaped(
         assert flat is not None
         if len(theirs) == 1:
             axes: list[Vector | None] = [flat]
+            if theirs[0] not in inferred:
+                # Heads put side by side: as wide as the stream by the code's own words, mostly.
+                call.recorder.echo(flat, call.where)
         elif not theirs:
             call.refuse(flat, "is a single channel whose dimension is dropped")
             continue
