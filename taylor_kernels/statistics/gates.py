@@ -304,7 +304,7 @@ class Gates(_Gates):
         self._in_backward = True
         weight = self.model.get_parameter(site.weight).detach()
         axis = weight.dim() + site.dim
-        (moments,) = filter_moments(
+        (moments,) = needed_moments(
             [weight.flatten(0, axis - 1) if axis else weight],
             [grad.detach().flatten(0, axis - 1) if axis else grad.detach()],
             dim=min(axis, 1),

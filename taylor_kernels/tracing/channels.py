@@ -16,16 +16,11 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
-<<<<<<< HEAD
 from taylor_kernels.tracing.counters import shrunk
 from taylor_kernels.tracing.drawing import table, write_page
-from taylor_kernels.tracing.experts import Result
+from taylor_kernels.tracing.experts import ExpertWeights, Result
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
-=======
-from taylor_kernels.tracing.drawing import write_page
-from taylor_kernels.tracing.experts import ExpertWeights, Mixture, Result
->>>>>>> gates
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Join, Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
@@ -347,6 +342,11 @@ class Channels:
         many, however many there are."""
         return {part for mixture, _ in self._vectors.mixtures.values() for part in mixture.parts}
 
+    @property
+    def expert_weights(self) -> list[ExpertWeights]:
+        """How channels go through the weights of experts, by mixture."""
+        return self._vectors.expert_weights(self.bare)
+
     def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
         """What removing the dead units makes of module attributes: module -> attribute -> value.
 
@@ -372,72 +372,6 @@ class Channels:
             gone[group.classes.numpy()[mask.cpu().numpy()]] = True
         return gone
 
-<<<<<<< HEAD
-=======
-    @property
-    def expert_weights(self) -> list[ExpertWeights]:
-        """How channels go through the weights of experts, by mixture."""
-        return [
-            self._expert_weights(mixture, classes) for mixture, classes in self._mixtures.values()
-        ]
-
-    def _expert_weights(self, mixture: Mixture, classes: Vector) -> ExpertWeights:
-        products = {part: self._layers[part] for part in mixture.parts if part in self.bare}
-        inputs: dict[str, int] = {}
-        for part, (read, _) in products.items():
-            dims = self.classes[part]
-            along = [d for d, own in enumerate(dims) if d and np.array_equal(own.numpy(), read)]
-            inputs |= {part: along[0] - len(dims)} if along else {}
-        steps = [step for step in self.steps if step.weight in products]
-        read_on = {self.steps[number].weight for step in steps for number in step.sources}
-        last = [part for part in products if part not in read_on]
-        last += [
-            part
-            for part in mixture.parts
-            if part not in products
-            and len(dims := self.classes[part]) == 2
-            and any(np.array_equal(dims[1].numpy(), products[one][1]) for one in last)
-        ]
-        inside = f"{mixture.experts}."
-        normed = any(name.startswith(inside) for name in (*self._across, *dict(self.norms)))
-        return ExpertWeights(mixture.experts, classes, inputs, () if normed else tuple(last))
-
-    def _counted(
-        self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]
-    ) -> list[tuple[str, str, Any, Vector]]:
-        """Attributes that count channels: module, attribute, value, classes counted."""
-        found: list[tuple[str, str, Any, Vector]] = []
-        firsts: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            firsts.setdefault(id(tensor), name)
-        groups = {p.module: p.groups for p in self._record.products if p.groups is not None}
-        norms = {norm.module: self._label[norm.atoms] for norm in self._record.norms}
-        norms |= {s.module: s.outputs for s in self.steps if s.output_dim and s.kind == NORM}
-        for name, module in modules.items():
-            for attribute, what in attributes.rules_of(module).items():
-                vector = None
-                if isinstance(what, tuple):
-                    first = firsts.get(id(_inside(module, what[0])), "")
-                    vector = self._classes.get((first, what[1]))
-                elif what == "groups":
-                    vector = self._label[groups[name]] if name in groups else None
-                elif what == "norm":
-                    # Its vectors first: an InstanceNorm is run on channels repeated by example.
-                    own = [firsts.get(id(t), "") for t in (module.weight, module.running_mean)]
-                    vectors = [self._classes[o, 0] for o in own if (o, 0) in self._classes]
-                    vector = vectors[0] if vectors else norms.get(name)
-                elif name in self._layers:
-                    vector = self._layers[name][what == "outputs"]
-                old = getattr(module, attribute, None)
-                if vector is not None and old is not None:
-                    found.append((name, attribute, old, vector))
-        for size in counted(self._record.sizes):
-            listed, _, place = size.attribute.partition("[")
-            kept = getattr(modules[size.module], listed) if place else 0
-            found.append((size.module, size.attribute, kept, self._label[size.atoms]))
-        return found
-
->>>>>>> gates
     # For people
 
     def table(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.counters import Counter, find_counters
-from taylor_kernels.tracing.experts import Mixture
+from taylor_kernels.tracing.experts import ExpertWeights, Mixture
 from taylor_kernels.tracing.record import Record, Step, Vector
 from taylor_kernels.tracing.units import IN, OUT, index
 
@@ -120,6 +120,43 @@ class Vectors:
             mixtures={name: found for name, found in self.mixtures.items() if not gone(name)},
             counters=[counter for counter in self.counters if not gone(counter[0])],
         )
+
+    def expert_weights(self, bare: Collection[str]) -> list[ExpertWeights]:
+        """How channels go through the weights of experts, by mixture.
+
+        Args:
+            bare: the names of weights that are layers by themselves.
+        """
+        return [
+            self._weights_in(mixture, classes, bare) for mixture, classes in self.mixtures.values()
+        ]
+
+    def _weights_in(
+        self, mixture: Mixture, classes: Vector, bare: Collection[str]
+    ) -> ExpertWeights:
+        dims: dict[str, list[Vector]] = {part: [] for part in mixture.parts}
+        for (name, _), vector in self.dims.items():  # a tensor's dimensions, in their order
+            if name in dims:
+                dims[name].append(vector)
+        products = {part: self.layers[part] for part in mixture.parts if part in bare}
+        inputs: dict[str, int] = {}
+        for part, (read, _) in products.items():
+            own = dims[part]
+            along = [d for d, vector in enumerate(own) if d and np.array_equal(vector, read)]
+            inputs |= {part: along[0] - len(own)} if along else {}
+        steps = [step for step in self.steps if step.weight in products]
+        read_on = {self.steps[number].weight for step in steps for number in step.sources}
+        last = [part for part in products if part not in read_on]
+        last += [
+            part
+            for part, own in dims.items()
+            if part not in products
+            and len(own) == 2
+            and any(np.array_equal(own[1], products[one][1]) for one in last)
+        ]
+        inside = f"{mixture.experts}."
+        normed = any(name.startswith(inside) for name in (*self.across, *dict(self.norms)))
+        return ExpertWeights(mixture.experts, classes, inputs, () if normed else tuple(last))
 
 
 def numbered(label: Vector) -> tuple[Vector, Vector]:
