@@ -276,8 +276,8 @@ class Trial:
             self._model.train(train)
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self._model))
-            stack.enter_context(quiet())  # every run starts from the caller's random state
-            stack.enter_context(InDouble() if self._exact else SmallPools())
+            # Every run starts from the caller's random state.
+            stack.enter_context(quiet(self._model, InDouble() if self._exact else SmallPools()))
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())

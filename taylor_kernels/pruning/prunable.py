@@ -25,6 +25,7 @@ from taylor_kernels.statistics import (
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
 
@@ -113,23 +114,25 @@ def find_prunable(
     whole, channels = channels, channels.offering(groups)
     chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
     if verify and (groups or chosen):
-        unreached = layers.keys() - channels.layers.keys()
-        train_too = bool(unreached or channels.unread)
-        trial = Trial(plain, example_inputs, channels, train_too)
-        chosen, found_blocks = sound_blocks(trial, chosen)
-        others |= found_blocks
-        found = unsound(trial, chosen)
-        wrong = {slot.owner for number in found for slot in groups[number].producers}
-        # What could not go alone may go with what has the same width by the code's own words.
-        if wrong and (other := whole.coupled(plain, wrong)) is not None:
-            more, stay = choose(other)
-            trial.channels = other.offering(more)
-            left = unsound(trial, chosen)
-            if _filters(more, left) > _filters(groups, found):
-                channels, groups, skipped, found = trial.channels, more, stay, left
-        for number, reason in found.items():
-            skipped |= {slot.owner: reason for slot in groups[number].producers}
-        groups = [group for number, group in enumerate(groups) if number not in found]
+        # Of all runs together, so that the seconds of a proof begin when it may run.
+        with one_at_a_time():
+            unreached = layers.keys() - channels.layers.keys()
+            train_too = bool(unreached or channels.unread)
+            trial = Trial(plain, example_inputs, channels, train_too)
+            chosen, found_blocks = sound_blocks(trial, chosen)
+            others |= found_blocks
+            found = unsound(trial, chosen)
+            wrong = {slot.owner for number in found for slot in groups[number].producers}
+            # What could not go alone may go with what has the same width by the code's own words.
+            if wrong and (other := whole.coupled(plain, wrong)) is not None:
+                more, stay = choose(other)
+                trial.channels = other.offering(more)
+                left = unsound(trial, chosen)
+                if _filters(more, left) > _filters(groups, found):
+                    channels, groups, skipped, found = trial.channels, more, stay, left
+            for number, reason in found.items():
+                skipped |= {slot.owner: reason for slot in groups[number].producers}
+            groups = [group for number, group in enumerate(groups) if number not in found]
     if blocks and not chosen:
         reasons = "; ".join(f"{name or 'model'}: {why}" for name, why in others.items())
         raise ValueError(
