@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,27 +13,22 @@ from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
-from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.hooks import OnModel
+from taylor_kernels.importance.scored import placed, scored_layers
 from taylor_kernels.importance.together import Together
 from taylor_kernels.importance.totals import Totals
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import (
-    Statistic,
     check_closure,
     check_loss_scale,
     check_streams,
     check_weight,
     checked_tables,
     filter_count,
-    find_layers,
     get_statistic,
     held_weight,
-    is_layer,
-    parts_beside_layers,
 )
 from taylor_kernels.statistics.counting import Mask, counted
-from taylor_kernels.tracing import trace
 
 
 class Importance(OnModel):
@@ -153,18 +147,12 @@ class Importance(OnModel):
         statistic = get_statistic(self.criterion.statistic)
         if stream:
             check_streams(statistic, self.criterion.name)
-        trainable_only = statistic.reads == "weight gradients"
-        self._layers = find_layers(
-            model,
-            layers,
-            trainable_only=trainable_only,
-            beside=partial(_beside_layers, model, example_inputs) if statistic.reads_bare else None,
-        )
+        self._layers = scored_layers(model, statistic, layers, example_inputs)
         for layer in self._layers.values():
             held = held_weight(layer)
             select(held.device, held.dtype, backend)  # says now what cannot run
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
-        self._statistic = self._made(model, statistic, backend, example_inputs)
+        self._statistic = placed(model, statistic, self._layers, backend, example_inputs)
         self._statistic.moments = self.criterion.moments
         self._totals: Totals
         self._closed = False
@@ -178,20 +166,6 @@ class Importance(OnModel):
         if ranks is not None:
             self._together = Together(ranks, self.criterion, self._statistic, self._sizes)
         self._zero()
-
-    def _made(
-        self, model: nn.Module, statistic: type[Statistic], backend: str | None, example: Any
-    ) -> Statistic:
-        if example is None or not statistic.at_gates:
-            return statistic(model, self._layers, backend)
-        sites = find_gate_sites(trace(model, example), model, self._layers)
-        if hidden := sites.hidden:
-            warnings.warn(
-                f"{', '.join(hidden)}: has filters whose channels no module is given or returns, "
-                "so that no gate can stand there; their scores are nan (taylor_fo has some)",
-                stacklevel=3,
-            )
-        return statistic(model, self._layers, backend, sites)
 
     def update(
         self,
@@ -414,11 +388,3 @@ class Importance(OnModel):
     def _require_updates(self, method: str) -> None:
         if not self._totals.updates:
             raise RuntimeError(f"{method}: there was no update() yet")
-
-
-def _beside_layers(
-    model: nn.Module, example_inputs: Any
-) -> Mapping[str, Sequence[tuple[str, int]]]:
-    """What can be scored beside layers; a trace tells how weights that no layer holds are used."""
-    known = {} if example_inputs is None else trace(model, example_inputs).bare
-    return parts_beside_layers(model, is_layer, known)

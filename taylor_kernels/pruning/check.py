@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
+from taylor_kernels.pruning.defaults import widened
 from taylor_kernels.pruning.exact_run import (
     InDouble,
     Noise,
@@ -35,7 +36,6 @@ from taylor_kernels.pruning.exact_run import (
     SteadyNoise,
     cut_down,
     widen,
-    widened,
 )
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.kept_norms import keep_only
@@ -166,17 +166,13 @@ class Trial:
         buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
         self._written = buffers
         self._begun: tuple[dict[str, Tensor], list[Tensor]] | None = None
-        self._exact = True
+        self._exact, self._below = True, False
         self._untouched = self._snapshot()
-        # Code may need all of the example, and may neither know float64 nor let itself be told.
-        if not self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
-            try:
-                self._runs(tree_map(widened, example_inputs))
-            except Exception:
-                back()
-                self._exact = False
-                self._untouched = self._snapshot()
-                self._runs(example_inputs)
+        if not self._runs_in_double(example_inputs):
+            back()
+            self._exact = False
+            self._untouched = self._snapshot()
+            self._runs(example_inputs)
         self._train_too = False
         if train_too:
             self._written = buffers
@@ -184,6 +180,20 @@ class Trial:
             with suppress(Exception), self._restored():
                 self._outputs(train=True)
                 self._train_too = True
+
+    def _runs_in_double(self, example_inputs: Any) -> bool:
+        """Whether the model runs in double precision, on inputs that are kept if it does.
+
+        Code may need all of the example, may make lower precision out of sight of a mode for
+        functions, and may neither know float64 nor let itself be told.
+        """
+        for self._below in (False, True):
+            if self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
+                return True
+            with suppress(Exception):
+                self._runs(tree_map(widened, example_inputs))
+                return True
+        return False
 
     def _noisy(self, value: Any) -> Any:
         return self._noise.add_to(value.detach().clone()) if isinstance(value, Tensor) else value
@@ -383,8 +393,9 @@ class Trial:
             self._model.train(train)
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self._modules.values()))
-            stack.enter_context(quiet())  # every run starts from the caller's random state
-            stack.enter_context(InDouble() if self._exact else SmallPools())
+            mode = InDouble(below=self._below) if self._exact else SmallPools()
+            # Every run starts from the caller's random state.
+            stack.enter_context(quiet(self._model, mode))
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
