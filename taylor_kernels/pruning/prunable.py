@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import Trial, first_fault, sound_blocks, unsound
+from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.statistics import (
     BareLayer,
     Layers,

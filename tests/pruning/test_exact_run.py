@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from taylor_kernels.pruning.check import Trial
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools
+from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import trace
 
 
