@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -13,15 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, widened, wider
 from taylor_kernels.tracing.running import tensors_in
 
-_WIDER = {
-    torch.float16: torch.float64,
-    torch.bfloat16: torch.float64,
-    torch.float32: torch.float64,
-    torch.complex32: torch.complex128,
-    torch.complex64: torch.complex128,
-}
 _CASTS: dict[Any, Any] = {
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
@@ -30,11 +25,6 @@ _CASTS: dict[Any, Any] = {
 
 
 _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
-
-
-def widened(value: Any) -> Any:
-    """A tensor of floating-point numbers in double precision; other values as they are."""
-    return value.to(_WIDER.get(value.dtype, value.dtype)) if isinstance(value, Tensor) else value
 
 
 def widen(model: nn.Module) -> Callable[[], None]:
@@ -128,29 +118,42 @@ class SmallPools(TorchFunctionMode):
 class InDouble(SmallPools):
     """What code would cast to, or make in, a lower precision is in double precision.
 
-    It is one mode with `SmallPools`, since every mode adds to the time of every operation.
+    So is what they make in the default precision, which is a setting of the process and stays as it
+    is. It is one mode with `SmallPools`, since every mode adds to the time of every operation.
+
+    Args:
+        below: also what operations make that no mode for functions sees: those of scripted code,
+            and of `torch.Tensor(...)`. It costs time at every operation.
     """
 
+    def __init__(self, *, below: bool = False) -> None:
+        super().__init__()
+        self._below = InDoubleBelow() if below else nullcontext()
+
     def __enter__(self) -> InDouble:
-        self._default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
+        self._below.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(self._default)
         super().__exit__(*error)
+        self._below.__exit__(*error)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
         for value in args:
             if type(value) is torch.dtype:
-                args = tuple(_wider(value) for value in args)
+                args = tuple(wider(value) for value in args)
                 break
         if kwargs:
-            kwargs = {name: _wider(value) for name, value in kwargs.items()}
+            kwargs = {name: wider(value) for name, value in kwargs.items()}
         if func not in _SPECIAL:
-            return func(*args, **kwargs) if kwargs else func(*args)
+            out = func(*args, **kwargs) if kwargs else func(*args)
+            if out.__class__ is Tensor and out.dtype in WIDER:
+                return made_in_double(func, args, kwargs or {}, out)
+            return out
+        if func is torch.result_type:
+            return wider(func(*args, **(kwargs or {})))
         if func in _GROUPED and (out := _grouped(*args, **(kwargs or {}))) is not None:
             return out
         return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
@@ -160,7 +163,7 @@ class InDouble(SmallPools):
 _GROUPED = {F.conv1d, F.conv2d, F.conv3d}
 _MOST = 2**24
 #: Functions that are not run as they are.
-_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS}
+_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS, torch.result_type}
 
 
 def _grouped(
@@ -214,10 +217,6 @@ def _grouped(
 def _each(value: Any, dims: int) -> list[int]:
     """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
     return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
-
-
-def _wider(value: Any) -> Any:
-    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import Trial, first_fault, sound_blocks, unsound
+from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.statistics import (
     BareLayer,
     Layers,
@@ -26,6 +27,7 @@ from taylor_kernels.statistics import (
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
 
@@ -113,29 +115,18 @@ def find_prunable(
     whole, channels = channels, channels.offering(groups)
     chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
     if verify and (groups or chosen):
-        unreached = layers.keys() - channels.layers.keys()
-        train_too = bool(unreached or channels.unread)
-        trial = Trial(plain, example_inputs, channels, train_too)
-        chosen, found_blocks = sound_blocks(trial, chosen)
-        others |= found_blocks
-        found: dict[int, str] = {}
-        # What could not go alone may go with what has the same width by the code's own words.
-        if not first_fault(trial, chosen):
-            pass
-        elif (followed := _following(trial, whole, plain, chosen, groups, choose)) is not None:
-            channels, groups, skipped = followed
-        else:
-            found = unsound(trial, chosen)
-            wrong = {slot.owner for number in found for slot in groups[number].producers}
-            if wrong and (other := whole.coupled(plain, wrong)) is not None:
-                more, stay = choose(other)
-                trial.channels = other.offering(more)
-                left = unsound(trial, chosen)
-                if _filters(more, left) > _filters(groups, found):
-                    channels, groups, skipped, found = trial.channels, more, stay, left
-        for number, reason in found.items():
-            skipped |= {slot.owner: reason for slot in groups[number].producers}
-        groups = [group for number, group in enumerate(groups) if number not in found]
+        # Of all runs together, so that the seconds of a proof begin when it may run.
+        with one_at_a_time():
+            unreached = layers.keys() - channels.layers.keys()
+            train_too = bool(unreached or channels.unread)
+            trial = Trial(plain, example_inputs, channels, train_too)
+            chosen, found_blocks = sound_blocks(trial, chosen)
+            others |= found_blocks
+            offer, found = _proven(trial, whole, plain, chosen, (channels, groups, skipped), choose)
+            channels, groups, skipped = offer
+            for number, reason in found.items():
+                skipped |= {slot.owner: reason for slot in groups[number].producers}
+            groups = [group for number, group in enumerate(groups) if number not in found]
     if blocks and not chosen:
         reasons = "; ".join(f"{name or 'model'}: {why}" for name, why in others.items())
         raise ValueError(
@@ -175,6 +166,36 @@ def find_prunable(
 
 
 Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
+#: Channels, the groups of them that can be pruned, and the layers that cannot -> why.
+Offer = tuple[Channels, list[Group], dict[str, str]]
+
+
+def _proven(
+    trial: Trial,
+    whole: Channels,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    offer: Offer,
+    choose: Choose,
+) -> tuple[Offer, dict[int, str]]:
+    """What can be offered, and the groups of it that are not sound, with the reason.
+
+    What could not go alone may go with what has the same width by the code's own words.
+    """
+    _, groups, _ = offer
+    if not first_fault(trial, blocks):
+        return offer, {}
+    if (followed := _following(trial, whole, model, blocks, groups, choose)) is not None:
+        return followed, {}
+    found = unsound(trial, blocks)
+    wrong = {slot.owner for number in found for slot in groups[number].producers}
+    if wrong and (other := whole.coupled(model, wrong)) is not None:
+        more, skipped = choose(other)
+        trial.channels = other.offering(more)
+        left = unsound(trial, blocks)
+        if _filters(more, left) > _filters(groups, found):
+            return (trial.channels, more, skipped), left
+    return offer, found
 
 
 def _following(
@@ -184,9 +205,10 @@ def _following(
     blocks: Sequence[Block],
     groups: Sequence[Group],
     choose: Choose,
-) -> tuple[Channels, list[Group], dict[str, str]] | None:
-    """The channels, groups and skipped layers where the sizes that code has from other tensors
-    follow these, if then all groups are sound and none has lost filters by it.
+) -> Offer | None:
+    """What can be offered where sizes that code has from other tensors follow these.
+
+    None where not all groups are sound then, or filters that could go no longer can.
 
     The module in which the trial has failed says whose code does so: its class's. So culprits need
     not be looked for among all groups, and what else happens to be as wide stays apart.

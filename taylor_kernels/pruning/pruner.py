@@ -73,7 +73,8 @@ class Pruner(Resumable):
         ValueError, TypeError: an argument is wrong, a target cannot be reached, nothing can be
             pruned, or an earlier Pruner of the model is open. The model is as it was.
         RuntimeError: the backend is not available here.
-        TimeoutError, MemoryError: the model takes minutes, or gigabytes of labels, to trace.
+        TimeoutError, MemoryError: the model takes minutes, or gigabytes of labels, to trace; or the
+            models of other threads take ten minutes.
 
     Example:
         >>> import torch, taylor_kernels as tk

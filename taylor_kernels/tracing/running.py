@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -151,6 +152,9 @@ def is_lazy(tensor: Tensor) -> bool:
     return torch.nn.parameter.is_lazy(tensor)
 
 
+#: Seconds that a thread waits for the traces and proofs of others, each of which ends by itself:
+#: in 300 and 120 seconds, where nobody asks for more.
+WAIT = 600.0
 _lock = threading.RLock()
 
 
@@ -170,25 +174,51 @@ def one_at_a_time() -> Iterator[None]:
 
     What exchanges methods of tensors, classes of modules or settings of PyTorch puts back what it
     found: two that overlap would leave what the other one had put there.
+
+    Raises:
+        TimeoutError: others have been inside for `WAIT` seconds.
     """
-    with _lock:
+    lock = _lock
+    if not lock.acquire(timeout=WAIT):
+        raise TimeoutError(
+            f"model: other threads have traced or tried theirs for {WAIT:g} seconds, and only one "
+            "can at a time; make these traces or pruners one after another, or with smaller "
+            "example inputs"
+        )
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet(model: nn.Module, mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """No gradients, no fused attention fast path, no compilation; random states as they were.
 
-    Some of these are settings of the process, so that threads wait for each other.
+    Compilation and random states are the process's, so that threads wait for each other.
+
+    Args:
+        model: what is to be run inside.
+        mode: a mode to run it in.
+
+    Raises:
+        TimeoutError: others have been inside for `WAIT` seconds.
     """
-    with one_at_a_time(), _quiet():
+    with one_at_a_time(), _quiet(model, mode):
         yield
 
 
+#: Modules of PyTorch that have a fused path.
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(model: nn.Module, mode: TorchFunctionMode | None) -> Iterator[None]:
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    fast = torch.backends.mha.get_fastpath_enabled()
+    if mode is None and any(isinstance(module, _FUSED) for module in model.modules()):
+        # They leave their fused path under any mode for functions, which is this thread's alone;
+        # the setting of `torch.backends.mha` is the process's.
+        mode = BaseTorchFunctionMode()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         # Weights that autocast has cast before show no labels, and those of a run without gradients
@@ -196,8 +226,8 @@ def _quiet() -> Iterator[None]:
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        if mode is not None:
+            stack.enter_context(mode)
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +56,8 @@ def trace(
         TypeError: `model` is no module.
         ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
             example inputs, or nothing is in these.
-        TimeoutError: it takes longer than `seconds`.
+        TimeoutError: it takes longer than `seconds`; or other threads have traced, one after
+            another, for ten minutes.
         MemoryError: labels need more than 2 GiB.
 
     Example:
@@ -84,7 +86,7 @@ def traced(
     Args:
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
-    with one_at_a_time():  # a wait is no longer than the other trace's own limit
+    with one_at_a_time():
         return _traced(model, example_inputs, seconds, execute, blocks)
 
 
@@ -106,17 +108,22 @@ def _traced(
     names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
     recorder = Recorder(names, untouched.touch, seconds, execute, blocks)
+    mine = threading.get_ident()  # PyTorch calls these hooks for modules of all threads
+
+    def entered(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if threading.get_ident() == mine:
+            recorder.enter(module, args)
 
     def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if threading.get_ident() != mine:
+            return
         kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
         if output is not None:
             _keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
         recorder.leave(module, kwargs, output)
 
     handles = [
-        torch.nn.modules.module.register_module_forward_pre_hook(
-            lambda module, args: recorder.enter(module, args)
-        ),
+        torch.nn.modules.module.register_module_forward_pre_hook(entered),
         torch.nn.modules.module.register_module_forward_hook(
             left,
             with_kwargs=True,
@@ -124,7 +131,12 @@ def _traced(
         ),
     ]
     try:
-        with new_garbage_only(), quiet(), prunable_attention(names), one_expert_at_a_time(names):
+        with (
+            new_garbage_only(),
+            quiet(model),
+            prunable_attention(names),
+            one_expert_at_a_time(names),
+        ):
             if any(module.training for module in names):
                 model.eval()  # which takes its time, as every module sets an attribute
             for name, tensor in tensors:

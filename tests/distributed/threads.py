@@ -15,8 +15,7 @@ import taylor_kernels as tk
 class Meeting:
     """Where the threads wait for each other, for a bounded time.
 
-    One runs at a time, until it waits: PyTorch's default dtype and its hooks on all optimizers are
-    those of a process.
+    One runs at a time, until it waits: PyTorch's hooks on all optimizers are those of a process.
     """
 
     def __init__(self, size: int) -> None:

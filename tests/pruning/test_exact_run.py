@@ -6,9 +6,12 @@ import random
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools
+from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.tracing import trace
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,126 @@ def test_groups_that_do_not_fit_are_refused_as_ever(wrong):
         layer.bias = nn.Parameter(layer.bias[:3])
     with InDouble(), pytest.raises(RuntimeError):
         layer(x)
+
+
+#: What PyTorch makes in the default precision, by one way or another.
+COUNTS, TRUTH = torch.arange(1, 7).reshape(2, 3), torch.tensor([[True, False, True]])
+DEFAULTS = {
+    "zeros": lambda: torch.zeros(3),
+    "ones": lambda: torch.ones(2, 2),
+    "full": lambda: torch.full((2,), 0.1),
+    "empty": lambda: torch.empty(3).fill_(0.1),
+    "eye": lambda: torch.eye(3),
+    "arange": lambda: torch.arange(0, 1, 0.1),
+    "linspace": lambda: torch.linspace(0, 1, 7),
+    "logspace": lambda: torch.logspace(0, 1, 7),
+    "hann_window": lambda: torch.hann_window(7),
+    "tensor": lambda: torch.tensor([0.1, 3]),
+    "tensor of a complex number": lambda: torch.tensor(0.1j),
+    "as_tensor": lambda: torch.as_tensor(0.1),
+    "scalar_tensor": lambda: torch.scalar_tensor(3),
+    "rand": lambda: torch.rand(4, generator=torch.Generator().manual_seed(3)) * 0 + 0.1,
+    "normal": lambda: torch.normal(0.1, 0.0, (3,)),
+    "a layer": lambda: nn.Linear(2, 3, bias=False).weight.detach() * 0 + 0.1,
+    "mask of a transformer": lambda: nn.Transformer.generate_square_subsequent_mask(3),
+    "new_tensor": lambda: TRUTH.new_tensor([0.1], dtype=torch.get_default_dtype()),
+    "integers / integers": lambda: COUNTS / (COUNTS + 2),
+    "a number / integers": lambda: 0.1 / COUNTS,
+    "integers * a number": lambda: COUNTS * 0.1,
+    "integers + a complex number": lambda: COUNTS + 0.1j,
+    "truth values * a number": lambda: TRUTH * 0.1,
+    "truth values / a number": lambda: TRUTH / 3,
+    "a number ** integers": lambda: 0.1**COUNTS,
+    "integers ** a number": lambda: COUNTS**0.1,
+    "sqrt": lambda: COUNTS.sqrt(),
+    "exp beyond float32": lambda: (COUNTS * 100).exp(),
+    "sigmoid": lambda: torch.sigmoid(COUNTS),
+    "atan2": lambda: torch.atan2(COUNTS, COUNTS + 1),
+    "where, of numbers": lambda: torch.where(TRUTH, 0.5, 0.25),
+    "where, of integers and a number": lambda: torch.where(TRUTH, COUNTS, 0.1),
+    "clamp": lambda: COUNTS.clamp(max=1.1),
+    "result_type": lambda: COUNTS.to(torch.result_type(COUNTS, 0.1)) / 3,
+}
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    assert found.dtype == expected.dtype
+    assert found.dtype in (torch.float64, torch.complex128)
+    assert torch.equal(found, expected)
+
+
+@pytest.fixture
+def default_of_64_bits():
+    """Sets the default precision of the process, for references."""
+    before = torch.get_default_dtype()
+
+    def made(make):
+        torch.set_default_dtype(torch.float64)
+        try:
+            return make()
+        finally:
+            torch.set_default_dtype(before)
+
+    return made
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("make", DEFAULTS.values(), ids=DEFAULTS)
+def test_the_default_precision_is_double_and_stays_what_it_is(make, below, default_of_64_bits):
+    expected = default_of_64_bits(make)
+    with InDouble(below=below):
+        found = make()
+        assert torch.get_default_dtype() is torch.float32
+    same(found, expected)
+    assert make().dtype in (torch.float32, torch.complex64)
+
+
+def test_integers_and_given_precision_stay():
+    x = torch.randn(3, dtype=torch.float64)
+    with InDouble():
+        assert torch.arange(3).dtype == torch.full((2,), 3).dtype == torch.int64
+        assert COUNTS.sum().dtype == (COUNTS * 2).dtype == torch.int64
+        assert (COUNTS > 0.5).dtype == torch.bool
+        assert torch.zeros(3, dtype=torch.int32).dtype == torch.int32
+        assert torch.zeros_like(x).dtype == x.new_zeros(3).dtype == torch.float64
+
+
+@torch.jit.script
+def positions(x: Tensor) -> Tensor:
+    """Of scripted code, whose operations no mode for functions sees: a product with x."""
+    places = torch.arange(x.size(1)) / 10 + torch.linspace(0, 1, x.size(1))
+    return x * 0 + x @ torch.diag(places.sqrt())
+
+
+UNSEEN = {
+    "scripted": positions,
+    "torch.Tensor": lambda x: F.linear(x, torch.Tensor(x.size(1), x.size(1)).fill_(0.1)),
+    "a list in torch.Tensor": lambda x: x @ torch.Tensor([[0.5] * 4] * 4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", UNSEEN.values(), ids=UNSEEN)
+def test_what_no_mode_for_functions_sees_is_double_below(make, default_of_64_bits):
+    x = torch.randn(2, 4, dtype=torch.float64)
+    expected = default_of_64_bits(lambda: make(x))
+    with InDouble(below=True):
+        found = make(x)
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("make", UNSEEN.values(), ids=UNSEEN)
+def test_a_model_with_such_code_is_proven_in_double(make):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(make(x)).relu())
+
+    model, x = Model().eval(), torch.randn(2, 4)
+    trial = Trial(model, x, trace(model, x), False)
+    assert [out.dtype for out in trial._outputs()] == [torch.float64]
+    assert trial._exact

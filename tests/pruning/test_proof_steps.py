@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.check import _units
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.removal_steps import units_by_step
 from taylor_kernels.tracing import trace
 from tests.tracing.pieces import Apply
 
@@ -24,7 +24,7 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
     first, most = group.next_to_go(size), group.most_removable(size)
     ways = set()
     for number in range(60):
-        steps = _units(group, number)
+        steps = units_by_step(group, number)
         assert steps.shape == (3, size)
         assert int(steps.sum(0).max()) <= 1
         total = int(steps.sum())
@@ -34,7 +34,7 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
             assert count == 0 or (count - first) % multiple == 0
         ways.add(tuple(steps.sum(1).tolist()))
         if first < total:
-            neighbour = _units(group, number + 1)
+            neighbour = units_by_step(group, number + 1)
             assert int(neighbour[0].sum()) != int(steps[0].sum())
     assert len(ways) > 1 or not first
 

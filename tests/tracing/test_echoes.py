@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_kernels.pruning import check
+from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import trace
 from tests.zoo import judging
 
@@ -95,9 +95,9 @@ def test_only_code_that_takes_them_couples(way, monkeypatch):
     depth = 4
     model, x = Beside(WAYS[way], 9, depth), torch.randn(1, 3, 4, 4)
     trials = []
-    run = check.Trial.fault
+    run = Trial.fault
     monkeypatch.setattr(
-        check.Trial,
+        Trial,
         "fault",
         lambda self, *args, **kw: trials.append(args) or run(self, *args, **kw),
     )

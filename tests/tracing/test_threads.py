@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.tracing import trace
+from taylor_kernels.tracing import running, trace
 from taylor_kernels.tracing.running import quiet
 
 
@@ -108,12 +110,12 @@ def test_settings_of_pytorch_are_as_they_were():
     inside, leave, came = threading.Event(), threading.Event(), threading.Event()
 
     def first() -> None:
-        with quiet():
+        with quiet(nn.Linear(1, 1)):
             inside.set()
             assert leave.wait(60)
 
     def second() -> None:
-        with quiet():
+        with quiet(nn.Linear(1, 1)):
             came.set()
             threads[0].join(0.3)
 
@@ -153,3 +155,114 @@ def test_pruners_can_be_made_in_several_threads():
     assert found == [{"0": 16}] * 6
     assert torch.get_default_dtype() is dtype
     assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
+class RunsAnother(nn.Module):
+    """Runs something in another thread whenever it runs itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        thread = threading.Thread(target=self.other, daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+        return self.head(self.second(hidden))
+
+
+def test_a_model_of_another_thread_is_no_part_of_a_trace():
+    """It begins while a module of the traced one runs, and ends within the next one."""
+
+    class Multiplied(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(inputs, outputs))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.meanwhile()
+            return x @ self.matrix
+
+    def begin() -> None:
+        threads.append(threading.Thread(target=other, args=(x,), daemon=True))
+        threads[0].start()
+        assert other.runs.wait(60)
+
+    def end() -> None:
+        other.may.set()
+        threads[0].join(60)
+        assert not threads[0].is_alive()
+
+    model = nn.Sequential(Multiplied(8, 6), Multiplied(6, 5), nn.Linear(5, 3))
+    other, x, threads = waiting(), torch.randn(2, 8), []
+    model[0].meanwhile = model[1].meanwhile = lambda: None
+    expected = trace(model, x)
+    model[0].meanwhile, model[1].meanwhile = begin, end
+    found = trace(model, x)
+    assert threads
+    assert str(found) == str(expected)
+    assert found.outside == expected.outside
+    assert [step.module for step in found.steps] == [step.module for step in expected.steps]
+
+
+def test_what_another_thread_makes_during_a_proof_is_as_ever():
+    model, x = RunsAnother(), torch.randn(2, 8)
+    fast, found = torch.backends.mha.get_fastpath_enabled(), []
+
+    def make() -> None:
+        layer = nn.Linear(3, 2)
+        found.append((layer.weight.dtype, torch.zeros(2).dtype, torch.tensor(0.5).dtype))
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+
+    model.other = make
+    tk.Pruner(model, x, "magnitude_l2", filters=0.5)
+    assert len(found) > 2  # the trace, and the runs of the proof
+    assert set(itertools.chain(*found)) == {torch.float32}
+
+
+def test_models_are_made_while_others_are_proven():
+    dtype, fast = torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled()
+    stop, proven, errors, made = threading.Event(), [], [], set()
+
+    def prove() -> None:
+        try:
+            for _ in range(6):
+                model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+                proven.append(tk.Pruner(model, torch.randn(1, 3, 8), "magnitude_l2", filters=0.5))
+        except Exception as error:
+            errors.append(error)
+        finally:
+            stop.set()
+
+    thread = threading.Thread(target=prove, daemon=True)
+    thread.start()
+    while not stop.is_set():
+        model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        made |= {parameter.dtype for parameter in model.parameters()}
+        made.add(model(torch.zeros(1, 3, 8)).dtype)
+    thread.join(120)
+    assert not errors
+    assert len(proven) == 6
+    assert made == {torch.float32}
+    assert torch.get_default_dtype() is dtype
+    assert torch.backends.mha.get_fastpath_enabled() is fast
+
+
+def test_a_thread_does_not_wait_for_ever(monkeypatch):
+    model, x = waiting(), torch.randn(2, 8)
+    thread = threading.Thread(target=trace, args=(model, x), daemon=True)
+    thread.start()
+    assert model.runs.wait(60)
+    monkeypatch.setattr(running, "WAIT", 0.2)
+    small = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    message = "other threads have traced or tried theirs for 0.2 seconds"
+    with pytest.raises(TimeoutError, match=message):
+        trace(small, x)
+    with pytest.raises(TimeoutError, match=message):
+        tk.Pruner(small, x, "magnitude_l2", filters=0.5)
+    model.may.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [group.size for group in trace(small, x).groups] == [6]

@@ -98,7 +98,7 @@ def _seen_inputs(model: nn.Module, judge: Judge, batch: Any) -> Any:
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with quiet():
+        with quiet(model):
             judge(model, batch)
     finally:
         handle.remove()
@@ -154,11 +154,11 @@ def first_examples(inputs: Any, number: int) -> Any:
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:
-    try:
-        with quiet(), eval_mode(model):
+    with quiet(model), eval_mode(model):
+        try:
             call(model, inputs)
-    except Exception:
-        return False
+        except Exception:
+            return False
     return True
 
 
