@@ -9,9 +9,9 @@ A gate stands at the sites that the statistic is given (taylor_kernels/gate_site
 add up over them. Without sites it stands behind the norms that are handed the very tensor that a
 layer returned, else at that layer's own output.
 
-Of stacked experts neither y nor dy is seen, since fused products of all experts hide them. What
-reads channels is linear in its weight, and so is an expert's output in the last: Σ y·dy over a
-minibatch is the Σ g·w of the entries that the channels go through.
+Where neither y nor dy is seen, as of stacked experts, which fused products hide, what reads the
+channels is linear in its weight, and so is an expert's output in its last: Σ y·dy over a minibatch
+is the Σ g·w of the entries that the channels go through.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Gates(_Gates):
     norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
     are captured instead. In the first passes both are done, since only their end tells which is
     right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
-    The gradients of experts' weights are read there too.
+    The gradients of weights at sites are read there too.
     """
 
     name = "gates"
@@ -317,9 +317,9 @@ class Gates(_Gates):
         super()._check()
         if self._weights and in_parts(self.model):
             raise RuntimeError(
-                f"{', '.join(dict.fromkeys(site.weight for site in self._weights))}: gates of "
-                "experts are read off the gradient of a whole weight, and on several ranks it is "
-                "in parts; use taylor_fo, or leave the experts out (ignore=)"
+                f"{', '.join(dict.fromkeys(site.weight for site in self._weights))}: gates "
+                "are read off the gradient of a whole weight here, and on several ranks it is in "
+                "parts; use taylor_fo, or leave these layers out (ignore=)"
             )
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:

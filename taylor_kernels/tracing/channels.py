@@ -46,6 +46,8 @@ class Channels:
             by itself, named by the parameter, or by the module whose `weight` it is; and experts,
             by the module -> the parameters, and the dimension of each along which the outputs lie.
         outside: layer -> the module that uses its weight without calling the layer.
+        input_dims: parameter -> the dimension that its inputs lie along, from the end, if all its
+            products are by its own values, or slices of them, and it is one dimension.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in
             place of atoms.
@@ -106,6 +108,7 @@ class Channels:
             self.macs[product.weight] = self.macs.get(product.weight, 0) + product.macs
             if product.caller != product.module:
                 self.outside[name] = product.caller
+        self.input_dims = self._found_input_dims(parameters)
         for mixture in record.mixtures:
             self._layers[mixture.experts] = np.zeros(0, np.int64), self._label[mixture.atoms]
             self.bare[mixture.experts] = tuple((part, 0) for part in mixture.parts)
@@ -453,11 +456,6 @@ class Channels:
 
     def _expert_weights(self, mixture: Mixture, classes: Vector) -> ExpertWeights:
         products = {part: self._layers[part] for part in mixture.parts if part in self.bare}
-        inputs: dict[str, int] = {}
-        for part, (read, _) in products.items():
-            dims = self.classes[part]
-            along = [d for d, own in enumerate(dims) if d and np.array_equal(own.numpy(), read)]
-            inputs |= {part: along[0] - len(dims)} if along else {}
         steps = [step for step in self.steps if step.weight in products]
         read_on = {self.steps[number].weight for step in steps for number in step.sources}
         last = [part for part in products if part not in read_on]
@@ -470,7 +468,21 @@ class Channels:
         ]
         inside = f"{mixture.experts}."
         normed = any(name.startswith(inside) for name in (*self._across, *dict(self.norms)))
-        return ExpertWeights(mixture.experts, classes, inputs, () if normed else tuple(last))
+        return ExpertWeights(mixture.experts, classes, () if normed else tuple(last))
+
+    def _found_input_dims(self, parameters: Collection[str]) -> dict[str, int]:
+        dims: dict[str, list[Vector]] = {name: [] for name in parameters}
+        for (name, _), vector in self._classes.items():
+            if name in dims:
+                dims[name].append(vector)
+        found: dict[str, set[int]] = {}
+        for product in self._record.products:
+            if not product.direct:
+                found[product.weight] = set()
+            read, own = self._label[product.inputs], dims.get(product.weight, [])
+            along = {d - len(own) for d, vector in enumerate(own) if np.array_equal(vector, read)}
+            found[product.weight] = found.get(product.weight, along) & along
+        return {name: along.pop() for name, along in found.items() if len(along) == 1}
 
     def _counted(
         self, modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import taylor_kernels as tk
 from taylor_kernels.gate_sites import find_gate_sites
 
-WIDTH, HEADS, EXAMPLES = 12, 3, 4
+WIDTH, HEADS, EXAMPLES = 12, 4, 4  # an odd number of heads has no fused path
 
 
 class Written(nn.MultiheadAttention):
@@ -343,6 +343,38 @@ def test_layers_that_other_code_uses_are_pruned_by_default():
     torch.testing.assert_close(
         pruner.scores()["up"].nan_to_num(), s.sum((0, 1)).square().float(), rtol=1e-4, atol=10.0
     )
+
+
+class Matrices(nn.Module):
+    """Parameters of its own, of [inputs, outputs]."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 7))
+        self.head, self.computed = nn.Linear(7, 5), computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.down.tanh() if self.computed else self.down
+        return self.head(((x @ self.up).relu() @ down).relu())
+
+
+def test_weights_of_no_layer_have_gates_over_a_minibatch():
+    model, (x, target) = Matrices(False).double(), data()
+    gates = torch.ones(8, dtype=torch.float64, requires_grad=True)
+    y = (((x @ model.up).relu() * gates) @ model.down).relu()
+    (s,) = torch.autograd.grad((model.head(y) - target).square().sum(), gates)
+    imp = tk.Importance(model, layers=["up"], example_inputs=x[:1])
+    pruner = tk.Pruner(model, x[:1], params=0.7)
+    assert set(pruner.skipped) == {"head"}
+    loss(model, x, target).backward()
+    imp.update()
+    torch.testing.assert_close(imp.compute()["up"], s.square().float(), rtol=1e-5, atol=0)
+
+
+def test_what_is_computed_of_a_weight_is_not_linear_in_it():
+    pruner = tk.Pruner(Matrices(True), torch.randn(1, 5, 6), params=0.9)
+    assert "it is a weight that no layer holds" in pruner.skipped["up"]
+    assert "down" in pruner.widths
 
 
 def test_sites_of_a_transformer():

@@ -99,9 +99,9 @@ class WatchesPasses(Statistic):
         of_weights = self._unreached & self._at_gradients
         if of_weights:
             message = (
-                f"{', '.join(self._layers_at(of_weights))}: gates of experts are read off the "
-                "gradients of their weights, which require none (frozen, or inside tk.scoring), so "
-                "{}; train them to score them"
+                f"{', '.join(self._layers_at(of_weights))}: gates of what is made there are read "
+                "off the gradients of weights that require none (frozen, or inside tk.scoring), so "
+                "{}; train them to score it"
             )
             if of_weights >= self._called:
                 raise RuntimeError(message.format("there is nothing to score"))
