@@ -123,6 +123,8 @@ def test_a_layer_of_pytorch_that_no_one_calls():
     heads = "mix.in_proj_weight"
     assert set(by_weights.widths) == {"enter", heads, "mix.out_proj", "up"}
     by_gates = Pruner(Attention(), torch.randn(2, 5, 4), "taylor_fo_gate", params=0.9)
-    assert "used by 'mix', which does not call it" in by_gates.skipped["mix.out_proj"]
-    assert "a weight that no layer holds" in by_gates.skipped[heads]
-    assert set(by_gates.widths) == {"enter", "up"}
+    assert by_gates.widths == by_weights.widths
+    at_layers = Pruner(Attention(), torch.randn(2, 5, 4), "obd_fisher", params=0.9)
+    assert "used by 'mix', which does not call it" in at_layers.skipped["mix.out_proj"]
+    assert "a weight that no layer holds" in at_layers.skipped[heads]
+    assert set(at_layers.widths) == {"enter", "up"}
