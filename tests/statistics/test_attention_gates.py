@@ -385,3 +385,32 @@ def test_sites_of_a_transformer():
     found = find_gate_sites(channels, model, layers)
     assert not found.hidden
     assert found.sites_of("0") == ["0", "1.self_attn.out_proj.weight", "1.linear2"]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gates_of_the_stream_add_up_over_what_writes_it(batch_first, batched):
+    """By what comes in dim 0, as of all layers."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, batch_first=batch_first)
+    model = nn.Sequential(nn.Linear(6, WIDTH), layer, nn.Linear(WIDTH, 5)).double()
+    x = torch.randn(*((3, 5, 6) if batched else (5, 6)), dtype=torch.float64)
+    writers = {"0": model[0], "1.self_attn": layer.self_attn, "1.linear2": layer.linear2}
+    imp = tk.Importance(model, "taylor_fo_gate", layers=["0"], example_inputs=x)
+    written: dict[str, Tensor] = {}
+    for name, module in writers.items():
+
+        def note(_, __, output, name=name) -> None:
+            written[name] = output[0] if isinstance(output, tuple) else output
+            written[name].retain_grad()
+
+        module.register_forward_hook(note)
+    model(x).square().sum().backward()
+    imp.update()
+    total = torch.zeros(len(x), WIDTH, dtype=torch.float64)
+    for name, y in written.items():
+        module = writers[name]
+        bias = module.out_proj.bias if name == "1.self_attn" else module.bias
+        terms = (y - bias) * y.grad
+        total += terms.sum(1) if batched else terms
+    expected = total.square().mean(0).detach().float()
+    torch.testing.assert_close(imp.compute()["0"], expected, rtol=1e-5, atol=0)

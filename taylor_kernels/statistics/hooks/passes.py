@@ -128,7 +128,8 @@ class WatchesPasses(Statistic):
                     f"{name} has a weight gradient but was never called: its weight is used by "
                     "other code, as in nn.MultiheadAttention, so its output cannot be seen; pass "
                     "example_inputs, by which it is found, leave it out (layers=) or use a weight "
-                    "criterion. Or the model was compiled before this meter was made, which must come first"
+                    "criterion. Or the model was compiled before this meter was made, which must "
+                    "come first"
                 )
         if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True
