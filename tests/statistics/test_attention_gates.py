@@ -256,6 +256,17 @@ def test_two_meters_see_the_same():
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=0)
 
 
+def test_a_compiled_step_gives_the_same():
+    model, (x, target) = Net("self", False, False).double(), data()
+    name = first_weight(model)
+    imp = tk.Importance(model, "taylor_fo_gate", layers=[name], example_inputs=x[:2])
+    compiled = torch.compile(model, backend="eager")
+    loss(compiled, x, target).backward()
+    imp.update()
+    expected = slopes(model, x, target).square().mean(0).float()
+    torch.testing.assert_close(of_heads(imp.compute()[name]), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
     model, (x, target) = Net("self", True, False).double(), data()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.hooks import Hook
+from taylor_kernels.hooks import Hook, hide_from_compiler
 
 #: Makes another tensor of one, or None to leave it.
 Change = Callable[[Tensor], Tensor | None]
@@ -129,6 +129,9 @@ class _Mode(TorchFunctionMode):
             if func is functional.multi_head_attention_forward:
                 return _attention(self._products, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+hide_from_compiler(_Mode.__torch_function__)
 
 
 def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> Any:
