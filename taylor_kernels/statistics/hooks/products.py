@@ -94,7 +94,7 @@ class Products:
         if change is None or mode is None:
             return tensor
         shown = tensor if examples is None else tensor.unflatten(0, (-1, examples))
-        # The function has [positions, examples, channels] here, PrunedMultiheadAttention examples.
+        # The function has positions first, PrunedMultiheadAttention examples.
         have = examples is not None
         outside = have if mode.positions_first is None else mode.positions_first
         turned = have != (outside and not place[1])
