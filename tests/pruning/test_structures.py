@@ -128,3 +128,16 @@ def test_a_layer_of_pytorch_that_no_one_calls():
     assert "used by 'mix', which does not call it" in at_layers.skipped["mix.out_proj"]
     assert "a weight that no layer holds" in at_layers.skipped[heads]
     assert set(at_layers.widths) == {"enter", "up"}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_default_criterion_prunes_what_criteria_of_weights_do(name):
+    widths = []
+    for criterion in ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate"):
+        model, inputs = build(name)
+        pruner = Pruner(model, inputs, criterion, filters=0.99, verify=False)
+        widths.append({owner: pruner.widths[owner] for owner in sorted(pruner.widths)})
+    trained, by_gates, by_example = widths
+    # Computed weights hold no gradient, and have gates.
+    assert trained.items() <= by_gates.items()
+    assert by_example == by_gates
