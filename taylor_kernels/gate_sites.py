@@ -16,8 +16,8 @@ A depthwise convolution with a norm behind it is on the way, not a reader. A lay
 other code multiplies by, as nn.MultiheadAttention does by that of its `out_proj`, is met in
 functional.linear. What cannot be met so is no site: its readers' inputs stand in for it, and where
 those are out of reach too, the outputs of the layers that made the channels, or no gate can stand.
-Then only a slope over the minibatch may be had, from the gradient of a reader's weight: that of
-stacked experts is enough for their neurons, and for the experts.
+Then a slope over the minibatch may still be had, from the gradient of a reader's weight: so have
+neurons of stacked experts one, and the experts themselves.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ def find_gate_sites(
     Args:
         channels: a trace of the model.
         layers: name -> module, some of the model's.
-        gradients: slopes over the minibatch will do, which weights of experts have.
+        gradients: slopes over the minibatch will do, which are read off gradients of weights.
     """
     experts = channels.expert_weights
-    stacks = {place: dim for one in experts for place, dim in one.inputs.items()}
-    nodes = _nodes(channels.steps, stacks if gradients else {})
+    nodes = _nodes(channels.steps, channels.input_dims if gradients else {})
     wanted = np.unique(
         np.concatenate(
             [channels.layers[n][1].numpy() for n in layers if n in channels.layers]
@@ -144,7 +143,7 @@ class _Node:
         if self.kind == END:
             self.passing, self.outputs = self.outputs, self.passing
         self.dims = {IN: step.input_dim, OUT: step.output_dim}
-        self.stacked: int | None = None
+        self.input_dim: int | None = None  # of its weight, whose gradient is read
         self.sources: set[int] = set()
         self.through = step.depthwise and _same(step)
 
@@ -155,8 +154,8 @@ class _Node:
             return AT_MODULE, dim
         if self.linear:
             return AT_PRODUCT, -1
-        if side == IN and self.stacked is not None:
-            return AT_GRADIENT, self.stacked
+        if side == IN and self.input_dim is not None:
+            return AT_GRADIENT, self.input_dim
         return "", 0
 
     def met(self, side: str) -> bool:
@@ -177,11 +176,11 @@ def _same(step: Step) -> bool:
     return bool((step.outputs.reshape(step.inputs.size, -1) == step.inputs[:, None]).all())
 
 
-def _nodes(steps: Sequence[Step], stacks: Mapping[str, int]) -> list[_Node]:
+def _nodes(steps: Sequence[Step], input_dims: Mapping[str, int]) -> list[_Node]:
     """The graph's nodes.
 
     Args:
-        stacks: weight of experts -> the dimension of its inputs, from the end.
+        input_dims: weight whose gradient is read -> the dimension of its inputs, from the end.
     """
     nodes: list[_Node] = []
     number: list[int] = []
@@ -212,8 +211,8 @@ def _nodes(steps: Sequence[Step], stacks: Mapping[str, int]) -> list[_Node]:
     for node in nodes:
         if uses[node.weight] > 1:  # nor the uses of one weight
             node.linear = False
-        elif node.weight in stacks:
-            node.stacked = stacks[node.weight]
+        else:
+            node.input_dim = input_dims.get(node.weight)
     for step, own in zip(steps, number, strict=True):
         nodes[own].sources.update(number[source] for source in step.sources)
     return nodes

@@ -69,7 +69,7 @@ class OnModel:
         )
 
 
-def _hide_from_compiler(function: Any) -> None:
+def hide_from_compiler(function: Any) -> None:
     """Let torch.compile break its graph at a function, and run all of it as it is.
 
     torch.compiler.disable does that, but takes a second to import, also for those who do not
@@ -84,7 +84,7 @@ def _hide_from_compiler(function: Any) -> None:
         function._torchdynamo_disable_msg = "a hook of tk.Pruner or tk.Importance; close() it first"
 
 
-_hide_from_compiler(Hook.__call__)
+hide_from_compiler(Hook.__call__)
 
 
 def forget_compiled() -> None:

@@ -288,9 +288,8 @@ def _hidden(
     for name in hidden:
         if name not in over_minibatches:
             found[name] = (
-                "it is of experts, where tokens of all examples meet: only the slope of a gate "
-                "over a minibatch can be had, which taylor_fo_bn reads; taylor_fo reads weights "
-                "alone"
+                "of its gates only the slope over a minibatch can be had, from the gradient of a "
+                "weight, which taylor_fo_bn reads; taylor_fo reads weights alone"
             )
         elif name in channels.outside:
             found[name] = _OUTSIDE.format(channels.outside[name] or "the model")

@@ -9,9 +9,9 @@ A gate stands at the sites that the statistic is given (taylor_kernels/gate_site
 add up over them. Without sites it stands behind the norms that are handed the very tensor that a
 layer returned, else at that layer's own output.
 
-Of stacked experts neither y nor dy is seen, since fused products of all experts hide them. What
-reads channels is linear in its weight, and so is an expert's output in the last: Σ y·dy over a
-minibatch is the Σ g·w of the entries that the channels go through.
+Where neither y nor dy is seen, as of stacked experts, which fused products hide, what reads the
+channels is linear in its weight, and so is an expert's output in its last: Σ y·dy over a minibatch
+is the Σ g·w of the entries that the channels go through.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
-from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, IN, Site, SiteHooks
+from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, IN, SiteHooks
+from taylor_kernels.statistics.hooks.weight_gates import WeightGates
 from taylor_kernels.statistics.layers import channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -217,7 +218,7 @@ class Gates(_Gates):
     norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
     are captured instead. In the first passes both are done, since only their end tells which is
     right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
-    The gradients of experts' weights are read there too.
+    The gradients of weights at sites are read there too.
     """
 
     name = "gates"
@@ -228,10 +229,11 @@ class Gates(_Gates):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        self._weights = [site for site in self._at.values() if site.how == AT_GRADIENT]
-        for site in self._weights:
-            module = self.model.get_submodule(site.module)
-            self._handles.append(module.register_forward_pre_hook(Hook(self._on_use, site)))
+        weights = [site for site in self._at.values() if site.how == AT_GRADIENT]
+        self._weights = WeightGates(
+            self.model, weights, self._reads_gradient, self._on_slopes, self.backend
+        )
+        self._of_weights = sorted({site.weight for site in weights})
         self._received: dict[str, Tensor] = {}
         self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # its pass and its layer
         self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
@@ -239,7 +241,6 @@ class Gates(_Gates):
         self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._hooked: set[nn.Parameter] = set()
-        self._hooked_at: set[tuple[str, nn.Parameter]] = set()
         self._gradients: dict[nn.Parameter, Tensor] = {}
         self._freed = (-1, False)  # a pass, and whether FSDP2 shards the model in it
 
@@ -285,41 +286,30 @@ class Gates(_Gates):
         known = self._gradients.get(parameter)
         self._gradients[parameter] = grad if known is None else known + grad
 
-    def _on_use(self, site: Site, *_: object) -> None:
-        """A module that multiplies by the weight at a site is about to run."""
+    def _reads_gradient(self, key: str, parameter: nn.Parameter) -> bool:
         self._on_call()
         if not self._watches():
-            return
-        self._called.add(site.key)
-        if self._frees_parameters():
-            return
-        parameter = self.model.get_parameter(site.weight)
+            return False
+        self._called.add(key)
         if not parameter.requires_grad:
-            self._unreached.add(site.key)
-        elif (site.key, parameter) not in self._hooked_at:
-            self._hooked_at.add((site.key, parameter))
-            self._handles.append(parameter.register_hook(Hook(self._on_weight_gradient, site)))
+            self._unreached.add(key)
+        return parameter.requires_grad and not self._frees_parameters()
 
-    def _on_weight_gradient(self, site: Site, grad: Tensor) -> None:
+    def _on_slopes(self, key: str, slopes: Tensor) -> None:
         self._in_backward = True
-        weight = self.model.get_parameter(site.weight).detach()
-        axis = weight.dim() + site.dim
-        (moments,) = needed_moments(
-            [weight.flatten(0, axis - 1) if axis else weight],
-            [grad.detach().flatten(0, axis - 1) if axis else grad.detach()],
-            dim=min(axis, 1),
-            moments=("gw",),
-            backend=self.backend,
-        )
-        self._add(site.key, moments[:, 0])
+        self._add(key, slopes)
+
+    def close(self) -> None:
+        self._weights.close()
+        super().close()
 
     def _check(self) -> None:
         super()._check()
-        if self._weights and in_parts(self.model):
+        if self._of_weights and in_parts(self.model):
             raise RuntimeError(
-                f"{', '.join(dict.fromkeys(site.weight for site in self._weights))}: gates of "
-                "experts are read off the gradient of a whole weight, and on several ranks it is "
-                "in parts; use taylor_fo, or leave the experts out (ignore=)"
+                f"{', '.join(self._of_weights)}: gates "
+                "are read off the gradient of a whole weight here, and on several ranks it is in "
+                "parts; use taylor_fo, or leave these layers out (ignore=)"
             )
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:

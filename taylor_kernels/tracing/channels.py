@@ -47,6 +47,8 @@ class Channels:
             by itself, named by the parameter, or by the module whose `weight` it is; and experts,
             by the module -> the parameters, and the dimension of each along which the outputs lie.
         outside: layer -> the module that uses its weight without calling the layer.
+        input_dims: parameter -> the dimension that its inputs lie along, from the end, if all its
+            products are by its own values, or slices of them, and it is one dimension.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order, with classes in
             place of atoms.
@@ -80,6 +82,7 @@ class Channels:
         dims = find_dims(record, label)
         layers = find_layers(record, label, dims, modules)
         self.macs, self.outside, self.bare = layers.macs, layers.outside, layers.bare
+        self.input_dims = layers.input_dims
         transposed = {n for n, m in modules.items() if isinstance(m, _ConvTransposeNd)}
         self._transposed = transposed & layers.sides.keys()
         vectors = find_vectors(record, label, dims, layers.sides, across, modules)

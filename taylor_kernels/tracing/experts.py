@@ -62,7 +62,6 @@ class ExpertWeights:
     Attributes:
         module: the name of the experts' module.
         classes: of the experts.
-        inputs: weight -> the dimension that its inputs lie along, from the end.
         last: what makes an expert's output, which is linear in these together: the weights that no
             other weight of the experts reads, and what is added to their products. Empty where a
             norm in the module undoes a factor on them.
@@ -70,7 +69,6 @@ class ExpertWeights:
 
     module: str
     classes: Vector
-    inputs: Mapping[str, int]
     last: tuple[str, ...]
 
 

@@ -47,7 +47,9 @@ class Labels:
         zero: for each dimension, whether the values at a place are zero where its atom is masked.
         uniform: all values are one constant that code made: its places can follow any width.
         loose: dimensions along which one place was repeated: they couple nothing.
-        name: the parameter or buffer that this is, or is a transpose or slice of.
+        name: the parameter or buffer that this is, or is a transpose or slice of, or is computed of
+            place by place.
+        computed: its values are not that one's own.
         kept_if_read: atoms that cannot go, and why, once something is made of this tensor.
     """
 
@@ -57,6 +59,7 @@ class Labels:
     uniform: bool = False
     loose: frozenset[int] = frozenset()
     name: str = ""
+    computed: bool = False
     memory: Memory = field(default_factory=Memory)
     kept_if_read: tuple[tuple[Vector, Reason], ...] = ()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.running import tensors_of_modules
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Layers:
         bare: as `Channels.bare`.
         outside: as `Channels.outside`.
         macs: as `Channels.macs`, by parameter.
+        input_dims: as `Channels.input_dims`.
         order: each name's place in the model.
     """
 
@@ -30,6 +32,7 @@ class Layers:
     bare: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     outside: dict[str, str] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
+    input_dims: dict[str, int] = field(default_factory=dict)
 
     def place(self, name: str) -> int:
         """Where in the model a layer is; in front of all others where nothing says so."""
@@ -50,6 +53,7 @@ def find_layers(
         modules: dict(model.named_modules()).
     """
     layers = Layers({name: number for number, name in enumerate(modules)})
+    layers.input_dims = _input_dims(record, label, dims, tensors_of_modules(modules)[0])
     nothing = np.zeros(0, np.int64)
     for product in record.products:
         bare = bare_weight(record, product, modules)
@@ -76,3 +80,25 @@ def find_layers(
         if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
             layers.sides.setdefault(name, (nothing, nothing))
     return layers
+
+
+def _input_dims(
+    record: Record,
+    label: Vector,
+    dims: Mapping[tuple[str, int], Vector],
+    parameters: Collection[str],
+) -> dict[str, int]:
+    own: dict[str, list[Vector]] = {name: [] for name in parameters}
+    for (name, _), vector in dims.items():  # a tensor's dimensions, in their order
+        if name in own:
+            own[name].append(vector)
+    found: dict[str, set[int]] = {}
+    for product in record.products:
+        if not product.direct:
+            found[product.weight] = set()
+        read, vectors = label[product.inputs], own.get(product.weight, [])
+        along = {
+            d - len(vectors) for d, vector in enumerate(vectors) if np.array_equal(vector, read)
+        }
+        found[product.weight] = found.get(product.weight, along) & along
+    return {name: along.pop() for name, along in found.items() if len(along) == 1}

@@ -136,6 +136,8 @@ class Product:
         caller: the module that ran: another than `module` where code uses the weight of a layer
             that it does not call.
         step: when it ran.
+        direct: by the parameter's own values, or a slice of them, and not by what is computed of
+            them.
     """
 
     weight: str
@@ -146,6 +148,7 @@ class Product:
     macs: int
     caller: str
     step: int
+    direct: bool
 
 
 @dataclass

@@ -139,11 +139,6 @@ class Vectors:
             if name in dims:
                 dims[name].append(vector)
         products = {part: self.layers[part] for part in mixture.parts if part in bare}
-        inputs: dict[str, int] = {}
-        for part, (read, _) in products.items():
-            own = dims[part]
-            along = [d for d, vector in enumerate(own) if d and np.array_equal(vector, read)]
-            inputs |= {part: along[0] - len(own)} if along else {}
         steps = [step for step in self.steps if step.weight in products]
         read_on = {self.steps[number].weight for step in steps for number in step.sources}
         last = [part for part in products if part not in read_on]
@@ -156,7 +151,7 @@ class Vectors:
         ]
         inside = f"{mixture.experts}."
         normed = any(name.startswith(inside) for name in (*self.across, *dict(self.norms)))
-        return ExpertWeights(mixture.experts, classes, inputs, () if normed else tuple(last))
+        return ExpertWeights(mixture.experts, classes, () if normed else tuple(last))
 
 
 def numbered(label: Vector) -> tuple[Vector, Vector]:

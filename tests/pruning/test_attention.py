@@ -160,6 +160,28 @@ def test_inference_on_padded_examples_while_masked(ignore):
         torch.testing.assert_close(model(x, padding), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate"])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_heads_and_stream_whatever_comes_first(batch_first, batched, criterion):
+    """Other layers count as an example what is in dim 0, and gates of the stream add up there."""
+    torch.manual_seed(5)
+    layer = nn.TransformerEncoderLayer(8, 4, 12, dropout=0.0, batch_first=batch_first)
+    model = nn.Sequential(nn.Linear(4, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3))
+    model.double()
+    x = torch.randn(*((3, 5, 4) if batched else (5, 4)), dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    pruner = tk.Pruner(model, x, criterion, params=0.5, every=1, per_step=0.1, optimizer=optimizer)
+    while not pruner.done:
+        model(x).square().mean().backward()
+        pruner.step()
+        expected = model(x)
+        pruner.compact()  # and on with the class that has other widths
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-10)
+    heads = [layer.self_attn.num_heads for layer in model[1].layers]
+    assert min(heads) < 4
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_the_head_that_does_nothing_goes_by_default(batch_first, norm_first):

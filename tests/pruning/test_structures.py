@@ -123,6 +123,21 @@ def test_a_layer_of_pytorch_that_no_one_calls():
     heads = "mix.in_proj_weight"
     assert set(by_weights.widths) == {"enter", heads, "mix.out_proj", "up"}
     by_gates = Pruner(Attention(), torch.randn(2, 5, 4), "taylor_fo_gate", params=0.9)
-    assert "used by 'mix', which does not call it" in by_gates.skipped["mix.out_proj"]
-    assert "a weight that no layer holds" in by_gates.skipped[heads]
-    assert set(by_gates.widths) == {"enter", "up"}
+    assert by_gates.widths == by_weights.widths
+    at_layers = Pruner(Attention(), torch.randn(2, 5, 4), "obd_fisher", params=0.9)
+    assert "used by 'mix', which does not call it" in at_layers.skipped["mix.out_proj"]
+    assert "a weight that no layer holds" in at_layers.skipped[heads]
+    assert set(at_layers.widths) == {"enter", "up"}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_default_criterion_prunes_what_criteria_of_weights_do(name):
+    widths = []
+    for criterion in ("taylor_fo", "taylor_fo_bn", "taylor_fo_gate"):
+        model, inputs = build(name)
+        pruner = Pruner(model, inputs, criterion, filters=0.99, verify=False)
+        widths.append({owner: pruner.widths[owner] for owner in sorted(pruner.widths)})
+    trained, by_gates, by_example = widths
+    # Computed weights hold no gradient, and have gates.
+    assert trained.items() <= by_gates.items()
+    assert by_example == by_gates

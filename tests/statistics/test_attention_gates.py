@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import taylor_kernels as tk
 from taylor_kernels.gate_sites import find_gate_sites
 
-WIDTH, HEADS, EXAMPLES = 12, 3, 4
+WIDTH, HEADS, EXAMPLES = 12, 4, 4  # an odd number of heads has no fused path
 
 
 class Written(nn.MultiheadAttention):
@@ -256,6 +256,17 @@ def test_two_meters_see_the_same():
     torch.testing.assert_close(first, expected, rtol=1e-5, atol=0)
 
 
+def test_a_compiled_step_gives_the_same():
+    model, (x, target) = Net("self", False, False).double(), data()
+    name = first_weight(model)
+    imp = tk.Importance(model, "taylor_fo_gate", layers=[name], example_inputs=x[:2])
+    compiled = torch.compile(model, backend="eager")
+    loss(compiled, x, target).backward()
+    imp.update()
+    expected = slopes(model, x, target).square().mean(0).float()
+    torch.testing.assert_close(of_heads(imp.compute()[name]), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
     model, (x, target) = Net("self", True, False).double(), data()
@@ -345,6 +356,38 @@ def test_layers_that_other_code_uses_are_pruned_by_default():
     )
 
 
+class Matrices(nn.Module):
+    """Parameters of its own, of [inputs, outputs]."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8, 7))
+        self.head, self.computed = nn.Linear(7, 5), computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.down.tanh() if self.computed else self.down
+        return self.head(((x @ self.up).relu() @ down).relu())
+
+
+def test_weights_of_no_layer_have_gates_over_a_minibatch():
+    model, (x, target) = Matrices(False).double(), data()
+    gates = torch.ones(8, dtype=torch.float64, requires_grad=True)
+    y = (((x @ model.up).relu() * gates) @ model.down).relu()
+    (s,) = torch.autograd.grad((model.head(y) - target).square().sum(), gates)
+    imp = tk.Importance(model, layers=["up"], example_inputs=x[:1])
+    pruner = tk.Pruner(model, x[:1], params=0.7)
+    assert set(pruner.skipped) == {"head"}
+    loss(model, x, target).backward()
+    imp.update()
+    torch.testing.assert_close(imp.compute()["up"], s.square().float(), rtol=1e-5, atol=0)
+
+
+def test_what_is_computed_of_a_weight_is_not_linear_in_it():
+    pruner = tk.Pruner(Matrices(True), torch.randn(1, 5, 6), params=0.9)
+    assert "it is a weight that no layer holds" in pruner.skipped["up"]
+    assert "down" in pruner.widths
+
+
 def test_sites_of_a_transformer():
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)
     model = nn.Sequential(nn.Linear(6, WIDTH), layer, nn.Linear(WIDTH, 5))
@@ -353,3 +396,32 @@ def test_sites_of_a_transformer():
     found = find_gate_sites(channels, model, layers)
     assert not found.hidden
     assert found.sites_of("0") == ["0", "1.self_attn.out_proj.weight", "1.linear2"]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gates_of_the_stream_add_up_over_what_writes_it(batch_first, batched):
+    """By what comes in dim 0, as of all layers."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 16, dropout=0.0, batch_first=batch_first)
+    model = nn.Sequential(nn.Linear(6, WIDTH), layer, nn.Linear(WIDTH, 5)).double()
+    x = torch.randn(*((3, 5, 6) if batched else (5, 6)), dtype=torch.float64)
+    writers = {"0": model[0], "1.self_attn": layer.self_attn, "1.linear2": layer.linear2}
+    imp = tk.Importance(model, "taylor_fo_gate", layers=["0"], example_inputs=x)
+    written: dict[str, Tensor] = {}
+    for name, module in writers.items():
+
+        def note(_, __, output, name=name) -> None:
+            written[name] = output[0] if isinstance(output, tuple) else output
+            written[name].retain_grad()
+
+        module.register_forward_hook(note)
+    model(x).square().sum().backward()
+    imp.update()
+    total = torch.zeros(len(x), WIDTH, dtype=torch.float64)
+    for name, y in written.items():
+        module = writers[name]
+        bias = module.out_proj.bias if name == "1.self_attn" else module.bias
+        terms = (y - bias) * y.grad
+        total += terms.sum(1) if batched else terms
+    expected = total.square().mean(0).detach().float()
+    torch.testing.assert_close(imp.compute()["0"], expected, rtol=1e-5, atol=0)

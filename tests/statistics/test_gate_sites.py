@@ -234,7 +234,8 @@ def test_a_filter_that_no_hook_can_reach_is_named():
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = (x @ self.used.weight.T).relu()
-            return self.a(x).relu() * 2 @ self.weight.T + hidden @ self.weight.T
+            weight = 2 * self.weight.T  # a product by what is computed
+            return self.a(x).relu() * 2 @ weight + hidden @ weight
 
     model = Net()
     x = torch.randn(4, 3)

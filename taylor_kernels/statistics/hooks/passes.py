@@ -99,9 +99,9 @@ class WatchesPasses(Statistic):
         of_weights = self._unreached & self._at_gradients
         if of_weights:
             message = (
-                f"{', '.join(self._layers_at(of_weights))}: gates of experts are read off the "
-                "gradients of their weights, which require none (frozen, or inside tk.scoring), so "
-                "{}; train them to score them"
+                f"{', '.join(self._layers_at(of_weights))}: gates of what is made there are read "
+                "off the gradients of weights that require none (frozen, or inside tk.scoring), so "
+                "{}; train them to score it"
             )
             if of_weights >= self._called:
                 raise RuntimeError(message.format("there is nothing to score"))
@@ -126,9 +126,10 @@ class WatchesPasses(Statistic):
             if grad is not None and local_part(grad).any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
-                    "other code, as in nn.MultiheadAttention, so its output cannot be seen; leave "
-                    "it out (layers= of Importance, ignore= of Pruner) or use a weight criterion. "
-                    "Or the model was compiled before this meter was made, which must come first"
+                    "other code, as in nn.MultiheadAttention, so its output cannot be seen; pass "
+                    "example_inputs, by which it is found, leave it out (layers=) or use a weight "
+                    "criterion. Or the model was compiled before this meter was made, which must "
+                    "come first"
                 )
         if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.hooks import Hook
+from taylor_kernels.hooks import Hook, hide_from_compiler
 
 #: Makes another tensor of one, or None to leave it.
 Change = Callable[[Tensor], Tensor | None]
@@ -31,8 +31,9 @@ _EXAMPLES: ContextVar[int | None] = ContextVar("examples", default=None)
 class Products:
     """Puts other tensors in place of what products with parameters are given, or return.
 
-    They are handed over with the examples in dimension 0 and the channels in the last, also where
-    an attention has its positions first.
+    They are handed over with the channels in the last dimension. What an attention gives its last
+    product has the examples in dimension 0, whatever comes first outside; what it returns has there
+    what its result has, since other layers add to that.
 
     Args:
         changes: of parameters by name, each of which one product uses alone.
@@ -54,18 +55,22 @@ class Products:
         end: Any = Hook(self._end) if scored else self._end
         # Before and behind the hooks of others, whose functions are none of the module's.
         return [
-            module.register_forward_pre_hook(begin),
+            module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(end, prepend=True, always_call=True),
         ]
 
-    def _begin(self, *_: object) -> None:
-        mode = _Mode(self)
+    def _begin(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        positions_first = None
+        if isinstance(module, nn.MultiheadAttention):
+            query = args[0] if args else kwargs["query"]
+            positions_first = not module.batch_first or query.dim() == 2
+        mode = _Mode(self, positions_first)
         mode.__enter__()
         self.running.append(mode)
 
-    def _begin_scored(self, *_: object) -> None:
+    def _begin_scored(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if torch.is_grad_enabled():
-            self._begin()
+            self._begin(module, args, kwargs)
         else:
             self.running.append(None)
 
@@ -85,19 +90,32 @@ class Products:
         return functional.linear(input, weight, bias)
 
     def _changed(self, place: tuple[str, bool], tensor: Tensor) -> Tensor:
-        change, examples = self._changes.get(place), _EXAMPLES.get()
-        if change is None:
+        change, mode, examples = self._changes.get(place), self.running[-1], _EXAMPLES.get()
+        if change is None or mode is None:
             return tensor
-        if examples is None:
-            new = change(tensor)
-            return tensor if new is None else new
-        new = change(tensor.unflatten(0, (-1, examples)).transpose(0, 1))
-        return tensor if new is None else new.transpose(0, 1).flatten(0, 1)
+        shown = tensor if examples is None else tensor.unflatten(0, (-1, examples))
+        # The function has positions first, PrunedMultiheadAttention examples.
+        have = examples is not None
+        outside = have if mode.positions_first is None else mode.positions_first
+        turned = have != (outside and not place[1])
+        new = change(shown.transpose(0, 1) if turned else shown)
+        if new is None:
+            return tensor
+        new = new.transpose(0, 1) if turned else new
+        return new if examples is None else new.flatten(0, 1)
 
 
 class _Mode(TorchFunctionMode):
-    def __init__(self, products: Products) -> None:
+    """A run of a module.
+
+    Args:
+        positions_first: an attention's result has positions in dimension 0, not examples; None of
+            other modules, which leave what they are given as it is.
+    """
+
+    def __init__(self, products: Products, positions_first: bool | None) -> None:
         super().__init__()
+        self.positions_first = positions_first
         self._products = products
 
     def __torch_function__(
@@ -111,6 +129,9 @@ class _Mode(TorchFunctionMode):
             if func is functional.multi_head_attention_forward:
                 return _attention(self._products, *args, **kwargs)
         return func(*args, **kwargs)
+
+
+hide_from_compiler(_Mode.__torch_function__)
 
 
 def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -36,6 +36,8 @@ PRODUCTS = {"mul", "logical_and", "bitwise_and"}
 _SUMS = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "logical_or", "hypot"}
 #: The operands after the first do not matter where the first is zero.
 QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
+#: Operations that give every value back, but for its type.
+_SAME_VALUES = {"_to_copy", "to", "type_as", "clone", "contiguous"}
 
 
 def is_elementwise(call: Call) -> bool:
@@ -65,7 +67,8 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
             zero = list(first.zero)
         else:
             zero = [_zero(call, parts, parts, dim) for dim in range(len(shape))]
-        return Labels(first.shape, list(first.dims), zero, name=first.name)
+        computed = first.computed or call.name not in _SAME_VALUES
+        return Labels(first.shape, list(first.dims), zero, name=first.name, computed=computed)
     fixed = [part for part in parts if not part.is_uniform]
     result = Labels.fixed(shape)
     result.uniform = bool(parts) and not fixed
@@ -93,7 +96,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     result.loose = frozenset(loose)
     result.memory.repeated = bool(loose)
     if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
-        result.name = parts[0].name
+        result.name, result.computed = parts[0].name, True
     return result
 
 

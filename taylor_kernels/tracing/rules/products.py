@@ -42,7 +42,7 @@ def layer(
         Product(
             name, owner, zeros if inputs is None else inputs.copy(),
             zeros if outputs is None else outputs.copy(), groups, macs,
-            call.recorder.module, call.record.step,
+            call.recorder.module, call.record.step, bool(weight.name) and not weight.computed,
         )
     )  # fmt: skip
 

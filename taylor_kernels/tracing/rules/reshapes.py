@@ -58,6 +58,7 @@ def reshaped(
         return new
     if old.shape == new.shape:
         new.dims, new.zero, new.name = list(old.dims), list(old.zero), old.name
+        new.computed = old.computed
         for dim in sorted(atoms):
             if dim not in inferred:
                 tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)

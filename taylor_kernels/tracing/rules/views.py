@@ -44,7 +44,7 @@ def view(call: Call) -> list[Labels | None]:
     outs = [Labels.fixed(out.shape) for out in tensors_of(call.out)]
     for new in outs:
         new.memory, new.uniform = old.memory, old.uniform
-        new.name = old.name
+        new.name, new.computed = old.name, old.computed
     if call.name == "expand":
         more = len(outs[0].shape) - len(old.shape)
         widths = (*[0] * more, *old.shape)
