@@ -48,6 +48,7 @@ class Labels:
         uniform: all values are one constant that code made: its places can follow any width.
         loose: dimensions along which one place was repeated: they couple nothing.
         name: the parameter or buffer that this is, or is a transpose or slice of.
+        counted: of a constant, (dimension, module, attribute) of attributes that hold its sizes.
         kept_if_read: atoms that cannot go, and why, once something is made of this tensor.
     """
 
@@ -58,6 +59,7 @@ class Labels:
     loose: frozenset[int] = frozenset()
     name: str = ""
     memory: Memory = field(default_factory=Memory)
+    counted: tuple[tuple[int, str, str], ...] = ()
     kept_if_read: tuple[tuple[Vector, Reason], ...] = ()
 
     @classmethod

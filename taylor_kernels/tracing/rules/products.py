@@ -19,7 +19,7 @@ from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
 
 def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:
     """Join the dimensions that a product sums over."""
-    left, right = one.dims[dim], other.dims[other_dim]
+    left, right = call.atoms(one, dim), call.atoms(other, other_dim)
     call.join(left, right)
     if left is None or right is None:
         return
@@ -157,7 +157,7 @@ def convolution(call: Call) -> Labels:
     batched = len(source.shape) == spatial + 2
     if batched:
         result.dims[0], result.zero[0] = source.dims[0], False
-    channels = source.dims[-spatial - 1]
+    channels = call.atoms(source, -spatial - 1)
     rows, columns = weight.dims[0], weight.dims[1]
     if groups == 1:
         inputs, outputs, axis = (rows, columns, None) if transposed else (columns, rows, None)
