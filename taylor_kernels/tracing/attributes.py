@@ -30,6 +30,11 @@ Counted = str | tuple[str, int]
 _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     _ConvNd: {"in_channels": "inputs", "out_channels": "outputs", "groups": "groups"},
     nn.Linear: {"in_features": "inputs", "out_features": "outputs"},
+    nn.Bilinear: {
+        "in1_features": ("weight", 1),
+        "in2_features": ("weight", 2),
+        "out_features": ("weight", 0),
+    },
     _NormBase: {"num_features": "norm"},
     nn.Embedding: {"embedding_dim": ("weight", 1)},
     nn.EmbeddingBag: {"embedding_dim": ("weight", 1)},

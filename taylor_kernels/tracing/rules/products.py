@@ -78,6 +78,40 @@ def linear(call: Call) -> Labels:
     return result
 
 
+@rule("bilinear")
+def bilinear(call: Call) -> Labels:
+    """Σ_ij one_i weight[k, i, j] other_j."""
+    one, other, weight = (call.of(call.args[name]) for name in ("input1", "input2", "weight"))
+    contract(call, one, -1, weight, 1)
+    contract(call, other, -1, weight, 2)
+    result = Labels.fixed(call.out.shape)
+    for dim in range(-len(result.shape), -1):
+        result.dims[dim] = merged_vector(call, [one.dims[dim], other.dims[dim]])
+        result.zero[dim] = False
+    result.dims[-1], result.zero[-1] = weight.dims[0], weight.is_zero(0)
+    macs = call.out.numel() * prod(weight.shape[1:])
+    layer(call, weight, weight.dims[1], weight.dims[0], macs=macs)
+    add_bias(call, call.args.get("bias"), result, -1)
+    return result
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> Labels:
+    """Distances of rows: what is zero in both adds nothing."""
+    one, other = (call.of(call.args[name]) for name in ("x1", "x2"))
+    left, right = call.atoms(one, -1), call.atoms(other, -1)
+    call.join(left, right)
+    if not (one.is_zero(-1) and other.is_zero(-1)):
+        for vector in (left, right):
+            call.mix(vector)
+    result = Labels.fixed(call.out.shape)
+    result.dims[-2], result.dims[-1] = one.dims[-2], other.dims[-2]
+    for dim in range(-len(result.shape), -2):
+        wide = [p for p in (one, other) if len(p.shape) >= -dim and p.shape[dim] > 1]
+        result.dims[dim] = merged_vector(call, [part.dims[dim] for part in wide])
+    return result
+
+
 @rule("mm", "bmm", "matmul", "mv", "dot", "vdot", "inner")
 def matmul(call: Call) -> Labels:
     left, right = list(call.args.values())[:2]
