@@ -92,6 +92,13 @@ def view_of_view(self, x):
     return y
 
 
+def depthwise_by_function(self, x):
+    """As in Mamba: a function takes the layer's weight as a matrix."""
+    weight = self.inner.weight.squeeze(1).unsqueeze(1)
+    y = F.conv1d(x[..., None], weight, self.inner.bias, padding=1, groups=x.shape[1])
+    return y.mean(-1)
+
+
 GO = {
     "in_place_on_view": (in_place_on_view, 4),
     "written_into_view": (written_into_view, 8),
@@ -115,6 +122,7 @@ GO = {
         lambda s, x: torch.cdist(x.relu()[None], s.table.expand(2, -1, -1)).sum(0),
         8,
     ),
+    "depthwise_by_function": (depthwise_by_function, 8),
     "dtype": (lambda s, x: x.float().to(x.dtype), 8),
     "custom_function": (lambda s, x: Doubled.apply(x), 8),
     "checkpoint": (lambda s, x: checkpoint(torch.relu, x, use_reentrant=False), 8),
@@ -137,6 +145,7 @@ EXTRA = {
     "nested": {"inner": nn.Linear(8, 6)},
     "bilinear": {"form": nn.Bilinear(8, 8, 6)},
     "bilinear_of_a_parameter": {"table": nn.Parameter(torch.randn(6, 8, 8))},
+    "depthwise_by_function": {"inner": nn.Conv1d(8, 8, 3, groups=8)},
     "distances": {"table": nn.Parameter(torch.randn(40, 8))},
     "distances_of_many": {"table": nn.Parameter(torch.randn(3, 8))},
 }

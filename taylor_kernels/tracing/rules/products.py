@@ -210,14 +210,18 @@ def _grouped(
 ) -> tuple[Vector | None, Vector | None, Vector | None]:
     """The input channels, the output channels and the groups of a grouped convolution."""
     record, where = call.record, call.where
+    if columns is None and call.of(call.args["weight"]).shape[1] == 1:
+        columns = record.fresh(1)  # a depthwise weight seen as a matrix and back, as in Mamba
     if rows is None or columns is None:
         for vector in (rows, columns):
             call.refuse(vector, "belongs to a grouped weight that is computed")
         return None, None, None
     module = call.running
-    # Whole groups can go where the number of groups is an attribute that follows.
+    # Whole groups can go where the number of groups is an attribute that follows;
     known = "groups" in rules_of(module) if module is not None else False
-    may = [0, 1] if known or tie(call, groups, None) else [1]
+    # and as many groups as channels are given by these, mostly.
+    depthwise = rows.size == groups and columns.size == 1
+    may = [0, 1] if known or depthwise or tie(call, groups, None) else [1]
     axis, _ = record.grid(rows.reshape(groups, -1), where, "rows", may)
     if axis is None:
         axis = record.fresh(groups)
