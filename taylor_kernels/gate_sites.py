@@ -104,13 +104,15 @@ def find_gate_sites(
     next_class = 1 + max((int(s.classes.max()) for s in sites), default=0)
     next_class = max(next_class, 1 + int(wanted.max(initial=0)))
     for name, layer in layers.items():
-        if name in channels.layers and name not in unseen:
+        followed = name in channels.layers and channels.layers[name][1].numel() > 0
+        if followed and name not in unseen:
             of_layers[name] = channels.layers[name][1]
             continue
         of_layers[name] = torch.arange(next_class, next_class + filter_count(layer))
         next_class += filter_count(layer)
-        if name not in channels.layers:
-            # It did not run in the trace: nothing is known but that it has an output.
+        if not followed and name not in unseen and name not in channels.outside:
+            # It did not run in the trace, or its weight is computed in a way that could not be
+            # followed: nothing is known but that it has an output.
             sites.append(Site(name, OUT, channel_dim(layer), of_layers[name], (name,)))
     return GateSites(tuple(sites), of_layers)
 

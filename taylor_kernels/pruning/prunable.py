@@ -99,13 +99,19 @@ def find_prunable(
     """
     ignored = ignored_modules(model, ignore)
     layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
-    if not layers:
-        raise ValueError("model: has nothing to prune (no convolution or linear layer)")
+    nothing = (
+        "model: has nothing to prune (no convolution or linear layer, and no product with a "
+        "parameter of its own)"
+    )
+    if next(model.parameters(), None) is None:
+        raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
     channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
+    if not layers:
+        raise ValueError(nothing)
     unscored = _unscored(layers, channels, plain, statistic)
 
     def choose(channels: Channels) -> tuple[list[Group], dict[str, str]]:

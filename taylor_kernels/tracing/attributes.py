@@ -29,6 +29,11 @@ Counted = str | tuple[str, int]
 _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     _ConvNd: {"in_channels": "inputs", "out_channels": "outputs", "groups": "groups"},
     nn.Linear: {"in_features": "inputs", "out_features": "outputs"},
+    nn.Bilinear: {
+        "in1_features": ("weight", 1),
+        "in2_features": ("weight", 2),
+        "out_features": ("weight", 0),
+    },
     _NormBase: {"num_features": "norm"},
     nn.Embedding: {"embedding_dim": ("weight", 1)},
     nn.EmbeddingBag: {"embedding_dim": ("weight", 1)},
@@ -121,11 +126,22 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
         index: which part of the new shape it is; the first parts are counts, the last widths.
         weak: the dimension stays as it is, so that the size may be another's by chance.
     """
+    names = counting(call, size, index, weak)
+    for attribute in names:
+        if vector is not None:
+            call.record.sizes.append(Size(call.recorder.module, attribute, vector.copy(), weak))
+    return bool(names)
+
+
+def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[str]:
+    """The attributes of the running module that hold this size, as `tie` takes them."""
     if size < 2 or not call.recorder.stack:
-        return False
-    name, module = call.recorder.stack[-1]
+        return []
+    module = call.recorder.stack[-1][1]
+    if isinstance(module, nn.Unflatten):
+        return _places(module, size, index)
     if type(module).__module__.startswith("torch.nn."):
-        return False
+        return []
     known = rules_of(module)
     names = [
         attribute
@@ -146,10 +162,14 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
             for place, value in enumerate(values)
             if value == size
         ]
-    for attribute in names:
-        if vector is not None:
-            call.record.sizes.append(Size(name, attribute, vector.copy(), weak))
-    return bool(names)
+    return names
+
+
+def _places(module: nn.Unflatten, size: int, index: int) -> list[str]:
+    """The place among its sizes, by its number where several are the same."""
+    sizes = module.unflattened_size
+    places = [place for place, value in enumerate(sizes) if value == size]
+    return [f"unflattened_size[{p}]" for p in places if len(places) == 1 or p == index]
 
 
 def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> bool:

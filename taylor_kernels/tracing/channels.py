@@ -24,7 +24,7 @@ from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Join, Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
-from taylor_kernels.tracing.resolve import resolve
+from taylor_kernels.tracing.resolve import ambiguous, resolve
 from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
@@ -211,6 +211,8 @@ class Channels:
 
         `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
         tensor that the code had at hand and that is as wide, so that both lose the same channels.
+        An attribute that sizes several tensors, which need not be the same by what they are made
+        of (queries and values of a non-local block), is taken to be the size of all of them.
 
         Args:
             model: the traced model or a copy of it.
@@ -233,9 +235,21 @@ class Channels:
             other = next(others, None)
             if other is not None and (asked[mine].any() or asked[self._label[other]].any()):
                 joins.append(Join(echo.vector, other, echo.where, len(self._record.fixed)))
-        if not joins:
+        shared = ambiguous(self._record.sizes)
+        shared = {
+            (size.module, size.attribute)
+            for size in self._record.sizes
+            if (size.module, size.attribute) in shared
+            and (at is None or size.module in at)
+            and asked[self._label[size.atoms]].any()
+        }
+        if not joins and not shared:
             return None
-        record = replace(self._record, joins=[*self._record.joins, *joins])
+        sizes = [
+            replace(size, weak=size.weak and (size.module, size.attribute) not in shared)
+            for size in self._record.sizes
+        ]
+        record = replace(self._record, joins=[*self._record.joins, *joins], sizes=sizes)
         modules = dict(model.named_modules())
         with one_at_a_time(), prunable_attention(modules.values()):
             return Channels(record, modules)

@@ -50,6 +50,7 @@ class Labels:
         name: the parameter or buffer that this is, or is a transpose or slice of, or is computed of
             place by place.
         computed: its values are not that one's own.
+        counted: of a constant, (dimension, module, attribute) of attributes that hold its sizes.
         kept_if_read: atoms that cannot go, and why, once something is made of this tensor.
     """
 
@@ -61,6 +62,7 @@ class Labels:
     name: str = ""
     computed: bool = False
     memory: Memory = field(default_factory=Memory)
+    counted: tuple[tuple[int, str, str], ...] = ()
     kept_if_read: tuple[tuple[Vector, Reason], ...] = ()
 
     @classmethod

@@ -17,7 +17,7 @@ from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.labels import Labels, Store, has_atoms
 from taylor_kernels.tracing.operations import Operation, operation, tensors_of
-from taylor_kernels.tracing.record import Echo, Reason, Record, Vector
+from taylor_kernels.tracing.record import Echo, Reason, Record, Size, Vector
 from taylor_kernels.tracing.values import Values
 
 
@@ -64,6 +64,17 @@ class Call:
     def arg(self, *names: str) -> Any:
         """The first of these arguments that the operation has."""
         return next((self.args[name] for name in names if name in self.args), None)
+
+    def atoms(self, labels: Labels, dim: int) -> Vector | None:
+        """The atoms of a dimension; of zeros that code made (the first state of a recurrence), new
+        ones: they are as wide as what they are used with."""
+        if not labels.is_uniform or not labels.is_zero(dim) or labels.shape[dim] < 2:
+            return labels.dims[dim]
+        fresh = self.record.fresh(labels.shape[dim])
+        for place, module, attribute in labels.counted:
+            if place == dim % len(labels.shape):
+                self.record.sizes.append(Size(module, attribute, fresh, True))
+        return fresh
 
     @property
     def where(self) -> tuple[str, str]:

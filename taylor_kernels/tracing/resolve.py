@@ -120,18 +120,24 @@ def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason
 def counted(sizes: Sequence[Size]) -> list[Size]:
     """What attributes count, without weak evidence where there is better or where it disagrees."""
     strong = {(size.module, size.attribute) for size in sizes if not size.weak}
-    first: dict[tuple[str, str], Vector] = {}
-    differ = set()
-    for size in sizes:
-        key = (size.module, size.attribute)
-        if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
-            differ.add(key)
+    differ = ambiguous(sizes)
     kept = []
     for size in sizes:
         key = (size.module, size.attribute)
         if not size.weak or (key not in strong and key not in differ):
             kept.append(size)
     return kept
+
+
+def ambiguous(sizes: Sequence[Size]) -> set[tuple[str, str]]:
+    """The attributes, (module, name), of which weak evidence disagrees."""
+    first: dict[tuple[str, str], Vector] = {}
+    differ = set()
+    for size in sizes:
+        key = (size.module, size.attribute)
+        if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
+            differ.add(key)
+    return differ
 
 
 def _close(tables: Sequence[Table], grids: Sequence[Grids], forest: Forest) -> None:

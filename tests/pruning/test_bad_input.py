@@ -182,3 +182,25 @@ def test_close_takes_everything_off():
     assert sum(pruner.widths.values()) < sum(pruner.original_widths.values())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_model_of_bare_parameters_alone():
+    """Nothing of it is a layer: products with its parameters are what is pruned."""
+
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Parameter(torch.randn(9, 3)), nn.Parameter(torch.randn(2, 9))
+
+        def forward(self, x):
+            return nn.functional.linear(nn.functional.linear(x, self.one).relu(), self.two)
+
+    model, x = Bare(), torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"nothing to prune \(one: it is a weight that no layer"):
+        Pruner(model, x, params=0.5)
+    pruner = Pruner(model, x, "taylor_fo", filters=0.5, every=1, per_step=0.25)
+    while not pruner.done:
+        model.zero_grad()
+        model(x).square().mean().backward()
+        pruner.step()
+    assert pruner.compact().one.shape == (4, 3)

@@ -248,6 +248,30 @@ def test_a_filter_that_no_hook_can_reach_is_named():
     assert (found["a"] > 0).any()
 
 
+def test_a_layer_whose_weight_is_taken_apart_elsewhere_is_named():
+    """A score of attention: its one filter is no dimension of the matrix that code makes of it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(3, 8), nn.Linear(8, 2)
+            self.score = nn.Linear(8, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.enter(x).tanh()
+            weights = (hidden @ self.score.weight.squeeze(0)[:, None]).softmax(1)
+            return self.leave((weights * hidden).sum(1))
+
+    model, x = Net(), torch.randn(4, 5, 3)
+    with pytest.warns(UserWarning, match=r"^score: .* no gate can stand"):
+        imp = tk.Importance(model, example_inputs=x)
+    model(x).square().sum().backward()
+    imp.update()
+    found = imp.compute()
+    assert found["score"].isnan().all()
+    assert (found["enter"] > 0).any()
+
+
 def test_gates_of_one_channel_at_sites_with_other_numbers_of_examples_do_not_add_up():
     tables = {"a": torch.rand(4, 2), "b": torch.rand(4, 6)}
     sites = GateSites(

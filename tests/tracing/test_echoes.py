@@ -171,3 +171,41 @@ def test_heads_go_with_channels_of_the_stream(cut, seed):
     # As many heads have gone from every layer, each with as many channels as it has.
     assert {layer.heads for layer in model[1:-1]} == {model[0].embedding_dim // size}
     assert model[1].heads < heads
+
+
+class NonLocal(nn.Module):
+    """One attribute is the width of queries and keys, and of values, which nothing else ties."""
+
+    def __init__(self, width, inner):
+        super().__init__()
+        self.inter_channels = inner
+        self.theta, self.phi, self.g = (nn.Conv2d(width, inner, 1) for _ in range(3))
+        self.back = nn.Conv2d(inner, width, 1)
+
+    def forward(self, x):
+        flat = (len(x), self.inter_channels, -1)
+        theta, phi, g = (layer(x).view(*flat) for layer in (self.theta, self.phi, self.g))
+        y = (theta.transpose(1, 2) @ phi).softmax(-1) @ g.transpose(1, 2)
+        y = y.transpose(1, 2).contiguous().view(len(x), self.inter_channels, *x.shape[2:])
+        return x + self.back(y)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_an_attribute_that_sizes_several_tensors_ties_them(blocks, seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    width, inner = draw.randint(6, 9), draw.randint(3, 5)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 1),
+        *(NonLocal(width, inner) for _ in range(blocks)),
+        nn.Conv2d(width, 2, 1),
+    )
+    x = torch.randn(1, 3, 4, 4)
+    pruner, optimizer = judging.new_pruner(model, x, 0.6)
+    assert list(pruner.skipped) == [f"{blocks + 1}"]
+    verdict = judging.prune(model, x, pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12
+    for block in model[1:-1]:
+        assert block.inter_channels == block.g.out_channels == block.phi.out_channels

@@ -68,3 +68,19 @@ def test_each_entry_counts_its_own_part_over_several_removals():
         widths[part] -= 1
         assert model[0].widths == tuple(widths)
         model(inputs)
+
+
+@pytest.mark.parametrize("sizes", [(6, 2, 2), (5, 1, 1), (4, 4, 4), (2, 3, 1)])
+def test_the_sizes_of_unflatten_follow(sizes):
+    """As in decoders: a linear layer makes the first feature map."""
+    model = nn.Sequential(
+        nn.Linear(5, torch.Size(sizes).numel()),
+        nn.Unflatten(1, sizes),
+        nn.ConvTranspose2d(sizes[0], 3, 2),
+    )
+    inputs = torch.randn(2, 5)
+    channels = trace(model, inputs)
+    assert set(channels.skipped) == {"2"}
+    assert not faults(model, inputs, channels)
+    dead = torch.arange(sizes[0]) == 1
+    assert channels.attributes([dead])["1"] == {"unflattened_size": (sizes[0] - 1, *sizes[1:])}

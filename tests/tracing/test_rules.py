@@ -92,6 +92,13 @@ def view_of_view(self, x):
     return y
 
 
+def depthwise_by_function(self, x):
+    """As in Mamba: a function takes the layer's weight as a matrix."""
+    weight = self.inner.weight.squeeze(1).unsqueeze(1)
+    y = F.conv1d(x[..., None], weight, self.inner.bias, padding=1, groups=x.shape[1])
+    return y.mean(-1)
+
+
 GO = {
     "in_place_on_view": (in_place_on_view, 4),
     "written_into_view": (written_into_view, 8),
@@ -108,6 +115,14 @@ GO = {
     "masked_fill": (lambda s, x: x.masked_fill(x < 0, 0.0), 8),
     "cat_of_many": (lambda s, x: torch.cat([x] * 9, 1), 8),
     "einsum": (lambda s, x: torch.einsum("nc,mc->nm", x, x) @ x, 8),
+    "bilinear": (lambda s, x: s.form(x, x.tanh()), 8),
+    "bilinear_of_a_parameter": (lambda s, x: F.bilinear(x[None], x[None], s.table)[0], 8),
+    "distances": (lambda s, x: torch.cdist(x, s.table), 8),
+    "distances_of_many": (
+        lambda s, x: torch.cdist(x.relu()[None], s.table.expand(2, -1, -1)).sum(0),
+        8,
+    ),
+    "depthwise_by_function": (depthwise_by_function, 8),
     "dtype": (lambda s, x: x.float().to(x.dtype), 8),
     "custom_function": (lambda s, x: Doubled.apply(x), 8),
     "checkpoint": (lambda s, x: checkpoint(torch.relu, x, use_reentrant=False), 8),
@@ -128,6 +143,11 @@ EXTRA = {
     "gate_of_one": {"gate": nn.Linear(8, 1)},
     "row_of_buffer": {"table": nn.Parameter(torch.randn(4, 8))},
     "nested": {"inner": nn.Linear(8, 6)},
+    "bilinear": {"form": nn.Bilinear(8, 8, 6)},
+    "bilinear_of_a_parameter": {"table": nn.Parameter(torch.randn(6, 8, 8))},
+    "depthwise_by_function": {"inner": nn.Conv1d(8, 8, 3, groups=8)},
+    "distances": {"table": nn.Parameter(torch.randn(40, 8))},
+    "distances_of_many": {"table": nn.Parameter(torch.randn(3, 8))},
 }
 
 
@@ -154,10 +174,11 @@ STAY = {
     "position_test": (
         lambda s, x: torch.where(torch.arange(x.shape[1]) < 4, x.relu(), x.sigmoid()), "where",
     ),
-    "unknown": (lambda s, x: torch.cdist(x, x) @ x, "cdist"),
+    "unknown": (lambda s, x: torch.pdist(x).sum() * x, "pdist"),
+    "distances": (lambda s, x: torch.cdist(x.sigmoid(), x) @ x, "cdist"),
     "layer_norm": (lambda s, x: F.layer_norm(x, (8,)), "layer_norm"),
     "uneven_slice": (lambda s, x: torch.cat([x[:, :3].relu(), x[:, 3:]], 1), "slice"),
-    "bilinear": (lambda s, x: F.bilinear(x, x, x.new_ones(3, 8, 8)), "trilinear"),
+    "bilinear": (lambda s, x: F.bilinear(x, x, x.new_ones(3, 8, 8)), "bilinear"),
     "square": (lambda s, x: x.sigmoid() @ x.sigmoid().t() @ x, "matmul"),
 }  # fmt: skip
 

@@ -156,6 +156,42 @@ def clip() -> Built:
     return hf.CLIPModel(config), {"input_ids": _tokens(), "pixel_values": _images(32)}
 
 
+def albert() -> Built:
+    """Its layers share one set of weights."""
+    import transformers as hf
+
+    config = hf.AlbertConfig(**COMMON, vocab_size=50, embedding_size=16, max_position_embeddings=64)
+    return hf.AlbertForSequenceClassification(config), {"input_ids": _tokens()}
+
+
+def deberta_v2() -> Built:
+    """Attention to positions, which are projected by the layers of queries and keys."""
+    import transformers as hf
+
+    config = hf.DebertaV2Config(
+        **COMMON, vocab_size=50, max_position_embeddings=64, relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_buckets=16, norm_rel_ebd="layer_norm",
+        share_att_key=True,
+    )  # fmt: skip
+    return hf.DebertaV2ForSequenceClassification(config), {"input_ids": _tokens()}
+
+
+def mamba() -> Built:
+    import transformers as hf
+
+    config = hf.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, vocab_size=50)
+    return _causal(hf.MambaForCausalLM(config))
+
+
+def swinv2() -> Built:
+    import transformers as hf
+
+    config = hf.Swinv2Config(
+        image_size=32, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4
+    )
+    return hf.Swinv2ForImageClassification(config), _images(32)
+
+
 def whisper_encoder() -> Built:
     model, inputs = whisper()
     return model.model.encoder, {"input_features": inputs["input_features"]}
@@ -179,6 +215,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "llama": llama, "llama_eager": lambda: llama("eager"), "qwen2": qwen2, "qwen3": qwen3,
     "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "swin": swin, "convnext": convnext,
     "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
+    "albert": albert, "deberta_v2": deberta_v2, "mamba": mamba, "swinv2": swinv2,
     "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
     "torch_transformer": lambda: (Translation(), _tokens()),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from taylor_kernels.tracing.attributes import counting
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.recorder import Call, rule
@@ -17,7 +18,12 @@ def uniform(call: Call) -> Labels:
     shape = tuple(call.out.shape)
     vectors = [np.zeros(size, np.int64) for size in shape]
     zero = call.name.endswith("zeros") or call.arg("fill_value") == 0
-    return Labels(shape, list(vectors), [zero] * len(shape), uniform=True)
+    counted = tuple(
+        (dim, call.recorder.module, attribute)
+        for dim, size in enumerate(shape)
+        for attribute in counting(call, size, weak=True)
+    )
+    return Labels(shape, list(vectors), [zero] * len(shape), uniform=True, counted=counted)
 
 
 @rule("arange", "linspace", "logspace", "rand", "randn", "randint", "randperm", "eye", "normal")

@@ -21,17 +21,19 @@ def cat(call: Call) -> Labels:
     if not parts:
         return result
     along = call.args.get("dim", 0) % len(result.shape)
+    constant = all(part.is_uniform for part in parts)
     for dim in range(len(result.shape)):
-        vectors = [part.dims[dim] for part in parts]
         if dim != along:
             here = [part.dims[dim] for part in parts if not part.is_uniform]
             result.dims[dim] = merged_vector(call, here)
-        elif any(vector is not None and vector.any() for vector in vectors):
-            whole = [
-                np.zeros(part.shape[dim], np.int64) if vector is None else vector
-                for part, vector in zip(parts, vectors, strict=True)
-            ]
-            result.dims[dim] = np.concatenate(whole)
+        elif not constant:
+            vectors = [call.atoms(part, dim) for part in parts]
+            if any(vector is not None and vector.any() for vector in vectors):
+                whole = [
+                    np.zeros(part.shape[dim], np.int64) if vector is None else vector
+                    for part, vector in zip(parts, vectors, strict=True)
+                ]
+                result.dims[dim] = np.concatenate(whole)
         result.zero[dim] = all(
             part.is_zero(dim) or (part.dims[dim] is None and dim == along) for part in parts
         )

@@ -19,7 +19,7 @@ from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
 
 def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:
     """Join the dimensions that a product sums over."""
-    left, right = one.dims[dim], other.dims[other_dim]
+    left, right = call.atoms(one, dim), call.atoms(other, other_dim)
     call.join(left, right)
     if left is None or right is None:
         return
@@ -75,6 +75,40 @@ def linear(call: Call) -> Labels:
     for dim in range(len(source.dims) - 1):
         result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
     add_bias(call, call.args.get("bias"), result, -1)
+    return result
+
+
+@rule("bilinear")
+def bilinear(call: Call) -> Labels:
+    """Σ_ij one_i weight[k, i, j] other_j."""
+    one, other, weight = (call.of(call.args[name]) for name in ("input1", "input2", "weight"))
+    contract(call, one, -1, weight, 1)
+    contract(call, other, -1, weight, 2)
+    result = Labels.fixed(call.out.shape)
+    for dim in range(-len(result.shape), -1):
+        result.dims[dim] = merged_vector(call, [one.dims[dim], other.dims[dim]])
+        result.zero[dim] = False
+    result.dims[-1], result.zero[-1] = weight.dims[0], weight.is_zero(0)
+    macs = call.out.numel() * prod(weight.shape[1:])
+    layer(call, weight, weight.dims[1], weight.dims[0], macs=macs)
+    add_bias(call, call.args.get("bias"), result, -1)
+    return result
+
+
+@rule("_cdist_forward", "_euclidean_dist")
+def distances(call: Call) -> Labels:
+    """Distances of rows: what is zero in both adds nothing."""
+    one, other = (call.of(call.args[name]) for name in ("x1", "x2"))
+    left, right = call.atoms(one, -1), call.atoms(other, -1)
+    call.join(left, right)
+    if not (one.is_zero(-1) and other.is_zero(-1)):
+        for vector in (left, right):
+            call.mix(vector)
+    result = Labels.fixed(call.out.shape)
+    result.dims[-2], result.dims[-1] = one.dims[-2], other.dims[-2]
+    for dim in range(-len(result.shape), -2):
+        wide = [p for p in (one, other) if len(p.shape) >= -dim and p.shape[dim] > 1]
+        result.dims[dim] = merged_vector(call, [part.dims[dim] for part in wide])
     return result
 
 
@@ -157,7 +191,7 @@ def convolution(call: Call) -> Labels:
     batched = len(source.shape) == spatial + 2
     if batched:
         result.dims[0], result.zero[0] = source.dims[0], False
-    channels = source.dims[-spatial - 1]
+    channels = call.atoms(source, -spatial - 1)
     rows, columns = weight.dims[0], weight.dims[1]
     if groups == 1:
         inputs, outputs, axis = (rows, columns, None) if transposed else (columns, rows, None)
@@ -176,14 +210,18 @@ def _grouped(
 ) -> tuple[Vector | None, Vector | None, Vector | None]:
     """The input channels, the output channels and the groups of a grouped convolution."""
     record, where = call.record, call.where
+    if columns is None and call.of(call.args["weight"]).shape[1] == 1:
+        columns = record.fresh(1)  # a depthwise weight seen as a matrix and back, as in Mamba
     if rows is None or columns is None:
         for vector in (rows, columns):
             call.refuse(vector, "belongs to a grouped weight that is computed")
         return None, None, None
     module = call.running
-    # Whole groups can go where the number of groups is an attribute that follows.
+    # Whole groups can go where the number of groups is an attribute that follows;
     known = "groups" in rules_of(module) if module is not None else False
-    may = [0, 1] if known or tie(call, groups, None) else [1]
+    # and as many groups as channels are given by these, mostly.
+    depthwise = rows.size == groups and columns.size == 1
+    may = [0, 1] if known or depthwise or tie(call, groups, None) else [1]
     axis, _ = record.grid(rows.reshape(groups, -1), where, "rows", may)
     if axis is None:
         axis = record.fresh(groups)
