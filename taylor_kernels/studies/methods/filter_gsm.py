@@ -111,6 +111,7 @@ SEARCHES = [
             {"lr": 0.04, "weight_decay": decay / 2},
             {"lr": 0.01, "weight_decay": 2 * decay},
         ],
+        seeds=[10],
     )
     for problem, decay in DECAY.items()
 ]
