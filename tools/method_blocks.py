@@ -32,7 +32,7 @@ def study_block(name: str, more: str = "") -> str:
         return f"Not measured yet: `python -m bench.methods {name}` does it."
     result, study = kept[name], find_study(name)
     made = study.more[more](result) if more else study.table(result)
-    source = _source(name)
+    source = _source(name, " --speed" if more == "speed" else "")
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}".strip()))
 
 
