@@ -55,7 +55,7 @@ SEARCHES = [
             {"epochs": 1600, "weight_decay": 1e-3},
             {"epochs": 3200, "weight_decay": 5e-4},
         ],
-        seeds=(10, 11, 12),
+        seeds=(10, 11),
     )
 ]
 

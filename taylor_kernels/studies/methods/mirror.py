@@ -184,8 +184,9 @@ WAYS = {
 }
 
 
-#: On MNIST-1D, five settings for each way that is compared there.
+#: On MNIST-1D, six settings for each way that is compared there.
 _RATES = [{"lr": lr} for lr in (0.001, 0.002, 0.003, 0.005, 0.01)]
+_SPREAD = {"lr": 0.003, "start": "spread"}
 _RATES_AND_ENDS = [
     {"lr": lr, "beta_end": end}
     for lr, end in (
@@ -194,11 +195,12 @@ _RATES_AND_ENDS = [
         (0.003, 2e4),
         (0.01, 500.0),
         (0.01, 2e4),
+        (0.01, 2e3),
     )
 ]
 SEARCHES = [
     Search(SIGNALS, "md-tanh-s", _RATES_AND_ENDS),
-    Search(SIGNALS, "binaryconnect", _RATES),
+    Search(SIGNALS, "binaryconnect", [*_RATES, _SPREAD]),
     Search(SIGNALS, "pmf", _RATES_AND_ENDS),
 ]
 
