@@ -184,7 +184,7 @@ WAYS = {
 }
 
 
-#: On MNIST-1D, six settings for each way that is compared there.
+#: Six settings for each of the two.
 _RATES = [{"lr": lr} for lr in (0.001, 0.002, 0.003, 0.005, 0.01)]
 _SPREAD = {"lr": 0.003, "start": "spread"}
 _RATES_AND_ENDS = [
@@ -201,7 +201,6 @@ _RATES_AND_ENDS = [
 SEARCHES = [
     Search(SIGNALS, "md-tanh-s", _RATES_AND_ENDS),
     Search(SIGNALS, "binaryconnect", [*_RATES, _SPREAD]),
-    Search(SIGNALS, "pmf", _RATES_AND_ENDS),
 ]
 
 
