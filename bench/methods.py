@@ -33,7 +33,7 @@ from taylor_kernels.studies.results import Json, circumstances, readable, rounde
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/methods")
 #: Every study.
-STUDIES = ("adaptive", "at_init", "gsm", "mirror", "spp")
+STUDIES = ("adaptive", "at_init", "filter_gsm", "gsm", "mirror", "spp")
 
 
 def find_study(name: str) -> MethodStudy:

@@ -32,7 +32,7 @@ def study_block(name: str, more: str = "") -> str:
         return f"Not measured yet: `python -m bench.methods {name}` does it."
     result, study = kept[name], find_study(name)
     made = study.more[more](result) if more else study.table(result)
-    source = f"Source: `{(KEPT / name).as_posix()}.json`, written by `{result['command']}`."
+    source = _source(name, " --speed" if more == "speed" else "")
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}".strip()))
 
 
@@ -42,8 +42,14 @@ def search_block(name: str) -> str:
     if "search" not in result:
         return f"Not tried yet: `python -m bench.methods {name} --search` does it."
     made = search_table(study, result)
-    source = f"Source: `{(KEPT / name).as_posix()}.json`, `{result['search']['command']}`."
+    source = _source(name, " --search")
     return "\n\n".join((table(made.columns, made.rows), f"{made.caption} {source}"))
+
+
+def _source(name: str, more: str = "") -> str:
+    """The command that makes all of it; the file has the last one, which may have made a part."""
+    kept = (KEPT / name).as_posix()
+    return f"Source: `{kept}.json`, written by `python -m bench.methods {name}{more}`."
 
 
 def criteria_at_init() -> str:

@@ -26,6 +26,7 @@ constexpr int64_t kWindowShare = 128;         // of all elements one in so many 
 // (0.4% of a score), by which the window grows to about 0.7% of all elements.
 constexpr int64_t kMargin = kSampled / 400;
 constexpr int kBinBits = 15;
+constexpr int64_t kSampleBins = int64_t{1} << (32 - kBinBits);
 
 // The keys of `signed` scores are numbers without a sign; vectors compare numbers with one.
 template <bool kSigned>
@@ -44,9 +45,9 @@ struct ScoreWindow {
 
 // Of each block of as many registers as one is taken from, the one that a hash names: weights lie
 // in periods, which a constant step could meet.
+// `bins`, kSampleBins of them, are 0.
 template <bool kSigned>
-ScoreWindow sampled_window(const GlobalThresholdArgs& call, int64_t ranked) {
-  std::vector<uint32_t> bins(int64_t{1} << (32 - kBinBits));
+ScoreWindow sampled_window(const GlobalThresholdArgs& call, int64_t ranked, uint32_t* bins) {
   const int64_t block = ranked / kSampled * kKeyLanes;
   int64_t sampled = 0;
   uint64_t number = 0;
@@ -67,7 +68,7 @@ ScoreWindow sampled_window(const GlobalThresholdArgs& call, int64_t ranked) {
   const double rank = static_cast<double>(call.wanted) / ranked * sampled;
   ScoreWindow window{0, UINT32_MAX};
   int64_t above = 0;
-  for (int64_t bin = bins.size() - 1; bin >= 0; --bin) {
+  for (int64_t bin = kSampleBins - 1; bin >= 0; --bin) {
     const auto edge = static_cast<uint32_t>(bin << kBinBits);
     if (above < rank - kMargin) window.last = edge | ((1u << kBinBits) - 1);
     if ((above += bins[bin]) >= rank + kMargin) {
@@ -167,8 +168,9 @@ template <bool kSigned>
 LastKey last_by_window(const GlobalThresholdArgs& call, const ItemTasks& tasks, int64_t ranked,
                        int threads) {
   WindowCounts found;
-  const ScoreWindow window = sampled_window<kSigned>(call, ranked);
-  found.keys.resize(ranked / kWindowShare);
+  // The bins lie where the keys will: a step of GSM has no more than that beside its tensors.
+  found.keys.resize(std::max(ranked / kWindowShare, kSampleBins));
+  const ScoreWindow window = sampled_window<kSigned>(call, ranked, found.keys.data());
   ordered_tasks(tasks.count(), threads,
                 [&] { return WindowPass<kSigned>(call, tasks, window, found); });
   const int64_t rank = call.wanted - found.above, within = found.within;

@@ -18,9 +18,12 @@ from tests.helpers.problems import quiet
 
 
 def test_both_ways_keep_a_quarter_of_the_filters(tmp_path):
-    small = {filter_gsm.LENET: {"compression": 4.0, "training": 1, "epochs": 2}}
-    ways = {label: Way(way.run, way.settings, small) for label, way in filter_gsm.WAYS.items()}
-    study = replace(filter_gsm.STUDY, ways=ways, problems=[filter_gsm.LENET])
+    problem, small = filter_gsm.LENET, {"training": 1, "epochs": 2}
+    ways = {
+        label: Way(way.run, {**way.settings_of(problem), **small})
+        for label, way in filter_gsm.WAYS.items()
+    }
+    study = replace(filter_gsm.STUDY, ways=ways, problems=[problem])
     result = {"runs": run(study, Cache(tmp_path), quiet(), seeds=1)}
     found = {one["way"]: one for one in result["runs"]}
     assert found.keys() == ways.keys()

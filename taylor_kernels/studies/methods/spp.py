@@ -24,7 +24,7 @@ from taylor_kernels.studies.methods.spp_plot import plot
 from taylor_kernels.studies.methods.study import MethodStudy, Trial, Way
 from taylor_kernels.studies.report import Table
 from taylor_kernels.studies.results import Json
-from taylor_kernels.studies.training import Schedule, count_flops, evaluate, latencies, sgd, train
+from taylor_kernels.studies.training import Schedule, count_flops, evaluate, sgd, train
 
 DIGITS, SIGNALS = ("ResNet", "digits"), ("LeNet-5", "MNIST-1D")
 BATCH = 64
@@ -178,50 +178,6 @@ def _macs(trial: Trial, model: nn.Module, *, pruned: bool = False) -> int:
     return count_flops(model, trial.data.test.images[:1])
 
 
-def speed() -> Json:
-    """3×3 convolutions of ResNets' widths, dense, without columns and without channels."""
-    torch.manual_seed(0)
-    shapes = [(64, 56), (128, 28), (256, 14), (512, 7)]
-    rows, ratios = [], {"columns": [], "channels": []}  # type: ignore[var-annotated]
-    for width, side in shapes:
-        images = torch.randn(4, width, side, side)
-        models: dict[str, nn.Module] = {"dense": nn.Sequential(_conv(width, width))}
-        for part in (2, 4):
-            conv = _conv(width, width)
-            with torch.no_grad():
-                weight = conv.weight
-                gone = torch.randperm(weight[0].numel())[: weight[0].numel() * (part - 1) // part]
-                weight.flatten(1)[:, gone] = 0
-            lowered = nn.Sequential(conv)
-            lower_columns(lowered)
-            models[f"columns {part}×"] = lowered
-            models[f"channels {part}×"] = _Narrow(width // part, width)
-        times = latencies(models, images, repeats=15)
-        milliseconds = {name: quartiles["median"] for name, quartiles in times.items()}
-        rows.append({"width": width, "side": side, "milliseconds": milliseconds})
-        for kind in ratios:
-            ratios[kind].append(milliseconds["dense"] / milliseconds[f"{kind} 4×"])
-    words = "; ".join(
-        f"4× fewer {kind}: {min(each):.1f}–{max(each):.1f}× faster" for kind, each in ratios.items()
-    )
-    return {"words": words, "layers": rows}
-
-
-def _conv(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-
-
-class _Narrow(nn.Module):
-    """What a convolution is whose other input channels were removed where they are made."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.inputs, self.conv = inputs, _conv(inputs, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x[:, : self.inputs].contiguous())
-
-
 def _way(run: Any, **settings: Any) -> Way:
     names = ("training", "pruning", "retraining")
     of_problem = {
@@ -265,6 +221,25 @@ def table(result: Json) -> Table:
     return accuracy_table(result, columns, caption)
 
 
+def speed_table(result: Json) -> Table:
+    """How fast each layer of bench/speed_spp.py is with fewer columns or channels."""
+    layers = result.get("speed", {"layers": []})["layers"]
+    kinds = ("columns 2×", "columns 4×", "channels 2×", "channels 4×")
+    rows = [
+        [f"{each['width']} channels, {each['side']}×{each['side']}"]
+        + [f"{each['milliseconds']['dense']:.1f}"]
+        + [f"{each['milliseconds']['dense'] / each['milliseconds'][kind]:.2f}×" for kind in kinds]
+        for each in layers
+    ]
+    machine = result.get("speed", {}).get("machine", {})
+    caption = (
+        "3×3 convolutions of a batch of 4, and how many times as fast they are with fewer columns "
+        "(`lower_columns`) or fewer input channels; below 1 is slower. "
+        f"{machine.get('threads')} threads of {machine.get('cpu')}, medians in turns."
+    )
+    return Table(["layer", "dense, ms", *kinds], rows, caption)
+
+
 def summary(result: Json) -> dict[str, str]:
     full, half, quarter = (
         dict(means(result, way, "accuracy")) for way in ("dense", "SPP, 2×", "SPP, 4×")
@@ -296,5 +271,5 @@ STUDY = MethodStudy(
     table=table,
     plot=plot,
     summary=summary,
-    speed=speed,
+    more={"speed": speed_table},
 )

@@ -205,7 +205,7 @@ def _one(
 ) -> Json:
     way = study.ways[label]
     network, data_name = problem
-    settings = way.settings_of(problem) | tried
+    settings = {**way.settings_of(problem), **tried}
     facts = {"way": label, "network": network, "data": data_name, "seed": seed}
     key = facts | {
         "settings": settings,
