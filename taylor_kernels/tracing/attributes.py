@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
@@ -198,7 +197,7 @@ def shrunk(
     lists: dict[tuple[str, str], tuple[Any, dict[int, int]]] = {}
     changed = set()
     for module, attribute, old, vector in sizes:
-        left = int(vector.size - np.count_nonzero(gone[vector]))
+        left = int(vector.size - gone[vector].sum())
         name, _, place = attribute.partition("[")
         if place:
             # Entries that stay this time may have changed before.
