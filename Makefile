@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt setup.py $(shell find cmake csrc -type f)
 
 .PHONY: demo test check format bench peers docs gpu-check clean
 
-demo: $(VENV)/built
+demo: $(VENV)/demo
 	$(BIN)/taylor-kernels demo
 
 # Two processes: a file's tests stay together, since some share what takes long to make, and files
@@ -48,9 +48,16 @@ $(VENV)/dependencies: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt setuptools cmake ninja pybind11
 	touch $@
 
+INSTALL = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt \
+	--no-build-isolation --editable
+
 $(VENV)/built: $(VENV)/dependencies $(NATIVE)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install -c constraints.txt \
-		--no-build-isolation --editable '.[dev]'
+	$(INSTALL) '.[dev]'
+	touch $(VENV)/demo $@
+
+# A part of that: who wants to see the demo alone need not wait for what tests it.
+$(VENV)/demo: $(VENV)/dependencies $(NATIVE)
+	$(INSTALL) '.[demo]'
 	touch $@
 
 # The networks that tests/zoo prunes. pytorchcv names torchvision, which stays away.

@@ -82,6 +82,7 @@ def providers(kind: str, device: torch.device) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(kind=["mlp"])
 @pytest.mark.parametrize("provider", [OURS, ONE, THEIRS])
 @pytest.mark.parametrize("kind", list(ROUNDS))
 def bench_avalanche(kind, provider, device, measured, record, rounds) -> None:

@@ -43,11 +43,11 @@ def residual() -> nn.Module:
 MODELS = {"convnet": ConvNet, "resnet18": residual}
 
 
-def providers(field: str, network: str, device: torch.device) -> list[Provider]:
+def providers(field: str, network: str, images: int, device: torch.device) -> list[Provider]:
     torch.manual_seed(0)
     model = MODELS[network]().to(device).eval()
-    x = torch.randn(BATCH, 3, 32, 32, device=device)
-    y = torch.randint(0, 10, (BATCH,), device=device)
+    x = torch.randn(images, 3, 32, 32, device=device)
+    y = torch.randint(0, 10, (images,), device=device)
     check = _check_against(_expected(field, model, x, y))
     return [
         _provider(label, source, field, model, x, y, check)
@@ -124,10 +124,13 @@ def _mib(model: nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
 
 
+@pytest.mark.quick(network=["convnet"])
 @pytest.mark.parametrize("provider", [THEIRS, OURS])
 @pytest.mark.parametrize("network", list(MODELS))
 @pytest.mark.parametrize("field", list(FIELDS))
-def bench_backpack(field, network, provider, device, measured, record, rounds) -> None:
+def bench_backpack(field, network, provider, device, images, measured, record, rounds) -> None:
     case = ("backpack", f"{field}-{network}")
-    results = measured.get(case, lambda: providers(field, network, device), rounds(ROUNDS))
+    results = measured.get(
+        case, lambda: providers(field, network, images(BATCH), device), rounds(ROUNDS)
+    )
     record(case, results, provider, parameters_mib=_mib(MODELS[network]()))

@@ -132,6 +132,7 @@ def peak(dtype: torch.dtype, tf32: bool, device: torch.device) -> float | None:
         return matmul_flops(dtype, device) if device.type == "cuda" else None
 
 
+@pytest.mark.quick(layer=[min(layers, key=lambda each: each.flops) for layers in NETWORKS.values()])
 @pytest.mark.parametrize("label", [GRADIENT, OURS, *OTHERS])
 @pytest.mark.parametrize(
     ("network", "on", "precision", "layer"),

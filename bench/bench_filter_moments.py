@@ -43,15 +43,15 @@ PROVIDERS = (
 
 
 @lru_cache(maxsize=1)
-def lists(network: str, device: torch.device) -> tuple[Buffers, reference.Expected]:
+def lists(network: str, quick: bool, device: torch.device) -> tuple[Buffers, reference.Expected]:
     """Weights and gradients of a trained network's magnitudes, and their moments in float64."""
     make, dtype, _ = NETWORKS[network]
-    data = buffers(make(), dtype, device, scales=(0.05, 0.001))
+    data = buffers(shapes.some(make(), quick), dtype, device, scales=(0.05, 0.001))
     return data, reference.moments(data.first, data.second)
 
 
-def providers(network: str, axis: str, device: torch.device) -> list[Provider]:
-    data, expected = lists(network, device)
+def providers(network: str, axis: str, quick: bool, device: torch.device) -> list[Provider]:
+    data, expected = lists(network, quick, device)
     axes = peers.AXES[axis]
     w3, g3 = peers.as_3d(data.first), peers.as_3d(data.second)
     torch._dynamo.reset()
@@ -133,13 +133,14 @@ def _torch_pruning(device: torch.device) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(network=["resnet50-fp32"], axis=["both"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("axis", ["rows", "cols", "both"])
 @pytest.mark.parametrize("network", list(NETWORKS))
-def bench_filter_moments(network, axis, provider, device, measured, record, rounds) -> None:
+def bench_filter_moments(network, axis, provider, device, quick, measured, record, rounds) -> None:
     case = ("filter_moments", network, axis)
     results = measured.get(
-        case, lambda: providers(network, axis, device), rounds(NETWORKS[network][2])
+        case, lambda: providers(network, axis, quick, device), rounds(NETWORKS[network][2])
     )
-    data, _ = lists(network, device)
+    data, _ = lists(network, quick, device)
     record(case, results, provider, bytes_read=data.nbytes, elements=data.elements)

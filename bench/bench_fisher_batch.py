@@ -31,23 +31,24 @@ def expected_seconds(network: str, images: int) -> float:
     return _loop_seconds.get(network, 0.0) * (images / BATCHES[0]) ** 2
 
 
+@pytest.mark.quick(network=["convnet"], batch=BATCHES[:1])
 @pytest.mark.parametrize("way", [PLAIN, OURS, LOOP])
-@pytest.mark.parametrize("images", BATCHES)
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("network", "on"), [("convnet", "cpu"), ("resnet18", "cpu")])
-def bench_fisher_batch(network, on, images, way, device, quick, measured, record, rounds) -> None:
-    if quick and images > BATCHES[1]:
-        pytest.skip("too large for a quick run")
-    seconds = expected_seconds(network, images)
+def bench_fisher_batch(
+    network, on, batch, way, device, quick, images, measured, record, rounds
+) -> None:
+    seconds = expected_seconds(network, batch)
     if way == LOOP and seconds > LONGEST_S:
         pytest.skip(f"a step of it would take about {seconds:.0f} s")
     ways = [PLAIN, OURS] if seconds > LONGEST_S else [PLAIN, OURS, LOOP]
 
     def providers() -> list[Provider]:
-        data = problem(network, images, NETWORKS[network][2], device)
+        data = problem(network, images(batch), NETWORKS[network][2], device)
         return [provider(label, *data, quick=quick) for label in ways]
 
-    case = ("fisher_batch", network, f"{images} images")
+    case = ("fisher_batch", network, f"{batch} images")
     results = measured.get(case, providers, rounds(ROUNDS), keep_busy=False)
-    if images == BATCHES[0]:
+    if batch == BATCHES[0]:
         _loop_seconds[network] = results[LOOP].median
-    record(case, results, way, images=images, **relative(results, way))
+    record(case, results, way, images=images(batch), **relative(results, way))

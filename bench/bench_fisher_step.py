@@ -116,19 +116,21 @@ def relative(results: dict[str, Result], label: str) -> dict[str, float | None]:
     }
 
 
+@pytest.mark.quick(network=["convnet", "resnet50"], threads=[1, None])
 @pytest.mark.parametrize(("network", "on", "threads", "way"), CASES)
-def bench_fisher_step(network, on, threads, way, device, quick, measured, record, rounds) -> None:
-    _, images, side = NETWORKS[network]
-    if quick and on == "cpu":
-        images = 4
+def bench_fisher_step(
+    network, on, threads, way, device, quick, images, measured, record, rounds
+) -> None:
+    _, count, side = NETWORKS[network]
+    count = images(count)
     where = on if threads is None else f"{threads} thread{'s' * (threads > 1)}"
     case = ("fisher_step", network, where)
     ways = WAYS if on == "cpu" else GPU_WAYS
 
     def providers() -> list[Provider]:
-        data = problem(network, images, side, device)
+        data = problem(network, count, side, device)
         return [provider(label, *data, quick=quick) for label in ways]
 
     with use_threads(threads):
         results = measured.get(case, providers, rounds(ROUNDS), keep_busy=False)
-    record(case, results, way, images=images, side=side, **relative(results, way))
+    record(case, results, way, images=count, side=side, **relative(results, way))

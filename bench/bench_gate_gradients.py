@@ -36,12 +36,12 @@ ROUNDS = 15
 
 @lru_cache(maxsize=1)
 def activations(
-    layout: str, dtype: str, device: torch.device
+    layout: str, dtype: str, quick: bool, device: torch.device
 ) -> tuple[Buffers, list[tuple[Tensor, Tensor]]]:
     """Outputs and their gradients, and what is expected of them per layer."""
     make, channel_dim, _, _ = LAYOUTS[layout]
     data = buffers(
-        make(),
+        shapes.some(make(), quick),
         DTYPES[dtype],
         device,
         scales=(1.0, 0.001),
@@ -51,8 +51,8 @@ def activations(
     return data, [reference.gates(y, dy, channel_dim) for y, dy in both]
 
 
-def providers(layout: str, dtype: str, device: torch.device) -> list[Provider]:
-    data, expected = activations(layout, dtype, device)
+def providers(layout: str, dtype: str, quick: bool, device: torch.device) -> list[Provider]:
+    data, expected = activations(layout, dtype, quick, device)
     _, channel_dim, dims, equation = LAYOUTS[layout]
     torch._dynamo.reset()
 
@@ -82,11 +82,12 @@ def providers(layout: str, dtype: str, device: torch.device) -> list[Provider]:
     return every + data.floors()
 
 
+@pytest.mark.quick(layout=["ntc"], dtype=["fp32"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def bench_gate_gradients(layout, dtype, provider, device, measured, record, rounds) -> None:
+def bench_gate_gradients(layout, dtype, provider, device, quick, measured, record, rounds) -> None:
     case = ("gate_gradients", layout, dtype)
-    results = measured.get(case, lambda: providers(layout, dtype, device), rounds(ROUNDS))
-    data, _ = activations(layout, dtype, device)
+    results = measured.get(case, lambda: providers(layout, dtype, quick, device), rounds(ROUNDS))
+    data, _ = activations(layout, dtype, quick, device)
     record(case, results, provider, bytes_read=data.nbytes, elements=data.elements)

@@ -119,6 +119,7 @@ def one_thread() -> Any:
         yield
 
 
+@pytest.mark.quick(dtype=["fp32"], axis=["both"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("on", ["cpu"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
@@ -130,6 +131,7 @@ def bench_in_cache(op, axis, dtype, on, provider, measured, record, rounds, one_
     record(case, results, provider, elements=_elements(SHAPE))
 
 
+@pytest.mark.quick(dtype=["fp32"], layout=["nchw"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("on", ["cpu"])
 @pytest.mark.parametrize("dtype", list(DTYPES))

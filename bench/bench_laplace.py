@@ -75,11 +75,11 @@ def convolutional() -> nn.Module:
 MODELS = {"resnet18": convolutional, "vit": ViT}
 
 
-def providers(kind: str, network: str, device: torch.device) -> list[Provider]:
+def providers(kind: str, network: str, images: int, device: torch.device) -> list[Provider]:
     torch.manual_seed(0)
     model = MODELS[network]().to(device).eval()
-    x = torch.randn(BATCH[kind], 3, 32, 32, device=device)
-    y = torch.randint(0, CLASSES, (BATCH[kind],), device=device)
+    x = torch.randn(images, 3, 32, 32, device=device)
+    y = torch.randint(0, CLASSES, (images,), device=device)
     check = _check_against(_expected(kind, model, x, y))
     every = [_plain(copy.deepcopy(model), x, y)]
     for label, make in {**OWN[kind], OURS: DROP_IN[kind]}.items():
@@ -172,8 +172,11 @@ def _mib(model: nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
 
 
+@pytest.mark.quick(kind=["ef"], network=["vit"])
 @pytest.mark.parametrize(("kind", "network", "provider"), CASES)
-def bench_laplace(kind, network, provider, device, measured, record, rounds) -> None:
+def bench_laplace(kind, network, provider, device, images, measured, record, rounds) -> None:
     case = ("laplace", f"{kind}-{network}")
-    results = measured.get(case, lambda: providers(kind, network, device), rounds(ROUNDS))
+    results = measured.get(
+        case, lambda: providers(kind, network, images(BATCH[kind]), device), rounds(ROUNDS)
+    )
     record(case, results, provider, parameters_mib=_mib(MODELS[network]()))

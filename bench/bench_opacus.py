@@ -170,6 +170,7 @@ def step(device: torch.device) -> list[Provider]:
     return every
 
 
+@pytest.mark.quick(layer=["512 3x3 7²", "768 tokens 197"])
 @pytest.mark.parametrize("provider", [OURS, KERNELS, GRAM, OPACUS, VMAP])
 @pytest.mark.parametrize("layer", list(LAYERS))
 def bench_layers(layer, provider, device, measured, record, rounds) -> None:

@@ -22,7 +22,7 @@ from bench import peers, reference, shapes
 from bench.buffers import Buffers, buffers
 from bench.harness import Provider
 
-STEPS = 10
+STEPS, QUICK_STEPS = 10, 2
 #: Of the filters, at each step.
 KEEP = 0.95
 #: A graph for exact shapes takes seconds to compile at every step; these many show it.
@@ -57,19 +57,25 @@ class Sequence:
 
 
 @lru_cache(maxsize=1)
-def steps(device: torch.device) -> tuple[list[Buffers], list[reference.Expected]]:
+def steps(quick: bool, device: torch.device) -> tuple[list[Buffers], list[reference.Expected]]:
     """Weights and gradients after 0, 1, ... steps of pruning, and their moments in float64."""
     each = [
-        buffers(shapes.resnet50_weights(KEEP**i), torch.float32, device, scales=(0.05, 0.001))
-        for i in range(STEPS)
+        buffers(
+            shapes.some(shapes.resnet50_weights(KEEP**i), quick),
+            torch.float32,
+            device,
+            scales=(0.05, 0.001),
+        )
+        for i in range(QUICK_STEPS if quick else STEPS)
     ]
     return each, [reference.moments(step.first, step.second) for step in each]
 
 
 @lru_cache(maxsize=1)
-def sequences(device: torch.device) -> dict[str, Sequence]:
+def sequences(quick: bool, device: torch.device) -> dict[str, Sequence]:
     axes = peers.AXES["rows"]
-    Sequence._steps, _ = steps(device)
+    Sequence._steps, _ = steps(quick, device)
+    count = len(Sequence._steps)
     torch._dynamo.reset()
     counters.clear()
 
@@ -83,10 +89,10 @@ def sequences(device: torch.device) -> dict[str, Sequence]:
     dynamic = peers.dynamic(lambda w, g, axes: peers.two(w, g, axes))
     default = torch.compile(lambda w, g, axes: peers.two(w, g, axes))
     every = {
-        "ours": Sequence(lambda step: tk.filter_moments(step.first, step.second), STEPS),
-        "eager": Sequence(layers_by(peers.two), STEPS),
-        "torch.compile, dynamic": Sequence(layers_by(dynamic), STEPS),
-        "torch.compile, default": Sequence(layers_by(default), STEPS),
+        "ours": Sequence(lambda step: tk.filter_moments(step.first, step.second), count),
+        "eager": Sequence(layers_by(peers.two), count),
+        "torch.compile, dynamic": Sequence(layers_by(dynamic), count),
+        "torch.compile, default": Sequence(layers_by(default), count),
     }
     if device.type == "cpu":  # recompilation is shown there; a GPU has better things to do
         every["torch.compile, one graph a step"] = Sequence(
@@ -95,8 +101,8 @@ def sequences(device: torch.device) -> dict[str, Sequence]:
     return every
 
 
-def providers(device: torch.device) -> list[Provider]:
-    _, expected = steps(device)
+def providers(quick: bool, device: torch.device) -> list[Provider]:
+    _, expected = steps(quick, device)
 
     def ours(table: list[Tensor]) -> dict[str, list[Tensor]]:
         return {f"rows.{name}": [t[:, i] for t in table] for i, name in enumerate(tk.MOMENTS)}
@@ -113,7 +119,7 @@ def providers(device: torch.device) -> list[Provider]:
 
     return [
         Provider(label, sequence.run, check(label), "ours" if label == "ours" else "peer")
-        for label, sequence in sequences(device).items()
+        for label, sequence in sequences(quick, device).items()
     ]
 
 
@@ -130,14 +136,16 @@ def nothing_compiled(device: torch.device) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def bench_pruning_sequence(provider, device, measured, record, rounds) -> None:
+def bench_pruning_sequence(provider, device, quick, measured, record, rounds) -> None:
     if not measured.holds(CASE):
         with nothing_compiled(device):
-            results = measured.get(CASE, lambda: providers(device), rounds(ROUNDS), keep_busy=False)
+            results = measured.get(
+                CASE, lambda: providers(quick, device), rounds(ROUNDS), keep_busy=False
+            )
         for label, result in results.items():
-            count = sequences(device)[label].steps
+            count = sequences(quick, device)[label].steps
             result.samples = [sample / count for sample in result.samples]
-    sequence = sequences(device).get(provider)
+    sequence = sequences(quick, device).get(provider)
     if sequence is None:
         record(CASE, {}, provider)  # skips
     first = measured.results[provider].first_s

@@ -126,6 +126,7 @@ def providers(side: int, device: torch.device) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(side=[32])
 @pytest.mark.parametrize("provider", [PLAIN, BARE, *METERS])
 @pytest.mark.parametrize("side", list(SIDES))
 def bench_scoring_step(side, provider, device, measured, record, rounds) -> None:

@@ -41,9 +41,11 @@ PROBE_PROVIDERS = (*OURS, "randint", "bernoulli_", "floor: zero_")
 
 
 @lru_cache(maxsize=1)
-def inputs(op: str, network: str, device: torch.device) -> tuple[Buffers, reference.Expected]:
+def inputs(
+    op: str, network: str, quick: bool, device: torch.device
+) -> tuple[Buffers, reference.Expected]:
     make, dtype = NETWORKS[network]
-    data = buffers(make(), dtype, device, scales=SCALES[op])
+    data = buffers(shapes.some(make(), quick), dtype, device, scales=SCALES[op])
     if op == "second_order_moments":
         return data, reference.second_order(*data.lists)
     return data, reference.hutchinson(*data.lists, probes(data))
@@ -53,8 +55,10 @@ def probes(data: Buffers) -> list[Tensor]:
     return tk.rademacher_like(data.first, seed=SEED)
 
 
-def providers(op: str, network: str, axis: str, device: torch.device) -> list[Provider]:
-    data, expected = inputs(op, network, device)
+def providers(
+    op: str, network: str, axis: str, quick: bool, device: torch.device
+) -> list[Provider]:
+    data, expected = inputs(op, network, quick, device)
     axes = peers.AXES[axis]
     torch._dynamo.reset()
     if op == "second_order_moments":
@@ -90,9 +94,9 @@ def providers(op: str, network: str, axis: str, device: torch.device) -> list[Pr
     return every + data.floors()
 
 
-def probe_providers(network: str, device: torch.device) -> list[Provider]:
+def probe_providers(network: str, quick: bool, device: torch.device) -> list[Provider]:
     make, dtype = NETWORKS[network]
-    weights = buffers(make(), dtype, device, scales=(1.0,)).first
+    weights = buffers(shapes.some(make(), quick), dtype, device, scales=(1.0,)).first
     elements = sum(w.numel() for w in weights)
 
     def check(signs: list[Tensor]) -> float:
@@ -121,22 +125,26 @@ def probe_providers(network: str, device: torch.device) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(network=["resnet50-fp32"], axis=["both"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("axis", ["rows", "cols", "both"])
 @pytest.mark.parametrize("network", list(NETWORKS))
 @pytest.mark.parametrize("op", list(SCALES))
-def bench_second_order(op, network, axis, provider, device, measured, record, rounds) -> None:
+def bench_second_order(
+    op, network, axis, provider, device, quick, measured, record, rounds
+) -> None:
     case = (op, network, axis)
-    results = measured.get(case, lambda: providers(*case, device), rounds(ROUNDS))
-    data, _ = inputs(op, network, device)
+    results = measured.get(case, lambda: providers(*case, quick, device), rounds(ROUNDS))
+    data, _ = inputs(op, network, quick, device)
     record(case, results, provider, bytes_read=data.nbytes, elements=data.elements)
 
 
+@pytest.mark.quick(network=["resnet50-fp32"])
 @pytest.mark.parametrize("provider", PROBE_PROVIDERS)
 @pytest.mark.parametrize("network", list(NETWORKS))
-def bench_second_order_probes(network, provider, device, measured, record, rounds) -> None:
+def bench_second_order_probes(network, provider, device, quick, measured, record, rounds) -> None:
     case = ("rademacher_like", network)
-    results = measured.get(case, lambda: probe_providers(network, device), rounds(ROUNDS))
-    elements = shapes.elements(NETWORKS[network][0]())
+    results = measured.get(case, lambda: probe_providers(network, quick, device), rounds(ROUNDS))
+    elements = shapes.elements(shapes.some(NETWORKS[network][0](), quick))
     nbytes = elements * NETWORKS[network][1].itemsize
     record(case, results, provider, bytes_read=nbytes, elements=elements)

@@ -55,6 +55,7 @@ def providers(sizes: Sequence[int], multiple: int) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(network=["5 groups"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("on", ["cpu"])
 @pytest.mark.parametrize("network", NETWORKS)

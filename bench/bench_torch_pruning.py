@@ -244,6 +244,7 @@ def _provider(
 CASES = {"taylor": taylor, "hessian": hessian, "obdc": obdc}
 
 
+@pytest.mark.quick(kind=["obdc"])
 @pytest.mark.parametrize("provider", [THEIRS, STRICT, LOOP, PASSES, OURS])
 @pytest.mark.parametrize("kind", list(CASES))
 def bench_torch_pruning(kind, provider, device, measured, record, rounds) -> None:

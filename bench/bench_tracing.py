@@ -38,6 +38,7 @@ def providers(network: str, device: torch.device) -> list[Provider]:
     ]
 
 
+@pytest.mark.quick(network=["convnet"])
 @pytest.mark.parametrize("provider", [FORWARD, OURS])
 @pytest.mark.parametrize("network", list(NETWORKS))
 def bench_tracing(network, provider, device, measured, record, rounds) -> None:

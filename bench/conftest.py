@@ -28,7 +28,9 @@ from bench.ours import isa_of, why_missing  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="few rounds: does it run, not how fast")
+    parser.addoption(
+        "--quick", action="store_true", help="the smallest cases, once: does it run, not how fast"
+    )
     parser.addoption("--seconds", type=float, help="cases after so long are left out")
     parser.addoption("--results", help="a file that is written anew after every bench")
     parser.addoption("--resume", action="store_true", help="leave out what --results holds")
@@ -47,11 +49,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A parameter `on` names the device that a case is for: the others' are not collected."""
-    here = _device(config).type
-    items[:] = [item for item in items if item.callspec.params.get("on", here) == here]
+    """Leave out what is for another device, which the parameter `on` names, or too much for a
+    quick run."""
+    here, quick = _device(config).type, config.getoption("--quick")
+    items[:] = [
+        item
+        for item in items
+        if item.callspec.params.get("on", here) == here and (not quick or _is_quick(item))
+    ]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK.read))
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """Whether its parameters are among those that the mark `quick` of its function names."""
+    params = item.callspec.params
+    return all(
+        params[name] in kept
+        for mark in item.iter_markers("quick")
+        for name, kept in mark.kwargs.items()
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -106,7 +123,12 @@ def quick(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def rounds(quick: bool) -> Callable[[int], int]:
-    return lambda full: max(2, full // 8) if quick else full
+    return lambda full: 1 if quick else full
+
+
+@pytest.fixture(scope="session")
+def images(quick: bool) -> Callable[[int], int]:
+    return lambda full: 2 if quick else full
 
 
 class Measured:

@@ -160,7 +160,7 @@ def measure(
         results[label].ahead = statistics.mean(ahead) if ahead else None
     for provider in able if memory else ():
         progress.say(f"{provider.label}: memory")
-        repeats = min(3, provider.rounds or 3)
+        repeats = min(3, provider.rounds or rounds)
         results[provider.label].peak_bytes = peak_memory(provider, device, repeats)
     progress.done()
     return results

@@ -56,9 +56,12 @@ def remove(
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that name."""
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
+    """The parameter or buffer of that name, sooner than `get_submodule` leads to it: masks ask for
+    hundreds at every step."""
+    *path, leaf = name.split(".")
+    for part in path:
+        model = model._modules[part]  # type: ignore[assignment]
+    return getattr(model, leaf)
 
 
 class Tensors:

@@ -43,7 +43,7 @@ BOUNDS = {
     "filter_moments bfloat16": (
         f"sum_rows<.*{FIVE}, .*BFloat16",
         (4, 4),
-        (20, 21, 23, 17),
+        (20, 13, 14, 17),
     ),
     "filter_moments float16": (
         f"sum_rows<.*{FIVE}, .*Half",
