@@ -49,7 +49,7 @@ def command(
     """Train a small Llama on Python's standard library, prune it, measure what is left.
 
     Feed-forward neurons, heads, width and whole branches, alone and together; perplexity before and
-    after training on, parameters, tokens a second, memory. Half an hour on one core; a run that was
+    after training on, parameters, tokens a second, memory. An hour on one core; a run that was
     stopped goes on where it was.
     """
     require("demo", "matplotlib", "safetensors")

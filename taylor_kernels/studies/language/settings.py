@@ -20,8 +20,8 @@ FRACTIONS = (0.2, 0.3, 0.5)
 
 FULL = Recipe(
     sizes=Sizes(),
-    dense=Schedule(steps=700, lr=2e-3),
-    recovery=Schedule(steps=20, lr=1e-4, windows=2),
+    dense=Schedule(steps=1500, lr=2e-3),
+    recovery=Schedule(steps=60, lr=3e-4),
     scored=Schedule(steps=0, lr=0.0, windows=8, length=128),
     scoring=Scoring(),
     judged=16,
