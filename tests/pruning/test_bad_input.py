@@ -184,7 +184,8 @@ def test_close_takes_everything_off():
     assert not any(p._backward_hooks for p in model.parameters())
 
 
-def test_a_model_of_bare_parameters_alone():
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn"])
+def test_a_model_of_bare_parameters_alone(criterion):
     """Nothing of it is a layer: products with its parameters are what is pruned."""
 
     class Bare(nn.Module):
@@ -196,9 +197,7 @@ def test_a_model_of_bare_parameters_alone():
             return nn.functional.linear(nn.functional.linear(x, self.one).relu(), self.two)
 
     model, x = Bare(), torch.randn(4, 3)
-    with pytest.raises(ValueError, match=r"nothing to prune \(one: it is a weight that no layer"):
-        Pruner(model, x, params=0.5)
-    pruner = Pruner(model, x, "taylor_fo", filters=0.5, every=1, per_step=0.25)
+    pruner = Pruner(model, x, criterion, filters=0.5, every=1, per_step=0.25)
     while not pruner.done:
         model.zero_grad()
         model(x).square().mean().backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import taylor_kernels as tk
@@ -281,6 +282,7 @@ def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
             model(x)
     imp.skip()
     loss(model, x, target).backward()
+    assert not _get_current_function_mode_stack()
     imp.update()
     expected = slopes(model, x, target).sum(0).square().float()
     found = of_heads(imp.compute()[first_weight(model)])

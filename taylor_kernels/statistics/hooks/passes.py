@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.shards import local_part
 from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.products import leave_interrupted
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, ELSEWHERE
 from taylor_kernels.statistics.layers import held_weight
 
@@ -152,6 +153,7 @@ class WatchesPasses(Statistic):
         return True
 
     def _on_model(self, *_: object) -> None:
+        leave_interrupted(self.model)
         self._begin_pass()
 
     def _begin_pass(self) -> None:

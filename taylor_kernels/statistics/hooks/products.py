@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.hooks import Hook, hide_from_compiler
@@ -40,7 +40,7 @@ class Products:
     """
 
     def __init__(self, model: nn.Module, changes: Changes) -> None:
-        self._model, self._changes = model, changes
+        self.model, self._changes = model, changes
         self.running: list[_Mode | None] = []
 
     def put_on(self, module: nn.Module, *, scored: bool) -> list[RemovableHandle]:
@@ -84,7 +84,7 @@ class Products:
         """functional.linear."""
         for name in dict.fromkeys(name for name, _ in self._changes):
             owner, _, leaf = name.rpartition(".")
-            if weight is getattr(self._model.get_submodule(owner), leaf):
+            if weight is getattr(self.model.get_submodule(owner), leaf):
                 input = self._changed((name, True), input)
                 return self._changed((name, False), functional.linear(input, weight, bias))
         return functional.linear(input, weight, bias)
@@ -118,6 +118,14 @@ class _Mode(TorchFunctionMode):
         self.positions_first = positions_first
         self._products = products
 
+    def watches(self, model: nn.Module) -> bool:
+        """Whether it is a run of a module of this model."""
+        return self._products.model is model
+
+    def leave(self) -> None:
+        self._products.running.clear()
+        self.__exit__(None, None, None)
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -132,6 +140,16 @@ class _Mode(TorchFunctionMode):
 
 
 hide_from_compiler(_Mode.__torch_function__)
+
+
+def leave_interrupted(model: nn.Module) -> None:
+    """Take off what runs of a model have left behind.
+
+    After a KeyboardInterrupt PyTorch calls no hook. To be called where the whole model begins to run, so that no module of it is running.
+    """
+    modes = _get_current_function_mode_stack()
+    while modes and isinstance(mode := modes.pop(), _Mode) and mode.watches(model):
+        mode.leave()
 
 
 def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> Any:
