@@ -145,7 +145,8 @@ hide_from_compiler(_Mode.__torch_function__)
 def leave_interrupted(model: nn.Module) -> None:
     """Take off what runs of a model have left behind.
 
-    After a KeyboardInterrupt PyTorch calls no hook. To be called where the whole model begins to run, so that no module of it is running.
+    After a KeyboardInterrupt PyTorch calls no hook. To be called where the whole
+    model begins to run, so that no module of it is running.
     """
     modes = _get_current_function_mode_stack()
     while modes and isinstance(mode := modes.pop(), _Mode) and mode.watches(model):
