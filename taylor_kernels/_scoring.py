@@ -24,6 +24,19 @@ class _StartGraph(torch.autograd.Function):
         return None, None
 
 
+class _StartBeside(torch.autograd.Function):
+    """A view of the tensor that requires a gradient; the tensor, which others may have kept, stays
+    as it is, and its version too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, root: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[nn.Module]:
     """Score with `taylor_fo_gate`, `taylor_fo_bn` or `obd_fisher` without weight gradients.
@@ -64,11 +77,9 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
         if not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in given):
             return None
         # The query, the key and the value, which may be one: that it is says what is computed.
-        streams = [
-            *args[:3],
-            *(kwargs[name] for name in ("query", "key", "value") if name in kwargs),
-        ]
-        new = {id(one): _StartGraph.apply(one.detach(), root) for one in streams}
+        named = (kwargs[name] for name in ("query", "key", "value") if name in kwargs)
+        streams = {id(one): one for one in (*args[:3], *named)}
+        new = {key: _StartBeside.apply(one, root) for key, one in streams.items()}
         return (
             tuple(new.get(id(value), value) for value in args),
             {name: new.get(id(value), value) for name, value in kwargs.items()},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import taylor_kernels as tk
 from tests.helpers import nets
@@ -86,3 +86,25 @@ def test_criteria_that_read_weight_gradients_say_so(criterion):
         nets.loss_of(model, nets.batch()).backward()
         with pytest.raises(RuntimeError, match=r"requires no gradient.*taylor_fo_gate"):
             imp.update()
+
+
+def test_what_an_attention_is_given_stays_as_it_was():
+    """Others may have kept it for their own backward pass."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gated = self.gate(x).sigmoid() * x
+            return gated + self.attention(x, x, x)[0]
+
+    model, x = Gated(), torch.randn(5, 3, 6)
+    expected = model(x)
+    with tk.scoring(model):
+        found = model(x)
+        found.square().mean().backward()
+    assert x._version == 0
+    assert not x.requires_grad
+    torch.testing.assert_close(found, expected)

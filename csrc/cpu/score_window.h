@@ -66,7 +66,7 @@ ScoreWindow sampled_window(const GlobalThresholdArgs& call, int64_t ranked, uint
     }
   }
   const double rank = static_cast<double>(call.wanted) / ranked * sampled;
-  ScoreWindow window{0, UINT32_MAX};
+  ScoreWindow window{0, kSigned ? UINT32_MAX : uint32_t{INT32_MAX}};
   int64_t above = 0;
   for (int64_t bin = kSampleBins - 1; bin >= 0; --bin) {
     const auto edge = static_cast<uint32_t>(bin << kBinBits);

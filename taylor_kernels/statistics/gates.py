@@ -296,6 +296,8 @@ class Gates(_Gates):
         return parameter.requires_grad and not self._frees_parameters()
 
     def _on_slopes(self, key: str, slopes: Tensor) -> None:
+        if not self._takes_gradients():
+            return
         self._in_backward = True
         self._add(key, slopes)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -287,6 +290,54 @@ def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
     expected = slopes(model, x, target).sum(0).square().float()
     found = of_heads(imp.compute()[first_weight(model)])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_another_thread_in_the_same_attention_takes_nothing_away(monkeypatch):
+    """It runs without a graph while the pass that is scored is inside."""
+    model, (x, target) = Net("self", True, False).double(), data()
+    imp = tk.Importance(model, "taylor_fo_bn", layers=[first_weight(model)], example_inputs=x[:2])
+    inside, left, failed = threading.Event(), threading.Event(), []
+
+    def evaluate() -> None:
+        try:
+            with torch.no_grad():
+                model(x)
+        except Exception as error:
+            failed.append(error)
+
+    real = functional.scaled_dot_product_attention
+
+    def waiting(*args: Tensor, **kwargs: object) -> Tensor:
+        if torch.is_grad_enabled():
+            other.start()
+            assert inside.wait(20)
+        else:
+            inside.set()
+            assert left.wait(20)
+        return real(*args, **kwargs)
+
+    other = threading.Thread(target=evaluate)
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "scaled_dot_product_attention", waiting)
+        loss(model, x, target).backward()
+        left.set()
+        other.join(20)
+    imp.update()
+    assert not failed
+    assert not _get_current_function_mode_stack()
+    expected = slopes(model, x, target).sum(0).square().float()
+    found = of_heads(imp.compute()[first_weight(model)])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_an_empty_batch_passes_and_a_scored_attention_keeps_nothing_alive():
+    model, (x, _) = Net("self", True, False).double(), data()
+    imp = tk.Importance(model, "taylor_fo_bn", layers=[first_weight(model)], example_inputs=x[:2])
+    assert model(x[:0]).shape == (0, *model(x).shape[1:])
+    there = weakref.ref(model)
+    del model, imp
+    gc.collect()
+    assert there() is None
 
 
 class Called(nn.Module):

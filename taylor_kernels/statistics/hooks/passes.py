@@ -16,7 +16,7 @@ from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.shards import local_part
 from taylor_kernels.statistics.base import Closure, Statistic
 from taylor_kernels.statistics.hooks.products import leave_interrupted
-from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, ELSEWHERE
+from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, AT_PRODUCT, ELSEWHERE
 from taylor_kernels.statistics.layers import held_weight
 
 
@@ -45,6 +45,7 @@ class WatchesPasses(Statistic):
             }
         of_sites = () if self.sites is None else self.sites.sites
         self._at_gradients = {s.key for s in of_sites if s.how == AT_GRADIENT}
+        self._at_products = {s.key: s.weight for s in of_sites if s.how == AT_PRODUCT}
         self._handles = [self.model.register_forward_pre_hook(Hook(self._on_model))]
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
@@ -122,8 +123,8 @@ class WatchesPasses(Statistic):
                 warnings.warn(message.format("these layers have no score"), stacklevel=5)
         missing = [name for name in self._watched if name not in self._called]
         for name in missing:
-            layer = self.layers.get(name)
-            grad = None if layer is None else held_weight(layer).grad
+            weight = self._weight_at(name)
+            grad = None if weight is None else weight.grad
             if grad is not None and local_part(grad).any():
                 raise RuntimeError(
                     f"{name} has a weight gradient but was never called: its weight is used by "
@@ -139,6 +140,13 @@ class WatchesPasses(Statistic):
                 "0 (not used, used by other code, or inside a checkpoint with use_reentrant=True?)",
                 stacklevel=5,
             )
+
+    def _weight_at(self, name: str) -> Tensor | None:
+        """The weight of a layer, or that of the product that a gate stands at."""
+        if name in self.layers:
+            return held_weight(self.layers[name])
+        leaf = self._at_products.get(name, "").rpartition(".")[2]
+        return getattr(self._watched[name], leaf, None) if leaf else None
 
     def _watches(self) -> bool:
         """Whether a pass that is running is one to be scored."""

@@ -7,9 +7,12 @@ the functions that it calls; all of them compute what they would.
 
 from __future__ import annotations
 
+import threading
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +44,13 @@ class Products:
 
     def __init__(self, model: nn.Module, changes: Changes) -> None:
         self.model, self._changes = model, changes
-        self.running: list[_Mode | None] = []
+        self._names = dict.fromkeys(name for name, _ in changes)
+        self._running: dict[int, list[_Mode | None]] = {}  # by thread, as PyTorch's modes are
+
+    @property
+    def running(self) -> list[_Mode | None]:
+        """The runs of this thread, the innermost last."""
+        return self._running.setdefault(threading.get_ident(), [])
 
     def put_on(self, module: nn.Module, *, scored: bool) -> list[RemovableHandle]:
         """Watch while a module runs.
@@ -77,21 +86,25 @@ class Products:
     def _end(self, *_: object) -> None:
         # None is running where a hook of others has failed before the module ran.
         mode = self.running.pop() if self.running else None
+        if not self.running:
+            del self._running[threading.get_ident()]
         if mode is not None:
             mode.__exit__(None, None, None)
 
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """functional.linear."""
-        for name in dict.fromkeys(name for name, _ in self._changes):
+    def linear(
+        self, mode: _Mode, input: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """functional.linear, in a run."""
+        for name in self._names:
             owner, _, leaf = name.rpartition(".")
             if weight is getattr(self.model.get_submodule(owner), leaf):
-                input = self._changed((name, True), input)
-                return self._changed((name, False), functional.linear(input, weight, bias))
+                input = self._changed(mode, (name, True), input)
+                return self._changed(mode, (name, False), functional.linear(input, weight, bias))
         return functional.linear(input, weight, bias)
 
-    def _changed(self, place: tuple[str, bool], tensor: Tensor) -> Tensor:
-        change, mode, examples = self._changes.get(place), self.running[-1], _EXAMPLES.get()
-        if change is None or mode is None:
+    def _changed(self, mode: _Mode, place: tuple[str, bool], tensor: Tensor) -> Tensor:
+        change, examples = self._changes.get(place), _EXAMPLES.get()
+        if change is None or examples == 0:
             return tensor
         shown = tensor if examples is None else tensor.unflatten(0, (-1, examples))
         # The function has positions first, PrunedMultiheadAttention examples.
@@ -116,26 +129,29 @@ class _Mode(TorchFunctionMode):
     def __init__(self, products: Products, positions_first: bool | None) -> None:
         super().__init__()
         self.positions_first = positions_first
-        self._products = products
+        self._products = weakref.ref(products)  # one that is left behind keeps no model alive
 
-    def watches(self, model: nn.Module) -> bool:
-        """Whether it is a run of a module of this model."""
-        return self._products.model is model
+    def left_by(self, model: nn.Module) -> bool:
+        """Whether it is a run of a module of this model, or of one whose meter is gone."""
+        products = self._products()
+        return products is None or products.model is model
 
     def leave(self) -> None:
-        self._products.running.clear()
+        if (products := self._products()) is not None:
+            products.running.clear()
         self.__exit__(None, None, None)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        products = self._products()
         # One that an interrupted run has left behind sees the products of later ones.
-        if self._products.running[-1:] == [self]:
+        if products is not None and products.running[-1:] == [self]:
             if func is functional.linear:
-                return self._products.linear(*args, **kwargs)
+                return products.linear(self, *args, **kwargs)
             if func is functional.multi_head_attention_forward:
-                return _attention(self._products, *args, **kwargs)
+                return _attention(partial(products.linear, self), *args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -149,12 +165,12 @@ def leave_interrupted(model: nn.Module) -> None:
     model begins to run, so that no module of it is running.
     """
     modes = _get_current_function_mode_stack()
-    while modes and isinstance(mode := modes.pop(), _Mode) and mode.watches(model):
+    while modes and isinstance(mode := modes.pop(), _Mode) and mode.left_by(model):
         mode.leave()
 
 
-def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """functional.multi_head_attention_forward, whose last product is shown to `products`.
+def _attention(linear: Callable[..., Tensor], query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """functional.multi_head_attention_forward, whose last product is by another function.
 
     It is the same code, and so the same operations: only the names `linear`, which the code itself
     calls for nothing else, and `has_torch_function`, by which it would hand itself to the mode once
@@ -163,7 +179,7 @@ def _attention(products: Products, query: Tensor, *args: Any, **kwargs: Any) -> 
     whole = functional.multi_head_attention_forward
     names = {
         **whole.__globals__,
-        "linear": products.linear,
+        "linear": linear,
         "has_torch_function": lambda _: False,
     }
     same = types.FunctionType(whole.__code__, names, whole.__name__, whole.__defaults__)

@@ -43,18 +43,23 @@ class WeightGates:
         self.close = weakref.finalize(self, remove_all, self._handles)
 
     def _before(self, site: Site, *_: object) -> None:
-        parameter = self._model.get_parameter(site.weight)
+        owner, _dot, leaf = site.weight.rpartition(".")
+        parameter = getattr(self._model.get_submodule(owner), leaf)
         wanted = self._wanted()
-        if wanted is None or not wanted(site.key, parameter):
+        # torch.func.functional_call puts other tensors there, whose gradients are not the model's.
+        if wanted is None or not isinstance(parameter, nn.Parameter):
             return
-        if (site.key, parameter) not in self._known:
-            self._known.add((site.key, parameter))
-            self._handles.append(parameter.register_hook(Hook(self._on_gradient, site)))
+        if not wanted(site.key, parameter) or (site.key, parameter) in self._known:
+            return
+        self._known.add((site.key, parameter))
+        hook = Hook(self._on_gradient, site, weakref.ref(parameter))
+        self._handles.append(parameter.register_hook(hook))
 
-    def _on_gradient(self, site: Site, grad: Tensor) -> None:
-        if (take := self._take()) is None:
+    def _on_gradient(self, site: Site, of: weakref.ref[nn.Parameter], grad: Tensor) -> None:
+        take, parameter = self._take(), of()
+        if take is None or parameter is None:
             return
-        weight, grad = self._model.get_parameter(site.weight).detach(), grad.detach()
+        weight, grad = parameter.detach(), grad.detach()
         axis = weight.dim() + site.dim
         if axis:
             weight, grad = weight.flatten(0, axis - 1), grad.flatten(0, axis - 1)
