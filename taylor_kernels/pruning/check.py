@@ -5,10 +5,10 @@ written into a forward method, an attribute that counts channels under a name of
 group is tried: some of its units are masked, the outputs kept, the same units removed, and the
 outputs compared in float64. A group that differs, or breaks the model, is not pruned.
 
-The units that are masked in one run are removed in steps: the first ones of a group, the last ones,
-any; after each step the others are still masked, and the outputs the same. So a run with masks
-serves several removals, and what is left is masked and pruned as in a network that has been
-compacted. (Code that splits channels at half of their number would pass with a balanced choice.)
+The units that are masked in one run are removed in steps, in each the first ones of some groups,
+the last ones of others, and any of the rest; after each step the others are still masked, and the
+outputs the same. So a run with masks serves several removals, and what is left is masked and pruned
+as in a network that has been compacted. (Code that splits channels at half of their number would pass with a balanced choice.)
 All groups are tried at once; only where that fails are they halved, until the ones to blame are
 left.
 """

@@ -217,9 +217,11 @@ class Trial:
             except Exception as error:
                 self.place = self._where(error)
                 return f"the model does not run without {some} ({_short(error)})"
-            if reason := difference(expected, found, what):
+            if reason := difference(expected, found, what, exact=self._exact):
                 return reason
-            if time.monotonic() > until:
+            pairs = zip(gone, masked, strict=True)
+            tried = all(bool(lost.any()) for lost, units in pairs if units.any())
+            if tried and time.monotonic() > until:
                 break
         return ""
 

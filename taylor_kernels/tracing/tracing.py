@@ -160,6 +160,8 @@ def _traced(
     finally:
         for handle in handles:
             handle.remove()
+            # PyTorch leaves this mark behind, and torch.compile warns of global hooks for it.
+            torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         untouched.restore()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):

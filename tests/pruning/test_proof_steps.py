@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.pruning.groups import Group
@@ -91,3 +91,34 @@ def test_indices_after_a_removal_are_of_what_is_left(seed):
     found = channels.kept_by_norms(then, first)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name][1], expected[name][1]) for name in found)
+
+
+class Kept(nn.Module):
+    """An answer in a tensor that no mode of PyTorch sees being made: float32 whatever runs."""
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        y = self.second(h) * (1 + self.slope * h.size(1))
+        return torch.Tensor(*y.shape).copy_(y)
+
+
+@pytest.mark.parametrize(("slope", "left"), [(0.0, ["first"]), (1e-3, [])])
+def test_a_small_difference_shows_in_an_answer_of_single_precision_too(slope, left):
+    model, x = Kept(slope), torch.randn(4, 5)
+    assert len(trace(model, x).groups) == 1
+    if not left:
+        with pytest.raises(ValueError, match="mixes its channels"):
+            tk.Pruner(model, x, params=0.5)
+        return
+    assert list(tk.Pruner(model, x, params=0.5).original_widths) == left
+
+
+def test_a_trace_leaves_no_mark_of_a_global_hook():
+    """torch.compile would warn of it."""
+    trace(Kept(0.0), torch.randn(4, 5))
+    assert not torch.nn.modules.module._has_any_global_hook()
