@@ -8,9 +8,9 @@ outputs compared in float64. A group that differs, or breaks the model, is not p
 The units that are masked in one run are removed in steps, in each the first ones of some groups,
 the last ones of others, and any of the rest; after each step the others are still masked, and the
 outputs the same. So a run with masks serves several removals, and what is left is masked and pruned
-as in a network that has been compacted. (Code that splits channels at half of their number would pass with a balanced choice.)
-All groups are tried at once; only where that fails are they halved, until the ones to blame are
-left.
+as in a network that has been compacted. (Code that splits channels at half of their number would
+pass with a balanced choice.) All groups are tried at once; only where that fails are they halved,
+until the ones to blame are left.
 """
 
 from __future__ import annotations
