@@ -52,6 +52,7 @@ def made_in_double(
     for given, options in (
         (args, {**kwargs, "dtype": wide}),  # numbers become a tensor
         tree_map(_numbers_doubled, same),  # a mask that chooses among integers stays one
+        tree_map(_as_tensor, same),  # or chooses between two numbers of Python's
         tree_map(_doubled, same),
     ):
         try:
@@ -81,6 +82,11 @@ def _doubled(value: Any) -> Any:
 def _numbers_doubled(value: Any) -> Any:
     truth = isinstance(value, Tensor) and value.dtype is torch.bool
     return value if truth else _doubled(value)
+
+
+def _as_tensor(value: Any) -> Any:
+    """A number of Python's as a tensor of double precision."""
+    return torch.tensor(value, dtype=torch.float64) if value.__class__ is float else value
 
 
 def _read_in_double(func: Any, args: tuple) -> Iterator[Any]:

@@ -96,7 +96,7 @@ DEFAULTS = {
     "exp beyond float32": lambda: (COUNTS * 100).exp(),
     "sigmoid": lambda: torch.sigmoid(COUNTS),
     "atan2": lambda: torch.atan2(COUNTS, COUNTS + 1),
-    "where, of numbers": lambda: torch.where(TRUTH, 0.5, 0.25),
+    "where, of numbers": lambda: torch.where(TRUTH, 0.1, 0.3),
     "where, of integers and a number": lambda: torch.where(TRUTH, COUNTS, 0.1),
     "clamp": lambda: COUNTS.clamp(max=1.1),
     "result_type": lambda: COUNTS.to(torch.result_type(COUNTS, 0.1)) / 3,
