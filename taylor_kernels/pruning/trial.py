@@ -219,9 +219,7 @@ class Trial:
                 return f"the model does not run without {some} ({_short(error)})"
             if reason := difference(expected, found, what, exact=self._exact):
                 return reason
-            pairs = zip(gone, masked, strict=True)
-            tried = all(bool(lost.any()) for lost, units in pairs if units.any())
-            if tried and time.monotonic() > until:
+            if time.monotonic() > until and _all_have_lost(gone, masked):
                 break
         return ""
 
@@ -307,6 +305,12 @@ class Trial:
                 return outputs
         self._steady = True
         return self._outputs(train=train)
+
+
+def _all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:
+    """Whether every group that has units masked has had some removed."""
+    pairs = zip(gone, masked, strict=True)
+    return all(bool(lost.any()) for lost, units in pairs if units.any())
 
 
 def _clone(tensor: Tensor) -> Tensor:
