@@ -174,6 +174,15 @@ def prune(
     )
 
 
+def check_all_but(left: list[str], model: nn.Module, inputs: Any) -> None:
+    """All layers but these lose filters, to a target, and what is removed is what was masked."""
+    pruner, optimizer = new_pruner(model, inputs, 0.6)
+    assert list(pruner.skipped) == left
+    verdict = prune(model, inputs, pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12
+
+
 def _train(
     model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer, pruner: Any = None
 ) -> None:
