@@ -51,6 +51,8 @@ PyObject* at(py::handle values, Py_ssize_t i) {
   return PyList_Check(values.ptr()) ? PyList_GET_ITEM(values.ptr(), i) : values.ptr();
 }
 
+int64_t columns_of(const ParameterItem& item) { return item.groups * item.channels; }
+
 // The parts of the packed tables, [rows or columns, sums], that each parameter's sums go to.
 void set_tables(Plan<ParameterList>& plan, py::handle row_table, py::handle col_table,
                 int64_t bytes_per_filter) {
@@ -60,8 +62,18 @@ void set_tables(Plan<ParameterList>& plan, py::handle row_table, py::handle col_
     item.row_out = row_out;
     item.col_out = col_out;
     if (row_out) row_out += item.rows * bytes_per_filter;
-    if (col_out) col_out += item.groups * item.channels * bytes_per_filter;
+    if (col_out) col_out += columns_of(item) * bytes_per_filter;
   }
+}
+
+// How many filters each parameter has along an axis: 0 by rows, 1 by columns.
+py::list filters(const Plan<ParameterList>& plan, int axis) {
+  const auto& items = plan.call.items;
+  py::list found(items.size());
+  for (size_t i = 0; i < items.size(); ++i) {
+    found[i] = py::int_(axis ? columns_of(items[i]) : items[i].rows);
+  }
+  return found;
 }
 
 // A tensor that belongs to a weight and lies in memory as it does: its address.
@@ -96,9 +108,10 @@ bool same_table(const TensorView& weight, const TensorView& first) {
 }
 
 // Tensors or lists of them: weights, and what belongs to them or None. groups and streams: an int,
-// or a list of one for each; streams None: the place in the list.
+// or a list of one for each; streams None: the place in the list. The sizes are how many filters
+// all of them have together, by rows and by columns.
 py::object plan_parameters(py::handle weights, py::handle grads, py::handle hvps, py::handle groups,
-                           py::handle streams, bool rows, bool cols) {
+                           py::handle streams, bool cols) {
   const bool listed = PyList_Check(weights.ptr());
   const Py_ssize_t count = listed ? PyList_GET_SIZE(weights.ptr()) : 1;
   for (const py::handle values : {grads, hvps, groups, streams}) {
@@ -109,7 +122,7 @@ py::object plan_parameters(py::handle weights, py::handle grads, py::handle hvps
   }
   Plan<ParameterList> plan;
   plan.call.items.reserve(count);
-  py::list row_sizes(rows ? count : 0), col_sizes(cols ? count : 0);
+  int64_t row_count = 0, col_count = 0;
   std::optional<TensorView> first;
   for (Py_ssize_t i = 0; i < count; ++i) {
     const auto weight = exchange.view(at(weights, i));
@@ -125,12 +138,12 @@ py::object plan_parameters(py::handle weights, py::handle grads, py::handle hvps
     const auto stream = streams.is_none() ? std::optional<int64_t>(i) : integer(at(streams, i), 0);
     if (!stream) return py::none();
     item->stream = static_cast<uint32_t>(*stream);
-    if (rows) row_sizes[i] = py::int_(item->rows);
-    if (cols) col_sizes[i] = py::int_(item->groups * item->channels);
+    row_count += item->rows;
+    col_count += columns_of(*item);
     plan.call.items.push_back(*item);
   }
   if (!first) return py::none();
-  py::object sizes = py::make_tuple(std::move(row_sizes), std::move(col_sizes));
+  py::object sizes = py::make_tuple(row_count, col_count);
   return placed(py::cast(std::move(plan)), *first, std::move(sizes));
 }
 
@@ -291,7 +304,9 @@ void define_plans(py::module_& m) {
         [](const py::capsule& api, const py::type& tensor, const py::type& parameter) {
           return exchange.set(api, tensor, parameter);
         });
-  py::class_<Plan<ParameterList>>(m, "ParameterPlan").def("set_tables", &set_tables);
+  py::class_<Plan<ParameterList>>(m, "ParameterPlan")
+      .def("set_tables", &set_tables)
+      .def("filters", &filters);
   py::class_<Plan<GateGradientsArgs>>(m, "GateGradientsPlan")
       .def("set_out", &set_out<GateGradientsArgs>);
   py::class_<Plan<Conv2dFisherArgs>>(m, "Conv2dFisherPlan")

@@ -49,8 +49,9 @@ def packed_tables(
     draw: tuple[int, Sequence[int] | None] | None,
     chosen: int | None,
     backend: str | None,
-) -> list[tuple[Tensor, list[int]]] | None:
-    """For each axis its packed table [filters, *sums], and how many filters each tensor has.
+) -> tuple[list[Tensor], Callable[[int], list[int]]] | None:
+    """For each axis its packed table [filters, *sums]; and what tells, of an axis, how many filters
+    each tensor has.
 
     `others` are what belongs to the weights, by name. `draw` is the seed of an op that draws signs,
     and the tensors' streams. `chosen` are the sums that are wanted, a bit each, if not all.
@@ -64,17 +65,17 @@ def packed_tables(
     if streams is not None and not isinstance(streams, (list, tuple)):
         return None
     groups, streams = _own(groups), _own(streams)
-    planned = planner.plan_parameters(*held, groups, streams, 0 in axes, 1 in axes)
+    planned = planner.plan_parameters(*held, groups, streams, 1 in axes)
     if planned is None:
         return None
-    plan, on_gpu, index, wide, counts = planned
+    plan, on_gpu, index, wide, filters = planned
     device, dtype = _place(on_gpu, index), _KINDS[wide]
     first = held[0][0] if isinstance(held[0], list) else held[0]
     if not runs_natively(op, device, first.dtype, backend):
         return None
     found: list[Any] = [None, None]
     for axis in axes:
-        found[axis] = torch.empty((sum(counts[axis]), *sums), dtype=dtype, device=device)
+        found[axis] = torch.empty((filters[axis], *sums), dtype=dtype, device=device)
     plan.set_tables(*found, dtype.itemsize * math.prod(sums))
     if chosen is None:
         native.launch(op, plan, device, *seed)
@@ -83,7 +84,7 @@ def packed_tables(
         leave_out([found[axis] for axis in axes], chosen)
     else:
         native.launch(op, plan, device, sums=chosen)
-    return [(found[axis], counts[axis]) for axis in axes]
+    return [found[axis] for axis in axes], plan.filters
 
 
 def leave_out(tables: Sequence[Tensor], chosen: int) -> None:

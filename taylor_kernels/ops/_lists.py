@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -46,12 +46,32 @@ class OneAxis(TypedDict, total=False):
 
     dim: int
     groups: int | Sequence[int]
+    packed: Literal[False]
     backend: str | None
 
 
 class BothAxes(TypedDict, total=False):
     """Those of a call that gives a pair of tables."""
 
+    dim: Required[tuple[int, int]]
+    groups: int | Sequence[int]
+    packed: Literal[False]
+    backend: str | None
+
+
+class OnePacked(TypedDict, total=False):
+    """Those of a call on a list that gives one table for all of it."""
+
+    packed: Required[Literal[True]]
+    dim: int
+    groups: int | Sequence[int]
+    backend: str | None
+
+
+class BothPacked(TypedDict, total=False):
+    """Those of a call on a list that gives a pair of such tables."""
+
+    packed: Required[Literal[True]]
     dim: Required[tuple[int, int]]
     groups: int | Sequence[int]
     backend: str | None
@@ -65,30 +85,36 @@ def tables(
     groups: int | Sequence[int] = 1,
     backend: str | None = None,
     draw: Draw | None = None,
+    packed: bool = False,
     sums: int | None = None,
     finish: Callable[[Tensor], object] | None = None,
     **others: object,
 ) -> Any:
     """A table for a tensor, a list of them for a sequence; a pair of either for dim=(0, 1).
 
-    `sums` are those that are wanted, a bit each, of an op that lets them be chosen; None for all.
-    `finish` changes a packed table in place before it is handed out.
+    `packed` leaves the tables of a sequence in one, as the kernels write them. `sums` are those
+    that are wanted, a bit each, of an op that lets them be chosen; None for all. `finish` changes a
+    packed table in place before it is handed out.
     """
     check_name(backend)
     axes = check_axes(dim)
+    if packed is not True and packed is not False:
+        raise TypeError(f"packed: expected True or False, got {packed!r}")
+    whole = packed or isinstance(weights, Tensor)
     direct = packed_tables(op.name, op.sums, weights, others, groups, axes, draw, sums, backend)
-    if direct is not None:
-        if finish is not None:
-            for packed, _ in direct:
-                finish(packed)
-        found = [_split(packed, counts) for packed, counts in direct]
-    else:
+    found: Sequence[Any]
+    if direct is None:
         found = _through_the_dispatcher(
-            op, weights, others, groups, axes, draw, sums, backend, finish
+            op, weights, others, groups, axes, draw, sums, backend, finish, whole
         )
-    if isinstance(weights, Tensor):
-        return found[0][0] if len(axes) == 1 else (found[0][0], found[1][0])
-    return found[0] if len(axes) == 1 else (found[0], found[1])
+    else:
+        found, filters = direct
+        if finish is not None:
+            for table in found:
+                finish(table)
+        if not whole:
+            found = [_split(table, filters(axis)) for axis, table in zip(axes, found, strict=True)]
+    return found[0] if len(axes) == 1 else tuple(found)
 
 
 def define_list_op(
@@ -229,8 +255,10 @@ def _through_the_dispatcher(
     sums: int | None,
     backend: str | None,
     finish: Callable[[Tensor], object] | None,
-) -> list[list[Tensor]]:
-    """One list of tables per axis asked for; one launch for each device and for float64."""
+    whole: bool,
+) -> list[list[Tensor]] | list[Tensor]:
+    """One list of tables per axis asked for; one launch for each device and for float64. If they
+    are to stay `whole`, one packed table per axis, of one launch."""
     lists = as_lists({"weights": weights, **others})
     names: Sequence[str] = ("weights", *others)
     if not isinstance(weights, Tensor):
@@ -239,7 +267,7 @@ def _through_the_dispatcher(
     streams = None if draw is None else check_streams(draw.streams, len(lists[0]))
     shapes = check_lists(lists, each_groups, axes, names)
 
-    def launch(places: Sequence[int]) -> list[list[Tensor]]:
+    def launch(places: Sequence[int]) -> tuple[list[Tensor], list[list[int]]]:
         every: list[list[Any]] = [*lists, each_groups]
         of_part = [[each[i] for i in places] for each in every]
         drawn = () if draw is None or streams is None else (draw.seed, [streams[i] for i in places])
@@ -250,14 +278,19 @@ def _through_the_dispatcher(
         if finish is not None:
             for table in packed:
                 finish(table)
-        return [_split(packed[axis], filters[axis]) for axis in axes]
+        return [packed[axis] for axis in axes], [filters[axis] for axis in axes]
 
     parts = by_kind(lists[0])
-    if len(parts) == 1:
-        return launch(parts[0])
+    if whole:
+        if len(parts) > 1:
+            raise ValueError(
+                "packed: one table takes tensors of one device, all of them float64 or none; "
+                "call once for each, or leave packed=False"
+            )
+        return launch(parts[0])[0] if parts else [torch.empty(0, *op.sums) for _ in axes]
     found: list[list[Tensor]] = [[torch.empty(0)] * len(shapes) for _ in axes]
     for part in parts:
-        for whole, axis_tables in zip(found, launch(part), strict=True):
-            for i, table in zip(part, axis_tables, strict=True):
-                whole[i] = table
+        for every_table, packed, filters in zip(found, *launch(part), strict=True):
+            for i, table in zip(part, _split(packed, filters), strict=True):
+                every_table[i] = table
     return found

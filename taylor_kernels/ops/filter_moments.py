@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
+from taylor_kernels.ops._lists import (
+    BothAxes,
+    BothPacked,
+    OneAxis,
+    OnePacked,
+    define_list_op,
+    tables,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -35,6 +42,14 @@ class _BothAxes(BothAxes, total=False):
     moments: Sequence[str] | None
 
 
+class _OnePacked(OnePacked, total=False):
+    moments: Sequence[str] | None
+
+
+class _BothPacked(BothPacked, total=False):
+    moments: Sequence[str] | None
+
+
 @overload
 def filter_moments(weights: Tensor, grads: Tensor, **options: Unpack[_OneAxis]) -> Tensor: ...
 @overload
@@ -49,12 +64,21 @@ def filter_moments(
 def filter_moments(
     weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[_BothAxes]
 ) -> tuple[list[Tensor], list[Tensor]]: ...
+@overload
+def filter_moments(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[_OnePacked]
+) -> Tensor: ...
+@overload
+def filter_moments(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], **options: Unpack[_BothPacked]
+) -> tuple[Tensor, Tensor]: ...
 def filter_moments(
     weights: Tensor | Sequence[Tensor],
     grads: Tensor | Sequence[Tensor],
     *,
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
+    packed: bool = False,
     moments: Sequence[str] | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
@@ -72,6 +96,10 @@ def filter_moments(
             first, so for it 0 means input channels and 1 output filters.
         groups: of a grouped convolution, an int or one per tensor. Used for dim 1: column
             j * size(1) + i is channel i of group j.
+        packed: of a list, one table instead of a list of them: the filters of the first tensor,
+            then those of the second, and so on. The call is shorter by the time that PyTorch takes
+            to make a view for each parameter. The list is of one device, float64 throughout or
+            nowhere. (Of one tensor the table is the same either way.)
         moments: which of `MOMENTS` are wanted, ("gw2",) for example; None for all. The table keeps
             its five columns. Those that are not wanted are NaN, on every backend, and the others
             have the bits that they have in a full call. On the CPU one of "gw", "gw2" and "abs_gw"
@@ -80,16 +108,17 @@ def filter_moments(
 
     Returns:
         [F, 5] float32 (float64 for float64 input), columns as in `MOMENTS`; for a sequence a list
-        of such; for dim=(0, 1) a pair (rows, columns). The tables of a list share the memory of
-        one packed table per device: none reaches into another, so each may be written in place,
-        but torch.save of one saves them all, unless it is cloned.
+        of such, or one with `packed`; for dim=(0, 1) a pair (rows, columns). The tables of a list
+        share the memory of one packed table per device: none reaches into another, so each may be
+        written in place, but torch.save of one saves them all, unless it is cloned.
         Bits do not depend on the rest of the list. Not differentiable: the result has no grad_fn.
 
     Raises:
         TypeError: not a tensor; integer, complex, sparse or meta tensors; `moments` is no sequence
-            of names.
+            of names; `packed` is no bool.
         ValueError: shapes, dtypes or devices that do not match; lists of unequal length; a `dim`
-            or `groups` that does not fit; `moments` without a name, or with an unknown one.
+            or `groups` that does not fit; `packed` of several devices, or of float64 beside others;
+            `moments` without a name, or with an unknown one.
         RuntimeError: the named backend cannot run here.
 
     Example:
@@ -102,6 +131,8 @@ def filter_moments(
         >>> rows, columns = tk.filter_moments([weight], [grad], dim=(0, 1))
         >>> columns[0].tolist()
         [[7.0, 37.0, 7.0, 10.0, 5.0], [-2.0, 4.0, 2.0, 20.0, 1.0]]
+        >>> tk.filter_moments([weight, weight], [grad, grad], packed=True).shape
+        torch.Size([4, 5])
         >>> tk.filter_moments(weight, grad, moments=("gw2",)).tolist()
         [[nan, 5.0, nan, nan, nan], [nan, 36.0, nan, nan, nan]]
     """
@@ -111,6 +142,7 @@ def filter_moments(
         grads=grads,
         dim=dim,
         groups=groups,
+        packed=packed,
         backend=backend,
         sums=None if moments is None else _bits(check_moments(moments)),
     )

@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, TypedDict, overload
 from torch import Tensor
 
 from taylor_kernels.ops._checks import check_seed
-from taylor_kernels.ops._lists import BothAxes, Draw, OneAxis, define_list_op, tables
+from taylor_kernels.ops._lists import (
+    BothAxes,
+    BothPacked,
+    Draw,
+    OneAxis,
+    OnePacked,
+    define_list_op,
+    tables,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Required, Unpack
@@ -39,6 +47,12 @@ class _OneAxis(OneAxis, _Draws): ...
 class _BothAxes(BothAxes, _Draws): ...
 
 
+class _OnePacked(OnePacked, _Draws): ...
+
+
+class _BothPacked(BothPacked, _Draws): ...
+
+
 @overload
 def hutchinson_moments(weights: Tensor, hvps: Tensor, **options: Unpack[_OneAxis]) -> Tensor: ...
 @overload
@@ -53,6 +67,14 @@ def hutchinson_moments(
 def hutchinson_moments(
     weights: Sequence[Tensor], hvps: Sequence[Tensor], **options: Unpack[_BothAxes]
 ) -> tuple[list[Tensor], list[Tensor]]: ...
+@overload
+def hutchinson_moments(
+    weights: Sequence[Tensor], hvps: Sequence[Tensor], **options: Unpack[_OnePacked]
+) -> Tensor: ...
+@overload
+def hutchinson_moments(
+    weights: Sequence[Tensor], hvps: Sequence[Tensor], **options: Unpack[_BothPacked]
+) -> tuple[Tensor, Tensor]: ...
 def hutchinson_moments(
     weights: Tensor | Sequence[Tensor],
     hvps: Tensor | Sequence[Tensor],
@@ -61,6 +83,7 @@ def hutchinson_moments(
     streams: Sequence[int] | None = None,
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
+    packed: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Σ w² z (Hz) of every filter of a parameter or of a list of them, in one launch.
@@ -74,7 +97,7 @@ def hutchinson_moments(
         seed: that of `rademacher_like`.
         streams: those of `rademacher_like`; by default the place in the list. A list in another
             order, or a part of one, names the streams that its tensors had.
-        dim, groups, backend: as those of `filter_moments`.
+        dim, groups, packed, backend: as those of `filter_moments`.
 
     Returns:
         [F] float32 (float64 for float64 input); lists and pairs as `filter_moments` returns them.
@@ -98,4 +121,13 @@ def hutchinson_moments(
         [[10.0, 18.0]]
     """
     draw = Draw(check_seed(seed), streams)
-    return tables(_op, weights, hvps=hvps, dim=dim, groups=groups, backend=backend, draw=draw)
+    return tables(
+        _op,
+        weights,
+        hvps=hvps,
+        dim=dim,
+        groups=groups,
+        packed=packed,
+        backend=backend,
+        draw=draw,
+    )

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from taylor_kernels.ops._lists import BothAxes, OneAxis, define_list_op, tables
+from taylor_kernels.ops._lists import (
+    BothAxes,
+    BothPacked,
+    OneAxis,
+    OnePacked,
+    define_list_op,
+    tables,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,6 +55,20 @@ def second_order_moments(
     hvps: Sequence[Tensor],
     **options: Unpack[BothAxes],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
+@overload
+def second_order_moments(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hvps: Sequence[Tensor],
+    **options: Unpack[OnePacked],
+) -> Tensor: ...
+@overload
+def second_order_moments(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    hvps: Sequence[Tensor],
+    **options: Unpack[BothPacked],
+) -> tuple[Tensor, Tensor]: ...
 def second_order_moments(
     weights: Tensor | Sequence[Tensor],
     grads: Tensor | Sequence[Tensor],
@@ -55,6 +76,7 @@ def second_order_moments(
     *,
     dim: int | tuple[int, int] = 0,
     groups: int | Sequence[int] = 1,
+    packed: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor] | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """((Σ q)², Σ q²), q = g·w − ½·w·(Hv), of every filter of a parameter or of a list of them.
@@ -66,7 +88,7 @@ def second_order_moments(
         grads: their gradients, each with its weight's shape, dtype and device.
         hvps: the products Hv, likewise; for Taylor scores v = w, as in
             `torch.autograd.grad(grads, weights, grad_outputs=weights)`.
-        dim, groups, backend: as those of `filter_moments`.
+        dim, groups, packed, backend: as those of `filter_moments`.
 
     Returns:
         [F, 2] float32 (float64 for float64 input); lists and pairs as `filter_moments` returns
@@ -86,7 +108,14 @@ def second_order_moments(
         [[25.0, 17.0], [81.0, 81.0]]
     """
     return second_order_sums(
-        weights, grads, hvps, dim=dim, groups=groups, backend=backend, squared=True
+        weights,
+        grads,
+        hvps,
+        dim=dim,
+        groups=groups,
+        packed=packed,
+        backend=backend,
+        squared=True,
     )
 
 

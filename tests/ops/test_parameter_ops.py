@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import cases
+from tests.helpers.cases import same_bits
 from tests.helpers.parameter_ops import (
     EVERY_OP,
     ParameterOp,
@@ -103,6 +104,33 @@ def test_lists_may_mix_dtypes_and_come_back_as_views_of_one_table(op):
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
     torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
     assert op.call([[]] * op.lists, None) == []
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("dim", [0, 1, (0, 1)])
+def test_a_packed_table_has_the_tables_of_a_list_one_after_another(op, dim, backend):
+    lists, groups = model_like_lists(op.lists)
+    lists = [[*tensors, tensors[-1][:0], tensors[0].transpose(0, 1)] for tensors in lists]
+    groups = [*groups, 1, 1]
+    listed, packed = (
+        op.call(lists, None, dim=dim, groups=groups, backend=backend, packed=packed)
+        for packed in (False, True)
+    )
+    pairs = zip(listed, packed, strict=True) if dim == (0, 1) else [(listed, packed)]
+    for tables, table in pairs:
+        assert same_bits(torch.cat(tables), table)
+    one = [tensors[0] for tensors in lists]
+    whole, alone = (op.call(one, None, groups=1, packed=packed) for packed in (True, False))
+    assert same_bits(whole, alone)
+    assert op.call([[]] * op.lists, None, packed=True).shape == (0, *whole.shape[1:])
+
+
+def test_a_packed_table_is_of_one_kind(op):
+    mixed = [[t, t.double()] for t in torch.randn(op.lists, 5, 7)]
+    with pytest.raises(ValueError, match="packed: one table takes"):
+        op.call(mixed, None, packed=True)
+    with pytest.raises(TypeError, match="packed: expected True or False, got 1"):
+        op.call(mixed, None, packed=1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,11 @@ def results(w: Tensor, ws: Sequence[Tensor]) -> None:
     assert_type(
         tk.filter_moments(ws, ws, dim=(0, 1), backend="cpu"), tuple[list[Tensor], list[Tensor]]
     )
+    assert_type(tk.filter_moments(ws, ws, packed=True, moments=("gw",)), Tensor)
+    assert_type(tk.filter_moments(ws, ws, packed=True, dim=(0, 1)), tuple[Tensor, Tensor])
+    assert_type(tk.filter_moments(ws, ws, packed=False), list[Tensor])
     assert_type(tk.second_order_moments(w, w, w, groups=2), Tensor)
+    assert_type(tk.second_order_moments(ws, ws, ws, packed=True), Tensor)
     assert_type(tk.second_order_moments(ws, ws, ws), list[Tensor])
     assert_type(tk.second_order_moments(w, w, w, dim=(0, 1)), tuple[Tensor, Tensor])
     assert_type(tk.hutchinson_moments(w, w, seed=0), Tensor)
@@ -27,6 +31,7 @@ def results(w: Tensor, ws: Sequence[Tensor]) -> None:
     assert_type(
         tk.hutchinson_moments(ws, ws, dim=(0, 1), seed=0), tuple[list[Tensor], list[Tensor]]
     )
+    assert_type(tk.hutchinson_moments(ws, ws, seed=0, packed=True), Tensor)
     assert_type(tk.rademacher_like(w, seed=0), Tensor)
     assert_type(tk.rademacher_like(ws, seed=0), list[Tensor])
 
