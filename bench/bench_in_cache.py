@@ -16,7 +16,7 @@ from torch import Tensor
 
 import taylor_kernels as tk
 from bench import peers, reference
-from bench.harness import Provider, use_threads
+from bench.harness import Provider
 from bench.ours import OURS, ours_by
 
 #: 128 KB a tensor in float32.
@@ -111,12 +111,6 @@ def gates(layout: str, dtype: str) -> list[Provider]:
 
 def _elements(shape: tuple[int, ...]) -> int:
     return REPEATS * torch.Size(shape).numel()
-
-
-@pytest.fixture
-def one_thread() -> Any:
-    with use_threads(1):
-        yield
 
 
 @pytest.mark.quick(dtype=["fp32"], axis=["both"])

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 import taylor_kernels as tk  # noqa: E402
 from bench.figures import run_of  # noqa: E402
-from bench.harness import Provider, Result, copy_bandwidth, measure  # noqa: E402
+from bench.harness import Provider, Result, copy_bandwidth, measure, use_threads  # noqa: E402
 from bench.kept import Kept  # noqa: E402
 from bench.ours import isa_of, why_missing  # noqa: E402
 
@@ -129,6 +129,12 @@ def rounds(quick: bool) -> Callable[[int], int]:
 @pytest.fixture(scope="session")
 def images(quick: bool) -> Callable[[int], int]:
     return lambda full: 2 if quick else full
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with use_threads(1):
+        yield
 
 
 class Measured:

@@ -1,4 +1,4 @@
-"""A results file as cases and providers, and the targets they are held against."""
+"""A results file as cases and providers, and what a target is."""
 
 from __future__ import annotations
 
@@ -109,50 +109,3 @@ class PerformanceTarget:
             f"{self.measured:.2f}{self.unit}",
             "ok" if self.reached else "not reached",
         ]
-
-
-def targets(results: Results) -> list[PerformanceTarget]:
-    """Those of moments, gates and gate scores; fisher_report.py has the others."""
-    found: list[PerformanceTarget] = []
-    for case in results.of("filter_moments"):
-        ours, axis = case.ours, case.name[2]
-        if ours is None or axis == "cols":
-            continue
-        where = " ".join(case.name)
-        rows = axis == "rows"
-        floor, eager = case.fastest(role="floor"), case.fastest(family="eager")
-        if floor:
-            limit = 1.15 if rows else 1.6
-            found.append(
-                PerformanceTarget(
-                    f"{where}: time over read floor", limit, ours.median / floor.median
-                )
-            )
-        if eager and rows:
-            found.append(
-                PerformanceTarget(
-                    f"{where}: faster than eager", 4.0, eager.median / ours.median, True
-                )
-            )
-        for label in ("torch.compile", "torch.compile, one graph"):
-            compiled = case.get(label)
-            if compiled is None:
-                continue
-            what = f"{where}: faster than {label}"
-            limit = 1.0 if rows else 1.3
-            found.append(PerformanceTarget(what, limit, compiled.median / ours.median, True))
-    for op in OPS:
-        peaks = [
-            (case.ours.info["peak_mib"], case)
-            for case in results.of(op)
-            if case.ours and case.ours.info["peak_mib"] is not None
-        ]
-        if peaks:
-            peak, case = max(peaks, key=lambda pair: pair[0])
-            what = f"{op}: peak memory beyond inputs and outputs (worst: {' '.join(case.name[1:])})"
-            found.append(PerformanceTarget(what, 2.0, peak, unit=" MiB"))
-    for case in results.of("scoring_step"):
-        if case.ours:
-            what = f"{' '.join(case.name)}: scoring over forward + backward"
-            found.append(PerformanceTarget(what, 0.8, case.ours.info["ratio_to_plain"]))
-    return found

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench import doors_report, fisher_report
-from bench.figures import OPS, Case, PerformanceTarget, Results, load, targets
+from bench.figures import OPS, Case, PerformanceTarget, Results, load
 from bench.markdown import TIMING, host_ms, ms, number, table, timing
 from bench.plot import draw
+from bench.targets import targets
 
 
 def _op_table(case: Case, on_gpu: bool) -> str:
@@ -49,6 +50,14 @@ def _in_cache_table(case: Case) -> str:
         for e in case.entries
     ]
     return table(["provider", "set", "ns an element", "× ours", "error"], rows)
+
+
+def _call_table(case: Case) -> str:
+    rows = [
+        [*timing(e), number(e.info["ratio_to_floor"]), number(e.info["error"], "{:.1f}")]
+        for e in case.entries
+    ]
+    return table(["what", *TIMING, "× kernel alone", "error"], rows)
 
 
 def _sequence_table(case: Case) -> str:
@@ -106,6 +115,7 @@ def report(results: Results) -> str:
     how: dict[str, Callable[[Case], str]] = {
         **dict.fromkeys(OPS, lambda case: _op_table(case, on_gpu)),
         "in_cache": _in_cache_table,
+        "call": _call_table,
         "pruning_sequence": _sequence_table,
         "scoring_step": _step_table,
     }
