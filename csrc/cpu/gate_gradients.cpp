@@ -47,6 +47,10 @@ template <bool kBias, typename T>
     };
     for (int64_t from = 0; from < full; from += kChains * kLanes)
       unrolled<kChains>([&](auto chain) {
+        if (pass == 0) {
+          __builtin_prefetch(y + at(from + kAhead, chain, 0));
+          __builtin_prefetch(dy + at(from + kAhead, chain, 0));
+        }
         unrolled<kEach>([&](auto k) {
           const int64_t i = at(from, chain, k);
           part[chain][k] = add<kBias>(load(y + i), bias, load(dy + i), part[chain][k]);

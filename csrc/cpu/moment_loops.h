@@ -90,10 +90,15 @@ template <class Op, typename T, class Multiplier>
       unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
         V part[Op::kSums][kEach] = {};
         const int64_t first = pass * kEach * kWidth;
-        for (int64_t i = begin + first; i < tail; i += kLanes)
+        for (int64_t i = begin + first; i < tail; i += kLanes) {
+          if (pass == 0) {  // later passes find them in cache
+            __builtin_prefetch(w + i + kAhead);
+            multiplier.prefetch(i + kAhead);
+          }
           unrolled<kEach>([&](auto k) {
             add_terms<Op>(terms_at<Op>(w, multiplier, i + k * kWidth, Whole()), part, k);
           });
+        }
         if (tail < end)
           unrolled<kEach>([&](auto k) {
             const int64_t i = tail + first + k * kWidth;

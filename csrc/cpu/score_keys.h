@@ -60,10 +60,6 @@ inline KeyBits keys(Floats scores) {
   return bits ^ (bits >> 31 | INT32_MIN);
 }
 
-// Elements ahead that are asked for: with AVX-512 the processor's own prefetching leaves a quarter
-// of the time of a read to be waited for.
-constexpr int64_t kAhead = 512;
-
 // Calls use(scores, n) for each register of an item's elements, n of its lanes.
 template <class Use>
 void for_scores(const ScoreItem& item, int64_t begin, int64_t end, const Use& use) {

@@ -52,6 +52,10 @@ class Loop(NamedTuple):
         return [i for i in on_stack if _VECTOR.search(i.operands)]
 
     @property
+    def prefetches(self) -> list[Instruction]:
+        return [each for each in self.instructions if each.name.startswith(("prefetch", "prfm"))]
+
+    @property
     def products(self) -> int:
         """Multiplications of vectors, fused or not."""
         return sum(_multiplies(i) for i in self.instructions)

@@ -20,8 +20,9 @@ from tests.helpers.machine_code import Loop
 pytestmark = pytest.mark.slow  # compiles the kernels where they were not built here
 ISAS = ("baseline", "avx2", "avx512", "neon") if machine_code.X86 else ("neon",)
 #: What a register of elements takes in a kernel's inner loop, in instructions, addresses and the
-#: loop itself included: (its functions, multiplications in it without and with FMA, instructions
-#: at most in each set of ORDER, 0 where it is not compiled). Both axes take pairs of rows.
+#: loop itself included, prefetches and one instruction for their addresses left out: (its
+#: functions, multiplications in it without and with FMA, instructions at most in each set of ORDER,
+#: 0 where it is not compiled). Both axes take pairs of rows.
 ORDER = ("baseline", "avx2", "avx512", "neon")
 FIVE = "FilterMoments<0, 1, 2, 3, 4>"
 BOUNDS = {
@@ -103,8 +104,18 @@ def test_instructions_of_an_element(kernel, loops):
     for loop in of_one_kernel(every, pattern):
         registers = loop.products / products[isa != "baseline"]
         assert registers >= 1, loop.text
-        each = len(loop.instructions) / registers
+        ahead = len(loop.prefetches)
+        each = (len(loop.instructions) - ahead - (ahead > 0)) / registers
         assert each <= bound, f"{each:.1f} of {bound} instructions a register:\n{loop.text}"
+
+
+def test_loops_along_memory_ask_for_each_line_once(loops):
+    """float32: a prefetch for sixteen elements of each operand, 64 bytes, in the first pass."""
+    _, every = loops
+    for kernel, operands in (("sum_rows<.*FilterMoments", 2), ("sum_rows<.*SecondOrder", 3)):
+        found = of_one_kernel([loop for loop in every if "float" in loop.function], kernel)
+        assert operands in {len(loop.prefetches) for loop in found}
+        assert {len(loop.prefetches) for loop in found} <= {0, operands}
 
 
 #: References to the stack in a loop of the baseline, whose products are not fused: they, two rows
