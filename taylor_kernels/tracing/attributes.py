@@ -21,7 +21,7 @@ from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Size, Vector
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.recorder import Call
+    from taylor_kernels.tracing.calls import Call
 
 #: "inputs", "outputs" and "groups" of the layer, or a tensor's name and dimension.
 Counted = str | tuple[str, int]

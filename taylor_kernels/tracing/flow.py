@@ -20,7 +20,8 @@ from taylor_kernels.tracing.operations import memory_of, tensors_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.recorder import Call, Recorder
+    from taylor_kernels.tracing.calls import Call
+    from taylor_kernels.tracing.recorder import Recorder
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 #: Products of two activations, or with a weight that cannot be followed.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from taylor_kernels.tracing.attributes import counting
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.recorder import Call, rule
 
 
 @rule(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from taylor_kernels.tracing.calls import OTHER, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.recorder import OTHER, Call, rule
 
 #: Elementwise operations without PyTorch's tag for them.
 _UNTAGGED = {

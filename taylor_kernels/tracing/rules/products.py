@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import rules_of, tie
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Product, Vector
-from taylor_kernels.tracing.recorder import Call, rule
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
 
 

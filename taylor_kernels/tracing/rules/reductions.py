@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Norm, Reason, Vector
-from taylor_kernels.tracing.recorder import MIXED, Call, rule
 
 
 def dimensions(dims: Any, count: int) -> list[int]:

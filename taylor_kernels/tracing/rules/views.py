@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie, tie_parts
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
-from taylor_kernels.tracing.recorder import Call, rule
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
 _SLICES = {
