@@ -22,6 +22,7 @@ class Call:
         name: the operation's, without namespace, overload and the underscore of in-place forms.
         args: its arguments by name, defaults included.
         out: its result, as PyTorch returned it.
+        outs: the tensors in that.
         labels: of each tensor among the arguments, by id, as they were before.
     """
 
@@ -37,6 +38,7 @@ class Call:
         self.args.update(zip(known.arguments, args, strict=False))
         self.args.update(kwargs)
         self.out: Any = None
+        self.outs: list[Tensor] = []
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
         self._collect(args)
@@ -44,11 +46,13 @@ class Call:
             self._collect(kwargs.values())
 
     def _collect(self, values: Iterable) -> None:
+        known = self.labels
         for value in values:
             if isinstance(value, Tensor):
-                if id(value) not in self.labels:
+                key = id(value)
+                if key not in known:
                     self.tensors.append(value)
-                    self.labels[id(value)] = self.recorder.labels(value)
+                    known[key] = self.recorder.labels(value)
             elif isinstance(value, (list, tuple)):
                 self._collect(value)
 
@@ -77,7 +81,7 @@ class Call:
     @property
     def running(self) -> nn.Module | None:
         """The module that runs."""
-        return self.recorder.stack[-1][1] if self.recorder.stack else None
+        return self.recorder.frame.module
 
     def reason(self, text: str, *, mixer: bool = False) -> Reason:
         """A reason that names where this happens."""

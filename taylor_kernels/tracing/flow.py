@@ -9,14 +9,14 @@ channels came from which step is read off the labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import memory_of, tensors_of
+from taylor_kernels.tracing.operations import memory_of
 from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
 
 if TYPE_CHECKING:
@@ -34,15 +34,6 @@ CONTRACTIONS = {
 _NONE: frozenset[int] = frozenset()
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A module that is running."""
-
-    module: nn.Module
-    given: list[Tensor]
-    made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
-
-
 class Flow:
     """Follows a run and writes its steps into the record."""
 
@@ -50,21 +41,9 @@ class Flow:
         self._recorder = recorder
         self._steps = recorder.record.steps
         self._marks: dict[int, frozenset[int]] = {}
-        self._frames: list[_Frame] = []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module begins to run."""
-        given = [value for value in args if isinstance(value, Tensor)]
-        self._frames.append(_Frame(module, given if len(given) == len(args) else []))
-
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, frame: Frame, output: Any) -> None:
         """A module has run."""
-        while self._frames:
-            frame = self._frames.pop()
-            if frame.module is module:
-                break
-        else:
-            return
         if not isinstance(output, Tensor):
             return
         for step, made, dim in frame.made:
@@ -110,7 +89,7 @@ class Flow:
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
         memories = {memory_of(tensor) for tensor in call.tensors}
-        for out in tensors_of(call.out):
+        for out in call.outs:
             if (key := memory_of(out)) not in memories:
                 self._marks.pop(key, None)
 
@@ -120,8 +99,9 @@ class Flow:
 
     def _add(self, step: Step, outs: Sequence[Tensor], dim: int) -> None:
         self._steps.append(step)
-        if self._frames and outs:
-            self._frames[-1].made.append((step, outs[0], dim))
+        frame = self._recorder.frame
+        if frame.module is not None and outs:
+            frame.made.append((step, outs[0], dim))
 
     def _end(
         self,
@@ -174,7 +154,7 @@ class Flow:
 
     def _given(self, call: Call, inputs: Vector, dim: int) -> int | None:
         """`dim`, if the module's only argument is what the operation is given."""
-        given = self._frames[-1].given if self._frames else []
+        given = self._recorder.frame.given
         if len(given) != 1 or given[0].dim() < -dim or given[0].size(dim) != inputs.size:
             return None
         return dim if any(_same_values(given[0], tensor) for tensor in call.tensors) else None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.operations import has_storage, memory_of
+from taylor_kernels.tracing.operations import memory_of
 
 #: Where in a module's output a tensor is: () for the output itself, (number, length) in a sequence.
 Path = tuple[int, int] | tuple[()]
@@ -166,9 +166,10 @@ class Values:
 def _place(tensor: Tensor) -> tuple[int, _Layout]:
     """The memory of a tensor, and which elements of it the tensor has, in whatever order:
     dimensions that can be merged are, and the others are sorted."""
-    if not has_storage(tensor):
-        return -id(tensor), (0, ())
-    memory, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    memory = memory_of(tensor)
+    if memory < 0:
+        return memory, (0, ())
+    offset = int(tensor.storage_offset())
     if tensor.is_contiguous():
         numel = tensor.numel()
         return memory, (offset, ((1, numel),) if numel != 1 else ())

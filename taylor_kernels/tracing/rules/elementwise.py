@@ -9,7 +9,6 @@ from torch import Tensor
 
 from taylor_kernels.tracing.calls import OTHER, Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Vector
 
 #: Elementwise operations without PyTorch's tag for them.
@@ -46,7 +45,7 @@ def is_elementwise(call: Call) -> bool:
 
 @rule(*_UNTAGGED)
 def elementwise(call: Call) -> Labels | list[Labels | None]:
-    shapes = [out.shape for out in tensors_of(call.out)] or [call.tensors[0].shape]
+    shapes = [out.shape for out in call.outs] or [call.tensors[0].shape]
     operands = call.tensors
     if call.name in ("zero", "type_as", "bernoulli", "uniform"):
         operands = operands[:1]
