@@ -187,6 +187,7 @@ def find_vectors(
     layers: dict[str, tuple[Vector, Vector]],
     across: Sequence[Across],
     modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
 ) -> Vectors:
     """All vectors of a run, of its atoms' classes.
 
@@ -194,6 +195,7 @@ def find_vectors(
         label: the class of each atom.
         across: the norms across channels that keep nothing.
         modules: dict(model.named_modules()).
+        tensors: the model's parameters and buffers by their first names.
     """
     steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
     return Vectors(
@@ -203,5 +205,5 @@ def find_vectors(
         steps=steps,
         across={call.module: (call.dim, label[call.vectors[0]]) for call in across},
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
-        counters=find_counters(record, label, dims, layers, steps, modules),
+        counters=find_counters(record, label, dims, layers, steps, modules, tensors),
     )
