@@ -10,8 +10,9 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.attributes import rules_of
-from taylor_kernels.tracing.record import NORM, Record, Step, Vector
+from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.resolve import counted
+from taylor_kernels.tracing.steps import NORM, Step
 
 #: An attribute that counts: its module, its name, its value, the classes that it counts.
 Counter = tuple[str, str, Any, Vector]

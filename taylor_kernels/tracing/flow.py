@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import memory_of
-from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.steps import END, NORM, PRODUCT, Norm, Product, Step
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.calls import Call
@@ -77,13 +78,15 @@ class Flow:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
             passing = [v for out in outs for v in self._recorder.labels(out).vectors()]
             self._end(vectors, sources, passing)
-        made = range(first, len(self._steps))
-        fresh = frozenset([number for number in made if self._steps[number].kind != END])
+        fresh = _NONE
+        if len(self._steps) > first:
+            made = range(first, len(self._steps))
+            fresh = frozenset([number for number in made if self._steps[number].kind != END])
         for out in outs:
             key = memory_of(out)
             mark = fresh or sources
-            if key in memories:
-                mark |= marks.get(key, _NONE)
+            if key in memories and (before := marks.get(key, _NONE)) is not mark:
+                mark |= before
             marks[key] = mark
 
     def forget(self, call: Call) -> None:

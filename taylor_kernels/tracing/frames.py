@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Step
+from taylor_kernels.tracing.steps import Step
 
 
 @dataclass(slots=True)

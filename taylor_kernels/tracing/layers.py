@@ -99,7 +99,9 @@ def _input_dims(
             found[product.weight] = set()
         read, vectors = label[product.inputs], own.get(product.weight, [])
         along = {
-            d - len(vectors) for d, vector in enumerate(vectors) if np.array_equal(vector, read)
+            d - len(vectors)
+            for d, vector in enumerate(vectors)
+            if vector.size == read.size and (vector == read).all()
         }
         found[product.weight] = found.get(product.weight, along) & along
     return {name: along.pop() for name, along in found.items() if len(along) == 1}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
-from taylor_kernels.tracing.record import Record, Step, Vector
+from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.steps import Step
 from taylor_kernels.tracing.units import IN, OUT, index
 
 

@@ -12,8 +12,9 @@ from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Product, Vector
+from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+from taylor_kernels.tracing.steps import Product
 
 
 def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:

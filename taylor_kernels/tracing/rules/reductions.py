@@ -12,7 +12,8 @@ from taylor_kernels.tracing.attributes import tie
 from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Norm, Reason, Vector
+from taylor_kernels.tracing.record import Reason, Vector
+from taylor_kernels.tracing.steps import Norm
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
