@@ -85,8 +85,10 @@ class Flow:
         for out in outs:
             key = memory_of(out)
             mark = fresh or sources
-            if key in memories and (before := marks.get(key, _NONE)) is not mark:
-                mark |= before
+            if key not in marks:
+                self._recorder.memories.hold(out)
+            elif key in memories:
+                mark |= marks[key]
             marks[key] = mark
 
     def forget(self, call: Call) -> None:

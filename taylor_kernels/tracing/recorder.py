@@ -19,6 +19,7 @@ from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels, Store
+from taylor_kernels.tracing.memories import Memories
 from taylor_kernels.tracing.operations import operation, tensors_of
 from taylor_kernels.tracing.record import Echo, Record, Vector
 from taylor_kernels.tracing.values import Values
@@ -48,6 +49,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         record: what was written down.
         frame: the module that runs, or the code outside of all.
+        memories: those that values are known by.
         flow: the norms and products that channels go through.
         across: finds the modules that normalise across channels.
         touched: called with a tensor before something is written into it.
@@ -67,7 +69,8 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._execute = execute or _execute
-        self.record = Record(values=Values() if blocks else None)
+        self.memories = Memories()
+        self.record = Record(values=Values(self.memories) if blocks else None)
         self.store = Store()
         self.flow = Flow(self)
         self.across = AcrossNorms(self)

@@ -165,6 +165,7 @@ def _traced(
             # PyTorch leaves this mark behind, and torch.compile warns of global hooks for it.
             torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         untouched.restore()
+        recorder.memories.release()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)

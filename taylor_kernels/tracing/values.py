@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.memories import Memories
 from taylor_kernels.tracing.operations import memory_of
 
 #: Where in a module's output a tensor is: () for the output itself, (number, length) in a sequence.
@@ -68,13 +69,17 @@ class ModuleCall:
 class Values:
     """Follows the values of a run.
 
+    Args:
+        memories: the run's.
+
     Attributes:
         values: all, in running order.
         calls: of modules, in the order in which they ended.
         outputs: the values that the model returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memories: Memories) -> None:
+        self._memories = memories
         self.values: list[Value] = []
         self.calls: list[ModuleCall] = []
         self.outputs: set[int] = set()
@@ -159,6 +164,7 @@ class Values:
     def _new(
         self, operation: str, parents: Iterable[int], tensor: Tensor, step: int, view: bool = False
     ) -> int:
+        self._memories.hold(tensor)
         self.values.append(Value(operation, tuple(parents), tensor.numel(), step, view))
         return len(self.values) - 1
 
