@@ -213,7 +213,12 @@ class Recorder(TorchDispatchMode):
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
         record.step += 1
         name = call.name
-        if _any_followed(call.labels.values()) or not call.tensors or name in MAKERS | REPEATS:
+        if (
+            _any_followed(call.labels.values())
+            or not call.tensors
+            or name in MAKERS
+            or name in REPEATS
+        ):
             self._apply(call, written)
         else:
             self.flow.forget(call)
