@@ -12,7 +12,7 @@ from bench.markdown import ms, table
 ZOO = Path("bench/results/zoo/result.json")
 HEAD = (
     "network", "layers that can be pruned", "of the FLOPs", "forward + backward, ms",
-    "building a pruner", "tracing", "parameters left", "masked − removed",
+    "building a pruner", "an empty mode", "tracing", "parameters left", "masked − removed",
 )  # fmt: skip
 #: Why the last layer of nearly every network stays.
 OUTPUT = "reaches the output of the model"
@@ -38,7 +38,7 @@ def zoo_block(result: dict[str, Any]) -> str:
 def _row(name: str, one: dict[str, Any]) -> list[str]:
     if "failed" in one:
         return [name, one["failed"].replace("|", "\\|"), *["–"] * (len(HEAD) - 2)]
-    seconds = one["seconds"]
+    seconds, forward = one["seconds"], one["seconds"]["forward"]
     size = f", {one['size']}²" if one["size"] else ""
     return [
         name + size,
@@ -46,7 +46,8 @@ def _row(name: str, one: dict[str, Any]) -> list[str]:
         f"{100 * one['flops']:.1f}%" if "flops" in one else "–",  # not measured in older runs
         ms(seconds["forward_backward"]),
         f"{seconds['build'] / seconds['forward_backward']:.1f}×",
-        f"{seconds['trace'] / seconds['forward']:.1f}×",
+        f"{seconds['empty_mode'] / forward:.1f}×" if "empty_mode" in seconds else "–",
+        f"{seconds['trace'] / forward:.1f}×",
         f"{100 * one['left']:.1f}%" + ("" if one["reached"] else ", target not reached"),
         "0" if one["error"] == 0 else f"{one['error']:.0e}",
     ]

@@ -32,14 +32,18 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
                 memo[id(module)] = new = type(module).__new__(type(module))
                 states.append((new, state))
     for new, state in reversed(states):  # children first: parents may look into them
-        new.__setstate__({name: _value(value, memo) for name, value in state.items()})
+        new.__setstate__(
+            {
+                name: value if type(value) in _CONSTANT else _value(value, memo)
+                for name, value in state.items()
+            }
+        )
     return copy.deepcopy(model, memo)
 
 
 def _value(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of what is no constant."""
     kind = type(value)
-    if kind in _CONSTANT:
-        return value
     if (known := memo.get(id(value))) is not None:
         return known
     if kind is nn.Parameter:
@@ -49,7 +53,8 @@ def _value(value: Any, memo: dict[int, Any]) -> Any:
     if kind is dict or kind is OrderedDict:
         table = memo[id(value)] = kind()
         for key, part in value.items():
-            table[key if type(key) in _CONSTANT else copy.deepcopy(key, memo)] = _value(part, memo)
+            new = key if type(key) in _CONSTANT else copy.deepcopy(key, memo)
+            table[new] = part if type(part) in _CONSTANT else _value(part, memo)
         return table
     return copy.deepcopy(value, memo)
 

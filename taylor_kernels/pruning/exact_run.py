@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, widened, wider
-from taylor_kernels.tracing.running import tensors_in
+from taylor_kernels.tracing.running import tensors_in, tensors_of_modules
 
 _CASTS: dict[Any, Any] = {
     Tensor.half: Tensor.double,
@@ -27,12 +27,17 @@ _CASTS: dict[Any, Any] = {
 _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 
 
-def widen(model: nn.Module) -> Callable[[], None]:
-    """Put a model into double precision; what is returned puts it back."""
-    held = [(tensor, tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+def widen(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
+    """Put a model into double precision; what is returned puts it back.
+
+    Args:
+        modules: dict(model.named_modules()).
+    """
+    parameters, buffers = tensors_of_modules(modules)
+    held = [(tensor, tensor.dtype) for tensor in (*parameters.values(), *buffers.values())]
     others = [
         (module, name, value)
-        for module in model.modules()
+        for module in modules.values()
         for name, value in vars(module).items()
         if isinstance(value, Tensor)
     ]

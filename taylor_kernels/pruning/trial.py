@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,36 @@ from torch.utils._pytree import tree_map
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.defaults import widened
-from taylor_kernels.pruning.exact_run import (
-    InDouble,
-    Noise,
-    SmallPools,
-    SteadyNoise,
-    cut_down,
-    widen,
-)
+from taylor_kernels.pruning.exact_run import Noise, cut_down, widen
+from taylor_kernels.pruning.exchanged import Exchanged, clone
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.masking import fill, fills
 from taylor_kernels.pruning.optimizer_state import Kept
-from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
+from taylor_kernels.pruning.removal import set_attributes, smaller
 from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
 from taylor_kernels.pruning.same_outputs import difference
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
-from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
+from taylor_kernels.tracing.running import tensors_of_modules
+
+
+class _Masked(NamedTuple):
+    """A run with units and blocks masked.
+
+    Attributes:
+        steps: for each group [steps, U] bool, the units that are to be removed in each.
+        tensors: those that masking changes.
+        outputs: what the model returned.
+    """
+
+    steps: Sequence[Tensor]
+    tensors: dict[str, Tensor]
+    outputs: list[Tensor]
 
 
 class Trial:
-    """A model whose tensors are exchanged for each run and put back after it.
+    """Tries on a model whether masking is removing.
 
     Args:
         model: a copy in eval mode; its values are changed.
@@ -55,34 +62,31 @@ class Trial:
         self.place: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
-        self._steady = False
-        back = widen(model)
+        back = widen(self._modules)
         # Zeros and ones (a fresh norm, a last layer that starts at zero, an empty example) would
         # hide what a channel does.
-        for parameter in model.parameters():
+        for parameter in tensors_of_modules(self._modules)[0].values():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
-        self._held = Tensors(model)
-        self._originals = {name: self._held[name] for name in self._held}
-        self._changed: set[str] = set()
-        self._run_wrote: list[str] = []
-        buffers = [n for n, t in self._originals.items() if not isinstance(t, nn.Parameter)]
-        self._written = buffers
-        self._begun: tuple[dict[str, Tensor], list[Tensor]] | None = None
-        self._exact, self._below = True, False
-        self._untouched = self._snapshot()
+        self._run = Exchanged(model, self._modules)
+        self._begun: _Masked | None = None
         if not self._runs_in_double(example_inputs):
             back()
-            self._exact = False
-            self._untouched = self._snapshot()
+            self._run.exact = False
+            self._run.remember()
             self._runs(example_inputs)
         self._train_too = False
         if train_too:
-            self._written = buffers
+            self._run.expect_all_written()
             # One example is too few for BatchNorm to train on: then there is nothing to compare.
-            with suppress(Exception), self._restored():
-                self._outputs(train=True)
+            with suppress(Exception), self._run.restored():
+                self._run.outputs(train=True)
                 self._train_too = True
+
+    @property
+    def exact(self) -> bool:
+        """The model runs in double precision."""
+        return self._run.exact
 
     def _runs_in_double(self, example_inputs: Any) -> bool:
         """Whether the model runs in double precision, on inputs that are kept if it does.
@@ -90,7 +94,7 @@ class Trial:
         Code may need all of the example, may make lower precision out of sight of a mode for
         functions, and may neither know float64 nor let itself be told.
         """
-        for self._below in (False, True):
+        for self._run.below in (False, True):
             if self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
                 return True
             with suppress(Exception):
@@ -109,7 +113,7 @@ class Trial:
                 is run as the first trial begins, with units of all groups masked, and as it is
                 where that does not say so.
         """
-        self._inputs, self._begun = tree_map(self._noisy, example_inputs), None
+        self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
@@ -121,14 +125,13 @@ class Trial:
         try:
             if all_layers:
                 with suppress(Exception):
-                    dead = [units.any(0) for units in self._steps()]
-                    self._begun = self._run_masked(self.channels, dead)
+                    self._begun = self._run_masked(self.channels, self._steps())
             if self._begun is None or not called >= known:
                 self._begun = None
                 called.clear()
-                with self._restored():
-                    self._outputs()
-            self._written = self._run_wrote
+                with self._run.restored():
+                    self._run.outputs()
+            self._run.learn_written()
         except Exception:
             if not all_layers:
                 raise
@@ -145,12 +148,12 @@ class Trial:
             until: no step is taken after this time, of `time.monotonic`.
             blocks: residual blocks that go with them, all in one step.
         """
+        begun, self._begun = self._begun, None
+        if begun is not None and not blocks and len(numbers) == len(begun.steps):
+            return self._fault(begun.steps, (), "its channels", until, begun)
         steps = self._steps(numbers)
         if blocks:
             steps = [units.any(0, keepdim=True) for units in steps]
-        elif len(numbers) == len(steps):
-            begun, self._begun = self._begun, None
-            return self._fault(steps, (), "its channels", until, begun)
         return self._fault(steps, blocks, "its channels", until)
 
     def _steps(self, numbers: Collection[int] | None = None) -> list[Tensor]:
@@ -178,14 +181,14 @@ class Trial:
         blocks: Sequence[Block],
         what: str,
         until: float = float("inf"),
-        begun: tuple[dict[str, Tensor], list[Tensor]] | None = None,
+        begun: _Masked | None = None,
     ) -> str:
         """What is wrong with removing what is masked.
 
         Args:
             steps: for each group [steps, U] bool, the units that are removed in each.
             blocks: residual blocks, removed in the first step.
-            begun: what `_run_masked` returns, where it has run.
+            begun: these steps' run with masks, where it has been.
         """
         self.place = None
         some = f"some of {what}" if what == "its channels" else what
@@ -194,7 +197,7 @@ class Trial:
         gone = [torch.zeros_like(units) for units in masked]
         attributes = channels.attributes(masked)
         try:
-            tensors, expected = begun or self._run_masked(channels, masked, blocks)
+            _, tensors, expected = begun or self._run_masked(channels, steps, blocks)
         except Exception as error:
             return f"the model does not run with {some} at zero ({_short(error)})"
         for step in range(len(steps[0]) if steps else 1):
@@ -206,45 +209,42 @@ class Trial:
                     continue
                 gone = [units[: step + 1].any(0) for units in steps]
                 left = [units[step + 1 :].any(0) for units in steps]
-                with self._restored():
-                    self._put(self._for_a_run(tensors))
+                with self._run.restored():
+                    self._run.put(tensors)
                     set_attributes(self._modules, channels.attributes(gone))
                     for block in blocks:
                         replace_modules(self._model, block.places)
                     found = self._outputs_kept(channels, left, attributes, gone)
                     if self._train_too:
-                        self._outputs(train=True)
+                        self._run.outputs(train=True)
             except Exception as error:
                 self.place = self._where(error)
                 return f"the model does not run without {some} ({_short(error)})"
-            if reason := difference(expected, found, what, exact=self._exact):
+            if reason := difference(expected, found, what, exact=self.exact):
                 return reason
             if time.monotonic() > until and _all_have_lost(gone, masked):
                 break
         return ""
 
     def _run_masked(
-        self, channels: Channels, dead: Sequence[Tensor], blocks: Sequence[Block] = ()
-    ) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The tensors that masking these units and blocks changes, and what the model returns."""
+        self, channels: Channels, steps: Sequence[Tensor], blocks: Sequence[Block] = ()
+    ) -> _Masked:
+        dead = [units.any(0) for units in steps]
         tensors = self._masked(channels, dead)
-        with self._restored():
-            self._put(self._for_a_run(tensors))
+        with self._run.restored():
+            self._run.put(tensors)
             for block in blocks:
                 mask_block(self._model, block)
-            return tensors, self._outputs_kept(channels, dead, channels.attributes(dead))
+            outputs = self._outputs_kept(channels, dead, channels.attributes(dead))
+        return _Masked(steps, tensors, outputs)
 
     def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that hold something of these units, with what masks it."""
         entries = channels.entries(dead)
-        tensors = {name: _clone(self._originals[name]) for name in entries}
-        for name, parts in fills(self._held, channels, entries).items():
+        tensors = {name: clone(self._run.tensors[name]) for name in entries}
+        for name, parts in fills(self._run.held, channels, entries).items():
             fill(tensors[name].data, parts)
         return tensors
-
-    def _for_a_run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors that the model may write into."""
-        return {n: _clone(t) if n in self._written else t for n, t in tensors.items()}
 
     def _outputs_kept(
         self,
@@ -256,7 +256,7 @@ class Trial:
         """What the model returns where norms and routers know of the masked units."""
         hooks = keep_only(self._modules, channels, masked, attributes, gone)
         try:
-            return self._outputs()
+            return self._run.outputs()
         finally:
             remove_all(hooks)
 
@@ -269,62 +269,11 @@ class Trial:
             step = step.tb_next
         return found
 
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        self._changed.update(tensors)
-        self._held.put(tensors)
-
-    @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """Afterwards the model has the tensors and attributes that it had before."""
-        self._changed.clear()
-        self._put({name: _clone(self._originals[name]) for name in self._written})
-        try:
-            yield
-        finally:
-            # Copies that were made here begin at version 0.
-            self._run_wrote = [name for name in self._written if self._held[name]._version]
-            self._held.put({name: self._originals[name] for name in self._changed})
-            self._untouched.restore()
-
-    def _snapshot(self) -> Untouched:
-        return Untouched(list(self._modules.values()), [])
-
-    def _outputs(self, *, train: bool = False) -> list[Tensor]:
-        if any(module.training is not train for module in self._modules.values()):
-            self._model.train(train)
-        with ExitStack() as stack:
-            stack.enter_context(one_expert_at_a_time(self._modules.values()))
-            mode = InDouble(below=self._below) if self._exact else SmallPools()
-            # Every run starts from the caller's random state.
-            stack.enter_context(quiet(self._model, mode))
-            before = _random_state()
-            if self._steady:
-                stack.enter_context(SteadyNoise())
-            outputs = list(tensors_in(call(self._model, copied(self._inputs))))
-            if self._steady or _same(before, _random_state()):
-                return outputs
-        self._steady = True
-        return self._outputs(train=train)
-
 
 def _all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:
     """Whether every group that has units masked has had some removed."""
     pairs = zip(gone, masked, strict=True)
     return all(bool(lost.any()) for lost, units in pairs if units.any())
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    new = tensor.detach().clone()
-    return nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
-
-
-def _random_state() -> list[Tensor]:
-    used = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
-
-
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
 
 
 def _short(error: Exception) -> str:

@@ -22,6 +22,7 @@ from taylor_kernels.tracing.labels import has_atoms
 from taylor_kernels.tracing.record import Reason, Vector
 
 if TYPE_CHECKING:
+    from taylor_kernels.tracing.frames import Frame
     from taylor_kernels.tracing.recorder import Recorder
 
 #: Kinds of mixers that take a statistic of all channels (`Reason.mixer`).
@@ -49,52 +50,27 @@ class Across:
     fixed: range
 
 
-@dataclass(slots=True)
-class _Frame:
-    module: nn.Module
-    given: Tensor | None
-    first: int
-    leaf: bool = True
-
-
 class AcrossNorms:
-    """Follows which modules run and writes those that may be norms across channels down."""
+    """Writes those modules of a run that may be norms across channels down."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._frames: list[_Frame] = []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module begins to run."""
-        if self._frames:
-            self._frames[-1].leaf = False
-        given = args[0] if len(args) == 1 and isinstance(args[0], Tensor) else None
-        self._frames.append(_Frame(module, given, len(self._recorder.record.fixed)))
-
-    def leave(self, module: nn.Module, name: str, kwargs: Mapping[str, Any], output: Any) -> None:
+    def leave(self, frame: Frame, kwargs: Mapping[str, Any], output: Any) -> None:
         """A module has run."""
-        while self._frames:
-            frame = self._frames.pop()
-            if frame.module is module:
-                break
-        else:
+        module = frame.module
+        if kwargs or module is None or not frame.name or not frame.leaf or len(frame.given) != 1:
             return
-        record = self._recorder.record
+        record, given = self._recorder.record, frame.given[0]
         span = range(frame.first, len(record.fixed))
-        if (
-            kwargs
-            or not name
-            or not frame.leaf
-            or frame.given is None
-            or not _alike(frame.given, output)
-        ):
-            return
         if not any(record.fixed[n][1].mixer and has_atoms(record.fixed[n][0]) for n in span):
             return
+        if not isinstance(output, Tensor) or output.shape != given.shape:
+            return
         for dim in range(-output.dim(), 0):
-            vectors = self._along(module, frame.given, output, dim)
+            vectors = self._along(module, given, output, dim)
             if vectors and _mixes(record.fixed, span, vectors):
-                record.across.append(Across(name, dim, vectors, span))
+                record.across.append(Across(frame.name, dim, vectors, span))
 
     def _along(
         self, module: nn.Module, given: Tensor, output: Tensor, dim: int
@@ -111,10 +87,6 @@ class AcrossNorms:
             found.append(labels(tensor).dims[dims[0]])
         vectors = tuple(vector.copy() for vector in found if vector is not None)
         return vectors if 2 < len(vectors) == len(found) and size > 1 else ()
-
-
-def _alike(given: Tensor, output: Any) -> bool:
-    return isinstance(output, Tensor) and output.shape == given.shape
 
 
 def _mixes(fixed: Sequence[tuple[Vector, Reason]], span: range, vectors: Sequence[Vector]) -> bool:

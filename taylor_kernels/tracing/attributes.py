@@ -21,7 +21,7 @@ from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Size, Vector
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.recorder import Call
+    from taylor_kernels.tracing.calls import Call
 
 #: "inputs", "outputs" and "groups" of the layer, or a tensor's name and dimension.
 Counted = str | tuple[str, int]
@@ -135,9 +135,9 @@ def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool
 
 def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[str]:
     """The attributes of the running module that hold this size, as `tie` takes them."""
-    if size < 2 or not call.recorder.stack:
+    module = call.running
+    if size < 2 or module is None:
         return []
-    module = call.recorder.stack[-1][1]
     if isinstance(module, nn.Unflatten):
         return _places(module, size, index)
     if type(module).__module__.startswith("torch.nn."):
@@ -175,15 +175,16 @@ def _places(module: nn.Unflatten, size: int, index: int) -> list[str]:
 def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> bool:
     """Find the list of the running module that holds the sizes of all parts of a dimension."""
     ends = [0, *(end for _, end in spans)]
-    if not call.recorder.stack or [start for start, _ in spans] != ends[:-1]:
+    module = call.running
+    if module is None or [start for start, _ in spans] != ends[:-1]:
         return False
-    name, module = call.recorder.stack[-1]
     sizes = [end - start for start, end in spans]
     names = [attribute for attribute, values in _lists(module) if list(values) == sizes]
     for attribute in names:
         for place, (start, end) in enumerate(spans):
             part = vector[start:end].copy()
-            call.record.sizes.append(Size(name, f"{attribute}[{place}]", part, False))
+            size = Size(call.recorder.module, f"{attribute}[{place}]", part, False)
+            call.record.sizes.append(size)
     return bool(names)
 
 

@@ -80,19 +80,20 @@ class Channels:
         self.choices: list[Choice] = resolution.choices
         self.fills = dict(record.fills)
         dims = find_dims(record, label)
-        layers = find_layers(record, label, dims, modules)
+        parameters, buffers = tensors_of_modules(modules)
+        layers = find_layers(record, label, dims, modules, parameters)
         self.macs, self.outside, self.bare = layers.macs, layers.outside, layers.bare
         self.input_dims = layers.input_dims
         transposed = {n for n, m in modules.items() if isinstance(m, _ConvTransposeNd)}
         self._transposed = transposed & layers.sides.keys()
-        vectors = find_vectors(record, label, dims, layers.sides, across, modules)
+        tensors = {**parameters, **buffers}
+        vectors = find_vectors(record, label, dims, layers.sides, across, modules, tensors)
         self._publish(vectors)
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
-        _, buffers = tensors_of_modules(modules)
         self.unread = {
             name
             for start, name, _, _ in record.starts

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from taylor_kernels.tracing.attributes import rules_of
-from taylor_kernels.tracing.record import NORM, Record, Step, Vector
+from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.resolve import counted
-from taylor_kernels.tracing.running import tensors_of_modules
+from taylor_kernels.tracing.steps import NORM, Step
 
 #: An attribute that counts: its module, its name, its value, the classes that it counts.
 Counter = tuple[str, str, Any, Vector]
@@ -25,6 +25,7 @@ def find_counters(
     layers: Mapping[str, tuple[Vector, Vector]],
     steps: Iterable[Step],
     modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
 ) -> list[Counter]:
     """The attributes that a rule names, and those that the run showed to count.
 
@@ -34,11 +35,11 @@ def find_counters(
         layers: layer -> the classes of its input and output channels.
         steps: the steps of the run, in classes.
         modules: dict(model.named_modules()).
+        tensors: the model's parameters and buffers by their first names.
     """
     found: list[Counter] = []
-    parameters, buffers = tensors_of_modules(modules)
     firsts: dict[int, str] = {}
-    for name, tensor in {**parameters, **buffers}.items():
+    for name, tensor in tensors.items():
         firsts.setdefault(id(tensor), name)
     groups = {p.module: label[p.groups] for p in record.products if p.groups is not None}
     norms = {norm.module: label[norm.atoms] for norm in record.norms}

@@ -9,18 +9,20 @@ channels came from which step is read off the labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import memory_of, tensors_of
-from taylor_kernels.tracing.record import END, NORM, PRODUCT, Norm, Product, Step, Vector
+from taylor_kernels.tracing.operations import memory_of
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.steps import END, NORM, PRODUCT, Norm, Product, Step
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.recorder import Call, Recorder
+    from taylor_kernels.tracing.calls import Call
+    from taylor_kernels.tracing.recorder import Recorder
 
 _RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 #: Products of two activations, or with a weight that cannot be followed.
@@ -33,15 +35,6 @@ CONTRACTIONS = {
 _NONE: frozenset[int] = frozenset()
 
 
-@dataclass(slots=True)
-class _Frame:
-    """A module that is running."""
-
-    module: nn.Module
-    given: list[Tensor]
-    made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
-
-
 class Flow:
     """Follows a run and writes its steps into the record."""
 
@@ -49,21 +42,9 @@ class Flow:
         self._recorder = recorder
         self._steps = recorder.record.steps
         self._marks: dict[int, frozenset[int]] = {}
-        self._frames: list[_Frame] = []
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A module begins to run."""
-        given = [value for value in args if isinstance(value, Tensor)]
-        self._frames.append(_Frame(module, given if len(given) == len(args) else []))
-
-    def leave(self, module: nn.Module, output: Any) -> None:
+    def leave(self, frame: Frame, output: Any) -> None:
         """A module has run."""
-        while self._frames:
-            frame = self._frames.pop()
-            if frame.module is module:
-                break
-        else:
-            return
         if not isinstance(output, Tensor):
             return
         for step, made, dim in frame.made:
@@ -97,19 +78,23 @@ class Flow:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
             passing = [v for out in outs for v in self._recorder.labels(out).vectors()]
             self._end(vectors, sources, passing)
-        made = range(first, len(self._steps))
-        fresh = frozenset([number for number in made if self._steps[number].kind != END])
+        fresh = _NONE
+        if len(self._steps) > first:
+            made = range(first, len(self._steps))
+            fresh = frozenset([number for number in made if self._steps[number].kind != END])
         for out in outs:
             key = memory_of(out)
             mark = fresh or sources
-            if key in memories:
-                mark |= marks.get(key, _NONE)
+            if key not in marks:
+                self._recorder.memories.hold(out)
+            elif key in memories:
+                mark |= marks[key]
             marks[key] = mark
 
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
         memories = {memory_of(tensor) for tensor in call.tensors}
-        for out in tensors_of(call.out):
+        for out in call.outs:
             if (key := memory_of(out)) not in memories:
                 self._marks.pop(key, None)
 
@@ -119,8 +104,9 @@ class Flow:
 
     def _add(self, step: Step, outs: Sequence[Tensor], dim: int) -> None:
         self._steps.append(step)
-        if self._frames and outs:
-            self._frames[-1].made.append((step, outs[0], dim))
+        frame = self._recorder.frame
+        if frame.module is not None and outs:
+            frame.made.append((step, outs[0], dim))
 
     def _end(
         self,
@@ -173,7 +159,7 @@ class Flow:
 
     def _given(self, call: Call, inputs: Vector, dim: int) -> int | None:
         """`dim`, if the module's only argument is what the operation is given."""
-        given = self._frames[-1].given if self._frames else []
+        given = self._recorder.frame.given
         if len(given) != 1 or given[0].dim() < -dim or given[0].size(dim) != inputs.size:
             return None
         return dim if any(_same_values(given[0], tensor) for tensor in call.tensors) else None

@@ -13,7 +13,7 @@ from weakref import ref
 
 from torch import Tensor
 
-from taylor_kernels.tracing.operations import has_storage
+from taylor_kernels.tracing.operations import address_of
 from taylor_kernels.tracing.record import Reason, Vector
 
 
@@ -100,28 +100,30 @@ class Store:
 
     def get(self, tensor: Tensor) -> Labels | None:
         """A tensor's labels, also where it is another Python object for a labelled one."""
-        found = self._of(tensor)
-        if found is None and has_storage(tensor) and tensor.numel():
-            owner = self._owners.get(tensor.data_ptr(), lambda: None)()
-            if (
-                owner is not None
-                and owner.shape == tensor.shape
-                and owner.stride() == tensor.stride()
-                and owner.dtype == tensor.dtype
-            ):
-                found = self._of(owner)
-        return found
-
-    def _of(self, tensor: Tensor) -> Labels | None:
         # An id is used again when a tensor is gone.
-        owner, labels = self._labels.get(id(tensor), (None, None))
-        return labels if owner is not None and owner() is tensor else None
+        found = self._labels.get(id(tensor))
+        if found is not None and found[0]() is tensor:
+            return found[1]
+        address = address_of(tensor)
+        owner = self._owners.get(address, _nobody)() if address else None
+        if (
+            owner is None
+            or owner.shape != tensor.shape
+            or owner.stride() != tensor.stride()
+            or owner.dtype != tensor.dtype
+        ):
+            return None
+        found = self._labels.get(id(owner))
+        return found[1] if found is not None and found[0]() is owner else None
 
     def set(self, tensor: Tensor, labels: Labels) -> None:
         mine = ref(tensor)
         self._labels[id(tensor)] = mine, labels
         for dim in labels.dims:
             if dim is not None:
-                if has_storage(tensor):
-                    self._owners[tensor.data_ptr()] = mine
+                self._owners[address_of(tensor)] = mine
                 return
+
+
+def _nobody() -> None:
+    """As a reference to a tensor that is gone."""

@@ -11,7 +11,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.record import Record, Vector
-from taylor_kernels.tracing.running import tensors_of_modules
 
 
 @dataclass
@@ -44,6 +43,7 @@ def find_layers(
     label: Vector,
     dims: Mapping[tuple[str, int], Vector],
     modules: Mapping[str, nn.Module],
+    parameters: Collection[str],
 ) -> Layers:
     """The layers that a run multiplied with.
 
@@ -51,9 +51,10 @@ def find_layers(
         label: the class of each atom.
         dims: (parameter or buffer, dimension) -> the classes along it.
         modules: dict(model.named_modules()).
+        parameters: the names of the model's.
     """
     layers = Layers({name: number for number, name in enumerate(modules)})
-    layers.input_dims = _input_dims(record, label, dims, tensors_of_modules(modules)[0])
+    layers.input_dims = _input_dims(record, label, dims, parameters)
     nothing = np.zeros(0, np.int64)
     for product in record.products:
         bare = bare_weight(record, product, modules)
@@ -98,7 +99,9 @@ def _input_dims(
             found[product.weight] = set()
         read, vectors = label[product.inputs], own.get(product.weight, [])
         along = {
-            d - len(vectors) for d, vector in enumerate(vectors) if np.array_equal(vector, read)
+            d - len(vectors)
+            for d, vector in enumerate(vectors)
+            if vector.size == read.size and (vector == read).all()
         }
         found[product.weight] = found.get(product.weight, along) & along
     return {name: along.pop() for name, along in found.items() if len(along) == 1}

@@ -10,10 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Looked up once: these are asked for several times for every operation of a run.
-_STRIDED = torch.strided
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
 
 @dataclass(frozen=True)
 class Operation:
@@ -67,11 +63,21 @@ def tensors_of(value: Any) -> list[Tensor]:
     return []
 
 
-def has_storage(tensor: Tensor) -> bool:
-    """Whether a tensor has memory of its own to know it by; those inside vmap do not."""
-    return tensor.layout is _STRIDED and not _is_wrapped(tensor)
-
-
 def memory_of(tensor: Tensor) -> int:
-    """What all views of a tensor have in common, as long as one of them is alive."""
-    return tensor.untyped_storage()._cdata if has_storage(tensor) else -id(tensor)
+    """What all views of a tensor have in common, as long as one of them is alive.
+
+    Negative for tensors without memory of their own to know them by: sparse ones, and those inside
+    vmap. PyTorch refuses those sooner than it says what they are.
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return -id(tensor)
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where in memory a tensor begins; 0 if it has none of its own, or no elements."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0

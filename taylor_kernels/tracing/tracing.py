@@ -112,15 +112,17 @@ def _traced(
 
     def entered(module: nn.Module, args: tuple[Any, ...]) -> None:
         if threading.get_ident() == mine:
-            recorder.enter(module, args)
+            with torch._C.DisableTorchFunction():
+                recorder.enter(module, args)
 
     def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() != mine:
             return
         kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
-        if output is not None:
+        if output is not None and _checks_widths(module):
             _keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
-        recorder.leave(module, kwargs, output)
+        with torch._C.DisableTorchFunction():
+            recorder.leave(module, kwargs, output)
 
     handles = [
         torch.nn.modules.module.register_module_forward_pre_hook(entered),
@@ -163,6 +165,7 @@ def _traced(
             # PyTorch leaves this mark behind, and torch.compile warns of global hooks for it.
             torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
         untouched.restore()
+        recorder.memories.release()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)
@@ -217,8 +220,6 @@ def _keep_what_it_read(
     A parametrization (`weight_norm`) leaves no parameter of the name that is checked, and may make
     the weight of any shapes. Computed once more, it has the labels of what it is made of.
     """
-    if not _checks_widths(module):
-        return
     reason = _checked_width(name)
     query = args[0] if args else kwargs.get("query")
     if isinstance(query, Tensor) and query.dim():
@@ -232,8 +233,8 @@ def _keep_what_it_read(
 
 
 def _checks_widths(module: nn.Module) -> bool:
-    other = type(module) is not PrunedMultiheadAttention
-    return other and isinstance(module, nn.MultiheadAttention)
+    inherits = isinstance(module, nn.MultiheadAttention)
+    return inherits and type(module) is not PrunedMultiheadAttention
 
 
 def _checked_width(name: str) -> Reason:

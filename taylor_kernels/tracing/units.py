@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -109,17 +110,23 @@ def collect(
     Returns:
         For each make its classes [U], and by key the places [U, m] of each unit.
     """
-    sizes = np.array([vector.size for _, vector in places])
-    unit = np.concatenate([vector for _, vector in places])
+    # Most lists are the same as some others: a filter's, its bias's, those of the norm behind it.
+    numbers_of: dict[bytes, list[int]] = {}
+    for number, (_, vector) in enumerate(places):
+        numbers_of.setdefault(vector.tobytes(), []).append(number)
+    lists = list(numbers_of.values())
+    firsts_of = [places[numbers[0]][1] for numbers in lists]
+    sizes = np.array([vector.size for vector in firsts_of])
+    unit = np.concatenate(firsts_of)
     chosen = np.flatnonzero(free[unit])
     if not chosen.size:
         return []
     ends = np.cumsum(sizes)
-    owner = np.repeat(np.arange(len(places)), sizes)[chosen]
+    owner = np.repeat(np.arange(len(lists)), sizes)[chosen]
     where = chosen - (ends - sizes)[owner]
     unit = unit[chosen]
     # A make is a multiset of lists: sums of random 64-bit numbers tell makes apart.
-    draw = np.random.default_rng(0).integers(1, 2**63, len(places), np.uint64)
+    draw = np.random.default_rng(0).integers(1, 2**63, len(lists), np.uint64)
     sums = np.zeros(free.size, np.uint64)
     np.add.at(sums, unit, draw[owner])
     # Units are in the order of their first places.
@@ -134,17 +141,22 @@ def collect(
     rank[present], make[present] = np.arange(present.size), kinds
     # Places are sorted by list already, and within a unit by their number.
     makes = make[unit]
-    order = np.argsort((makes * len(places) + owner) * present.size + rank[unit], kind="stable")
+    order = np.argsort((makes * len(lists) + owner) * present.size + rank[unit], kind="stable")
     owner, makes = owner[order], makes[order]
     begin = np.diff(makes, prepend=-1) != 0
     begin[1:] |= np.diff(owner) != 0
     starts = np.flatnonzero(begin)
     members = _pieces(present, begins)
-    tables: list[dict[tuple[str, str | int], Tensor]] = [{} for _ in members]
-    for kind, number, rows in zip(
+    found: list[list[tuple[int, Tensor]]] = [[] for _ in members]
+    for kind, which, rows in zip(
         makes[starts].tolist(), owner[starts].tolist(), _pieces(where[order], starts), strict=True
     ):
-        tables[kind][places[number][0]] = rows.view(members[kind].numel(), -1)
+        own = rows.view(members[kind].numel(), -1)
+        found[kind] += [(number, own) for number in lists[which]]
+    tables = [
+        {places[number][0]: rows for number, rows in sorted(own, key=itemgetter(0))}
+        for own in found
+    ]
     firsts = first[present[begins]].tolist()
     numbers = sorted(range(len(members)), key=firsts.__getitem__)
     return [(members[number], tables[number]) for number in numbers]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+from taylor_kernels.tracing.calls import MOVES
 from taylor_kernels.tracing.flow import CONTRACTIONS
-from taylor_kernels.tracing.recorder import MOVES
 from taylor_kernels.tracing.rules.elementwise import PRODUCTS, QUOTIENTS
 from taylor_kernels.tracing.values import Values
 

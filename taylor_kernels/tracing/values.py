@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.operations import has_storage, memory_of
+from taylor_kernels.tracing.memories import Memories
+from taylor_kernels.tracing.operations import memory_of
 
 #: Where in a module's output a tensor is: () for the output itself, (number, length) in a sequence.
 Path = tuple[int, int] | tuple[()]
@@ -68,13 +69,17 @@ class ModuleCall:
 class Values:
     """Follows the values of a run.
 
+    Args:
+        memories: the run's.
+
     Attributes:
         values: all, in running order.
         calls: of modules, in the order in which they ended.
         outputs: the values that the model returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memories: Memories) -> None:
+        self._memories = memories
         self.values: list[Value] = []
         self.calls: list[ModuleCall] = []
         self.outputs: set[int] = set()
@@ -159,6 +164,7 @@ class Values:
     def _new(
         self, operation: str, parents: Iterable[int], tensor: Tensor, step: int, view: bool = False
     ) -> int:
+        self._memories.hold(tensor)
         self.values.append(Value(operation, tuple(parents), tensor.numel(), step, view))
         return len(self.values) - 1
 
@@ -166,9 +172,10 @@ class Values:
 def _place(tensor: Tensor) -> tuple[int, _Layout]:
     """The memory of a tensor, and which elements of it the tensor has, in whatever order:
     dimensions that can be merged are, and the others are sorted."""
-    if not has_storage(tensor):
-        return -id(tensor), (0, ())
-    memory, offset = tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    memory = memory_of(tensor)
+    if memory < 0:
+        return memory, (0, ())
+    offset = int(tensor.storage_offset())
     if tensor.is_contiguous():
         numel = tensor.numel()
         return memory, (offset, ((1, numel),) if numel != 1 else ())

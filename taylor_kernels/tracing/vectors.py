@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
-from taylor_kernels.tracing.record import Record, Step, Vector
+from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.steps import Step
 from taylor_kernels.tracing.units import IN, OUT, index
 
 
@@ -187,6 +188,7 @@ def find_vectors(
     layers: dict[str, tuple[Vector, Vector]],
     across: Sequence[Across],
     modules: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
 ) -> Vectors:
     """All vectors of a run, of its atoms' classes.
 
@@ -194,6 +196,7 @@ def find_vectors(
         label: the class of each atom.
         across: the norms across channels that keep nothing.
         modules: dict(model.named_modules()).
+        tensors: the model's parameters and buffers by their first names.
     """
     steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
     return Vectors(
@@ -203,5 +206,5 @@ def find_vectors(
         steps=steps,
         across={call.module: (call.dim, label[call.vectors[0]]) for call in across},
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
-        counters=find_counters(record, label, dims, layers, steps, modules),
+        counters=find_counters(record, label, dims, layers, steps, modules, tensors),
     )

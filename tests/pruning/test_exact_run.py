@@ -182,5 +182,5 @@ def test_a_model_with_such_code_is_proven_in_double(make):
 
     model, x = Model().eval(), torch.randn(2, 4)
     trial = Trial(model, x, trace(model, x), False)
-    assert [out.dtype for out in trial._outputs()] == [torch.float64]
-    assert trial._exact
+    assert [out.dtype for out in trial._run.outputs()] == [torch.float64]
+    assert trial.exact

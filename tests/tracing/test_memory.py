@@ -63,3 +63,32 @@ def test_the_size_of_labels_is_bounded(monkeypatch):
     with pytest.raises(MemoryError, match=r"more than 100 labels; pass a smaller example"):
         trace(model, torch.randn(1, 4))
     assert all(module.training for module in model.modules())
+
+
+class Scaled(nn.Module):
+    """Layers, and tensors that code makes of numbers, out of sight of a trace, behind each."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = (layer(x) * torch.tensor(1.5)).relu() * torch.tensor(0.5)
+            x = x + torch.tensor([0.1] * 8)
+        return x
+
+
+@pytest.mark.parametrize("layers", [2, 9, 30])
+def test_what_code_makes_in_memory_that_was_another_tensors_is_made_of_nothing(layers):
+    channels = trace(Scaled(layers), torch.randn(2, 8), blocks=True)
+    assert [set(step.sources) for step in channels.steps] == [
+        set(),
+        *({number} for number in range(layers)),
+    ]
+    assert channels._record.values is not None
+    values = channels._record.values.values
+    made_outside = [value for value in values if not value.operation]
+    # The example, the parameters of each layer, and three numbers behind it.
+    assert len(made_outside) == 1 + layers * (2 + 3)
+    assert not any(value.operation == "view" for value in values)

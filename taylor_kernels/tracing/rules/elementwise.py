@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from taylor_kernels.tracing.calls import OTHER, Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.recorder import OTHER, Call, rule
 
 #: Elementwise operations without PyTorch's tag for them.
 _UNTAGGED = {
@@ -46,7 +45,7 @@ def is_elementwise(call: Call) -> bool:
 
 @rule(*_UNTAGGED)
 def elementwise(call: Call) -> Labels | list[Labels | None]:
-    shapes = [out.shape for out in tensors_of(call.out)] or [call.tensors[0].shape]
+    shapes = [out.shape for out in call.outs] or [call.tensors[0].shape]
     operands = call.tensors
     if call.name in ("zero", "type_as", "bernoulli", "uniform"):
         operands = operands[:1]
@@ -77,6 +76,12 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         if call.name in _KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
+    if all(part.shape == result.shape and not part.loose for part in fixed):
+        for dim in range(len(shape)):
+            result.dims[dim] = merged_vector(call, [part.dims[dim] for part in fixed])
+            if result.dims[dim] is not None:
+                result.zero[dim] = _zero(call, parts, fixed, dim)
+        return _named(call, parts, result)
     loose: set[int] = set()
     for dim in range(-len(shape), 0):
         size = shape[dim]
@@ -95,6 +100,11 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
             result.zero[dim] = _zero(call, parts, wide, dim)
     result.loose = frozenset(loose)
     result.memory.repeated = bool(loose)
+    return _named(call, parts, result)
+
+
+def _named(call: Call, parts: Sequence[Labels], result: Labels) -> Labels:
+    """The result, with the name of what it is computed of place by place."""
     if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
         result.name, result.computed = parts[0].name, True
     return result

@@ -9,12 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import rules_of, tie
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.record import Product, Vector
-from taylor_kernels.tracing.recorder import Call, rule
+from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+from taylor_kernels.tracing.steps import Product
 
 
 def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:
@@ -258,7 +258,7 @@ def embedding_bag(call: Call) -> list[Labels | None]:
     weight = call.of(call.args["weight"])
     call.refuse(weight.dims[0], "is a row of an embedding")
     layer(call, weight, None, weight.dims[1])
-    first = tensors_of(call.out)[0]
+    first = call.outs[0]
     result = Labels.fixed(first.shape)
     result.dims[-1], result.zero[-1] = weight.dims[1], weight.zero[1]
     return [result]

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.record import Norm, Reason, Vector
-from taylor_kernels.tracing.recorder import MIXED, Call, rule
+from taylor_kernels.tracing.record import Reason, Vector
+from taylor_kernels.tracing.steps import Norm
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
@@ -50,7 +50,7 @@ def reduction(call: Call) -> Any:
         elif not (harmless and old.is_zero(dim)):
             call.mix(vector)
     result: list[Labels | None] = []
-    for out in tensors_of(call.out):
+    for out in call.outs:
         new = Labels.fixed(out.shape)
         new.kept_if_read = tuple(mixed)
         places = [dim for dim in range(len(old.shape)) if keep or dim not in along]
@@ -74,7 +74,7 @@ def along_dimension(call: Call) -> Any:
     for dim in along:
         call.mix(old.dims[dim] if old.dims else None)
     result: list[Labels | None] = []
-    for out in tensors_of(call.out):
+    for out in call.outs:
         new = Labels.fixed(out.shape)
         for dim in range(len(old.shape)):
             if dim not in along and len(old.shape) == out.dim():
@@ -169,7 +169,7 @@ def _spatial(call: Call, old: Labels, trailing: int) -> list[Labels | None]:
     for vector in old.dims[lead:]:
         call.mix(vector)
     result: list[Labels | None] = []
-    for out in tensors_of(call.out):
+    for out in call.outs:
         new = Labels.fixed(out.shape)
         if out.dim() == len(old.shape):
             new.dims[:lead] = old.dims[:lead]
@@ -253,7 +253,7 @@ def recurrent(call: Call) -> list[Labels | None]:
         if not labels.is_uniform:
             call.join(hidden, labels.dims[-1])
             call.mix(labels.dims[-1])
-    outs = tensors_of(call.out)
+    outs = call.outs
     result: list[Labels | None] = []
     for number, out in enumerate(outs):
         new = Labels.fixed(out.shape)

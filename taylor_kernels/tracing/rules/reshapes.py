@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.recorder import Call, rule
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4

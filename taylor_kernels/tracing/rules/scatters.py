@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.recorder import Call, rule
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
 
 _INDEX = "is used as an index"

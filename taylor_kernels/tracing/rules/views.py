@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.attributes import tie, tie_parts
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.calls import Call, rule
+from taylor_kernels.tracing.labels import Labels, has_atoms
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
-from taylor_kernels.tracing.recorder import Call, rule
+from taylor_kernels.tracing.rules.axes import Axes, find_axes
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
 _SLICES = {
@@ -41,7 +42,7 @@ def view(call: Call) -> list[Labels | None]:
     old = call.of(source)
     if call.name in ("detach", "alias", "lift"):
         return [replace(old)]
-    outs = [Labels.fixed(out.shape) for out in tensors_of(call.out)]
+    outs = [Labels.fixed(out.shape) for out in call.outs]
     for new in outs:
         new.memory, new.uniform = old.memory, old.uniform
         new.name, new.computed = old.name, old.computed
@@ -54,10 +55,32 @@ def view(call: Call) -> list[Labels | None]:
             if size != now or dim - more in old.repeated
         )
         outs[0].memory.repeated |= bool(outs[0].loose)
+    axes = find_axes(call, old.shape) if old.shape else None
     for dim, vector in enumerate(old.dims):
-        if vector is not None and (old.uniform or vector.any()):
+        if vector is None or not (old.uniform or has_atoms(vector)):
+            continue
+        if axes is None or vector.size < 2:
             _follow(call, source, old, dim, vector, outs)
+        else:
+            _place(call, source, old, dim, vector, outs, axes)
     return list(outs)
+
+
+def _place(
+    call: Call, source: Tensor, old: Labels, dim: int, vector: Vector, outs: list[Labels],
+    axes: Axes,
+) -> None:  # fmt: skip
+    """Carry the labels of one dimension to where the arguments say that it goes."""
+    place, parts = axes.order[dim], []
+    for number, new in enumerate(outs):
+        part = vector
+        if dim == axes.cut and new.shape[dim] < vector.size:
+            start = axes.starts[number]
+            part = vector[start : start + new.shape[dim]]
+            parts.append((start, part.size, 1))
+        new.dims[place], new.zero[place] = part, old.zero[dim]
+    if parts and has_atoms(vector):
+        _cut(call, source, vector, parts)
 
 
 def _follow(

@@ -1,0 +1,111 @@
+"""A model whose tensors are exchanged for each run, and put back after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
+from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.tracing.experts import one_expert_at_a_time
+from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
+
+
+class Exchanged:
+    """Runs a model with some of its tensors exchanged, each time from the same state.
+
+    Args:
+        model: a copy in eval mode.
+        modules: dict(model.named_modules()).
+
+    Attributes:
+        modules: as given.
+        held: the tensors that are in place now.
+        tensors: the model's own, by name; what is put in their place is not among them.
+        inputs: what it is run on.
+        exact: it runs in double precision.
+        below: also where only a mode for operations sees what code makes.
+        written: names of the tensors that runs write into, which get a copy for each.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self._model, self.modules = model, modules
+        self.held = Tensors(model)
+        self.tensors = {name: self.held[name] for name in self.held}
+        self.inputs: Any = None
+        self.exact, self.below = True, False
+        self._steady = False
+        self._changed: set[str] = set()
+        self._run_wrote: list[str] = []
+        self.expect_all_written()
+        self.remember()
+
+    def remember(self) -> None:
+        """What modules hold now is what they hold again after each run."""
+        self._untouched = Untouched(list(self.modules.values()), [])
+
+    def expect_all_written(self) -> None:
+        """Any buffer may be written into, as in the first run of its kind."""
+        self.written = [n for n, t in self.tensors.items() if not isinstance(t, nn.Parameter)]
+
+    def learn_written(self) -> None:
+        """Later runs write into what the last one has written into, and nothing else."""
+        self.written = self._run_wrote
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these in place for a run; those that runs write into are copied."""
+        self._put({n: clone(t) if n in self.written else t for n, t in tensors.items()})
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        self._changed.update(tensors)
+        self.held.put(tensors)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards the model has the tensors and attributes that it had before."""
+        self._changed.clear()
+        self._put({name: clone(self.tensors[name]) for name in self.written})
+        try:
+            yield
+        finally:
+            # Copies that were made here begin at version 0.
+            self._run_wrote = [name for name in self.written if self.held[name]._version]
+            self.held.put({name: self.tensors[name] for name in self._changed})
+            self._untouched.restore()
+
+    def outputs(self, *, train: bool = False) -> list[Tensor]:
+        """What the model returns as it is now."""
+        if any(module.training is not train for module in self.modules.values()):
+            self._model.train(train)
+        with ExitStack() as stack:
+            stack.enter_context(one_expert_at_a_time(self.modules.values()))
+            mode = InDouble(below=self.below) if self.exact else SmallPools()
+            # Every run starts from the caller's random state.
+            stack.enter_context(quiet(self._model, mode))
+            before = _random_state()
+            if self._steady:
+                stack.enter_context(SteadyNoise())
+            outputs = list(tensors_in(call(self._model, copied(self.inputs))))
+            if self._steady or _same(before, _random_state()):
+                return outputs
+        self._steady = True
+        return self.outputs(train=train)
+
+
+def clone(tensor: Tensor) -> Tensor:
+    """A copy that needs no gradient; of a parameter, a parameter."""
+    new = tensor.detach().clone()
+    return nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+
+
+def _random_state() -> list[Tensor]:
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(map(torch.equal, one, other))

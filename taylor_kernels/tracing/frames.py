@@ -1,0 +1,33 @@
+"""What is known of a module while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.steps import Step
+
+
+@dataclass(slots=True)
+class Frame:
+    """A module that is running, or the code outside of all.
+
+    Attributes:
+        module: None for the code outside.
+        name: the module's, "" for the model itself and the code outside.
+        given: the module's positional arguments, if all of them are tensors; else nothing.
+        first: so many vectors had been fixed before it began.
+        met: the labels of all tensors that its own code had at hand.
+        leaf: it has run no other module so far.
+        made: the steps in it, the tensors that they made, and the channels' dimension in these.
+    """
+
+    module: nn.Module | None = None
+    name: str = ""
+    given: list[Tensor] = field(default_factory=list)
+    first: int = 0
+    met: list[Labels] = field(default_factory=list)
+    leaf: bool = True
+    made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
