@@ -123,14 +123,26 @@ def compiled(isa: str, folder: Path, stems: Sequence[str] = SOURCES) -> dict[str
     return objects
 
 
-def linked(objects: Mapping[str, Path], isa: str, main: Path, folder: Path) -> Path:
-    """A program of these kernels and a main()."""
+def flags(isa: str) -> list[str]:
+    """The instructions that a set's sources may use, as the compiler is told it."""
+    _, words = _commands(isa)["filter_moments"]
+    return [word for word in words if word.startswith("-m")]
+
+
+def linked(
+    objects: Mapping[str, Path],
+    isa: str,
+    main: Path,
+    folder: Path,
+    instructions: Sequence[str] = (),
+) -> Path:
+    """A program of these kernels and a main(), which may use these instructions (`flags`)."""
     cross = isa == "neon" and X86
-    needed = [objects[stem] for stem in ("filter_moments", "gate_gradients")]
     options = ["-std=c++20", "-O2", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
+    options += instructions
     words = [f"{ARM64}g++" if cross else "g++", *options, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
     program = folder / f"{main.stem}.{isa}"
-    _run([*words, main, ROOT / "csrc/cpu/parallel.cpp", *needed, "-ldl", "-o", program])
+    _run([*words, main, ROOT / "csrc/cpu/parallel.cpp", *objects.values(), "-ldl", "-o", program])
     return program
 
 
