@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from taylor_kernels.tracing.across import Kept
 from taylor_kernels.tracing.counters import shrunk
 from taylor_kernels.tracing.experts import ExpertWeights, Result
 from taylor_kernels.tracing.record import Vector
@@ -48,7 +49,7 @@ class Consequences:
 
     def kept_by_norms(
         self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
-    ) -> dict[str, tuple[int, Tensor]]:
+    ) -> dict[str, Kept]:
         """What masking the dead units asks of norms across channels.
 
         A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
@@ -59,12 +60,12 @@ class Consequences:
             before: as of `entries`.
 
         Returns:
-            Module -> the channels' dimension in its input, from the end, and the indices [n] of
-            those that stay; only modules of which some go.
+            Module -> what it is run on: the channels' dimension in its input, from the end, the
+            indices [n] of those that stay and more; only modules of which some go.
         """
         return {
-            name: (dim, kept)
-            for name, (dim, vector) in self._vectors.across.items()
+            name: Kept(call.dim, kept, self._count(vector, before), call.returned, call.cut)
+            for name, (call, vector) in self._vectors.across.items()
             if (kept := self._kept(vector, dead, before)) is not None
         }
 
@@ -94,6 +95,10 @@ class Consequences:
         there = vector if before is None else vector[~self._gone(before)[vector]]
         gone = self._gone(dead)[there]
         return index(np.flatnonzero(~gone)) if gone.any() else None
+
+    def _count(self, vector: Vector, before: Sequence[Tensor] | None) -> int:
+        """How many of a vector of classes are there."""
+        return vector.size - (0 if before is None else int(self._gone(before)[vector].sum()))
 
     def experts_needed(self, group: Group) -> int:
         """So many units of a group stay at least, of which a router chooses that many for each

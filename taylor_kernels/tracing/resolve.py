@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from taylor_kernels.tracing.across import Across, accepted
+from taylor_kernels.tracing.across import Across, accepted, mixing
 from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
 from taylor_kernels.tracing.cuts import proportional
 from taylor_kernels.tracing.forest import Forest
@@ -31,12 +31,12 @@ def resolve(record: Record) -> tuple[Resolution, list[Across]]:
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
-    lifted = {number for call in across for number in call.fixed}
+    lifted = {n for call in across for n in mixing(call, record.fixed, forest.label)}
     routed = {number for mixture in record.mixtures for number in mixture.lifted}
     fixed = [
         (number, 1, vector, reason)
         for number, (vector, reason) in enumerate(record.fixed)
-        if number not in routed and (number not in lifted or not reason.mixer)
+        if number not in routed and number not in lifted
     ]
     # In running order: the first reason of several is the one that is given.
     ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])
