@@ -68,8 +68,8 @@ class Channels(Consequences):
     """
 
     def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
+        resolution, across, record = resolve(record)
         self._record = record
-        resolution, across = resolve(record)
         label, roots = numbered(resolution.label)
         self._label = label
         self._why = resolution.why[roots]

@@ -96,6 +96,9 @@ class Cut:
         source: says which tensor it was, so that several slices of one tensor are one cut.
         equal: the operation itself makes equal parts (chunk).
         tied: every part's size is an attribute of a module, which can follow.
+        others: of parts of unlike sizes, for each what it may be as wide as: another tensor that
+            the code had at hand, itself where an attribute says its size, None if there is nothing.
+        sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 
     vector: Vector
@@ -104,6 +107,8 @@ class Cut:
     equal: bool
     tied: bool
     where: tuple[str, str]
+    others: tuple[Vector | None, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)

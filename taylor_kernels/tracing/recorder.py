@@ -273,6 +273,11 @@ class Recorder(TorchDispatchMode):
 
     def echo(self, vector: Vector, where: tuple[str, str]) -> None:
         """The running module's code has given these the size that they have, as a number."""
+        if found := self.as_wide(vector):
+            self.record.echoes.append(Echo(vector.copy(), tuple(found), where))
+
+    def as_wide(self, vector: Vector) -> list[Vector]:
+        """Other vectors of this size, of tensors that the running module's code has met."""
         found: list[Vector] = []
         for labels in self._met[-1]:
             for other in labels.dims:
@@ -280,8 +285,7 @@ class Recorder(TorchDispatchMode):
                     continue
                 if not any(np.array_equal(other, one) for one in (vector, *found)):
                     found.append(other.copy())
-        if found:
-            self.record.echoes.append(Echo(vector.copy(), tuple(found), where))
+        return found
 
     # Operations
 
