@@ -19,12 +19,13 @@ from taylor_kernels.tracing.drawing import table, write_page
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.record import Join, Reason, Record, Vector
+from taylor_kernels.tracing.record import Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
-from taylor_kernels.tracing.resolve import ambiguous, resolve
+from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
+from taylor_kernels.tracing.written import with_written_sizes
 
 
 class Channels(Consequences):
@@ -223,31 +224,10 @@ class Channels(Consequences):
         for name in layers:
             asked[self._vectors.layers[name][1]] = True
         asked[0] = False
-        joins = []
-        for echo in self._record.echoes:
-            if at is not None and echo.where[0] not in at:
-                continue
-            mine = self._label[echo.vector]
-            others = (o for o in echo.others if not np.array_equal(self._label[o], mine))
-            other = next(others, None)
-            if other is not None and (asked[mine].any() or asked[self._label[other]].any()):
-                joins.append(Join(echo.vector, other, echo.where, len(self._record.fixed)))
-        shared = ambiguous(self._record.sizes)
-        shared = {
-            (size.module, size.attribute)
-            for size in self._record.sizes
-            if (size.module, size.attribute) in shared
-            and (at is None or size.module in at)
-            and asked[self._label[size.atoms]].any()
-        }
-        if not joins and not shared:
-            return None
-        sizes = [
-            replace(size, weak=size.weak and (size.module, size.attribute) not in shared)
-            for size in self._record.sizes
-        ]
-        record = replace(self._record, joins=[*self._record.joins, *joins], sizes=sizes)
         modules = dict(model.named_modules())
+        record = with_written_sizes(self._record, self._label, asked, modules, at)
+        if record is None:
+            return None
         with one_at_a_time(), prunable_attention(modules.values()):
             return Channels(record, modules)
 

@@ -77,7 +77,9 @@ def reshaped(
             assert vector is not None
             new.dims[place], new.zero[place] = vector, zero
             if place not in inferred:
-                if not tie(call, new.shape[place], vector, index=1, weak=True) and vector.size > 1:
+                # An attribute may be of this size by chance, so that the size is another tensor's.
+                tie(call, new.shape[place], vector, index=1, weak=True)
+                if vector.size > 1:
                     call.recorder.echo(vector, call.where)
                 if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
                     call.refuse(vector, "becomes as many groups of one, or stays what it is")
