@@ -217,11 +217,13 @@ class Echo:
         vector: what is given the size.
         others: what else has it, in the order in which it was met.
         where: module and operation.
+        doubt: greater where an attribute has this size too, and more so where it counts these.
     """
 
     vector: Vector
     others: tuple[Vector, ...]
     where: tuple[str, str]
+    doubt: int = 0
 
 
 @dataclass

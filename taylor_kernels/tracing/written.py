@@ -6,6 +6,7 @@ loses the same channels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from torch import nn
 from taylor_kernels.tracing.attributes import holding
 from taylor_kernels.tracing.record import Join, Record, Size, Vector
 from taylor_kernels.tracing.resolve import ambiguous
+
+#: Names of attributes that say how wide an input is; others have its size by chance.
+_INPUTS = re.compile(r"channels|planes|features|width|dim|hidden")
 
 
 def with_written_sizes(
@@ -31,26 +35,29 @@ def with_written_sizes(
         label: atom -> class.
         asked: [classes] bool, only sizes that count any of these.
         modules: dict(model.named_modules()).
-        at: only sizes that the code of these modules wrote down; None for all modules.
+        at: only sizes that the code of these modules wrote down, the least doubtful of them first;
+            None for all modules.
 
     Returns:
         None where there are no such sizes.
     """
-    joins = []
-    for echo in record.echoes:
-        if at is not None and echo.where[0] not in at:
+    joins: list[Join] = []
+    doubt = 0
+    for echo in sorted(record.echoes, key=lambda echo: echo.doubt):
+        if at is not None and (echo.where[0] not in at or (joins and echo.doubt > doubt)):
             continue
         mine = label[echo.vector]
         others = (o for o in echo.others if not np.array_equal(label[o], mine))
         other = next(others, None)
         if other is not None and (asked[mine].any() or asked[label[other]].any()):
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
+            doubt = echo.doubt
     shared = ambiguous(record.sizes)
     shared = {
         (size.module, size.attribute)
         for size in record.sizes
         if (size.module, size.attribute) in shared
-        and (at is None or size.module in at)
+        and (at is None or (size.module in at and not joins))
         and asked[label[size.atoms]].any()
     }
     compared = [s for s in _compared(record, modules, at or ()) if asked[label[s.atoms]].any()]
@@ -65,14 +72,14 @@ def with_written_sizes(
 
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
     """Attributes of these modules that hold the width that a layer of theirs reads."""
-    known = {(size.module, size.attribute) for size in record.sizes}
+    known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
     found: dict[tuple[str, str], Size] = {}
     for product in record.products:
         module = product.module.rpartition(".")[0]
         if module not in at or product.inputs.size < 2:
             continue
         for attribute in holding(modules[module], product.inputs.size):
-            if (module, attribute) not in known:
+            if (module, attribute) not in known and _INPUTS.search(attribute):
                 size = Size(module, attribute, product.inputs, False)
                 found.setdefault((module, attribute), size)
     return list(found.values())

@@ -205,3 +205,50 @@ def test_an_attribute_that_sizes_several_tensors_ties_them(blocks, seed):
     assert verdict.error < 1e-12
     for block in model[1:-1]:
         assert block.inter_channels == block.g.out_channels == block.phi.out_channels
+
+
+class Checked(nn.Module):
+    """Refuses inputs of another width than it was made for; a name says which width that is."""
+
+    def __init__(self, name, inputs, outputs):
+        super().__init__()
+        self.conv, self.name = nn.Conv2d(inputs, outputs, 1), name
+        setattr(self, name, inputs)
+
+    def forward(self, x):
+        if x.shape[1] != getattr(self, self.name):
+            raise ValueError(f"{x.shape[1]} channels, not {getattr(self, self.name)}")
+        return self.conv(x).tanh()
+
+
+@pytest.mark.parametrize("name", ["num_channels", "in_planes", "hidden_dim", "width"])
+@pytest.mark.parametrize("seed", range(2))
+def test_an_attribute_that_the_input_is_compared_with_follows_it(name, seed):
+    draw = random.Random(f"{name} {seed}")
+    torch.manual_seed(seed)
+    first, second = draw.sample(range(5, 12), 2)
+    parts = [Checked(name, 3, first), Checked(name, first, second), nn.Conv2d(second, 2, 1)]
+    judging.check_all_but(["2"], nn.Sequential(*parts), torch.randn(1, 3, 4, 4))
+
+
+class ByChance(Reduce):
+    """An attribute has the size that the code takes from its input, and counts another tensor."""
+
+    def __init__(self, way, width):
+        super().__init__(way, width)
+        self.inner, self.outer = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.inner_width = width
+
+    def forward(self, x):
+        y = self.inner(x).reshape(len(x), self.inner_width, -1).relu()
+        y = self.outer(y.unflatten(2, x.shape[2:]))
+        return super().forward(x) + y.flatten(2).unflatten(2, (-1, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_attribute_of_this_size_by_chance_hides_no_tensor(seed):
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model = Reduced(WAYS["reshape"], draw.randint(5, 12), 0)
+    model.layers.append(ByChance(WAYS["reshape"], model.enter.out_channels))
+    judging.check_all_but(["leave"], model, torch.randn(1, 3, 4, 4))
