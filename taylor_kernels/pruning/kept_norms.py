@@ -6,15 +6,17 @@ the others are removed, and the masked channels of its output are zeros:
 
     y[kept] = norm(x[kept], γ[kept], β[kept]),    y[others] = 0
 
-That is what masking and removing a channel of such a norm mean in this package. A router of a
-mixture of experts is treated alike: it chooses among those that are kept. A copy of the model
-does the same, and so does a saved one, since its outputs are made of it.
+That is what masking and removing a channel of such a norm mean in this package. A module whose
+parameters do not lie along the channels (CBAM's spatial attention, with a convolution in it) is run
+once, on the kept ones. A router of a mixture of experts is treated alike: it chooses among those
+that are kept. A copy of the model does the same, and so does a saved one, since its outputs are
+made of it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.across import Kept
 from taylor_kernels.tracing.experts import Result
 
 
@@ -30,37 +33,51 @@ class KeptOnly:
     """A forward hook that runs its module again on the channels that are kept.
 
     Args:
-        dim: the channels' dimension in the module's input and output, from the end.
-        kept: their indices, [n] int64, on the module's device.
+        kept: which those are, and where.
         attributes: what the module's attributes are once the others are gone.
     """
 
-    def __init__(self, dim: int, kept: Tensor, attributes: Mapping[str, Any]) -> None:
-        self._dim, self._kept, self._attributes = dim, kept, dict(attributes)
+    def __init__(self, kept: Kept, attributes: Mapping[str, Any]) -> None:
+        self._on, self._kept, self._attributes = kept, kept.places, dict(attributes)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
+        args, kwargs = self._of_kept(module, args, kwargs)
+        return self._among_zeros(self._smaller(module).forward(*args, **kwargs))
+
+    def _of_kept(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with what is kept of the one tensor among them."""
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(inputs) != 1:
             raise RuntimeError(
                 f"model: a {type(module).__name__} some of whose channels are masked was given "
                 f"{len(inputs)} tensors, where the example inputs gave it one; compact() first"
             )
-        if self._kept.device != output.device:
-            self._kept = self._kept.to(output.device)
-        kept = inputs[0].index_select(self._dim, self._kept)
-        found = self._smaller(module).forward(
-            *(kept if value is inputs[0] else value for value in args),
-            **{name: kept if value is inputs[0] else value for name, value in kwargs.items()},
+        self._kept = self._kept.to(inputs[0].device)
+        kept = inputs[0].index_select(self._on.dim, self._kept)
+        return (
+            tuple(kept if value is inputs[0] else value for value in args),
+            {name: kept if value is inputs[0] else value for name, value in kwargs.items()},
         )
-        return torch.zeros_like(output, dtype=found.dtype).index_copy(self._dim, self._kept, found)
+
+    def _among_zeros(self, found: Tensor) -> Tensor:
+        """What the module returns for the kept channels, with zeros for the others."""
+        if not self._on.returned:
+            return found
+        shape = list(found.shape)
+        shape[self._on.dim] = self._on.width
+        return found.new_zeros(shape).index_copy(self._on.dim, self._kept, found)
 
     def _smaller(self, module: nn.Module) -> nn.Module:
         """A module of the cut tensors; the one there is may run in other threads."""
         new = copy.copy(module)
-        vars(new).update(_parameters=self._cut(module._parameters), **self._attributes)
-        vars(new)["_buffers"] = self._cut(module._buffers)
+        vars(new).update(self._attributes)
+        if self._on.cut:
+            vars(new)["_parameters"] = self._cut(module._parameters)
+            vars(new)["_buffers"] = self._cut(module._buffers)
         return new
 
     def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -71,6 +88,35 @@ class KeptOnly:
             else tensor.index_select(max(range(tensor.dim()), key=tensor.size), self._kept)
             for name, tensor in tensors.items()
         }
+
+
+class KeptInput(KeptOnly):
+    """A forward pre-hook: a module without parameters along its channels gets those that are kept.
+
+    `KeptOutput`, a forward hook, gives the others back as zeros. The module runs once, since there
+    may be modules in it that count what they see, as BatchNorm does.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__(kept, {})
+
+    def __call__(  # type: ignore[override]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._of_kept(module, args, kwargs)
+
+
+class KeptOutput(KeptOnly):
+    """The forward hook that goes with `KeptInput`."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__(kept, {})
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor:
+        self._kept = self._kept.to(output.device)
+        return self._among_zeros(output)
 
 
 class KeptExperts(KeptOnly):
@@ -85,7 +131,8 @@ class KeptExperts(KeptOnly):
     """
 
     def __init__(self, kept: Tensor, results: Sequence[Result]) -> None:
-        super().__init__(0, kept, {"num_experts": kept.numel()})
+        on = Kept(0, kept, 0, returned=False, cut=True)
+        super().__init__(on, {"num_experts": kept.numel()})
         self._results = tuple(results)
 
     def __call__(
@@ -140,7 +187,7 @@ def keep_only(
     Returns:
         The hooks.
     """
-    routers = [
+    hooks = [
         modules[name].register_forward_hook(
             KeptExperts(kept.to(_device(modules[name])), results),
             prepend=True,
@@ -148,16 +195,24 @@ def keep_only(
         )
         for name, (kept, results) in channels.kept_by_routers(dead, before).items()
     ]
-    return routers + [
-        # Before the hooks of others, which see the output as it is.
-        modules[name].register_forward_hook(
-            KeptOnly(dim, kept.to(_device(modules[name])), attributes.get(name, {})),
-            prepend=True,
-            with_kwargs=True,
-        )
-        for name, (dim, kept) in channels.kept_by_norms(dead, before).items()
-    ]
+    for name, kept in channels.kept_by_norms(dead, before).items():
+        hooks += _run_on(modules[name], kept, attributes.get(name, {}))
+    return hooks
+
+
+def _run_on(
+    norm: nn.Module, kept: Kept, attributes: Mapping[str, Any]
+) -> Iterator[RemovableHandle]:
+    """Have a norm across channels run on the kept ones."""
+    kept = kept._replace(places=kept.places.to(_device(norm)))
+    again = kept.cut or bool(attributes)
+    if not again:
+        yield norm.register_forward_pre_hook(KeptInput(kept), with_kwargs=True)
+    after = KeptOnly(kept, attributes) if again else KeptOutput(kept)
+    # Before the hooks of others, which see the output as it is.
+    yield norm.register_forward_hook(after, prepend=True, with_kwargs=True)
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    tensors = (*module.parameters(), *module.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")

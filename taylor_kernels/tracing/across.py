@@ -2,18 +2,21 @@
 
 A channel at zero still counts in such a statistic, so masking it is not removing it. What removal
 means is a definition: the statistics are of the channels that are kept. It can be followed where
-the module does nothing else to channels than this, whatever its class: it is given one tensor and
-returns one of the same shape, it has parameters, which lie along the channels and along nothing
-else, and all that mixes channels while it runs are means, norms and the like of these. Run on the
-channels that are kept, with its parameters cut to them, it then computes what it will compute once
-the others are removed.
+the module does nothing else to channels than this, whatever its class, as a norm or CBAM's spatial
+attention: it is given one tensor, returns one that has the same channels or none of them, and all
+that mixes them while it runs are means, maxima, norms and the like, in its own code. Run on the
+channels that are kept, it then computes what it will compute once the others are removed.
+
+Parameters of its own may lie along the channels and are cut to them. The module then runs a second
+time, so that the modules in it have no state. Without such parameters it may hold modules with any
+others, and runs once, on what is left of its input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 STATISTICS = {
     "mean", "var", "std", "var_mean", "std_mean", "sum", "norm", "linalg_vector_norm",
     "native_layer_norm", "layer_norm", "rms_norm", "fused_rms_norm", "native_group_norm",
-    "group_norm",
+    "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp",
 }  # fmt: skip
 
 
@@ -39,15 +42,39 @@ class Across:
 
     Attributes:
         module: its name.
-        dim: the channels' dimension in its input and output, from the end.
-        vectors: the channels in the input, in the output, and along each parameter.
+        dim: the channels' dimension in its input, and in its output if that has it, from the end.
+        vectors: the channels in the input, in the output if that has them, and along parameters.
+        beside: along all other dimensions and tensors of the module, which have none of them.
+        returned: whether the output has them.
+        cut: whether the module has parameters or buffers, which lie along them.
         fixed: where the record's `fixed` begins and ends to speak of this call.
     """
 
     module: str
     dim: int
     vectors: tuple[Vector, ...]
+    beside: tuple[Vector, ...]
+    returned: bool
+    cut: bool
     fixed: range
+
+
+class Kept(NamedTuple):
+    """What a norm across channels is run on while some of them are masked.
+
+    Attributes:
+        dim: the channels' dimension in its input, from the end.
+        places: [n] int64, those that stay.
+        width: how many there are, with those that are masked.
+        returned: whether its output has them too, along the same dimension.
+        cut: whether its own parameters and buffers lie along them.
+    """
+
+    dim: int
+    places: Tensor
+    width: int
+    returned: bool
+    cut: bool
 
 
 class AcrossNorms:
@@ -55,38 +82,84 @@ class AcrossNorms:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self._others: set[str] = set()  # modules of which a call is none
 
     def leave(self, frame: Frame, kwargs: Mapping[str, Any], output: Any) -> None:
         """A module has run."""
-        module = frame.module
-        if kwargs or module is None or not frame.name or not frame.leaf or len(frame.given) != 1:
+        name, module = frame.name, frame.module
+        if name in self._others:
             return
-        record, given = self._recorder.record, frame.given[0]
-        span = range(frame.first, len(record.fixed))
-        if not any(record.fixed[n][1].mixer and has_atoms(record.fixed[n][0]) for n in span):
-            return
-        if not isinstance(output, Tensor) or output.shape != given.shape:
-            return
-        for dim in range(-output.dim(), 0):
-            vectors = self._along(module, given, output, dim)
-            if vectors and _mixes(record.fixed, span, vectors):
-                record.across.append(Across(frame.name, dim, vectors, span))
+        record = self._recorder.record
+        offered: list[Across] = []
+        if module is not None and name and not kwargs and len(frame.given) == 1:
+            offered = self._offered(module, name, frame.given[0], output, frame.first)
+        if offered:
+            record.across += offered
+        else:
+            self._others.add(name)
+            if any(call.module == name for call in record.across):
+                record.across[:] = [call for call in record.across if call.module != name]
+
+    def _offered(
+        self, module: nn.Module, name: str, given: Tensor, output: Any, first: int
+    ) -> list[Across]:
+        """This call by each dimension that may be the channels'."""
+        fixed = self._recorder.record.fixed
+        span = range(first, len(fixed))
+        reasons = ((reason, vector) for vector, reason in fixed[first:])
+        if not any(r.mixer and r.module == name and has_atoms(vector) for r, vector in reasons):
+            return []
+        if not isinstance(output, Tensor):
+            return []
+        offered = []
+        for dim in range(-given.dim(), 0):
+            found = self._along(module, name, given, output, dim)
+            if found and _mixes(fixed, span, found[0]):
+                offered.append(Across(name, dim, *found, span))
+        return offered
 
     def _along(
-        self, module: nn.Module, given: Tensor, output: Tensor, dim: int
-    ) -> tuple[Vector, ...]:
-        """The channels along this dimension of all the module's tensors, if all have some."""
-        size, labels = output.size(dim), self._recorder.labels
-        found = [labels(given).dims[dim], labels(output).dims[dim]]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
+        self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
+    ) -> tuple[tuple[Vector, ...], tuple[Vector, ...], bool, bool] | None:
+        """The first fields of this call if this is the channels' dimension; None if not."""
+        size, labels = given.size(dim), self._recorder.labels
+        channels, results = labels(given).dims[dim], list(labels(output).dims)
+        if size < 2 or channels is None or not has_atoms(channels):
+            return None
+        vectors: list[Vector | None] = [channels]
+        beside: list[Vector | None] = []
+        returned = output.shape == given.shape and results[dim] is not None
+        if returned:
+            vectors.append(results.pop(dim))
+        beside += results
+        own = [
+            t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None
+        ]
+        for tensor in own:
             dims = [d for d, extent in enumerate(tensor.shape) if extent == size]
-            if tensor.numel() != size or not dims:
-                return ()
-            found.append(labels(tensor).dims[dims[0]])
-        vectors = tuple(vector.copy() for vector in found if vector is not None)
-        return vectors if 2 < len(vectors) == len(found) and size > 1 else ()
+            if tensor.numel() == size and dims:
+                vectors.append(labels(tensor).dims[dims[0]])
+            else:
+                beside += labels(tensor).dims
+        along = len(vectors) > 1 + returned
+        if along and len(vectors) < 1 + returned + len(own):
+            return None  # which of its tensors are to be cut is told by their size
+        inside = [
+            tensor
+            for child in module.children()
+            for tensor in (*child.parameters(), *child.buffers())
+        ]
+        for tensor in inside:
+            beside += labels(tensor).dims
+        counts = along or any(size.module == name for size in self._recorder.record.sizes)
+        if (inside and counts) or any(vector is None for vector in vectors):
+            return None
+        return (
+            tuple(vector.copy() for vector in vectors if vector is not None),
+            tuple(vector.copy() for vector in beside if vector is not None),
+            returned,
+            along,
+        )
 
 
 def _mixes(fixed: Sequence[tuple[Vector, Reason]], span: range, vectors: Sequence[Vector]) -> bool:
@@ -117,7 +190,8 @@ def accepted(
         # A stream as long as it is wide offers both dimensions: only one is the weight's.
         mine = [call for call in offered if _is_one(call, fixed, label)]
         covered = {n for call in mine for n in call.fixed}
-        if mine and mixers[module] <= covered and len({call.dim for call in mine}) == 1:
+        same = {(call.dim, call.returned, label[call.vectors[0]].tobytes()) for call in mine}
+        if mine and mixers[module] <= covered and len(same) == 1:
             found += mine
     return found
 
@@ -126,8 +200,21 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
     first = label[call.vectors[0]]
     if not all(np.array_equal(label[other], first) for other in call.vectors[1:]):
         return False
-    mixed = [fixed[n] for n in call.fixed if fixed[n][1].mixer and fixed[n][0].any()]
+    if any(np.isin(label[other], first[first != 0]).any() for other in call.beside):
+        return False
     return all(
-        reason.mixer in STATISTICS and np.isin(label[vector[vector != 0]], first).all()
-        for vector, reason in mixed
+        fixed[n][1].mixer in STATISTICS
+        and fixed[n][1].module == call.module
+        and np.isin(label[fixed[n][0][fixed[n][0] != 0]], first).all()
+        for n in mixing(call, fixed, label)
     )
+
+
+def mixing(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector) -> Iterator[int]:
+    """The places in `fixed` that say that the channels of this call are mixed."""
+    channels = label[call.vectors[0]]
+    channels = channels[channels != 0]
+    for number in call.fixed:
+        vector, reason = fixed[number]
+        if reason.mixer and np.isin(label[vector], channels).any():
+            yield number

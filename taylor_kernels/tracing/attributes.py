@@ -142,15 +142,7 @@ def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[
         return _places(module, size, index)
     if type(module).__module__.startswith("torch.nn."):
         return []
-    known = rules_of(module)
-    names = [
-        attribute
-        for attribute, value in vars(module).items()
-        if type(value) is int
-        and value == size
-        and attribute not in known
-        and not _NO_COUNT.search(attribute)
-    ]
+    names = holding(module, size)
     if len(names) > 1:
         widths = [attribute for attribute in names if _WIDTH.search(attribute)]
         counts = [attribute for attribute in names if attribute not in widths]
@@ -163,6 +155,19 @@ def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[
             if value == size
         ]
     return names
+
+
+def holding(module: nn.Module, size: int) -> list[str]:
+    """The attributes of a module that hold this integer and may count channels."""
+    known = rules_of(module)
+    return [
+        attribute
+        for attribute, value in vars(module).items()
+        if type(value) is int
+        and value == size
+        and attribute not in known
+        and not _NO_COUNT.search(attribute)
+    ]
 
 
 def _places(module: nn.Unflatten, size: int, index: int) -> list[str]:

@@ -6,31 +6,29 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import FREE, Choice
-from taylor_kernels.tracing.counters import shrunk
+from taylor_kernels.tracing.consequences import Consequences
 from taylor_kernels.tracing.drawing import table, write_page
-from taylor_kernels.tracing.experts import ExpertWeights, Result
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.record import Join, Reason, Record, Vector
+from taylor_kernels.tracing.record import Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
-from taylor_kernels.tracing.resolve import ambiguous, resolve
+from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
+from taylor_kernels.tracing.written import with_written_sizes
 
 
-class Channels:
+class Channels(Consequences):
     """Which channels of a model go together, and why the others stay.
 
     It speaks in names, so it holds for the model and its copies alike.
@@ -71,8 +69,8 @@ class Channels:
     """
 
     def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
+        resolution, across, record = resolve(record)
         self._record = record
-        resolution, across = resolve(record)
         label, roots = numbered(resolution.label)
         self._label = label
         self._why = resolution.why[roots]
@@ -227,31 +225,10 @@ class Channels:
         for name in layers:
             asked[self._vectors.layers[name][1]] = True
         asked[0] = False
-        joins = []
-        for echo in self._record.echoes:
-            if at is not None and echo.where[0] not in at:
-                continue
-            mine = self._label[echo.vector]
-            others = (o for o in echo.others if not np.array_equal(self._label[o], mine))
-            other = next(others, None)
-            if other is not None and (asked[mine].any() or asked[self._label[other]].any()):
-                joins.append(Join(echo.vector, other, echo.where, len(self._record.fixed)))
-        shared = ambiguous(self._record.sizes)
-        shared = {
-            (size.module, size.attribute)
-            for size in self._record.sizes
-            if (size.module, size.attribute) in shared
-            and (at is None or size.module in at)
-            and asked[self._label[size.atoms]].any()
-        }
-        if not joins and not shared:
-            return None
-        sizes = [
-            replace(size, weak=size.weak and (size.module, size.attribute) not in shared)
-            for size in self._record.sizes
-        ]
-        record = replace(self._record, joins=[*self._record.joins, *joins], sizes=sizes)
         modules = dict(model.named_modules())
+        record = with_written_sizes(self._record, self._label, asked, modules, at)
+        if record is None:
+            return None
         with one_at_a_time(), prunable_attention(modules.values()):
             return Channels(record, modules)
 
@@ -277,118 +254,6 @@ class Channels:
             for group in self.groups
         ]
         return other
-
-    # The recipe
-
-    def entries(
-        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
-    ) -> dict[str, dict[int, Tensor]]:
-        """What goes with the dead units: tensor -> dimension -> indices [n] ascending.
-
-        Masking fills these with zeros (with `fills` where a tensor is named there); removal
-        deletes them, from the tensor, its gradient and optimizer state of its shape.
-
-        Args:
-            dead: for each group [U] bool, True for units that go.
-            before: for each group [U] bool, True for units that have been removed before; indices
-                are of what is left without them.
-        """
-        gone = None if before is None else self._gone(before)
-        return self._vectors.entries(self._gone(dead), gone)
-
-    def kept_by_norms(
-        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
-    ) -> dict[str, tuple[int, Tensor]]:
-        """What masking the dead units asks of norms across channels.
-
-        A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
-        has to be run on the channels that are kept, so that masking is removal.
-
-        Args:
-            dead: for each group [U] bool, True for units that go.
-            before: as of `entries`.
-
-        Returns:
-            Module -> the channels' dimension in its input, from the end, and the indices [n] of
-            those that stay; only modules of which some go.
-        """
-        return {
-            name: (dim, kept)
-            for name, (dim, vector) in self._vectors.across.items()
-            if (kept := self._kept(vector, dead, before)) is not None
-        }
-
-    def kept_by_routers(
-        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
-    ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:
-        """What masking the dead units asks of routers: to choose among the experts that are kept.
-
-        Args:
-            dead: for each group [U] bool, True for units that go.
-            before: as of `entries`.
-
-        Returns:
-            Router -> the numbers [n] of the experts that stay, and what the router returns; only
-            routers some of whose experts go.
-        """
-        return {
-            name: (kept, mixture.results)
-            for name, (mixture, vector) in self._vectors.mixtures.items()
-            if (kept := self._kept(vector, dead, before)) is not None
-        }
-
-    def _kept(
-        self, vector: Vector, dead: Sequence[Tensor], before: Sequence[Tensor] | None
-    ) -> Tensor | None:
-        """Where in a vector of classes those are that stay; None if all do."""
-        there = vector if before is None else vector[~self._gone(before)[vector]]
-        gone = self._gone(dead)[there]
-        return index(np.flatnonzero(~gone)) if gone.any() else None
-
-    def experts_needed(self, group: Group) -> int:
-        """So many units of a group stay at least, of which a router chooses that many for each
-        token; 0 where the units are no experts."""
-        mine = group.classes.numpy()
-        counts = [
-            m.top_k for m, vector in self._vectors.mixtures.values() if np.isin(vector, mine).any()
-        ]
-        return max(counts, default=0)
-
-    @property
-    def routed(self) -> set[str]:
-        """Parameters with an expert for each index of dimension 0, of which a token goes through as
-        many, however many there are."""
-        return {part for mixture, _ in self._vectors.mixtures.values() for part in mixture.parts}
-
-    @property
-    def expert_weights(self) -> list[ExpertWeights]:
-        """How channels go through the weights of experts, by mixture."""
-        return self._vectors.expert_weights(self.bare)
-
-    def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
-        """What removing the dead units makes of module attributes: module -> attribute -> value.
-
-        An integer stays an integer, a tuple or list of them a tuple or list.
-
-        Args:
-            dead: for each group [U] bool, True for units that go.
-        """
-        return shrunk(self._vectors.counters, self._gone(dead))
-
-    def _gone(self, dead: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
-        if len(dead) != len(self.groups):
-            raise ValueError(
-                f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
-            )
-        gone = np.zeros(self._why.size, bool)
-        for group, mask in zip(self.groups, dead, strict=True):
-            if mask.shape != group.classes.shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
-                    f"{mask.dtype} of shape {tuple(mask.shape)}"
-                )
-            gone[group.classes.numpy()[mask.cpu().numpy()]] = True
-        return gone
 
     # For people
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.attributes import rules_of
 from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.resolve import counted
@@ -23,6 +24,7 @@ def find_counters(
     label: Vector,
     dims: Mapping[tuple[str, int], Vector],
     layers: Mapping[str, tuple[Vector, Vector]],
+    across: Mapping[str, tuple[Across, Vector]],
     steps: Iterable[Step],
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
@@ -33,6 +35,7 @@ def find_counters(
         label: the class of each atom.
         dims: (tensor, dimension) -> the classes along it.
         layers: layer -> the classes of its input and output channels.
+        across: as `Vectors.across`.
         steps: the steps of the run, in classes.
         modules: dict(model.named_modules()).
         tensors: the model's parameters and buffers by their first names.
@@ -46,10 +49,18 @@ def find_counters(
     norms |= {s.module: s.outputs for s in steps if s.output_dim and s.kind == NORM}
     for name, module in modules.items():
         for attribute, what in rules_of(module).items():
-            vector = None
+            vector, old = None, getattr(module, attribute, None)
             if isinstance(what, tuple):
-                first = firsts.get(id(_inside(module, what[0])), "")
+                counted_in = _inside(module, what[0])
+                first = firsts.get(id(counted_in), "")
                 vector = dims.get((first, what[1]))
+                if counted_in is None and name in across:  # a norm without parameters
+                    vector = across[name][1]
+                elif isinstance(old, tuple) and (first, len(old) - 1) in dims:
+                    # As many sizes as the tensor has dimensions: each goes by its own.
+                    places = range(len(old))
+                    found += [(name, f"{attribute}[{n}]", old, dims[first, n]) for n in places]
+                    continue
             elif what == "groups":
                 vector = groups.get(name)
             elif what == "norm":
@@ -59,7 +70,6 @@ def find_counters(
                 vector = vectors[0] if vectors else norms.get(name)
             elif name in layers:
                 vector = layers[name][what == "outputs"]
-            old = getattr(module, attribute, None)
             if vector is not None and old is not None:
                 found.append((name, attribute, old, vector))
     for size in counted(record.sizes):

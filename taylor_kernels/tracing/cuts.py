@@ -7,12 +7,13 @@ that are in proportion already need nothing, the others are matched in their ord
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Cut, Reason, Record, Vector
+from taylor_kernels.tracing.record import Cut, Join, Reason, Record, Vector
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,41 @@ def proportional(record: Record) -> list[Parts]:
         reason = Reason(f"is cut at a place that would move ({place})", module, operation)
         found.append(Parts(vector, bounds, reason))
     return found
+
+
+def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
+    """The record where parts that no proportion can hold have the sizes of other tensors.
+
+    FocalNet's layer makes two streams and a map for each of its levels: the streams are as wide as
+    the module's input and lose the same channels, and the maps stay.
+
+    Args:
+        kept: [atoms] bool, those that cannot go whatever becomes of the cuts.
+
+    Returns:
+        None where there are no such parts.
+    """
+    joins, fixed, sizes = list(record.joins), list(record.fixed), list(record.sizes)
+    cuts = []
+    for cut in record.cuts:
+        bounds = np.cumsum([0, *(stop - start for start, stop in cut.parts)])
+        parts = [cut.vector[a:b] for a, b in pairwise(bounds)] if cut.others else []
+        widths = [part.size for part in parts]
+        hopeless = any(kept[part].all() for part in parts) or np.gcd.reduce(widths or [2]) == 1
+        if cut.tied or not hopeless or all(other is None for other in cut.others):
+            cuts.append(cut)
+            continue
+        cuts.append(replace(cut, tied=True))
+        sizes += cut.sizes
+        reason = record.reason("is one of a constant number of channels", cut.where)
+        for part, other in zip(parts, cut.others, strict=True):
+            if other is None:
+                fixed.append((part, reason))
+            elif other is not part:
+                joins.append(Join(part, other, cut.where, len(record.fixed)))
+    if all(new is old for new, old in zip(cuts, record.cuts, strict=True)):
+        return None
+    return replace(record, joins=joins, fixed=fixed, sizes=sizes, cuts=cuts)
 
 
 def match(parts: Parts, forest: Forest, free: Vector) -> Vector:

@@ -95,6 +95,9 @@ class Cut:
         source: says which tensor it was, so that several slices of one tensor are one cut.
         equal: the operation itself makes equal parts (chunk).
         tied: every part's size is an attribute of a module, which can follow.
+        others: of parts of unlike sizes, for each what it may be as wide as: another tensor that
+            the code had at hand, itself where an attribute says its size, None if there is nothing.
+        sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 
     vector: Vector
@@ -103,6 +106,8 @@ class Cut:
     equal: bool
     tied: bool
     where: tuple[str, str]
+    others: tuple[Vector | None, ...] = ()
+    sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,11 +134,13 @@ class Echo:
         vector: what is given the size.
         others: what else has it, in the order in which it was met.
         where: module and operation.
+        doubt: greater where an attribute has this size too, and more so where it counts these.
     """
 
     vector: Vector
     others: tuple[Vector, ...]
     where: tuple[str, str]
+    doubt: int = 0
 
 
 @dataclass

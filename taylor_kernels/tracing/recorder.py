@@ -159,17 +159,30 @@ class Recorder(TorchDispatchMode):
         owner = name.rpartition(".")[0]
         return "" if owner.startswith("parametrizations.") else owner.split(".parametrizations.")[0]
 
-    def echo(self, vector: Vector, where: tuple[str, str]) -> None:
+    def echo(self, vector: Vector, where: tuple[str, str], doubt: int = 0) -> None:
         """The running module's code has given these the size that they have, as a number."""
+        found = self.as_wide(vector, first=True)
+        if found:
+            self.record.echoes.append(Echo(vector.copy(), tuple(found), where, doubt))
+
+    def as_wide(self, vector: Vector, *, first: bool = False) -> list[Vector]:
+        """Other vectors of this size, of tensors that the running module's code has met.
+
+        Args:
+            first: none where this one itself was met before all of them.
+        """
         found: list[Vector] = []
         for labels in self.frame.met:
             for other in labels.dims:
-                if other is None or other is vector or other.size != vector.size:
+                if other is None or other.size != vector.size:
                     continue
-                if not any(np.array_equal(other, one) for one in (vector, *found)):
+                if first and not found and np.array_equal(other, vector):
+                    return []
+                if other is not vector and not any(
+                    np.array_equal(other, one) for one in (vector, *found)
+                ):
                     found.append(other.copy())
-        if found:
-            self.record.echoes.append(Echo(vector.copy(), tuple(found), where))
+        return found
 
     # Operations
 

@@ -7,17 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from taylor_kernels.tracing.across import Across, accepted
+from taylor_kernels.tracing.across import Across, accepted, mixing
 from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
-from taylor_kernels.tracing.cuts import proportional
+from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
 _ROUNDS = 8
 
 
-def resolve(record: Record) -> tuple[Resolution, list[Across]]:
-    """Work out the classes, and which norms across channels keep nothing."""
+def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
+    """Work out the classes, which norms across channels keep nothing, and the record that says so:
+    the given one, or one that knows more of its cuts."""
     forest = Forest(record.count)
     lone = _join(record, forest)
     # One attribute counts the same number wherever it is used.
@@ -31,12 +32,12 @@ def resolve(record: Record) -> tuple[Resolution, list[Across]]:
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
-    lifted = {number for call in across for number in call.fixed}
+    lifted = {n for call in across for n in mixing(call, record.fixed, forest.label)}
     routed = {number for mixture in record.mixtures for number in mixture.lifted}
     fixed = [
         (number, 1, vector, reason)
         for number, (vector, reason) in enumerate(record.fixed)
-        if number not in routed and (number not in lifted or not reason.mixer)
+        if number not in routed and number not in lifted
     ]
     # In running order: the first reason of several is the one that is given.
     ordered = sorted([*lone, *fixed], key=lambda entry: entry[:2])
@@ -47,7 +48,11 @@ def resolve(record: Record) -> tuple[Resolution, list[Across]]:
         sizes = [vector.size for _, _, vector, _ in ordered]
         numbers = np.repeat(np.arange(1, len(ordered) + 1), sizes)
         np.minimum.at(why, np.concatenate([vector for _, _, vector, _ in ordered]), numbers)
-    return _chosen(record, grids, forest, why, reasons), across
+    by_class = np.full(record.count, FREE)
+    np.minimum.at(by_class, forest.label, why)
+    if other := with_sizes_of_others(record, by_class[forest.label] != FREE):
+        return resolve(other)
+    return _chosen(record, grids, forest, why, reasons), across, record
 
 
 def _chosen(

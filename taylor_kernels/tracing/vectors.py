@@ -28,8 +28,7 @@ class Vectors:
         layers: layer -> the classes of its input and of its output channels.
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order.
-        across: norm across channels -> the channels' dimension in its input, from the end, and
-            their classes.
+        across: norm across channels -> its last call, and the channels' classes.
         mixtures: router -> its mixture of experts, and the experts' classes.
         counters: the attributes that count channels.
     """
@@ -38,7 +37,7 @@ class Vectors:
     layers: dict[str, tuple[Vector, Vector]]
     norms: list[tuple[str, Vector]]
     steps: list[Step]
-    across: dict[str, tuple[int, Vector]]
+    across: dict[str, tuple[Across, Vector]]
     mixtures: dict[str, tuple[Mixture, Vector]]
     counters: list[Counter]
 
@@ -94,7 +93,7 @@ class Vectors:
             layers={name: (left(i), left(o)) for name, (i, o) in self.layers.items()},
             norms=[(name, left(vector)) for name, vector in self.norms],
             steps=[step.of(left(step.inputs), left(step.outputs)) for step in self.steps],
-            across={name: (dim, left(vector)) for name, (dim, vector) in self.across.items()},
+            across={name: (call, left(vector)) for name, (call, vector) in self.across.items()},
             mixtures={name: (m, left(vector)) for name, (m, vector) in self.mixtures.items()},
             counters=[(*which, left(vector)) for *which, vector in self.counters],
         )
@@ -199,12 +198,13 @@ def find_vectors(
         tensors: the model's parameters and buffers by their first names.
     """
     steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
+    normed = {call.module: (call, label[call.vectors[0]]) for call in across}
     return Vectors(
         dims=dims,
         layers=layers,
         norms=[(norm.module, label[norm.atoms]) for norm in record.norms],
         steps=steps,
-        across={call.module: (call.dim, label[call.vectors[0]]) for call in across},
+        across=normed,
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
-        counters=find_counters(record, label, dims, layers, steps, modules, tensors),
+        counters=find_counters(record, label, dims, layers, normed, steps, modules, tensors),
     )

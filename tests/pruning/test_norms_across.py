@@ -205,7 +205,7 @@ UNLIKE = {
     "softmax": lambda x: x.softmax(-1),
     "cumsum": lambda x: x.cumsum(-1),
     "sort": lambda x: x.sort(-1)[0],
-    "largest": lambda x: x / x.abs().amax(-1, keepdim=True),
+    "largest beside a softmax": lambda x: x.softmax(-1) / x.abs().amax(-1, keepdim=True),
     "matmul": lambda x: x.sigmoid() @ x.sigmoid().mT @ x,
     "half of them": lambda x: x - x[:, :4].mean(-1, keepdim=True),
 }

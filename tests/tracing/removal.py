@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.tracing import Channels, follow_attention
+from taylor_kernels.tracing.across import Kept
 from taylor_kernels.tracing.running import call, tensors_in
 
 
@@ -24,14 +25,15 @@ def lookup(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def on_kept(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> None:
     """Run the norms across channels as they run once the dead units are removed, and add zeros."""
     small = removed(model, channels, dead)
-    for name, (dim, kept) in channels.kept_by_norms(dead).items():
+    for name, kept in channels.kept_by_norms(dead).items():
 
-        def forward(norm: nn.Module, dim: int, kept: Tensor, x: Tensor) -> Tensor:
-            found = norm(x.index_select(dim, kept))
-            return torch.zeros_like(x).index_copy(dim, kept, found)
+        def forward(norm: nn.Module, kept: Kept, x: Tensor) -> Tensor:
+            found = norm(x.index_select(kept.dim, kept.places))
+            if not kept.returned:
+                return found
+            return torch.zeros_like(x).index_copy(kept.dim, kept.places, found)
 
-        norm = small.get_submodule(name)
-        model.get_submodule(name).forward = partial(forward, norm, dim, kept)
+        model.get_submodule(name).forward = partial(forward, small.get_submodule(name), kept)
 
 
 def masked(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> nn.Module:

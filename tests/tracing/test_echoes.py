@@ -205,3 +205,45 @@ def test_an_attribute_that_sizes_several_tensors_ties_them(blocks, seed):
     assert verdict.error < 1e-12
     for block in model[1:-1]:
         assert block.inter_channels == block.g.out_channels == block.phi.out_channels
+
+
+class Checked(nn.Module):
+    """Refuses inputs of another width than it was made for; a name says which width that is."""
+
+    def __init__(self, name, inputs, outputs):
+        super().__init__()
+        self.conv, self.name = nn.Conv2d(inputs, outputs, 1), name
+        setattr(self, name, inputs)
+
+    def forward(self, x):
+        if x.shape[1] != getattr(self, self.name):
+            raise ValueError(f"{x.shape[1]} channels, not {getattr(self, self.name)}")
+        return self.conv(x).tanh()
+
+
+@pytest.mark.parametrize("name", ["num_channels", "in_planes", "hidden_dim", "width"])
+@pytest.mark.parametrize("seed", range(2))
+def test_an_attribute_that_the_input_is_compared_with_follows_it(name, seed):
+    draw = random.Random(f"{name} {seed}")
+    torch.manual_seed(seed)
+    first, second = draw.sample(range(5, 12), 2)
+    parts = [Checked(name, 3, first), Checked(name, first, second), nn.Conv2d(second, 2, 1)]
+    judging.check_all_but(["2"], nn.Sequential(*parts), torch.randn(1, 3, 4, 4))
+
+
+class ByChance(Reduce):
+    """An attribute has the size that the code takes from its input, and counts nothing."""
+
+    def __init__(self, way, width):
+        super().__init__(way, width)
+        self.spare_width = width
+
+
+@pytest.mark.parametrize("way", ["reshape", "view", "constant batch"])
+@pytest.mark.parametrize("seed", range(2))
+def test_an_attribute_of_this_size_by_chance_hides_no_tensor(way, seed):
+    draw = random.Random(f"{way} {seed}")
+    torch.manual_seed(seed)
+    model = Reduced(WAYS[way], draw.randint(5, 12), 0)
+    model.layers.append(ByChance(WAYS[way], model.enter.out_channels))
+    judging.check_all_but(["leave"], model, torch.randn(1, 3, 4, 4))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Reason, Vector
 from taylor_kernels.tracing.steps import Norm
+
+#: Why the entry of a dimension of size one stays, among which nothing is mixed.
+ALONE = "is the only one of its dimension"
 
 
 def dimensions(dims: Any, count: int) -> list[int]:
@@ -92,13 +96,20 @@ def layer_norm(call: Call) -> list[Labels | None]:
     result.memory = type(old.memory)()
     for back in range(1, len(shape) + 1):
         vector = old.dims[-back]
-        call.mix(vector)
+        mix = call.mix if shape[-back] > 1 else partial(call.refuse, text=ALONE)
+        mix(vector)
         for name in ("weight", "bias"):
             if isinstance(call.args.get(name), Tensor):
                 affine = call.of(call.args[name]).dims[-back]
-                call.join(vector, affine)
-                call.mix(affine)
+                if vector is not None or shape[-back] > 1:
+                    call.join(vector, affine)
+                mix(affine)
         weight = call.args.get("weight")
+        if not isinstance(weight, Tensor) and not (
+            (call.running is not None and "normalized_shape" in rules_of(call.running))
+            or tie(call, shape[-back], vector, index=1)
+        ):
+            call.refuse(vector, "is normalised over a constant size")
         # Scaled by zero and shifted by zero.
         result.zero[-back] = isinstance(weight, Tensor)
     return [result]

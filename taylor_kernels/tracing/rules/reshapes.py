@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.attributes import tie
+from taylor_kernels.tracing.attributes import counting, tie
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
@@ -77,8 +77,10 @@ def reshaped(
             assert vector is not None
             new.dims[place], new.zero[place] = vector, zero
             if place not in inferred:
-                if not tie(call, new.shape[place], vector, index=1, weak=True) and vector.size > 1:
-                    call.recorder.echo(vector, call.where)
+                # An attribute may be of this size by chance, so that the size is another tensor's.
+                doubt = int(tie(call, new.shape[place], vector, index=1, weak=True))
+                if vector.size > 1:
+                    call.recorder.echo(vector, call.where, doubt)
                 if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
                     call.refuse(vector, "becomes as many groups of one, or stays what it is")
             continue
@@ -89,7 +91,8 @@ def reshaped(
             axes: list[Vector | None] = [flat]
             if theirs[0] not in inferred:
                 # Heads put side by side: as wide as the stream by the code's own words, mostly.
-                call.recorder.echo(flat, call.where)
+                doubt = 2 * bool(counting(call, new.shape[theirs[0]], index=1))
+                call.recorder.echo(flat, call.where, doubt)
         elif not theirs:
             call.refuse(flat, "is a single channel whose dimension is dropped")
             continue

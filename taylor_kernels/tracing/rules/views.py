@@ -6,6 +6,7 @@ that, and the strides of the result say where the labels are now.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.attributes import tie, tie_parts
+from taylor_kernels.tracing.attributes import counting, tie, tie_parts
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels, has_atoms
 from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.record import Cut, Vector
+from taylor_kernels.tracing.record import Cut, Size, Vector
 from taylor_kernels.tracing.rules.axes import Axes, find_axes
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
@@ -157,7 +158,28 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
             tied = tie(call, start, vector[:start])
     key = (vector.__array_interface__["data"][0], vector.size)
     equal = call.name in ("chunk", "unsafe_chunk", "unbind")
-    record.cuts.append(Cut(vector, inner, key, equal, tied, call.where))
+    others = () if tied or equal else _others(call, vector, spans)
+    last = vector[inner[-1][0] :]
+    sizes = [
+        Size(call.recorder.module, attribute, last, False)
+        for attribute in (counting(call, last.size) if others else ())
+    ]
+    record.cuts.append(Cut(vector, inner, key, equal, tied, call.where, others, tuple(sizes)))
+
+
+def _others(
+    call: Call, vector: Vector, spans: Sequence[tuple[int, int]]
+) -> tuple[Vector | None, ...]:
+    """`Cut.others` where a dimension is split into parts of unlike sizes."""
+    sizes = [stop - start for start, stop in spans]
+    if len(set(sizes)) < 2 or sum(sizes) < vector.size:
+        return ()
+    found: list[Vector | None] = []
+    for start, stop in spans:
+        part = vector[start:stop]
+        wide = [part] if counting(call, part.size) else call.recorder.as_wide(part)
+        found.append(wide[0] if wide and part.size > 1 else None)
+    return tuple(found)
 
 
 def _again(call: Call, values: dict[str, Any]) -> Any:

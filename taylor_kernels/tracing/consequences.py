@@ -1,0 +1,146 @@
+"""What the removal of units asks of a model: of its tensors, attributes, norms and routers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from taylor_kernels.tracing.across import Kept
+from taylor_kernels.tracing.counters import shrunk
+from taylor_kernels.tracing.experts import ExpertWeights, Result
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.units import Group, index
+from taylor_kernels.tracing.vectors import Vectors
+
+
+class Consequences:
+    """The recipe for masking and removal: what goes with the units of a model's groups.
+
+    Attributes:
+        groups: groups of interchangeable units.
+        bare: of the layers those that are no convolution or linear layer.
+    """
+
+    groups: list[Group]
+    bare: dict[str, tuple[tuple[str, int], ...]]
+    _vectors: Vectors
+    _why: Vector
+
+    def entries(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
+        """What goes with the dead units: tensor -> dimension -> indices [n] ascending.
+
+        Masking fills these with zeros (with `fills` where a tensor is named there); removal
+        deletes them, from the tensor, its gradient and optimizer state of its shape.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+            before: for each group [U] bool, True for units that have been removed before; indices
+                are of what is left without them.
+        """
+        gone = None if before is None else self._gone(before)
+        return self._vectors.entries(self._gone(dead), gone)
+
+    def kept_by_norms(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, Kept]:
+        """What masking the dead units asks of norms across channels.
+
+        A norm whose statistics are of all its channels (LayerNorm, RMSNorm, GroupNorm of one group)
+        has to be run on the channels that are kept, so that masking is removal.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
+
+        Returns:
+            Module -> what it is run on: the channels' dimension in its input, from the end, the
+            indices [n] of those that stay and more; only modules of which some go.
+        """
+        return {
+            name: Kept(call.dim, kept, self._count(vector, before), call.returned, call.cut)
+            for name, (call, vector) in self._vectors.across.items()
+            if (kept := self._kept(vector, dead, before)) is not None
+        }
+
+    def kept_by_routers(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:
+        """What masking the dead units asks of routers: to choose among the experts that are kept.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
+
+        Returns:
+            Router -> the numbers [n] of the experts that stay, and what the router returns; only
+            routers some of whose experts go.
+        """
+        return {
+            name: (kept, mixture.results)
+            for name, (mixture, vector) in self._vectors.mixtures.items()
+            if (kept := self._kept(vector, dead, before)) is not None
+        }
+
+    def _kept(
+        self, vector: Vector, dead: Sequence[Tensor], before: Sequence[Tensor] | None
+    ) -> Tensor | None:
+        """Where in a vector of classes those are that stay; None if all do."""
+        there = vector if before is None else vector[~self._gone(before)[vector]]
+        gone = self._gone(dead)[there]
+        return index(np.flatnonzero(~gone)) if gone.any() else None
+
+    def _count(self, vector: Vector, before: Sequence[Tensor] | None) -> int:
+        """How many of a vector of classes are there."""
+        return vector.size - (0 if before is None else int(self._gone(before)[vector].sum()))
+
+    def experts_needed(self, group: Group) -> int:
+        """So many units of a group stay at least, of which a router chooses that many for each
+        token; 0 where the units are no experts."""
+        mine = group.classes.numpy()
+        counts = [
+            m.top_k for m, vector in self._vectors.mixtures.values() if np.isin(vector, mine).any()
+        ]
+        return max(counts, default=0)
+
+    @property
+    def routed(self) -> set[str]:
+        """Parameters with an expert for each index of dimension 0, of which a token goes through as
+        many, however many there are."""
+        return {part for mixture, _ in self._vectors.mixtures.values() for part in mixture.parts}
+
+    @property
+    def expert_weights(self) -> list[ExpertWeights]:
+        """How channels go through the weights of experts, by mixture."""
+        return self._vectors.expert_weights(self.bare)
+
+    def attributes(self, dead: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+        """What removing the dead units makes of module attributes: module -> attribute -> value.
+
+        An integer stays an integer, a tuple or list of them a tuple or list.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+        """
+        return shrunk(self._vectors.counters, self._gone(dead))
+
+    def _gone(self, dead: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
+        if len(dead) != len(self.groups):
+            raise ValueError(
+                f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
+            )
+        gone = np.zeros(self._why.size, bool)
+        for group, mask in zip(self.groups, dead, strict=True):
+            if mask.shape != group.classes.shape or mask.dtype != torch.bool:
+                raise ValueError(
+                    f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
+                    f"{mask.dtype} of shape {tuple(mask.shape)}"
+                )
+            gone[group.classes.numpy()[mask.cpu().numpy()]] = True
+        return gone

@@ -1,0 +1,85 @@
+"""Sizes that code wrote down as numbers, of which a run does not show where they are from.
+
+They are looked for where a model does not run without some of its channels: what is as wide then
+loses the same channels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from taylor_kernels.tracing.attributes import holding
+from taylor_kernels.tracing.record import Join, Record, Size, Vector
+from taylor_kernels.tracing.resolve import ambiguous
+
+#: Names of attributes that say how wide an input is; others have its size by chance.
+_INPUTS = re.compile(r"channels|planes|features|width|dim|hidden")
+
+
+def with_written_sizes(
+    record: Record,
+    label: Vector,
+    asked: npt.NDArray[np.bool_],
+    modules: Mapping[str, nn.Module],
+    at: Collection[str] | None,
+) -> Record | None:
+    """The record where sizes that code wrote down are those of other tensors.
+
+    Args:
+        label: atom -> class.
+        asked: [classes] bool, only sizes that count any of these.
+        modules: dict(model.named_modules()).
+        at: only sizes that the code of these modules wrote down, the least doubtful of them first;
+            None for all modules.
+
+    Returns:
+        None where there are no such sizes.
+    """
+    joins: list[Join] = []
+    doubt = 0
+    for echo in sorted(record.echoes, key=lambda echo: echo.doubt):
+        if at is not None and (echo.where[0] not in at or (joins and echo.doubt > doubt)):
+            continue
+        mine = label[echo.vector]
+        others = (o for o in echo.others if not np.array_equal(label[o], mine))
+        other = next(others, None)
+        if other is not None and (asked[mine].any() or asked[label[other]].any()):
+            joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
+            doubt = echo.doubt
+    shared = ambiguous(record.sizes)
+    shared = {
+        (size.module, size.attribute)
+        for size in record.sizes
+        if (size.module, size.attribute) in shared
+        and (at is None or (size.module in at and not joins))
+        and asked[label[size.atoms]].any()
+    }
+    compared = [s for s in _compared(record, modules, at or ()) if asked[label[s.atoms]].any()]
+    if not joins and not shared and not compared:
+        return None
+    sizes = [
+        replace(size, weak=size.weak and (size.module, size.attribute) not in shared)
+        for size in record.sizes
+    ]
+    return replace(record, joins=[*record.joins, *joins], sizes=sizes + compared)
+
+
+def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
+    """Attributes of these modules that hold the width that a layer of theirs reads."""
+    known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
+    found: dict[tuple[str, str], Size] = {}
+    for product in record.products:
+        module = product.module.rpartition(".")[0]
+        if module not in at or product.inputs.size < 2:
+            continue
+        for attribute in holding(modules[module], product.inputs.size):
+            if (module, attribute) not in known and _INPUTS.search(attribute):
+                size = Size(module, attribute, product.inputs, False)
+                found.setdefault((module, attribute), size)
+    return list(found.values())
