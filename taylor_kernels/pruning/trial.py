@@ -32,7 +32,8 @@ from taylor_kernels.pruning.same_outputs import difference
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
+from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.running import Untouched, call, copied, quiet
 
 
 class Trial:
@@ -300,7 +301,8 @@ class Trial:
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
-            outputs = list(tensors_in(call(self._model, copied(self._inputs))))
+            found = call(self._model, copied(self._inputs))
+            outputs = list(returned_tensors(self._model, self._inputs, found))
             if self._steady or _same(before, _random_state()):
                 return outputs
         self._steady = True

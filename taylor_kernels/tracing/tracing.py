@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from taylor_kernels.tracing.multihead import (
 )
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.returned import returned_tensors
 from taylor_kernels.tracing.running import (
     Untouched,
     call,
@@ -115,8 +116,9 @@ def _traced(
         left = max(until - time.monotonic(), 0.0)
         return Recorder(names, untouched.touch, left, execute, blocks)
 
-    def run(recorder: Recorder) -> Any:
-        return _run(recorder, model, names, example_inputs)
+    def run(recorder: Recorder) -> Iterator[Tensor]:
+        outputs = _run(recorder, model, names, example_inputs)
+        return returned_tensors(model, example_inputs, outputs)
 
     recorder = new_recorder(execute, blocks)
     try:
@@ -138,7 +140,7 @@ def _traced(
             except Exception as error:
                 raise ValueError(_refusal(recorder, error)) from error
             reason = Reason("reaches the output of the model")
-            for tensor in tensors_in(outputs):
+            for tensor in outputs:
                 labels = recorder.labels(tensor)
                 recorder.flow.reaches_output(tensor, labels)
                 if recorder.record.values is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Reason, Record
 from taylor_kernels.tracing.recorder import Recorder
-from taylor_kernels.tracing.running import tensors_in
 
 
 def some_unread(record: Record, parameters: Iterable[str]) -> bool:
@@ -34,7 +32,7 @@ def learn_from_training(
     recorder: Recorder,
     model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
-    run: Callable[[Recorder], Any],
+    run: Callable[[Recorder], Iterable[Tensor]],
     new_recorder: Callable[[], Recorder],
 ) -> None:
     """Add to a record which channels go together in train mode, if the model runs there.
@@ -42,7 +40,7 @@ def learn_from_training(
     Args:
         recorder: of a run in eval mode.
         tensors: the parameters and buffers that it follows, by name.
-        run: runs the model on the example inputs under a recorder and returns its outputs.
+        run: runs the model on the example inputs under a recorder and gives what it returns.
         new_recorder: makes one like `recorder`.
     """
     record, other = recorder.record, new_recorder()
@@ -67,7 +65,7 @@ def learn_from_training(
     finally:
         model.eval()
     reason = Reason("reaches the output of the model in train mode")
-    for tensor in tensors_in(outputs):
+    for tensor in outputs:
         for vector in other.labels(tensor).vectors():
             heard.fix(vector, reason)
     recorder.record = replace(
