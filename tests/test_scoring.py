@@ -108,3 +108,34 @@ def test_what_an_attention_is_given_stays_as_it_was():
     assert x._version == 0
     assert not x.requires_grad
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_padded_examples_of_an_encoder_are_scored_in_eval_mode(frozen):
+    """Without gradients of parameters PyTorch packs them into nested tensors there."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    encoder, head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+    model = nn.ModuleDict({"read": nn.Linear(4, 8), "encoder": encoder, "head": head}).eval()
+    x, padding = torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[2, 2:] = True
+
+    def loss() -> Tensor:
+        y = encoder(model["read"](x), src_key_padding_mask=padding)
+        return (head(y).square().mean(2) * ~padding).sum()
+
+    imp = tk.Importance(model, "taylor_fo_gate")
+    encoder.use_nested_tensor = False
+    loss().backward()
+    imp.update()
+    expected = imp.compute()
+    imp.reset()
+    encoder.use_nested_tensor = True
+    model.requires_grad_(not frozen)
+    with pytest.raises(ZeroDivisionError), tk.scoring(model):
+        loss().backward()
+        imp.update()
+        raise ZeroDivisionError
+    assert encoder.use_nested_tensor
+    for name, scores in imp.compute().items():
+        torch.testing.assert_close(scores, expected[name])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.attributes import tie, tie_parts
+from taylor_kernels.tracing.attributes import counting, tie, tie_parts
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import tensors_of
 from taylor_kernels.tracing.record import Cut, Vector
@@ -54,6 +54,11 @@ def view(call: Call) -> list[Labels | None]:
             if size != now or dim - more in old.repeated
         )
         outs[0].memory.repeated |= bool(outs[0].loose)
+        outs[0].counted = tuple(
+            (dim, call.recorder.module, attribute)
+            for dim in outs[0].loose
+            for attribute in counting(call, outs[0].shape[dim])
+        )
     for dim, vector in enumerate(old.dims):
         if vector is not None and (old.uniform or vector.any()):
             _follow(call, source, old, dim, vector, outs)
@@ -124,9 +129,12 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
         return
     spans = tuple((start, start + size) for start, size, _ in parts)
     inner = tuple(span for span in spans if span != (0, vector.size))
-    tied = (len(spans) > 1 and tie_parts(call, vector, spans)) or all(
-        [tie(call, stop - start, vector[start:stop]) for start, stop in inner[:-1]] or [True]
-    )
+    # Code that lists the sizes of parts gives that of the last one too.
+    named = inner if call.name.endswith("split_with_sizes") else inner[:-1]
+    tied = len(spans) > 1 and tie_parts(call, vector, spans)
+    if not tied:
+        ties = [tie(call, stop - start, vector[start:stop]) for start, stop in named]
+        tied = all(ties[: len(inner) - 1])
     if len(inner) == 1 and len(spans) == 1:
         start, stop = inner[0]
         tied = tie(call, stop - start, vector[start:stop])
