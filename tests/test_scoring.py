@@ -140,10 +140,9 @@ def test_padded_examples_of_an_encoder_are_scored_in_eval_mode(frozen):
     model.zero_grad()
     model.encoder.use_nested_tensor = True
     model.requires_grad_(not frozen)
-    with pytest.raises(ZeroDivisionError), tk.scoring(model):
+    with tk.scoring(model):
         model(x, padding).square().sum().backward()
         imp.update()
-        raise ZeroDivisionError
     assert model.encoder.use_nested_tensor
     found = imp.compute()
     assert found.keys() == expected.keys()

@@ -115,7 +115,7 @@ def _stay_repeated(old: Labels, new: Labels, ours: Sequence[int], theirs: Sequen
     places = [i for i in theirs if new.shape[i] > 1]
     if len(wide) == len(places) == 1 and wide[0] in old.repeated:
         new.loose |= {places[0]}
-        new.counted += tuple((places[0], *rest) for dim, *rest in old.counted if dim == wide[0])
+        new.counted += tuple((places[0], m, a) for dim, m, a in old.counted if dim == wide[0])
 
 
 def _may_shrink(
