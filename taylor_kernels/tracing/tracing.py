@@ -43,7 +43,8 @@ def trace(
 
     The model is run once in eval mode on the example inputs, below autograd and module code, so
     functions, methods, custom modules and any container of outputs are read alike. It is afterwards
-    as it was: modes, buffers, attributes, hooks, random state, also after an error.
+    as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
+    has not read some parameter, another one in train mode says which channels it lies on.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
