@@ -48,6 +48,9 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
     those, or use `taylor_fo`.) On leaving, every
     parameter's `requires_grad` is as it was; `.grad` is never touched.
 
+    An nn.TransformerEncoder does not pack padded examples inside, as it does in eval mode where
+    nothing requires a gradient: its layers would run on nested tensors, which have none.
+
     The model's mode is yours to choose: eval() scores the network as it will be used, train()
     normalises by the batch and moves BatchNorm's running statistics as any forward pass does.
 
@@ -98,12 +101,21 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
     ]
+    packing = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False)
+    ]
     try:
+        for encoder in packing:
+            encoder.use_nested_tensor = False
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         yield model
     finally:
         for handle in handles:
             handle.remove()
+        for encoder in packing:
+            encoder.use_nested_tensor = True
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -108,3 +108,43 @@ def test_what_an_attention_is_given_stays_as_it_was():
     assert x._version == 0
     assert not x.requires_grad
     torch.testing.assert_close(found, expected)
+
+
+class Padded(nn.Module):
+    """An encoder of sequences of which the last steps may be padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.read, self.encoder = nn.Linear(4, 8), nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        y = self.encoder(self.read(x), src_key_padding_mask=padding)
+        return self.head(y) * ~padding[..., None]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_padded_examples_of_an_encoder_are_scored_in_eval_mode(frozen):
+    """Without gradients of parameters PyTorch packs them into nested tensors there."""
+    torch.manual_seed(0)
+    model = Padded().eval()
+    x, padding = torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.bool)
+    padding[1, 3:] = padding[2, 2:] = True
+    imp = tk.Importance(model, "taylor_fo_gate", example_inputs=(x, padding))
+    model.encoder.use_nested_tensor = False
+    model(x, padding).square().sum().backward()
+    imp.update()
+    expected = imp.compute()
+    imp.reset()
+    model.zero_grad()
+    model.encoder.use_nested_tensor = True
+    model.requires_grad_(not frozen)
+    with tk.scoring(model):
+        model(x, padding).square().sum().backward()
+        imp.update()
+    assert model.encoder.use_nested_tensor
+    found = imp.compute()
+    assert found.keys() == expected.keys()
+    for name, scores in found.items():
+        torch.testing.assert_close(scores, expected[name])

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.running import Untouched, call, copied, quiet, tensors_in
+from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.running import Untouched, call, copied, quiet
 
 
 class Exchanged:
@@ -89,7 +90,8 @@ class Exchanged:
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
-            outputs = list(tensors_in(call(self._model, copied(self.inputs))))
+            found = call(self._model, copied(self.inputs))
+            outputs = list(returned_tensors(self._model, self.inputs, found))
             if self._steady or _same(before, _random_state()):
                 return outputs
         self._steady = True

@@ -63,15 +63,13 @@ def choose_groups(
     """
     groups: list[Group] = []
     skipped: dict[str, str] = {}
-    together = channels.normalised_together
     for traced in channels.groups:
         slots = [slot for slot in traced.slots if slot.side == IN or slot.owner in layers]
         if all(slot.side == IN for slot in slots):
             continue
-        # A norm of one channel gives the same whatever it reads.
-        normed = bool(together[traced.classes].any())
         experts = channels.experts_needed(traced)
-        least = max(2 if normed else 1, experts)
+        # A norm of one channel gives the same whatever it reads.
+        least = max(2 if channels.least_normalised(traced.classes) == 1 else 1, experts)
         # How many experts there are is no width of a layer.
         group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
         reason = _obstacle(channels, traced, ignored)

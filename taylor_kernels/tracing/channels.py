@@ -159,6 +159,15 @@ class Channels(Consequences):
             read[vector] = True
         return torch.from_numpy(read)
 
+    def least_normalised(self, classes: Tensor) -> int:
+        """How many channels of one norm across channels each of these classes has at least; 0 if
+        no such norm reads any of them."""
+        counts = [
+            np.bincount(vector, minlength=self._why.size)[classes.numpy()]
+            for _, vector in self._vectors.across.values()
+        ]
+        return min((int(count[count > 0].min()) for count in counts if count.any()), default=0)
+
     def gone_at_zero(self) -> Channels:
         """The same channels with the groups only whose units are as good as gone at zero.
 

@@ -24,8 +24,11 @@ def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
     # One attribute counts the same number wherever it is used.
     firsts: dict[tuple[str, str], Size] = {}
     pairs = []
+    sides = _Sides(record.tables, forest.label)
     for size in counted(record.sizes):
         first = firsts.setdefault((size.module, size.attribute), size)
+        if sides.cross(first.atoms, size.atoms):
+            continue
         both = (first.atoms != 0) & (size.atoms != 0)
         pairs.append((first.atoms[both], size.atoms[both]))
     forest.unite(pairs)
@@ -143,6 +146,38 @@ def ambiguous(sizes: Sequence[Size]) -> set[tuple[str, str]]:
         if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
             differ.add(key)
     return differ
+
+
+class _Sides:
+    """Tells whether channels lie along different axes of one table.
+
+    How many heads there are and how many of a head's dimensions are rotated may be one number by
+    chance, and an attribute that holds it is met at both.
+    """
+
+    def __init__(self, tables: Sequence[Table], label: Vector) -> None:
+        self._tables, self._label = tables, label
+        self._axes: dict[int, dict[int, int]] = {}
+
+    def cross(self, one: Vector, other: Vector) -> bool:
+        """Whether a table has some of one along an axis, and some of the other along another."""
+        mine, theirs = self._label[one], self._label[other]
+        if np.array_equal(mine, theirs):
+            return False
+        if not self._axes:
+            for number, table in enumerate(self._tables):
+                for dim, axis in enumerate(table.axes):
+                    for atom in self._label[axis].tolist():
+                        if atom:
+                            self._axes.setdefault(atom, {})[number] = dim
+        places = self._places(mine)
+        return any(places.get(number, dim) != dim for number, dim in self._places(theirs).items())
+
+    def _places(self, atoms: Vector) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for atom in atoms.tolist():
+            found |= self._axes.get(atom, {})
+        return found
 
 
 def _close(tables: Sequence[Table], grids: Sequence[Grids], forest: Forest) -> None:

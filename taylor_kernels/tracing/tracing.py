@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.channels import Channels
-from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
+from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import (
     CHECKED,
@@ -20,6 +21,7 @@ from taylor_kernels.tracing.multihead import (
 )
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.returned import returned_tensors
 from taylor_kernels.tracing.running import (
     Untouched,
     call,
@@ -31,6 +33,7 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
+from taylor_kernels.tracing.training import learn_from_training, some_unread
 
 
 def trace(
@@ -40,7 +43,8 @@ def trace(
 
     The model is run once in eval mode on the example inputs, below autograd and module code, so
     functions, methods, custom modules and any container of outputs are read alike. It is afterwards
-    as it was: modes, buffers, attributes, hooks, random state, also after an error.
+    as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
+    has not read some parameter, another one in train mode says which channels it lies on.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
@@ -107,7 +111,62 @@ def _traced(
         )
     names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    recorder = Recorder(names, untouched.touch, seconds, execute, blocks)
+    until = time.monotonic() + seconds
+    recorders: list[Recorder] = []
+
+    def new_recorder(execute: Execute | None = None, blocks: bool = False) -> Recorder:
+        left = max(until - time.monotonic(), 0.0)
+        recorders.append(Recorder(names, untouched.touch, left, execute, blocks))
+        return recorders[-1]
+
+    def run(recorder: Recorder) -> Iterator[Tensor]:
+        outputs = _run(recorder, model, names, example_inputs)
+        return returned_tensors(model, example_inputs, outputs)
+
+    recorder = new_recorder(execute, blocks)
+    try:
+        with (
+            new_garbage_only(),
+            quiet(model),
+            prunable_attention(names),
+            one_expert_at_a_time(names),
+        ):
+            if any(module.training for module in names):
+                model.eval()  # which takes its time, as every module sets an attribute
+            for name, tensor in tensors:
+                recorder.add(name, tensor)
+            _keep_whole(recorder, names)
+            try:
+                outputs = run(recorder)
+            except (TimeoutError, MemoryError):
+                raise
+            except Exception as error:
+                raise ValueError(_refusal(recorder, error)) from error
+            reason = Reason("reaches the output of the model")
+            for tensor in outputs:
+                labels = recorder.labels(tensor)
+                recorder.flow.reaches_output(tensor, labels)
+                if recorder.record.values is not None:
+                    recorder.record.values.returns(tensor)
+                for vector in labels.vectors():
+                    recorder.record.fix(vector, reason)
+            parameters = [name for name, tensor in tensors if isinstance(tensor, nn.Parameter)]
+            # What a router mixes is taken back once, for one run.
+            if some_unread(recorder.record, parameters) and not any(map(is_router, names)):
+                learn_from_training(recorder, model, tensors, run, new_recorder)
+    finally:
+        untouched.restore()
+        for each in recorders:
+            each.memories.release()
+    recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
+    with prunable_attention(names):
+        return Channels(recorder.record, modules)
+
+
+def _run(
+    recorder: Recorder, model: nn.Module, names: Mapping[nn.Module, str], example_inputs: Any
+) -> Any:
+    """Run the model on the example inputs; the recorder hears of operations and modules."""
     mine = threading.get_ident()  # PyTorch calls these hooks for modules of all threads
 
     def entered(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -133,42 +192,13 @@ def _traced(
         ),
     ]
     try:
-        with (
-            new_garbage_only(),
-            quiet(model),
-            prunable_attention(names),
-            one_expert_at_a_time(names),
-        ):
-            if any(module.training for module in names):
-                model.eval()  # which takes its time, as every module sets an attribute
-            for name, tensor in tensors:
-                recorder.add(name, tensor)
-            _keep_whole(recorder, names)
-            with torch._C._AutoDispatchBelowAutograd(), recorder, leaks_seen(recorder):
-                try:
-                    outputs = call(model, copied(example_inputs))
-                except (TimeoutError, MemoryError):
-                    raise
-                except Exception as error:
-                    raise ValueError(_refusal(recorder, error)) from error
-            reason = Reason("reaches the output of the model")
-            for tensor in tensors_in(outputs):
-                labels = recorder.labels(tensor)
-                recorder.flow.reaches_output(tensor, labels)
-                if recorder.record.values is not None:
-                    recorder.record.values.returns(tensor)
-                for vector in labels.vectors():
-                    recorder.record.fix(vector, reason)
+        with torch._C._AutoDispatchBelowAutograd(), recorder, leaks_seen(recorder):
+            return call(model, copied(example_inputs))
     finally:
         for handle in handles:
             handle.remove()
             # PyTorch leaves this mark behind, and torch.compile warns of global hooks for it.
             torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
-        untouched.restore()
-        recorder.memories.release()
-    recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
-    with prunable_attention(names):
-        return Channels(recorder.record, modules)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -84,7 +84,7 @@ TRICKY = {
                       m.head(h) if m.training else 0))[1],
                       a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 2),
                       head=nn.Linear(8, 2)),
-        ROWS, {"a"}, {"b": "does not run without some", "head": "not reached on the example"},
+        ROWS, {"a", "b"}, {"head": "not reached on the example"},
     ),
     "local response": (
         lambda: nn.Sequential(conv(4, 8), nn.LocalResponseNorm(3), conv(8, 8), conv(8, 2)),

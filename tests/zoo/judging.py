@@ -14,7 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 import taylor_kernels as tk
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.running import call
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def flops_share(pruner: tk.Pruner) -> float:
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The floating-point tensors that a model returns."""
-    return [t for t in tensors_in(call(model, inputs)) if t.is_floating_point()]
+    """The floating-point tensors that a model returns to its caller."""
+    found = returned_tensors(model, inputs, call(model, inputs))
+    return [t for t in found if t.is_floating_point()]
 
 
 def loss(model: nn.Module, inputs: Any) -> Tensor:

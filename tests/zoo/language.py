@@ -197,6 +197,41 @@ def whisper_encoder() -> Built:
     return model.model.encoder, {"input_features": inputs["input_features"]}
 
 
+def wav2vec2() -> Built:
+    """Masked steps of its stream are set to a parameter that eval mode does not read."""
+    import transformers as hf
+
+    config = hf.Wav2Vec2Config(
+        **COMMON, vocab_size=50, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 5),
+        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return hf.Wav2Vec2ForCTC(config), {"input_values": torch.randn(1, 640)}
+
+
+def gpt_bigcode() -> Built:
+    """One head of keys and values, and one layer that makes them and the queries."""
+    import transformers as hf
+
+    config = hf.GPTBigCodeConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=64)
+    return hf.GPTBigCodeForCausalLM(config), {"input_ids": _tokens()}
+
+
+def olmo2() -> Built:
+    """Queries and keys are normalised over all their heads."""
+    import transformers as hf
+
+    config = hf.Olmo2Config(**COMMON, vocab_size=50, num_key_value_heads=2)
+    return hf.Olmo2ForCausalLM(config), {"input_ids": _tokens()}
+
+
+def stablelm() -> Built:
+    """As many dimensions of a head are rotated as there are heads of keys."""
+    import transformers as hf
+
+    config = hf.StableLmConfig(**COMMON, vocab_size=50, num_key_value_heads=2)
+    return hf.StableLmForCausalLM(config), {"input_ids": _tokens()}
+
+
 class Translation(nn.Module):
     """PyTorch's own transformer between an embedding and a head."""
 
@@ -216,6 +251,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "swin": swin, "convnext": convnext,
     "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
     "albert": albert, "deberta_v2": deberta_v2, "mamba": mamba, "swinv2": swinv2,
+    "wav2vec2": wav2vec2, "gpt_bigcode": gpt_bigcode, "olmo2": olmo2, "stablelm": stablelm,
     "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
     "torch_transformer": lambda: (Translation(), _tokens()),
 }  # fmt: skip

@@ -98,5 +98,9 @@ NETWORKS: dict[str, Network] = {
     "clip": _hf("clip", 16),
     "whisper_encoder": _hf("whisper_encoder", 5),
     "mixtral": _hf("mixtral", 16),
+    "wav2vec2": _hf("wav2vec2", 16),
+    "gpt_bigcode": _hf("gpt_bigcode", 8),
+    "olmo2": _hf("olmo2", 14),
+    "stablelm": _hf("stablelm", 14),
     "torch_transformer": Network("torch", partial(_configured, "torch_transformer"), least=10),
 }

@@ -12,7 +12,7 @@ from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.record import Size, Vector
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
 from taylor_kernels.tracing.steps import Product
 
@@ -158,7 +158,11 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
             labels for labels in (one, other)
             if len(labels.shape) >= -place and labels.shape[place] == shape[place]
         ]  # fmt: skip
-        heads = merged_vector(call, [labels.dims[place] for labels in batch])
+        wide = [b for b in batch if place + len(b.shape) not in b.repeated] or batch
+        heads = merged_vector(call, [labels.dims[place] for labels in wide])
+        for labels in batch:
+            if not any(labels is b for b in wide):
+                repeated_as(call, heads, labels, place)
         result.dims[place] = heads
         result.zero[place] = any(labels.is_zero(place) for labels in batch)
         if heads is not None:
@@ -264,6 +268,30 @@ def embedding_bag(call: Call) -> list[Labels | None]:
     return [result]
 
 
+def _meet_heads(call: Call, heads: Vector | None, other: Labels, dim: int, size: int) -> None:
+    """Heads of queries meet those of keys or values, of which one may serve several."""
+    if len(other.shape) < -dim:
+        return
+    theirs = other.dims[dim]
+    if other.shape[dim] == 1 < size:
+        call.refuse(theirs, "is a single channel that is broadcast")
+    elif dim + len(other.shape) in other.repeated:
+        repeated_as(call, heads, other, dim)
+    else:
+        if theirs is not None and other.shape[dim] != size:
+            theirs = np.repeat(theirs, size // other.shape[dim])
+        call.join(heads, theirs)
+
+
+def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> None:
+    """One place of the other tensor is repeated for each of these, as often as attributes say."""
+    if vector is None:
+        return
+    for place, module, attribute in other.counted:
+        if place == dim % len(other.shape):
+            call.record.sizes.append(Size(module, attribute, vector.copy(), True))
+
+
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Labels:
     """softmax(q kᵀ · scale) v; without a given scale it is computed from the width of a head."""
@@ -279,10 +307,7 @@ def attention(call: Call) -> Labels:
     for dim in range(-len(result.shape), -2):
         heads = query.dims[dim] if len(query.shape) >= -dim else None
         for other in (key, value):
-            theirs = other.dims[dim] if len(other.shape) >= -dim else None
-            if theirs is not None and other.shape[dim] != result.shape[dim]:
-                theirs = np.repeat(theirs, result.shape[dim] // other.shape[dim])
-            call.join(heads, theirs)
+            _meet_heads(call, heads, other, dim, result.shape[dim])
         result.dims[dim] = heads
         result.zero[dim] = value.is_zero(dim) if len(value.shape) >= -dim else False
         if heads is not None:

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Reason, Vector
+from taylor_kernels.tracing.record import Reason, Size, Vector
 from taylor_kernels.tracing.steps import Norm
 
 #: Why the entry of a dimension of size one stays, among which nothing is mixed.
@@ -120,20 +120,34 @@ def group_norm(call: Call) -> list[Labels | None]:
     old = call.of(call.args["input"])
     vector = old.dims[1]
     groups = call.args.get("num_groups", call.args.get("group", 1))
-    if vector is not None and groups > 1:
+    alone = vector is not None and vector.size == groups > 1 and _counts_groups(call, vector)
+    if vector is not None and groups > 1 and not alone:
         # Each group keeps as many channels as the others.
         call.record.grid(vector.reshape(groups, -1), call.where, "rows", [1])
-    call.mix(vector)
+    if not alone:
+        call.mix(vector)
     for name in ("weight", "bias"):
         if isinstance(call.args.get(name), Tensor):
             affine = call.of(call.args[name]).dims[0]
             call.join(vector, affine)
-            call.mix(affine)
+            if not alone:
+                call.mix(affine)
     for later in old.dims[2:]:
         call.mix(later)
     result = Labels(old.shape, list(old.dims), [False] * len(old.shape))
     result.zero[1] = isinstance(call.args.get("weight"), Tensor)
     return [result]
+
+
+def _counts_groups(call: Call, vector: Vector) -> bool:
+    """Whether an attribute says that there are as many groups as channels, each of which is
+    normalised by itself: there are fewer groups then as channels go."""
+    module = call.running
+    if isinstance(module, nn.GroupNorm):
+        for attribute in ("num_groups", "num_channels"):
+            call.record.sizes.append(Size(call.recorder.module, attribute, vector.copy(), False))
+        return True
+    return tie(call, vector.size, vector)
 
 
 @rule(

@@ -70,6 +70,7 @@ def reshaped(
     for ours, theirs in segments(old.shape, new.shape):
         labelled = [i for i in ours if i in atoms]
         if not labelled:
+            _stay_repeated(old, new, ours, theirs)
             continue
         zero = all(old.zero[i] for i in labelled)
         if len(ours) == 1 and len(theirs) == 1:
@@ -109,6 +110,15 @@ def reshaped(
                 if i not in inferred:
                     tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
     return new
+
+
+def _stay_repeated(old: Labels, new: Labels, ours: Sequence[int], theirs: Sequence[int]) -> None:
+    """One place that was repeated, behind or before dimensions of size one, is so still."""
+    wide = [i for i in ours if old.shape[i] > 1]
+    places = [i for i in theirs if new.shape[i] > 1]
+    if len(wide) == len(places) == 1 and wide[0] in old.repeated:
+        new.loose |= {places[0]}
+        new.counted += tuple((places[0], m, a) for dim, m, a in old.counted if dim == wide[0])
 
 
 def _may_shrink(

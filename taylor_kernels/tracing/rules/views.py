@@ -56,6 +56,11 @@ def view(call: Call) -> list[Labels | None]:
             if size != now or dim - more in old.repeated
         )
         outs[0].memory.repeated |= bool(outs[0].loose)
+        outs[0].counted = tuple(
+            (dim, call.recorder.module, attribute)
+            for dim in outs[0].loose
+            for attribute in counting(call, outs[0].shape[dim])
+        )
     axes = find_axes(call, old.shape) if old.shape else None
     for dim, vector in enumerate(old.dims):
         if vector is None or not (old.uniform or has_atoms(vector)):
@@ -148,9 +153,12 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
         return
     spans = tuple((start, start + size) for start, size, _ in parts)
     inner = tuple(span for span in spans if span != (0, vector.size))
-    tied = (len(spans) > 1 and tie_parts(call, vector, spans)) or all(
-        [tie(call, stop - start, vector[start:stop]) for start, stop in inner[:-1]] or [True]
-    )
+    # Code that lists the sizes of parts gives that of the last one too.
+    named = inner if call.name.endswith("split_with_sizes") else inner[:-1]
+    tied = len(spans) > 1 and tie_parts(call, vector, spans)
+    if not tied:
+        ties = [tie(call, stop - start, vector[start:stop]) for start, stop in named]
+        tied = all(ties[: len(inner) - 1])
     if len(inner) == 1 and len(spans) == 1:
         start, stop = inner[0]
         tied = tie(call, stop - start, vector[start:stop])

@@ -1,0 +1,47 @@
+"""An attribute whose number is also another size by chance counts what it counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.zoo import judging
+
+
+class Rotated(nn.Module):
+    """Attention that turns the first `rotary` dimensions of a head in pairs (i, i + rotary / 2)."""
+
+    def __init__(self, heads: int, dim: int, rotary: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.rotary_dim = heads, dim, rotary
+        self.read = nn.Linear(5, 7)
+        self.qkv = nn.ModuleList(nn.Linear(7, heads * dim) for _ in range(3))
+        self.write = nn.Linear(heads * dim, 6)
+        self.leave = nn.Linear(6, 2)
+
+    def turned(self, x: Tensor) -> Tensor:
+        first, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        angles = torch.arange(x.size(-2))[:, None] * torch.arange(1, self.rotary_dim // 2 + 1)
+        angles = torch.cat([angles, angles], -1).to(x.dtype)
+        half = first.size(-1) // 2
+        other = torch.cat([-first[..., half:], first[..., :half]], -1)
+        return torch.cat([first * angles.cos() + other * angles.sin(), rest], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(x)
+        shape = (*x.shape[:2], self.num_heads, self.head_dim)
+        q, k, v = (layer(y).view(shape).transpose(1, 2) for layer in self.qkv)
+        q, k = self.turned(q), self.turned(k)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.leave(self.write(z.transpose(1, 2).flatten(2)).tanh())
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "rotary"),
+    [(4, 10, 8), (4, 9, 4), (3, 8, 6), (6, 14, 6), (5, 12, 10), (2, 8, 4)],
+)
+def test_heads_go_though_as_many_dimensions_are_rotated(heads, dim, rotary):
+    torch.manual_seed(heads)
+    model = Rotated(heads, dim, rotary)
+    judging.check_all_but(["leave"], model, torch.randn(1, 4, 5))

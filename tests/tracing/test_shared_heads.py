@@ -1,0 +1,87 @@
+"""Attention of which heads of keys and values serve several heads of queries."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from taylor_kernels.tracing import trace
+from tests.tracing.removal import faults
+from tests.zoo import judging
+
+
+class SharedHeads(nn.Module):
+    """Queries of `heads` heads, keys and values of `shared`.
+
+    Args:
+        how: one head is broadcast by PyTorch, repeated by the number that an attribute holds, as
+            transformers' repeat_kv does, or repeated and multiplied by matmul.
+        fused: one layer makes queries, keys and values, whose sizes attributes hold.
+        norm: queries and keys are normalised over all their heads, as in OLMo 2.
+    """
+
+    def __init__(
+        self, heads: int, shared: int, dim: int, how: str, *, fused: bool, norm: bool
+    ) -> None:
+        super().__init__()
+        self.how, self.head_dim, self.repeats = how, dim, heads // shared
+        self.query_size, self.shared_size = heads * dim, shared * dim
+        self.read = nn.Linear(5, 7)
+        sizes = [self.query_size, self.shared_size, self.shared_size]
+        parts = [sum(sizes)] if fused else sizes
+        self.qkv = nn.ModuleList(nn.Linear(7, size) for size in parts)
+        self.norms = nn.ModuleList(
+            nn.RMSNorm(size) if norm else nn.Identity() for size in sizes[:2]
+        )
+        self.write = nn.Linear(self.query_size, 6)
+        self.leave = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(x)
+        if len(self.qkv) == 1:
+            sizes = (self.query_size, self.shared_size, self.shared_size)
+            q, k, v = self.qkv[0](y).split(sizes, -1)
+        else:
+            q, k, v = (layer(y) for layer in self.qkv)
+        q, k = (norm(part) for norm, part in zip(self.norms, (q, k), strict=True))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if self.how != "broadcast":
+            k, v = self.repeated(k), self.repeated(v)
+        if self.how == "matmul":
+            z = (q @ k.transpose(-2, -1) * 0.3).softmax(-1) @ v
+        else:
+            z = functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.leave(self.write(z.transpose(1, 2).flatten(2)).tanh())
+
+    def repeated(self, x: Tensor) -> Tensor:
+        n, shared, length, dim = x.shape
+        x = x[:, :, None].expand(n, shared, self.repeats, length, dim)
+        return x.reshape(n, shared * self.repeats, length, dim)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("how", ["broadcast", "repeated", "matmul"])
+def test_heads_of_queries_that_share_one_go(how, fused, seed):
+    draw = random.Random(f"{how} {fused} {seed}")
+    torch.manual_seed(seed)
+    heads, dim = draw.randint(3, 6), draw.choice([7, 8, 9])
+    model, x = SharedHeads(heads, 1, dim, how, fused=fused, norm=False), torch.randn(1, 4, 5)
+    channels = trace(model, x)
+    assert list(channels.skipped) == ["leave"]
+    assert not faults(model, x, channels, every=False)
+    judging.check_all_but(["leave"], model, x)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_of_two_shared_heads_goes_where_a_norm_reads_them(seed):
+    """What is left of a norm is one head of several channels, not one channel."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    dim, repeats = draw.choice([3, 4, 5]), draw.choice([2, 3])
+    model = SharedHeads(2 * repeats, 2, dim, "repeated", fused=False, norm=True)
+    judging.check_all_but(["leave"], model, torch.randn(1, 4, 5))
