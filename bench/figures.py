@@ -58,7 +58,7 @@ class Results:
 
     path: Path
     machine: dict[str, Any]
-    runs: list[str]  # commits and days that the figures are of
+    runs: list[str]  # commits, days and processors that the figures are of
     cases: list[Case]
 
     def of(self, bench: str) -> list[Case]:
@@ -66,10 +66,12 @@ class Results:
 
 
 def run_of(raw: dict[str, Any]) -> str:
-    """The commit (+: with changes on top) and the day of pytest-benchmark's file."""
-    commit = raw["commit_info"]
+    """The commit (+: with changes on top), the day and the processor of pytest-benchmark's file."""
+    commit, machine = raw["commit_info"], raw["machine_info"]
     changed = "+" if commit.get("dirty") else ""
-    return f"commit {(commit.get('id') or 'unknown')[:10]}{changed}, {raw['datetime'][:10]}"
+    processor = machine.get("gpu") or machine.get("cpu", {}).get("brand_raw") or "unknown processor"
+    day = raw["datetime"][:10]
+    return f"commit {(commit.get('id') or 'unknown')[:10]}{changed}, {day}, {processor}"
 
 
 def load(path: Path) -> Results:
