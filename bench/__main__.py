@@ -3,8 +3,8 @@
 Results are written bench by bench into part.json, which replaces the last ones when every bench has
 run; a run that was stopped goes on with `--resume`. With `-k` the cases that were not run keep
 their results, and the report names every commit, day and processor that it holds results of.
-`--quick` runs the smallest case of each bench once, into a folder of its own, to see that all works;
-other arguments go to pytest.
+`--quick` runs the smallest case of each bench once, into a folder of its own, to see that all
+works; other arguments go to pytest.
 """
 
 from __future__ import annotations

@@ -223,4 +223,4 @@ def test_partial_run_keeps_the_results_of_other_cases(tmp_path):
     before, after = load(latest), load(part)
     assert sorted(case.name for case in after.cases) == sorted(case.name for case in before.cases)
     assert {e.median for case in after.cases for e in case.entries if case.name[2] == "conv"} == {5}
-    assert after.runs == ["commit unknown, 2026-01-01", "commit 0123456789+, 2026-02-02"]
+    assert after.runs == ["commit unknown, 2026-01-01, a GPU", "commit 0123456789+, 2026-02-02"]
