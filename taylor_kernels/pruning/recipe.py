@@ -37,6 +37,7 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         pruner: its model has been compacted.
 
     Raises:
+        TypeError: `path` is no path, or `pruner` no tk.Pruner.
         ValueError: filters are masked and not removed yet, or the model's state holds more than
             tensors.
         ImportError: safetensors is not installed.
@@ -58,6 +59,12 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         >>> again[0].out_features, torch.equal(again(x), model(x))
         (4, True)
     """
+    _check_path(path)
+    if not isinstance(pruner, Pruner):
+        raise TypeError(
+            f"pruner: expected the tk.Pruner of the model, got {type(pruner).__name__}; call "
+            "save_pruned(path, pruner)"
+        )
     _require_safetensors()
     from safetensors.torch import save
 
@@ -96,7 +103,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError: the model is none.
+        TypeError: the model is none, or `path` is no path.
         ValueError: the file is damaged or of another kind, or would set what is no number of
             channels, or the model is another than the original. Nothing has changed.
         ImportError: safetensors is not installed.
@@ -117,11 +124,17 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _check_path(path)
     file = _read(os.fsdecode(path))
     _check_model(model, Tensors(model), file)
     cut_model(model, file.cuts, file.attributes, file.places)
     model.load_state_dict(file.state)
     return model
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"path: expected a path of a file, got {type(path).__name__}")
 
 
 def cut_model(

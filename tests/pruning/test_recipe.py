@@ -113,6 +113,19 @@ def test_masked_filters_are_to_be_removed_first(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_arguments_in_another_order_are_named(tmp_path):
+    model, _, pruner = pruned("mlp")
+    with pytest.raises(TypeError, match=r"^pruner: expected the tk.Pruner of the model, got Seq"):
+        save_pruned(tmp_path / "it", model)
+    with pytest.raises(TypeError, match=r"^path: expected a path of a file, got Pruner"):
+        save_pruned(pruner, tmp_path / "it")
+    with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module"):
+        load_pruned(tmp_path / "it", model)
+    with pytest.raises(TypeError, match=r"^path: expected a path of a file, got Pruner"):
+        load_pruned(model, pruner)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("other", ["wider", "resnet", "no attribute"])
 def test_another_model_is_refused_and_left_alone(other, tmp_path):
     _, _, pruner = pruned("vgg")
