@@ -155,9 +155,9 @@ def _traced(
             if some_unread(recorder.record, parameters) and not any(map(is_router, names)):
                 learn_from_training(recorder, model, tensors, run, new_recorder)
     finally:
-        untouched.restore()
         for each in recorders:
             each.memories.release()
+        untouched.restore()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)

@@ -159,6 +159,7 @@ class Values:
                 continue
             if made < 0:
                 made = self._new(name, parents, tensor, step)
+            self._memories.hold(tensor)  # of an operation with several outputs, each
             self._known[memory] = {layout: made}
 
     def _new(

@@ -92,3 +92,39 @@ def test_what_code_makes_in_memory_that_was_another_tensors_is_made_of_nothing(l
     # The example, the parameters of each layer, and three numbers behind it.
     assert len(made_outside) == 1 + layers * (2 + 3)
     assert not any(value.operation == "view" for value in values)
+
+
+#: Operations of two results, of which code drops one: what it keeps.
+OF_TWO = {
+    "var_mean, without the mean": lambda x: torch.var_mean(x, 1)[0],
+    "var_mean, without the variance": lambda x: torch.var_mean(x, 1)[1],
+    "max, without the places": lambda x: x.max(1).values,
+    "topk, without the places": lambda x: x.topk(1, 1).values[:, 0],
+    "aminmax, without the greatest": lambda x: x.aminmax(dim=1).min,
+}
+
+
+class Gated(nn.Module):
+    """Layers, each scaled by a number of code and by one of two results of an operation."""
+
+    def __init__(self, layers: int, kept) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.kept = kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            scale = self.kept(x)
+            number = torch.tensor([0.5, 0.25])
+            x = layer(x) * number[:, None] + scale[:, None]
+        return x
+
+
+@pytest.mark.parametrize("kept", OF_TWO.values(), ids=OF_TWO)
+def test_memory_of_a_result_that_was_dropped_is_no_other_tensors(kept):
+    layers = 12
+    channels = trace(Gated(layers, kept), torch.randn(2, 8), blocks=True)
+    assert channels._record.values is not None
+    made_outside = [v for v in channels._record.values.values if not v.operation]
+    # The example, the parameters of each layer, and one number for each.
+    assert len(made_outside) == 1 + layers * 3
