@@ -54,14 +54,13 @@ def providers(count: int) -> list[Provider]:
             "extra",
         ),
         Provider(TOUCH, lambda: [*map(Tensor.is_neg, weights), *map(Tensor.is_neg, grads)]),
-        Provider(VIEWS, views, check),
     ]
     if _native is not None and plans_calls:
         plan = _native.plan_parameters(weights, grads, None, 1, None, False)[0]
         plan.set_tables(packed, None, packed[0].nbytes)
         kernel: Callable[[], None] = lambda: _native.filter_moments_cpu(plan, 1)  # noqa: E731
         kernel()  # fills what the views show
-        found.append(Provider(KERNEL, kernel, role="floor"))
+        found += [Provider(KERNEL, kernel, role="floor"), Provider(VIEWS, views, check)]
     return found
 
 

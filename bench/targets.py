@@ -86,15 +86,15 @@ def _in_cache(case: Case) -> Iterator[PerformanceTarget]:
 
 
 def _of_call(case: Case) -> Iterator[PerformanceTarget]:
-    kernel = case.fastest(role="floor")
-    if kernel is None:
+    kernel, limit = case.fastest(role="floor"), CALL.get(case.name[1])
+    if kernel is None or limit is None:
         return
     for label, how in (("ours", "a list of tables"), ("ours, packed", "one packed table")):
         entry = case.get(label)
         if entry is not None:
             what = f"a call on {case.name[1]}, {how}: beside its sums"
             own = 1e6 * (entry.median - kernel.median)
-            yield PerformanceTarget(what, CALL[case.name[1]], own, unit=" µs")
+            yield PerformanceTarget(what, limit, own, unit=" µs")
 
 
 def _peaks(results: Results) -> Iterator[PerformanceTarget]:

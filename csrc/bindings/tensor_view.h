@@ -143,8 +143,8 @@ class Exchange {
     return answer.ptr() != Py_False;
   }
 
-  // The C function of a method without arguments; it may be called of an instance of its class. A
-  // third of the time of a call goes to the way from the method to it otherwise.
+  // The C function of a method without arguments, or null. Call it with an instance of the method's
+  // class alone: the method itself would check that. It takes a third less time than the method.
   static PyCFunction function_of(py::handle method) {
     if (!Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type)) return nullptr;
     const PyMethodDef* def = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;

@@ -38,7 +38,8 @@ constexpr int kRegisters = 16;
 constexpr int kLanes = 16;
 
 // Elements ahead that loops along memory ask for: with AVX-512 the processor's own prefetching
-// leaves a sixth to a quarter of the time of a read to be waited for.
+// leaves a sixth to a quarter of the time of a read to be waited for. What lies behind the end of a
+// tensor may be asked for: a prefetch reads nothing that the program sees, and cannot fail.
 constexpr int64_t kAhead = 512;
 
 // Storage types of the half formats; a kernel only ever sees them widened.
