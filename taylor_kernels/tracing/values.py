@@ -159,7 +159,8 @@ class Values:
                 continue
             if made < 0:
                 made = self._new(name, parents, tensor, step)
-            self._memories.hold(tensor)  # of an operation with several outputs, each
+            else:  # another result of the operation: its memory is known by this value too
+                self._memories.hold(tensor)
             self._known[memory] = {layout: made}
 
     def _new(
