@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +12,10 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.readout import Readout
 from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.removal import Removal
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.tracing.blocks import Place
 from taylor_kernels.tracing.running import outside_inference_mode
-
-
-class Removal(NamedTuple):
-    """What was taken off a model.
-
-    Attributes:
-        cuts: tensor -> dimension -> indices [n].
-        attributes: module -> attribute -> what it became.
-        places: what whole blocks have left of modules.
-    """
-
-    cuts: dict[str, dict[int, Tensor]]
-    attributes: dict[str, dict[str, Any]]
-    places: tuple[Place, ...]
 
 
 class Resumable(Readout):
