@@ -1,4 +1,4 @@
-"""The file of a pruned model: its tensors, and in the metadata what cuts a fresh model to them.
+"""The file of a pruned model: its tensors, and in the metadata what cuts a fresh model to fit.
 
 A safetensors file, so that nothing in it can run code. The metadata has one entry, a JSON object:
 of several entries the order, and so the bytes of the file, would vary.
