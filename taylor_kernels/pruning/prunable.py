@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
 from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
@@ -16,16 +15,8 @@ from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.pruning.trial import Trial
-from taylor_kernels.statistics import (
-    BareLayer,
-    Layers,
-    Statistic,
-    bare_layer,
-    filter_count,
-    is_computed,
-    is_frozen,
-    is_layer,
-)
+from taylor_kernels.pruning.unscored import unscored_layers
+from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
@@ -112,7 +103,7 @@ def find_prunable(
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
         raise ValueError(nothing)
-    unscored = _unscored(layers, channels, plain, statistic)
+    unscored = unscored_layers(layers, channels, plain, statistic)
 
     def choose(channels: Channels) -> tuple[list[Group], dict[str, str]]:
         return choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
@@ -243,70 +234,6 @@ def _following(
 def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
     """The filters of the groups in which no fault was found."""
     return sum(g.size * g.filters_per_unit for n, g in enumerate(groups) if n not in found)
-
-
-def _unscored(
-    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic] | None
-) -> dict[str, str]:
-    """Layers that a criterion cannot score -> why."""
-    if statistic is None:
-        return {name: _BARE for name, layer in layers.items() if isinstance(layer, BareLayer)}
-    reads = statistic.reads
-    hidden = _hidden(layers, channels, model, statistic) if statistic.at_gates else {}
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        computed = is_computed(layer)
-        if computed and reads in ("weight gradients", "closure"):
-            found[name] = "its weight is computed from other parameters and holds no gradient"
-        elif reads == "weight gradients" and is_frozen(layer):
-            found[name] = "its weights are frozen and this criterion reads their gradients"
-        elif statistic.at_gates:
-            if name in hidden:
-                found[name] = hidden[name]
-        elif isinstance(layer, BareLayer):
-            if not statistic.reads_bare:
-                found[name] = _BARE
-        elif name in channels.outside and reads not in ("weights", "weight gradients"):
-            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
-    return found
-
-
-_BARE = (
-    "it is a weight that no layer holds, so this criterion cannot see what it makes; taylor_fo "
-    "reads weights alone"
-)
-_OUTSIDE = (
-    "its weight is used by {!r}, which does not call it, so this criterion cannot see its output; "
-    "taylor_fo reads weights alone"
-)
-
-
-def _hidden(
-    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic]
-) -> dict[str, str]:
-    """Layers whose gates stand nowhere -> why."""
-    sites = find_gate_sites(channels, model, layers, gradients=statistic.gradient_sites)
-    hidden = [name for name in sites.unplaced if name in channels.layers]
-    if not hidden:
-        return {}
-    over_minibatches = find_gate_sites(channels, model, layers, gradients=True).unplaced
-    found = {}
-    for name in hidden:
-        if name not in over_minibatches:
-            found[name] = (
-                "of its gates only the slope over a minibatch can be had, from the gradient of a "
-                "weight, which taylor_fo_bn reads; taylor_fo reads weights alone"
-            )
-        elif name in channels.outside:
-            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
-        elif isinstance(layers[name], BareLayer):
-            found[name] = _BARE
-        else:
-            found[name] = (
-                "no module is given or returns its channels, so that no gate can stand there; "
-                "taylor_fo reads weights alone"
-            )
-    return found
 
 
 def _copied(model: nn.Module) -> nn.Module:
