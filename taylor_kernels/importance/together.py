@@ -15,6 +15,46 @@ from taylor_kernels.importance.totals import Observed, Totals
 from taylor_kernels.statistics import Statistic
 
 
+class Alone:
+    """A meter's minibatches without ranks, under the verbs of `Together`.
+
+    Each counts as soon as it is scored, so that there is never anything to exchange.
+    """
+
+    dropped = 0
+
+    def __init__(self, statistic: Statistic) -> None:
+        self._statistic = statistic
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def noise(self) -> frozenset[str]:
+        """Layers that were rounding noise."""
+        return self._statistic.noise
+
+    def prepare(self) -> float:
+        return 1.0
+
+    def add(self, tables: list[Tensor], weight: float, totals: Totals) -> bool:
+        totals.add(totals.observed(tables, self._statistic.unread), 1)
+        return False
+
+    def absent(self) -> bool:
+        return False
+
+    def drop(self) -> bool:
+        return False
+
+    def clear(self) -> None:
+        pass
+
+    def exchange(self, totals: Totals, device: torch.device) -> Iterator[tuple[Observed, int]]:
+        return iter(())
+
+
 class Together:
     """A meter's minibatches on one of several ranks.
 
