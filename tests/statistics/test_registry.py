@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import taylor_kernels as tk
-from taylor_kernels import criteria, statistics
+from taylor_kernels import statistics
+from taylor_kernels.criteria import registry as criteria
 from taylor_kernels.statistics import registry
 from taylor_kernels.statistics.base import READS
 from taylor_kernels.studies.oracle.scores import score
