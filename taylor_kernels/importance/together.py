@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Alone:
         return 0
 
     @property
-    def noise(self) -> frozenset[str]:
+    def noise(self) -> Collection[str]:
         """Layers that were rounding noise."""
         return self._statistic.noise
 
