@@ -57,6 +57,9 @@ class Importance(Readout):
             if named in `layers`. Gate criteria do not need them.
         layers before the first trained one: no gradient reaches their outputs, so gate criteria and
             `obd_fisher` have no score for them, which is nan, and warn; inside scoring() they do.
+        layers that are never called, since other code multiplies by their weight (as
+            nn.MultiheadAttention does by that of its `out_proj`): without `example_inputs` criteria
+            that look at outputs have no score for them, which is nan, and warn.
         frozen BatchNorm, or one without affine parameters: its gate is read off its output.
         BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
             the scores are those of the network in that mode. In train mode it mixes examples; what
