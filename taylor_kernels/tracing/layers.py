@@ -57,7 +57,7 @@ def find_layers(
     layers.input_dims = _input_dims(record, label, dims, parameters)
     nothing = np.zeros(0, np.int64)
     for product in record.products:
-        bare = bare_weight(record, product, modules)
+        bare = bare_weight(record, product, modules, parameters)
         name = product.module if bare is None else bare.name
         if name in layers.sides:
             pass

@@ -168,7 +168,9 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if not vector and len(other.shape) == 2 and other.name:
+    if one.name and other.name:
+        pass  # a weight that is computed of two parameters, as a low-rank update is
+    elif not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
         layer(call, one, one.dims[1], one.dims[0], macs=macs)
