@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.statistics import (
     BareLayer,
@@ -128,7 +129,12 @@ def find_prunable(
             trial = Trial(plain, example_inputs, channels, train_too)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
-            offer, found = _proven(trial, whole, plain, chosen, (channels, groups, skipped), choose)
+
+            def prove(whole: Channels, offer: Offer) -> Proven:
+                trial.channels = offer[0]
+                return _proven(trial, whole, plain, chosen, offer, choose)
+
+            offer, found = best_choice(prove, whole, (channels, groups, skipped), plain, choose)
             channels, groups, skipped = offer
             for number, reason in found.items():
                 skipped |= {slot.owner: reason for slot in groups[number].producers}
@@ -172,8 +178,6 @@ def find_prunable(
 
 
 Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
-#: Channels, the groups of them that can be pruned, and the layers that cannot -> why.
-Offer = tuple[Channels, list[Group], dict[str, str]]
 
 
 def _proven(
@@ -183,7 +187,7 @@ def _proven(
     blocks: Sequence[Block],
     offer: Offer,
     choose: Choose,
-) -> tuple[Offer, dict[int, str]]:
+) -> Proven:
     """What can be offered, and the groups of it that are not sound, with the reason.
 
     What could not go alone may go with what has the same width by the code's own words.
@@ -199,7 +203,7 @@ def _proven(
         more, skipped = choose(other)
         trial.channels = other.offering(more)
         left = unsound(trial, blocks)
-        if _filters(more, left) > _filters(groups, found):
+        if sound_filters(more, left) > sound_filters(groups, found):
             return (trial.channels, more, skipped), left
     return offer, found
 
@@ -231,18 +235,13 @@ def _following(
         if other is None:
             break
         more, skipped = choose(other)
-        if _filters(more, {}) < _filters(groups, {}):
+        if sound_filters(more, {}) < sound_filters(groups, {}):
             break
         whole, trial.channels = other, other.offering(more)
         if not first_fault(trial, blocks):
             return trial.channels, more, skipped
     trial.channels = before
     return None
-
-
-def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
-    """The filters of the groups in which no fault was found."""
-    return sum(g.size * g.filters_per_unit for n, g in enumerate(groups) if n not in found)
 
 
 def _unscored(
