@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.returned import Read, returned_tensors
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet
 
 
@@ -33,8 +33,10 @@ class Exchanged:
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self._model, self.modules = model, modules
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], read: Read = None
+    ) -> None:
+        self._model, self.modules, self._read = model, modules, read
         self.held = Tensors(model)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
@@ -91,7 +93,7 @@ class Exchanged:
             if self._steady:
                 stack.enter_context(SteadyNoise())
             found = call(self._model, copied(self.inputs))
-            outputs = list(returned_tensors(self._model, self.inputs, found))
+            outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
             if self._steady or _same(before, _random_state()):
                 return outputs
         self._steady = True

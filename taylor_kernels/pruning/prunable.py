@@ -28,6 +28,7 @@ from taylor_kernels.statistics import (
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
@@ -85,6 +86,7 @@ def find_prunable(
     statistic: type[Statistic] | None,
     verify: bool,
     blocks: bool = False,
+    outputs: Read = None,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
@@ -92,6 +94,7 @@ def find_prunable(
         statistic: what the criterion is computed from; None where no layer is scored, and weights
             that no layer holds stay.
         blocks: residual blocks may go too.
+        outputs: as of `tk.trace`.
 
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
@@ -108,7 +111,7 @@ def find_prunable(
         raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
+    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks, outputs=outputs)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
@@ -126,7 +129,7 @@ def find_prunable(
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
             train_too = bool(unreached or channels.unread)
-            trial = Trial(plain, example_inputs, channels, train_too)
+            trial = Trial(plain, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
 

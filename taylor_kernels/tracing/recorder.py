@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
         if record.values is not None:
             record.values.enter(module, name, args)
         given = [value for value in args if isinstance(value, Tensor)]
-        met = [self.labels(tensor) for tensor in given]
+        met = [self._known(tensor) for tensor in given]
         self.frame.leaf = False
         self._outer.append(self.frame)
         self.frame = Frame(module, name, given if len(given) == len(args) else [], first, met)
@@ -122,11 +122,16 @@ class Recorder(TorchDispatchMode):
 
     # Labels
 
-    def labels(self, tensor: Tensor) -> Labels:
+    def _known(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor of which no value is read, as yet."""
         found = self.store.get(tensor)
         if found is None or len(found.shape) != tensor.dim():
             found = Labels.fixed(tensor.shape)
             self.store.set(tensor, found)
+        return found
+
+    def labels(self, tensor: Tensor) -> Labels:
+        found = self._known(tensor)
         if found.kept_if_read:
             for vector, reason in found.kept_if_read:
                 self.record.fix(vector, reason)

@@ -109,7 +109,11 @@ def _follow(
             continue  # behind the last: there is none there without some of them either
         if not places:
             text = "is taken by its number" if size > 1 else "is a single channel that is broadcast"
-            call.refuse(vector, text)
+            if call.name == "select":
+                # Code may take any one channel to see how large all are.
+                new.kept_if_read += ((vector, call.reason(text)),)
+            else:
+                call.refuse(vector, text)
             continue
         if len(places) > 1:
             shape, stride = result.shape, result.stride()
