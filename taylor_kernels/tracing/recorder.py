@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):
         self._outer: list[Frame] = []  # those around it
         self.returned: dict[str, Any] = {}  # by routers
         self.touched = touched
+        self.composite = ""  # the operation that PyTorch makes of others just now
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
 
@@ -211,8 +212,12 @@ class Recorder(TorchDispatchMode):
             )
         known = operation(func)
         if known.composite and known.name not in RULES:
-            with self:
-                out = func.decompose(*args, **kwargs)
+            around, self.composite = self.composite, self.composite or known.name
+            try:
+                with self:
+                    out = func.decompose(*args, **kwargs)
+            finally:
+                self.composite = around
             if out is not NotImplemented:
                 return out
         call = Call(self, func, known, args, kwargs)
