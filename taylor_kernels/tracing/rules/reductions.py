@@ -273,17 +273,21 @@ def recurrent(call: Call) -> list[Labels | None]:
             gates = labels.dims[0]
             for row in gates.reshape(-1, width) if gates is not None else []:
                 call.join(hidden, row)
+    zero = True
     for state in states if isinstance(states, (list, tuple)) else [states]:
         labels = call.of(state)
+        zero &= labels.is_zero(-1)
         if not labels.is_uniform:
             call.join(hidden, labels.dims[-1])
-            call.mix(labels.dims[-1])
+            for vector in labels.dims[:-1]:
+                call.mix(vector)  # the layers that they are for, and the batch
     outs = call.outs
     result: list[Labels | None] = []
     for number, out in enumerate(outs):
         new = Labels.fixed(out.shape)
         if hidden is not None:
             new.dims[-1] = np.tile(hidden, both) if number == 0 else hidden
-            new.zero[-1] = True
+            # A unit without weights keeps a part of what its state was.
+            new.zero[-1] = zero
         result.append(new)
     return result
