@@ -138,6 +138,9 @@ GO = {
     "no_grad": (lambda s, x: torch.no_grad()(torch.relu)(x), 8),
     "unfold": (lambda s, x: F.unfold(x[:, :, None, None].expand(-1, -1, 2, 2), 2).flatten(1), 8),
     "max": (lambda s, x: x - x.max(1, keepdim=True)[0], 8),
+    "pooled_rows": (lambda s, x: F.avg_pool2d(x[None], (2, 1), (1, 1))[0], 8),
+    "greatest_rows": (lambda s, x: F.max_pool2d(x[None], (3, 1), 1, (1, 0))[0], 8),
+    "empty_slice": (lambda s, x: torch.cat([x.relu(), x[:, x.size(1) :]], 1), 8),
     "inference_mode": (lambda s, x: torch.inference_mode()(torch.relu)(x).clone(), 8),
 }
 EXTRA = {
@@ -168,6 +171,8 @@ STAY = {
     "roll": (lambda s, x: x.roll(1, 1), "roll"),
     "softmax": (lambda s, x: x.softmax(1), "softmax"),
     "fft": (lambda s, x: torch.fft.fft(x, dim=1).real, "fft"),
+    "pool": (lambda s, x: F.avg_pool2d(x[None], (1, 2), (1, 1))[0], "avg_pool2d"),
+    "padded_pool": (lambda s, x: F.max_pool1d(x[None], 3, 1, 1)[0], "max_pool1d"),
     "sort": (lambda s, x: x.sort(1)[0], "sort"),
     "cummax": (lambda s, x: x.cummax(1)[0], "cummax"),
     "mean": (lambda s, x: s.inner(x) - x.mean(1, keepdim=True), "mean"),

@@ -191,16 +191,32 @@ def batch_norm(call: Call) -> list[Labels | None]:
 def _spatial(call: Call, old: Labels, trailing: int) -> list[Labels | None]:
     """Space is mixed, batch and channels go along."""
     lead = len(old.shape) - trailing
-    for vector in old.dims[lead:]:
-        call.mix(vector)
+    kept = [dim for dim in range(len(old.shape)) if dim < lead or _is_alone(call, dim - lead)]
+    for dim in range(lead, len(old.shape)):
+        if dim not in kept:
+            call.mix(old.dims[dim])
     result: list[Labels | None] = []
     for out in call.outs:
         new = Labels.fixed(out.shape)
         if out.dim() == len(old.shape):
-            new.dims[:lead] = old.dims[:lead]
-            new.zero[:lead] = [old.is_zero(dim) for dim in range(lead)]
+            for dim in kept:
+                new.dims[dim], new.zero[dim] = old.dims[dim], old.is_zero(dim)
         result.append(new)
     return result
+
+
+def _is_alone(call: Call, dim: int) -> bool:
+    """Whether a pooling leaves the places along a dimension of space where they are, as it does
+    where its window is one place wide there."""
+    if not call.name.removeprefix("mkldnn_").startswith(("max_pool", "avg_pool")):
+        return False
+    kernel = call.args["kernel_size"]
+    given = (kernel, call.args.get("stride") or kernel, call.args.get("padding", 0))
+    width, step, pad = (
+        value[dim if len(value) > 1 else 0] if isinstance(value, (list, tuple)) else value
+        for value in given
+    )
+    return bool(width == 1 and step == 1 and pad == 0)
 
 
 _POOLS = [
