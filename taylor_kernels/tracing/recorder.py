@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
-from taylor_kernels.tracing.calls import MAKERS, MOVES, OTHER, REPEATS, RULES, Call
+from taylor_kernels.tracing.calls import MAKERS, MOVES, OTHER, PASSES, REPEATS, RULES, Call
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):
         if record.values is not None:
             record.values.enter(module, name, args)
         given = [value for value in args if isinstance(value, Tensor)]
-        met = [self._known(tensor) for tensor in given]
+        met = [self.known(tensor) for tensor in given]
         self.frame.leaf = False
         self._outer.append(self.frame)
         self.frame = Frame(module, name, given if len(given) == len(args) else [], first, met)
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
 
     # Labels
 
-    def _known(self, tensor: Tensor) -> Labels:
+    def known(self, tensor: Tensor) -> Labels:
         """The labels of a tensor of which no value is read, as yet."""
         found = self.store.get(tensor)
         if found is None or len(found.shape) != tensor.dim():
@@ -132,7 +132,7 @@ class Recorder(TorchDispatchMode):
         return found
 
     def labels(self, tensor: Tensor) -> Labels:
-        found = self._known(tensor)
+        found = self.known(tensor)
         if found.kept_if_read:
             for vector, reason in found.kept_if_read:
                 self.record.fix(vector, reason)
@@ -245,6 +245,10 @@ class Recorder(TorchDispatchMode):
             self._apply(call, written)
         else:
             self.flow.forget(call)
+        if name in PASSES:
+            for labels in call.labels.values():
+                for out in call.outs if labels.kept_if_read else ():
+                    self.known(out).kept_if_read = labels.kept_if_read
         if name not in MOVES:
             for labels in call.labels.values():
                 for vector in labels.dims:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Reason, Size, Vector
 from taylor_kernels.tracing.steps import Norm
 
@@ -42,15 +41,16 @@ def reduction(call: Call) -> Any:
     old = call.of(source)
     along = set(dimensions(call.arg("dim", "axis"), len(old.shape)))
     keep = bool(call.args.get("keepdim"))
-    # The mean of all heads' attention, which is returned by default and mostly thrown away.
-    aside = call.name == "mean" and isinstance(call.running, PrunedMultiheadAttention)
+    # As the mean of all heads' attention, which is returned by default and mostly thrown away.
+    aside = call.name == "mean" and not call.operation.written
     mixed: list[tuple[Vector, Reason]] = []
     for dim in along:
         vector = old.dims[dim] if old.dims else None
         harmless = call.name in ("sum", "nansum", "any", "count_nonzero")
         harmless |= call.name in ("norm", "linalg_vector_norm")
-        if aside and vector is not None:
-            mixed.append((vector, call.reason(MIXED, mixer=True)))
+        if aside:
+            if vector is not None:
+                mixed.append((vector, call.reason(MIXED, mixer=True)))
         elif not (harmless and old.is_zero(dim)):
             call.mix(vector)
     result: list[Labels | None] = []
