@@ -30,6 +30,7 @@ class Exchanged:
         inputs: what it is run on.
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
+        alone: in some run so far a softmax or the like was given single numbers, which it hides.
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
@@ -38,7 +39,7 @@ class Exchanged:
         self.held = Tensors(model)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
-        self.exact, self.below = True, False
+        self.exact, self.below, self.alone = True, False, False
         self._steady = False
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
@@ -91,6 +92,7 @@ class Exchanged:
             if self._steady:
                 stack.enter_context(SteadyNoise())
             found = call(self._model, copied(self.inputs))
+            self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found))
             if self._steady or _same(before, _random_state()):
                 return outputs
