@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from taylor_kernels.tracing.attributes import holding
-from taylor_kernels.tracing.record import Join, Record, Size, Vector
+from taylor_kernels.tracing.record import Echo, Join, Record, Size, Vector
 from taylor_kernels.tracing.resolve import ambiguous
 
 #: Names of attributes that say how wide an input is; others have its size by chance.
@@ -43,15 +43,19 @@ def with_written_sizes(
     """
     joins: list[Join] = []
     doubt = 0
-    for echo in sorted(record.echoes, key=lambda echo: echo.doubt):
-        if at is not None and (echo.where[0] not in at or (joins and echo.doubt > doubt)):
+    counting = {(s.module, label[s.atoms].tobytes()) for s in record.sizes if not s.weak}
+    for least, echo in sorted(
+        ((_doubt(echo, label, counting), echo) for echo in record.echoes),
+        key=lambda pair: pair[0],
+    ):
+        if at is not None and (echo.where[0] not in at or (joins and least > doubt)):
             continue
         mine = label[echo.vector]
         others = (o for o in echo.others if not np.array_equal(label[o], mine))
         other = next(others, None)
         if other is not None and (asked[mine].any() or asked[label[other]].any()):
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
-            doubt = echo.doubt
+            doubt = least
     shared = ambiguous(record.sizes)
     shared = {
         (size.module, size.attribute)
@@ -68,6 +72,12 @@ def with_written_sizes(
         for size in record.sizes
     ]
     return replace(record, joins=[*record.joins, *joins], sizes=sizes + compared)
+
+
+def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -> int:
+    """`Echo.doubt`, once it is known what the attributes of each module count."""
+    counts = (echo.where[0], label[echo.vector].tobytes()) in counting
+    return 2 if echo.doubt and counts else echo.doubt
 
 
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
