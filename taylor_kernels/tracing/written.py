@@ -81,15 +81,21 @@ def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -
 
 
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
-    """Attributes of these modules that hold the width that a layer of theirs reads."""
+    """Attributes of these modules that hold the width that a layer of theirs reads, or the first
+    layer in a module of theirs."""
     known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
     found: dict[tuple[str, str], Size] = {}
+    begun: set[str] = set()
     for product in record.products:
-        module = product.module.rpartition(".")[0]
-        if module not in at or product.inputs.size < 2:
-            continue
-        for attribute in holding(modules[module], product.inputs.size):
-            if (module, attribute) not in known and _INPUTS.search(attribute):
-                size = Size(module, attribute, product.inputs, False)
-                found.setdefault((module, attribute), size)
+        path = product.module.split(".")
+        around = [".".join(path[:end]) for end in range(len(path) - 1, 0, -1)] or [""]
+        for place, module in enumerate(around):
+            own = not place or module not in begun
+            begun.add(module)
+            if module not in at or not own or product.inputs.size < 2:
+                continue
+            for attribute in holding(modules[module], product.inputs.size):
+                if (module, attribute) not in known and _INPUTS.search(attribute):
+                    size = Size(module, attribute, product.inputs, False)
+                    found.setdefault((module, attribute), size)
     return list(found.values())
