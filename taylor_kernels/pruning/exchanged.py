@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import returned_tensors
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet
@@ -41,6 +42,7 @@ class Exchanged:
         self.inputs: Any = None
         self.exact, self.below, self.alone = True, False, False
         self._steady = False
+        self._keeping = keeping(modules.values())
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -91,6 +93,7 @@ class Exchanged:
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
+            renew(self._keeping)
             found = call(self._model, copied(self.inputs))
             self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
@@ -27,6 +27,7 @@ from taylor_kernels.statistics import (
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.caches import held_tensors
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
@@ -313,12 +314,7 @@ def _hidden(
 
 def _copied(model: nn.Module) -> nn.Module:
     # What the old weight_norm computes has a graph, which cannot be copied; it is made anew anyway.
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
     detached = {id(value): value.detach().clone() for value in computed}
     try:
         return copied(model, detached).eval()
