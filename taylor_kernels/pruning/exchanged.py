@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import Read, returned_tensors
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet
@@ -30,6 +31,7 @@ class Exchanged:
         inputs: what it is run on.
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
+        alone: in some run so far a softmax or the like was given single numbers, which it hides.
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
@@ -40,8 +42,9 @@ class Exchanged:
         self.held = Tensors(model)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
-        self.exact, self.below = True, False
+        self.exact, self.below, self.alone = True, False, False
         self._steady = False
+        self._keeping = keeping(modules.values())
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -92,7 +95,9 @@ class Exchanged:
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
+            renew(self._keeping)
             found = call(self._model, copied(self.inputs))
+            self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
             if self._steady or _same(before, _random_state()):
                 return outputs

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
@@ -28,6 +28,7 @@ from taylor_kernels.statistics import (
     is_layer,
 )
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.caches import held_tensors
 from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
@@ -195,11 +196,12 @@ def _proven(
 
     What could not go alone may go with what has the same width by the code's own words.
     """
-    _, groups, _ = offer
     if not first_fault(trial, blocks):
         return offer, {}
-    if (followed := _following(trial, whole, model, blocks, groups, choose)) is not None:
-        return followed, {}
+    offer, whole, sound = _following(trial, whole, model, blocks, offer, choose)
+    if sound:
+        return offer, {}
+    trial.channels, groups, _ = offer
     found = unsound(trial, blocks)
     wrong = {slot.owner for number in found for slot in groups[number].producers}
     if wrong and (other := whole.coupled(model, wrong)) is not None:
@@ -216,35 +218,36 @@ def _following(
     whole: Channels,
     model: nn.Module,
     blocks: Sequence[Block],
-    groups: Sequence[Group],
+    offer: Offer,
     choose: Choose,
-) -> Offer | None:
+) -> tuple[Offer, Channels, bool]:
     """What can be offered where sizes that code has from other tensors follow these.
 
-    None where not all groups are sound then, or filters that could go no longer can.
-
     The module in which the trial has failed says whose code does so: its class's. So culprits need
-    not be looked for among all groups, and what else happens to be as wide stays apart.
+    not be looked for among all groups, and what else happens to be as wide stays apart. Sizes stay
+    as they are where filters that could go no longer can.
 
     Args:
-        trial: has found a fault in these groups.
+        trial: has found a fault in the groups of this offer.
         whole: the channels that the groups are of.
+
+    Returns:
+        The offer, the channels that its groups are of, and whether all of its groups are sound.
     """
-    before = trial.channels
     while trial.place is not None:
         kind = type(model.get_submodule(trial.place))
         at = {name for name, module in model.named_modules() if type(module) is kind}
         other = whole.coupled(model, whole.layers, at=at)
         if other is None:
             break
-        more, skipped = choose(other)
-        if sound_filters(more, {}) < sound_filters(groups, {}):
+        groups, skipped = choose(other)
+        if sound_filters(groups, {}) < sound_filters(offer[1], {}):
             break
-        whole, trial.channels = other, other.offering(more)
+        whole, trial.channels = other, other.offering(groups)
+        offer = trial.channels, groups, skipped
         if not first_fault(trial, blocks):
-            return trial.channels, more, skipped
-    trial.channels = before
-    return None
+            return offer, whole, True
+    return offer, whole, False
 
 
 def _unscored(
@@ -313,12 +316,7 @@ def _hidden(
 
 def _copied(model: nn.Module) -> nn.Module:
     # What the old weight_norm computes has a graph, which cannot be copied; it is made anew anyway.
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
     detached = {id(value): value.detach().clone() for value in computed}
     try:
         return copied(model, detached).eval()

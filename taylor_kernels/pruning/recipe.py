@@ -18,6 +18,7 @@ from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, set_attributes, smaller
 from taylor_kernels.pruning.state import first_line
 from taylor_kernels.tracing.blocks import Place, replace_modules
+from taylor_kernels.tracing.caches import renew
 
 #: The one entry of the file's metadata: of several the order, and so the bytes, would vary.
 _KEY, _VERSION = "taylor_kernels.pruned", "1"
@@ -129,6 +130,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     _check_model(model, Tensors(model), file)
     cut_model(model, file.cuts, file.attributes, file.places)
     model.load_state_dict(file.state)
+    renew(model.modules())
     return model
 
 

@@ -116,11 +116,12 @@ class Trial:
         """Run the model on inputs, which are those of all runs from now on.
 
         Args:
-            all_layers: only say whether it runs, and calls the layers that the trace has seen. It
-                is run as the first trial begins, with units of all groups masked, and as it is
-                where that does not say so.
+            all_layers: only say whether it runs, calls the layers that the trace has seen, and
+                hides nothing from a softmax. It is run as the first trial begins, with units of
+                all groups masked, and as it is where that does not say so.
         """
         self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
+        self._run.alone = False
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
@@ -146,7 +147,7 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
-        return called >= known
+        return called >= known and not self._run.alone
 
     def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.

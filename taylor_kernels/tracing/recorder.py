@@ -92,6 +92,7 @@ class Recorder(TorchDispatchMode):
         given = [value for value in args if isinstance(value, Tensor)]
         met = [self.known(tensor) for tensor in given]
         self.frame.leaf = False
+        self.frame.met += met  # what code hands on it has at hand, however it was given it
         self._outer.append(self.frame)
         self.frame = Frame(module, name, given if len(given) == len(args) else [], first, met)
         record.ran.add(name)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
+from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
 from taylor_kernels.tracing.leaks import leaks_seen
@@ -142,10 +144,13 @@ def _traced(
             prunable_attention(names),
             one_expert_at_a_time(names),
         ):
-            if any(module.training for module in names):
-                model.eval()  # which takes its time, as every module sets an attribute
             for name, tensor in tensors:
                 recorder.add(name, tensor)
+            kept = keeping(names)
+            with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
+                if any(module.training for module in names):
+                    model.eval()  # which takes its time, as every module sets an attribute
+                renew(kept)
             _keep_whole(recorder, names)
             try:
                 outputs = run(recorder)

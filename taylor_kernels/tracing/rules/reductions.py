@@ -222,10 +222,9 @@ def _is_alone(call: Call, dim: int) -> bool:
 _POOLS = [
     name
     for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool",
-                 "fractional_max_pool", "reflection_pad", "replication_pad", "max_unpool",
-                 "upsample_nearest", "_upsample_nearest_exact", "grid_sampler_", "circular_pad",
-                 "mkldnn_max_pool", "upsample_linear", "_adaptive_avg_pool",
-                 "mkldnn_adaptive_avg_pool")
+                 "fractional_max_pool", "reflection_pad", "replication_pad", "upsample_nearest",
+                 "_upsample_nearest_exact", "grid_sampler_", "circular_pad", "mkldnn_max_pool",
+                 "upsample_linear", "_adaptive_avg_pool", "mkldnn_adaptive_avg_pool")
     for dims in "123"
     for name in (f"{kind}{dims}d", f"{kind}{dims}d_with_indices", f"{kind}{dims}d_vec")
 ]  # fmt: skip
@@ -245,6 +244,20 @@ def pooling(call: Call) -> list[Labels | None]:
             for vector in call.of(tensor).vectors():
                 call.refuse(vector, "says where to sample")
     return _spatial(call, call.of(source), trailing)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(call: Call) -> list[Labels | None]:
+    """Values go to the places that a pooling took others from, each channel within its own plane:
+    its indices lose the channels that the values lose."""
+    trailing = int(next(c for c in call.name if c in "123"))
+    old, indices = call.of(call.args["self"]), call.of(call.args["indices"])
+    lead = len(old.shape) - trailing
+    for one, other in zip(old.dims[:lead], indices.dims[:lead], strict=True):
+        call.join(one, other)
+    for vector in indices.dims[lead:]:
+        call.mix(vector)
+    return _spatial(call, old, trailing)
 
 
 @rule("_weight_norm_interface", "_weight_norm")

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.attributes import counting, tie
+from taylor_kernels.tracing.attributes import counting, tie, tie_shape
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
@@ -40,7 +40,10 @@ def reshape(call: Call) -> Labels:
     elif call.name == "unflatten" and sizes is not None:
         dim = call.args["dim"] % len(old.shape)
         inferred = tuple(dim + i for i, size in enumerate(sizes) if size == -1)
-    return reshaped(call, old, call.out.shape, inferred)
+    new = reshaped(call, old, call.out.shape, inferred)
+    if old.labelled:
+        tie_shape(call, new.shape, new.dims)
+    return new
 
 
 def reshaped(
