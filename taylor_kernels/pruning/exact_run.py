@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from taylor_kernels.pruning.alone import HIDING, is_alone
 from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, widened, wider
 from taylor_kernels.tracing.running import tensors_in, tensors_of_modules
 
@@ -104,12 +105,19 @@ class SmallPools(TorchFunctionMode):
     """Windows that averages are taken over are no larger than an image that was cut down.
 
     Padded ones fit as they are.
+
+    Attributes:
+        alone: a softmax or the like has been given single numbers, which it hides.
     """
+
+    alone = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        if func in _POOLS and len(args) > 1:
+        if func in HIDING:
+            self.alone |= is_alone(func, args, kwargs or {})
+        elif func in _POOLS and len(args) > 1:
             image, kernel, *rest = args
             if rest[1] if len(rest) > 1 else (kwargs or {}).get("padding", 0):
                 return func(*args, **(kwargs or {}))
@@ -168,7 +176,7 @@ class InDouble(SmallPools):
 _GROUPED = {F.conv1d, F.conv2d, F.conv3d}
 _MOST = 2**24
 #: Functions that are not run as they are.
-_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS, torch.result_type}
+_SPECIAL = {*_CASTS, *_GROUPED, *_POOLS, *HIDING, torch.result_type}
 
 
 def _grouped(

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.returned import Read, returned_tensors
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet
 
 
@@ -30,16 +31,20 @@ class Exchanged:
         inputs: what it is run on.
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
+        alone: in some run so far a softmax or the like was given single numbers, which it hides.
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self._model, self.modules = model, modules
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], read: Read = None
+    ) -> None:
+        self._model, self.modules, self._read = model, modules, read
         self.held = Tensors(model)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
-        self.exact, self.below = True, False
+        self.exact, self.below, self.alone = True, False, False
         self._steady = False
+        self._keeping = keeping(modules.values())
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -90,8 +95,10 @@ class Exchanged:
             before = _random_state()
             if self._steady:
                 stack.enter_context(SteadyNoise())
+            renew(self._keeping)
             found = call(self._model, copied(self.inputs))
-            outputs = list(returned_tensors(self._model, self.inputs, found))
+            self.alone |= mode.alone
+            outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
             if self._steady or _same(before, _random_state()):
                 return outputs
         self._steady = True

@@ -20,6 +20,7 @@ from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.caches import renew
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -80,6 +81,7 @@ class Network(Inventory):
             self.channels = self.channels.leaving([self.blocks[number] for number in blocks])
         self._masks.set(self.channels, self.dead)
         self._set_block_masks()
+        renew(self.model.modules())
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def zero_gradients(self) -> None:
@@ -126,6 +128,7 @@ class Network(Inventory):
             self.channels = channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
+            renew(self.model.modules())
         return dead
 
     def _found_shapes(self) -> dict[str, torch.Size | None]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
@@ -14,10 +14,13 @@ from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.caches import held_tensors
+from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
@@ -75,6 +78,7 @@ def find_prunable(
     statistic: type[Statistic] | None,
     verify: bool,
     blocks: bool = False,
+    outputs: Read = None,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
@@ -82,6 +86,7 @@ def find_prunable(
         statistic: what the criterion is computed from; None where no layer is scored, and weights
             that no layer holds stay.
         blocks: residual blocks may go too.
+        outputs: as of `tk.trace`.
 
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
@@ -98,7 +103,7 @@ def find_prunable(
         raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
+    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks, outputs=outputs)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
@@ -116,10 +121,15 @@ def find_prunable(
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
             train_too = bool(unreached or channels.unread)
-            trial = Trial(plain, example_inputs, channels, train_too)
+            trial = Trial(plain, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
-            offer, found = _proven(trial, whole, plain, chosen, (channels, groups, skipped), choose)
+
+            def prove(whole: Channels, offer: Offer) -> Proven:
+                trial.channels = offer[0]
+                return _proven(trial, whole, plain, chosen, offer, choose)
+
+            offer, found = best_choice(prove, whole, (channels, groups, skipped), plain, choose)
             channels, groups, skipped = offer
             for number, reason in found.items():
                 skipped |= {slot.owner: reason for slot in groups[number].producers}
@@ -163,8 +173,6 @@ def find_prunable(
 
 
 Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
-#: Channels, the groups of them that can be pruned, and the layers that cannot -> why.
-Offer = tuple[Channels, list[Group], dict[str, str]]
 
 
 def _proven(
@@ -174,23 +182,24 @@ def _proven(
     blocks: Sequence[Block],
     offer: Offer,
     choose: Choose,
-) -> tuple[Offer, dict[int, str]]:
+) -> Proven:
     """What can be offered, and the groups of it that are not sound, with the reason.
 
     What could not go alone may go with what has the same width by the code's own words.
     """
-    _, groups, _ = offer
     if not first_fault(trial, blocks):
         return offer, {}
-    if (followed := _following(trial, whole, model, blocks, groups, choose)) is not None:
-        return followed, {}
+    offer, whole, sound = _following(trial, whole, model, blocks, offer, choose)
+    if sound:
+        return offer, {}
+    trial.channels, groups, _ = offer
     found = unsound(trial, blocks)
     wrong = {slot.owner for number in found for slot in groups[number].producers}
     if wrong and (other := whole.coupled(model, wrong)) is not None:
         more, skipped = choose(other)
         trial.channels = other.offering(more)
         left = unsound(trial, blocks)
-        if _filters(more, left) > _filters(groups, found):
+        if sound_filters(more, left) > sound_filters(groups, found):
             return (trial.channels, more, skipped), left
     return offer, found
 
@@ -200,50 +209,41 @@ def _following(
     whole: Channels,
     model: nn.Module,
     blocks: Sequence[Block],
-    groups: Sequence[Group],
+    offer: Offer,
     choose: Choose,
-) -> Offer | None:
+) -> tuple[Offer, Channels, bool]:
     """What can be offered where sizes that code has from other tensors follow these.
 
-    None where not all groups are sound then, or filters that could go no longer can.
-
     The module in which the trial has failed says whose code does so: its class's. So culprits need
-    not be looked for among all groups, and what else happens to be as wide stays apart.
+    not be looked for among all groups, and what else happens to be as wide stays apart. Sizes stay
+    as they are where filters that could go no longer can.
 
     Args:
-        trial: has found a fault in these groups.
+        trial: has found a fault in the groups of this offer.
         whole: the channels that the groups are of.
+
+    Returns:
+        The offer, the channels that its groups are of, and whether all of its groups are sound.
     """
-    before = trial.channels
     while trial.place is not None:
         kind = type(model.get_submodule(trial.place))
         at = {name for name, module in model.named_modules() if type(module) is kind}
         other = whole.coupled(model, whole.layers, at=at)
         if other is None:
             break
-        more, skipped = choose(other)
-        if _filters(more, {}) < _filters(groups, {}):
+        groups, skipped = choose(other)
+        if sound_filters(groups, {}) < sound_filters(offer[1], {}):
             break
-        whole, trial.channels = other, other.offering(more)
+        whole, trial.channels = other, other.offering(groups)
+        offer = trial.channels, groups, skipped
         if not first_fault(trial, blocks):
-            return trial.channels, more, skipped
-    trial.channels = before
-    return None
-
-
-def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
-    """The filters of the groups in which no fault was found."""
-    return sum(g.size * g.filters_per_unit for n, g in enumerate(groups) if n not in found)
+            return offer, whole, True
+    return offer, whole, False
 
 
 def _copied(model: nn.Module) -> nn.Module:
     # What the old weight_norm computes has a graph, which cannot be copied; it is made anew anyway.
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
+    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
     detached = {id(value): value.detach().clone() for value in computed}
     try:
         return copied(model, detached).eval()

@@ -67,6 +67,9 @@ class Pruner(Resumable):
             that it is added to stays. A block is ranked like a bundle of all its filters, by its
             score over their number: of taylor_fo_bn and taylor_fo_gate that of a gate on what the
             branch adds, Σ y·dy; of other criteria the sum over its filters.
+        outputs: names of fields, or places, of what the model returns that others read, as
+            ("logits",); whatever else it returns, such as `encoder_last_hidden_state`, may change
+            its width. None: all of it keeps its width, but for state that the model takes back.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -114,6 +117,7 @@ class Pruner(Resumable):
         backend: str | None = None,
         verify: bool = True,
         blocks: bool = False,
+        outputs: Sequence[str | int] | None = None,
         importance: str | Criterion | None = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
@@ -149,6 +153,7 @@ class Pruner(Resumable):
                 statistic=get_statistic(self.criterion.statistic),
                 verify=verify,
                 blocks=blocks,
+                outputs=outputs,
             )
             self._prunable = prunable
             self._budget = Budget(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taylor_kernels.pruning.pruned_file import PrunedFile
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, cut_model
+from taylor_kernels.tracing.caches import renew
 
 
 def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
@@ -98,6 +99,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     _check_model(path, file, model)
     cut_model(model, file.removal)
     model.load_state_dict(file.state)
+    renew(model.modules())
     return model
 
 

@@ -25,6 +25,7 @@ from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
 from taylor_kernels.pruning.same_outputs import difference
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
+from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import tensors_of_modules
 
 
@@ -49,6 +50,7 @@ class Trial:
         model: a copy in eval mode; its values are changed.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
             alone), so it must also run in train mode without the units.
+        outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
         channels: whose groups are tried; a caller may put others of the model in their place.
@@ -56,7 +58,12 @@ class Trial:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, channels: Channels, train_too: bool
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        channels: Channels,
+        train_too: bool,
+        outputs: Read = None,
     ) -> None:
         self._model, self.channels = model, channels
         self.place: str | None = None
@@ -68,7 +75,7 @@ class Trial:
         for parameter in tensors_of_modules(self._modules)[0].values():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
-        self._run = Exchanged(model, self._modules)
+        self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
         if not self._runs_in_double(example_inputs):
             back()
@@ -109,11 +116,12 @@ class Trial:
         """Run the model on inputs, which are those of all runs from now on.
 
         Args:
-            all_layers: only say whether it runs, and calls the layers that the trace has seen. It
-                is run as the first trial begins, with units of all groups masked, and as it is
-                where that does not say so.
+            all_layers: only say whether it runs, calls the layers that the trace has seen, and
+                hides nothing from a softmax. It is run as the first trial begins, with units of
+                all groups masked, and as it is where that does not say so.
         """
         self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
+        self._run.alone = False
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
@@ -139,7 +147,7 @@ class Trial:
         finally:
             for handle in handles:
                 handle.remove()
-        return called >= known
+        return called >= known and not self._run.alone
 
     def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.

@@ -61,6 +61,9 @@ _NO_COUNT = re.compile(
 #: Of two attributes with one value, this one is the width of a part and not how many there are.
 _WIDTH = re.compile(r"dim|size|width|channels|planes|features|hidden")
 
+#: So many numbers in a row that a list and a shape share are no chance.
+_PLAIN = 3
+
 
 def register_attributes(module_class: type[nn.Module] | str, **counted: Counted) -> None:
     """Say which attributes of a module class count channels.
@@ -191,6 +194,24 @@ def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> b
             size = Size(call.recorder.module, f"{attribute}[{place}]", part, False)
             call.record.sizes.append(size)
     return bool(names)
+
+
+def tie_shape(call: Call, shape: Sequence[int], dims: Sequence[Vector | None]) -> None:
+    """Find the list of the running module that holds several sizes of a new shape in their order,
+    as in view(n, *self.shape): beside it an attribute may hold one of them too."""
+    module = call.running
+    for attribute, values in [] if module is None else _lists(module):
+        starts = [
+            start
+            for start in range(len(shape) - len(values) + 1)
+            if list(shape[start : start + len(values)]) == list(values)
+        ]
+        if len(values) < _PLAIN or len(starts) != 1:
+            continue
+        for place, vector in enumerate(dims[starts[0] : starts[0] + len(values)]):
+            if vector is not None and vector.any():
+                name = f"{attribute}[{place}]"
+                call.record.sizes.append(Size(call.recorder.module, name, vector.copy(), False))
 
 
 def _lists(module: nn.Module) -> list[tuple[str, Sequence[int]]]:

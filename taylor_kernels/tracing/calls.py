@@ -47,12 +47,13 @@ class Call:
 
     def _collect(self, values: Iterable) -> None:
         known = self.labels
+        look = self.recorder.known if self.name in PASSES else self.recorder.labels
         for value in values:
             if isinstance(value, Tensor):
                 key = id(value)
                 if key not in known:
                     self.tensors.append(value)
-                    known[key] = self.recorder.labels(value)
+                    known[key] = look(value)
             elif isinstance(value, (list, tuple)):
                 self._collect(value)
 
@@ -125,6 +126,9 @@ MOVES = {
     "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unsqueeze", "squeeze",
     "contiguous", "clone", "alias", "detach",
 }  # fmt: skip
+#: Of those, and of those that repeat, the ones whose results say what is to be said of their
+#: operand once anything else is made of them.
+PASSES = {"unsqueeze", "expand", "detach", "alias", "transpose", "permute"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

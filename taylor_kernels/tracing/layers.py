@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.bare import bare_weight
 from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.steps import Product
 
 
 @dataclass
@@ -57,9 +58,9 @@ def find_layers(
     layers.input_dims = _input_dims(record, label, dims, parameters)
     nothing = np.zeros(0, np.int64)
     for product in record.products:
-        bare = bare_weight(record, product, modules)
+        bare = bare_weight(record, product, modules, parameters)
         name = product.module if bare is None else bare.name
-        if name in layers.sides:
+        if name in layers.sides or not _fits(product, modules.get(name)):
             pass
         elif bare is None:
             layers.sides[name] = label[product.inputs], label[product.outputs]
@@ -81,6 +82,18 @@ def find_layers(
         if name in record.ran and isinstance(module, (nn.Linear, _ConvNd)):
             layers.sides.setdefault(name, (nothing, nothing))
     return layers
+
+
+def _fits(product: Product, module: nn.Module | None) -> bool:
+    """Whether a product that belongs to a layer is by its weight, and not by a part of an update of
+    low rank (LoRA) that the layer adds to that."""
+    if not isinstance(module, (nn.Linear, _ConvNd)):
+        return True
+    own = product.weight.removeprefix(f"{product.module}.").removeprefix("parametrizations.")
+    sizes = product.inputs.size, product.outputs.size
+    if isinstance(module, nn.Linear):
+        return own.startswith("weight") or sizes == (module.in_features, module.out_features)
+    return own.startswith("weight") or sizes == (module.in_channels, module.out_channels)
 
 
 def _input_dims(

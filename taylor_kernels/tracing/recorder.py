@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
-from taylor_kernels.tracing.calls import MAKERS, MOVES, OTHER, REPEATS, RULES, Call
+from taylor_kernels.tracing.calls import MAKERS, MOVES, OTHER, PASSES, REPEATS, RULES, Call
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
@@ -78,6 +78,7 @@ class Recorder(TorchDispatchMode):
         self._outer: list[Frame] = []  # those around it
         self.returned: dict[str, Any] = {}  # by routers
         self.touched = touched
+        self.composite = ""  # the operation that PyTorch makes of others just now
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
 
@@ -89,8 +90,9 @@ class Recorder(TorchDispatchMode):
         if record.values is not None:
             record.values.enter(module, name, args)
         given = [value for value in args if isinstance(value, Tensor)]
-        met = [self.labels(tensor) for tensor in given]
+        met = [self.known(tensor) for tensor in given]
         self.frame.leaf = False
+        self.frame.met += met  # what code hands on it has at hand, however it was given it
         self._outer.append(self.frame)
         self.frame = Frame(module, name, given if len(given) == len(args) else [], first, met)
         record.ran.add(name)
@@ -122,11 +124,16 @@ class Recorder(TorchDispatchMode):
 
     # Labels
 
-    def labels(self, tensor: Tensor) -> Labels:
+    def known(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor of which no value is read, as yet."""
         found = self.store.get(tensor)
         if found is None or len(found.shape) != tensor.dim():
             found = Labels.fixed(tensor.shape)
             self.store.set(tensor, found)
+        return found
+
+    def labels(self, tensor: Tensor) -> Labels:
+        found = self.known(tensor)
         if found.kept_if_read:
             for vector, reason in found.kept_if_read:
                 self.record.fix(vector, reason)
@@ -206,8 +213,12 @@ class Recorder(TorchDispatchMode):
             )
         known = operation(func)
         if known.composite and known.name not in RULES:
-            with self:
-                out = func.decompose(*args, **kwargs)
+            around, self.composite = self.composite, self.composite or known.name
+            try:
+                with self:
+                    out = func.decompose(*args, **kwargs)
+            finally:
+                self.composite = around
             if out is not NotImplemented:
                 return out
         call = Call(self, func, known, args, kwargs)
@@ -235,6 +246,10 @@ class Recorder(TorchDispatchMode):
             self._apply(call, written)
         else:
             self.flow.forget(call)
+        if name in PASSES:
+            for labels in call.labels.values():
+                for out in call.outs if labels.kept_if_read else ():
+                    self.known(out).kept_if_read = labels.kept_if_read
         if name not in MOVES:
             for labels in call.labels.values():
                 for vector in labels.dims:

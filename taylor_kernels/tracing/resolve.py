@@ -170,6 +170,12 @@ class _Sides:
                     for atom in self._label[axis].tolist():
                         if atom:
                             self._axes.setdefault(atom, {})[number] = dim
+            for table in self._tables:
+                # What an axis is cut into lies along that axis.
+                around = self._places(self._label[table.cells[:1]])
+                for atom in self._label[np.concatenate(table.axes)].tolist():
+                    if atom:
+                        self._axes[atom] = around | self._axes[atom]
         places = self._places(mine)
         return any(places.get(number, dim) != dim for number, dim in self._places(theirs).items())
 

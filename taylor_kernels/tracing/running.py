@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
+from taylor_kernels.tracing.caches import COMMON
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """model(*args) for a tuple or list, model(**kwargs) for a mapping, model(x) for the rest."""
@@ -103,6 +105,13 @@ class Untouched:
             for name in _TABLES
             if isinstance(table := attributes.get(name), dict)  # a ScriptModule's are views
         ]
+        # Dictionaries and lists that code may fill in.
+        self._held: list[tuple[Any, Any]] = [
+            (value, value.copy())
+            for _, attributes in self._modules
+            for name, value in attributes.items()
+            if type(value) in (dict, list) and name not in COMMON
+        ]
         self._watched = {
             tensor.untyped_storage()._cdata: tensor
             for tensor in tensors
@@ -137,6 +146,13 @@ class Untouched:
             if (table or entries) and not _same(table, entries):
                 table.clear()
                 table.update(entries)
+        for value, before in self._held:
+            if isinstance(value, list):
+                if len(value) != len(before) or not all(map(is_, value, before)):
+                    value[:] = before
+            elif not _same(value, before):
+                value.clear()
+                value.update(before)
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

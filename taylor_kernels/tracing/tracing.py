@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
+from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
 from taylor_kernels.tracing.leaks import leaks_seen
@@ -21,7 +23,7 @@ from taylor_kernels.tracing.multihead import (
 )
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.returned import Read, UnknownOutput, checked_outputs, returned_tensors
 from taylor_kernels.tracing.running import (
     Untouched,
     call,
@@ -37,7 +39,12 @@ from taylor_kernels.tracing.training import learn_from_training, some_unread
 
 
 def trace(
-    model: nn.Module, example_inputs: Any, *, seconds: float = 300.0, blocks: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    seconds: float = 300.0,
+    blocks: bool = False,
+    outputs: Read = None,
 ) -> Channels:
     """Which index of which dimension of which parameter goes with which.
 
@@ -52,6 +59,8 @@ def trace(
             are run as they are, since only the caller knows what may be cut: one item is enough.
         seconds: tracing stops with an error after this time.
         blocks: also follow where tensors come from, so that `Channels.find_blocks` can be asked.
+        outputs: names of fields, or places, of what the model returns that others read, and that
+            keeps its width therefore. None for all, but for state that the model itself takes back.
 
     Returns:
         The groups of channels that go together, and for all others why they cannot go.
@@ -59,7 +68,7 @@ def trace(
     Raises:
         TypeError: `model` is no module.
         ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
-            example inputs, or nothing is in these.
+            example inputs, or nothing is in these, or it returns none of such `outputs`.
         TimeoutError: it takes longer than `seconds`; or other threads have traced, one after
             another, for ten minutes.
         MemoryError: labels need more than 2 GiB.
@@ -73,7 +82,7 @@ def trace(
         >>> channels.groups[0].size, channels.skipped
         (8, {'2': 'reaches the output of the model'})
     """
-    return traced(model, example_inputs, seconds, blocks=blocks)
+    return traced(model, example_inputs, seconds, blocks=blocks, outputs=outputs)
 
 
 def traced(
@@ -83,6 +92,7 @@ def traced(
     execute: Execute | None = None,
     *,
     blocks: bool = False,
+    outputs: Read = None,
 ) -> Channels:
     """`trace` for callers that run the operations themselves. One runs at a time in a process:
     a trace exchanges methods of tensors and classes of modules, and puts back what it found.
@@ -91,7 +101,7 @@ def traced(
         execute: called with an operation, its arguments and its keyword arguments; runs it.
     """
     with one_at_a_time():
-        return _traced(model, example_inputs, seconds, execute, blocks)
+        return _traced(model, example_inputs, seconds, execute, blocks, outputs)
 
 
 def _traced(
@@ -100,9 +110,12 @@ def _traced(
     seconds: float,
     execute: Execute | None,
     blocks: bool,
+    read: Read,
 ) -> Channels:
     modules = _modules(model)
     tensors = _checked(modules)
+    if read is not None:
+        checked_outputs(read)
     given = list(tensors_in(example_inputs))
     if given and not any(tensor.numel() for tensor in given):
         raise ValueError(
@@ -121,7 +134,7 @@ def _traced(
 
     def run(recorder: Recorder) -> Iterator[Tensor]:
         outputs = _run(recorder, model, names, example_inputs)
-        return returned_tensors(model, example_inputs, outputs)
+        return returned_tensors(model, example_inputs, outputs, read)
 
     recorder = new_recorder(execute, blocks)
     try:
@@ -131,14 +144,17 @@ def _traced(
             prunable_attention(names),
             one_expert_at_a_time(names),
         ):
-            if any(module.training for module in names):
-                model.eval()  # which takes its time, as every module sets an attribute
             for name, tensor in tensors:
                 recorder.add(name, tensor)
+            kept = keeping(names)
+            with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
+                if any(module.training for module in names):
+                    model.eval()  # which takes its time, as every module sets an attribute
+                renew(kept)
             _keep_whole(recorder, names)
             try:
                 outputs = run(recorder)
-            except (TimeoutError, MemoryError):
+            except (TimeoutError, MemoryError, UnknownOutput):
                 raise
             except Exception as error:
                 raise ValueError(_refusal(recorder, error)) from error

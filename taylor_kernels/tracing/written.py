@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import nn
 
 from taylor_kernels.tracing.attributes import holding
-from taylor_kernels.tracing.record import Join, Record, Size, Vector
+from taylor_kernels.tracing.record import Echo, Join, Record, Size, Vector
 from taylor_kernels.tracing.resolve import ambiguous
 
 #: Names of attributes that say how wide an input is; others have its size by chance.
@@ -43,15 +43,19 @@ def with_written_sizes(
     """
     joins: list[Join] = []
     doubt = 0
-    for echo in sorted(record.echoes, key=lambda echo: echo.doubt):
-        if at is not None and (echo.where[0] not in at or (joins and echo.doubt > doubt)):
+    counting = {(s.module, label[s.atoms].tobytes()) for s in record.sizes if not s.weak}
+    for least, echo in sorted(
+        ((_doubt(echo, label, counting), echo) for echo in record.echoes),
+        key=lambda pair: pair[0],
+    ):
+        if at is not None and (echo.where[0] not in at or (joins and least > doubt)):
             continue
         mine = label[echo.vector]
         others = (o for o in echo.others if not np.array_equal(label[o], mine))
         other = next(others, None)
         if other is not None and (asked[mine].any() or asked[label[other]].any()):
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
-            doubt = echo.doubt
+            doubt = least
     shared = ambiguous(record.sizes)
     shared = {
         (size.module, size.attribute)
@@ -70,16 +74,28 @@ def with_written_sizes(
     return replace(record, joins=[*record.joins, *joins], sizes=sizes + compared)
 
 
+def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -> int:
+    """`Echo.doubt`, once it is known what the attributes of each module count."""
+    counts = (echo.where[0], label[echo.vector].tobytes()) in counting
+    return 2 if echo.doubt and counts else echo.doubt
+
+
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
-    """Attributes of these modules that hold the width that a layer of theirs reads."""
+    """Attributes of these modules that hold the width that a layer of theirs reads, or the first
+    layer in a module of theirs."""
     known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
     found: dict[tuple[str, str], Size] = {}
+    begun: set[str] = set()
     for product in record.products:
-        module = product.module.rpartition(".")[0]
-        if module not in at or product.inputs.size < 2:
-            continue
-        for attribute in holding(modules[module], product.inputs.size):
-            if (module, attribute) not in known and _INPUTS.search(attribute):
-                size = Size(module, attribute, product.inputs, False)
-                found.setdefault((module, attribute), size)
+        path = product.module.split(".")
+        around = [".".join(path[:end]) for end in range(len(path) - 1, 0, -1)] or [""]
+        for place, module in enumerate(around):
+            own = not place or module not in begun
+            begun.add(module)
+            if module not in at or not own or product.inputs.size < 2:
+                continue
+            for attribute in holding(modules[module], product.inputs.size):
+                if (module, attribute) not in known and _INPUTS.search(attribute):
+                    size = Size(module, attribute, product.inputs, False)
+                    found.setdefault((module, attribute), size)
     return list(found.values())

@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 import taylor_kernels as tk
@@ -48,3 +49,51 @@ def test_the_old_weight_norm_prunes_by_its_gates():
     pruner.compact()
     torch.testing.assert_close(model(x).detach(), masked)
     assert pruner.widths["0"] == len(model[0].weight_v)
+
+
+class LowRank(nn.Linear):
+    """A linear layer (or a convolution of one place) and an update of low rank to its weight."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, first: bool) -> None:
+        super().__init__(inputs, outputs)
+        self.up = nn.Parameter(torch.randn(outputs, rank))
+        self.down, self.first = nn.Parameter(torch.randn(rank, inputs)), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = self.up @ self.down
+        weight = update + self.weight if self.first else self.weight + update
+        return F.linear(x, weight, self.bias)
+
+
+class LowRankConvolution(nn.Conv2d):
+    def __init__(self, inputs: int, outputs: int, rank: int, first: bool) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.up = nn.Parameter(torch.randn(outputs, rank))
+        self.down, self.first = nn.Parameter(torch.randn(rank, inputs)), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = (self.up @ self.down)[:, :, None, None]
+        weight = update + self.weight if self.first else self.weight + update
+        return F.conv2d(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [LowRank, LowRankConvolution])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("first", [False, True])
+def test_an_update_of_low_rank_to_a_layers_weight_loses_its_rows(kind, rank, first):
+    torch.manual_seed(rank)
+    model = nn.Sequential(
+        kind(4, 8, rank, first), nn.Tanh(), kind(8, 6, rank, first), nn.Tanh(), kind(6, 2, 1, first)
+    )
+    x = torch.randn(2, 4, 3, 3) if kind is LowRankConvolution else torch.randn(2, 4)
+    pruner = tk.Pruner(model, x, "magnitude_l2", filters=0.6, every=1, per_step=1)
+    assert pruner.widths == {"0": 8, "2": 6}
+    assert list(pruner.skipped) == ["4"]
+    while not pruner.done:
+        pruner.step()
+    masked = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer
+        pruner.compact()
+    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+    assert model[2].up.shape == (model[2].weight.shape[0], rank)

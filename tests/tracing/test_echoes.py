@@ -210,9 +210,13 @@ def test_an_attribute_that_sizes_several_tensors_ties_them(blocks, seed):
 class Checked(nn.Module):
     """Refuses inputs of another width than it was made for; a name says which width that is."""
 
-    def __init__(self, name, inputs, outputs):
+    def __init__(self, name, inputs, outputs, deep=0):
         super().__init__()
         self.conv, self.name = nn.Conv2d(inputs, outputs, 1), name
+        for _ in range(deep):
+            self.conv = nn.Sequential(
+                self.conv, nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 1)
+            )
         setattr(self, name, inputs)
 
     def forward(self, x):
@@ -222,12 +226,13 @@ class Checked(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["num_channels", "in_planes", "hidden_dim", "width"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(3))
 def test_an_attribute_that_the_input_is_compared_with_follows_it(name, seed):
+    """The layer that reads it may be inside of other modules."""
     draw = random.Random(f"{name} {seed}")
     torch.manual_seed(seed)
     first, second = draw.sample(range(5, 12), 2)
-    parts = [Checked(name, 3, first), Checked(name, first, second), nn.Conv2d(second, 2, 1)]
+    parts = [Checked(name, 3, first), Checked(name, first, second, seed), nn.Conv2d(second, 2, 1)]
     judging.check_all_but(["2"], nn.Sequential(*parts), torch.randn(1, 3, 4, 4))
 
 

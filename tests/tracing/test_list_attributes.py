@@ -84,3 +84,31 @@ def test_the_sizes_of_unflatten_follow(sizes):
     assert not faults(model, inputs, channels)
     dead = torch.arange(sizes[0]) == 1
     assert channels.attributes([dead])["1"] == {"unflattened_size": (sizes[0] - 1, *sizes[1:])}
+
+
+class Seen(nn.Module):
+    """UNETR's tokens, seen as an image by a list of sizes; the width is an attribute besides."""
+
+    def __init__(self, width: int, kind: type, shuffled: bool) -> None:
+        super().__init__()
+        self.hidden_size, self.shuffled = width, shuffled
+        self.enter, self.leave = nn.Linear(4, width), nn.Conv2d(width, 2, 1)
+        self.shape = kind([width, 2, 3] if shuffled else [2, 3, width])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.shuffled:
+            return self.leave(x.transpose(1, 2).reshape([x.size(0), *self.shape]))
+        return self.leave(x.view(x.size(0), *self.shape).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_list_that_a_shape_is_given_by_follows_beside_an_attribute(kind, shuffled):
+    model = Seen(7, kind, shuffled)
+    inputs = torch.randn(1, 6, 4)
+    channels = trace(model, inputs)
+    assert set(channels.skipped) == {"leave"}
+    assert not faults(model, inputs, channels)
+    model = removed(model, channels, [torch.arange(7) < 3])
+    assert model.shape == kind([4, 2, 3] if shuffled else [2, 3, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -168,7 +169,9 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if not vector and len(other.shape) == 2 and other.name:
+    if one.name and other.name:
+        pass  # a weight that is computed of two parameters, as a low-rank update is
+    elif not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
         layer(call, one, one.dims[1], one.dims[0], macs=macs)
@@ -191,12 +194,26 @@ def convolution(call: Call) -> Labels:
     result = Labels.fixed(call.out.shape)
     for dim in range(-spatial, 0):
         call.refuse(weight.dims[dim], "is a place of a kernel")
-        call.mix(source.dims[dim])
+        if _is_alone(call, weight, dim):
+            result.dims[dim] = source.dims[dim]
+            result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
+        else:
+            call.mix(source.dims[dim])
     batched = len(source.shape) == spatial + 2
     if batched:
         result.dims[0], result.zero[0] = source.dims[0], False
     channels = call.atoms(source, -spatial - 1)
     rows, columns = weight.dims[0], weight.dims[1]
+    if _is_one_kernel(weight, groups):
+        # A blur, of as many kernels as the image has channels.
+        repeated_as(call, channels, weight, 0)
+        tie(call, groups, channels, weak=True)
+        result.dims[-spatial - 1], result.zero[-spatial - 1] = (
+            channels,
+            source.is_zero(-spatial - 1),
+        )
+        add_bias(call, call.args.get("bias"), result, -spatial - 1)
+        return result
     if groups == 1:
         inputs, outputs, axis = (rows, columns, None) if transposed else (columns, rows, None)
     else:
@@ -207,6 +224,23 @@ def convolution(call: Call) -> Labels:
     result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
     add_bias(call, call.args.get("bias"), result, -spatial - 1)
     return result
+
+
+def _is_alone(call: Call, weight: Labels, dim: int) -> bool:
+    """Whether a convolution leaves the places along a dimension where they are, each by itself."""
+
+    def along(argument: str, otherwise: int) -> Any:
+        value = call.args.get(argument, otherwise)
+        return value[dim if len(value) > 1 else 0] if isinstance(value, (list, tuple)) else value
+
+    one = weight.shape[dim] == 1 and along("stride", 1) == 1
+    return one and along("padding", 0) in (0, "same", "valid")
+
+
+def _is_one_kernel(weight: Labels, groups: int) -> bool:
+    """Whether a weight is one kernel that code has repeated for each channel of its own group."""
+    one = weight.is_uniform or (weight.dims[0] is None and 0 in weight.repeated)
+    return one and groups > 1 and weight.shape[:2] == (groups, 1)
 
 
 def _grouped(

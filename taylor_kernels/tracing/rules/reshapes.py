@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.attributes import counting, tie
+from taylor_kernels.tracing.attributes import counting, tie, tie_shape
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
+#: Operations that work out all sizes of what they reshape from those of their operands.
+_PRODUCTS = ("einsum", "tensordot")
 
 
 @rule(
@@ -28,6 +30,9 @@ def reshape(call: Call) -> Labels:
         for vector in old.vectors():
             call.refuse(vector, "is read as another data type")
         return Labels.fixed(call.out.shape)
+    if call.recorder.composite in _PRODUCTS:
+        every = tuple(range(call.out.dim()))
+        return reshaped(call, old, call.out.shape, every, every)
     sizes = call.arg("size", "shape", "sizes")
     inferred: tuple[int, ...] = ()
     if call.name in ("view", "reshape") and sizes is not None:
@@ -35,7 +40,10 @@ def reshape(call: Call) -> Labels:
     elif call.name == "unflatten" and sizes is not None:
         dim = call.args["dim"] % len(old.shape)
         inferred = tuple(dim + i for i, size in enumerate(sizes) if size == -1)
-    return reshaped(call, old, call.out.shape, inferred)
+    new = reshaped(call, old, call.out.shape, inferred)
+    if old.labelled:
+        tie_shape(call, new.shape, new.dims)
+    return new
 
 
 def reshaped(

@@ -1,0 +1,50 @@
+"""What modules keep of their parameters while they are in eval mode.
+
+LeViT's attention looks its biases up once, and drops what it has found as train mode begins;
+EfficientFormer's makes it anew as eval mode begins. Both say so in a `train` method of their own.
+Where parameters have changed while such a module was in eval mode, what it keeps is old.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+#: What every module has.
+COMMON = frozenset(vars(nn.Module()))
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that modules hold as attributes, or in dictionaries and lists that are such,
+    beside parameters and buffers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield value
+            elif name not in COMMON and isinstance(value, (dict, list)):
+                inside = value.values() if isinstance(value, dict) else value
+                yield from (part for part in inside if isinstance(part, Tensor))
+
+
+def keeping(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that do something of their own as their mode changes."""
+    return [module for module in modules if type(module).train is not nn.Module.train]
+
+
+@torch.no_grad()
+def renew(modules: Iterable[nn.Module]) -> None:
+    """Let those of `keeping(modules)` that are in eval mode make anew what they keep in it.
+
+    They are put into train mode and back; which of their parts train stays as it is.
+    """
+    for module in keeping(modules):
+        if module.training:
+            continue
+        modes = [(part, part.training) for part in module.modules()]
+        module.train()
+        module.eval()
+        for part, training in modes:
+            if part.training is not training:
+                part.training = training
