@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.blocks import Block
-from taylor_kernels.tracing.choosing import FREE, Choice
+from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.consequences import Consequences
 from taylor_kernels.tracing.drawing import table, write_page
+from taylor_kernels.tracing.grids import FREE
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.multihead import prunable_attention
