@@ -107,7 +107,7 @@ def find_prunable(
         raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
+    channels = traced(plain, example_inputs, count=count, blocks=blocks)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
