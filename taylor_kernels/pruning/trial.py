@@ -114,6 +114,7 @@ class Trial:
                 where that does not say so.
         """
         self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
+        self._run.idle = False
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()
