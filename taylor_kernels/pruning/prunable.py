@@ -103,7 +103,7 @@ def find_prunable(
         raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks, outputs=outputs)
+    channels = traced(plain, example_inputs, count=count, blocks=blocks, outputs=outputs)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:

@@ -121,7 +121,7 @@ class Trial:
                 all groups masked, and as it is where that does not say so.
         """
         self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
-        self._run.alone = False
+        self._run.idle = self._run.alone = False
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import Operation
+from taylor_kernels.tracing.operations import Operation, memory_of
 from taylor_kernels.tracing.record import Reason, Size, Vector
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Call:
         args: its arguments by name, defaults included.
         out: its result, as PyTorch returned it.
         outs: the tensors in that.
-        labels: of each tensor among the arguments, by id, as they were before.
+        tensors: those among the arguments, each once, and `memories` what these lie in.
+        labels: of each of them, by id, as they were before.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Call:
         self.outs: list[Tensor] = []
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
+        self.memories: list[int] = []
         self._collect(args)
         if kwargs:
             self._collect(kwargs.values())
@@ -53,6 +55,7 @@ class Call:
                 key = id(value)
                 if key not in known:
                     self.tensors.append(value)
+                    self.memories.append(memory_of(value))
                     known[key] = look(value)
             elif isinstance(value, (list, tuple)):
                 self._collect(value)

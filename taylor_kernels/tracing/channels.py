@@ -14,9 +14,10 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.alternatives import Alternatives
 from taylor_kernels.tracing.blocks import Block
-from taylor_kernels.tracing.choosing import FREE, Choice
+from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.consequences import Consequences
 from taylor_kernels.tracing.drawing import table, write_page
+from taylor_kernels.tracing.grids import FREE
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
 from taylor_kernels.tracing.record import Reason, Record, Vector
