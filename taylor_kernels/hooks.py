@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 #: An older PyTorch does not say so, and exports hooks as part of the model.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Hook:
@@ -36,7 +36,7 @@ class Hook:
 
     def __call__(self, *arguments: Any) -> Any:
         function = self._function()
-        if function is None or torch.jit.is_tracing() or _is_exporting():
+        if function is None or torch.jit.is_tracing() or is_exporting():
             return None
         return function(*self._arguments, *arguments)
 
@@ -85,6 +85,24 @@ def hide_from_compiler(function: Any) -> None:
 
 
 hide_from_compiler(Hook.__call__)
+
+
+class ShortHook(Hook):
+    """A hook that has a short way in most cases.
+
+    Attributes:
+        short: called with what the hook is called with; whether that was all. None at first.
+    """
+
+    short: Callable[..., bool] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.short is not None and self.short(*arguments):
+            return None
+        return super().__call__(*arguments)
+
+
+hide_from_compiler(ShortHook.__call__)
 
 
 def forget_compiled() -> None:

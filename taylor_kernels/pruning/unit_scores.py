@@ -42,11 +42,11 @@ class _Run(NamedTuple):
 
     Attributes:
         places: of the tables, in the order of layers.
-        index: [U, M] int64, the rows of each unit in those one after the other, padded.
+        rows: [U, M] int64, those of each unit in the tables one after the other, padded.
     """
 
     places: list[int]
-    index: Tensor
+    rows: Tensor
 
 
 class UnitScores:
@@ -256,13 +256,13 @@ class UnitScores:
     def _score(self, tables: Sequence[Tensor], run: _Run) -> Tensor:
         """[U] scores of a run of groups."""
         if not run.places:
-            return torch.zeros(len(run.index), device=tables[0].device)
+            return torch.zeros(len(run.rows), device=tables[0].device)
         chosen = [tables[place] for place in run.places]
         device = chosen[0].device
         # The last row is what the padding points at.
         padding = chosen[0].new_zeros(1, chosen[0].size(1))
         rows = torch.cat([*(table.to(device) for table in chosen), padding])
-        index = run.index.to(device)
+        index = run.rows.to(device)
         return self._criterion.observations(self._coupled_rows(rows, index)).mean(1)
 
     def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:

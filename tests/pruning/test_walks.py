@@ -61,7 +61,7 @@ def test_all_modules_and_any_names(seed):
 def test_a_pass_asks_once_whether_the_model_is_sharded(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "taylor_kernels.statistics.gates.is_fsdp", lambda model: bool(asked.append(model))
+        "taylor_kernels.statistics.minibatch_gates.is_fsdp", lambda model: bool(asked.append(model))
     )
     blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(5)]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(16, 2))
