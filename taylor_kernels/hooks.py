@@ -12,7 +12,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 #: An older PyTorch does not say so, and exports hooks as part of the model.
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class Hook:
@@ -36,7 +36,7 @@ class Hook:
 
     def __call__(self, *arguments: Any) -> Any:
         function = self._function()
-        if function is None or torch.jit.is_tracing() or is_exporting():
+        if function is None or torch.jit.is_tracing() or _is_exporting():
             return None
         return function(*self._arguments, *arguments)
 

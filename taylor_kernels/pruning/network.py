@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -15,7 +15,7 @@ from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
 from taylor_kernels.pruning.inventory import Inventory
 from taylor_kernels.pruning.masking import Masks
 from taylor_kernels.pruning.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
+from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import in_parts
@@ -58,6 +58,8 @@ class Network(Inventory):
         names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
         self._tensors = NamedTensors(names)
         self._shapes = self._found_shapes()
+        # Of the channels as they are now, what would go with all units.
+        self._all_cuts: tuple[Channels | None, Mapping[str, Cuts]] = None, {}
         self.in_use = True
         _LAST[model] = weakref.ref(self)
 
@@ -172,8 +174,10 @@ class Network(Inventory):
             ValueError: a state tensor has no dimensions of its parameter's.
         """
         optimizers = optimizers_in(self._optimizer)
-        everything = [torch.ones_like(gone) for gone in self.dead]
-        for name, cuts in self.channels.entries(everything).items():
+        if self._all_cuts[0] is not self.channels:
+            everything = [torch.ones_like(gone) for gone in self.dead]
+            self._all_cuts = self.channels, self.channels.entries(everything)
+        for name, cuts in self._all_cuts[1].items():
             check_follows(optimizers, name, lookup(self.model, name), cuts)
 
     def check_unchanged(self) -> None:

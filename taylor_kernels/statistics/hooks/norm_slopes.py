@@ -64,8 +64,8 @@ class NormSlopes:
         scales, shifts = [norm.weight for norm in norms], [norm.bias for norm in norms]
         parameters = [*scales, *shifts]
         table = needed_moments(
-            [p.detach() for p in parameters],
-            [self._found[p][0].detach() for p in parameters],
+            parameters,
+            [self._found[parameter][0] for parameter in parameters],
             moments=("gw",),
             packed=True,
             backend=self._backend,

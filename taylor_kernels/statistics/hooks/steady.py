@@ -3,7 +3,8 @@
 Between two layers nothing of this package is in the caches of a processor, and each function that
 is called there takes ten times what it takes in a loop. So what needs no looking at is put aside
 here, and made something of when the pass is over. A hook that meets anything else, or anything for
-the first time, goes the long way (`SiteHooks`).
+the first time, goes the long way (`SiteHooks`). Conditions stand where they are asked for: a
+function of them would double what a short way takes.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.hooks import is_exporting
 from taylor_kernels.statistics.hooks.passes import WatchesPasses
 
 #: Elements of an output that is small: its copy, and its gradient, are held until the pass is over.
 SMALL = 1 << 15
-_is_tracing: Callable[[], object] = torch._C._get_tracing_state
+_gradients_on, _tracing = torch.is_grad_enabled, torch._C._get_tracing_state
 _keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -42,16 +42,6 @@ class Steady:
         self.read: dict[_NormBase, str] = {}
         self.arrived: list[tuple[str, Tensor, Tensor]] = []
 
-    def open(self) -> bool:
-        """Whether a pass that runs now is one to be scored, and nothing else looks at it."""
-        return (
-            self.on
-            and torch.is_grad_enabled()
-            and not WatchesPasses.in_closure
-            and _is_tracing() is None
-            and not is_exporting()
-        )
-
 
 def counts_runs(
     shared: Steady, key: str, norm: _NormBase
@@ -62,7 +52,10 @@ def counts_runs(
     def has_run(norm: Any, args: Any, kwargs: Any, output: Tensor) -> bool:
         held = norm._parameters
         if (
-            not shared.open()
+            not shared.on
+            or not _gradients_on()
+            or WatchesPasses.in_closure
+            or _tracing() is not None
             or shared.last_run.get(norm, (shared.pass_,))[0] == shared.pass_
             or held["weight"] is not scale
             or held["bias"] is not shift
@@ -85,7 +78,10 @@ def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tens
             type(output) is not Tensor
             or output.numel() > SMALL
             or not output.requires_grad
-            or not shared.open()
+            or not shared.on
+            or not _gradients_on()
+            or WatchesPasses.in_closure
+            or _tracing() is not None
         ):
             return False
         y: Tensor | None = output.detach().clone()
