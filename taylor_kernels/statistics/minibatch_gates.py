@@ -69,6 +69,8 @@ class Gates(_Gates):
             return norm not in self._read  # a checkpoint computes the same run again
         if last_pass == self._pass or last_name != name:
             self._shared.add(norm)
+            if name is not None:
+                self._shorten(name, None)
             if norm in self._read and norm not in self._captured:
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
@@ -95,7 +97,7 @@ class Gates(_Gates):
             self._short.add(name)
             self._shorten(name, keeps_small(self._steady, name))
 
-    def _shorten(self, key: str, way: Callable[..., bool]) -> None:
+    def _shorten(self, key: str, way: Callable[..., bool] | None) -> None:
         if isinstance(self._norms, SiteHooks):
             self._norms.shorten(key, way)
 
