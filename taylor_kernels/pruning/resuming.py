@@ -30,8 +30,27 @@ class Resumable(Readout):
         """Scores of nothing yet, for the model as it is."""
 
     @abstractmethod
+    def _prune(self) -> PruneRecord:
+        """Mask what the minibatches since the last pruning say is to go."""
+
+    @abstractmethod
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
+
+    def absent(self) -> PruneRecord | None:
+        """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
+
+        Ranks whose loaders end early call it until the others are done.
+
+        Raises:
+            RuntimeError: the pruner is closed, or has no `ranks`; and as step() does.
+        """
+        self._check_open()
+        if self.ranks is None:
+            raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
+        self._network.zero_gradients()
+        with outside_inference_mode():
+            return self._prune() if self._minibatches.absent() else None
 
     def sync(self) -> None:
         """Exchange what the `ranks` have seen since they did so last; a collective.
@@ -144,6 +163,16 @@ class Resumable(Readout):
         state = check_pruner_state(state, self._prunable.structure, self.criterion.name, names)
         self._network.stale(state["compacted"], self._of_blocks(state)[1])
         return state
+
+    def close(self) -> None:
+        """Take every hook off the model, for good; masked filters are no longer held at zero, while
+        masked blocks go on to add zeros.
+
+        compact() can still remove them.
+        """
+        self._closed = True
+        self._network.close()
+        self._watch()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -17,8 +17,8 @@ from taylor_kernels.pruning.defaults import widened
 from taylor_kernels.pruning.exact_run import Noise, cut_down, widen
 from taylor_kernels.pruning.exchanged import Exchanged, clone
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.held_entries import fill, fills
 from taylor_kernels.pruning.kept_norms import keep_only
-from taylor_kernels.pruning.masking import fill, fills
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
 from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
