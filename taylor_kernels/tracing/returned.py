@@ -13,6 +13,9 @@ from taylor_kernels.tracing.running import tensors_in
 
 _PLAIN = (Tensor, Mapping, list, tuple, set, frozenset, str, bytes, int, float, complex, type(None))
 
+#: One of these is in the name of a cache, or of its type.
+_OF_CACHES = ("cache", "past", "state", "mem")
+
 #: What others read of the outputs: names of fields, or places; None for all of them.
 Read = Sequence[str | int] | None
 
@@ -26,9 +29,10 @@ def returned_tensors(
 ) -> Iterator[Tensor]:
     """The tensors of a model's outputs that others read.
 
-    An object that it returns under the name of an optional argument that the example does not
-    give, as transformers' models do with `past_key_values`, is state for its next call: no one
-    else counts its channels, and a model of fewer heads makes a state of fewer.
+    A cache that it returns under the name of an optional argument that the example does not give,
+    as transformers' models do with `past_key_values`, is state for its next call: no one else
+    counts its channels, and a model of fewer heads makes a state of fewer. An object is taken for
+    a cache by the argument's name or its own type's.
 
     Args:
         read: what else is returned is not read by anyone, and may change its width.
@@ -46,7 +50,7 @@ def returned_tensors(
     else:
         return tensors_in(outputs)
     optional = _optional(model, example_inputs)
-    return tensors_in([v for n, v in named.items() if n not in optional or _is_plain(v)])
+    return tensors_in([v for n, v in named.items() if n not in optional or not _is_cache(n, v)])
 
 
 def checked_outputs(read: object) -> Sequence[str | int]:
@@ -81,8 +85,11 @@ def _entry(outputs: Any, key: str | int) -> Any:
         ) from error
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, _PLAIN) or dataclasses.is_dataclass(value)
+def _is_cache(name: str, value: object) -> bool:
+    if isinstance(value, _PLAIN) or dataclasses.is_dataclass(value):
+        return False
+    said = f"{name} {type(value).__name__}".lower()
+    return any(word in said for word in _OF_CACHES)
 
 
 def _optional(model: nn.Module, example_inputs: Any) -> set[str]:
@@ -91,10 +98,10 @@ def _optional(model: nn.Module, example_inputs: Any) -> set[str]:
         parameters = list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):  # of compiled code
         return set()
-    given: set[str] = set()
     if isinstance(example_inputs, Mapping):
-        given = set(example_inputs)
+        given = {name for name, value in example_inputs.items() if value is not None}
     else:
-        count = len(example_inputs) if isinstance(example_inputs, (list, tuple)) else 1
-        given = {p.name for p in parameters[:count]}
+        values = example_inputs if isinstance(example_inputs, (list, tuple)) else [example_inputs]
+        pairs = zip(parameters, values, strict=False)
+        given = {parameter.name for parameter, value in pairs if value is not None}
     return {p.name for p in parameters if p.default is None} - given

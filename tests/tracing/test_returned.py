@@ -79,6 +79,36 @@ def test_a_state_that_the_example_gives_is_an_output():
     assert len(list(returned_tensors(model, x, tuple(outputs.values())))) == 3
 
 
+class Regions:
+    """Features, in an object of no known type."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+
+class Detect(nn.Module):
+    """It takes regions, if there are some, and returns features of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.feature, self.leave = nn.Linear(6, 8), nn.Linear(8, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, boxes: Regions | None = None) -> dict[str, object]:
+        feature = self.feature(self.embed(x).relu())
+        return {"out": self.leave(feature.relu()), "boxes": Regions(feature)}
+
+
+def test_an_object_that_no_name_calls_a_cache_is_an_output():
+    assert set(trace(Detect(), torch.randn(3, 6)).skipped) == {"feature", "leave"}
+
+
+def test_a_state_given_as_none_is_not_given():
+    model, x = Attend(4, 3, "state"), torch.randn(1, 4, 5)
+    outputs = model(x)
+    for given in ((x, None), {"x": x, "state": None}):
+        assert len(list(returned_tensors(model, given, outputs))) == 1
+
+
 class Translate(nn.Module):
     """An encoder and a head that reads it; both are returned, by name or in a tuple."""
 
