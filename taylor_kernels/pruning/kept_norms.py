@@ -8,43 +8,36 @@ the others are removed, and the masked channels of its output are zeros:
 
 That is what masking and removing a channel of such a norm mean in this package. A module whose
 parameters do not lie along the channels (CBAM's spatial attention, with a convolution in it) is run
-once, on the kept ones. A router of a mixture of experts is treated alike: it chooses among those
-that are kept. A copy of the model does the same, and so does a saved one, since its outputs are
-made of it.
+once, on the kept ones. A router of a mixture of experts is treated alike (kept_experts.py): it
+chooses among those that are kept. A copy of the model does the same, and so does a saved one, since
+its outputs are made of it.
 """
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.across import Kept
-from taylor_kernels.tracing.experts import Result
 
 
-class KeptOnly:
-    """A forward hook that runs its module again on the channels that are kept.
+class OnKept:
+    """What a module is given, and what it returns, of the channels that are kept.
 
     Args:
         kept: which those are, and where.
-        attributes: what the module's attributes are once the others are gone.
     """
 
-    def __init__(self, kept: Kept, attributes: Mapping[str, Any]) -> None:
-        self._on, self._kept, self._attributes = kept, kept.places, dict(attributes)
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> Tensor:
-        args, kwargs = self._of_kept(module, args, kwargs)
-        return self._among_zeros(self._smaller(module).forward(*args, **kwargs))
+    def __init__(self, kept: Kept) -> None:
+        self._on, self._kept = kept, kept.places
 
     def _of_kept(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -52,123 +45,147 @@ class KeptOnly:
         """The arguments, with what is kept of the one tensor among them."""
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(inputs) != 1:
-            raise RuntimeError(
-                f"model: a {type(module).__name__} some of whose channels are masked was given "
-                f"{len(inputs)} tensors, where the example inputs gave it one; compact() first"
-            )
-        self._kept = self._kept.to(inputs[0].device)
-        kept = inputs[0].index_select(self._on.dim, self._kept)
+            raise _another(module, f"was given {len(inputs)} tensors", "gave it one")
+        whole, on = inputs[0], self._on
+        shape = tuple(whole.shape)
+        # Behind a weight that lies along the last dimension it is the last at any number of these.
+        known = whole.dim() == on.rank or (on.cut and on.dim == -1 and whole.dim())
+        if not known or shape[on.dim] != on.width:
+            there = f"{on.rank} dimensions, of which number {on.rank + on.dim} is {on.width} long"
+            raise _another(module, f"was given a tensor of shape {shape}", f"gave it {there}")
+        self._kept = self._kept.to(whole.device)
+        order, back = _laid_out(whole)
+        kept = whole.permute(order).index_select(order.index(on.dim % whole.dim()), self._kept)
+        kept = kept.permute(back)
         return (
-            tuple(kept if value is inputs[0] else value for value in args),
-            {name: kept if value is inputs[0] else value for name, value in kwargs.items()},
+            tuple(kept if value is whole else value for value in args),
+            {name: kept if value is whole else value for name, value in kwargs.items()},
         )
 
-    def _among_zeros(self, found: Tensor) -> Tensor:
+    def _among_zeros(self, module: nn.Module, found: Any) -> Any:
         """What the module returns for the kept channels, with zeros for the others."""
         if not self._on.returned:
             return found
-        shape = list(found.shape)
-        shape[self._on.dim] = self._on.width
-        return found.new_zeros(shape).index_copy(self._on.dim, self._kept, found)
-
-    def _smaller(self, module: nn.Module) -> nn.Module:
-        """A module of the cut tensors; the one there is may run in other threads."""
-        new = copy.copy(module)
-        vars(new).update(self._attributes)
-        if self._on.cut:
-            vars(new)["_parameters"] = self._cut(module._parameters)
-            vars(new)["_buffers"] = self._cut(module._buffers)
-        return new
-
-    def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """The cut ones are no leaves: their gradients go on to the whole ones."""
-        return {
-            name: None
-            if tensor is None
-            else tensor.index_select(max(range(tensor.dim()), key=tensor.size), self._kept)
-            for name, tensor in tensors.items()
-        }
+        dim, kept = self._on.dim, self._kept
+        if not isinstance(found, Tensor):
+            raise _another(module, f"returned a {type(found).__name__}", "had it return a tensor")
+        if found.dim() < -dim or found.size(dim) != kept.numel():
+            what = f"returned a tensor of shape {tuple(found.shape)}"
+            raise _another(module, what, "had it return the channels that it was given")
+        order, back = _laid_out(found)
+        found = found.permute(order)
+        place, shape = order.index(dim % found.dim()), list(found.shape)
+        shape[place] = self._on.width
+        kept = kept.to(found.device)
+        return found.new_zeros(shape).index_copy(place, kept, found).permute(back)
 
 
-class KeptInput(KeptOnly):
+class KeptInput(OnKept):
     """A forward pre-hook: a module without parameters along its channels gets those that are kept.
 
     `KeptOutput`, a forward hook, gives the others back as zeros. The module runs once, since there
     may be modules in it that count what they see, as BatchNorm does.
     """
 
-    def __init__(self, kept: Kept) -> None:
-        super().__init__(kept, {})
-
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._of_kept(module, args, kwargs)
 
 
-class KeptOutput(KeptOnly):
+class KeptOutput(OnKept):
     """The forward hook that goes with `KeptInput`."""
-
-    def __init__(self, kept: Kept) -> None:
-        super().__init__(kept, {})
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> Tensor:
-        self._kept = self._kept.to(output.device)
-        return self._among_zeros(output)
-
-
-class KeptExperts(KeptOnly):
-    """A forward hook that runs its router again on the rows of the experts that are kept.
-
-    Of what it returns, the numbers of experts are put back to those among all experts, and what has
-    a column for each expert holds minus infinity for the others, or zero if it is probabilities.
-
-    Args:
-        kept: the numbers of the experts that stay, [n] int64.
-        results: of each leaf of what the router returns, as the trace has found it.
-    """
-
-    def __init__(self, kept: Tensor, results: Sequence[Result]) -> None:
-        on = Kept(0, kept, 0, returned=False, cut=True)
-        super().__init__(on, {"num_experts": kept.numel()})
-        self._results = tuple(results)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        self._kept = self._kept.to(next(module.parameters()).device)
-        found, form = tree_flatten(self._smaller(module).forward(*args, **kwargs))
-        whole, _ = tree_flatten(output)
-        if not len(found) == len(whole) == len(self._results):
-            raise self._another(module)
-        leaves = map(self._among_all, [module] * len(found), found, whole, self._results)
-        return tree_unflatten(list(leaves), form)
+        return self._among_zeros(module, output)
 
-    def _among_all(self, module: nn.Module, leaf: Any, whole: Any, result: Result) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        if result is Result.NUMBERS:
-            leaf = self._kept[leaf]
-        elif result in (Result.LOGITS, Result.PROBABILITIES):
-            fill = 0.0 if result is Result.PROBABILITIES else -torch.inf
-            leaf = torch.full_like(whole, fill).index_copy(-1, self._kept, leaf)
-        if leaf.shape != whole.shape:
-            raise self._another(module)
-        return leaf
 
-    def _another(self, module: nn.Module) -> RuntimeError:
-        return RuntimeError(
-            f"model: a {type(module).__name__} some of whose experts are masked returns something "
-            "of another form than on the example inputs; compact() first"
-        )
+class KeptAgain(OnKept):
+    """A forward hook that runs its module again on the channels that are kept.
 
-    def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    What the first run has written into the module's buffers is taken back: they learn from the
+    second, in the entries that are kept. `begin`, a forward pre-hook, remembers them.
+
+    Args:
+        kept: which those are, and where.
+        attributes: what the module's attributes are once the others are gone.
+    """
+
+    def __init__(self, kept: Kept, attributes: Mapping[str, Any]) -> None:
+        super().__init__(kept)
+        self._attributes = dict(attributes)
+        self._before: dict[int, dict[str, tuple[int, Tensor]]] = {}  # of the runs of threads
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._before[threading.get_ident()] = {
+            name: (buffer._version, buffer.clone())
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        args, kwargs = self._of_kept(module, args, kwargs)
+        new = copy.copy(module)
+        vars(new).update(self._attributes)
+        if self._on.cut:
+            vars(new)["_parameters"] = self._cut(module._parameters)
+        before = self._before.pop(threading.get_ident(), None)
+        if before is None:
+            return self._among_zeros(module, new.forward(*args, **kwargs))
+        with torch.no_grad():
+            for name, (version, value) in before.items():
+                buffer = module._buffers[name]
+                if buffer is not None and buffer._version != version:
+                    buffer.copy_(value)
+            whole = {name: b for name, b in module._buffers.items() if b is not None}
+            buffers = self._cut(whole) if self._on.cut else {n: b.clone() for n, b in whole.items()}
+        vars(new)["_buffers"] = {**dict.fromkeys(module._buffers), **buffers}
+        versions = {name: buffer._version for name, buffer in buffers.items()}
+        found = self._among_zeros(module, new.forward(*args, **kwargs))
+        with torch.no_grad():
+            for name, old in versions.items():
+                now = new._buffers[name]
+                if now is None or (now is buffers[name] and now._version == old):
+                    continue
+                if self._on.cut:
+                    whole[name].index_copy_(_along(whole[name]), self._kept, now)
+                else:
+                    whole[name].copy_(now)
+        return found
+
+    def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        """The cut ones are no leaves: their gradients go on to the whole ones."""
         return {
-            name: None if tensor is None else tensor.index_select(0, self._kept)
+            name: None if tensor is None else tensor.index_select(_along(tensor), self._kept)
             for name, tensor in tensors.items()
         }
+
+
+def _along(tensor: Tensor) -> int:
+    """The dimension of a parameter or buffer that its channels lie along: the others are of size
+    1."""
+    return max(range(tensor.dim()), key=tensor.size)
+
+
+def _laid_out(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """The dimensions as they lie in memory, outermost first, and the order that undoes it.
+
+    Code behind a norm may view what it returns in that order, as it may before masks.
+    """
+    strides = tensor.stride()
+    order = sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim))
+    return order, [order.index(dim) for dim in range(tensor.dim())]
+
+
+def _another(module: nn.Module, what: str, where: str) -> RuntimeError:
+    return RuntimeError(
+        f"model: a {type(module).__name__} some of whose channels are masked {what}, where the "
+        f"example inputs {where}; compact() first"
+    )
 
 
 def keep_only(
@@ -205,12 +222,15 @@ def _run_on(
 ) -> Iterator[RemovableHandle]:
     """Have a norm across channels run on the kept ones."""
     kept = kept._replace(places=kept.places.to(_device(norm)))
-    again = kept.cut or bool(attributes)
-    if not again:
+    # The hooks come before those of others, which see the output as it is.
+    if kept.cut or attributes:
+        again = KeptAgain(kept, attributes)
+        if any(buffer is not None for buffer in norm._buffers.values()):
+            yield norm.register_forward_pre_hook(again.begin)
+        yield norm.register_forward_hook(again, prepend=True, with_kwargs=True)
+    else:
         yield norm.register_forward_pre_hook(KeptInput(kept), with_kwargs=True)
-    after = KeptOnly(kept, attributes) if again else KeptOutput(kept)
-    # Before the hooks of others, which see the output as it is.
-    yield norm.register_forward_hook(after, prepend=True, with_kwargs=True)
+        yield norm.register_forward_hook(KeptOutput(kept), prepend=True, with_kwargs=True)
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -11,7 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
 from taylor_kernels.pruning.held_entries import HeldEntries, fills, zeroes_gradients
-from taylor_kernels.pruning.kept_norms import KeptExperts, KeptOnly, keep_only
+from taylor_kernels.pruning.kept_experts import KeptExperts
+from taylor_kernels.pruning.kept_norms import OnKept, keep_only
 from taylor_kernels.pruning.optimizer_state import optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
@@ -26,7 +27,7 @@ class Masks:
     optimizer's state. Gradients are zeroed as they arrive; tensors are written again around every
     forward pass of the model and after every step of an optimizer, which undoes what momentum did
     to them; a model that was compiled before shows its passes to no hook. Norms across channels are
-    run on what is kept (`KeptOnly`). The hooks outlive the pruner. In a copy of the model the units
+    run on what is kept (`OnKept`). The hooks outlive the pruner. In a copy of the model the units
     are plain zeros, and only its norms still know of them; its state_dict says nothing of that.
     """
 
@@ -117,7 +118,8 @@ def check_unmasked(model: nn.Module) -> None:
         ValueError: one does, or has done so and left norms that are run on the other channels.
     """
     for name, module in model.named_modules():
-        kept = [hook for hook in module._forward_hooks.values() if isinstance(hook, KeptOnly)]
+        hooks_behind = module._forward_hooks.values()
+        kept = [hook for hook in hooks_behind if isinstance(hook, (OnKept, KeptExperts))]
         if kept:
             what = "router" if isinstance(kept[0], KeptExperts) else "norm"
             raise ValueError(

@@ -7,9 +7,9 @@ attention: it is given one tensor, returns one that has the same channels or non
 that mixes them while it runs are means, maxima, norms and the like, in its own code. Run on the
 channels that are kept, it then computes what it will compute once the others are removed.
 
-Parameters of its own may lie along the channels and are cut to them. The module then runs a second
-time, so that the modules in it have no state. Without such parameters it may hold modules with any
-others, and runs once, on what is left of its input.
+Parameters of its own may lie along the channels and are cut to them, and attributes may count them.
+The module then runs a second time, so that the modules in it have no state. Without such it may
+hold modules with any parameters, and runs once, on what is left of its input.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.attributes import rules_of
 from taylor_kernels.tracing.labels import has_atoms
 from taylor_kernels.tracing.record import Reason, Vector
 
@@ -43,6 +44,7 @@ class Across:
     Attributes:
         module: its name.
         dim: the channels' dimension in its input, and in its output if that has it, from the end.
+        rank: dimensions of the input.
         vectors: the channels in the input, in the output if that has them, and along parameters.
         beside: along all other dimensions and tensors of the module, which have none of them.
         returned: whether the output has them.
@@ -52,6 +54,7 @@ class Across:
 
     module: str
     dim: int
+    rank: int
     vectors: tuple[Vector, ...]
     beside: tuple[Vector, ...]
     returned: bool
@@ -66,6 +69,7 @@ class Kept(NamedTuple):
         dim: the channels' dimension in its input, from the end.
         places: [n] int64, those that stay.
         width: how many there are, with those that are masked.
+        rank: dimensions of its input.
         returned: whether its output has them too, along the same dimension.
         cut: whether its own parameters and buffers lie along them.
     """
@@ -73,6 +77,7 @@ class Kept(NamedTuple):
     dim: int
     places: Tensor
     width: int
+    rank: int
     returned: bool
     cut: bool
 
@@ -117,7 +122,7 @@ class AcrossNorms:
         for dim in range(-given.dim(), 0):
             found = self._along(module, name, given, output, dim)
             if found and _mixes(fixed, span, found[0]):
-                offered.append(Across(name, dim, *found, span))
+                offered.append(Across(name, dim, given.dim(), *found, span))
         return offered
 
     def _along(
@@ -153,7 +158,8 @@ class AcrossNorms:
         ]
         for tensor in inside:
             beside += labels(tensor).dims
-        counts = along or any(size.module == name for size in self._recorder.record.sizes)
+        sizes = self._recorder.record.sizes
+        counts = along or bool(rules_of(module)) or any(size.module == name for size in sizes)
         if (inside and counts) or any(vector is None for vector in vectors):
             return None
         return (

@@ -64,7 +64,9 @@ class Consequences:
             indices [n] of those that stay and more; only modules of which some go.
         """
         return {
-            name: Kept(call.dim, kept, self._count(vector, before), call.returned, call.cut)
+            name: Kept(
+                call.dim, kept, self._count(vector, before), call.rank, call.returned, call.cut
+            )
             for name, (call, vector) in self._vectors.across.items()
             if (kept := self._kept(vector, dead, before)) is not None
         }

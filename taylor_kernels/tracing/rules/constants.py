@@ -42,7 +42,15 @@ def like(call: Call) -> Labels:
 
 
 @rule(
-    "sym_size", "sym_stride", "sym_numel", "_local_scalar_dense", "item", "size", "stride", "equal"
+    "sym_size",
+    "sym_stride",
+    "sym_numel",
+    "_local_scalar_dense",
+    "item",
+    "size",
+    "stride",
+    "equal",
+    "_nested_tensor_from_mask_left_aligned",
 )
 def numbers(call: Call) -> list:
     """Python numbers: what code does with them cannot be seen, only proven."""

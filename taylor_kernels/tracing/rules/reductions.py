@@ -134,8 +134,12 @@ def group_norm(call: Call) -> list[Labels | None]:
                 call.mix(affine)
     for later in old.dims[2:]:
         call.mix(later)
+    weight = call.args.get("weight")
+    if alone and vector is not None:
+        name = call.of(weight).name if isinstance(weight, Tensor) else ""
+        call.record.norms.append(Norm(call.recorder.module, vector.copy(), name, call.record.step))
     result = Labels(old.shape, list(old.dims), [False] * len(old.shape))
-    result.zero[1] = isinstance(call.args.get("weight"), Tensor)
+    result.zero[1] = isinstance(weight, Tensor)
     return [result]
 
 
