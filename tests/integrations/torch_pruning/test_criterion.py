@@ -68,7 +68,9 @@ def test_a_wrong_name_says_the_nearest():
         door.tk_importance("taylor_so_dia", everything()[0])
 
 
-@pytest.mark.parametrize("name", door.__all__)
+@pytest.mark.parametrize(
+    "name", ["GroupHessianImportance", "GroupTaylorImportance", "tk_importance"]
+)
 def test_examples_run(name):
     run_examples(getattr(door, name), name)
 
