@@ -14,7 +14,7 @@ from taylor_kernels.tracing import rules  # noqa: F401 - importing registers the
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
 from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
-from taylor_kernels.tracing.hollow import can_be_hollow
+from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Reason
@@ -162,7 +162,8 @@ def _traced(
     recorder = None
     try:
         with new_garbage_only(), quiet(model):
-            if can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
+            worth_it = is_worth_it((tensor for _, tensor in tensors), given)
+            if worth_it and can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
                 untouched.restore()
             recorder = recorder or attempt(hollow=False)
     finally:
