@@ -54,6 +54,10 @@ def trace(
     as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
     has not read some parameter, another one in train mode says which channels it lies on.
 
+    Of a large model without hooks on its modules, convolutions, linear layers and norms are not
+    computed: what a trace says follows from shapes. As soon as code reads values (in a condition,
+    as an index, in numpy), that run ends, and the model is run as it is.
+
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
         example_inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. They
