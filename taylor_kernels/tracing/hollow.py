@@ -109,6 +109,11 @@ class Hollow:
         if written:
             kind.update(map(self._memories.hold, written))
 
+    @property
+    def kept(self) -> bool:
+        """Whether somebody still holds a hollow tensor, as what code keeps for its next run."""
+        return self._memories.alive(self._hollow)
+
     def _check(self, call: Call) -> None:
         if call.name in _READERS or not (call.operation.pointwise or call.name in RULES):
             self._refuse()

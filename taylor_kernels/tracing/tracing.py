@@ -163,12 +163,18 @@ def _traced(
                 learn_from_training(recorder, model, tensors, run, new_recorder)
         return recorder
 
+    def kept_hollow(recorder: Recorder) -> bool:
+        return recorder.hollow is not None and recorder.hollow.kept
+
     recorder = None
     try:
         with new_garbage_only(), quiet(model):
-            worth_it = is_worth_it((tensor for _, tensor in tensors), given)
-            if worth_it and can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
-                untouched.restore()
+            if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
+                recorder = attempt(hollow=True)
+                if recorder is None or kept_hollow(recorder):
+                    untouched.restore()
+                    if recorder is not None and kept_hollow(recorder):
+                        recorder = None  # what code has kept elsewhere, as in a table, gets values
             recorder = recorder or attempt(hollow=False)
     finally:
         for each in recorders:

@@ -139,6 +139,28 @@ def test_what_is_made_of_parameters_alone_is_computed():
     torch.testing.assert_close(kept["bias"][:, :, 0, 0], table(middle.places).detach())
 
 
+@pytest.mark.parametrize("where", ["attribute", "table"])
+def test_what_code_keeps_of_a_run_holds_values(where):
+    """In an attribute it is what was there before, as after any trace."""
+    table: dict[str, Tensor] = {}
+
+    def keeping(self: nn.Module, x: Tensor) -> Tensor:
+        if where == "table":
+            table["last"] = x
+        else:
+            self.last = x
+        return x + 1
+
+    model, x = network(Apply(keeping)), torch.randn(2, 3, SIDE, SIDE)
+    count = Counting()
+    traced(model, x, count=count)
+    assert len(count.runs) == 1 + (where == "table")
+    assert not hasattr(model[3], "last")
+    if table:
+        with torch.no_grad():
+            torch.testing.assert_close(table["last"], model[:3].eval()(x))
+
+
 def test_hooks_see_values():
     model, seen = network(nn.Identity()), []
     x = torch.randn(2, 3, SIDE, SIDE)
