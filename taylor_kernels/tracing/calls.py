@@ -22,7 +22,7 @@ class Call:
         name: the operation's, without namespace, overload and the underscore of in-place forms.
         args: its arguments by name, defaults included.
         out: its result, as PyTorch returned it.
-        outs: the tensors in that.
+        outs: the tensors in that, and `lies` the memory that each lies in.
         tensors: those among the arguments, each once, and `memories` what these lie in.
         labels: of each of them, by id, as they were before.
     """
@@ -40,6 +40,7 @@ class Call:
         self.args.update(kwargs)
         self.out: Any = None
         self.outs: list[Tensor] = []
+        self.lies: list[int] = []
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
         self.memories: list[int] = []

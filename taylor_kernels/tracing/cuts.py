@@ -8,7 +8,7 @@ that are in proportion already need nothing, the others are matched in their ord
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -86,8 +86,8 @@ def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
     return replace(record, joins=joins, fixed=fixed, sizes=sizes, cuts=cuts)
 
 
-#: Rows that make one another up, set by set, and the rows that are left.
-Sets = tuple[list[list[int]], list[int]]
+#: Rows that make one another up: how many there are in each set, set after set, and what is left.
+Sets = tuple[Vector, Vector, Vector]
 
 
 def match(
@@ -120,22 +120,22 @@ def match(
     if not open_.size:
         return vector[:0]
     order = open_[np.argsort(first[open_])]
-    rows = shares[order]
-    key = rows.shape[1], rows.tobytes()
+    open_shares = shares[order]
+    key = sizes.size, open_shares.tobytes()
     if (found := known.get(key)) is None:
-        found = known[key] = _together(rows)
-    sets, left = found
-    if len(sets) == 1 and len(sets[0]) == classes.size:
+        sets, others = _together(open_shares)
+        sizes_of = np.array([len(members) for members in sets], np.int64)
+        rows = np.fromiter(chain.from_iterable(sets), np.int64)
+        found = known[key] = sizes_of, rows, np.array(others, np.int64)
+    sizes_of, rows, left = found
+    if sizes_of.size == 1 and rows.size == classes.size:
         return classes  # all or nothing
-    pairs = []
-    for members in sets:
-        mine = classes[order[members]]
-        pairs.append((np.full(mine.size, mine[0]), mine))
-    forest.unite(pairs)
+    firsts = rows[np.cumsum(sizes_of) - sizes_of]
+    forest.unite([(classes[order[np.repeat(firsts, sizes_of)]], classes[order[rows]])])
     return classes[order[left]]
 
 
-def _together(shares: Vector) -> Sets:
+def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
     """Sets of rows whose sums are the same in every column, and the rows that are left.
 
     A set takes the row that leaves the least to make up for, until nothing is left to.

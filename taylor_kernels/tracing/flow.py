@@ -79,19 +79,16 @@ class Flow:
         if len(self._steps) > first:
             made = range(first, len(self._steps))
             fresh = frozenset([number for number in made if self._steps[number].kind != END])
-        for out in outs:
-            key = memory_of(out)
+        for key in call.lies or map(self._recorder.memories.hold, outs):
             mark = fresh or sources
-            if key not in marks:
-                self._recorder.memories.hold(out)
-            elif key in call.memories:
+            if key in marks and key in call.memories:
                 mark |= marks[key]
             marks[key] = mark
 
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
-        for out in call.outs:
-            if (key := memory_of(out)) not in call.memories:
+        for key in call.lies:
+            if key not in call.memories:
                 self._marks.pop(key, None)
 
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:

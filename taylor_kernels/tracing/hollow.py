@@ -13,6 +13,7 @@ alone, and may keep for its next run, is computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,6 +48,12 @@ def can_be_hollow(modules: Iterable[nn.Module]) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks or is_router(m) for m in modules)
 
 
+def is_worth_it(parameters: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:
+    """Whether a run may take much longer than it takes to see what is hollow in it."""
+    most = max((tensor.numel() for tensor in inputs), default=0)
+    return most * sum(tensor.numel() for tensor in parameters) >= _WORTH_A_RUN
+
+
 class Hollow:
     """Which tensors of a run are hollow.
 
@@ -65,7 +72,7 @@ class Hollow:
 
     def given(self, inputs: Iterable[Tensor]) -> None:
         """The model is run on these."""
-        self._mark(self._given, inputs)
+        self._given.update(map(self._memories.hold, inputs))
 
     def reads(self, tensor: Tensor) -> None:
         """Code is about to look at the values of a tensor.
@@ -76,43 +83,45 @@ class Hollow:
         if memory_of(tensor) in self._hollow:
             self._refuse()
 
-    def run(self, call: Call, written: Sequence[Tensor], run: Callable[[Any], Any]) -> Any:
-        """Run an operation, or make what it returns.
-
-        Args:
-            written: the tensors that it writes into.
-            run: runs it; given what it returns, it only takes note of it.
+    def before(self, call: Call) -> tuple[Any, set[int] | None]:
+        """What an operation would return, if it is left out, and where its results belong.
 
         Raises:
             NeedsValues: it may ask for values that are not there.
         """
-        hollow = given = False
-        for tensor, key in zip(call.tensors, call.memories, strict=True):
-            if key in self._hollow:
-                hollow = True
-                if not tensor.is_floating_point() and not _only_combines(call):
-                    self._refuse()  # an index, or a mask of places
-            elif key in self._given:
-                given = True
-        if not hollow and not given:
-            return run(None)
+        hollow = not self._hollow.isdisjoint(call.memories)
+        if not hollow and self._given.isdisjoint(call.memories):
+            return None, None
         if hollow:
-            name = call.name
-            if name in _READERS or not (call.operation.pointwise or name in RULES):
-                self._refuse()
+            self._check(call)
         make = _MAKERS.get(call.name)
         made = None if make is None else make(call)
-        out = run(made)
-        kind = self._hollow if hollow or made is not None else self._given
-        self._mark(kind, written)
-        if isinstance(out, Tensor):
-            self._mark(kind, (out,))
-        elif isinstance(out, (list, tuple)):
-            self._mark(kind, (part for part in out if isinstance(part, Tensor)))
-        return out
+        return made, self._given if made is None and not hollow else self._hollow
 
-    def _mark(self, kind: set[int], tensors: Iterable[Tensor]) -> None:
-        kind.update(map(self._memories.hold, tensors))
+    def after(self, kind: set[int], call: Call, written: Sequence[Tensor]) -> None:
+        """It has run.
+
+        Args:
+            kind: as `before` said.
+            written: the tensors that it has written into.
+        """
+        kind.update(call.lies)
+        if written:
+            kind.update(map(self._memories.hold, written))
+
+    @property
+    def kept(self) -> bool:
+        """Whether somebody still holds a hollow tensor, as what code keeps for its next run."""
+        return self._memories.alive(self._hollow)
+
+    def _check(self, call: Call) -> None:
+        if call.name in _READERS or not (call.operation.pointwise or call.name in RULES):
+            self._refuse()
+        if _only_combines(call):
+            return
+        for tensor, key in zip(call.tensors, call.memories, strict=True):
+            if key in self._hollow and not tensor.is_floating_point():
+                self._refuse()  # an index, or a mask of places
 
     def _refuse(self) -> None:
         self.asked = True
@@ -129,50 +138,37 @@ def _dense(*tensors: Tensor | None) -> bool:
 
     On other devices nobody waits for an operation to end.
     """
-    first = tensors[0]
-    return all(
-        tensor is None
-        or (
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.device.type == "cpu"
-            and tensor.dtype == first.dtype  # type: ignore[union-attr]
-            and tensor.is_contiguous()
-        )
-        for tensor in tensors
-    )
+    dtype = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not tensor.is_contiguous() or not tensor.is_cpu:
+            return False
+        if dtype not in (None, tensor.dtype):
+            return False
+        dtype = tensor.dtype
+    return True
 
 
 def _linear(call: Call) -> Tensor | None:
     args = call.args
     x, weight, bias = args["input"], args["weight"], args.get("bias")
-    fits = (
-        x.dim() > 1
-        and weight.dim() == 2
-        and x.size(-1) == weight.size(1)
-        and (bias is None or bias.shape == weight.shape[:1])
-        and _dense(x, weight, bias)
-    )
-    return x.new_empty((*x.shape[:-1], weight.size(0))) if fits else None
+    if x.numel() * weight.size(0) < _WORTH or x.dim() < 2 or weight.dim() != 2:
+        return None
+    fits = x.size(-1) == weight.size(1) and (bias is None or bias.shape == weight.shape[:1])
+    return x.new_empty((*x.shape[:-1], len(weight))) if fits and _dense(x, weight, bias) else None
 
 
 def _convolution(call: Call) -> Tensor | None:
     args = call.args
     x, weight, bias = args["input"], args["weight"], args.get("bias")
-    dims, padding = weight.dim() - 2, args["padding"]
-    fits = (
-        x.dim() == weight.dim()
-        and not isinstance(padding, str)
-        and x.size(1) == weight.size(1) * args["groups"]
-        and weight.size(0) % args["groups"] == 0
-        and (bias is None or bias.shape == weight.shape[:1])
-        and _dense(x, weight, bias)
-    )
-    if not fits:
+    groups, dims = args["groups"], weight.dim() - 2
+    if x.dim() != weight.dim() or isinstance(args["padding"], str):
         return None
     strides, pads, dilations = (
         _each(args[name], dims) for name in ("stride", "padding", "dilation")
     )
-    if min(*strides, *dilations) < 1 or min(pads) < 0 or not x.numel() or not weight.numel():
+    if min(*strides, *dilations, groups) < 1 or min(pads) < 0 or not weight.numel():
         return None
     sizes = [
         (size + 2 * pad - every * (kernel - 1) - 1) // stride + 1
@@ -180,24 +176,38 @@ def _convolution(call: Call) -> Tensor | None:
             x.shape[2:], weight.shape[2:], strides, pads, dilations, strict=True
         )
     ]
-    return x.new_empty((x.size(0), weight.size(0), *sizes)) if min(sizes) > 0 else None
+    fits = (
+        min(sizes) > 0
+        and x.size(1) == weight.size(1) * groups
+        and weight.size(0) % groups == 0
+        and (bias is None or bias.shape == weight.shape[:1])
+        and x.size(0) * prod(sizes) * weight.numel() >= _WORTH
+        and _dense(x, weight, bias)
+    )
+    return x.new_empty((x.size(0), weight.size(0), *sizes)) if fits else None
 
 
-def _each(value: Sequence[int], dims: int) -> list[int]:
+def _each(value: Sequence[int], dims: int) -> Sequence[int]:
     """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
-    return list(value) * (dims // len(value))
+    return value if len(value) == dims else list(value) * (dims // len(value))
 
 
 def _batch_norm(call: Call) -> Tensor | None:
     args = call.args
     x, mean, var = args["input"], args["running_mean"], args["running_var"]
-    sides = (mean, var, args["weight"], args["bias"])
-    if args["training"] == (mean is not None) or x.dim() < 2 or not _dense(x, *sides):
+    if args["training"] == (mean is not None) or x.dim() < 2 or x.numel() < _WORTH:
         return None  # in training it writes into its buffers
+    sides = (mean, var, args["weight"], args["bias"])
     fits = all(side is None or side.shape == x.shape[1:2] for side in sides)
-    return x.new_empty(x.shape) if fits else None
+    return x.new_empty(x.shape) if fits and _dense(x, *sides) else None
 
 
+_PLAIN = (Tensor, nn.Parameter)
+#: So many multiply-adds at least are left out: fewer take no longer than it takes to see to it.
+_WORTH = 2**14
+#: Entries of parameters times entries of an input: twenty networks of width 32 have fewer, none of
+#: the usual size.
+_WORTH_A_RUN = 2**28
 #: Layers that are left out, and how to make what they return; None where they have to run.
 _MAKERS: dict[str, Callable[[Call], Tensor | None]] = {
     "linear": _linear,

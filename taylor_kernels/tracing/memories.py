@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ class Memories:
         if key >= 0 and key not in self._held:
             self._held[key] = tensor.untyped_storage()._weak_ref()
         return key
+
+    def alive(self, keys: Iterable[int]) -> bool:
+        """Whether any of these memories, which are held, has not gone."""
+        gone = torch.UntypedStorage._expired
+        return any(not gone(self._held[key]) for key in keys if key in self._held)
 
     def release(self) -> None:
         """The run is over."""

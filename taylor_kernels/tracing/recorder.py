@@ -6,7 +6,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,12 +238,12 @@ class Recorder(TorchDispatchMode):
             self.touched(tensor)
         values = record.values
         parents = [] if values is None else [values.of(tensor) for tensor in call.tensors]
-        if self.hollow is None:
-            call.out = self._execute(func, args, kwargs, None)
-        else:
-            run = partial(self._execute, func, args, kwargs)
-            call.out = self.hollow.run(call, written, run)
+        made, kind = (None, None) if self.hollow is None else self.hollow.before(call)
+        call.out = self._execute(func, args, kwargs, made)
         call.outs = tensors_of(call.out)
+        call.lies = [self.memories.hold(out) for out in call.outs]
+        if self.hollow is not None and kind is not None:
+            self.hollow.after(kind, call, written)
         if values is not None:
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
         record.step += 1

@@ -16,6 +16,8 @@ from taylor_kernels.tracing.grids import FREE, Grids, grids_of
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
 _ROUNDS = 8
+#: So many atoms of joins are united as soon one by one.
+_FEW = 2**13
 
 
 def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
@@ -115,8 +117,9 @@ def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason
     follows = np.ones(one.size, bool)
     follows[1:] = (np.diff(one) == 1) & (np.diff(other) == 1)
     follows[begin] = (one[begin] != 0) & (other[begin] != 0)
-    run = np.logical_and.reduceat(follows, begin)
-    forest.unite_runs(one[begin[run]], other[begin[run]], sizes[run])
+    run = np.logical_and.reduceat(follows, begin) & (one.size > _FEW)
+    if run.any():
+        forest.unite_runs(one[begin[run]], other[begin[run]], sizes[run])
     both = (one != 0) & (other != 0) & ~np.repeat(run, sizes)
     forest.unite([(one[both], other[both])])
     lone = np.flatnonzero((one == 0) != (other == 0))

@@ -16,7 +16,7 @@ from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
 from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
-from taylor_kernels.tracing.hollow import can_be_hollow
+from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Reason
@@ -60,6 +60,10 @@ def trace(
     functions, methods, custom modules and any container of outputs are read alike. It is afterwards
     as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
     has not read some parameter, another one in train mode says which channels it lies on.
+
+    Of a large model without hooks on its modules, convolutions, linear layers and norms are not
+    computed: what a trace says follows from shapes. As soon as code reads values (in a condition,
+    as an index, in numpy), that run ends, and the model is run as it is.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
@@ -175,11 +179,18 @@ def _traced(
                 learn_from_training(recorder, model, tensors, run, new_recorder)
         return recorder
 
+    def kept_hollow(recorder: Recorder) -> bool:
+        return recorder.hollow is not None and recorder.hollow.kept
+
     recorder = None
     try:
         with new_garbage_only(), quiet(model):
-            if can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
-                untouched.restore()
+            if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
+                recorder = attempt(hollow=True)
+                if recorder is None or kept_hollow(recorder):
+                    untouched.restore()
+                    if recorder is not None and kept_hollow(recorder):
+                        recorder = None  # what code has kept elsewhere, as in a table, gets values
             recorder = recorder or attempt(hollow=False)
     finally:
         for each in recorders:
