@@ -9,7 +9,7 @@ import numpy as np
 from taylor_kernels.tracing.attributes import counting, tie, tie_shape
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.record import Size, Vector
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
@@ -117,6 +117,12 @@ def reshaped(
                 new.dims[i], new.zero[i] = axis, zero
                 if i not in inferred:
                     tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
+                elif len(theirs) > 1:
+                    module = call.recorder.module
+                    call.record.guesses += [
+                        Size(module, attribute, axis.copy(), False)
+                        for attribute in counting(call, new.shape[i])
+                    ]
     return new
 
 
