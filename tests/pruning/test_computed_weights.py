@@ -97,3 +97,36 @@ def test_an_update_of_low_rank_to_a_layers_weight_loses_its_rows(kind, rank, fir
         pruner.compact()
     torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
     assert model[2].up.shape == (model[2].weight.shape[0], rank)
+
+
+class Factors(nn.Module):
+    """A weight that is a product of two parameters, and of nothing else."""
+
+    def __init__(self, inputs: int, outputs: int, turned: bool) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(*((outputs, 3) if turned else (inputs, 3))))
+        self.other = nn.Parameter(torch.randn(*((3, inputs) if turned else (3, outputs))))
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.one @ self.other
+        return F.linear(x, weight) if self.turned else x @ weight
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_channels_of_a_weight_that_is_a_product_go(turned):
+    model = nn.Sequential(
+        Factors(4, 8, turned), nn.Tanh(), Factors(8, 6, turned), nn.Tanh(), nn.Linear(6, 2)
+    )
+    x = torch.randn(2, 4)
+    pruner = tk.Pruner(model, x, "magnitude_l2", params=0.6, every=1, per_step=0.3)
+    while not pruner.done:
+        pruner.step()
+    masked = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer
+        pruner.compact()
+    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+    assert model(x).shape == (2, 2)
+    outputs = model[0].one if turned else model[0].other.t()
+    assert len(outputs) < 8

@@ -143,8 +143,12 @@ def _may_shrink(
     One that PyTorch infers does, one that an attribute counts can be made to. Of the others one was
     worked out from the width, unless PyTorch had to infer one: they are constants then. It is taken
     to be the widest, where that is plain: numbers of groups come first and are few, and of
-    (4, 2) either may be the number.
+    (4, 2) either may be the number. Where the others are of space, or of a batch, there is no such
+    number, and the size is that of the channels, from wherever it is.
     """
+    along = [i for i in range(grid.ndim) if (grid != grid.take([0], axis=i)).any()]
+    if len(along) == 1:
+        return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
         if i in inferred or tie(call, grid.shape[place], None, index=place):
