@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from math import prod
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
@@ -167,8 +168,8 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if one.name and other.name:
-        pass  # a weight that is computed of two parameters, as a low-rank update is
+    if one.name and other.name and _in_a_layer(call):
+        pass  # an update of low rank to the layer's weight
     elif not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
@@ -257,3 +258,10 @@ def attention(call: Call) -> Labels:
             if len(mask.shape) >= -dim and mask.shape[dim] > 1:
                 call.join(mine, theirs)
     return result
+
+
+def _in_a_layer(call: Call) -> bool:
+    """Whether the code that runs is a layer's own, or computes its weight for it."""
+    return isinstance(call.running, (nn.Linear, _ConvNd)) or (
+        ".parametrizations." in f".{call.recorder.module}"
+    )
