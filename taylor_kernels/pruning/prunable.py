@@ -14,7 +14,7 @@ from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
-from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters
+from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters, sound_in
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
@@ -189,9 +189,26 @@ def _proven(
     """
     if not first_fault(trial, blocks):
         return offer, {}
-    offer, whole, sound = _following(trial, whole, model, blocks, offer, choose)
+    followed, other, sound = _following(trial, whole, model, blocks, offer, choose)
     if sound:
-        return offer, {}
+        return followed, {}
+    found = _without_unsound(trial, other, model, blocks, followed, choose)
+    if followed is offer or not found[1]:
+        return found
+    # Sizes that follow others may have tied what is sound to what is not.
+    alone = _without_unsound(trial, whole, model, blocks, offer, choose)
+    return max(found, alone, key=sound_in)
+
+
+def _without_unsound(
+    trial: Trial,
+    whole: Channels,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    offer: Offer,
+    choose: Choose,
+) -> Proven:
+    """`_proven`, once sizes that code has from other tensors do or do not follow these."""
     trial.channels, groups, _ = offer
     found = unsound(trial, blocks)
     wrong = {slot.owner for number in found for slot in groups[number].producers}

@@ -48,15 +48,16 @@ def best_choice(
         if other is None:
             break
         more, skipped = choose(other)
-        if sound_filters(more, {}) <= _sound(best):
+        if sound_filters(more, {}) <= sound_in(best):
             break
         tried = prove(other, (other.offering(more), more, skipped))
-        if _sound(tried) > _sound(best):
+        if sound_in(tried) > sound_in(best):
             best = tried
     return best
 
 
-def _sound(proven: Proven) -> int:
+def sound_in(proven: Proven) -> int:
+    """The filters that are left to prune."""
     (_, groups, _), found = proven
     return sound_filters(groups, found)
 

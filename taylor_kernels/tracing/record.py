@@ -152,6 +152,7 @@ class Record:
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
         values: where tensors came from, if that is followed.
+        guesses: attributes whose number is that of parts that code has left to PyTorch to count.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
     """
@@ -169,6 +170,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     echoes: list[Echo] = field(default_factory=list)
+    guesses: list[Size] = field(default_factory=list)
     heads: list[Vector] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     fills: dict[str, dict[int, float]] = field(default_factory=dict)

@@ -66,12 +66,29 @@ def with_written_sizes(
     }
     compared = [s for s in _compared(record, modules, at or ()) if asked[label[s.atoms]].any()]
     if not joins and not shared and not compared:
+        compared = _guessed(record, label, asked, at or ())
+    if not joins and not shared and not compared:
         return None
     sizes = [
         replace(size, weak=size.weak and (size.module, size.attribute) not in shared)
         for size in record.sizes
     ]
     return replace(record, joins=[*record.joins, *joins], sizes=sizes + compared)
+
+
+def _guessed(
+    record: Record, label: Vector, asked: npt.NDArray[np.bool_], at: Collection[str]
+) -> list[Size]:
+    """Attributes of these modules that hold the number of parts that PyTorch has counted, and are
+    known to count nothing else; code may work other sizes out from them."""
+    known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
+    return [
+        size
+        for size in record.guesses
+        if size.module in at
+        and (size.module, size.attribute) not in known
+        and asked[label[size.atoms]].any()
+    ]
 
 
 def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -> int:

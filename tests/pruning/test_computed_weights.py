@@ -97,3 +97,70 @@ def test_an_update_of_low_rank_to_a_layers_weight_loses_its_rows(kind, rank, fir
         pruner.compact()
     torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
     assert model[2].up.shape == (model[2].weight.shape[0], rank)
+
+
+class Factors(nn.Module):
+    """A weight that is a product of two parameters, and of nothing else."""
+
+    def __init__(self, inputs: int, outputs: int, turned: bool) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.randn(*((outputs, 3) if turned else (inputs, 3))))
+        self.other = nn.Parameter(torch.randn(*((3, inputs) if turned else (3, outputs))))
+        self.turned = turned
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.one @ self.other
+        return F.linear(x, weight) if self.turned else x @ weight
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_channels_of_a_weight_that_is_a_product_go(turned):
+    model = nn.Sequential(
+        Factors(4, 8, turned), nn.Tanh(), Factors(8, 6, turned), nn.Tanh(), nn.Linear(6, 2)
+    )
+    x = torch.randn(2, 4)
+    pruner = tk.Pruner(model, x, "magnitude_l2", params=0.6, every=1, per_step=0.3)
+    while not pruner.done:
+        pruner.step()
+    masked = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer
+        pruner.compact()
+    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+    assert model(x).shape == (2, 2)
+    outputs = model[0].one if turned else model[0].other.t()
+    assert len(outputs) < 8
+
+
+class Beside(nn.Linear):
+    """A low-rank update beside the layer's own product, and before it."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.down = nn.Parameter(torch.randn(3, inputs))
+        self.up = nn.Parameter(torch.randn(outputs, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.down.T @ self.up.T + F.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn"])
+def test_an_update_that_runs_first_is_not_the_layer(criterion):
+    widths = torch.randint(7, 12, (2,)).tolist()
+    model = nn.Sequential(
+        Beside(4, widths[0]), nn.ReLU(), Beside(*widths), nn.ReLU(), nn.Linear(widths[1], 2)
+    ).double()
+    pruner = tk.Pruner(
+        model, torch.randn(5, 4).double(), criterion, filters=0.6, every=1, per_step=2
+    )
+    assert [pruner.widths[name] for name in ("0", "2")] == widths
+    while not pruner.done:
+        model.zero_grad()
+        model(torch.randn(5, 4).double()).square().mean().backward()
+        pruner.step()
+    x = torch.randn(5, 4).double()
+    masked = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer
+        pruner.compact()
+    torch.testing.assert_close(model(x).detach(), masked)

@@ -63,3 +63,56 @@ def test_heads_go_though_their_number_is_that_of_parts_of_a_head(heads, dim):
     torch.manual_seed(heads)
     model = TurnedInPairs(heads, dim, dim)
     judging.check_all_but(["leave"], model, torch.randn(1, 4, 5))
+
+
+class Windows(nn.Module):
+    """Attention in windows, as many tokens of which as there are heads: a size that counts none."""
+
+    def __init__(self, name: str, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.name = heads, 5, name
+        setattr(self, name, heads)
+        self.read, self.qkv = nn.Linear(3, 7), nn.Linear(7, 3 * 5 * heads)
+        self.write, self.leave = nn.Linear(5 * heads, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = getattr(self, self.name)
+        qkv = self.qkv(self.read(x))
+        shape = (len(x), size, -1, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.reshape(shape).permute(3, 0, 2, 4, 1, 5)
+        z = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.leave(self.write(z.permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)).tanh())
+
+
+@pytest.mark.parametrize("name", ["window_size", "patch_size", "resolution_out", "query_stride"])
+@pytest.mark.parametrize("heads", [3, 4])
+def test_heads_go_though_windows_have_as_many_tokens(name, heads):
+    """Hiera's and LeViT's."""
+    torch.manual_seed(heads)
+    judging.check_all_but(["leave"], Windows(name, heads), torch.randn(1, 3 * heads, 3))
+
+
+class Patches(nn.Module):
+    """MobileViT: an image cut into patches and put together again, its channels beside a batch."""
+
+    def __init__(self, width: int, patch: int) -> None:
+        super().__init__()
+        self.patch, self.enter = patch, nn.Conv2d(3, width, 3, padding=1)
+        self.mix, self.leave = nn.Linear(width, width), nn.Conv2d(width, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, p = self.enter(image).tanh(), self.patch
+        n, c, h, w = x.shape
+        rows, columns = h // p, w // p
+        y = x.reshape(n * c * rows, p, columns, p).transpose(1, 2)
+        y = y.reshape(n, c, rows * columns, p * p).permute(0, 3, 2, 1).reshape(n * p * p, -1, c)
+        y = self.mix(y).tanh()
+        y = y.contiguous().view(n, p * p, rows * columns, -1).transpose(1, 3)
+        y = y.reshape(n * c * rows, columns, p, p).transpose(1, 2).reshape(n, c, h, w)
+        return self.leave(x + y)
+
+
+@pytest.mark.parametrize(("width", "patch", "size"), [(9, 2, 4), (8, 2, 8), (6, 4, 8), (12, 2, 4)])
+def test_channels_beside_many_places_go(width, patch, size):
+    torch.manual_seed(width)
+    judging.check_all_but(["leave"], Patches(width, patch), torch.randn(1, 3, size, size))

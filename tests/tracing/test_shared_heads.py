@@ -85,3 +85,32 @@ def test_one_of_two_shared_heads_goes_where_a_norm_reads_them(seed):
     dim, repeats = draw.choice([3, 4, 5]), draw.choice([2, 3])
     model = SharedHeads(2 * repeats, 2, dim, "repeated", fused=False, norm=True)
     judging.check_all_but(["leave"], model, torch.randn(1, 4, 5))
+
+
+class Grouped(nn.Module):
+    """One layer makes queries, a key and a value for each of `shared` groups, as Falcon's does.
+
+    PyTorch counts the groups; how many queries there are in one is worked out from attributes.
+    """
+
+    def __init__(self, heads: int, shared: int, dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = heads, shared, dim
+        self.read, self.qkv = nn.Linear(5, 11), nn.Linear(11, (heads + 2 * shared) * dim)
+        self.write, self.leave = nn.Linear(heads * dim, 13), nn.Linear(13, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, steps, _ = x.shape
+        per = self.num_heads // self.num_kv_heads
+        parts = self.qkv(self.read(x)).view(n, steps, -1, per + 2, self.head_dim)
+        q, k, v = parts[..., :-2, :], parts[..., [-2], :], parts[..., [-1], :]
+        k, v = k.broadcast_to(q.shape), v.broadcast_to(q.shape)
+        q, k, v = (t.flatten(2, 3).transpose(1, 2) for t in (q, k, v))
+        z = functional.scaled_dot_product_attention(q, k, v)
+        z = z.transpose(1, 2).reshape(n, steps, self.num_heads * self.head_dim)
+        return self.leave(self.write(z).tanh())
+
+
+@pytest.mark.parametrize(("heads", "shared", "dim"), [(6, 2, 5), (12, 3, 7), (10, 5, 3)])
+def test_groups_of_heads_that_pytorch_counts_can_go(heads, shared, dim):
+    judging.check_all_but(["leave"], Grouped(heads, shared, dim), torch.randn(1, 4, 5))

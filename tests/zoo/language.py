@@ -232,6 +232,33 @@ def stablelm() -> Built:
     return hf.StableLmForCausalLM(config), {"input_ids": _tokens()}
 
 
+def roformer() -> Built:
+    """One table of positions, as wide as a head, turns all layers; the scale counts its width."""
+    import transformers as hf
+
+    config = hf.RoFormerConfig(**COMMON, vocab_size=50, embedding_size=16, pad_token_id=1)
+    return hf.RoFormerForSequenceClassification(config), {"input_ids": _tokens()}
+
+
+def phi3() -> Built:
+    """It cuts its packed projection by a number of heads that the config alone holds."""
+    import transformers as hf
+
+    config = hf.Phi3Config(**COMMON, vocab_size=50, num_key_value_heads=2, pad_token_id=0)
+    return _causal(hf.Phi3ForCausalLM(config))
+
+
+def mamba2() -> Built:
+    """As many heads as a head is wide, as states and as steps in a chunk."""
+    import transformers as hf
+
+    config = hf.Mamba2Config(
+        hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2,
+        chunk_size=8, vocab_size=50,
+    )  # fmt: skip
+    return _causal(hf.Mamba2ForCausalLM(config))
+
+
 class Translation(nn.Module):
     """PyTorch's own transformer between an embedding and a head."""
 
@@ -252,6 +279,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
     "albert": albert, "deberta_v2": deberta_v2, "mamba": mamba, "swinv2": swinv2,
     "wav2vec2": wav2vec2, "gpt_bigcode": gpt_bigcode, "olmo2": olmo2, "stablelm": stablelm,
+    "roformer": roformer, "phi3": phi3, "mamba2": mamba2,
     "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
     "torch_transformer": lambda: (Translation(), _tokens()),
 }  # fmt: skip

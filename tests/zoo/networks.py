@@ -102,5 +102,8 @@ NETWORKS: dict[str, Network] = {
     "gpt_bigcode": _hf("gpt_bigcode", 8),
     "olmo2": _hf("olmo2", 14),
     "stablelm": _hf("stablelm", 14),
+    "roformer": _hf("roformer", 14),
+    "phi3": _hf("phi3", 8),
+    "mamba2": _hf("mamba2", 6),
     "torch_transformer": Network("torch", partial(_configured, "torch_transformer"), least=10),
 }

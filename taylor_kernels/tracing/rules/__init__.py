@@ -2,6 +2,7 @@
 
 from taylor_kernels.tracing.rules import (  # noqa: F401
     constants,
+    convolutions,
     elementwise,
     joining,
     products,

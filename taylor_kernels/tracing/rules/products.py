@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
@@ -169,8 +168,8 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if one.name and other.name:
-        pass  # a weight that is computed of two parameters, as a low-rank update is
+    if one.name and other.name and _in_a_layer(call):
+        pass  # an update of low rank to the layer's weight
     elif not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
@@ -178,105 +177,6 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
     if one.memory.spoiled or other.memory.spoiled:
         result.zero = [False] * len(shape)
     return result
-
-
-@rule(
-    "convolution", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "_convolution", "convolution_overrideable", "mkldnn_convolution",
-    "conv_depthwise3d", "_conv_depthwise2d", "thnn_conv2d", "slow_conv3d",
-)  # fmt: skip
-def convolution(call: Call) -> Labels:
-    """Grouped ones see their channels as a grid: groups by channels of a group."""
-    source, weight = call.of(call.arg("input", "self")), call.of(call.args["weight"])
-    transposed = bool(call.args.get("transposed")) or "transpose" in call.name
-    spatial = len(weight.shape) - 2
-    groups = call.args.get("groups", 1)
-    result = Labels.fixed(call.out.shape)
-    for dim in range(-spatial, 0):
-        call.refuse(weight.dims[dim], "is a place of a kernel")
-        if _is_alone(call, weight, dim):
-            result.dims[dim] = source.dims[dim]
-            result.zero[dim] = source.is_zero(dim) and call.args.get("bias") is None
-        else:
-            call.mix(source.dims[dim])
-    batched = len(source.shape) == spatial + 2
-    if batched:
-        result.dims[0], result.zero[0] = source.dims[0], False
-    channels = call.atoms(source, -spatial - 1)
-    rows, columns = weight.dims[0], weight.dims[1]
-    if _is_one_kernel(weight, groups):
-        # A blur, of as many kernels as the image has channels.
-        repeated_as(call, channels, weight, 0)
-        tie(call, groups, channels, weak=True)
-        result.dims[-spatial - 1], result.zero[-spatial - 1] = (
-            channels,
-            source.is_zero(-spatial - 1),
-        )
-        add_bias(call, call.args.get("bias"), result, -spatial - 1)
-        return result
-    if groups == 1:
-        inputs, outputs, axis = (rows, columns, None) if transposed else (columns, rows, None)
-    else:
-        inputs, outputs, axis = _grouped(call, rows, columns, groups, transposed)
-    call.join(channels, inputs)
-    places = prod(source.shape if transposed else result.shape)
-    layer(call, weight, inputs, outputs, axis, places * prod(weight.shape[1:]))
-    result.dims[-spatial - 1], result.zero[-spatial - 1] = outputs, weight.is_zero(int(transposed))
-    add_bias(call, call.args.get("bias"), result, -spatial - 1)
-    return result
-
-
-def _is_alone(call: Call, weight: Labels, dim: int) -> bool:
-    """Whether a convolution leaves the places along a dimension where they are, each by itself."""
-
-    def along(argument: str, otherwise: int) -> Any:
-        value = call.args.get(argument, otherwise)
-        return value[dim if len(value) > 1 else 0] if isinstance(value, (list, tuple)) else value
-
-    one = weight.shape[dim] == 1 and along("stride", 1) == 1
-    return one and along("padding", 0) in (0, "same", "valid")
-
-
-def _is_one_kernel(weight: Labels, groups: int) -> bool:
-    """Whether a weight is one kernel that code has repeated for each channel of its own group."""
-    one = weight.is_uniform or (weight.dims[0] is None and 0 in weight.repeated)
-    return one and groups > 1 and weight.shape[:2] == (groups, 1)
-
-
-def _grouped(
-    call: Call, rows: Vector | None, columns: Vector | None, groups: int, transposed: bool
-) -> tuple[Vector | None, Vector | None, Vector | None]:
-    """The input channels, the output channels and the groups of a grouped convolution."""
-    record, where = call.record, call.where
-    if columns is None and call.of(call.args["weight"]).shape[1] == 1:
-        columns = record.fresh(1)  # a depthwise weight seen as a matrix and back, as in Mamba
-    if rows is None or columns is None:
-        for vector in (rows, columns):
-            call.refuse(vector, "belongs to a grouped weight that is computed")
-        return None, None, None
-    module = call.running
-    # Whole groups can go where the number of groups is an attribute that follows;
-    known = "groups" in rules_of(module) if module is not None else False
-    # and as many groups as channels are given by these, mostly.
-    depthwise = rows.size == groups and columns.size == 1
-    may = [0, 1] if known or depthwise or tie(call, groups, None) else [1]
-    axis, _ = record.grid(rows.reshape(groups, -1), where, "rows", may)
-    if axis is None:
-        axis = record.fresh(groups)
-        record.fix(axis, call.reason("is a group whose channels are shared"))
-    # The weight's second dimension counts within a group, on the side that its first does not.
-    other = axis if columns.size == 1 else None
-    if columns.size == 1:
-        call.refuse(columns, "is the only channel of each group")
-    else:
-        other = record.fresh(groups * columns.size)
-        axis_again, inside_again = record.grid(other.reshape(groups, -1), where, "groups", may)
-        call.join(axis_again, axis)
-        call.join(inside_again, columns)
-    if 0 in may and not known:
-        tie(call, groups, axis)
-    inputs, outputs = (rows, other) if transposed else (other, rows)
-    return inputs, outputs, axis
 
 
 @rule("embedding", "embedding_renorm")
@@ -358,3 +258,10 @@ def attention(call: Call) -> Labels:
             if len(mask.shape) >= -dim and mask.shape[dim] > 1:
                 call.join(mine, theirs)
     return result
+
+
+def _in_a_layer(call: Call) -> bool:
+    """Whether the code that runs is a layer's own, or computes its weight for it."""
+    return isinstance(call.running, (nn.Linear, _ConvNd)) or (
+        ".parametrizations." in f".{call.recorder.module}"
+    )

@@ -9,7 +9,7 @@ import numpy as np
 from taylor_kernels.tracing.attributes import counting, tie, tie_shape
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.record import Size, Vector
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
@@ -117,6 +117,12 @@ def reshaped(
                 new.dims[i], new.zero[i] = axis, zero
                 if i not in inferred:
                     tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
+                elif len(theirs) > 1:
+                    module = call.recorder.module
+                    call.record.guesses += [
+                        Size(module, attribute, axis.copy(), False)
+                        for attribute in counting(call, new.shape[i])
+                    ]
     return new
 
 
@@ -137,8 +143,12 @@ def _may_shrink(
     One that PyTorch infers does, one that an attribute counts can be made to. Of the others one was
     worked out from the width, unless PyTorch had to infer one: they are constants then. It is taken
     to be the widest, where that is plain: numbers of groups come first and are few, and of
-    (4, 2) either may be the number.
+    (4, 2) either may be the number. Where the others are of space, or of a batch, there is no such
+    number, and the size is that of the channels, from wherever it is.
     """
+    along = [i for i in range(grid.ndim) if (grid != grid.take([0], axis=i)).any()]
+    if len(along) == 1:
+        return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
         if i in inferred or tie(call, grid.shape[place], None, index=place):
