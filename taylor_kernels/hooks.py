@@ -87,6 +87,24 @@ def hide_from_compiler(function: Any) -> None:
 hide_from_compiler(Hook.__call__)
 
 
+class ShortHook(Hook):
+    """A hook that has a short way in most cases.
+
+    Attributes:
+        short: called with what the hook is called with; whether that was all. None at first.
+    """
+
+    short: Callable[..., bool] | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.short is not None and self.short(*arguments):
+            return None
+        return super().__call__(*arguments)
+
+
+hide_from_compiler(ShortHook.__call__)
+
+
 def forget_compiled() -> None:
     """Let all that torch.compile has compiled be compiled anew, since hooks have come or gone.
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 #: dtypes that every kernel reads; float64 is for the reference and the native CPU backend.
@@ -287,36 +286,6 @@ def conv2d_fisher_args(
         dy_last,
         tf32,
     )
-
-
-def conv3d_as_2d(
-    input: Tensor,
-    grad_output: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[Tensor, Tensor, list[int]]:
-    """A 3-D convolution as one over two dimensions, with the same weight gradients in each example.
-
-    The kernel's taps along the depth become input channels, and what each output of the depth reads
-    becomes an image; these stand one below the other, each as high as a whole number of steps, and
-    no row that a filter reads across two of them has an output gradient. The convolution that is
-    left has the height's and the width's stride and dilation, the width's padding, and the weight's
-    size that is returned.
-    """
-    filters, channels, taps, *kernel = weight_size
-    n, _, depth, rows = grad_output.shape[:4]
-    pad_d, pad_h, _ = padding
-    height = input.size(3) + 2 * pad_h
-    steps = -(-height // stride[1])
-    x = F.pad(input, (0, 0, pad_h, pad_h + steps * stride[1] - height, pad_d, pad_d))
-    reach = (depth - 1) * stride[0] + 1
-    at_taps = [x[:, :, i * dilation[0] : i * dilation[0] + reach : stride[0]] for i in range(taps)]
-    x = torch.stack(at_taps, 2).reshape(n, -1, depth * steps * stride[1], input.size(4))
-    dy = F.pad(grad_output, (0, 0, 0, steps - rows)).flatten(2, 3)
-    outputs = (x.size(2) - dilation[1] * (kernel[0] - 1) - 1) // stride[1] + 1
-    return x, dy[:, :, :outputs], [filters, channels * taps, *kernel]
 
 
 def _stored_like(tensor: Tensor | None, channels_last: bool) -> Tensor | None:

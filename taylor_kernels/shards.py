@@ -24,11 +24,16 @@ def is_sharded(tensor: object) -> bool:
     return not plain and isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
-def has_shards(module: nn.Module) -> bool:
-    """Whether a module has a DTensor among its parameters; none can be made unless its code is
-    loaded, which is told in no time."""
+def _among_ranks() -> bool:
+    """Whether there can be DTensors, told in no time: their code is loaded, and there is a group of
+    processes, which their mesh is made of."""
     loaded = any(name in sys.modules for name in _CODE)
-    if not loaded:
+    return loaded and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Whether a module has a DTensor among its parameters."""
+    if not _among_ranks():
         return False
     return any(is_sharded(p) for one in walk(module) for p in one._parameters.values())
 
@@ -39,7 +44,7 @@ def in_parts(module: nn.Module) -> bool:
     FSDP2 leaves whole ones in the root after a forward pass, until the backward pass or
     `reshard()`: at that time no parameter is a DTensor, and what is done to them is undone.
     """
-    return any(name in sys.modules for name in _CODE) and (has_shards(module) or is_fsdp(module))
+    return has_shards(module) or is_fsdp(module)
 
 
 def walk(module: nn.Module) -> set[nn.Module]:
@@ -178,6 +183,8 @@ def whole_state(state: Any) -> Any:
 
 def is_fsdp(model: nn.Module) -> bool:
     """Whether FSDP2 puts parameters of other values in the place of a model's as it runs."""
+    if not _among_ranks():
+        return False
     kinds = {type(module) for module in walk(model)}  # a few, of hundreds of modules
     return any(base.__name__ == "FSDPModule" for kind in kinds for base in kind.__mro__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from taylor_kernels import criteria
 from taylor_kernels.backends.native import _native
-from taylor_kernels.statistics import registry
+from taylor_kernels.criteria import registry as criteria
+from taylor_kernels.statistics import registry as statistics
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -98,7 +98,7 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _registries_as_before() -> Iterator[None]:
     """What a test registers, or an example that it runs, is forgotten after it."""
-    registries = (criteria._CRITERIA, registry._STATISTICS)
+    registries = (criteria._CRITERIA, statistics._STATISTICS)
     before = [dict(known) for known in registries]
     yield
     for known, old in zip(registries, before, strict=True):

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/fills.h"
 #include "bindings/plans.h"
 #include "common/ops.h"
 #include "cpu/dispatch.h"
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_cpu_isa", &tk::set_cpu_isa);
   tk::define_set_dtypes(m);
   tk::define_plans(m);
+  tk::define_fills(m);
 
 #define TK_DEFINE(op, Call) tk::define(m, #op "_cpu", &tk::op##_cpu);
   TK_OPS(TK_DEFINE)

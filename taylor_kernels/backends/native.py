@@ -11,7 +11,7 @@ environment names in TAYLOR_KERNELS_ISA when this module is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from typing import Any
@@ -81,6 +81,31 @@ def launch(op: str, call: Any, device: torch.device, *seed: int, sums: int | Non
         stream = torch.cuda.current_stream(device).cuda_stream
         allocate = partial(torch.empty, dtype=torch.uint8, device=device)
         getattr(_native, f"{op}_cuda")(call, stream, allocate, *seed)
+
+
+def fills(parts: Sequence[Sequence[tuple[int, Tensor, float]]]) -> Any:
+    """What writes numbers into tensors of the CPU where they lie, all in one call; None where the
+    native module cannot view tensors.
+
+    Args:
+        parts: for each tensor (dimension, indices [n] int64, value), in the order of writing.
+    """
+    if not plans_calls:
+        return None
+    indices: dict[int, Tensor] = {}  # by their ids: many tensors have the same
+    described = []
+    for tensor in parts:
+        own = []
+        for dim, index, value in tensor:
+            held = indices.setdefault(id(index), index.cpu().contiguous())
+            own.append((dim, held.data_ptr(), held.numel(), value))
+        described.append(own)
+    return _native.Fills(described)
+
+
+def is_gradient_hook(hook: object) -> bool:
+    """Whether this is a hook that `fills` gave."""
+    return _native is not None and isinstance(hook, _native.GradientHook)
 
 
 @cache

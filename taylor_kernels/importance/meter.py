@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +12,9 @@ from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
-from taylor_kernels.hooks import OnModel
+from taylor_kernels.importance.readout import Readout
 from taylor_kernels.importance.scored import placed, scored_layers
-from taylor_kernels.importance.together import Together
-from taylor_kernels.importance.totals import Totals
+from taylor_kernels.importance.together import Alone, Together
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.statistics import (
     check_closure,
@@ -31,7 +29,7 @@ from taylor_kernels.statistics import (
 from taylor_kernels.statistics.counting import Mask, counted
 
 
-class Importance(OnModel):
+class Importance(Readout):
     """Scores every filter of a model's convolution and linear layers under one criterion.
 
     Call update() after every backward() of a training loop, and compute() for the scores.
@@ -59,6 +57,9 @@ class Importance(OnModel):
             if named in `layers`. Gate criteria do not need them.
         layers before the first trained one: no gradient reaches their outputs, so gate criteria and
             `obd_fisher` have no score for them, which is nan, and warn; inside scoring() they do.
+        layers that are never called, since other code multiplies by their weight (as
+            nn.MultiheadAttention does by that of its `out_proj`): without `example_inputs` criteria
+            that look at outputs have no score for them, which is nan, and warn.
         frozen BatchNorm, or one without affine parameters: its gate is read off its output.
         BatchNorm in train mode normalises by the batch, in eval mode by its running statistics:
             the scores are those of the network in that mode. In train mode it mixes examples; what
@@ -154,7 +155,6 @@ class Importance(OnModel):
         self._sizes = {name: filter_count(layer) for name, layer in self._layers.items()}
         self._statistic = placed(model, statistic, self._layers, backend, example_inputs)
         self._statistic.moments = self.criterion.moments
-        self._totals: Totals
         self._closed = False
         self._scaling = None if scaler is None else Scaling(scaler, model)
         self.ranks = ranks
@@ -162,9 +162,11 @@ class Importance(OnModel):
         if stream:
             check_ranks_stream(self._statistic, ranks)
             self._statistic.start_stream(watch=scaler is not None)
-        self._together: Together | None = None
-        if ranks is not None:
-            self._together = Together(ranks, self.criterion, self._statistic, self._sizes)
+        self._minibatches = (
+            Alone(self._statistic)
+            if ranks is None
+            else Together(ranks, self.criterion, self._statistic, self._sizes)
+        )
         self._zero()
 
     def update(
@@ -212,8 +214,7 @@ class Importance(OnModel):
             if self._scaling.skips(self._statistic.stream):
                 self.skip()
                 return
-        if self._together is not None:
-            loss_scale *= self._together.prepare()
+        loss_scale *= self._minibatches.prepare()
         with counted(self._statistic, mask):
             found = self._statistic.collect(loss_scale=loss_scale, closure=closure)
         tables = checked_tables(self._statistic, found)
@@ -226,24 +227,8 @@ class Importance(OnModel):
             self.skip()
             return
         self._device = tables[0].device
-        if self._together is None:
-            self._totals.add(self._totals.observed(tables, self._statistic.unread), 1)
-            return
-        if self._together.add(tables, weight, self._totals):
+        if self._minibatches.add(tables, weight, self._totals):
             self.sync()
-
-    def sync(self) -> None:
-        """Exchange what the ranks have seen since they did so last; a collective.
-
-        compute() and standard_error() do it; state_dict() does not, and asks for it. Without
-        `ranks`, or if nothing came since, it does nothing.
-
-        Raises:
-            RuntimeError: a rank did not come in time, or the ranks do not fit together.
-        """
-        if self._together is not None:
-            for seen, updates in self._together.exchange(self._totals, self._device):
-                self._totals.add(seen, updates)
 
     def absent(self) -> None:
         """In place of update() on a rank that has no part of the minibatch: it counts for nothing.
@@ -254,20 +239,11 @@ class Importance(OnModel):
             RuntimeError: the meter is closed, or has no `ranks`.
         """
         self._require_open("absent")
-        if self._together is None:
+        if self.ranks is None:
             raise RuntimeError("absent: the meter has no ranks=, so there is no one to wait for it")
         self._statistic.discard()
-        if self._together.absent():
+        if self._minibatches.absent():
             self.sync()
-
-    @property
-    def overflowed(self) -> int:
-        """Minibatches that did not count, since the scaler skips the optimizer's steps of them."""
-        return 0 if self._scaling is None else self._scaling.overflowed
-
-    @property
-    def dropped(self) -> int:
-        return 0 if self._together is None else self._together.dropped
 
     def skip(self) -> None:
         """Forget what backward() left since the last update(): in place of update(), for a
@@ -281,98 +257,13 @@ class Importance(OnModel):
         """
         self._require_open("skip")
         self._statistic.discard()
-        if self._together is not None and self._together.drop():
+        if self._minibatches.drop():
             self.sync()
-
-    @property
-    def needs_closure(self) -> bool:
-        """Whether update() is to be called with a closure; otherwise it takes none."""
-        return self._statistic.reads == "closure"
-
-    def compute(self) -> dict[str, Tensor]:
-        """{layer name: [filters] float32}: the mean score over observations, larger matters more.
-
-        An observation is an update; for `taylor_fo_gate` it is an example. A layer that could not
-        be read in any, as where no gradient reaches it, has nan.
-
-        A layer whose gates have no gradient but rounding noise has nan, and a warning names it: a
-        norm that was not seen divides them out. Noise would rank it below all others, whatever its
-        filters matter; the scores of other layers are right, so that this is no error.
-
-        Raises:
-            RuntimeError: there was no update yet.
-        """
-        self.sync()
-        self._require_updates("compute")
-        if noise := self._noise():
-            remedy = (
-                "pass example_inputs, which puts its gates behind the norm, or use taylor_fo"
-                if self._statistic.sites is None
-                else "use taylor_fo"
-            )
-            warnings.warn(
-                f"{', '.join(noise)}: the gradients of its gates are rounding noise, since what "
-                f"comes later normalises each channel, and its scores are nan; {remedy}",
-                stacklevel=2,
-            )
-        return self._totals.mean()
-
-    def standard_error(self) -> dict[str, Tensor]:
-        """Standard error of every score of compute(): sqrt(sample variance / observations).
-
-        Same keys and shapes; nan where there was but one observation.
-        """
-        self.sync()
-        self._require_updates("standard_error")
-        return self._totals.standard_error()
-
-    def reset(self) -> None:
-        """Forget all updates, and what was gathered since the last."""
-        self._statistic.discard()
-        if self._together is not None:
-            self._together.clear()
-        self._zero()
 
     def close(self) -> None:
         """Take every hook off the model; the scores stay, and none is added."""
         self._closed = True
         self._statistic.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What load_state_dict() needs to go on: sums, counts, and what they belong to.
-
-        It is the same on all `ranks`, and holds for any number of them.
-
-        Raises:
-            RuntimeError: there are minibatches that the ranks have not exchanged yet.
-        """
-        if self._together is not None and len(self._together):
-            raise RuntimeError(
-                f"state_dict: {len(self._together)} minibatches are this rank's alone yet; call "
-                "sync() on every rank first"
-            )
-        return self._totals.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict() of the same criterion on the same layers.
-
-        Raises:
-            ValueError: the state is not one, or of another criterion, model or version; nothing
-                is changed then.
-        """
-        self._totals.check(state)
-        self._statistic.discard()
-        if self._together is not None:
-            self._together.clear()
-        self._totals.load(state)
-        self._statistic.updates = self._totals.updates
-        if self._together is not None:
-            self._together.seen = self._totals.updates
-
-    def _zero(self) -> None:
-        self._totals = Totals(self.criterion, self._sizes)
-        self._device = held_weight(next(iter(self._layers.values()))).device
-        self._statistic.updates = 0
 
     def _require_open(self, method: str) -> None:
         if self._closed:
@@ -380,11 +271,3 @@ class Importance(OnModel):
                 f"{method}: the meter is closed; make a new one, whose load_state_dict() goes on "
                 "from this one's state_dict()"
             )
-
-    def _noise(self) -> list[str]:
-        found = self._statistic.noise if self._together is None else self._together.noise
-        return [name for name in self._sizes if name in found]
-
-    def _require_updates(self, method: str) -> None:
-        if not self._totals.updates:
-            raise RuntimeError(f"{method}: there was no update() yet")

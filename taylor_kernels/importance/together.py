@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,46 @@ from taylor_kernels.distributed.scores import TotalRound
 from taylor_kernels.distributed.tables import TableRound, exchanges_tables
 from taylor_kernels.importance.totals import Observed, Totals
 from taylor_kernels.statistics import Statistic
+
+
+class Alone:
+    """A meter's minibatches without ranks, under the verbs of `Together`.
+
+    Each counts as soon as it is scored, so that there is never anything to exchange.
+    """
+
+    dropped = 0
+
+    def __init__(self, statistic: Statistic) -> None:
+        self._statistic = statistic
+        self.seen = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    @property
+    def noise(self) -> Collection[str]:
+        """Layers that were rounding noise."""
+        return self._statistic.noise
+
+    def prepare(self) -> float:
+        return 1.0
+
+    def add(self, tables: list[Tensor], weight: float, totals: Totals) -> bool:
+        totals.add(totals.observed(tables, self._statistic.unread), 1)
+        return False
+
+    def absent(self) -> bool:
+        return False
+
+    def drop(self) -> bool:
+        return False
+
+    def clear(self) -> None:
+        pass
+
+    def exchange(self, totals: Totals, device: torch.device) -> Iterator[tuple[Observed, int]]:
+        return iter(())
 
 
 class Together:

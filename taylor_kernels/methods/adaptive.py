@@ -17,23 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.methods.block_gates import BlockGates
+from taylor_kernels.methods.channel_gates import ChannelGates, learning_rates, shares
 from taylor_kernels.pruning.arguments import check_arguments, check_number
 from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.readout import Progress
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.removal import lookup
 from taylor_kernels.pruning.selection import select_with_blocks
 from taylor_kernels.statistics.base import check_loss_scale
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
@@ -125,25 +125,20 @@ class AdaptivePruner(Progress):
         )
         if not optimizers_in(optimizer):
             raise ValueError("optimizer: the penalty follows its learning rates; give the one used")
-        check_number(
-            "strength", strength, lambda value: 0 < value < float("inf"), "a number above 0"
-        )
-        check_number("growth", growth, lambda value: 1 <= value < float("inf"), "1 or more")
-        check_number(
-            "tolerance", tolerance, lambda value: 0 < value < 1, "a share above 0 and below 1"
-        )
+        check_number("strength", strength, lambda v: 0 < v < inf, "a number above 0")
+        check_number("growth", growth, lambda v: 1 <= v < inf, "1 or more")
+        check_number("tolerance", tolerance, lambda v: 0 < v < 1, "a share above 0 and below 1")
         check_free(model)
         self.model, self.strength = model, float(strength)
         self._optimizer = optimizer
         self._growth, self._tolerance, self._every = float(growth), float(tolerance), every
-        trained = self._rates()
-        self._trained = {name for name, p in model.named_parameters() if p in trained}
+        self._channel_gates = ChannelGates(model, learning_rates(optimizer))
         with outside_inference_mode(), new_garbage_only():
             self._prunable = find_prunable(
                 model, example_inputs, ignore, round_to=round_to, min_filters=min_filters,
                 statistic=None, verify=verify, blocks=blocks,
             )  # fmt: skip
-            if not any(map(self._norms, self._prunable.groups)):
+            if not any(map(self._channel_gates.of, self._prunable.groups)):
                 raise ValueError(
                     "model: no channel that could go has a norm behind it with a scale that the "
                     "optimizer trains, so there is nothing to penalise; use tk.Pruner"
@@ -152,21 +147,21 @@ class AdaptivePruner(Progress):
                 self._prunable.meter, self._prunable.groups, targets, _ALL, self._prunable.blocks
             )
             self._network = Network(model, self._prunable, optimizer)
-            self._gates = BlockGates(model, self._prunable.blocks)
+            self._block_gates = BlockGates(model, self._prunable.blocks)
         self._steps = 0
         self._history: list[PruneRecord] = []
 
     @property
     def gates(self) -> dict[str, float]:
         """Residual block that is left, and has a gate -> its gate."""
-        return self._gates.values(self._network.left)
+        return self._block_gates.values(self._network.left)
 
     @property
     def skipped(self) -> dict[str, str]:
         """Layers whose filters are not removed, unless their block is -> the reason."""
         found = dict(self._prunable.skipped)
         for group in self._network.groups:
-            if not self._norms(group):
+            if not self._channel_gates.of(group):
                 reason = "no norm behind it has a scale that the optimizer trains"
                 found |= {slot.owner: reason for slot in group.producers}
         return found
@@ -191,48 +186,31 @@ class AdaptivePruner(Progress):
         check_loss_scale(loss_scale)
         self._network.check_unchanged()
         with torch.no_grad(), outside_inference_mode():
-            rates = self._rates()
-            rate = max(rates.values(), default=0.0)
-            if self.done:
-                self._gates.step(rate, [0.0] * len(self._network.blocks), loss_scale)
-                return None
-            net = self._network
-            self._gates.step(
-                rate,
-                [self.strength * net.meter.filters_of(block) for block in net.blocks],
+            net, done, rates = self._network, self.done, learning_rates(self._optimizer)
+            strength = 0.0 if done else self.strength
+            self._block_gates.step(
+                max(rates.values(), default=0.0),
+                [strength * net.meter.filters_of(block) for block in net.blocks],
                 loss_scale,
             )
-            for name in {name for group in self._network.groups for name in self._norms(group)}:
-                scale = lookup(self.model, name)
-                shrunk = scale.abs() - rates[scale] * self.strength
-                scale.copy_(scale.sign() * shrunk.clamp_min(0))
+            if done:
+                return None
+            self._channel_gates.shrink(net.groups, rates, strength)
             self._steps += 1
             return self._prune() if self._steps % self._every == 0 else None
 
     def skip(self) -> None:
         """Forget the minibatch."""
-        self._gates.discard()
-
-    def _rates(self) -> dict[Tensor, float]:
-        """Parameter -> its learning rate."""
-        return {
-            parameter: float(group["lr"])
-            for one in optimizers_in(self._optimizer)
-            for group in one.param_groups
-            for parameter in group["params"]
-        }
-
-    def _norms(self, group: Group) -> list[str]:
-        """The scales that gate a group's channels and are trained: names of parameters."""
-        return [n for norm in group.norms if (n := f"{norm}.weight") in self._trained]
+        self._block_gates.discard()
 
     def _prune(self) -> PruneRecord | None:
         net = self._network
         scores = [
-            self._shares(group, dead) for group, dead in zip(net.groups, net.dead, strict=True)
+            self._channel_gates.shares(group, dead, self._tolerance)
+            for group, dead in zip(net.groups, net.dead, strict=True)
         ]
         left = net.left
-        worth = _shares(self._gates.energies(left), self._tolerance).tolist()
+        worth = shares(self._block_gates.energies(left), self._tolerance).tolist()
         net.check_optimizer()
         taken, gone = select_with_blocks(
             net.groups, net.dead, scores, net.meter, self._budget,
@@ -249,25 +227,9 @@ class AdaptivePruner(Progress):
             threshold=torch.cat(went).max().item(), done=self.done,
             blocks=tuple(net.blocks[left[number]].name for number in gone),
         )  # fmt: skip
-        self._gates.keep(net.left)
+        self._block_gates.keep(net.left)
         self._history.append(record)
         return record
-
-    def _shares(self, group: Group, dead: Tensor) -> Tensor:
-        """[U] float64: the share of Σ γ² up to each unit, inf above the tolerance."""
-        energy = torch.zeros(group.size, dtype=torch.float64)
-        names = self._norms(group)
-        for entry in group.entries:
-            if entry.tensor in names:
-                scale = lookup(self.model, entry.tensor).detach().double().cpu()
-                if not scale.isfinite().all():
-                    raise RuntimeError(f"{entry.tensor}: it is not finite, so nothing was pruned")
-                energy += scale[entry.index].square().sum(1)
-        if not names:
-            return torch.full_like(energy, torch.inf)
-        shares = torch.full_like(energy, torch.inf)
-        shares[~dead] = _shares(energy[~dead], self._tolerance)
-        return shares
 
     def compact(self) -> nn.Module:
         """Remove what is masked, in place, with the optimizer's state. Once `done`, the gates of
@@ -279,13 +241,13 @@ class AdaptivePruner(Progress):
         with outside_inference_mode():
             self._network.compact()
             if self.done:
-                self._gates.fold()
+                self._block_gates.fold()
         return self.model
 
     def close(self) -> None:
         """Take every hook off the model; masked filters are no longer held, gates are taken into
         their layers."""
-        self._gates.fold()
+        self._block_gates.fold()
         self._network.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -296,7 +258,7 @@ class AdaptivePruner(Progress):
             "structure": self._prunable.structure,
             "masks": self._network.state(),
             "blocks": self._network.block_state(),
-            "gates": self._gates.state_dict(),
+            "gates": self._block_gates.state_dict(),
             "strength": self.strength,
             "steps": self._steps,
             "history": [asdict(record) for record in self._history],
@@ -327,18 +289,7 @@ class AdaptivePruner(Progress):
             self._network.restore(
                 masks["removed"], masks["compacted"], blocks["removed"], blocks["compacted"]
             )
-            self._gates.load_state_dict(state["gates"])
-            self._gates.keep(self._network.left)
+            self._block_gates.load_state_dict(state["gates"])
+            self._block_gates.keep(self._network.left)
         self.strength, self._steps = state["strength"], state["steps"]
         self._history = [PruneRecord(**record) for record in state["history"]]
-
-
-def _shares(energies: Tensor, tolerance: float) -> Tensor:
-    """[n] float64: the share of the sum that each value and all smaller ones make up; inf above
-    the tolerance, and for values that are nan."""
-    known = energies.nan_to_num(nan=torch.inf)
-    order = known.argsort(stable=True)
-    total = energies.nansum()
-    shares = torch.empty_like(energies)
-    shares[order] = known[order].cumsum(0) / total if total > 0 else torch.zeros_like(energies)
-    return torch.where(known.isinf() | (shares > tolerance), torch.inf, shares)

@@ -21,15 +21,14 @@ gd-tanh have w = ½[tanh(β(x̃+½)) + tanh(β(x̃−½))]. The step is `ops.mir
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from taylor_kernels.backends import check_name
+from taylor_kernels.methods.mirror_rounding import Rounding
 from taylor_kernels.methods.mirror_settings import (
     check_gradients,
     check_group,
@@ -38,15 +37,13 @@ from taylor_kernels.methods.mirror_settings import (
     scale_of,
 )
 from taylor_kernels.methods.mirror_state import check_state, with_start
-from taylor_kernels.methods.mirror_values import Call, Quantized, first_value
+from taylor_kernels.methods.mirror_values import Call, first_value
 
 if TYPE_CHECKING:
-    import os
-
     from torch.optim.optimizer import ParamsT
 
 
-class MirrorDescent(Optimizer):
+class MirrorDescent(Rounding):
     """Train a network to weights of ±1 or of −1, 0 and 1: a torch Optimizer.
 
     Give it the parameters before training. Their values become the first x̃, and from then on the
@@ -210,76 +207,6 @@ class MirrorDescent(Optimizer):
                     self.state[param]["step"] += 1
         return loss
 
-    @contextmanager
-    def rounded(self) -> Iterator[None]:
-        """Within it the weights are the nearest levels; after it they are what they were.
-
-        That undoes a `quantize` within it, too. Groups that are added within it stay as they are.
-
-        Example:
-            >>> import torch
-            >>> import taylor_kernels as tk
-            >>> layer = torch.nn.Linear(3, 3)
-            >>> optimizer = tk.methods.MirrorDescent(layer.parameters())
-            >>> with optimizer.rounded():
-            ...     print(layer.weight.abs().unique())
-            tensor([1.], grad_fn=<Unique2Backward0>)
-        """
-        before = [(group, group["rounded"]) for group in self.param_groups]
-        self._project([True] * len(before))
-        try:
-            yield
-        finally:
-            for group, was in before:
-                group["rounded"] = was
-            self._project([group["rounded"] for group in self.param_groups])
-
-    def quantize(self, evaluate: Callable[[], Any] | None = None) -> Quantized:
-        """Round the weights to their levels, and report what that does.
-
-        Args:
-            evaluate: gives the accuracy of the model as it is; called before and after.
-
-        Returns:
-            A `Quantized`: the accuracy of soft and of rounded weights, and how far apart they were.
-            A later `step` goes on from x̃, with projected weights again.
-        """
-        soft = evaluate() if evaluate else None
-        quantized = list(self._quantized())
-        before = [param.detach().clone() for param, _ in quantized]
-        for group in self.param_groups:
-            group["rounded"] = True
-        self._project([True] * len(self.param_groups))
-        count = sum(each.numel() for each in before)
-        distance, zeros = 0.0, 0
-        for (param, scale), old in zip(quantized, before, strict=True):
-            distance += float((param.detach() - old).abs().sum(dtype=torch.float64)) / scale
-            zeros += int((param.detach() == 0).sum())
-        hard = evaluate() if evaluate else None
-        return Quantized(soft, hard, distance / max(count, 1), count, zeros)
-
-    def export(self, model: torch.nn.Module, path: str | os.PathLike[str]) -> int:
-        """Write a model to a safetensors file, its rounded weights in 1 or 2 bits each.
-
-        `load_packed` reads it. The model is left as it is.
-
-        Returns:
-            The bytes of the file.
-
-        Raises:
-            ValueError: a parameter that is quantized here is none of the model's.
-        """
-        from taylor_kernels.methods.packed import save_packed
-
-        binary = {
-            param: group["levels"] == "binary"
-            for group in self.param_groups
-            for param in group["params"]
-            if "value" in self.state[param]
-        }
-        with self.rounded():
-            return save_packed(model, binary, path)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state over, bit for bit, and write the weights that it projects to.
 
@@ -296,7 +223,7 @@ class MirrorDescent(Optimizer):
                 for name, value in state_dict["state"].get(number, {}).items():
                     if isinstance(value, Tensor):
                         self.state[param][name] = value.detach().to(param.device, copy=True)
-        self._project([group["rounded"] for group in self.param_groups])
+        self._project()
 
     def _check_group(self, number: int) -> None:
         check_group(self.param_groups[number], number)
@@ -316,20 +243,3 @@ class MirrorDescent(Optimizer):
                 state["value"] = first_value(group, param)
                 call.project(group, param, state, group["beta"], False)
         call.run(self._backend)
-
-    @torch.no_grad()
-    def _project(self, rounded: list[bool]) -> None:
-        """Write all quantized weights, of each group rounded or not."""
-        call = Call()
-        for group, hard in zip(self.param_groups, rounded, strict=True):
-            for param in group["params"]:
-                state = self.state[param]
-                if "value" in state:
-                    call.project(group, param, state, group["beta"], hard)
-        call.run(self._backend)
-
-    def _quantized(self) -> Iterator[tuple[Tensor, float]]:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if "value" in self.state[param]:
-                    yield param, self.state[param]["scale"]

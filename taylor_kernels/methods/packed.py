@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.files import write_atomically
 from taylor_kernels.layout import FLOATS
+from taylor_kernels.pruning.pruned_file import by_first_name
 
 _FORMAT = "taylor_kernels.packed.1"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
@@ -61,21 +62,14 @@ def save_packed(
         The bytes of the file.
 
     Raises:
-        ValueError: a parameter is none of the model's.
+        ValueError: a parameter is none of the model's, or its state holds more than tensors.
     """
     save = _safetensors().save
     bits_of = {id(param): 1 if two else 2 for param, two in binary.items()}
     tensors: dict[str, Tensor] = {}
     quantized: dict[str, dict[str, Any]] = {}
-    other_names: dict[str, str] = {}
-    first_names: dict[int, str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"model: {name!r} of its state is no tensor; it cannot be stored")
-        if id(value) in first_names:
-            other_names[name] = first_names[id(value)]
-            continue
-        first_names[id(value)] = name
+    named, other_names = by_first_name(model.state_dict(keep_vars=True))
+    for name, value in named.items():
         bits = bits_of.pop(id(value), 0)
         value = value.detach()
         if not bits:

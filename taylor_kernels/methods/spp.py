@@ -9,18 +9,17 @@ group's rank in its layer (`probabilities.increments`), and at 1 the group is go
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from taylor_kernels.hooks import Hook, OnModel, remove_all
+from taylor_kernels.hooks import OnModel
 from taylor_kernels.methods.probabilities import advanced, drawn
 from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, unit_groups
+from taylor_kernels.methods.spp_switches import Switches
 from taylor_kernels.methods.unread import remove_unread
 from taylor_kernels.pruning.arguments import check_number
 from taylor_kernels.pruning.removal import remove
@@ -120,12 +119,8 @@ class SPP(OnModel):
         self._p = [
             torch.zeros(each.count, device=each.parameters[0].device) for each in self._groups
         ]
-        self._gone: list[tuple[Switched, Tensor]]
+        self._switches = Switches(self._groups)
         self._note_gone()
-        self._inside = False
-        self._hooks = [register_optimizer_step_post_hook(Hook(self._hold))]
-        # The hook is on all optimizers, and would outlive this.
-        weakref.finalize(self, remove_all, self._hooks)
 
     def _counts(self, ratio: float | Mapping[str, float]) -> list[int]:
         names = [each.name for each in self._groups]
@@ -165,7 +160,7 @@ class SPP(OnModel):
             ValueError: weights that are not finite, named, when probabilities are to move.
         """
         masks = drawn(self._p, self._seed, self.iteration)
-        with self._scaled([~mask for mask in masks]):
+        with self._switches.scaled([~mask for mask in masks]):
             yield
         for each, mask in zip(self._groups, masks, strict=True):
             each.erase(mask, gradients=True)
@@ -189,27 +184,8 @@ class SPP(OnModel):
             factors = [~each for each in drawn(self._p, self._seed, self.iteration)]
         else:
             raise ValueError(f"mask: expected 'expected', 'thresholded' or 'drawn', got {mask!r}")
-        with self._scaled(factors):
+        with self._switches.scaled(factors):
             yield
-
-    @contextmanager
-    def _scaled(self, factors: Sequence[Tensor]) -> Iterator[None]:
-        """Weights times the [n] factors of their groups, inside; bit for bit back behind it."""
-        if self._inside:
-            raise RuntimeError("masked() and evaluated() cannot be inside one another")
-        parameters = {id(p): p for each in self._groups for p in each.parameters}
-        backup = [
-            p.detach().clone(memory_format=torch.preserve_format) for p in parameters.values()
-        ]
-        self._inside = True
-        try:
-            for each, factor in zip(self._groups, factors, strict=True):
-                each.scale(factor)
-            yield
-        finally:
-            for parameter, before in zip(parameters.values(), backup, strict=True):
-                parameter.data.copy_(before)
-            self._inside = False
 
     def _advance(self) -> None:
         scores = [each.scores() for each in self._groups]
@@ -223,30 +199,11 @@ class SPP(OnModel):
                 self.recoveries += int(((before > 0) & (after == 0)).sum())
             self._p[i] = after
         self._note_gone()
-        self._hold()
-
-    def _hold(self, optimizer: torch.optim.Optimizer | None = None, *_: object) -> None:
-        """Zero the weights of groups that are gone."""
-        if self._inside:
-            mine = {id(p) for each in self._groups for p in each.parameters}
-            groups = () if optimizer is None else optimizer.param_groups
-            if any(id(p) in mine for group in groups for p in group["params"]):
-                raise RuntimeError(
-                    "optimizer.step() inside masked(), which undoes its changes; call it "
-                    "behind the with block"
-                )
-            return
-        for each, gone in self._gone:
-            each.erase(gone)
+        self._switches.zero()
 
     def _note_gone(self) -> None:
-        """Once for each change of p: an optimizer's step neither searches nor waits for a GPU."""
-        gone = [p == 1 for p in self._p]
-        counts = [int(each.sum()) for each in gone]
+        counts = self._switches.hold([p == 1 for p in self._p])
         self.done = all(n >= target for n, target in zip(counts, self._targets, strict=True))
-        self._gone = [
-            (each, mask) for each, mask, n in zip(self._groups, gone, counts, strict=True) if n
-        ]
 
     def gone(self) -> dict[str, Tensor]:
         """Layer -> [n] bool, the groups that are gone for good."""
@@ -284,8 +241,7 @@ class SPP(OnModel):
 
     def close(self) -> None:
         """Let go of the model; its weights stay as they are."""
-        remove_all(self._hooks)
-        self._hooks.clear()
+        self._switches.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Probabilities and counters: plain tensors and numbers. The weights are the model's."""

@@ -103,12 +103,6 @@ def check_weight(weight: Tensor | None, size: Sequence[int], input: Tensor) -> N
         )
 
 
-def as_image(tensor: Tensor) -> Tensor:
-    """[N, *, F] as [N, F, tokens, 1], features innermost in memory."""
-    tokens = tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)
-    return tokens.transpose(1, 2).unsqueeze(-1)
-
-
 def geometry_of(
     dims: int,
     weight_size: Sequence[int],

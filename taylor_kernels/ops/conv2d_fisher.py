@@ -20,8 +20,8 @@ from torch import Tensor
 
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import accumulator, conv2d_fisher_args
+from taylor_kernels.ops._as_2d import as_image
 from taylor_kernels.ops._convolutions import (
-    as_image,
     check_convolution,
     check_linear,
     check_weight,

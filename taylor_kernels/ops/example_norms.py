@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.backends import check_name, gram, kernel
-from taylor_kernels.layout import accumulator, conv2d_fisher_args, conv3d_as_2d
+from taylor_kernels.layout import accumulator, conv2d_fisher_args
+from taylor_kernels.ops._as_2d import as_2d, as_image
 from taylor_kernels.ops._convolutions import (
-    as_image,
     check_convolution,
     check_linear,
     geometry_of,
@@ -242,7 +242,7 @@ def _run(
     for x, dy, norms in zip(
         input.split(share), grad_output.split(share), out.split(share), strict=True
     ):
-        x, dy, plane = _as_2d(x, dy, *geometry)
+        x, dy, plane = as_2d(x, dy, *geometry)
         extents = x.shape[2:], dy.shape[2:]
         if backend is None and gram.is_shorter(*extents, *plane[:3], groups, x.device, x.dtype):
             with torch.autocast(x.device.type, enabled=False):
@@ -250,25 +250,6 @@ def _run(
         else:
             run(conv2d_fisher_args(x, dy, None, *plane, tf32, norms))
     return out
-
-
-def _as_2d(
-    x: Tensor,
-    dy: Tensor,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> tuple[Tensor, Tensor, tuple[list[int], list[int], list[int], list[int], int]]:
-    """The call as one of a 2-D convolution with the same sums of squares."""
-    if len(size) == 3:
-        x, dy, size = x.unsqueeze(2), dy.unsqueeze(2), [*size[:2], 1, size[2]]
-        stride, padding, dilation = [1, *stride], [0, *padding], [1, *dilation]
-    elif len(size) == 5:
-        x, dy, size = conv3d_as_2d(x, dy, size, stride, padding, dilation)
-        stride, padding, dilation = stride[1:], [0, padding[2]], dilation[1:]
-    return x, dy, (size, stride, padding, dilation, groups)
 
 
 def _empty(input: Tensor, *_: Any) -> Tensor:

@@ -162,6 +162,14 @@ def needed_moments(
     grads: Sequence[Tensor],
     *,
     moments: Sequence[str] | None,
+    **options: Unpack[OnePacked],
+) -> Tensor: ...
+@overload
+def needed_moments(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    moments: Sequence[str] | None,
     **options: Unpack[BothAxes],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 def needed_moments(
@@ -170,7 +178,7 @@ def needed_moments(
     *,
     moments: Sequence[str] | None,
     **options: Any,
-) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
+) -> Tensor | list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """`filter_moments` of a list for a caller that reads no other columns, whatever they hold.
 
     Only the CPU's kernels save anything by leaving sums out. On a GPU all five come from the same

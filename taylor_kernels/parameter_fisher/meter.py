@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby, islice
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,16 +12,13 @@ from taylor_kernels.backends import check_name
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.layout import accumulator
 from taylor_kernels.parameter_fisher.calls import Call
+from taylor_kernels.parameter_fisher.own_passes import Matrix, OwnPasses
 from taylor_kernels.parameter_fisher.watch import Watch
 from taylor_kernels.parameter_fisher.ways import find_parameters
 from taylor_kernels.statistics import check_loss_scale
-from taylor_kernels.statistics.hooks.closure import differentiating, run_closure
-from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN
-from taylor_kernels.statistics.output_curvature import Column, exact_columns, sampled_columns
 
 Reduction = Literal["mean", "sum"]
-Matrix = Literal["empirical", "gauss_newton"]
 _STATE_VERSION = 1
 
 
@@ -124,8 +120,8 @@ class ParameterFisher(OnModel):
         self._seed = seed << 32
         self._parameters = find_parameters(model, parameters)
         self._watch = Watch(model, self._parameters, backend, self._receive)
+        self._passes = OwnPasses(self._watch, matrix, samples)
         self._pending: dict[str, Tensor] = {}
-        self._sign = 1  # of the curvature's part whose squares arrive
         self._sums: dict[str, Tensor] = {}
         self._examples = 0
         self._updates = 0
@@ -153,7 +149,8 @@ class ParameterFisher(OnModel):
         watch = self._watch
         try:
             if closure is not None:
-                self._run(closure)
+                self._discard()
+                self._passes.run(closure, self._seed + self._updates)
                 loss_scale = 1.0
             elif self.matrix == "gauss_newton":
                 raise ValueError(
@@ -256,7 +253,7 @@ class ParameterFisher(OnModel):
 
     def _receive(self, call: Call, name: str, squares: Tensor) -> None:
         """Σ_n g_n² of a call, g_n as the loss's reduction left it."""
-        factor = self._sign
+        factor = self._passes.sign
         if self.reduction == "mean":  # dy carries 1/N of a mean, a root of its curvature 1/√N
             factor *= call.examples ** (2 if self.matrix == "empirical" else 1)
         known = self._pending.get(name)
@@ -265,58 +262,6 @@ class ParameterFisher(OnModel):
         else:
             self._pending[name] = squares if factor == 1 else squares.mul_(factor)
 
-    def _run(self, closure: Callable[[], Tensor]) -> None:
-        """The closure's pass, and back through it once, or once for each column."""
-        watch = self._watch
-        self._discard()
-        watch.own_closure = True
-        try:
-            with differentiating():
-                if self.matrix == "empirical":
-                    watch.ends.flow([run_closure(closure)], None, keep=False)
-                else:
-                    self._run_columns(closure)
-        finally:
-            watch.own_closure = watch.separate = False
-
-    def _run_columns(self, closure: Callable[[], Tensor]) -> None:
-        watch = self._watch
-        watch.separate = True
-        inputs = LossInputs(watch.model)
-        with inputs.noted():
-            loss = inputs.function(run_closure(closure), ())
-        if self.samples:
-            factor = sampled_columns(loss, self.samples, self._seed + self._updates, leading=False)
-        else:
-            factor = exact_columns(loss, many=True)
-        if not factor.apart:
-            raise ValueError(
-                "closure: its loss lets examples meet (dim 0 of the model's output), as a "
-                "contrastive loss does, so that they have no curvature each"
-            )
-        # No more than take as much room together as the parameters do.
-        room = sum(p.numel() * p.element_size() for p in self._parameters.values())
-        at_once = watch.ends.passes_at_once(room)
-        try:
-            for self._sign, columns in groupby(factor.columns, lambda column: column.sign):
-                while some := list(islice(columns, at_once)):
-                    if len(some) > 1 and not self._flow_together(loss, some):
-                        at_once = 1
-                    if len(some) == 1 or at_once == 1:
-                        for column in some:
-                            watch.ends.flow(loss.roots, _given(loss, column), keep=True)
-                            watch.reduce()
-        finally:
-            self._sign = 1
-
-    def _flow_together(self, loss: LossFunction, columns: Sequence[Column]) -> bool:
-        """Several columns in one backward pass; False where that cannot be."""
-        given = [torch.stack(z) for z in zip(*(_given(loss, c) for c in columns), strict=True)]
-        if not self._watch.ends.flow_together(loss.roots, given):
-            return False
-        self._watch.reduce()
-        return True
-
     def _discard(self) -> None:
         self._watch.discard()
         self._pending = {}
@@ -324,11 +269,3 @@ class ParameterFisher(OnModel):
     def _require_open(self, method: str) -> None:
         if self._closed:
             raise RuntimeError(f"{method}(): this meter is closed; make a new one")
-
-
-def _given(loss: LossFunction, column: Column) -> list[Tensor]:
-    """A column as what flows back from the tensors that the loss reads."""
-    return [
-        vector.view_as(slope).to(slope)
-        for vector, slope in zip(column.vectors, loss.slopes, strict=True)
-    ]

@@ -12,7 +12,7 @@ from taylor_kernels.pruning.groups import Group
 from taylor_kernels.tracing import Block
 
 #: Why a layer has no score though its criterion is one of it.
-UNREAD = "no gradient reaches its output, because everything before is frozen"
+UNREAD = "no gradient reaches its output: everything before is frozen, or it is never called"
 
 
 class Budget:

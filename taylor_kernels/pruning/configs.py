@@ -9,22 +9,27 @@ the pruned one, first by its shapes and then by what it returns.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.pruning.config_numbers import (
+    Path,
+    get_number,
+    integers,
+    is_config,
+    left_out,
+    set_number,
+    set_numbers,
+    shown,
+)
 from taylor_kernels.statistics.layers import eval_mode
 from taylor_kernels.tracing.running import call, copied, quiet, tensors_in
 
-#: An attribute of a config, or of a config inside it; the last part may be a place in a list.
-Path = tuple[str | int, ...]
 #: How far outputs of the same network may lie apart, relative to the greatest.
 _CLOSE = 1e-5
-#: Names of widths.
-_WIDTH = re.compile(r"(dim|size|inner|width|channels|features)$")
 #: How many sets of changes are followed at a time.
 _WAYS = 4
 
@@ -69,7 +74,7 @@ def update_config(model: nn.Module, example_inputs: Any) -> dict[str, tuple[int 
         {'width': (8, 4)}
     """
     config = getattr(model, "config", None)
-    if not isinstance(model, nn.Module) or not hasattr(config, "to_dict"):
+    if not isinstance(model, nn.Module) or not is_config(config):
         raise TypeError(
             f"model: expected a model of transformers with a config, got {type(model).__name__}"
         )
@@ -84,9 +89,11 @@ def update_config(model: nn.Module, example_inputs: Any) -> dict[str, tuple[int 
         )
     for name, module in model.named_modules():
         own = getattr(module, "config", None)
-        if own is not None and hasattr(own, "to_dict"):
-            _set_all(own, getattr(made.get_submodule(name), "config", own))
-    return {_shown(path): (_get(search.config, path), value) for path, value in changes.items()}
+        if is_config(own):
+            set_numbers(own, getattr(made.get_submodule(name), "config", own))
+    return {
+        shown(path): (get_number(search.config, path), value) for path, value in changes.items()
+    }
 
 
 class _Search:
@@ -121,11 +128,11 @@ class _Search:
         }
         self._candidates = {
             path: values
-            for path, value in _integers(self.config)
+            for path, value in integers(self.config)
             if (values := {value * new // old for old, new in pairs if _divides(value, old, new)})
         }
         # A width that is left to the class is its own from now on.
-        for path in _left_out(self.config):
+        for path in left_out(self.config):
             held = {int(v) for (_, name), v in self._numbers.items() if name == path[-1]}
             self._candidates[path] = held | {new for _, new in pairs}
 
@@ -134,7 +141,7 @@ class _Search:
         config = copy.deepcopy(self.config)
         try:
             for path, value in changes.items():
-                _set(config, path, value)
+                set_number(config, path, value)
             with torch.device(device), torch.random.fork_rng(devices=[]):
                 return self._class(config)
         except Exception:  # whatever a class says of numbers that do not fit together
@@ -249,54 +256,3 @@ def _numbers(model: nn.Module) -> dict[tuple[str, str], float]:
         for attribute, value in vars(module).items()
         if type(value) in (int, float)
     }
-
-
-def _integers(config: Any, before: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every integer of a config, of those inside it, and of its lists."""
-    for name, value in vars(config).items():
-        if name.startswith("_"):
-            continue
-        if hasattr(value, "to_dict"):
-            yield from _integers(value, (*before, name))
-        elif type(value) is int:
-            yield (*before, name), value
-        elif type(value) is list:
-            yield from (((*before, name, i), v) for i, v in enumerate(value) if type(v) is int)
-
-
-def _left_out(config: Any, before: Path = ()) -> Iterator[Path]:
-    """Every width of a config, and of those inside it, that is None."""
-    for name, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            yield from _left_out(value, (*before, name))
-        elif value is None and _WIDTH.search(name):
-            yield (*before, name)
-
-
-def _get(config: Any, path: Path) -> int | None:
-    for part in path:
-        config = config[part] if isinstance(part, int) else getattr(config, part)
-    found: int | None = config
-    return found
-
-
-def _set(config: Any, path: Path, value: int) -> None:
-    holder = config
-    for part in path[:-1]:
-        holder = getattr(holder, str(part))
-    last = path[-1]
-    if isinstance(last, int):
-        holder[last] = value
-    else:
-        setattr(holder, last, value)
-
-
-def _set_all(config: Any, other: Any) -> None:
-    """Every integer of a config as in another of its kind."""
-    for path, value in list(_integers(other)):
-        if _get(config, path) != value:
-            _set(config, path, value)
-
-
-def _shown(path: Path) -> str:
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")

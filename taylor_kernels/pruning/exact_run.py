@@ -107,10 +107,13 @@ class SmallPools(TorchFunctionMode):
     Padded ones fit as they are.
 
     Attributes:
+        idle: every function has been run as it was called.
         alone: a softmax or the like has been given single numbers, which it hides.
     """
 
-    alone = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle, self.alone = True, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
@@ -124,7 +127,9 @@ class SmallPools(TorchFunctionMode):
             sizes = image.shape[-3:] if func is F.avg_pool3d else image.shape[-2:]
             sizes = image.shape[-1:] if func is F.avg_pool1d else sizes
             kernel = [kernel] * len(sizes) if isinstance(kernel, int) else kernel
-            args = (image, [min(pair) for pair in zip(kernel, sizes, strict=True)], *rest)
+            fitting = [min(pair) for pair in zip(kernel, sizes, strict=True)]
+            self.idle &= fitting == list(kernel)
+            args = (image, fitting, *rest)
         return func(*args, **(kwargs or {}))
 
 
@@ -156,20 +161,28 @@ class InDouble(SmallPools):
     ) -> Any:
         for value in args:
             if type(value) is torch.dtype:
-                args = tuple(wider(value) for value in args)
+                args = tuple(self._wider(value) for value in args)
                 break
         if kwargs:
-            kwargs = {name: wider(value) for name, value in kwargs.items()}
+            kwargs = {name: self._wider(value) for name, value in kwargs.items()}
         if func not in _SPECIAL:
             out = func(*args, **kwargs) if kwargs else func(*args)
             if out.__class__ is Tensor and out.dtype in WIDER:
+                self.idle = False
                 return made_in_double(func, args, kwargs or {}, out)
             return out
         if func is torch.result_type:
-            return wider(func(*args, **(kwargs or {})))
+            return self._wider(func(*args, **(kwargs or {})))
         if func in _GROUPED and (out := _grouped(*args, **(kwargs or {}))) is not None:
+            self.idle = False
             return out
+        self.idle &= func not in _CASTS
         return super().__torch_function__(_CASTS.get(func, func), types, args, kwargs)
+
+    def _wider(self, value: Any) -> Any:
+        found = wider(value)
+        self.idle &= found is value
+        return found
 
 
 #: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB.

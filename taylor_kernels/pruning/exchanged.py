@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.pruning.defaults import WIDER
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.returned import Read, returned_tensors
 from taylor_kernels.tracing.running import Untouched, call, copied, quiet
 
 
@@ -32,15 +33,21 @@ class Exchanged:
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
         alone: in some run so far a softmax or the like was given single numbers, which it hides.
+        idle: the last run in a mode was what it is without; so are those after it, which go the
+            same way with fewer channels, and which a mode for functions makes twice as long where
+            the model is small. Where one of them fails, the mode is in use from then on.
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self._model, self.modules = model, modules
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module], read: Read = None
+    ) -> None:
+        self._model, self.modules, self._read = model, modules, read
         self.held = Tensors(model)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
         self.exact, self.below, self.alone = True, False, False
+        self.idle, self._never_idle = False, False
         self._steady = False
         self._keeping = keeping(modules.values())
         self._changed: set[str] = set()
@@ -85,9 +92,23 @@ class Exchanged:
         """What the model returns as it is now."""
         if any(module.training is not train for module in self.modules.values()):
             self._model.train(train)
+        if train or not self.idle:
+            mode = InDouble(below=self.below) if self.exact else SmallPools()
+            found = self._outputs(mode)
+            self.idle = not train and mode.idle and not self.below and not self._never_idle
+            return found
+        try:
+            found = self._outputs(None)
+            if self.exact and any(tensor.dtype in WIDER for tensor in found):
+                raise RuntimeError("its outputs are of another precision without some channels")
+        except Exception:
+            self.idle, self._never_idle = False, True
+            raise
+        return found
+
+    def _outputs(self, mode: SmallPools | None) -> list[Tensor]:
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self.modules.values()))
-            mode = InDouble(below=self.below) if self.exact else SmallPools()
             # Every run starts from the caller's random state.
             stack.enter_context(quiet(self._model, mode))
             before = _random_state()
@@ -95,12 +116,13 @@ class Exchanged:
                 stack.enter_context(SteadyNoise())
             renew(self._keeping)
             found = call(self._model, copied(self.inputs))
-            self.alone |= mode.alone
-            outputs = list(returned_tensors(self._model, self.inputs, found))
+            if mode is not None:
+                self.alone |= mode.alone
+            outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
             if self._steady or _same(before, _random_state()):
                 return outputs
         self._steady = True
-        return self.outputs(train=train)
+        return self._outputs(mode)
 
 
 def clone(tensor: Tensor) -> Tensor:

@@ -184,23 +184,33 @@ class FlopCount(TorchDispatchMode):
         self.total = 0
         self.of_steps: list[int] = []
 
-    def run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
-        """Run an operation; of a composite one, what it is made of is counted."""
+    def restart(self) -> None:
+        """Count from zero, for a run that begins anew."""
+        self.total = 0
+        self.of_steps.clear()
+
+    def run(self, func: Any, args: tuple, kwargs: Mapping, made: Any = None) -> Any:
+        """Run an operation; of a composite one, what it is made of is counted.
+
+        Args:
+            made: what a layer, or an operation without products, would return: it is counted and
+                not run.
+        """
         before = self.total
-        out = self._run(func, args, kwargs)
+        out = self._run(func, args, kwargs, made)
         self.of_steps.append(self.total - before)
         return out
 
-    def _run(self, func: Any, args: tuple, kwargs: Mapping) -> Any:
+    def _run(self, func: Any, args: tuple, kwargs: Mapping, made: Any = None) -> Any:
         known = operation(func)
         if known.name in _LAYERS and args[0].dim() >= 2 and args[0].dim() >= args[1].dim():
-            out = func(*args, **kwargs)
+            out = func(*args, **kwargs) if made is None else made
             self.total += 2 * out.numel() * prod(args[1].shape[1:])
             return out
         if known.composite and known.name not in _PRODUCTLESS:
             with self:
                 return func.decompose(*args, **kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if made is None else made
         formula = self._formulas.get(func.overloadpacket)
         self.total += formula(*args, **kwargs, out_val=out) if formula else 0
         return out

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
+from taylor_kernels.pruning.held_entries import HeldEntries, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_norms import KeptExperts, KeptOnly, keep_only
-from taylor_kernels.pruning.optimizer_state import Cuts, optimizers_in, zero_state
+from taylor_kernels.pruning.optimizer_state import optimizers_in, zero_state
 from taylor_kernels.pruning.removal import Tensors, lookup
-from taylor_kernels.shards import fill_part
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.multihead import unpack_examples
-
-#: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
-Fills = list[tuple[int, Tensor, float]]
 
 
 class Masks:
@@ -38,7 +35,7 @@ class Masks:
         self.optimizer = optimizer
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._norms: list[torch.utils.hooks.RemovableHandle] = []
-        self._masked: dict[str, Fills] = {}
+        self._zeroing: dict[str, Callable[[Tensor], None]] = {}
         # One hook is on all optimizers, and would outlive the model.
         weakref.finalize(model, remove_all, self._hooks)
 
@@ -53,19 +50,23 @@ class Masks:
         parameters = {
             name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
         }
-        _write(masked, self._model)
-        self._masked = {name: masked[name] for name in parameters}
+        held = HeldEntries(masked)
+        held.write(self._model)
+        zeroing = held.zeroing()
+        self._zeroing = {name: zeroing[name] for name in parameters}
         for name, parameter in parameters.items():
-            zero = Hook(_zero_grad, masked[name])
-            zero(parameter)
+            self._zeroing[name](parameter)
             if parameter.requires_grad:
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(zero))
+                hook = self._zeroing[name]
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
             zero_state(optimizers, name, parameter, entries[name])
-        statistics = {name: parts for name, parts in masked.items() if name not in parameters}
-        self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, masked)))
+        self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, held)))
         # Training moves a masked channel's variance off one; it is put back at once.
-        self._hooks.append(self._model.register_forward_hook(Hook(_write, statistics)))
-        after_step = Hook(_write_after_step, weakref.ref(self._model), masked)
+        statistics = {name: parts for name, parts in masked.items() if name not in parameters}
+        if statistics:
+            after = Hook(_write, HeldEntries(statistics))
+            self._hooks.append(self._model.register_forward_hook(after))
+        after_step = Hook(_write_after_step, weakref.ref(self._model), held)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
         modules = dict(self._model.named_modules())
         attributes = channels.attributes(dead)
@@ -80,14 +81,14 @@ class Masks:
 
         DistributedDataParallel averages what was there before they were zeroed as they came.
         """
-        for name, parts in self._masked.items():
-            _zero_grad(parts, lookup(self._model, name))
+        for name, zero in self._zeroing.items():
+            zero(lookup(self._model, name))
 
     def close(self) -> None:
         """Take the hooks off that hold the values, which stay; norms go on as they were."""
         remove_all(self._hooks)
         self._hooks.clear()
-        self._masked = {}
+        self._zeroing = {}
 
     def clear(self) -> None:
         """Take all hooks off: what was masked has been removed, or will be masked anew."""
@@ -98,41 +99,15 @@ class Masks:
         self._norms = []
 
 
-def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
-    """What masks these entries: parameter or buffer -> what to write; indices where it is."""
-    found = {}
-    for name, cuts in entries.items():
-        values, device = channels.fills.get(name, {}), tensors[name].device
-        parts = [(dim, index.to(device), values.get(dim, 0.0)) for dim, index in cuts.items()]
-        found[name] = sorted(parts, key=lambda part: part[2] == 0)
-    return found
-
-
-def fill(tensor: Tensor, parts: Fills) -> None:
-    for dim, index, value in parts:
-        fill_part(tensor, dim, index.to(tensor.device), value)  # a trainer may have moved the model
-
-
-def _zero_grad(parts: Fills, parameter: Tensor) -> None:
-    """Zero the masked entries of a parameter's gradient."""
-    if parameter.grad is not None and parameter.grad.layout == torch.strided:
-        fill(parameter.grad.data, [(dim, index, 0.0) for dim, index, _ in parts])
-
-
-def _write(masked: Mapping[str, Fills], model: nn.Module, *_: object) -> None:
+def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     """Write masked entries, before or after a forward pass."""
-    for name, parts in masked.items():
-        # .data: a forward pass may lie between another one and its backward pass, and the values
-        # that are written are the ones that were there.
-        fill(lookup(model, name).data, parts)
+    held.write(model)
 
 
-def _write_after_step(
-    model: weakref.ref[nn.Module], masked: Mapping[str, Fills], *_: object
-) -> None:
+def _write_after_step(model: weakref.ref[nn.Module], held: HeldEntries, *_: object) -> None:
     """Write masked entries after a step of any optimizer."""
     if (alive := model()) is not None:
-        _write(masked, alive)
+        held.write(alive)
 
 
 def check_unmasked(model: nn.Module) -> None:
@@ -156,7 +131,7 @@ def check_unmasked(model: nn.Module) -> None:
     for parameter in model.parameters():
         hooks += (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()
     if any(
-        isinstance(hook, Hook) and (hook.calls(_write) or hook.calls(_zero_grad)) for hook in hooks
+        zeroes_gradients(hook) or (isinstance(hook, Hook) and hook.calls(_write)) for hook in hooks
     ):
         raise ValueError(
             "model: an earlier Pruner holds filters of it at zero; call compact() or close() of "

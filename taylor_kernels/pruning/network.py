@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -14,7 +14,8 @@ from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
 from taylor_kernels.pruning.inventory import Inventory
 from taylor_kernels.pruning.masking import Masks
-from taylor_kernels.pruning.optimizer_state import Steps, check_follows, optimizers_in
+from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import in_parts
@@ -55,7 +56,11 @@ class Network(Inventory):
         self._masks = Masks(model, optimizer)
         self._block_masks = BlockMasks(model)
         self._steps = Steps()
+        names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
+        self._tensors = NamedTensors(names)
         self._shapes = self._found_shapes()
+        # Of the channels as they are now, what would go with all units.
+        self._all_cuts: tuple[Channels | None, Mapping[str, Cuts]] = None, {}
         self.in_use = True
         _LAST[model] = weakref.ref(self)
 
@@ -131,11 +136,9 @@ class Network(Inventory):
             renew(self.model.modules())
         return dead
 
-    def _found_shapes(self) -> dict[str, torch.Size | None]:
+    def _found_shapes(self) -> list[torch.Size | None]:
         """The shapes of the tensors that units have entries in; None for those that are gone."""
-        tensors = _named_tensors(self.model)
-        names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
-        return {name: tensors[name].shape if name in tensors else None for name in names}
+        return [None if t is None else t.shape for t in self._tensors.of(self.model)]
 
     def layers(self, names: Iterable[str]) -> Layers:
         """Layers of these names as they are, bare weights among them."""
@@ -174,8 +177,10 @@ class Network(Inventory):
             ValueError: a state tensor has no dimensions of its parameter's.
         """
         optimizers = optimizers_in(self._optimizer)
-        everything = [torch.ones_like(gone) for gone in self.dead]
-        for name, cuts in self.channels.entries(everything).items():
+        if self._all_cuts[0] is not self.channels:
+            everything = [torch.ones_like(gone) for gone in self.dead]
+            self._all_cuts = self.channels, self.channels.entries(everything)
+        for name, cuts in self._all_cuts[1].items():
             check_follows(optimizers, name, lookup(self.model, name), cuts)
 
     def check_unchanged(self) -> None:
@@ -184,12 +189,15 @@ class Network(Inventory):
         Raises:
             RuntimeError: somebody has.
         """
-        for name, shape in self._found_shapes().items():
-            if shape != self._shapes[name]:
+        found_shapes = self._found_shapes()
+        if found_shapes == self._shapes:
+            return
+        for name, shape, left in zip(self._tensors.names, found_shapes, self._shapes, strict=True):
+            if shape != left:
                 found = "is gone" if shape is None else f"has shape {tuple(shape)}"
                 raise RuntimeError(
                     f"model: {name} {found}, where this pruner left one of "
-                    f"{tuple(self._shapes[name] or ())}: another Pruner, or other code, has cut "
+                    f"{tuple(left or ())}: another Pruner, or other code, has cut "
                     "the model since; close() this pruner and make a new one"
                 )
 
@@ -242,20 +250,3 @@ class Network(Inventory):
             self.meter.leave(block)
         self._masks.set(self.channels, self.dead)
         self._set_block_masks()
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers by all of their names, sooner than `named_parameters()` gives
-    them: every step asks."""
-    found: dict[str, Tensor] = {}
-    left = [("", model)]
-    while left:
-        prefix, module = left.pop()
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    found[prefix + name] = tensor
-        for name, child in module._modules.items():
-            if child is not None:
-                left.append((f"{prefix}{name}.", child))
-    return found

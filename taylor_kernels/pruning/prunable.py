@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
 from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
+from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters
 from taylor_kernels.pruning.trial import Trial
-from taylor_kernels.statistics import (
-    BareLayer,
-    Layers,
-    Statistic,
-    bare_layer,
-    filter_count,
-    is_computed,
-    is_frozen,
-    is_layer,
-)
+from taylor_kernels.pruning.unscored import unscored_layers
+from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.caches import held_tensors
+from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.tracing import traced
 
@@ -85,6 +78,7 @@ def find_prunable(
     statistic: type[Statistic] | None,
     verify: bool,
     blocks: bool = False,
+    outputs: Read = None,
 ) -> Prunable:
     """Find, check and cost the groups. The model itself is not run.
 
@@ -92,6 +86,7 @@ def find_prunable(
         statistic: what the criterion is computed from; None where no layer is scored, and weights
             that no layer holds stay.
         blocks: residual blocks may go too.
+        outputs: as of `tk.trace`.
 
     Raises:
         ValueError: the model cannot be copied, does not run on the example inputs, an ignore entry
@@ -108,12 +103,12 @@ def find_prunable(
         raise ValueError(nothing)
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, execute=count.run, blocks=blocks)
+    channels = traced(plain, example_inputs, count=count, blocks=blocks, outputs=outputs)
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
         raise ValueError(nothing)
-    unscored = _unscored(layers, channels, plain, statistic)
+    unscored = unscored_layers(layers, channels, plain, statistic)
 
     def choose(channels: Channels) -> tuple[list[Group], dict[str, str]]:
         return choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
@@ -126,10 +121,15 @@ def find_prunable(
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
             train_too = bool(unreached or channels.unread)
-            trial = Trial(plain, example_inputs, channels, train_too)
+            trial = Trial(plain, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
-            offer, found = _proven(trial, whole, plain, chosen, (channels, groups, skipped), choose)
+
+            def prove(whole: Channels, offer: Offer) -> Proven:
+                trial.channels = offer[0]
+                return _proven(trial, whole, plain, chosen, offer, choose)
+
+            offer, found = best_choice(prove, whole, (channels, groups, skipped), plain, choose)
             channels, groups, skipped = offer
             for number, reason in found.items():
                 skipped |= {slot.owner: reason for slot in groups[number].producers}
@@ -173,8 +173,6 @@ def find_prunable(
 
 
 Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
-#: Channels, the groups of them that can be pruned, and the layers that cannot -> why.
-Offer = tuple[Channels, list[Group], dict[str, str]]
 
 
 def _proven(
@@ -184,7 +182,7 @@ def _proven(
     blocks: Sequence[Block],
     offer: Offer,
     choose: Choose,
-) -> tuple[Offer, dict[int, str]]:
+) -> Proven:
     """What can be offered, and the groups of it that are not sound, with the reason.
 
     What could not go alone may go with what has the same width by the code's own words.
@@ -201,7 +199,7 @@ def _proven(
         more, skipped = choose(other)
         trial.channels = other.offering(more)
         left = unsound(trial, blocks)
-        if _filters(more, left) > _filters(groups, found):
+        if sound_filters(more, left) > sound_filters(groups, found):
             return (trial.channels, more, skipped), left
     return offer, found
 
@@ -234,82 +232,13 @@ def _following(
         if other is None:
             break
         groups, skipped = choose(other)
-        if _filters(groups, {}) < _filters(offer[1], {}):
+        if sound_filters(groups, {}) < sound_filters(offer[1], {}):
             break
         whole, trial.channels = other, other.offering(groups)
         offer = trial.channels, groups, skipped
         if not first_fault(trial, blocks):
             return offer, whole, True
     return offer, whole, False
-
-
-def _filters(groups: Sequence[Group], found: Mapping[int, str]) -> int:
-    """The filters of the groups in which no fault was found."""
-    return sum(g.size * g.filters_per_unit for n, g in enumerate(groups) if n not in found)
-
-
-def _unscored(
-    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic] | None
-) -> dict[str, str]:
-    """Layers that a criterion cannot score -> why."""
-    if statistic is None:
-        return {name: _BARE for name, layer in layers.items() if isinstance(layer, BareLayer)}
-    reads = statistic.reads
-    hidden = _hidden(layers, channels, model, statistic) if statistic.at_gates else {}
-    found: dict[str, str] = {}
-    for name, layer in layers.items():
-        computed = is_computed(layer)
-        if computed and reads in ("weight gradients", "closure"):
-            found[name] = "its weight is computed from other parameters and holds no gradient"
-        elif reads == "weight gradients" and is_frozen(layer):
-            found[name] = "its weights are frozen and this criterion reads their gradients"
-        elif statistic.at_gates:
-            if name in hidden:
-                found[name] = hidden[name]
-        elif isinstance(layer, BareLayer):
-            if not statistic.reads_bare:
-                found[name] = _BARE
-        elif name in channels.outside and reads not in ("weights", "weight gradients"):
-            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
-    return found
-
-
-_BARE = (
-    "it is a weight that no layer holds, so this criterion cannot see what it makes; taylor_fo "
-    "reads weights alone"
-)
-_OUTSIDE = (
-    "its weight is used by {!r}, which does not call it, so this criterion cannot see its output; "
-    "taylor_fo reads weights alone"
-)
-
-
-def _hidden(
-    layers: Layers, channels: Channels, model: nn.Module, statistic: type[Statistic]
-) -> dict[str, str]:
-    """Layers whose gates stand nowhere -> why."""
-    sites = find_gate_sites(channels, model, layers, gradients=statistic.gradient_sites)
-    hidden = [name for name in sites.unplaced if name in channels.layers]
-    if not hidden:
-        return {}
-    over_minibatches = find_gate_sites(channels, model, layers, gradients=True).unplaced
-    found = {}
-    for name in hidden:
-        if name not in over_minibatches:
-            found[name] = (
-                "of its gates only the slope over a minibatch can be had, from the gradient of a "
-                "weight, which taylor_fo_bn reads; taylor_fo reads weights alone"
-            )
-        elif name in channels.outside:
-            found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
-        elif isinstance(layers[name], BareLayer):
-            found[name] = _BARE
-        else:
-            found[name] = (
-                "no module is given or returns its channels, so that no gate can stand there; "
-                "taylor_fo reads weights alone"
-            )
-    return found
 
 
 def _copied(model: nn.Module) -> nn.Module:

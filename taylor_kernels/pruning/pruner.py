@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -23,11 +22,11 @@ from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network, check_free
+from taylor_kernels.pruning.one_pruning import prune
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.resuming import Resumable
-from taylor_kernels.pruning.selection import select_with_blocks
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted
@@ -67,6 +66,9 @@ class Pruner(Resumable):
             that it is added to stays. A block is ranked like a bundle of all its filters, by its
             score over their number: of taylor_fo_bn and taylor_fo_gate that of a gate on what the
             branch adds, Σ y·dy; of other criteria the sum over its filters.
+        outputs: names of fields, or places, of what the model returns that others read, as
+            ("logits",); whatever else it returns, such as `encoder_last_hidden_state`, may change
+            its width. None: all of it keeps its width, but for state that the model takes back.
         importance: deprecated, the old name of `criterion`.
 
     Raises:
@@ -114,6 +116,7 @@ class Pruner(Resumable):
         backend: str | None = None,
         verify: bool = True,
         blocks: bool = False,
+        outputs: Sequence[str | int] | None = None,
         importance: str | Criterion | None = None,
         ranks: Ranks | None = None,
         scaler: GradScaler | None = None,
@@ -149,6 +152,7 @@ class Pruner(Resumable):
                 statistic=get_statistic(self.criterion.statistic),
                 verify=verify,
                 blocks=blocks,
+                outputs=outputs,
             )
             self._prunable = prunable
             self._budget = Budget(
@@ -228,64 +232,13 @@ class Pruner(Resumable):
         self._check_open()
         self._minibatches.skip()
 
-    def absent(self) -> PruneRecord | None:
-        """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
-
-        Ranks whose loaders end early call it until the others are done.
-
-        Raises:
-            RuntimeError: the pruner is closed, or has no `ranks`; and as step() does.
-        """
-        self._check_open()
-        if self.ranks is None:
-            raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
-        self._network.zero_gradients()
-        with outside_inference_mode():
-            return self._prune() if self._minibatches.absent() else None
-
     def _prune(self) -> PruneRecord:
-        net = self._network
-        net.check_optimizer()
-        running, of_blocks = self._minibatches.scores, self._minibatches.blocks
-        left = [net.blocks[number] for number in net.left]
-        self._budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
-        try:
-            if of_blocks is not None:
-                of_blocks.check_finite()
-            scores = running.close_period(self._momentum, net.dead)
-        except RuntimeError:
-            running.forget()
-            if of_blocks is not None:
-                of_blocks.drop()
-            raise
-        worth = [] if of_blocks is None else of_blocks.worth(self._momentum, net.meter)
-        taken, blocks = select_with_blocks(
-            net.groups, net.dead, scores, net.meter, self._budget, left, worth
-        )
-        if not blocks and not any(units.numel() for units in taken):
-            # Filters that cannot go were refused above, so that blocks alone are left.
-            raise RuntimeError(
-                f"blocks {', '.join(block.name for block in left)}: they alone could go, and none "
-                "has a score in all minibatches since the last pruning, so nothing was pruned; let "
-                "gradients reach them, run the passes inside tk.scoring(model), or raise the target"
-            )
-        went = [score[units] for score, units in zip(scores, taken, strict=True)]
-        went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))
-        names = tuple(left[number].name for number in blocks)
-        record = PruneRecord.of(
-            net.meter.cost,
-            self.whole,
-            step=self._minibatches.steps,
-            removed=net.mask(taken, [net.left[number] for number in blocks]),
-            blocks=names,
-            threshold=torch.cat(went).max().item(),
-            done=self.done,
-        )
+        record = prune(self._network, self._minibatches, self._budget, self._momentum)
         self._history.append(record)
         self.check_masks()
-        if blocks:
-            running.regroup(net.groups, self._scored)
-        if record.done or blocks:
+        if record.blocks:
+            self._minibatches.scores.regroup(self._network.groups, self._scored)
+        if record.done or record.blocks:
             self._watch()
         return record
 
@@ -330,16 +283,6 @@ class Pruner(Resumable):
         self._network.use(optimizer)
         if self._minibatches.resharded:
             self._watch()  # behind the hooks that a plan has put on the layers
-
-    def close(self) -> None:
-        """Take every hook off the model, for good; masked filters are no longer held at zero, while
-        masked blocks go on to add zeros.
-
-        compact() can still remove them.
-        """
-        self._closed = True
-        self._network.close()
-        self._watch()
 
     def _new_scores(self) -> UnitScores:
         return UnitScores(self.criterion, self._network.groups, self._scored, whole=self._at_gates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,22 @@ from taylor_kernels.pruning.optimizer_state import (
     optimizers_in,
 )
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.multihead import follow_attention
+
+
+class Removal(NamedTuple):
+    """What was taken off a model.
+
+    Attributes:
+        cuts: tensor -> dimension -> indices [n].
+        attributes: module -> attribute -> what it became.
+        places: what whole blocks have left of modules.
+    """
+
+    cuts: dict[str, dict[int, Tensor]]
+    attributes: dict[str, dict[str, Any]]
+    places: tuple[Place, ...]
 
 
 def remove(
@@ -53,6 +69,16 @@ def remove(
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
     follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
+
+
+def cut_model(model: nn.Module, removal: Removal) -> None:
+    """Take off a whole model what was taken off another, in place."""
+    replace_modules(model, removal.places)
+    tensors, modules = Tensors(model), dict(model.named_modules())
+    tensors.put({name: smaller(tensors[name], cuts) for name, cuts in removal.cuts.items()})
+    for name, own in removal.attributes.items():
+        like = {key: _like(getattr(modules[name], key), value) for key, value in own.items()}
+        set_attributes(modules, {name: like})
 
 
 def lookup(model: nn.Module, name: str) -> Tensor:
@@ -131,3 +157,8 @@ def _cut_as_laid_out(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | No
     if tensor.dim() == 4 and tensor.layout == torch.strided and not tensor.is_contiguous():
         return new.contiguous(memory_format=torch.channels_last)
     return new
+
+
+def _like(old: Any, value: Any) -> Any:
+    """A value that a file may hold as a list, of the type that the attribute has."""
+    return tuple(value) if isinstance(old, tuple) else value

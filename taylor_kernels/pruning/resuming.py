@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +12,10 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.readout import Readout
 from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.removal import Removal
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
-from taylor_kernels.tracing.blocks import Place
 from taylor_kernels.tracing.running import outside_inference_mode
-
-
-class Removal(NamedTuple):
-    """What was taken off a model.
-
-    Attributes:
-        cuts: tensor -> dimension -> indices [n].
-        attributes: module -> attribute -> what it became.
-        places: what whole blocks have left of modules.
-    """
-
-    cuts: dict[str, dict[int, Tensor]]
-    attributes: dict[str, dict[str, Any]]
-    places: tuple[Place, ...]
 
 
 class Resumable(Readout):
@@ -44,8 +30,27 @@ class Resumable(Readout):
         """Scores of nothing yet, for the model as it is."""
 
     @abstractmethod
+    def _prune(self) -> PruneRecord:
+        """Mask what the minibatches since the last pruning say is to go."""
+
+    @abstractmethod
     def _watch(self) -> None:
         """Put the meter on the model's layers as they are, or take it off when all is done."""
+
+    def absent(self) -> PruneRecord | None:
+        """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
+
+        Ranks whose loaders end early call it until the others are done.
+
+        Raises:
+            RuntimeError: the pruner is closed, or has no `ranks`; and as step() does.
+        """
+        self._check_open()
+        if self.ranks is None:
+            raise RuntimeError("absent: the pruner has no ranks=, so there is no one to wait for")
+        self._network.zero_gradients()
+        with outside_inference_mode():
+            return self._prune() if self._minibatches.absent() else None
 
     def sync(self) -> None:
         """Exchange what the `ranks` have seen since they did so last; a collective.
@@ -158,6 +163,16 @@ class Resumable(Readout):
         state = check_pruner_state(state, self._prunable.structure, self.criterion.name, names)
         self._network.stale(state["compacted"], self._of_blocks(state)[1])
         return state
+
+    def close(self) -> None:
+        """Take every hook off the model, for good; masked filters are no longer held at zero, while
+        masked blocks go on to add zeros.
+
+        compact() can still remove them.
+        """
+        self._closed = True
+        self._network.close()
+        self._watch()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,23 +1,9 @@
-"""Checkpoints to which every rank writes the parts that it holds, by torch.distributed.checkpoint.
-
-A folder holds numbered ones, `checkpoint-00000000` the first. One is whole once it has an index,
-which is written last; the latest that is whole counts, and those before it are removed then. What
-else is in the folder stays. In each there is an entry for every
-tensor of the model and of the optimizer's state, and one, `plain`, with all else: the pruner's
-state, the extras, and the model's and the optimizer's with a tensor without memory in the place of
-each. That is read without running code.
-"""
+"""Checkpoints to which every rank writes the parts that it holds, in a folder of them."""
 
 from __future__ import annotations
 
-import io
 import os
-import re
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +22,27 @@ from taylor_kernels.pruning.checkpoint import (
     parts_of,
     restored,
 )
+from taylor_kernels.pruning.checkpoint_folder import (
+    FORMAT,
+    PLAIN,
+    latest,
+    named,
+    next_number,
+    packed,
+    read,
+    read_plain,
+    remove_older,
+    write,
+)
 from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.state import VERSION, check_version, first_line
+from taylor_kernels.pruning.state import VERSION
 from taylor_kernels.shards import in_parts, is_sharded
 from taylor_kernels.tracing.running import outside_inference_mode
 
-_FORMAT = "taylor_kernels.sharded_checkpoint"
-_PLAIN, _INDEX = "plain", ".metadata"
-#: What a checkpoint is called, and what the files are that PyTorch writes to it.
-_NAME = re.compile(r"checkpoint-([0-9]{8})")
-_FILE = re.compile(r"\.metadata(\.tmp)?|.*\.distcp", re.DOTALL)
-_Path = str | os.PathLike[str]
-
 
 def save_sharded_checkpoint(
-    folder: _Path,
+    folder: str | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -86,9 +77,6 @@ def save_sharded_checkpoint(
         ...     tk.load_sharded_checkpoint(folder, model=model)
         {'epoch': 3}
     """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
     model = bare(model)
     check_given(model, optimizer)
     ranks = _ranks(model, pruner)
@@ -101,43 +89,26 @@ def save_sharded_checkpoint(
     number = 0
     try:
         parts = parts_of(model, optimizer, pruner)
-        content: dict[str, Any] = {"format": _FORMAT, "version": VERSION, "pruner": parts["pruner"]}
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "pruner": parts["pruner"]}
         for name in ("model", "optimizer"):
             content[name] = without_memory(parts[name], name, entries)
         if first:
             for name in ("model", "optimizer", "pruner"):
                 content[name] = as_plain(content[name], name)
             content["extra"] = {name: as_plain(value, name) for name, value in extra.items()}
-            entries[_PLAIN] = _packed(content)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            number = max(_numbers(folder), default=-1) + 1
+            entries[PLAIN] = packed(content)
+            number = next_number(folder)
         else:  # of what all hold alike rank 0's is written
             entries = {name: tensor for name, tensor in entries.items() if is_sharded(tensor)}
     except Exception as caught:
         error = caught
     number = _agreed(ranks, error, "begin the checkpoint", number)
-    target = _named(folder, number)
-    try:
-        with _as_one_process():
-            dcp.save(
-                entries,
-                storage_writer=dcp.FileSystemWriter(target),
-                process_group=None if ranks is None else ranks.group,
-                no_dist=ranks is None,
-            )
-    except (Exception, CheckpointException) as caught:
-        where = "" if ranks is None else f"rank {ranks.rank} of {ranks.size}: "
-        raise RuntimeError(
-            f"{where}the checkpoint {str(target)!r} could not be written ({_reason(caught)}); has "
-            "another rank stopped, or is the disk full? The one before it, if any, is still there"
-        ) from caught
+    write(named(folder, number), entries, ranks)
     if first:
-        for old in _numbers(folder):
-            if old < number:
-                _remove(_named(folder, old))
+        remove_older(folder, number)
 
 
-def read_sharded_checkpoint(folder: _Path) -> dict[str, Any]:
+def read_sharded_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint holds beside tensors of the model and the optimizer: "pruner" and "extra".
 
     `Pruner.load_state_dict` of the pruner's state cuts a model that is whole to the structure that
@@ -155,13 +126,13 @@ def read_sharded_checkpoint(folder: _Path) -> dict[str, Any]:
         ...     tk.read_sharded_checkpoint(folder)
         {'pruner': None, 'extra': {'epoch': 3}}
     """
-    content = _content(_latest(folder))
+    content = read_plain(latest(folder))
     return {"pruner": content["pruner"], "extra": content["extra"]}
 
 
 @outside_inference_mode()
 def load_sharded_checkpoint(
-    folder: _Path,
+    folder: str | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -202,8 +173,8 @@ def load_sharded_checkpoint(
     error: Exception | None = None
     content: dict[str, Any] = {}
     try:
-        target = _latest(folder)
-        content = _content(target)
+        target = latest(folder)
+        content = read_plain(target)
         _check_structure(content, model, pruner)
         check_content(content, model, optimizer, pruner)
         entries: dict[str, Tensor] = {}
@@ -213,7 +184,7 @@ def load_sharded_checkpoint(
             content["optimizer"], "optimizer", entries, followed_by(content["optimizer"], optimizer)
         )
         check_optimizers(content, model, optimizer, pruner)
-        _read(target, entries)
+        read(target, entries)
     except Exception as caught:
         error = caught
     _agreed(ranks, error, "read the checkpoint")
@@ -238,30 +209,6 @@ def _agreed(ranks: Ranks | None, error: Exception | None, what: str, number: int
     return number
 
 
-def _named(folder: _Path, number: int) -> Path:
-    return Path(folder) / f"checkpoint-{number:08d}"
-
-
-def _numbers(folder: _Path) -> list[int]:
-    found = (_NAME.fullmatch(one.name) for one in Path(folder).iterdir())
-    return [int(one[1]) for one in found if one]
-
-
-def _remove(old: Path) -> None:
-    """Remove a checkpoint, unless someone has put something else into it."""
-    if old.is_dir() and all(one.is_file() and _FILE.fullmatch(one.name) for one in old.iterdir()):
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _latest(folder: _Path) -> Path:
-    root = Path(folder)
-    known = _numbers(root) if root.is_dir() else []
-    whole = [n for n in known if (_named(root, n) / _INDEX).exists()]
-    if not whole:
-        raise FileNotFoundError(f"folder: there is no whole checkpoint in {str(root)!r}")
-    return _named(root, max(whole))
-
-
 def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Pruner | None) -> None:
     if pruner is None or content["pruner"] is None or not in_parts(model):
         return
@@ -273,67 +220,3 @@ def _check_structure(content: Mapping[str, Any], model: nn.Module, pruner: Prune
             "in parts on several ranks and cannot be cut there; pruner.load_state_dict("
             'read_sharded_checkpoint(folder)["pruner"]) cuts it before fully_shard()'
         )
-
-
-def _packed(content: dict[str, Any]) -> Tensor:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _content(target: Path) -> dict[str, Any]:
-    """What `plain` holds, checked."""
-    import torch.distributed.checkpoint as dcp
-
-    try:
-        index = dcp.FileSystemReader(target).read_metadata()
-        entry: Any = index.state_dict_metadata[_PLAIN]
-        packed = torch.empty(entry.size, dtype=torch.uint8)
-    except Exception as error:
-        raise ValueError(
-            f"folder: {str(target)!r} is damaged, or was not written by save_sharded_checkpoint "
-            f"({_reason(error)})"
-        ) from error
-    _read(target, {_PLAIN: packed})
-    try:
-        buffer = io.BytesIO(packed.numpy().tobytes())
-        content = torch.load(buffer, map_location="cpu", weights_only=True)
-        known = content["format"] == _FORMAT
-    except Exception as error:
-        raise ValueError(f"folder: {str(target)!r} is damaged ({_reason(error)})") from error
-    if not known:
-        raise ValueError(f"folder: {str(target)!r} was not written by save_sharded_checkpoint")
-    check_version(content, f"folder: {str(target)!r}")
-    return content
-
-
-def _read(target: Path, entries: dict[str, Tensor]) -> None:
-    """Fill tensors, each rank its own parts: without a collective, so that none waits for one
-    that cannot read.
-
-    Raises:
-        ValueError: they are not all there.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        with _as_one_process():
-            dcp.load(entries, storage_reader=dcp.FileSystemReader(target), no_dist=True)
-    except (Exception, CheckpointException) as error:
-        raise ValueError(f"folder: {str(target)!r} is damaged ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first cause in one line: PyTorch wraps what ranks have raised."""
-    failures = getattr(error, "failures", None)
-    inner = next((one for one, _ in failures.values()), error) if failures else error
-    return f"{type(inner).__name__}: {first_line(inner)}"
-
-
-@contextmanager
-def _as_one_process() -> Iterator[None]:
-    """Without PyTorch's remark that no group is used, which is what was asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield

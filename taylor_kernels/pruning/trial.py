@@ -17,14 +17,15 @@ from taylor_kernels.pruning.defaults import widened
 from taylor_kernels.pruning.exact_run import Noise, cut_down, widen
 from taylor_kernels.pruning.exchanged import Exchanged, clone
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.held_entries import fill, fills
 from taylor_kernels.pruning.kept_norms import keep_only
-from taylor_kernels.pruning.masking import fill, fills
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
 from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
 from taylor_kernels.pruning.same_outputs import difference
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
+from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import tensors_of_modules
 
 
@@ -49,6 +50,7 @@ class Trial:
         model: a copy in eval mode; its values are changed.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
             alone), so it must also run in train mode without the units.
+        outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
         channels: whose groups are tried; a caller may put others of the model in their place.
@@ -56,7 +58,12 @@ class Trial:
     """
 
     def __init__(
-        self, model: nn.Module, example_inputs: Any, channels: Channels, train_too: bool
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        channels: Channels,
+        train_too: bool,
+        outputs: Read = None,
     ) -> None:
         self._model, self.channels = model, channels
         self.place: str | None = None
@@ -68,7 +75,7 @@ class Trial:
         for parameter in tensors_of_modules(self._modules)[0].values():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
-        self._run = Exchanged(model, self._modules)
+        self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
         if not self._runs_in_double(example_inputs):
             back()
@@ -114,7 +121,7 @@ class Trial:
                 all groups masked, and as it is where that does not say so.
         """
         self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
-        self._run.alone = False
+        self._run.idle = self._run.alone = False
         called: set[str] = set()
         known = (
             self.channels.layers.keys() - self.channels.outside.keys() - self.channels.bare.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ def not_finite(where: str, what: str, remedy: str = "") -> RuntimeError:
     )
 
 
+class _Run(NamedTuple):
+    """What is read of the tables for groups that are scored together.
+
+    Attributes:
+        places: of the tables, in the order of layers.
+        rows: [U, M] int64, those of each unit in the tables one after the other, padded.
+    """
+
+    places: list[int]
+    rows: Tensor
+
+
 class UnitScores:
     """Running scores of all units, group after group.
 
@@ -62,7 +74,7 @@ class UnitScores:
         self._whole = whole
         self._layers = {name: number for number, name in enumerate(scored)}
         self._groups = list(groups)
-        self._index: dict[tuple[int, ...], Tensor] = {}
+        self._plans: dict[tuple[int, ...], list[_Run]] = {}  # by the tables' numbers of columns
         self._sum: Tensor | None = None  # [U of all groups] float64
         self._average: Tensor | None = None
         self._unread: frozenset[str] = frozenset()
@@ -80,7 +92,10 @@ class UnitScores:
     def of(self, tables: Sequence[Tensor], unread: frozenset[str] = frozenset()) -> Tensor:
         """[U of all groups] float64: the scores of a minibatch; arguments as those of `add`."""
         self.note(unread)
-        found = [self._score(tables, run) for run in self._runs(tables)]
+        widths = tuple(table.size(1) for table in tables)
+        if widths not in self._plans:
+            self._plans[widths] = [self._planned(tables, run) for run in self._runs(tables)]
+        found = [self._score(tables, run) for run in self._plans[widths]]
         return torch.cat(found).double() if found else torch.empty(0, dtype=torch.float64)
 
     def note(self, unread: frozenset[str]) -> None:
@@ -88,7 +103,7 @@ class UnitScores:
         if self.count:
             unread |= self._unread  # a unit's scores of one period are of the same layers
         if unread != self._unread:
-            self._unread, self._index = unread, {}
+            self._unread, self._plans = unread, {}
 
     def take(self, scores: Tensor, count: int) -> None:
         """Add the sum of the scores of `count` minibatches."""
@@ -168,7 +183,7 @@ class UnitScores:
 
     def regroup(self, groups: Sequence[Group], scored: Sequence[str]) -> None:
         """Blocks have gone: the same units, without their layers."""
-        self._groups, self._index = list(groups), {}
+        self._groups, self._plans = list(groups), {}
         self._layers = {name: number for number, name in enumerate(scored)}
 
     def drop(self, dead: Sequence[Tensor], groups: Sequence[Group]) -> None:
@@ -180,7 +195,7 @@ class UnitScores:
             values = getattr(self, name)
             if values is not None:
                 setattr(self, name, values[keep.to(values.device)])
-        self._groups, self._index = list(groups), {}
+        self._groups, self._plans = list(groups), {}
 
     def by_layer(
         self, dead: Sequence[Tensor], layers: Callable[[Iterable[str]], Layers]
@@ -228,20 +243,27 @@ class UnitScores:
                 columns.append(width)
         return [tuple(run) for run in runs]
 
-    def _score(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> Tensor:
-        """[U] scores of a run of groups."""
+    def _planned(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> _Run:
         names = {slot.owner for number in run for slot in self._members(self._groups[number])}
         if not names:
-            return torch.zeros(sum(self._groups[n].size for n in run), device=tables[0].device)
+            units = sum(self._groups[number].size for number in run)
+            return _Run([], torch.empty(units, 0, dtype=torch.int64))
         used = sorted(names, key=self._layers.__getitem__)
-        chosen = [tables[self._layers[name]] for name in used]
+        places = [self._layers[name] for name in used]
+        index = self._gather_index(run, used, [tables[place].size(0) for place in places])
+        return _Run(places, index.to(tables[places[0]].device))
+
+    def _score(self, tables: Sequence[Tensor], run: _Run) -> Tensor:
+        """[U] scores of a run of groups."""
+        if not run.places:
+            return torch.zeros(len(run.rows), device=tables[0].device)
+        chosen = [tables[place] for place in run.places]
         device = chosen[0].device
-        if run not in self._index:
-            self._index[run] = self._gather_index(run, used, [t.size(0) for t in chosen]).to(device)
         # The last row is what the padding points at.
         padding = chosen[0].new_zeros(1, chosen[0].size(1))
         rows = torch.cat([*(table.to(device) for table in chosen), padding])
-        return self._criterion.observations(self._coupled_rows(rows, self._index[run])).mean(1)
+        index = run.rows.to(device)
+        return self._criterion.observations(self._coupled_rows(rows, index)).mean(1)
 
     def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """[U, K] from the rows of each unit; the padding's are zero and come last."""

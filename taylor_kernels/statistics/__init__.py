@@ -15,10 +15,11 @@ from taylor_kernels.statistics.base import (
     check_weight,
     checked_tables,
 )
+from taylor_kernels.statistics.bn_scale import BatchNormScale
 from taylor_kernels.statistics.fisher import Fisher, FisherProbe
 from taylor_kernels.statistics.gate_curvature import ExactGateCurvature, GateCurvature
 from taylor_kernels.statistics.gate_products import GateProducts
-from taylor_kernels.statistics.gates import ExampleGates, Gates
+from taylor_kernels.statistics.gates import ExampleGates
 from taylor_kernels.statistics.layers import (
     Layers,
     filter_count,
@@ -29,8 +30,10 @@ from taylor_kernels.statistics.layers import (
     is_layer,
 )
 from taylor_kernels.statistics.loss_change import LossChange
-from taylor_kernels.statistics.parameters import BatchNormScale, Magnitudes, Random, WeightMoments
+from taylor_kernels.statistics.minibatch_gates import Gates
+from taylor_kernels.statistics.parameters import Magnitudes, WeightMoments
 from taylor_kernels.statistics.parts import BareLayer, bare_layer, parts_beside_layers
+from taylor_kernels.statistics.random_draw import Random
 from taylor_kernels.statistics.registry import (
     get_statistic,
     register_statistic,

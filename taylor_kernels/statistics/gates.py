@@ -23,18 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.hooks import Hook
-from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.ops.gate_gradients import gate_gradients
-from taylor_kernels.shards import in_parts, is_fsdp, is_sharded, local_part, plan_mesh, whole
+from taylor_kernels.shards import is_sharded, local_part, plan_mesh, whole
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.counting import counting
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
 from taylor_kernels.statistics.hooks.gate_tables import GateTables
-from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses, inside_backward
-from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, IN, SiteHooks
-from taylor_kernels.statistics.hooks.weight_gates import WeightGates
+from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses
+from taylor_kernels.statistics.hooks.sites import IN, SiteHooks
 from taylor_kernels.statistics.layers import channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -207,158 +204,3 @@ class ExampleGates(_Gates):
     def discard(self) -> None:
         super().discard()
         self._received = {name: {} for name in self._watched}
-
-
-@register_statistic
-class Gates(_Gates):
-    """[F, 1] per layer: the gate's gradient over everything since the last update.
-
-    The gradients of γ and β are read in backward() itself, like those of outputs, so what is done
-    to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
-    norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
-    are captured instead. In the first passes both are done, since only their end tells which is
-    right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
-    The gradients of weights at sites are read there too.
-    """
-
-    name = "gates"
-    across_ranks = "sum"
-    columns = "1: the gate's gradient over the minibatch"
-    reads = "activations"
-    gradient_sites = True
-
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        weights = [site for site in self._at.values() if site.how == AT_GRADIENT]
-        self._weights = WeightGates(
-            self.model, weights, self._reads_gradient, self._on_slopes, self.backend
-        )
-        self._of_weights = sorted({site.weight for site in weights})
-        self._received: dict[str, Tensor] = {}
-        self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # its pass and its layer
-        self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
-        self._read: dict[_NormBase, str] = {}
-        self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
-        self._spoiled: set[str] = set()
-        self._hooked: set[nn.Parameter] = set()
-        self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._freed = (-1, False)  # a pass, and whether FSDP2 shards the model in it
-
-    def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
-        if not self._watches():
-            return False
-        last_pass, last_name = self._last_run.get(norm, (-1, name))
-        if last_pass == self._pass and inside_backward():
-            return norm not in self._read  # a checkpoint computes the same run again
-        if last_pass == self._pass or last_name != name:
-            self._shared.add(norm)
-            if norm in self._read and norm not in self._captured:
-                self._spoiled.add(self._read[norm])
-        self._last_run[norm] = (self._pass, name)
-        trains = (
-            not self._frees_parameters()
-            and norm.affine
-            and norm.weight.requires_grad
-            and norm.bias.requires_grad
-        )
-        if norm in self._shared or name is None or not trains:
-            return True
-        self._read[norm] = name
-        for parameter in (norm.weight, norm.bias):
-            if parameter not in self._hooked:
-                self._hooked.add(parameter)
-                self._handles.append(parameter.register_hook(Hook(self._on_gradient, parameter)))
-        if last_pass == -1 or self._gate_tables.noise.watches:
-            self._captured.setdefault(norm, [])
-            return True
-        self._captured.pop(norm, None)  # no longer all of its runs
-        return False
-
-    def _frees_parameters(self) -> bool:
-        """Whether γ and β are gone by the time of backward(); the modules are asked once a pass."""
-        if self._freed[0] != self._pass:
-            self._freed = self._pass, is_fsdp(self.model)
-        return self._freed[1]
-
-    def _on_gradient(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        self._in_backward = True
-        grad = grad.detach().clone()  # autograd may make the original .grad itself
-        known = self._gradients.get(parameter)
-        self._gradients[parameter] = grad if known is None else known + grad
-
-    def _reads_gradient(self, key: str, parameter: nn.Parameter) -> bool:
-        self._on_call()
-        if not self._watches():
-            return False
-        self._called.add(key)
-        if not parameter.requires_grad:
-            self._unreached.add(key)
-        return parameter.requires_grad and not self._frees_parameters()
-
-    def _on_slopes(self, key: str, slopes: Tensor) -> None:
-        if not self._takes_gradients():
-            return
-        self._in_backward = True
-        self._add(key, slopes)
-
-    def close(self) -> None:
-        self._weights.close()
-        super().close()
-
-    def _check(self) -> None:
-        super()._check()
-        if self._of_weights and in_parts(self.model):
-            raise RuntimeError(
-                f"{', '.join(self._of_weights)}: gates "
-                "are read off the gradient of a whole weight here, and on several ranks it is in "
-                "parts; use taylor_fo, or leave these layers out (ignore=)"
-            )
-
-    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
-        total = gates.sum(0)
-        if isinstance(module, _NormBase) and module in self._captured:
-            self._captured[module].append((name, total))
-        else:
-            self._add(name, total)
-
-    def _add(self, name: str, total: Tensor) -> None:
-        self._received[name] = self._received[name] + total if name in self._received else total
-
-    def _tables(self, closure: Closure | None) -> list[Tensor]:
-        self._check()
-        if self._spoiled:
-            raise RuntimeError(
-                f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
-                "pass, or behind more layers, than before; run the pass again"
-            )
-        for norm, captured in self._captured.items():
-            for name, total in captured if norm in self._shared else ():
-                self._add(name, total)
-        norms = [
-            (name, norm)
-            for norm, name in self._read.items()
-            if norm not in self._shared
-            and norm.weight in self._gradients
-            and norm.bias in self._gradients
-        ]
-        if norms:
-            parameters = [p for _, norm in norms for p in (norm.weight, norm.bias)]
-            moments = needed_moments(
-                [p.detach() for p in parameters],
-                [self._gradients[p] for p in parameters],
-                moments=("gw",),
-                backend=self.backend,
-            )
-            for (name, _), of_scale, of_shift in zip(
-                norms, moments[::2], moments[1::2], strict=True
-            ):
-                self._add(name, of_scale[:, 0] + of_shift[:, 0])
-        if not self._received:
-            raise RuntimeError(NOTHING_SEEN)
-        tables = {name: total[:, None] for name, total in self._received.items()}
-        return self._finished(tables)
-
-    def discard(self) -> None:
-        super().discard()
-        self._received, self._gradients = {}, {}
-        self._read, self._captured, self._spoiled = {}, {}, set()

@@ -1,20 +1,16 @@
-"""Statistics read off the parameters alone; only streamed gradients need hooks."""
+"""Statistics read off weights and their gradients alone; only streamed gradients need hooks."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.ops.filter_moments import MOMENTS, needed_moments
-from taylor_kernels.shards import is_sharded, local_part, offsets, part_count, rows_in_whole, whole
+from taylor_kernels.shards import is_sharded, local_part, offsets, part_count, rows_in_whole
 from taylor_kernels.statistics.base import Closure, Statistic
-from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
-from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
 from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import (
     Layer,
@@ -256,85 +252,3 @@ class Magnitudes(_OfWeights):
         dtype = torch.promote_types(flat.dtype, torch.float32)
         norms = [torch.linalg.vector_norm(flat, p, dim=1, dtype=dtype) for p in (1, 2)]
         return self._whole_rows(layer, rows, torch.stack((norms[0], norms[1].square()), 1))
-
-
-@register_statistic
-class BatchNormScale(KnowsNorms):
-    """abs(γ) of the norm behind each layer; nan for a layer that has none.
-
-    Of several at the sites of a gate, the mean.
-    """
-
-    name = "bn_scale"
-    columns = "1: abs(γ) of the BatchNorm that follows, nan without one"
-    reads = "forward"
-    nan_means = (
-        "a layer that no BatchNorm with a scale was seen to follow has no such score: ignore it, "
-        "or use another criterion"
-    )
-
-    at_gates = True
-
-    @torch.no_grad()
-    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        if self.sites is not None:
-            of_sites = [self._scale_at(site) for site in self.sites.sites]
-            tables = SiteRows(self.sites, list(self.layers)).tables(of_sites, mean=True)
-        else:
-            tables = [self._table(name, layer) for name, layer in self.layers.items()]
-        if all(table.isnan().all() for table in tables):
-            raise RuntimeError(
-                "bn_scale: no BatchNorm with a scale was seen to follow a layer in a forward pass; "
-                "run one first, or use another criterion if the model has none"
-            )
-        return tables
-
-    def _scale_at(self, site: Site) -> Tensor:
-        module = self.model.get_submodule(site.module)
-        if site.side == OUT and isinstance(module, _NormBase) and module.weight is not None:
-            return whole(module.weight).abs().float()[:, None]
-        device = held_weight(next(iter(self.layers.values()))).device
-        return torch.full((site.classes.numel(), 1), torch.nan, device=device)
-
-    def _table(self, name: str, layer: Layer) -> Tensor:
-        weights = [n.weight for n in self._norms.of(name) if n.weight is not None]
-        scales = [whole(weight).abs().float() for weight in weights]
-        if not scales:
-            device = held_weight(layer).device
-            return torch.full((filter_count(layer), 1), torch.nan, device=device)
-        return torch.stack(scales, 1).sum(1, keepdim=True)
-
-
-@register_statistic
-class Random(Statistic):
-    """A fixed uniform draw per filter, from a generator of its own: PyTorch's stays untouched."""
-
-    name = "random"
-    columns = "1: uniform in [0, 1), drawn once"
-    reads = "weights"
-    reads_bare = True
-    drawn = True
-    same_draws = True
-
-    seed = 0
-
-    @classmethod
-    @contextmanager
-    def seeded(cls, seed: int) -> Iterator[None]:
-        """Inside, what is made draws from this seed: to compare with several draws."""
-        before, cls.seed = cls.seed, seed
-        try:
-            yield
-        finally:
-            cls.seed = before
-
-    def __init__(self, model: nn.Module, layers: Layers, backend: str | None = None) -> None:
-        super().__init__(model, layers, backend)
-        generator = torch.Generator().manual_seed(self.seed)
-        self._draws = [
-            torch.rand(filter_count(layer), 1, generator=generator).to(held_weight(layer).device)
-            for layer in layers.values()
-        ]
-
-    def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
-        return self._draws

@@ -51,6 +51,20 @@ def find_criteria(names: Sequence[str], option: str = "--criteria") -> list[Crit
         raise Mistake(f"{option}: {str(error).removeprefix('criterion: ')}") from None
 
 
+def check_both_or_none(model: str | None, data: str | None) -> None:
+    """A user's model and its data are named together.
+
+    Raises:
+        Mistake: one is not.
+    """
+    if (model is None) != (data is None):
+        given, missing = ("--model", "--data") if model else ("--data", "--model")
+        raise Mistake(
+            f"{given}: needs {missing} beside it, as in --model package.module:make_model "
+            "--data package.module:make_loader"
+        )
+
+
 def check_seed(seed: int) -> None:
     """See that PyTorch's generators take the seed.
 

@@ -120,19 +120,20 @@ def _file_of(module: str) -> Path | None:
     return next(iter(sorted(path.parent.glob(f"{path.name}.*.so"))), None)
 
 
-def _imports(file: Path) -> set[str]:
+@cache
+def _imports(file: Path) -> frozenset[str]:
     """The modules of this package that a file imports, anywhere in it."""
     if file.suffix != ".py":
-        return set()
+        return frozenset()
     inside = file.relative_to(ROOT).with_suffix("").parts
     package = ".".join((_PACKAGE, *inside[:-1]))  # of a package's __init__ too: it is itself
     found = _imported_names(file, package)
-    return {
+    return frozenset(
         # Of a package, a submodule is meant where there is one of that name.
         name if _file_of(name) else name.rpartition(".")[0]
         for name in found
         if _is_ours(name)
-    }
+    )
 
 
 def _imported_names(file: Path, package: str) -> set[str]:

@@ -92,6 +92,8 @@ class AcrossNorms:
         record = self._recorder.record
         offered: list[Across] = []
         if module is not None and name and not kwargs and len(frame.given) == 1:
+            if isinstance(output, Tensor):
+                self._recorder.labels(output)  # what it is the mean of is said in this call
             offered = self._offered(module, name, frame.given[0], output, frame.first)
         if offered:
             record.across += offered

@@ -8,7 +8,7 @@ makes and takes lie along two dimensions of it; along others it is a stack of we
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import nn
@@ -32,16 +32,27 @@ class BareWeight(NamedTuple):
 
 
 def bare_weight(
-    record: Record, product: Product, modules: Mapping[str, nn.Module]
+    record: Record,
+    product: Product,
+    modules: Mapping[str, nn.Module],
+    known: Collection[str],
 ) -> BareWeight | None:
-    """The bare weight of a product; None where a layer's is used, or one that is computed."""
-    if isinstance(modules.get(product.module), (nn.Linear, _ConvNd)):
+    """The bare weight of a product; None where a layer's is used, or one that is computed.
+
+    Args:
+        modules: dict(model.named_modules()).
+        known: the names of the model's parameters.
+    """
+    own = f"{product.module}.weight".lstrip(".")
+    if isinstance(modules.get(product.module), (nn.Linear, _ConvNd)) and not (
+        # A parameter beside the layer's own, as a low-rank update has two.
+        product.direct and product.weight != own and own in known
+    ):
         return None
     outputs, inputs = (_dimension(record, product, v) for v in (product.outputs, product.inputs))
     if outputs is None or inputs is None:
         return None
-    named = product.weight == f"{product.module}.weight".lstrip(".")
-    return BareWeight(product.module if named else product.weight, inputs, outputs)
+    return BareWeight(product.module if product.weight == own else product.weight, inputs, outputs)
 
 
 def _dimension(record: Record, product: Product, atoms: Vector) -> int | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import Operation
+from taylor_kernels.tracing.operations import Operation, memory_of
 from taylor_kernels.tracing.record import Reason, Size, Vector
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class Call:
         args: its arguments by name, defaults included.
         out: its result, as PyTorch returned it.
         outs: the tensors in that.
-        labels: of each tensor among the arguments, by id, as they were before.
+        tensors: those among the arguments, each once, and `memories` what these lie in.
+        labels: of each of them, by id, as they were before.
     """
 
     def __init__(
@@ -41,18 +42,21 @@ class Call:
         self.outs: list[Tensor] = []
         self.labels: dict[int, Labels] = {}
         self.tensors: list[Tensor] = []
+        self.memories: list[int] = []
         self._collect(args)
         if kwargs:
             self._collect(kwargs.values())
 
     def _collect(self, values: Iterable) -> None:
         known = self.labels
+        look = self.recorder.known if self.name in PASSES else self.recorder.labels
         for value in values:
             if isinstance(value, Tensor):
                 key = id(value)
                 if key not in known:
                     self.tensors.append(value)
-                    known[key] = self.recorder.labels(value)
+                    self.memories.append(memory_of(value))
+                    known[key] = look(value)
             elif isinstance(value, (list, tuple)):
                 self._collect(value)
 
@@ -125,6 +129,9 @@ MOVES = {
     "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "unsqueeze", "squeeze",
     "contiguous", "clone", "alias", "detach",
 }  # fmt: skip
+#: Of those, and of those that repeat, the ones whose results say what is to be said of their
+#: operand once anything else is made of them.
+PASSES = {"unsqueeze", "expand", "detach", "alias", "transpose", "permute"}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from taylor_kernels.tracing.alternatives import Alternatives
 from taylor_kernels.tracing.blocks import Block
-from taylor_kernels.tracing.choosing import FREE, Choice
+from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.consequences import Consequences
 from taylor_kernels.tracing.drawing import table, write_page
+from taylor_kernels.tracing.grids import FREE
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
-from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Reason, Record, Vector
 from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import resolve
-from taylor_kernels.tracing.running import one_at_a_time, tensors_of_modules
+from taylor_kernels.tracing.running import tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
-from taylor_kernels.tracing.written import with_written_sizes
 
 
-class Channels(Consequences):
+class Channels(Consequences, Alternatives):
     """Which channels of a model go together, and why the others stay.
 
     It speaks in names, so it holds for the model and its copies alike.
@@ -211,35 +211,6 @@ class Channels(Consequences):
         if self._record.values is None:
             raise RuntimeError("find_blocks: not traced for that; pass trace(..., blocks=True)")
         return find_blocks(self._record.values, model, self._vectors.layers)
-
-    def coupled(
-        self, model: nn.Module, layers: Collection[str], *, at: Collection[str] | None = None
-    ) -> Channels | None:
-        """The channels where sizes that code wrote down are those of other tensors.
-
-        `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
-        tensor that the code had at hand and that is as wide, so that both lose the same channels.
-        An attribute that sizes several tensors, which need not be the same by what they are made
-        of (queries and values of a non-local block), is taken to be the size of all of them.
-
-        Args:
-            model: the traced model or a copy of it.
-            layers: only sizes that count channels which one of these layers makes.
-            at: only sizes that the code of these modules wrote down; None for all modules.
-
-        Returns:
-            None where there are no such sizes.
-        """
-        asked = np.zeros(self._why.size, bool)
-        for name in layers:
-            asked[self._vectors.layers[name][1]] = True
-        asked[0] = False
-        modules = dict(model.named_modules())
-        record = with_written_sizes(self._record, self._label, asked, modules, at)
-        if record is None:
-            return None
-        with one_at_a_time(), prunable_attention(modules.values()):
-            return Channels(record, modules)
 
     def leaving(self, blocks: Sequence[Block]) -> Channels:
         """The channels of the model without these blocks.

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taylor_kernels.tracing.cuts import Parts, match
+from taylor_kernels.tracing.cuts import Parts, Sets, match
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Reason, Record, Table, Vector
+from taylor_kernels.tracing.grids import FREE, Grids, settle
+from taylor_kernels.tracing.record import Reason, Record, Vector
 from taylor_kernels.tracing.shuffles import runs, shuffles
-
-#: More than the number of any reason: nothing keeps this atom.
-FREE = np.iinfo(np.int64).max
-_ROUNDS = 32
 
 
 @dataclass(frozen=True)
@@ -56,48 +53,6 @@ class Resolution:
     why: Vector
     reasons: list[Reason]
     choices: list[Choice]
-
-
-@dataclass(frozen=True)
-class Grids:
-    """The cells of all tables of as many axes.
-
-    Attributes:
-        cells: [n], the cells of one table after the other.
-        axes: [axes, n], for each cell the places on the axes that it belongs to.
-    """
-
-    cells: Vector
-    axes: Vector
-
-
-def grids_of(tables: Sequence[Table]) -> list[Grids]:
-    """The tables, those of as many axes together."""
-    parts: dict[int, list[tuple[Vector, Vector]]] = {}
-    for table in tables:
-        grid = np.stack([part.ravel() for part in np.meshgrid(*table.axes, indexing="ij")])
-        parts.setdefault(len(table.axes), []).append((table.cells, grid))
-    return [
-        Grids(np.concatenate([c for c, _ in part]), np.concatenate([g for _, g in part], axis=1))
-        for part in parts.values()
-    ]
-
-
-def _settle(grids: Sequence[Grids], forest: Forest, why: Vector) -> Vector:
-    """Reasons spread over classes, and between cells and axes."""
-    label = forest.label
-    by_class = np.full(why.size, FREE)
-    np.minimum.at(by_class, label, why)
-    labelled = [(label[grid.cells], label[grid.axes]) for grid in grids]
-    for _ in range(_ROUNDS):
-        before = by_class.copy()
-        for cells, axes in labelled:
-            np.minimum.at(by_class, cells, by_class[axes].max(axis=0))
-            for axis in axes:
-                np.minimum.at(by_class, axis, by_class[cells])
-        if np.array_equal(before, by_class):
-            break
-    return by_class[label]
 
 
 def _spread(forest: Forest, why: Vector) -> Vector:
@@ -145,7 +100,8 @@ class Chooser:
         self.shuffles = shuffles(record, forest.label)
         self.numbers: dict[Reason, int] = {}
         self.keeping: dict[tuple[int, int | None], int] = {}
-        settled = _settle(grids, forest, why)
+        self._matched: dict[tuple[int, bytes], Sets] = {}
+        settled = settle(grids, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
         label = forest.label
@@ -281,7 +237,7 @@ class Chooser:
         why = _spread(forest, why)
         for parts in (*self.parts, *rows):
             before = forest.label
-            alone = match(parts, forest, why == FREE)
+            alone = match(parts, forest, why == FREE, self._matched)
             if alone.size:
                 np.minimum.at(why, alone, self._number(parts.reason))
             if alone.size or forest.label is not before:

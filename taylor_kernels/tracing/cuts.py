@@ -86,11 +86,19 @@ def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
     return replace(record, joins=joins, fixed=fixed, sizes=sizes, cuts=cuts)
 
 
-def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
+#: Rows that make one another up, set by set, and the rows that are left.
+Sets = tuple[list[list[int]], list[int]]
+
+
+def match(
+    parts: Parts, forest: Forest, free: Vector, known: dict[tuple[int, bytes], Sets]
+) -> Vector:
     """Make classes that together are in proportion one.
 
     Args:
         free: [atoms] bool, atoms of classes that can go.
+        known: what was found for other parts: blocks of a network that are alike ask the same, and
+            so does every choice of axes that is tried.
 
     Returns:
         The atoms that find no match.
@@ -112,7 +120,11 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
     if not open_.size:
         return vector[:0]
     order = open_[np.argsort(first[open_])]
-    sets, left = _together(shares[order])
+    rows = shares[order]
+    key = rows.shape[1], rows.tobytes()
+    if (found := known.get(key)) is None:
+        found = known[key] = _together(rows)
+    sets, left = found
     if len(sets) == 1 and len(sets[0]) == classes.size:
         return classes  # all or nothing
     pairs = []
@@ -123,7 +135,7 @@ def match(parts: Parts, forest: Forest, free: Vector) -> Vector:
     return classes[order[left]]
 
 
-def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
+def _together(shares: Vector) -> Sets:
     """Sets of rows whose sums are the same in every column, and the rows that are left.
 
     A set takes the row that leaves the least to make up for, until nothing is left to.

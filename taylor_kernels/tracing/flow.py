@@ -60,10 +60,7 @@ class Flow:
         """An operation has run, in which these products and norms were found."""
         marks = self._marks
         sources = _NONE
-        memories = set()
-        for tensor in call.tensors:
-            key = memory_of(tensor)
-            memories.add(key)
+        for key in call.memories:
             mark = marks.get(key, _NONE)
             sources = sources | mark if sources and mark else sources or mark
         first = len(self._steps)
@@ -87,15 +84,14 @@ class Flow:
             mark = fresh or sources
             if key not in marks:
                 self._recorder.memories.hold(out)
-            elif key in memories:
+            elif key in call.memories:
                 mark |= marks[key]
             marks[key] = mark
 
     def forget(self, call: Call) -> None:
         """An operation on what no step has made: its memory may have been another tensor's."""
-        memories = {memory_of(tensor) for tensor in call.tensors}
         for out in call.outs:
-            if (key := memory_of(out)) not in memories:
+            if (key := memory_of(out)) not in call.memories:
                 self._marks.pop(key, None)
 
     def reaches_output(self, tensor: Tensor, labels: Labels) -> None:

@@ -47,6 +47,41 @@ class Forest:
         self.label = least[self.label]
         return True
 
+    def unite_runs(self, one: Vector, other: Vector, sizes: Vector) -> None:
+        """Make one of each two runs of atoms, place by place, as long as no two atoms are.
+
+        Most of what a model joins are whole dimensions of parameters: there are hundreds of them,
+        and of atoms hundreds of thousands.
+
+        Args:
+            one, other: [runs], the first atom of each run.
+            sizes: [runs], how many atoms follow each other.
+        """
+        wide = int(sizes.max(initial=0)) + 1
+        ends = np.concatenate([one, other]) * wide + np.concatenate([sizes, sizes])
+        runs, place = np.unique(ends, return_inverse=True)  # by their first atom
+        first, size = np.divmod(runs, wide)
+        apart = np.ones(runs.size, bool)
+        apart[1:] = first[1:] >= np.maximum.accumulate(first + size)[:-1]
+        apart[:-1] &= apart[1:]
+        edges = place.reshape(2, -1)
+        by_run = Forest(runs.size)
+        by_run.unite([(edges[0], edges[1])])
+        whole = np.ones(runs.size, bool)
+        np.logical_and.at(whole, by_run.label, apart)
+        # Runs that overlap others are gone through atom by atom.
+        alone = whole[by_run.label]
+        least = first[by_run.label]
+        self.label[_atoms(first[alone], size[alone])] = _atoms(least[alone], size[alone])
+        rest = ~alone
+        self.unite([(_atoms(first[rest], size[rest]), _atoms(least[rest], size[rest]))])
+
+
+def _atoms(first: Vector, sizes: Vector) -> Vector:
+    """The atoms of runs, one run after the other."""
+    ends = np.cumsum(sizes)
+    return np.arange(sizes.sum()) + np.repeat(first - ends + sizes, sizes)
+
 
 def _least(one: Vector, other: Vector, count: int) -> Vector:
     """For each of `count` nodes the least one that these edges lead to."""

@@ -29,6 +29,8 @@ def leaks_seen(recorder: Recorder) -> Iterator[None]:
         @wraps(method)
         def leaving(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == mine:
+                if recorder.hollow is not None:
+                    recorder.hollow.reads(tensor)
                 module = recorder.module
                 reason = Reason(f"leaves PyTorch by {name} in {module!r}", module, name)
                 for vector in recorder.labels(tensor).vectors():

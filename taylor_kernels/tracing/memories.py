@@ -21,11 +21,12 @@ class Memories:
     def __init__(self) -> None:
         self._held: dict[int, Any] = {}
 
-    def hold(self, tensor: Tensor) -> None:
-        """The number of this tensor's memory stays its own until `release`."""
+    def hold(self, tensor: Tensor) -> int:
+        """The number of this tensor's memory, which stays its own until `release`."""
         key = memory_of(tensor)
         if key >= 0 and key not in self._held:
             self._held[key] = tensor.untyped_storage()._weak_ref()
+        return key
 
     def release(self) -> None:
         """The run is over."""

@@ -6,6 +6,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
-from taylor_kernels.tracing.calls import MAKERS, MOVES, OTHER, REPEATS, RULES, Call
+from taylor_kernels.tracing.applying import apply
+from taylor_kernels.tracing.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
+from taylor_kernels.tracing.hollow import Hollow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.memories import Memories
 from taylor_kernels.tracing.operations import operation, tensors_of
@@ -36,11 +39,12 @@ def _any_followed(operands: Iterable[Labels]) -> bool:
     return False
 
 
-Execute = Callable[[Any, tuple, Mapping], Any]
+#: Runs an operation with its arguments and keyword arguments, unless its result is given.
+Execute = Callable[[Any, tuple, Mapping, Any], Any]
 
 
-def _execute(func: Any, args: tuple, kwargs: Mapping) -> Any:
-    return func(*args, **kwargs)
+def _execute(func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
+    return func(*args, **kwargs) if made is None else made
 
 
 class Recorder(TorchDispatchMode):
@@ -53,10 +57,12 @@ class Recorder(TorchDispatchMode):
         flow: the norms and products that channels go through.
         across: finds the modules that normalise across channels.
         touched: called with a tensor before something is written into it.
+        hollow: which tensors have no values; None in a run of the model as it is.
 
     Args:
         execute: runs an operation; for callers that count what runs.
         blocks: also follow where tensors come from, by which residual blocks are found.
+        hollow: layers need not compute what they return.
     """
 
     def __init__(
@@ -66,10 +72,12 @@ class Recorder(TorchDispatchMode):
         seconds: float,
         execute: Execute | None = None,
         blocks: bool = False,
+        hollow: bool = False,
     ) -> None:
         super().__init__()
         self._execute = execute or _execute
         self.memories = Memories()
+        self.hollow = Hollow(self.memories) if hollow else None
         self.record = Record(values=Values(self.memories) if blocks else None)
         self.store = Store()
         self.flow = Flow(self)
@@ -78,6 +86,7 @@ class Recorder(TorchDispatchMode):
         self._outer: list[Frame] = []  # those around it
         self.returned: dict[str, Any] = {}  # by routers
         self.touched = touched
+        self.composite = ""  # the operation that PyTorch makes of others just now
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
 
@@ -89,7 +98,7 @@ class Recorder(TorchDispatchMode):
         if record.values is not None:
             record.values.enter(module, name, args)
         given = [value for value in args if isinstance(value, Tensor)]
-        met = [self.labels(tensor) for tensor in given]
+        met = [self.known(tensor) for tensor in given]
         self.frame.leaf = False
         self.frame.met += met  # what code hands on it has at hand, however it was given it
         self._outer.append(self.frame)
@@ -123,11 +132,16 @@ class Recorder(TorchDispatchMode):
 
     # Labels
 
-    def labels(self, tensor: Tensor) -> Labels:
+    def known(self, tensor: Tensor) -> Labels:
+        """The labels of a tensor of which no value is read, as yet."""
         found = self.store.get(tensor)
         if found is None or len(found.shape) != tensor.dim():
             found = Labels.fixed(tensor.shape)
             self.store.set(tensor, found)
+        return found
+
+    def labels(self, tensor: Tensor) -> Labels:
+        found = self.known(tensor)
         if found.kept_if_read:
             for vector, reason in found.kept_if_read:
                 self.record.fix(vector, reason)
@@ -207,8 +221,12 @@ class Recorder(TorchDispatchMode):
             )
         known = operation(func)
         if known.composite and known.name not in RULES:
-            with self:
-                out = func.decompose(*args, **kwargs)
+            around, self.composite = self.composite, self.composite or known.name
+            try:
+                with self:
+                    out = func.decompose(*args, **kwargs)
+            finally:
+                self.composite = around
             if out is not NotImplemented:
                 return out
         call = Call(self, func, known, args, kwargs)
@@ -221,7 +239,11 @@ class Recorder(TorchDispatchMode):
             self.touched(tensor)
         values = record.values
         parents = [] if values is None else [values.of(tensor) for tensor in call.tensors]
-        call.out = self._execute(func, args, kwargs)
+        if self.hollow is None:
+            call.out = self._execute(func, args, kwargs, None)
+        else:
+            run = partial(self._execute, func, args, kwargs)
+            call.out = self.hollow.run(call, written, run)
         call.outs = tensors_of(call.out)
         if values is not None:
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
@@ -233,9 +255,13 @@ class Recorder(TorchDispatchMode):
             or name in MAKERS
             or name in REPEATS
         ):
-            self._apply(call, written)
+            apply(self, call, written)
         else:
             self.flow.forget(call)
+        if name in PASSES:
+            for labels in call.labels.values():
+                for out in call.outs if labels.kept_if_read else ():
+                    self.known(out).kept_if_read = labels.kept_if_read
         if name not in MOVES:
             for labels in call.labels.values():
                 for vector in labels.dims:
@@ -245,60 +271,3 @@ class Recorder(TorchDispatchMode):
                         if first or vector.any():
                             record.seen.add(first)
         return call.out
-
-    def _apply(self, call: Call, written: list[Tensor]) -> None:
-        outs = call.outs
-        products, norms = len(self.record.products), len(self.record.norms)
-        try:
-            result = RULES.get(call.name, RULES[OTHER])(call)
-        except MemoryError:
-            raise
-        except Exception as error:
-            # Arguments that the rule does not foresee: what it cannot follow cannot go.
-            self.record.failures.append(f"{call.name} in {self.module!r}: {error!r}")
-            call.refuse_all("goes through an operation that is not known in this form")
-            result = None
-        labels = result if isinstance(result, list) else [result]
-        if len(labels) < len(outs):
-            labels += [None] * (len(outs) - len(labels))
-        for tensor, new in zip(outs, labels, strict=False):
-            new = new or Labels.fixed(tensor.shape)
-            if written and any(tensor is other for other in written) and not call.operation.moves:
-                self._write(call, tensor, new)
-            else:
-                new.shape = tuple(tensor.shape)
-                self.store.set(tensor, new)
-        if not outs and written:
-            for tensor, new in zip(written, labels, strict=False):
-                self._write(call, tensor, new or Labels.fixed(tensor.shape))
-        found = self.record.products[products:], self.record.norms[norms:]
-        self.flow.follow(call, outs or written, *found)
-
-    def _write(self, call: Call, tensor: Tensor, new: Labels) -> None:
-        """Labels of values that were written into a tensor, seen by all its views."""
-        old = call.labels.get(id(tensor))
-        if old is None or old.shape != tuple(tensor.shape):
-            new.shape = tuple(tensor.shape)
-            self.store.set(tensor, new)
-            return
-        if old.uniform or old.memory.repeated:
-            part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-            other = (old.uniform and not new.is_uniform) or not old.loose <= new.repeated
-            old.memory.uneven |= part or other
-        for dim, vector in enumerate(new.dims):
-            mine = old.dims[dim]
-            if vector is mine:
-                pass
-            elif mine is not None and old.uniform:
-                if vector is not None:
-                    blank = mine == 0
-                    call.join(mine[~blank], vector[~blank])
-                    mine[blank] = vector[blank]
-            else:
-                call.join(mine, vector)
-        old.uniform = old.uniform and new.uniform
-        if not all(
-            new.is_zero(dim) or vector is None or not vector.any()
-            for dim, vector in enumerate(old.dims)
-        ):
-            old.memory.spoiled = True

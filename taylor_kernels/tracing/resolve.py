@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted, mixing
-from taylor_kernels.tracing.choosing import FREE, Chooser, Grids, Resolution, grids_of
+from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
 from taylor_kernels.tracing.forest import Forest
+from taylor_kernels.tracing.grids import FREE, Grids, grids_of
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
 _ROUNDS = 8
@@ -103,15 +105,22 @@ def _chosen(
 
 def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason]]:
     """Unite what met, and what met nothing with its reason, by place in running order."""
-    joins = record.joins
+    joins = [join for join in record.joins if join.one.size]
     if not joins:
         return []
     one = np.concatenate([join.one for join in joins])
     other = np.concatenate([join.other for join in joins])
-    both = (one != 0) & (other != 0)
+    sizes = np.array([join.one.size for join in joins])
+    begin = np.cumsum(sizes) - sizes
+    follows = np.ones(one.size, bool)
+    follows[1:] = (np.diff(one) == 1) & (np.diff(other) == 1)
+    follows[begin] = (one[begin] != 0) & (other[begin] != 0)
+    run = np.logical_and.reduceat(follows, begin)
+    forest.unite_runs(one[begin[run]], other[begin[run]], sizes[run])
+    both = (one != 0) & (other != 0) & ~np.repeat(run, sizes)
     forest.unite([(one[both], other[both])])
     lone = np.flatnonzero((one == 0) != (other == 0))
-    number = np.repeat(np.arange(len(joins)), [join.one.size for join in joins])[lone]
+    number = np.repeat(np.arange(len(joins)), sizes)[lone]
     atoms = np.maximum(one, other)[lone]
     begins = np.flatnonzero(np.diff(number, prepend=-1))
     found = []
@@ -170,6 +179,12 @@ class _Sides:
                     for atom in self._label[axis].tolist():
                         if atom:
                             self._axes.setdefault(atom, {})[number] = dim
+            for table in self._tables:
+                # What an axis is cut into lies along that axis.
+                around = self._places(self._label[table.cells[:1]])
+                for atom in self._label[np.concatenate(table.axes)].tolist():
+                    if atom:
+                        self._axes[atom] = around | self._axes[atom]
         places = self._places(mine)
         return any(places.get(number, dim) != dim for number, dim in self._places(theirs).items())
 
@@ -193,11 +208,25 @@ def _close(tables: Sequence[Table], grids: Sequence[Grids], forest: Forest) -> N
                 both = slice(1 if "rows" in (table.kind, other.kind) else None)
                 pairs.extend(zip(table.axes[both], other.axes[both], strict=True))
         for grid in grids:
-            keys = np.sort(forest.label[grid.axes], axis=0)
-            order = np.lexsort(keys)
+            keys, order = _sorted(forest.label[grid.axes], forest.label.size)
             keys, cells = keys[:, order], grid.cells[order]
             same = (keys[:, 1:] == keys[:, :-1]).all(axis=0)
             same &= (cells[1:] != 0) & (cells[:-1] != 0)
             pairs.append((cells[1:][same], cells[:-1][same]))
         if not forest.unite(pairs):
             return
+
+
+def _sorted(axes: Vector, count: int) -> tuple[Vector, Vector]:
+    """Each column in ascending order, and an order that puts the same ones beside each other.
+
+    Args:
+        axes: [axes, n] numbers below `count`.
+    """
+    if len(axes) == 2:  # the most frequent, for which np.sort is slow
+        axes = np.stack([np.minimum(*axes), np.maximum(*axes)])
+    else:
+        axes = np.sort(axes, axis=0)
+    if count ** len(axes) >= 2**63:
+        return axes, np.lexsort(axes)
+    return axes, np.argsort(reduce(lambda key, axis: key * count + axis, axes), kind="stable")

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
 from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
+from taylor_kernels.tracing.hollow import can_be_hollow
 from taylor_kernels.tracing.leaks import leaks_seen
-from taylor_kernels.tracing.multihead import (
-    CHECKED,
-    PrunedMultiheadAttention,
-    prunable_attention,
-)
+from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.returned import Read, UnknownOutput, checked_outputs, returned_tensors
 from taylor_kernels.tracing.running import (
     Untouched,
     call,
@@ -38,8 +36,23 @@ from taylor_kernels.tracing.running import (
 from taylor_kernels.tracing.training import learn_from_training, some_unread
 
 
+class Count(Protocol):
+    """Runs the operations of a run, and writes down what it wants of them."""
+
+    def restart(self) -> None:
+        """A run begins; there may have been another one, which did not come to its end."""
+
+    def run(self, func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
+        """Run an operation, unless this is `made`, which it would return."""
+
+
 def trace(
-    model: nn.Module, example_inputs: Any, *, seconds: float = 300.0, blocks: bool = False
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    seconds: float = 300.0,
+    blocks: bool = False,
+    outputs: Read = None,
 ) -> Channels:
     """Which index of which dimension of which parameter goes with which.
 
@@ -54,6 +67,8 @@ def trace(
             are run as they are, since only the caller knows what may be cut: one item is enough.
         seconds: tracing stops with an error after this time.
         blocks: also follow where tensors come from, so that `Channels.find_blocks` can be asked.
+        outputs: names of fields, or places, of what the model returns that others read, and that
+            keeps its width therefore. None for all, but for state that the model itself takes back.
 
     Returns:
         The groups of channels that go together, and for all others why they cannot go.
@@ -61,7 +76,7 @@ def trace(
     Raises:
         TypeError: `model` is no module.
         ValueError: the model has no parameters, has lazy or meta ones, or does not run on the
-            example inputs, or nothing is in these.
+            example inputs, or nothing is in these, or it returns none of such `outputs`.
         TimeoutError: it takes longer than `seconds`; or other threads have traced, one after
             another, for ten minutes.
         MemoryError: labels need more than 2 GiB.
@@ -75,36 +90,40 @@ def trace(
         >>> channels.groups[0].size, channels.skipped
         (8, {'2': 'reaches the output of the model'})
     """
-    return traced(model, example_inputs, seconds, blocks=blocks)
+    return traced(model, example_inputs, seconds, blocks=blocks, outputs=outputs)
 
 
 def traced(
     model: nn.Module,
     example_inputs: Any,
     seconds: float = 300.0,
-    execute: Execute | None = None,
+    count: Count | None = None,
     *,
     blocks: bool = False,
+    outputs: Read = None,
 ) -> Channels:
     """`trace` for callers that run the operations themselves. One runs at a time in a process:
     a trace exchanges methods of tensors and classes of modules, and puts back what it found.
 
     Args:
-        execute: called with an operation, its arguments and its keyword arguments; runs it.
+        count: runs the operations.
     """
     with one_at_a_time():
-        return _traced(model, example_inputs, seconds, execute, blocks)
+        return _traced(model, example_inputs, seconds, count, blocks, outputs)
 
 
 def _traced(
     model: nn.Module,
     example_inputs: Any,
     seconds: float,
-    execute: Execute | None,
+    count: Count | None,
     blocks: bool,
+    read: Read,
 ) -> Channels:
     modules = _modules(model)
     tensors = _checked(modules)
+    if read is not None:
+        checked_outputs(read)
     given = list(tensors_in(example_inputs))
     if given and not any(tensor.numel() for tensor in given):
         raise ValueError(
@@ -116,23 +135,21 @@ def _traced(
     until = time.monotonic() + seconds
     recorders: list[Recorder] = []
 
-    def new_recorder(execute: Execute | None = None, blocks: bool = False) -> Recorder:
+    def new_recorder(execute: Execute | None = None, **options: bool) -> Recorder:
         left = max(until - time.monotonic(), 0.0)
-        recorders.append(Recorder(names, untouched.touch, left, execute, blocks))
+        recorders.append(Recorder(names, untouched.touch, left, execute, **options))
         return recorders[-1]
 
     def run(recorder: Recorder) -> Iterator[Tensor]:
         outputs = _run(recorder, model, names, example_inputs)
-        return returned_tensors(model, example_inputs, outputs)
+        return returned_tensors(model, example_inputs, outputs, read)
 
-    recorder = new_recorder(execute, blocks)
-    try:
-        with (
-            new_garbage_only(),
-            quiet(model),
-            prunable_attention(names),
-            one_expert_at_a_time(names),
-        ):
+    def attempt(hollow: bool) -> Recorder | None:
+        """Trace one run; None where it was to leave work out, and could not."""
+        if count is not None:
+            count.restart()
+        recorder = new_recorder(None if count is None else count.run, blocks=blocks, hollow=hollow)
+        with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
             kept = keeping(names)
@@ -140,29 +157,35 @@ def _traced(
                 if any(module.training for module in names):
                     model.eval()  # which takes its time, as every module sets an attribute
                 renew(kept)
-            _keep_whole(recorder, names)
+            keep_whole(recorder, names)
             try:
-                outputs = run(recorder)
-            except (TimeoutError, MemoryError):
+                outputs = list(run(recorder))
+            except (TimeoutError, MemoryError, UnknownOutput):
                 raise
             except Exception as error:
+                if hollow:
+                    return None
                 raise ValueError(_refusal(recorder, error)) from error
-            reason = Reason("reaches the output of the model")
-            for tensor in outputs:
-                labels = recorder.labels(tensor)
-                recorder.flow.reaches_output(tensor, labels)
-                if recorder.record.values is not None:
-                    recorder.record.values.returns(tensor)
-                for vector in labels.vectors():
-                    recorder.record.fix(vector, reason)
+            if recorder.hollow is not None and recorder.hollow.asked:
+                return None
+            _reach_the_output(recorder, outputs)
             parameters = [name for name, tensor in tensors if isinstance(tensor, nn.Parameter)]
             # What a router mixes is taken back once, for one run.
             if some_unread(recorder.record, parameters) and not any(map(is_router, names)):
                 learn_from_training(recorder, model, tensors, run, new_recorder)
+        return recorder
+
+    recorder = None
+    try:
+        with new_garbage_only(), quiet(model):
+            if can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
+                untouched.restore()
+            recorder = recorder or attempt(hollow=False)
     finally:
         for each in recorders:
             each.memories.release()
         untouched.restore()
+    assert recorder is not None
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)
@@ -183,8 +206,8 @@ def _run(
         if threading.get_ident() != mine:
             return
         kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
-        if output is not None and _checks_widths(module):
-            _keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
+        if output is not None and checks_widths(module):
+            keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
         with torch._C.DisableTorchFunction():
             recorder.leave(module, kwargs, output)
 
@@ -198,7 +221,10 @@ def _run(
     ]
     try:
         with torch._C._AutoDispatchBelowAutograd(), recorder, leaks_seen(recorder):
-            return call(model, copied(example_inputs))
+            inputs = copied(example_inputs)
+            if recorder.hollow is not None:
+                recorder.hollow.given(tensors_in(inputs))
+            return call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -231,50 +257,16 @@ def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
     return tensors
 
 
-def _keep_whole(recorder: Recorder, names: Mapping[nn.Module, str]) -> None:
-    """Attention of classes that inherit PyTorch's, and with it the checks of its widths."""
-    for module, name in names.items():
-        if not _checks_widths(module):
-            continue
-        reason = _checked_width(name)
-        for path, dim in CHECKED:
-            tensor = dict(module.named_parameters()).get(path)
-            if tensor is not None:
-                recorder.record.fix(recorder.labels(tensor).dims[dim], reason)
-
-
-def _keep_what_it_read(
-    recorder: Recorder,
-    module: nn.Module,
-    name: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Such an attention has run: its query keeps its width, and computed weights keep theirs.
-
-    A parametrization (`weight_norm`) leaves no parameter of the name that is checked, and may make
-    the weight of any shapes. Computed once more, it has the labels of what it is made of.
-    """
-    reason = _checked_width(name)
-    query = args[0] if args else kwargs.get("query")
-    if isinstance(query, Tensor) and query.dim():
-        recorder.record.fix(recorder.labels(query).dims[-1], reason)
-    for path, dim in CHECKED:
-        owner, _, leaf = path.rpartition(".")
-        with recorder.uncounted():
-            weight = getattr(module.get_submodule(owner), leaf, None)
-        if isinstance(weight, Tensor) and not isinstance(weight, nn.Parameter):
-            recorder.record.fix(recorder.labels(weight).dims[dim], reason)
-
-
-def _checks_widths(module: nn.Module) -> bool:
-    inherits = isinstance(module, nn.MultiheadAttention)
-    return inherits and type(module) is not PrunedMultiheadAttention
-
-
-def _checked_width(name: str) -> Reason:
-    text = "belongs to a class of nn.MultiheadAttention, which checks its width"
-    return Reason(f"{text} against embed_dim ({name!r})", name)
+def _reach_the_output(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
+    """The model has returned these to its caller."""
+    reason = Reason("reaches the output of the model")
+    for tensor in outputs:
+        labels = recorder.labels(tensor)
+        recorder.flow.reaches_output(tensor, labels)
+        if recorder.record.values is not None:
+            recorder.record.values.returns(tensor)
+        for vector in labels.vectors():
+            recorder.record.fix(vector, reason)
 
 
 def _refusal(recorder: Recorder, error: Exception) -> str:

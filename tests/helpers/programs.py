@@ -52,6 +52,14 @@ def run_program(program: str, seconds: float = 120.0, **environment: str) -> Run
     return Run(int(code), *wrote)
 
 
+def run_command(*arguments: str, seconds: float = 600.0, before: str = "") -> Run:
+    """Run `python -m taylor_kernels.cli` with these arguments, and Python code before it."""
+    start = "runpy.run_module('taylor_kernels.cli', run_name='__main__')"
+    return run_program(
+        f"{before}\nimport runpy, sys\nsys.argv[1:] = {list(arguments)!r}\n{start}", seconds
+    )
+
+
 @cache
 def _server() -> subprocess.Popen[str]:
     """It ends when this process does, which closes its input."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import taylor_kernels as tk
 from tests.distributed.launch import ran
+from tests.helpers.docstrings import run_examples
 from tests.helpers.programs import run_program
 from tests.integrations import trainer_runs as runs
 from tests.integrations.conftest import library
@@ -153,11 +153,7 @@ def test_killed_and_resumed_it_is_as_never_killed(kind, kill_at, options, tmp_pa
 def test_docstrings_run(kind):
     library(kind)
     module = importlib.import_module(f"taylor_kernels.integrations.{kind}")
-    runner = doctest.DocTestRunner()
-    for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={}):
-        runner.run(test)
-    assert runner.tries
-    assert not runner.failures
+    run_examples(module, kind, own=True)
 
 
 def test_several_processes_prune_as_one_and_one_goes_on(tmp_path):

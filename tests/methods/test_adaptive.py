@@ -142,7 +142,7 @@ def test_a_gate_follows_its_gradient_and_its_penalty(scale):
 
 def test_a_block_whose_gate_is_gone_goes():
     model, optimizer, pruner = built(every=1, params=0.2, strength=1e-6, tolerance=0.01)
-    pruner._gates.gates.data[2] = 0
+    pruner._block_gates.gates.data[2] = 0
     name = list(pruner.gates)[2]
     train(model, optimizer, pruner, [0])
     assert pruner.history[0].blocks == (name,)
@@ -228,7 +228,7 @@ def test_models_without_scales_and_states_of_others_are_refused():
 
 def test_gates_that_are_not_finite_are_said():
     _model, _optimizer, pruner = built(every=1)
-    pruner._gates.gates.data[0] = torch.nan
+    pruner._block_gates.gates.data[0] = torch.nan
     with pytest.raises(RuntimeError, match="its gate is nan"):
         pruner.step()
     assert not pruner.history

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.parameter_fisher.ends import Ends
+from taylor_kernels.parameter_fisher.own_passes import OwnPasses
 from tests.helpers.parameter_loop import by_loop, close, mean_of_own, metered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -332,9 +333,9 @@ def test_several_columns_at_once_are_what_they_are_one_by_one(
         return (z.cos() + 0.1 * z.square()).sum()  # bent upwards and downwards
 
     found, flowed = [], []
-    batched = tk.ParameterFisher._flow_together
+    batched = OwnPasses._flow_together
     monkeypatch.setattr(
-        tk.ParameterFisher,
+        OwnPasses,
         "_flow_together",
         lambda *arguments: flowed.append(batched(*arguments)) or flowed[-1],
     )

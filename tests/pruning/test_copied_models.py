@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import random
 
 import pytest
 import torch
@@ -65,3 +67,47 @@ def test_a_tensor_that_holds_a_graph_is_refused_as_ever():
     for copy_of in (copied, copy.deepcopy):
         with pytest.raises(RuntimeError, match="graph leaves"):
             copy_of(made)
+
+
+def buffers(draw: random.Random) -> dict[str, torch.Tensor]:
+    """Tensors of all makes, some of them parts of another's memory."""
+    whole = torch.randn(4, 6, dtype=draw.choice((torch.float32, torch.float64)))
+    parts = [
+        whole, whole[1:3], whole.t(), whole.view(24), whole[2], torch.arange(5), torch.tensor(2.0),
+        torch.randn(2, dtype=torch.cfloat).conj(), torch.zeros(0), torch.randn(3).to_sparse(),
+        torch.randn(1, 2, 3, 3).to(memory_format=torch.channels_last), torch.ones(1).expand(4),
+    ]  # fmt: skip
+    draw.shuffle(parts)
+    return {f"b{number}": part for number, part in enumerate(parts)}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_buffers_are_copied_as_they_lie_and_share_what_they_shared(seed):
+    made, draw = nn.Module(), random.Random(seed)
+    for name, buffer in buffers(draw).items():
+        if draw.random() < 0.5:
+            made.register_buffer(name, buffer)
+        else:
+            setattr(made, name, [buffer] if draw.random() < 0.5 else buffer)
+
+    def tensors(module: nn.Module) -> list[torch.Tensor]:
+        found = [getattr(module, f"b{number}") for number in range(12)]
+        return [one[0] if isinstance(one, list) else one for one in found]
+
+    old, new, expected = tensors(made), tensors(copied(made)), tensors(copy.deepcopy(made))
+    for mine, theirs, source in zip(new, expected, old, strict=True):
+        assert mine is not source
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert mine.layout == theirs.layout
+        if mine.layout is torch.strided:
+            assert mine.stride() == theirs.stride()
+    dense = [n for n, one in enumerate(old) if one.layout is torch.strided and one.numel()]
+    for one, other in itertools.product(dense, repeat=2):
+        shared = [
+            t[one].untyped_storage().data_ptr() == t[other].untyped_storage().data_ptr()
+            for t in (new, expected)
+        ]
+        assert shared[0] is shared[1]
+    assert not {t.untyped_storage().data_ptr() for n, t in enumerate(new) if n in dense} & {
+        old[n].untyped_storage().data_ptr() for n in dense
+    }

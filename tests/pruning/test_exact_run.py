@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from taylor_kernels.pruning import Pruner, prunable
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import trace
+from tests.tracing.parts import Apply
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,29 @@ def test_a_model_with_such_code_is_proven_in_double(make):
     trial = Trial(model, x, trace(model, x), False)
     assert [out.dtype for out in trial._run.outputs()] == [torch.float64]
     assert trial.exact
+
+
+def _made_when_narrow(module: nn.Module, x: Tensor) -> Tensor:
+    """Code that makes a tensor in the default precision once it has lost a channel."""
+    return x if x.size(1) == 8 else torch.einsum("nchw,cd->ndhw", x, torch.eye(x.size(1)))
+
+
+@pytest.mark.parametrize(
+    ("middle", "idle"),
+    [
+        (lambda module, x: x.relu(), True),
+        (lambda module, x: x.float(), False),
+        (lambda module, x: x * torch.ones(8, 1, 1)[: x.size(1)], False),
+        (lambda module, x: F.avg_pool2d(x, 40), False),
+        (lambda module, x: x + torch.zeros_like(x, dtype=torch.float32), False),
+        (_made_when_narrow, False),
+    ],
+    ids=["plain", "cast", "made", "pooled", "asked for", "made when narrow"],
+)
+def test_a_mode_that_has_nothing_to_do_is_left_out_and_comes_back(middle, idle, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Apply(middle), nn.Conv2d(8, 2, 1))
+    trials = []
+    monkeypatch.setattr(prunable, "Trial", lambda *args: trials.append(Trial(*args)) or trials[-1])
+    pruner = Pruner(model, torch.randn(1, 3, 64, 64), "magnitude_l2", filters=0.9)
+    assert list(pruner.widths) == ["0"]
+    assert trials[0]._run.idle is idle

@@ -40,7 +40,7 @@ class Uses(nn.Module):
 def test_the_count_is_that_of_pytorch(name):
     model, x = Uses(OTHERS[name]), torch.randn(2, 3, 6, 6)
     count = FlopCount()
-    traced(model, x, execute=count.run)
+    traced(model, x, count=count)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)
     assert count.total == counter.get_total_flops()

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import torch
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from tests.helpers import zoo
+from tests.helpers.programs import run_program
 from tests.pruning import killable
 
 
@@ -48,19 +45,15 @@ def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
     whole.mkdir(), broken.mkdir()
     expected = everything(*killable.run(whole, name, criterion))
 
-    command = [sys.executable, killable.__file__, str(broken), name, criterion]
+    program = (
+        "from tests.pruning.killable import run_until_killed\n"
+        f"run_until_killed({str(broken)!r}, {name!r}, {criterion!r})"
+    )
     kills = 0
     for _ in range(3):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            # After some step, and at any point within the next one, a checkpoint included.
-            for _ in range(random.randint(3, 12)):
-                process.stdout.readline()
-            time.sleep(random.uniform(0, 0.05))
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            process.wait()
+        done = run_program(program)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        kills += done.returncode != 0
     assert kills
     got = everything(*killable.run(broken, name, criterion))
     assert same(got, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from taylor_kernels import shards
-from taylor_kernels.pruning.network import _named_tensors
+from taylor_kernels.pruning.named_tensors import NamedTensors
 
 
 def random_net(draw: random.Random, depth: int, shared: list[nn.Module]) -> nn.Module:
@@ -32,21 +33,35 @@ def random_net(draw: random.Random, depth: int, shared: list[nn.Module]) -> nn.M
     return module
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_all_modules_and_all_names(seed):
-    model = random_net(random.Random(seed), 4, [])
-    assert shards.walk(model) == set(model.modules())
+def all_names(model: nn.Module) -> dict[str, torch.Tensor]:
     names = dict(model.named_parameters(remove_duplicate=False))
-    names |= dict(model.named_buffers(remove_duplicate=False))
-    found = _named_tensors(model)
-    assert found.keys() == names.keys()
-    assert all(found[name] is tensor for name, tensor in names.items())
+    return names | dict(model.named_buffers(remove_duplicate=False))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_all_modules_and_any_names(seed):
+    draw = random.Random(seed)
+    model = random_net(draw, 4, [])
+    assert shards.walk(model) == set(model.modules())
+    names = all_names(model)
+    wanted = draw.sample(sorted(names), len(names) // 2)
+    way = NamedTensors(["", "p0.no", *wanted, "m9.m0.p0"])
+    for _ in range(2):
+        none, within, *found, last = way.of(model)
+        assert none is within is last is None
+        assert all(t is names[name] for name, t in zip(wanted, found, strict=True))
+        # Others are put in their places, and in those of the modules that hold them.
+        for module in list(model.modules()):
+            for held in (module._parameters, module._buffers):
+                held.update({name: t + 1 for name, t in held.items() if t is not None})
+            module._modules.update({n: copy.copy(child) for n, child in module._modules.items()})
+        names = all_names(model)
 
 
 def test_a_pass_asks_once_whether_the_model_is_sharded(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "taylor_kernels.statistics.gates.is_fsdp", lambda model: bool(asked.append(model))
+        "taylor_kernels.statistics.minibatch_gates.is_fsdp", lambda model: bool(asked.append(model))
     )
     blocks = [nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(5)]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(16, 2))

@@ -9,20 +9,13 @@ import torch
 from torch import nn
 
 import taylor_kernels as tk
-from taylor_kernels import criteria, statistics
-from taylor_kernels.statistics import registry
+from taylor_kernels import statistics
+from taylor_kernels.criteria import get_criterion
 from taylor_kernels.statistics.base import READS
 from taylor_kernels.studies.oracle.scores import score
 from tests.helpers.problems import small_problem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _registries(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_STATISTICS", dict(registry._STATISTICS))
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
 
 
 def norms(layer):
@@ -248,12 +241,12 @@ def test_the_packages_docstring_holds_the_table_of_its_statistics():
     table = [line for line in statistics.__doc__.splitlines() if line.startswith("| ")]
     names = [row.split(" | ")[0].removeprefix("| ").strip("`") for row in table[2:]]
     assert names == tk.statistic_names()
-    documented = {criterion.statistic for criterion in criteria._CRITERIA.values()}
+    documented = {criterion.statistic for criterion in map(get_criterion, tk.criterion_names())}
     assert documented == set(tk.statistic_names())
 
 
 def test_every_criterion_says_its_formula_and_its_source():
-    for criterion in criteria._CRITERIA.values():
+    for criterion in map(get_criterion, tk.criterion_names()):
         assert criterion.formula, criterion.name
         assert criterion.reference, criterion.name
         assert criterion.needs, criterion.name

@@ -66,15 +66,21 @@ def copied(tmp_path, monkeypatch) -> Iterator[Path]:
     root = tmp_path / "taylor_kernels"
     shutil.copytree(source_code.ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(source_code, "ROOT", root)
-    imported_files.cache_clear()
+    forget()
     yield root
+    forget()
+
+
+def forget() -> None:
+    """What was read of the sources before some of them changed."""
     imported_files.cache_clear()
+    source_code._imports.cache_clear()
 
 
 def change(file: Path) -> None:
     with open(file, "ab") as end:
         end.write(b"\n")
-    imported_files.cache_clear()
+    forget()
 
 
 def some(module: str) -> list[str]:

@@ -98,3 +98,21 @@ class Patches(nn.Module):
 def test_channels_beside_many_places_go(width, patch, size):
     torch.manual_seed(width)
     judging.check_all_but(["leave"], Patches(width, patch), torch.randn(1, 3, size, size))
+
+
+class TurnedInPairs(Rotated):
+    """Attention that turns pairs (2i, 2i + 1) as complex numbers: a head is cut into these too."""
+
+    def turned(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.size(-2))[:, None] * torch.arange(1, self.rotary_dim // 2 + 1)
+        angles = angles.to(x.dtype)
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(2, 6), (2, 10), (3, 6), (4, 8)])
+def test_heads_go_though_their_number_is_that_of_parts_of_a_head(heads, dim):
+    """Two parts of a complex number, or as many numbers as there are heads."""
+    torch.manual_seed(heads)
+    model = TurnedInPairs(heads, dim, dim)
+    judging.check_all_but(["leave"], model, torch.randn(1, 4, 5))

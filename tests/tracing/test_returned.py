@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import taylor_kernels as tk
+from taylor_kernels.tracing import trace
 from taylor_kernels.tracing.returned import returned_tensors
 from tests.zoo import judging
 
@@ -75,3 +77,75 @@ def test_a_state_that_the_example_gives_is_an_output():
     assert len(list(returned_tensors(model, {"x": x, "state": outputs["state"]}, outputs))) == 3
     assert len(list(returned_tensors(model, (x, outputs["state"]), outputs))) == 3
     assert len(list(returned_tensors(model, x, tuple(outputs.values())))) == 3
+
+
+class Translate(nn.Module):
+    """An encoder and a head that reads it; both are returned, by name or in a tuple."""
+
+    def __init__(self, width: int, named: bool) -> None:
+        super().__init__()
+        self.named = named
+        self.encode = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width))
+        self.decode, self.leave = nn.Linear(width, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> object:
+        state = self.encode(x)
+        out = self.leave(self.decode(state).tanh())
+        return {"out": out, "state": {"last": state}} if self.named else (out, [state])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_what_is_not_read_may_change_its_width(named):
+    width, key = random.randint(6, 10), "out" if named else 0
+    x = torch.randn(3, 5)
+    last = {"encode.2", "leave"}
+    assert trace(Translate(width, named), x).skipped.keys() == last
+    assert trace(Translate(width, named), x, outputs=(key,)).skipped.keys() == {"leave"}
+    model = Translate(width, named)
+    pruner = tk.Pruner(model, x, "taylor_fo", params=0.5, every=1, per_step=2, outputs=(key,))
+    while not pruner.done:
+        model.zero_grad()
+        model(x)[key].square().sum().backward()
+        pruner.step()
+    assert pruner.widths.keys() == {"encode.0", "encode.2", "decode"}
+    masked = model.double()(x.double())[key]
+    pruner.compact()
+    torch.testing.assert_close(model(x.double())[key], masked)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error", "match"),
+    [
+        ("out", TypeError, "sequence of names"),
+        ((1.5,), TypeError, "names or places"),
+        ((), ValueError, "nothing is in it"),
+        (("loss",), ValueError, "returns no 'loss'; what it returns is out, state"),
+    ],
+)
+def test_outputs_that_are_none(outputs, error, match):
+    model = Translate(6, named=True)
+    for read in (trace, tk.Pruner):
+        targets = {"params": 0.5} if read is tk.Pruner else {}
+        with pytest.raises(error, match=match):
+            read(model, torch.randn(2, 5), outputs=outputs, **targets)
+    tk.Pruner(model, torch.randn(2, 5), params=0.5).close()  # nothing is left behind
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_channel_that_is_taken_for_its_shape_alone_keeps_none(read):
+    """As transformers' BART does to see how many positions there are."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.places = nn.Linear(5, 7), nn.Embedding(9, 7)
+            self.leave = nn.Linear(7, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.embed(x)
+            one = y[:, :, -1]
+            y = y + self.places(torch.arange(one.size(1)))
+            return self.leave(y) + (one.mean() if read else 0.0)
+
+    kept = trace(Positions(), torch.randn(2, 4, 5)).skipped
+    assert ("embed" in kept) == read

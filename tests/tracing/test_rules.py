@@ -92,6 +92,18 @@ def view_of_view(self, x):
     return y
 
 
+def written_by_two_numbers(self, x):
+    rows = torch.zeros(4, 5, x.size(1), dtype=x.dtype)
+    rows[torch.tensor([3, 0]), torch.tensor([[1], [4]])] = x[:2]
+    return rows.sum(1)[:3]
+
+
+def written_apart(self, x):
+    rows = torch.zeros(4, x.size(1), 5, dtype=x.dtype)
+    rows[torch.tensor([3, 0]), :, torch.tensor([1, 4])] = x[:2]
+    return rows.sum(2)[:3]
+
+
 def depthwise_by_function(self, x):
     """As in Mamba: a function takes the layer's weight as a matrix."""
     weight = self.inner.weight.squeeze(1).unsqueeze(1)
@@ -138,10 +150,16 @@ GO = {
     "no_grad": (lambda s, x: torch.no_grad()(torch.relu)(x), 8),
     "unfold": (lambda s, x: F.unfold(x[:, :, None, None].expand(-1, -1, 2, 2), 2).flatten(1), 8),
     "max": (lambda s, x: x - x.max(1, keepdim=True)[0], 8),
+    "written_by_two_numbers": (written_by_two_numbers, 8),
+    "mean_thrown_away": (lambda s, x: (x.relu(), x.mean(1)[:, None].expand(-1, 3))[0], 8),
+    "pooled_rows": (lambda s, x: F.avg_pool2d(x[None], (2, 1), (1, 1))[0], 8),
+    "greatest_rows": (lambda s, x: F.max_pool2d(x[None], (3, 1), 1, (1, 0))[0], 8),
+    "empty_slice": (lambda s, x: torch.cat([x.relu(), x[:, x.size(1) :]], 1), 8),
     "inference_mode": (lambda s, x: torch.inference_mode()(torch.relu)(x).clone(), 8),
 }
 EXTRA = {
     "mean": {"inner": nn.Linear(8, 8)},
+    "mean_through_views": {"inner": nn.Linear(8, 8)},
     "gate_of_one": {"gate": nn.Linear(8, 1)},
     "row_of_buffer": {"table": nn.Parameter(torch.randn(4, 8))},
     "nested": {"inner": nn.Linear(8, 6)},
@@ -168,6 +186,12 @@ STAY = {
     "roll": (lambda s, x: x.roll(1, 1), "roll"),
     "softmax": (lambda s, x: x.softmax(1), "softmax"),
     "fft": (lambda s, x: torch.fft.fft(x, dim=1).real, "fft"),
+    "written_apart": (written_apart, "index_put"),
+    "mean_through_views": (
+        lambda s, x: s.inner(x) - x.mean(1).unsqueeze(0).transpose(0, 1), "mean",
+    ),
+    "pool": (lambda s, x: F.avg_pool2d(x[None], (1, 2), (1, 1))[0], "avg_pool2d"),
+    "padded_pool": (lambda s, x: F.max_pool1d(x[None], 3, 1, 1)[0], "max_pool1d"),
     "sort": (lambda s, x: x.sort(1)[0], "sort"),
     "cummax": (lambda s, x: x.cummax(1)[0], "cummax"),
     "mean": (lambda s, x: s.inner(x) - x.mean(1, keepdim=True), "mean"),

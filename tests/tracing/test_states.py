@@ -109,3 +109,41 @@ def test_zeros_that_are_as_wide_as_a_number_in_the_code_keep_their_layer():
     model.hidden_size = torch.tensor(6)
     with pytest.raises(ValueError, match=r"read: the model does not run .* keep: the model does"):
         judging.new_pruner(model, torch.randn(1, 3, 3), 0.6)
+
+
+class Decoder(nn.Module):
+    """A recurrent network whose first states an encoder has made, and that attends to it.
+
+    Args:
+        act: what a state, and a key, is made by; zero at zero, or not.
+    """
+
+    def __init__(self, kind: type[nn.RNNBase], layers: int, act: nn.Module) -> None:
+        super().__init__()
+        self.hidden, self.layers, self.act = random.randint(4, 7), layers, act
+        self.states = 2 if kind is nn.LSTM else 1
+        self.encode = nn.Linear(5, 6)
+        self.first = nn.ModuleList(nn.Linear(6, self.hidden) for _ in range(layers * self.states))
+        self.cell = kind(3, self.hidden, layers, batch_first=True)
+        self.key, self.leave = nn.Linear(6, self.hidden), nn.Linear(self.hidden + 6, 2)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.encode(source)
+        made = [self.act(layer(memory.mean(1))) for layer in self.first]
+        states = [torch.stack(made[n :: self.states]) for n in range(self.states)]
+        y, _ = self.cell(target, states[0] if self.states == 1 else tuple(states))
+        weights = (y @ self.act(self.key(memory)).transpose(1, 2)).softmax(-1)
+        return self.leave(torch.cat([y, weights @ memory], -1))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.Sigmoid()])
+def test_what_makes_the_first_states_goes_with_them(act: nn.Module, kind, layers: int):
+    """Where a masked state is not zero, attention to it says that its channels stay."""
+    model = Decoder(kind, layers, act)
+    inputs = (torch.randn(2, 4, 5), torch.randn(2, 3, 3))
+    channels = trace(model, inputs)
+    made = {f"first.{n}" for n in range(len(model.first))} | {"key"}
+    assert made.isdisjoint(channels.skipped) == isinstance(act, nn.Tanh)
+    assert not faults(model, inputs, channels)

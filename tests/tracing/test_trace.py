@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import re
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from taylor_kernels import tracing
 from taylor_kernels.tracing import Channels, register_attributes, trace
+from tests.helpers.docstrings import run_examples
 
 
 def net() -> nn.Sequential:
@@ -274,9 +274,7 @@ def test_wrong_masks_are_refused():
     ids=lambda module: module.__name__,
 )
 def test_examples_of_the_documentation(module):
-    failed, tried = doctest.testmod(module)
-    assert tried
-    assert not failed
+    run_examples(module, module.__name__, own=True)
 
 
 def test_lines_of_the_table_fit_a_terminal():

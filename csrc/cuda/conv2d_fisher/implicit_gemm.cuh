@@ -96,16 +96,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     fisher_gemm_kernel(const __grid_constant__ FisherTask task) {
   let_next_kernel_begin();
   using Memory = TileMemory<Product, Tile>;
-  __shared__ TilePlace place;
   char* memory = dynamic_shared();
   auto* columns = reinterpret_cast<Column<int>*>(memory + Memory::kColumns);
-  if (threadIdx.x == 0) place = place_of<Tile>(task, blockIdx.x);
-  __syncthreads();
-  if (threadIdx.x < Tile::kColumns) {
-    columns[threadIdx.x] =
-        column_at<Product::kChannelsInside, int>(task, place.column + threadIdx.x);
-  }
-  __syncthreads();
+  const TilePlace& place = find_tile<Product, Tile>(task, columns);
 
   Squares<Memory, Tile> squares(task);
   sum_examples<Product, Tile>(task, place, columns, memory, squares);

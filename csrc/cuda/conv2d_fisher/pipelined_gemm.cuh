@@ -148,17 +148,10 @@ __global__ void __launch_bounds__(kThreads, Tile::kLaneFilters > 4 ? 1 : 2)
     fisher_pipelined_kernel(const __grid_constant__ FisherTask task) {
   let_next_kernel_begin();
   using Memory = PipelineMemory<Product, Tile>;
-  __shared__ TilePlace place;
   char* memory = dynamic_shared();
   auto* columns = reinterpret_cast<Column<int>*>(memory);
   char* ring = memory + Memory::kBuffers + task.buffers * Memory::kBuffer;
-  if (threadIdx.x == 0) place = place_of<Tile>(task, blockIdx.x);
-  __syncthreads();
-  if (threadIdx.x < Tile::kColumns) {
-    columns[threadIdx.x] =
-        column_at<Product::kChannelsInside, int>(task, place.column + threadIdx.x);
-  }
-  __syncthreads();
+  const TilePlace& place = find_tile<Product, Tile>(task, columns);
 
   Squares<Memory, Tile> squares(task);
   sum_pipelined<Product, Tile>(task, place, columns, ring, squares);

@@ -31,6 +31,20 @@ __device__ TilePlace place_of(const FisherTask& task, uint32_t block) {
   return place;
 }
 
+// The block's tile, and where its columns are read: there for all threads once this returns.
+template <class Product, class Tile>
+__device__ const TilePlace& find_tile(const FisherTask& task, Column<int>* columns) {
+  __shared__ TilePlace place;
+  if (threadIdx.x == 0) place = place_of<Tile>(task, blockIdx.x);
+  __syncthreads();
+  if (threadIdx.x < Tile::kColumns) {
+    columns[threadIdx.x] =
+        column_at<Product::kChannelsInside, int>(task, place.column + threadIdx.x);
+  }
+  __syncthreads();
+  return place;
+}
+
 // The tile's filter and column of a lane's sum.
 template <class Product, class Tile>
 __device__ int filter_of(int i) {

@@ -98,7 +98,10 @@ class GateTables:
                 for name, width in self.widths.items()
             }
         # A layer may be given other examples than another, and its table has other columns then.
-        columns = {name: self._columns(name, tables, like.size(1)) for name in self._layers}
+        if len({table.size(1) for table in tables.values()}) == 1:
+            columns = dict.fromkeys(self._layers, like.size(1))
+        else:
+            columns = {name: self._columns(name, tables, like.size(1)) for name in self._layers}
         found: dict[str, Tensor] = {}
         for count in dict.fromkeys(columns.values()):
             of_sites = [

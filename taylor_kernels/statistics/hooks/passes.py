@@ -99,47 +99,54 @@ class WatchesPasses(Statistic):
     def _check(self) -> None:
         """That no layer is about to be scored 0 for want of a look at it."""
         of_weights = self._unreached & self._at_gradients
-        if of_weights:
-            message = (
-                f"{', '.join(self._layers_at(of_weights))}: gates of what is made there are read "
-                "off the gradients of weights that require none (frozen, or inside tk.scoring), so "
-                "{}; train them to score it"
-            )
-            if of_weights >= self._called:
-                raise RuntimeError(message.format("there is nothing to score"))
-            if not of_weights <= self._told:
-                self._told |= of_weights
-                warnings.warn(message.format("these layers have no score"), stacklevel=5)
-        if unreached := self._unreached - of_weights:
-            message = (
-                f"no gradient reaches the output of {', '.join(self._layers_at(unreached))}, "
-                "because everything before is frozen, so {}; run the pass inside "
-                "tk.scoring(model), or use taylor_fo, which scores the layers that are trained"
-            )
-            if self._unreached >= self._called:
-                raise RuntimeError(message.format("there is nothing to score"))
-            if not unreached <= self._told:
-                self._told |= unreached
-                warnings.warn(message.format("these layers have no score"), stacklevel=5)
-        missing = [name for name in self._watched if name not in self._called]
-        for name in missing:
-            weight = self._weight_at(name)
-            grad = None if weight is None else weight.grad
-            if grad is not None and local_part(grad).any():
-                raise RuntimeError(
-                    f"{name} has a weight gradient but was never called: its weight is used by "
-                    "other code, as in nn.MultiheadAttention, so its output cannot be seen; pass "
-                    "example_inputs, by which it is found, leave it out (layers=) or use a weight "
-                    "criterion. Or the model was compiled before this meter was made, which must "
-                    "come first"
-                )
+        self._leave_out(
+            of_weights,
+            f"{', '.join(self._layers_at(of_weights))}: gates of what is made there are read "
+            "off the gradients of weights that require none (frozen, or inside tk.scoring), so "
+            "{}; train them to score it",
+        )
+        unreached = self._unreached - of_weights
+        self._leave_out(
+            unreached,
+            f"no gradient reaches the output of {', '.join(self._layers_at(unreached))}, "
+            "because everything before is frozen, so {}; run the pass inside "
+            "tk.scoring(model), or use taylor_fo, which scores the layers that are trained",
+        )
+        missing = {name for name in self._watched if name not in self._called}
+        unseen = {name for name in missing if self._was_used(name)}
+        self._unreached |= unseen
+        self._leave_out(
+            unseen,
+            f"{', '.join(self._layers_at(unseen))}: never called, though the weight has a "
+            "gradient: other code multiplies by it, as nn.MultiheadAttention does, or the model "
+            "was compiled before this meter was made, which must come first. The output cannot be "
+            "seen, so {}; gate criteria find it by example_inputs=, weight criteria need none",
+        )
+        missing -= unseen
         if missing and len(missing) < len(self._watched) and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{', '.join(missing)}: not called in any pass with gradients so far, and scored "
-                "0 (not used, used by other code, or inside a checkpoint with use_reentrant=True?)",
+                f"{', '.join(sorted(missing))}: not called in any pass with gradients so far, and "
+                "scored 0 (not used, or inside a checkpoint with use_reentrant=True?)",
                 stacklevel=5,
             )
+
+    def _leave_out(self, keys: set[str], why: str) -> None:
+        """Say once that there is no score of what is watched by these names; it is an error if
+        that is all there is."""
+        if not keys:
+            return
+        if keys >= self._called:
+            raise RuntimeError(why.format("there is nothing to score"))
+        if not keys <= self._told:
+            self._told |= keys
+            warnings.warn(why.format("these layers have no score"), stacklevel=6)
+
+    def _was_used(self, name: str) -> bool:
+        """Whether the weight of what is watched has a gradient."""
+        weight = self._weight_at(name)
+        grad = None if weight is None else weight.grad
+        return grad is not None and bool(local_part(grad).any())
 
     def _weight_at(self, name: str) -> Tensor | None:
         """The weight of a layer, or that of the product that a gate stands at."""

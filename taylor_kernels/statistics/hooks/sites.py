@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.hooks import Hook, remove_all
+from taylor_kernels.hooks import Hook, ShortHook, remove_all
 from taylor_kernels.statistics.hooks.products import Products
 
 IN, OUT = "in", "out"
@@ -103,7 +103,7 @@ class SiteRows:
         first = (counts.cumsum(0) - counts)[number]
         self._index = torch.full((len(wanted), max(int(counts.max()), 1)), len(classes))
         self._index[number, torch.arange(len(rows)) - first] = rows
-        self._counts = counts
+        self._nowhere = counts == 0 if (counts == 0).any() else None
         self._place = place
         self._sizes = [where.layers[name].numel() for name in layers]
 
@@ -124,7 +124,8 @@ class SiteRows:
         if number is not None:
             number[-1] = 0
             total = total / number[index].sum(1)
-        total[(self._counts == 0).to(device)] = torch.nan
+        if self._nowhere is not None:
+            total[self._nowhere.to(device)] = torch.nan
         return list(total[self._place.to(device)].split(self._sizes))
 
 
@@ -174,6 +175,7 @@ class SiteHooks:
         self._on_output = weakref.WeakMethod(on_output)
         self._on_norm = weakref.WeakMethod(on_norm)
         handles: list[RemovableHandle] = []
+        self._behind: dict[str, ShortHook] = {}
         at_products: dict[str, dict[tuple[str, bool], Callable[[Tensor], Tensor]]] = {}
         for site in sites:
             module = model.get_submodule(site.module)
@@ -184,8 +186,8 @@ class SiteHooks:
                 hook = Hook(self._before, site.key)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             elif site.how == AT_MODULE:
-                hook = Hook(self._after, site.key)
-                handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                behind = self._behind[site.key] = ShortHook(self._after, site.key)
+                handles.append(module.register_forward_hook(behind, with_kwargs=True))
         self._products = {name: Products(model, changes) for name, changes in at_products.items()}
         for name, products in self._products.items():
             handles += products.put_on(model.get_submodule(name), scored=True)
@@ -194,6 +196,11 @@ class SiteHooks:
     def of(self, key: str) -> list[_NormBase]:
         """A site has no norm to wait for: it stands behind the last."""
         return []
+
+    def shorten(self, key: str, way: Callable[..., bool] | None) -> None:
+        """Ask this first behind the module at a site, from now on: whether it was all."""
+        if key in self._behind:
+            self._behind[key].short = way
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _with_first(partial(_seen, self._on_output, key), args, kwargs)

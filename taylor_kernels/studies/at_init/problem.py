@@ -19,6 +19,7 @@ from taylor_kernels.studies.data import Split, load_digits, minibatches
 from taylor_kernels.studies.digest import digest_tensors
 from taylor_kernels.studies.networks import DigitsCnn
 from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.course import JUDGED
 from taylor_kernels.studies.own.judge import Judge
 from taylor_kernels.studies.own.parts import (
     Minibatches,
@@ -29,7 +30,6 @@ from taylor_kernels.studies.own.parts import (
 )
 from taylor_kernels.studies.own.paths import find_function
 from taylor_kernels.studies.own.task import as_mistakes, figures
-from taylor_kernels.studies.own.training import JUDGED
 from taylor_kernels.studies.training import sgd
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from taylor_kernels.methods.frame import FRAMES, Frame
 from taylor_kernels.studies.at_init.problem import Recipe
-from taylor_kernels.studies.options import Mistake, check_writable
+from taylor_kernels.studies.options import Mistake, check_both_or_none, check_writable
 from taylor_kernels.studies.settings import StudySettings, flag
 
 #: The methods that keep weights of the start of training: what the command compares.
@@ -65,12 +65,7 @@ class AtInitSettings(StudySettings):
 
     def check(self) -> None:
         super().check()
-        if (self.model is None) != (self.data is None):
-            given, missing = ("--model", "--data") if self.model else ("--data", "--model")
-            raise Mistake(
-                f"{given}: needs {missing} beside it, as in --model package.module:make_model "
-                "--data package.module:make_loader"
-            )
+        check_both_or_none(self.model, self.data)
         for option in ("val", "loss", "steps"):
             if self.model is None and getattr(self, option) is not None:
                 raise Mistake(f"--{option}: is for --model and --data; digits have their own")

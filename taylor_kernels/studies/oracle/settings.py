@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from taylor_kernels.criteria import criterion_names, get_criterion
-from taylor_kernels.studies.options import Mistake, check_writable, find_criteria
+from taylor_kernels.studies.options import (
+    Mistake,
+    check_both_or_none,
+    check_writable,
+    find_criteria,
+)
 from taylor_kernels.studies.oracle.late_norms import RECIPE, LateNorms
 from taylor_kernels.studies.settings import StudySettings
 from taylor_kernels.studies.training import Schedule
@@ -115,12 +120,7 @@ class OracleSettings(StudySettings):
 
     def check(self) -> None:
         super().check()
-        if (self.model is None) != (self.data is None):
-            given, missing = ("--model", "--data") if self.model else ("--data", "--model")
-            raise Mistake(
-                f"{given}: needs {missing} beside it, as in --model package.module:make_model "
-                "--data package.module:make_loader"
-            )
+        check_both_or_none(self.model, self.data)
         if self.model is None and self.loss is not None:
             raise Mistake("--loss: is for --model and --data; the digits study has its own")
         if self.model is not None and self.quick:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import functools
 import importlib.util
 import io
 import logging
@@ -13,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning import Pruner, load_pruned, save_pruned
 from taylor_kernels.pruning.state import first_line
+from taylor_kernels.studies.own.exporting import exported, has_batch
 from taylor_kernels.studies.own.task import first_examples
 from taylor_kernels.tracing.running import call, tensors_in
 
@@ -64,7 +64,7 @@ def write_artifacts(
     """
     model = copy.deepcopy(pruner.model).cpu().eval()
     inputs = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
-    few = first_examples(inputs, 2) if _batched(inputs) else inputs
+    few = first_examples(inputs, 2) if has_batch(inputs) else inputs
     writer = _Writer(folder, model, inputs, few)
     found = [
         writer.tried("pruned.safetensors", lambda file: writer.weights(file, pruner, fresh)),
@@ -131,12 +131,12 @@ class _Writer:
         again = load_pruned(fresh().cpu(), file).eval()
         again.to(next(self._model.parameters()).dtype)
         same = _same_state(again, self._model)
-        return _Run(lambda inputs: call(again, inputs), any_batch=True, same_tensors=same)
+        return _Run(partial(call, again), any_batch=True, same_tensors=same)
 
     def program(self, file: Path) -> _Run:
-        self._program, self._batch = self._exported()
+        self._program, self._batch = exported(self._model, self._few)
         torch.export.save(self._program, file)
-        return _Run(_caller(torch.export.load(file).module()))
+        return _Run(partial(call, torch.export.load(file).module()))
 
     def onnx(self, file: Path) -> _Run:
         if missing := [n for n in ("onnx", "onnxscript") if importlib.util.find_spec(n) is None]:
@@ -161,53 +161,6 @@ class _Writer:
             return [torch.from_numpy(value) for value in evaluator.run(None, feeds)]
 
         return _Run(run)
-
-    def _exported(self) -> tuple[Any, str]:
-        """The program, for minibatches of any size where that works, else of this one."""
-        args, kwargs = _arguments(self._few)
-        model = _with_plain_outputs(self._model)
-        if _batched(self._few):
-            dim = torch.export.Dim("batch", min=1)
-            length = next(tensors_in(self._few)).size(0)
-
-            def free(value: Any) -> Any:
-                batched = isinstance(value, Tensor) and value.dim() and value.size(0) == length
-                return {0: dim} if batched else None
-
-            shapes: Any = tuple(tree_map(free, value) for value in args)
-            if kwargs:
-                shapes = {name: tree_map(free, value) for name, value in kwargs.items()}
-            with contextlib.suppress(Exception):
-                return torch.export.export(model, args, kwargs, dynamic_shapes=shapes), "any"
-        return torch.export.export(model, args, kwargs), "fixed"
-
-
-def _with_plain_outputs(model: nn.Module) -> nn.Module:
-    """A copy whose outputs are of no class of its own, so that a program of it needs no import.
-
-    What a dataclass or a mapping holds comes in a dict, without what is None.
-    """
-    model = copy.deepcopy(model)
-    run = model.forward
-
-    @functools.wraps(run)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return _plain(run(*args, **kwargs))
-
-    model.forward = forward
-    return model
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    elif isinstance(value, (tuple, list)):
-        return type(value)(map(_plain, value)) if type(value) is list else tuple(map(_plain, value))
-    else:
-        return value
-    return {name: _plain(item) for name, item in items if item is not None}
 
 
 def _gather_elements() -> Any:
@@ -238,26 +191,6 @@ class _Run:
 
     def __call__(self, inputs: Any) -> Any:
         return self.on(inputs)
-
-
-def _caller(module: Any) -> Callable[[Any], Any]:
-    def run(inputs: Any) -> Any:
-        args, kwargs = _arguments(inputs)
-        return module(*args, **kwargs)
-
-    return run
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
-
-
-def _batched(inputs: Any) -> bool:
-    """Whether there are two examples at least: one would be taken for a constant."""
-    first = next(tensors_in(inputs), None)
-    return first is not None and first.dim() > 0 and first.size(0) >= 2
 
 
 def _difference(got: Any, expected: Any) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.recipe import cut_model
+from taylor_kernels.pruning.removal import cut_model
 from taylor_kernels.studies.own.pace import Pace
 from taylor_kernels.studies.own.scoring import run_backward
 from taylor_kernels.studies.own.settings import PruneSettings
@@ -86,7 +86,7 @@ def planned(task: Task, settings: PruneSettings, log: ProgressLog) -> Plan:
                     continue
                 pruner.compact()
                 smaller = copy.deepcopy(task.model)
-                cut_model(smaller, *pruner.removal())
+                cut_model(smaller, pruner.removal())
                 models[str(len(stops))] = smaller
                 stops.append(_facts(task, pruner, smaller, settings))
                 for name, left in pruner.widths.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.studies.own.artifacts import write_artifacts
+from taylor_kernels.studies.own.course import JUDGED
 from taylor_kernels.studies.own.pages import prune_report, score_report, tables
 from taylor_kernels.studies.own.parts import users_model
 from taylor_kernels.studies.own.paths import find
@@ -29,7 +30,7 @@ from taylor_kernels.studies.own.tables import (
     stops_table,
 )
 from taylor_kernels.studies.own.task import Task, as_mistakes, users_task
-from taylor_kernels.studies.own.training import JUDGED, Training
+from taylor_kernels.studies.own.training import Training
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import circumstances, rounded, write_results
 from taylor_kernels.tracing import trace
@@ -166,7 +167,7 @@ def _fresh(path: str, dense: nn.Module, pruned: nn.Module) -> nn.Module:
 
 def _outcome(training: Training, times: dict[str, float]) -> Json:
     """What became of the model."""
-    pruner, settings, course = training.pruner, training.settings, training.course
+    pruner, settings, course = training.pruner, training.settings, training.course.points
     whole, cost = pruner.whole, pruner.cost
     at = max(i for i, p in enumerate(course) if p["minibatch"] <= training.pruned_at)
     removed: dict[str, list[int]] = {}

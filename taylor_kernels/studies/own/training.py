@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,22 +11,20 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.studies.options import Mistake
+from taylor_kernels.studies.own.course import Course
 from taylor_kernels.studies.own.optimizer import users_optimizer
 from taylor_kernels.studies.own.pace import Pace
-from taylor_kernels.studies.own.parts import Minibatches, to_device
 from taylor_kernels.studies.own.processes import Processes, wrapped
 from taylor_kernels.studies.own.scoring import checked_extra
 from taylor_kernels.studies.own.settings import PruneSettings
 from taylor_kernels.studies.own.stopping import Keeper
-from taylor_kernels.studies.own.task import Task, as_mistakes, figures
+from taylor_kernels.studies.own.task import Task, as_mistakes
 from taylor_kernels.studies.progress import Advance, ProgressLog
 
-#: Without --val so many minibatches of --data are judged on; they are kept, on the CPU.
-JUDGED = 10
-#: So often the model is judged on its way to the target; every pruning would take too long.
-_POINTS = 12
 #: With --epochs there are at least so many prunings, if there are as many minibatches.
 _PRUNINGS = 20
+#: What a checkpoint keeps of how far a run is.
+_COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
 
 
 class Training:
@@ -38,8 +35,8 @@ class Training:
 
     Attributes:
         model: pruned in place; compact once `tuning`.
-        course: {"minibatch", "flops", "params", "filters", "loss", perhaps "accuracy"} of the dense
-            model, on the way to the target, and after every epoch of fine-tuning.
+        course: a point of the dense model, several on the way to the target, and one after every
+            epoch of fine-tuning.
         tuning: the target is met.
         minibatches: seen so far; pruned_at: when the target was met.
     """
@@ -56,22 +53,11 @@ class Training:
         self._loader = task.loader.of_process(team)
         self.optimizer = users_optimizer(self.model, settings)
         self._first_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.course: list[dict[str, float]] = []
         self.tuning = False
         self.minibatches = self.pruned_at = 0
         self.epoch = self.done = 0  # the epoch that is run, and its minibatches that are done
         self.tuning_from = 0
-        self._val: Minibatches | None = None
-        self._judged: list[tuple[int, Any]] = []
-        device = next(self.model.parameters()).device
-        if settings.val is not None:
-            self._val = Minibatches(
-                "--val", settings.val, seed=settings.seed, limit=None, device=device, whole=True
-            )
-        else:
-            cpu = torch.device("cpu")
-            first = itertools.islice(task.loader.epoch(0), JUDGED)
-            self._judged = [(number, to_device(batch, cpu)) for number, batch in first]
+        self.course = Course(task, settings)
         self.every, self._pace_prunings = settings.every, 0
         if settings.epochs is not None:
             if self._loader.length() is None:
@@ -93,7 +79,7 @@ class Training:
                 **settings.of_pruner,
             )
         self._pace = Pace(self.pruner, self._pace_prunings) if self._pace_prunings else None
-        dtype = settings.amp_dtype()
+        dtype, device = settings.amp_dtype(), next(self.model.parameters()).device
         self._scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         together = None if team is None else self._decided
         self._keeper = Keeper(
@@ -111,8 +97,8 @@ class Training:
             self._load()
         self._wrap()
         with self._keeper.listening():
-            if not self.course:
-                self._judge()
+            if not self.course.points:
+                self._add_point()
             if not self.tuning:
                 self._prune()
             self._tune()
@@ -131,15 +117,15 @@ class Training:
                     progress.show(f"loss {loss:.3f}")
                     if pruner.done:
                         break
-                    if record and self._is_far_from_last_point():
-                        self._judge()
+                    if record and self.course.is_due(pruner):
+                        self._add_point()
                     self._keeper.between(f"while pruning, after minibatch {self.minibatches}")
                 if not pruner.done:  # else it is saved as soon as it is compact
                     self._save()
         self.model = pruner.compact()
         self._wrap()  # what it averages are other parameters now
         self.tuning, self.pruned_at = True, self.minibatches
-        self._judge()
+        self._add_point()
         self.epoch, self.done = self.epoch + 1, 0
         self.tuning_from = self.epoch
         self._save()
@@ -161,7 +147,7 @@ class Training:
                         f"{passed + 1} of {epochs}"
                     )
                 advance(by=0 if length else 1)
-                self._judge()
+                self._add_point()
                 self._save()
 
     def _epoch_from_here(self) -> Iterator[Any]:
@@ -223,25 +209,8 @@ class Training:
         for group, first in zip(self.optimizer.param_groups, self._first_rates, strict=True):
             group["lr"] = first * factor
 
-    def _judge(self) -> None:
-        """Add a point to the course; what it draws at random does not matter to the run."""
-        kept = self.pruner.cost.over(self.pruner.whole)
-        device = next(self.model.parameters()).device
-        batches: Iterable[tuple[int, Any]] = self._judged or ()
-        if self._val is not None:
-            batches = self._val.epoch(0)
-        found = figures(
-            self.task.judge, self.model, ((n, to_device(b, device)) for n, b in batches)
-        )
-        self.course.append({"minibatch": self.minibatches, **kept, **found})
-
-    def _is_far_from_last_point(self) -> bool:
-        cost = self.pruner.cost.over(self.pruner.whole)
-        return any(
-            self.course[-1][name] - cost[name] >= (1 - target) / _POINTS
-            for name, target in self.pruner.targets.items()
-            if target < 1
-        )
+    def _add_point(self) -> None:
+        self.course.add(self.pruner, self.minibatches)
 
     def _save(self) -> None:
         save_checkpoint(
@@ -251,7 +220,7 @@ class Training:
             pruner=self.pruner,
             settings=self.settings.decisive(),
             scaler=self._scaler.state_dict(),
-            course=self.course,
+            course=self.course.points,
             **{name: getattr(self, name) for name in _COUNTERS},
         )
 
@@ -277,13 +246,10 @@ class Training:
         # Empty where the run was on a device with bfloat16, which is not scaled.
         if extra["scaler"]:
             self._scaler.load_state_dict(extra["scaler"])
-        self.course = extra["course"]
+        self.course.points = extra["course"]
         for name in _COUNTERS:
             setattr(self, name, extra[name])
         self.log.say(f"going on from {file}, after minibatch {self.minibatches}")
-
-
-_COUNTERS = ("tuning", "minibatches", "pruned_at", "epoch", "done", "tuning_from")
 
 
 class _Progress:

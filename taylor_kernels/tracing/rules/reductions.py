@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import MIXED, Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Reason, Size, Vector
 from taylor_kernels.tracing.steps import Norm
 
@@ -42,15 +41,16 @@ def reduction(call: Call) -> Any:
     old = call.of(source)
     along = set(dimensions(call.arg("dim", "axis"), len(old.shape)))
     keep = bool(call.args.get("keepdim"))
-    # The mean of all heads' attention, which is returned by default and mostly thrown away.
-    aside = call.name == "mean" and isinstance(call.running, PrunedMultiheadAttention)
+    # As the mean of all heads' attention, which is returned by default and mostly thrown away.
+    aside = call.name == "mean" and not call.operation.written
     mixed: list[tuple[Vector, Reason]] = []
     for dim in along:
         vector = old.dims[dim] if old.dims else None
         harmless = call.name in ("sum", "nansum", "any", "count_nonzero")
         harmless |= call.name in ("norm", "linalg_vector_norm")
-        if aside and vector is not None:
-            mixed.append((vector, call.reason(MIXED, mixer=True)))
+        if aside:
+            if vector is not None:
+                mixed.append((vector, call.reason(MIXED, mixer=True)))
         elif not (harmless and old.is_zero(dim)):
             call.mix(vector)
     result: list[Labels | None] = []
@@ -191,16 +191,32 @@ def batch_norm(call: Call) -> list[Labels | None]:
 def _spatial(call: Call, old: Labels, trailing: int) -> list[Labels | None]:
     """Space is mixed, batch and channels go along."""
     lead = len(old.shape) - trailing
-    for vector in old.dims[lead:]:
-        call.mix(vector)
+    kept = [dim for dim in range(len(old.shape)) if dim < lead or _is_alone(call, dim - lead)]
+    for dim in range(lead, len(old.shape)):
+        if dim not in kept:
+            call.mix(old.dims[dim])
     result: list[Labels | None] = []
     for out in call.outs:
         new = Labels.fixed(out.shape)
         if out.dim() == len(old.shape):
-            new.dims[:lead] = old.dims[:lead]
-            new.zero[:lead] = [old.is_zero(dim) for dim in range(lead)]
+            for dim in kept:
+                new.dims[dim], new.zero[dim] = old.dims[dim], old.is_zero(dim)
         result.append(new)
     return result
+
+
+def _is_alone(call: Call, dim: int) -> bool:
+    """Whether a pooling leaves the places along a dimension of space where they are, as it does
+    where its window is one place wide there."""
+    if not call.name.removeprefix("mkldnn_").startswith(("max_pool", "avg_pool")):
+        return False
+    kernel = call.args["kernel_size"]
+    given = (kernel, call.args.get("stride") or kernel, call.args.get("padding", 0))
+    width, step, pad = (
+        value[dim if len(value) > 1 else 0] if isinstance(value, (list, tuple)) else value
+        for value in given
+    )
+    return bool(width == 1 and step == 1 and pad == 0)
 
 
 _POOLS = [
@@ -286,17 +302,21 @@ def recurrent(call: Call) -> list[Labels | None]:
             gates = labels.dims[0]
             for row in gates.reshape(-1, width) if gates is not None else []:
                 call.join(hidden, row)
+    zero = True
     for state in states if isinstance(states, (list, tuple)) else [states]:
         labels = call.of(state)
+        zero &= labels.is_zero(-1)
         if not labels.is_uniform:
             call.join(hidden, labels.dims[-1])
-            call.mix(labels.dims[-1])
+            for vector in labels.dims[:-1]:
+                call.mix(vector)  # the layers that they are for, and the batch
     outs = call.outs
     result: list[Labels | None] = []
     for number, out in enumerate(outs):
         new = Labels.fixed(out.shape)
         if hidden is not None:
             new.dims[-1] = np.tile(hidden, both) if number == 0 else hidden
-            new.zero[-1] = True
+            # A unit without weights keeps a part of what its state was.
+            new.zero[-1] = zero
         result.append(new)
     return result

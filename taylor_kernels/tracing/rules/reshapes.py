@@ -13,6 +13,8 @@ from taylor_kernels.tracing.record import Vector
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
+#: Operations that work out all sizes of what they reshape from those of their operands.
+_PRODUCTS = ("einsum", "tensordot")
 
 
 @rule(
@@ -28,6 +30,9 @@ def reshape(call: Call) -> Labels:
         for vector in old.vectors():
             call.refuse(vector, "is read as another data type")
         return Labels.fixed(call.out.shape)
+    if call.recorder.composite in _PRODUCTS:
+        every = tuple(range(call.out.dim()))
+        return reshaped(call, old, call.out.shape, every, every)
     sizes = call.arg("size", "shape", "sizes")
     inferred: tuple[int, ...] = ()
     if call.name in ("view", "reshape") and sizes is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,11 +61,12 @@ def _scalar(call: Call, result: Labels, old: Labels, dim: int) -> None:
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(call: Call) -> Labels | None:
-    """A mask of the tensor's own shape works element by element; else one index names places."""
+    """A mask of the tensor's own shape works element by element; else one index names places, or
+    several do, side by side, of the dimensions that they stand at."""
     target, values = call.args["self"], call.args["values"]
     old, given = call.of(target), call.of(values)
     found = [(place, i) for place, i in enumerate(call.args["indices"]) if i is not None]
-    if len(found) != 1:
+    if not found or not _side_by_side(found):
         call.refuse_all("is written by several indices")
         return None
     place, index = found[0]
@@ -74,10 +77,12 @@ def index_put(call: Call) -> Labels | None:
         result = meet(call, [target, index], old.shape)
         result.zero = [False] * len(old.shape)
         return result
-    for vector in call.of(index).vectors():
-        call.refuse(vector, _INDEX)
-    covered = index.dim() if mask else 1
-    written = len(old.shape) - covered + (1 if mask else index.dim())  # dimensions
+    for _, index in found:
+        for vector in call.of(index).vectors():
+            call.refuse(vector, _INDEX)
+    covered = index.dim() if mask else len(found)
+    named = 1 if mask else max(index.dim() for _, index in found)
+    written = len(old.shape) - covered + named  # dimensions
     result = Labels.fixed(old.shape)
     for dim in range(len(old.shape)):
         if place <= dim < place + covered:
@@ -97,3 +102,12 @@ def index_put(call: Call) -> Labels | None:
         if len(given.shape) >= -back:
             call.refuse(given.dims[back], _NUMBER)
     return result
+
+
+def _side_by_side(found: Sequence[tuple[int, Tensor]]) -> bool:
+    """Whether indices, each with its dimension, are one, or numbers for dimensions in a row: else
+    the dimensions that they name come first, wherever they stand."""
+    if len(found) == 1:
+        return True
+    numbers = all(index.dtype not in (torch.bool, torch.uint8) for _, index in found)
+    return numbers and found[-1][0] - found[0][0] == len(found) - 1

@@ -105,9 +105,15 @@ def _follow(
         places = [i for i in range(result.dim()) if result.stride(i) and result.size(i) > 1]
         if not places:
             places = _single(call, size, dim, step, result)
+        if not places and call.name in _SLICES and result.numel() == 0 < source.numel():
+            continue  # behind the last: there is none there without some of them either
         if not places:
             text = "is taken by its number" if size > 1 else "is a single channel that is broadcast"
-            call.refuse(vector, text)
+            if call.name == "select":
+                # Code may take any one channel to see how large all are.
+                new.kept_if_read += ((vector, call.reason(text)),)
+            else:
+                call.refuse(vector, text)
             continue
         if len(places) > 1:
             shape, stride = result.shape, result.stride()

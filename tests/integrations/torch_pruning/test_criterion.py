@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 import torch
 import torch_pruning as tp
@@ -11,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 import taylor_kernels as tk
 from taylor_kernels.integrations import torch_pruning as door
+from tests.helpers.docstrings import run_examples
 from tests.integrations.torch_pruning.groups import all_groups, everything, group_of
 
 
@@ -71,12 +70,7 @@ def test_a_wrong_name_says_the_nearest():
 
 @pytest.mark.parametrize("name", door.__all__)
 def test_examples_run(name):
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    said: list[str] = []
-    for test in finder.find(getattr(door, name), name, module=False, globs={}):
-        runner.run(test, out=said.append)
-    assert not runner.failures, "".join(said)
+    run_examples(getattr(door, name), name)
 
 
 def test_streamed_gradients_are_of_the_parameters_before_a_pruning():

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +20,7 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from tests.helpers import ROOT
+from tests.helpers.programs import Run, run_command
 
 
 def a_result(**spearman: float) -> dict:
@@ -159,15 +158,23 @@ def test_what_is_kept_reaches_the_targets():
         assert imread(ROOT / study.KEPT / name)[..., :3].std() > 0.02
 
 
-def run_quick(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "taylor_kernels.cli", "compare", "--quick", "--device", "cpu"]
-    done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True)
+#: Curves of fewer points, of which each takes a training per criterion.
+FEWER_POINTS = """
+from dataclasses import replace
+from taylor_kernels.studies.oracle import settings
+settings.QUICK = replace(settings.QUICK, points=4)
+"""
+
+
+def run_quick(folder: Path) -> Run:
+    arguments = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
+    done = run_command(*arguments, before=FEWER_POINTS)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Path, dict, subprocess.CompletedProcess]:
+def quick(tmp_path_factory) -> tuple[Path, dict, Run]:
     out = tmp_path_factory.mktemp("compare")
     done = run_quick(out)
     return out, json.loads((out / "result.json").read_text()), done

@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("scipy", reason="compare needs SciPy")
 
 import taylor_kernels as tk
-from taylor_kernels import criteria
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.oracle.run import run
 from taylor_kernels.studies.oracle.settings import OracleSettings
@@ -21,7 +20,6 @@ def test_the_users_modules_are_imported_before_criteria_are_looked_up(tmp_path, 
         f"tk.register_criterion(tk.Criterion({registered!r}, 'magnitudes', lambda t: t[:, 0]))\n"
         "model, data = 3, []\n"
     )
-    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     settings = OracleSettings(

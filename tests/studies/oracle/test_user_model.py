@@ -15,6 +15,8 @@ pytest.importorskip("matplotlib", reason="compare needs matplotlib")
 from matplotlib.image import imread
 from scipy.stats import spearmanr
 
+from taylor_kernels.studies.oracle import pages
+from taylor_kernels.studies.report import Text
 from tests.helpers.user_models import FEW, MODEL_AND_DATA, compare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,16 +27,17 @@ def calls(folder) -> int:
 
 
 @pytest.fixture
-def compared(folder, capsys):
-    """A whole run with every criterion: its result, its page and what it printed."""
-    code, out, err = compare(capsys, *MODEL_AND_DATA, "--out", "out")
+def undrawn(monkeypatch):
+    """No drawings, which take longer than a small run: where a test is of something else."""
+    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("not in this test"))
+
+
+def test_a_users_model_is_compared_whole(folder, capsys):
+    code, out, err = compare(capsys, *MODEL_AND_DATA, "--out", "out")  # with every criterion
     assert code == 0, err
     result = json.loads((folder / "out/result.json").read_text())
-    return result, (folder / "out/report.html").read_text(), out, err
-
-
-def test_a_users_model_is_compared_whole(compared, folder):
-    result, page, out, err = compared
+    page = (folder / "out/report.html").read_text()
+    check_page_and_plots(page, folder)
     (network,) = result["networks"]
     assert network["widths"] == {"one.0": 8, "two.0": 10}
     assert result["settings"]["left_out"] == {"head": "its filters are the model's outputs"}
@@ -73,8 +76,8 @@ def test_a_users_model_is_compared_whole(compared, folder):
     assert "NaN" not in (folder / "out/result.json").read_text()
 
 
-def test_pages_and_plots_are_there_and_show_something(compared, folder):
-    _, page, _, _ = compared
+def check_page_and_plots(page, folder):
+    """They are there and show something."""
     for section in ("Agreement with the oracle", "Score against oracle", "Pruning curves"):
         assert section in page
     assert not re.search(r"https?://|url\(|@import", re.sub(r'"data:[^"]*"', "", page))
@@ -87,7 +90,7 @@ def test_pages_and_plots_are_there_and_show_something(compared, folder):
             assert half.any()
 
 
-def test_a_second_run_evaluates_next_to_nothing(folder, capsys):
+def test_a_second_run_evaluates_next_to_nothing(folder, capsys, undrawn):
     compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     before, first = calls(folder), json.loads((folder / "out/result.json").read_text())
     compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
@@ -100,7 +103,7 @@ def test_a_second_run_evaluates_next_to_nothing(folder, capsys):
     assert calls(folder) - before - again > 18 * 3
 
 
-def test_another_loss_or_other_data_is_measured_anew(folder, capsys):
+def test_another_loss_or_other_data_is_measured_anew(folder, capsys, undrawn):
     compare(capsys, *MODEL_AND_DATA, *FEW, "--out", "out")
     first = json.loads((folder / "out/result.json").read_text())["networks"][0]
     for change in (["--loss", "mynets:regression"], ["--seed", "1"], ["--batches", "2"]):
@@ -109,7 +112,7 @@ def test_another_loss_or_other_data_is_measured_anew(folder, capsys):
         assert other["oracle"]["changes"] != first["oracle"]["changes"], change
 
 
-def test_a_sample_says_how_many(folder, capsys):
+def test_a_sample_says_how_many(folder, capsys, undrawn):
     code, out, err = compare(
         capsys, *MODEL_AND_DATA, *FEW, "--sample", "7", "--seed", "5", "--out", "out"
     )
@@ -123,7 +126,7 @@ def test_a_sample_says_how_many(folder, capsys):
     assert "oracle" not in network["criteria"]  # it has no order of all filters
 
 
-def test_a_loss_is_known_by_its_settings_too(folder, capsys):
+def test_a_loss_is_known_by_its_settings_too(folder, capsys, undrawn):
     """Those of functools.partial and of loss modules are in the user's file alone, or beside it."""
     arguments = (*MODEL_AND_DATA, *FEW, "--loss", "mylosses:smooth", "--out", "out")
     found = []
@@ -166,7 +169,7 @@ def test_a_loss_that_is_no_number_later_on_says_where(folder, capsys):
     assert "error: --data: the loss is nan on minibatch 1" in err
 
 
-def test_filters_without_which_there_is_no_loss_are_counted(folder, capsys):
+def test_filters_without_which_there_is_no_loss_are_counted(folder, capsys, undrawn):
     with open(folder / "mynets.py", "a") as file:
         file.write(
             "class Guarded(Net):\n"
@@ -186,7 +189,7 @@ def test_filters_without_which_there_is_no_loss_are_counted(folder, capsys):
     assert "Without some the loss is not finite: 17 are compared." in page
 
 
-def test_the_threads_are_those_that_the_users_module_set(folder, capsys):
+def test_the_threads_are_those_that_the_users_module_set(folder, capsys, undrawn):
     with open(folder / "mynets.py", "a") as file:
         file.write("torch.set_num_threads(2)\n")
     compare(capsys, "--model", "mynets:model", "--data", "mynets:pairs", *FEW, "--out", "out")
@@ -201,7 +204,7 @@ def test_what_is_finished_needs_a_folder(folder, capsys):
     assert err.startswith("error: --out: cannot write to 'out/cache'")
 
 
-def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys):
+def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys, undrawn):
     code, _, err = compare(capsys, *MODEL_AND_DATA, *FEW, "--budget", "1e-6", "--out", "out")
     assert code == 0
     assert "2 of 18 filters" in err
@@ -209,7 +212,9 @@ def test_a_small_budget_takes_a_sample_and_leaves_curves_out(folder, capsys):
     assert "Pruning curves" not in (folder / "out/report.html").read_text()
 
 
-def test_models_and_loaders_that_are_there_already_and_losses_without_accuracy(folder, capsys):
+def test_models_and_loaders_that_are_there_already_and_losses_without_accuracy(
+    folder, capsys, undrawn
+):
     code, _, err = compare(
         capsys,
         *("--model", "mynets:model", "--data", "mynets:pairs", "--loss", "mynets:regression"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 pytest.importorskip("safetensors", reason="the demo needs safetensors")
 
 from taylor_kernels.studies.data import load_digits
+from tests.helpers.programs import Run, run_command, run_program
 
 #: Runs what follows where neither this package nor Torch-Pruning can be imported.
 ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'] = None\n"
@@ -24,15 +23,14 @@ ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def demo(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "taylor_kernels.cli", "demo", "--quick", "--device", "cpu"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+def demo(*arguments: str) -> Run:
+    done = run_command("demo", "--quick", "--device", "cpu", *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Path, dict, subprocess.CompletedProcess]:
+def quick(tmp_path_factory) -> tuple[Path, dict, Run]:
     """The demo run once: its folder, its result.json and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     done = demo("--out", str(out), "--seed", "7")
@@ -77,9 +75,7 @@ def test_exported_network_needs_only_torch_and_is_what_result_json_says(quick, t
         "print(json.dumps([right / len(labels), counter.get_total_flops(),\n"
         "                  sum(p.numel() for p in model.parameters())]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = run_program(script)
     assert done.returncode == 0, done.stderr
     accuracy, flops, parameters = json.loads(done.stdout)
     pruned = result["runs"][0]

@@ -1,0 +1,87 @@
+"""Entries of a model's tensors that are held at a number: written again and again, in one call.
+
+On the CPU the native module writes them all, a step's for hundreds of tensors in the time of a few
+operations of PyTorch. What it cannot write into, on a GPU or as a part on several ranks, is left to
+`fill`, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.backends import native
+from taylor_kernels.hooks import Hook
+from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.optimizer_state import Cuts
+from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.shards import fill_part
+from taylor_kernels.tracing import Channels
+
+#: (dimension, indices, value) of the entries that are masked, in the order in which to write them.
+Fills = list[tuple[int, Tensor, float]]
+
+
+def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
+    """What masks these entries: parameter or buffer -> what to write; indices where it is."""
+    found = {}
+    for name, cuts in entries.items():
+        values, device = channels.fills.get(name, {}), tensors[name].device
+        parts = [(dim, index.to(device), values.get(dim, 0.0)) for dim, index in cuts.items()]
+        found[name] = sorted(parts, key=lambda part: part[2] == 0)
+    return found
+
+
+def fill(tensor: Tensor, parts: Fills) -> None:
+    for dim, index, value in parts:
+        fill_part(tensor, dim, index.to(tensor.device), value)  # a trainer may have moved the model
+
+
+class HeldEntries:
+    """What is held of tensors, by their names.
+
+    Args:
+        masked: the tensors, and what to write.
+    """
+
+    def __init__(self, masked: Mapping[str, Fills]) -> None:
+        self._tensors = NamedTensors(masked)
+        self._parts = list(masked.values())
+        self._native = native.fills(self._parts)
+
+    def write(self, model: nn.Module) -> None:
+        """Write the entries into the model's tensors."""
+        tensors = self._tensors.of(model)
+        left = range(len(tensors)) if self._native is None else self._native.write(tensors)
+        for number in left:
+            tensor = tensors[number]
+            if tensor is None:
+                raise RuntimeError(
+                    f"model: {self._tensors.names[number]}, of which filters are masked, is gone: "
+                    "other code has taken it off; close() the pruner, and make a new one"
+                )
+            # .data: a forward pass may lie between another one and its backward pass, and the
+            # values that are written are the ones that were there.
+            fill(tensor.data, self._parts[number])
+
+    def zeroing(self) -> dict[str, Callable[[Tensor], None]]:
+        """Name -> a hook that zeroes the entries of the gradient of that parameter."""
+        found = {}
+        for number, (name, parts) in enumerate(zip(self._tensors.names, self._parts, strict=True)):
+            hook = Hook(zero_gradient, parts)
+            native = self._native
+            found[name] = hook if native is None else native.gradient_hook(number, hook)
+        return found
+
+
+def zero_gradient(parts: Fills, parameter: Tensor) -> None:
+    """Zero the masked entries of a parameter's gradient."""
+    if parameter.grad is not None and parameter.grad.layout == torch.strided:
+        fill(parameter.grad.data, [(dim, index, 0.0) for dim, index, _ in parts])
+
+
+def zeroes_gradients(hook: object) -> bool:
+    """Whether this is a hook that `zeroing` gave."""
+    return native.is_gradient_hook(hook) or (isinstance(hook, Hook) and hook.calls(zero_gradient))

@@ -1,0 +1,57 @@
+"""One pruning: what the scores say is to go is masked."""
+
+from __future__ import annotations
+
+import torch
+
+from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.minibatches import Minibatches
+from taylor_kernels.pruning.network import Network
+from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.selection import select_with_blocks
+
+
+def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: float) -> PruneRecord:
+    """Mask the units and blocks that are worth least, by the minibatches since the last pruning.
+
+    Args:
+        momentum: weight of the past in the moving average of scores.
+
+    Raises:
+        RuntimeError: a score is not finite, and these minibatches are forgotten; or the targets are
+            out of reach. Nothing has been masked.
+    """
+    net.check_optimizer()
+    running, of_blocks = minibatches.scores, minibatches.blocks
+    left = [net.blocks[number] for number in net.left]
+    budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
+    try:
+        if of_blocks is not None:
+            of_blocks.check_finite()
+        scores = running.close_period(momentum, net.dead)
+    except RuntimeError:
+        running.forget()
+        if of_blocks is not None:
+            of_blocks.drop()
+        raise
+    worth = [] if of_blocks is None else of_blocks.worth(momentum, net.meter)
+    taken, blocks = select_with_blocks(net.groups, net.dead, scores, net.meter, budget, left, worth)
+    if not blocks and not any(units.numel() for units in taken):
+        # Filters that cannot go were refused above, so that blocks alone are left.
+        raise RuntimeError(
+            f"blocks {', '.join(block.name for block in left)}: they alone could go, and none has "
+            "a score in all minibatches since the last pruning, so nothing was pruned; let "
+            "gradients reach them, run the passes inside tk.scoring(model), or raise the target"
+        )
+    went = [score[units] for score, units in zip(scores, taken, strict=True)]
+    went.append(torch.tensor([worth[number] for number in blocks], dtype=torch.float64))
+    names = tuple(left[number].name for number in blocks)
+    return PruneRecord.of(
+        net.meter.cost,
+        budget.whole,
+        step=minibatches.steps,
+        removed=net.mask(taken, [net.left[number] for number in blocks]),
+        blocks=names,
+        threshold=torch.cat(went).max().item(),
+        done=budget.met(net.meter),
+    )

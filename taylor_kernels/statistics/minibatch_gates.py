@@ -1,0 +1,203 @@
+"""Gates of a minibatch: the slope of the loss along each channel's gate.
+
+Most are read off the gradients of a norm's scale and shift, in backward() itself, or off the
+gradient of a weight; the others are Σ y·dy of outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.shards import in_parts, is_fsdp
+from taylor_kernels.statistics.base import Closure
+from taylor_kernels.statistics.gates import _Gates
+from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
+from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
+from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, SiteHooks
+from taylor_kernels.statistics.hooks.steady import Steady, counts_runs, keeps_small
+from taylor_kernels.statistics.hooks.weight_gates import WeightGates
+from taylor_kernels.statistics.registry import register_statistic
+
+
+@register_statistic
+class Gates(_Gates):
+    """[F, 1] per layer: the gate's gradient over everything since the last update.
+
+    The gradients of γ and β are read in backward() itself, like those of outputs, so what is done
+    to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
+    norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
+    are captured instead. In the first passes both are done, since only their end tells which is
+    right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
+    The gradients of weights at sites are read there too.
+    """
+
+    name = "gates"
+    across_ranks = "sum"
+    columns = "1: the gate's gradient over the minibatch"
+    reads = "activations"
+    gradient_sites = True
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        weights = [site for site in self._at.values() if site.how == AT_GRADIENT]
+        self._weights = WeightGates(
+            self.model, weights, self._reads_gradient, self._on_slopes, self.backend
+        )
+        self._of_weights = sorted({site.weight for site in weights})
+        self._received: dict[str, Tensor] = {}
+        self._steady = Steady()
+        self._last_run = self._steady.last_run
+        self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
+        self._read = self._steady.read
+        self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
+        self._spoiled: set[str] = set()
+        self._of_norms = NormSlopes(self._handles, self.backend)
+        self._short: set[str] = set()  # outputs that have a short way
+        self._seen = 0  # gradients that had come before the pass
+        self._freed = (-1, False)  # a pass, and whether FSDP2 shards the model in it
+
+    def _wants_capture(self, name: str | None, norm: _NormBase) -> bool:
+        if not self._watches():
+            return False
+        last_pass, last_name = self._last_run.get(norm, (-1, name))
+        if last_pass == self._pass and inside_backward():
+            return norm not in self._read  # a checkpoint computes the same run again
+        if last_pass == self._pass or last_name != name:
+            self._shared.add(norm)
+            if name is not None:
+                self._shorten(name, None)
+            if norm in self._read and norm not in self._captured:
+                self._spoiled.add(self._read[norm])
+        self._last_run[norm] = (self._pass, name)
+        trains = (
+            not self._frees_parameters()
+            and norm.affine
+            and norm.weight.requires_grad
+            and norm.bias.requires_grad
+        )
+        if norm in self._shared or name is None or not trains:
+            return True
+        self._read[norm] = name
+        self._of_norms.watch(norm)
+        if last_pass == -1 or self._gate_tables.noise.watches:
+            self._captured.setdefault(norm, [])
+            return True
+        self._captured.pop(norm, None)  # no longer all of its runs
+        self._shorten(name, counts_runs(self._steady, name, norm))
+        return False
+
+    def _on_output(self, name: str, output: Tensor) -> None:
+        super()._on_output(name, output)
+        if self._steady.on and name not in self._short:
+            self._short.add(name)
+            self._shorten(name, keeps_small(self._steady, name))
+
+    def _shorten(self, key: str, way: Callable[..., bool] | None) -> None:
+        if isinstance(self._norms, SiteHooks):
+            self._norms.shorten(key, way)
+
+    def _frees_parameters(self) -> bool:
+        """Whether γ and β are gone by the time of backward(); the modules are asked once a pass."""
+        if self._freed[0] != self._pass:
+            self._freed = self._pass, is_fsdp(self.model)
+        return self._freed[1]
+
+    def _on_call(self) -> None:
+        self._note_backward()
+        super()._on_call()
+
+    def _note_backward(self) -> None:
+        """A backward pass has begun if gradients have come since the forward pass."""
+        self._in_backward = self._in_backward or self._count() != self._seen
+
+    def _begin_pass(self) -> None:
+        super()._begin_pass()
+        self._of_norms.add_up()
+        self._reduce_small()
+        self._steady.pass_, self._seen = self._pass, self._count()
+
+    def _count(self) -> int:
+        """How many gradients are put aside."""
+        return self._of_norms.count() + len(self._steady.arrived)
+
+    def _reduce_small(self) -> None:
+        """Make gates of the small outputs whose gradients have come."""
+        for key, y, dy in self._steady.arrived:
+            dim = y.dim() + self._at[key].dim
+            if dim == 0:  # no batch
+                y, dy = y.unsqueeze(0), dy.unsqueeze(0)
+            gates = gate_gradients(y, dy, channel_dim=dim or 1, backend=self.backend)
+            self._add(key, gates.sum(0))
+        self._steady.arrived.clear()
+
+    def _reads_gradient(self, key: str, parameter: nn.Parameter) -> bool:
+        self._on_call()
+        if not self._watches():
+            return False
+        self._called.add(key)
+        if not parameter.requires_grad:
+            self._unreached.add(key)
+        return parameter.requires_grad and not self._frees_parameters()
+
+    def _on_slopes(self, key: str, slopes: Tensor) -> None:
+        if not self._takes_gradients():
+            return
+        self._in_backward = True
+        self._add(key, slopes)
+
+    def close(self) -> None:
+        self._weights.close()
+        super().close()
+
+    def _check(self) -> None:
+        super()._check()
+        if self._of_weights and in_parts(self.model):
+            raise RuntimeError(
+                f"{', '.join(self._of_weights)}: gates "
+                "are read off the gradient of a whole weight here, and on several ranks it is in "
+                "parts; use taylor_fo, or leave these layers out (ignore=)"
+            )
+
+    def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
+        total = gates.sum(0)
+        if isinstance(module, _NormBase) and module in self._captured:
+            self._captured[module].append((name, total))
+        else:
+            self._add(name, total)
+
+    def _add(self, name: str, total: Tensor) -> None:
+        self._received[name] = self._received[name] + total if name in self._received else total
+
+    def _tables(self, closure: Closure | None) -> list[Tensor]:
+        self._check()
+        if self._spoiled:
+            raise RuntimeError(
+                f"the BatchNorm behind {', '.join(sorted(self._spoiled))} ran more often in this "
+                "pass, or behind more layers, than before; run the pass again"
+            )
+        for norm, captured in self._captured.items():
+            for name, total in captured if norm in self._shared else ():
+                self._add(name, total)
+        self._reduce_small()
+        alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
+        for name, slopes in self._of_norms.take(alone):
+            self._add(name, slopes)
+        if not self._received:
+            raise RuntimeError(NOTHING_SEEN)
+        tables = {name: total[:, None] for name, total in self._received.items()}
+        return self._finished(tables)
+
+    def discard(self) -> None:
+        super().discard()
+        self._note_backward()
+        self._of_norms.forget()
+        self._steady.arrived.clear()
+        self._read.clear()
+        self._received, self._captured, self._spoiled = {}, {}, set()
+        self._seen = 0
+        self._steady.on = not self._gate_tables.noise.watches

@@ -1,0 +1,98 @@
+"""Other channels of the same run, for a caller that has found some of these to be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from taylor_kernels.tracing.choosing import Choice
+from taylor_kernels.tracing.multihead import prunable_attention
+from taylor_kernels.tracing.record import Record, Table, Vector
+from taylor_kernels.tracing.running import one_at_a_time
+from taylor_kernels.tracing.vectors import Vectors
+from taylor_kernels.tracing.written import with_written_sizes
+
+_Channels = TypeVar("_Channels", bound="Alternatives")
+
+
+class Alternatives:
+    """What else a run may be taken to say of its channels.
+
+    Attributes:
+        choices: how each reshape that cuts channels was resolved.
+    """
+
+    choices: list[Choice]
+    _record: Record
+    _label: Vector
+    _why: Vector
+    _vectors: Vectors
+
+    def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
+        raise NotImplementedError
+
+    def coupled(
+        self: _Channels,
+        model: nn.Module,
+        layers: Collection[str],
+        *,
+        at: Collection[str] | None = None,
+    ) -> _Channels | None:
+        """The channels where sizes that code wrote down are those of other tensors.
+
+        `y.reshape(n, c, -1)` says nothing of where c is from. Here it is taken from the first other
+        tensor that the code had at hand and that is as wide, so that both lose the same channels.
+        An attribute that sizes several tensors, which need not be the same by what they are made
+        of (queries and values of a non-local block), is taken to be the size of all of them.
+
+        Args:
+            model: the traced model or a copy of it.
+            layers: only sizes that count channels which one of these layers makes.
+            at: only sizes that the code of these modules wrote down; None for all modules.
+
+        Returns:
+            None where there are no such sizes.
+        """
+        asked = np.zeros(self._why.size, bool)
+        for name in layers:
+            asked[self._vectors.layers[name][1]] = True
+        asked[0] = False
+        modules = dict(model.named_modules())
+        record = with_written_sizes(self._record, self._label, asked, modules, at)
+        if record is None:
+            return None
+        with one_at_a_time(), prunable_attention(modules.values()):
+            return type(self)(record, modules)
+
+    def otherwise(self: _Channels, model: nn.Module, wrong: Sequence[Tensor]) -> _Channels | None:
+        """The channels where reshapes that cut these shrink along other axes than they do here.
+
+        Args:
+            model: the traced model or a copy of it.
+            wrong: classes that cannot go as they are, one tensor a group.
+
+        Returns:
+            None where there is no other axis.
+        """
+        bad = np.zeros(self._why.size, bool)
+        for classes in wrong:
+            bad[classes.numpy()] = True
+        pairs = zip(self._record.tables, self.choices, strict=True)
+        tables = [_without(table, choice, bad[self._label[table.cells]]) for table, choice in pairs]
+        if all(new is old for new, old in zip(tables, self._record.tables, strict=True)):
+            return None
+        with one_at_a_time(), prunable_attention(model.modules()):
+            modules = dict(model.named_modules())
+            return type(self)(replace(self._record, tables=tables), modules)
+
+
+def _without(table: Table, choice: Choice, bad: npt.NDArray[np.bool_]) -> Table:
+    """A table that does not shrink along the axis that was chosen, if that makes bad cells go."""
+    if choice.axis is None or not bad.any():
+        return table
+    return replace(table, allowed=tuple(dim for dim in table.allowed if dim != choice.axis))

@@ -1,0 +1,80 @@
+"""Where the proof refuses one way to cut attention into units, the other one is tried."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.zoo import judging
+
+
+class Attend(nn.Module):
+    """Attention of one packed layer, turned by positions that are as wide as a head.
+
+    Args:
+        by_config: the number of heads is in a config alone, which no pruning changes, so that no
+            head can go.
+        scaled: the scale is computed from an attribute that counts the positions in a head, so that
+            none of these can go.
+    """
+
+    def __init__(self, width: int, heads: int, dim: int, by_config: bool, scaled: bool) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(heads=heads)
+        self.head_dim, self.by_config, self.scaled = dim, by_config, scaled
+        self.qkv, self.out = nn.Linear(width, 3 * heads * dim), nn.Linear(heads * dim, width)
+
+    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+        heads, qkv = self.config.heads, self.qkv(x)
+        if self.by_config:
+            split = heads * self.head_dim
+            parts = qkv[..., :split], qkv[..., split : 2 * split], qkv[..., 2 * split :]
+        else:
+            parts = qkv.chunk(3, -1)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in parts)
+        q, k = (turned(t, turns) for t in (q, k))
+        scale = self.head_dim**-0.5 if self.scaled else 0.3
+        y = (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """As rotary embeddings of transformers do: the part behind the turned one may be empty."""
+    width = turns.size(-1)
+    head, rest = x[..., :width], x[..., width:]
+    one, other = head.chunk(2, -1)
+    return torch.cat([head * turns + torch.cat([-other, one], -1), rest], -1)
+
+
+class Encoder(nn.Module):
+    def __init__(self, heads: int, dim: int, by_config: bool, scaled: bool) -> None:
+        super().__init__()
+        width = random.randint(5, 9)
+        self.read, self.leave = nn.Linear(3, width), nn.Linear(width, 2)
+        self.turns = nn.Parameter(torch.randn(6, dim))
+        self.layers = nn.ModuleList(Attend(width, heads, dim, by_config, scaled) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(x)
+        for layer in self.layers:
+            y = y + layer(y, self.turns)
+        return self.leave(y)
+
+
+@pytest.mark.parametrize(("by_config", "scaled"), [(True, False), (False, True)])
+def test_the_axis_that_the_code_allows_is_found(by_config: bool, scaled: bool):
+    heads, dim = random.choice([3, 5]), random.choice([4, 6])
+    model = Encoder(heads, dim, by_config, scaled)
+    judging.check_all_but(["leave"], model, torch.randn(1, 6, 3))
+    for layer in model.layers:
+        assert layer.out.in_features % (heads if by_config else dim) == 0
+
+
+def test_what_no_choice_makes_right_stays():
+    model = Encoder(3, 4, by_config=True, scaled=True)
+    pruner, _ = judging.new_pruner(model, torch.randn(1, 6, 3), 0.95)
+    assert set(pruner.skipped) == {"layers.0.qkv", "layers.1.qkv", "leave"}
