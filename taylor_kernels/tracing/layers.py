@@ -99,7 +99,7 @@ def _fits(
         return True
     if bare is not None:
         read = dims.get((f"{product.module}.weight".lstrip("."), 1))
-        return not np.array_equal(label[product.outputs], read)
+        return read is None or not np.array_equal(label[product.outputs], read)
     own = product.weight.removeprefix(f"{product.module}.").removeprefix("parametrizations.")
     sizes = product.inputs.size, product.outputs.size
     if isinstance(module, nn.Linear):
