@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.tracing.bare import bare_weight
+from taylor_kernels.tracing.bare import BareWeight, bare_weight
 from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.steps import Product
 
@@ -60,7 +60,10 @@ def find_layers(
     for product in record.products:
         bare = bare_weight(record, product, modules, parameters)
         name = product.module if bare is None else bare.name
-        if name in layers.sides or not _fits(product, modules.get(name)):
+        layers.macs[product.weight] = layers.macs.get(product.weight, 0) + product.macs
+        if not _fits(product, bare, modules.get(product.module), dims, label):
+            continue
+        if name in layers.sides:
             pass
         elif bare is None:
             layers.sides[name] = label[product.inputs], label[product.outputs]
@@ -71,7 +74,6 @@ def find_layers(
             )
             layers.bare[name] = ((product.weight, bare.outputs),)
             layers.order.setdefault(name, layers.place(product.module))
-        layers.macs[product.weight] = layers.macs.get(product.weight, 0) + product.macs
         if product.caller != product.module:
             layers.outside[name] = product.caller
     for mixture in record.mixtures:
@@ -84,11 +86,20 @@ def find_layers(
     return layers
 
 
-def _fits(product: Product, module: nn.Module | None) -> bool:
-    """Whether a product that belongs to a layer is by its weight, and not by a part of an update of
-    low rank (LoRA) that the layer adds to that."""
+def _fits(
+    product: Product,
+    bare: BareWeight | None,
+    module: nn.Module | None,
+    dims: Mapping[tuple[str, int], Vector],
+    label: Vector,
+) -> bool:
+    """Whether a product that belongs to a layer is by its weight, or by one beside it, and not of
+    two parts of an update of low rank (LoRA) that the layer adds to its weight."""
     if not isinstance(module, (nn.Linear, _ConvNd)):
         return True
+    if bare is not None:
+        read = dims.get((f"{product.module}.weight".lstrip("."), 1))
+        return read is None or not np.array_equal(label[product.outputs], read)
     own = product.weight.removeprefix(f"{product.module}.").removeprefix("parametrizations.")
     sizes = product.inputs.size, product.outputs.size
     if isinstance(module, nn.Linear):

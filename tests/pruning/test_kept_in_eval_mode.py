@@ -136,6 +136,16 @@ class Merged(nn.Linear):
         return y if self.merged else y + F.linear(F.linear(x, self.down), self.up)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_layer_whose_weight_is_merged_in_eval_mode_is_its_own(training):
+    """What multiplies the update out is no use of the layer from outside."""
+    model = nn.Sequential(Merged(4, 8), nn.Tanh(), Merged(8, 6), nn.Tanh(), nn.Linear(6, 2))
+    channels = trace(model.train(training), torch.randn(3, 4))
+    assert {"0", "2", "4"} <= channels.layers.keys() - channels.outside.keys()
+    sides = {slot.owner: slot.index.shape for g in channels.groups for slot in g.producers}
+    assert (sides["0"], sides["2"]) == ((8, 1), (6, 1))
+
+
 @pytest.mark.filterwarnings("ignore:compact")
 @pytest.mark.parametrize("training", [False, True])
 def test_a_weight_that_is_merged_in_eval_mode_is_as_it_was_and_pruned_right(training):
