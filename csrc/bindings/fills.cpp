@@ -1,5 +1,7 @@
 #include "bindings/fills.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
