@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers.programs import Run, run_module
+from tests.helpers import ROOT
 
 
-def tune(*arguments: str, **environment: str) -> Run:
+def tune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return run_module("tools.tune_fisher", *arguments, **environment)
+    return subprocess.run(
+        [sys.executable, "-m", "tools.tune_fisher", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_dry_run_names_every_layer_and_choice() -> None:
