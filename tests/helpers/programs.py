@@ -1,7 +1,7 @@
 """Programs in processes of their own, which find PyTorch imported.
 
-Importing it takes a new interpreter seconds, and so does what its optimizers import when they are
-first used. One that has imported both, and nothing of this package, forks for each program.
+Importing it takes a new interpreter seconds. One that has imported it, and nothing of this package,
+forks for each program.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _server() -> subprocess.Popen[str]:
 
 
 def _serve() -> None:
-    import torch._dynamo  # noqa: F401
+    import torch  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
