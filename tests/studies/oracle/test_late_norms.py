@@ -23,7 +23,6 @@ def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, tmp_pa
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(late_norms, "CRITERIA", ("taylor_fo_bn",))
-        patch.setattr(late_norms, "scores", _scores_of_few_in_eval)
         found = late_norms._measured(
             make,
             RECIPE,
@@ -34,13 +33,6 @@ def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, tmp_pa
         )["taylor_fo_bn"]
     assert found["train"] >= 0.9
     assert math.isnan(found["without"]) or found["without"] < found["train"]
-
-
-def _scores_of_few_in_eval(model, criterion, batches, *, sites):
-    """The oracle in eval mode takes long over all examples, and is not what is asked here."""
-    if not model.training:
-        batches = [(x[:256], y[:256]) for x, y in batches[:1]]
-    return scores(model, criterion, batches, sites=sites)
 
 
 def test_the_oracle_in_train_mode_is_the_loss_without_a_filter():
