@@ -12,9 +12,11 @@ demo: $(VENV)/demo
 	$(BIN)/taylor-kernels demo
 
 # Two processes: a file's tests stay together, since some share what takes long to make, and files
-# are taken in the order of tests/conftest.py, long ones first.
+# are taken in the order of tests/conftest.py, long ones first. Each has one thread, but where a test
+# asks for more: second threads that wait for a core which the other process holds make small layers
+# tens of times slower. Threads that wait give their core away.
 test: $(VENV)/zoo $(VENV)/peers
-	$(BIN)/python -m pytest --zoo -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --zoo -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/built
 	$(BIN)/ruff check .

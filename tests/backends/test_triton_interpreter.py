@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors.
 
 The interpreter is chosen by an environment variable when kernels are imported, and the rest of the
-suite compiles them; so the tests of interpreted.py run in a process of their own.
+suite compiles them; so the tests in the folder `interpreted` run in a process of their own.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import pytest
 @pytest.mark.slow
 def test_interpreted_kernels() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    script = Path(__file__).with_name("interpreted.py")
+    folder = Path(__file__).with_name("interpreted")
+    scripts = [str(folder / f"{name}.py") for name in ("lists_and_gates", "fisher")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(script)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *scripts],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -73,11 +73,20 @@ def test_layers_are_ranked_as_the_oracle_ranks_them():
 GATES = ["taylor_fo_bn", "taylor_fo_gate", "taylor_so_bn", "taylor_so_diag", "obd_bn"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("criterion", GATES)
+#: In bfloat16 BatchNorm has no double backward.
+TWICE = {"taylor_so_bn"}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "dtype"),
+    [
+        (criterion, dtype)
+        for criterion in GATES
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        if dtype != torch.bfloat16 or criterion not in TWICE
+    ],
+)
 def test_rounding_noise_is_nan_by_name(criterion, dtype):
-    if dtype == torch.bfloat16 and criterion == "taylor_so_bn":
-        pytest.skip("BatchNorm has no double backward in bfloat16")
     task, model = Task(), ReluNorm().train()
     task.train(model, 5)
     model.to(dtype)

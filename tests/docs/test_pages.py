@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from tests.helpers import ROOT
+from tests.helpers.programs import run_module
 from tests.integrations.conftest import library
 from tools import docs_picture, language_picture
 
@@ -95,8 +94,7 @@ def test_commands_and_files_exist(page):
 
 def test_blocks_are_what_their_sources_give():
     """In a process of its own: other tests register criteria."""
-    command = [sys.executable, "-m", "tools.docs_blocks", "--check"]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = run_module("tools.docs_blocks", "--check")
     assert found.returncode == 0, f"{found.stderr}run python -m tools.docs_blocks"
 
 

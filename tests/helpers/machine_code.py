@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.helpers import ROOT
+from tests.helpers.kept import kept
 
 SOURCES = ("filter_moments", "second_order_moments", "hutchinson_moments", "gate_gradients")
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -100,9 +101,9 @@ def _cmake(*arguments: object) -> None:
     _run([cmake, *arguments], PATH=path)
 
 
-def compiled(isa: str, folder: Path, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
+def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
     """Objects of these sources: those of the package's own build, compiled if they are not up to
-    date. Where a cross compiler makes them they are put into `folder`."""
+    date, or what a cross compiler made of them (`kept`)."""
     cross = isa == "neon" and X86
     jobs = _commands("baseline" if cross else isa)
     if not cross:
@@ -110,17 +111,24 @@ def compiled(isa: str, folder: Path, stems: Sequence[str] = SOURCES) -> dict[str
         names = [path.relative_to(BUILD) for path in objects.values()]
         _cmake("--build", BUILD, "--target", *names)
         return objects
-    objects = {stem: folder / f"{stem}.{isa}.o" for stem in stems}
-
-    def build(stem: str) -> None:
-        _, words = jobs[stem]
-        words[words.index("-o") + 1] = str(objects[stem])
+    compiler = f"{ARM64}g++"
+    commands = {stem: [compiler, *jobs[stem][1][1:]] for stem in stems}
+    for words in commands.values():
         words[words.index("-DTK_ISA=baseline")] = f"-DTK_ISA={isa}"
-        _run([f"{ARM64}g++", *words[1:]])
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(build, stems))
-    return objects
+    def build(folder: Path) -> None:
+        def one(stem: str) -> None:
+            words = commands[stem]
+            words[words.index("-o") + 1] = str(folder / f"{stem}.o")
+            _run(words)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(one, stems))
+
+    version = _run([compiler, "--version"])
+    all_words = (version, *(word for words in commands.values() for word in words))
+    folder = kept(f"kernels-{isa}", (ROOT / "csrc",), all_words, build)
+    return {stem: folder / f"{stem}.o" for stem in stems}
 
 
 def flags(isa: str) -> list[str]:

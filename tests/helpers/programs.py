@@ -52,12 +52,14 @@ def run_program(program: str, seconds: float = 120.0, **environment: str) -> Run
     return Run(int(code), *wrote)
 
 
-def run_command(*arguments: str, seconds: float = 600.0, before: str = "") -> Run:
-    """Run `python -m taylor_kernels.cli` with these arguments, and Python code before it."""
-    start = "runpy.run_module('taylor_kernels.cli', run_name='__main__')"
-    return run_program(
-        f"{before}\nimport runpy, sys\nsys.argv[1:] = {list(arguments)!r}\n{start}", seconds
+def run_module(module: str, *arguments: str, before: str = "", **environment: str) -> Run:
+    """Run `python -m module` with these arguments, for ten minutes at most; `before` is Python code
+    that runs first."""
+    start = (
+        f"import runpy, sys\nsys.argv[1:] = {list(arguments)!r}\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
+    return run_program(f"{before}\n{start}", 600.0, **environment)
 
 
 @cache

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +11,7 @@ from hypothesis import strategies as st
 import taylor_kernels as tk
 from tests.helpers import cases
 from tests.helpers.geometries import drawn_fisher_case
+from tests.helpers.programs import run_program
 
 BACKENDS = ("cpu", "reference")
 EVERY_CASE = pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
@@ -203,7 +201,8 @@ tk.conv2d_fisher(x[:, :4], (2048, 4, 3, 3), dy, 1, 1, backend="cpu")
 ballast = torch.ones(256, 2**18)  # more than was ever in use and then freed
 print(growth(weight), growth(None))
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = run_program(script)
+    assert run.returncode == 0, run.stderr
     with_weight, without = map(int, run.stdout.split())
     assert without >= 70  # the result has 72 MiB: this measurement would see them
     assert with_weight <= 8

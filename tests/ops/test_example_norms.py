@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from unittest.mock import patch
 
 import pytest
@@ -18,6 +16,7 @@ from taylor_kernels.backends import gram
 from tests.helpers import cases
 from tests.helpers.example_norms import norms_reference64
 from tests.helpers.geometries import drawn_fisher_case
+from tests.helpers.programs import run_program
 
 WAYS = ("cpu", "reference", "pixels", "patches")
 EVERY_CASE = pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
@@ -268,7 +267,8 @@ ours = [growth(lambda: norms(x, size, dy, 1, 1, backend=b)) for b in ("cpu", Non
 one = growth(lambda: torch.nn.grad.conv2d_weight(x[:1], size, dy[:1], 1, 1))
 print(*ours, one)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = run_program(script)
+    assert run.returncode == 0, run.stderr
     kernels, shorter, one = map(int, run.stdout.split())
     assert one >= 17  # one example's gradient has 18 MiB: this measurement would see it
     assert max(kernels, shorter) <= 8

@@ -70,14 +70,12 @@ def build() -> None:
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def objects(
-    request: pytest.FixtureRequest, build: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, dict[str, Path]]:
+def objects(request: pytest.FixtureRequest, build: None) -> tuple[str, dict[str, Path]]:
     """An instruction set, and its kernels as compiled."""
     isa = request.param
     if isa == "neon" and machine_code.X86 and not shutil.which(f"{machine_code.ARM64}g++"):
         pytest.skip("no compiler for arm64: apt-get install g++-aarch64-linux-gnu")
-    return isa, machine_code.compiled(isa, tmp_path_factory.mktemp(isa))
+    return isa, machine_code.compiled(isa)
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,25 @@ from pathlib import Path
 import pytest
 
 from taylor_kernels.backends.native import _native
-from tests.helpers import machine_code
+from tests.helpers import ROOT, machine_code
+from tests.helpers.kept import kept
 
 pytestmark = pytest.mark.slow  # compiles a program
 
 
 @pytest.mark.parametrize("isa", _native.cpu_isas() if _native else ())
-def test_windows_hold_the_last_score(isa, tmp_path):
+def test_windows_hold_the_last_score(isa):
     machine_code.configure()
     main = Path(__file__).parent / "find_windows.cpp"
-    program = machine_code.linked({}, isa, main, tmp_path, machine_code.flags(isa))
+    flags = machine_code.flags(isa)
+    compiler = subprocess.check_output(["g++", "--version"], text=True)
+    folder = kept(
+        f"windows-{isa}",
+        (ROOT / "csrc",),
+        (main.read_text(), *flags, compiler),
+        lambda folder: machine_code.linked({}, isa, main, folder, flags),
+    )
+    program = folder / f"{main.stem}.{isa}"
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     found = [line.rsplit(": ", 1) for line in lines.splitlines()]
     assert len(found) == 15

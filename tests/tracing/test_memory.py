@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +9,17 @@ import torch
 from torch import nn
 
 from taylor_kernels.tracing import record, trace
+from tests.helpers.programs import run_program
 
 # The peak is the process's own, so each is measured in a process of its own.
 _PEAK = """
+import ctypes
 import torch
 from torch import nn
 from taylor_kernels.tracing import trace
 
+# What is freed goes back at once: else the heap's gaps count, which differ from run to run.
+assert ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD
 torch.set_num_threads(1)
 layers = [nn.Conv2d(3, 16, 1)]
 for _ in range(12):
@@ -37,14 +38,8 @@ print(peak() - before)
 
 
 def peak_kib(run: str) -> int:
-    # What is freed goes back at once: else the heap's gaps count, which differ from run to run.
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK.format(run=run)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
-    )
+    done = run_program(_PEAK.format(run=run))
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 

@@ -20,7 +20,7 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from tests.helpers import ROOT
-from tests.helpers.programs import Run, run_command
+from tests.helpers.programs import Run, run_module
 
 
 def a_result(**spearman: float) -> dict:
@@ -167,8 +167,8 @@ settings.QUICK = replace(settings.QUICK, points=4)
 
 
 def run_quick(folder: Path) -> Run:
-    arguments = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
-    done = run_command(*arguments, before=FEWER_POINTS)
+    quick = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
+    done = run_module("taylor_kernels.cli", *quick, before=FEWER_POINTS)
     assert done.returncode == 0, done.stderr
     return done
 

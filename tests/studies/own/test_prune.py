@@ -103,7 +103,7 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(folder, capsys):
     assert gone == plan["stops"][0]["filters"] - plan["stops"][-1]["filters"]
 
 
-@pytest.mark.usefixtures("undrawn")
+@pytest.mark.usefixtures("weights_alone")
 @pytest.mark.parametrize("options", [("--dry-run",), ("--finetune", "1")])
 def test_whole_blocks_go_too(options, folder, capsys):
     given = (

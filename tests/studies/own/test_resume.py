@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -19,7 +15,7 @@ pytest.importorskip("safetensors", reason="prune needs safetensors")
 from safetensors.torch import load_file
 
 import taylor_kernels as tk
-from tests.helpers import ROOT
+from tests.helpers.programs import run_module
 from tests.helpers.user_models import MODEL_AND_DATA, command
 
 pytestmark = pytest.mark.usefixtures("one_thread", "weights_alone")
@@ -46,22 +42,31 @@ def calls(folder) -> int:
     return len(path.read_text()) if path.exists() else 0
 
 
+#: A thread that kills its process after so many calls of the model.
+KILLED = """
+import os, signal, sys, threading, time
+os.chdir({folder!r})
+sys.path.insert(0, {folder!r})
+def kill():
+    while not os.path.exists("calls") or os.path.getsize("calls") < {stop_at}:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=kill, daemon=True).start()
+"""
+
+
 def test_killed_and_resumed_is_never_killed(folder, capsys):
     code, _, err = command(capsys, "prune", *PRUNE, "--out", "whole")
     assert code == 0, err
     whole = calls(folder)
     (folder / "calls").unlink()
-    line = [sys.executable, "-m", "taylor_kernels.cli", "prune", "--device", "cpu", *PRUNE,
-            "--out", "broken", "--save-every", "0", "--resume"]  # fmt: skip
     with open(folder / "mynets.py", "a") as file:
         file.write("torch.set_num_threads(1)\n")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = ("prune", "--device", "cpu", *PRUNE, "--out", "broken", "--save-every", "0", "--resume")
     stop_at = random.randint(whole // 3, whole * 2 // 3)
-    with subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and calls(folder) < stop_at:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    before = KILLED.format(folder=str(folder), stop_at=stop_at)
+    run = run_module("taylor_kernels.cli", *line, before=before)
+    assert run.returncode == -signal.SIGKILL, run.stderr
     assert (folder / "broken/checkpoint.pt").exists()
     assert not (folder / "broken/result.json").exists()
     code, _, err = command(capsys, "prune", *PRUNE, "--out", "broken", "--resume")

@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 pytest.importorskip("safetensors", reason="the demo needs safetensors")
 
 from taylor_kernels.studies.data import load_digits
-from tests.helpers.programs import Run, run_command, run_program
+from tests.helpers.programs import Run, run_module, run_program
 
 #: Runs what follows where neither this package nor Torch-Pruning can be imported.
 ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'] = None\n"
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def demo(*arguments: str) -> Run:
-    done = run_command("demo", "--quick", "--device", "cpu", *arguments)
+    done = run_module("taylor_kernels.cli", "demo", "--quick", "--device", "cpu", *arguments)
     assert done.returncode == 0, done.stderr
     return done
 
