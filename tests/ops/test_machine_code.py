@@ -34,12 +34,12 @@ BOUNDS = {
     "filter_moments both": (
         f"sum_strip<.*{FIVE}, true, 2, float",
         (4, 7),
-        (38, 28, 28, 34),
+        (38, 23, 23, 30),
     ),
     "filter_moments columns": (
         f"sum_strip<.*{FIVE}, false, 2, float",
         (4, 4),
-        (23, 19, 23, 23),
+        (23, 16, 18, 23),
     ),
     "filter_moments bfloat16": (
         f"sum_rows<.*{FIVE}, .*BFloat16",
@@ -111,8 +111,12 @@ def test_instructions_of_an_element(kernel, loops):
 
 
 def test_loops_along_memory_ask_for_each_line_once(loops):
-    """float32: a prefetch for sixteen elements of each operand, 64 bytes, in the first pass."""
+    """float32: a prefetch for sixteen elements of each operand, 64 bytes, in the first pass; gates,
+    for the lines of sixty-four elements of whatever dtype."""
     _, every = loops
+    for dtype, lines in (("float", 4), ("Half", 2), ("BFloat16", 2), ("double", 8)):
+        found = of_one_kernel(every, rf"sum_runs<(true|false), (\w+::)*{dtype}>")
+        assert {len(loop.prefetches) for loop in found} | {0} == {0, 2 * lines}
     for kernel, operands in (("sum_rows<.*FilterMoments", 2), ("sum_rows<.*SecondOrder", 3)):
         found = of_one_kernel([loop for loop in every if "float" in loop.function], kernel)
         assert operands in {len(loop.prefetches) for loop in found}
