@@ -28,6 +28,11 @@ struct WeightedHvp {  // w z (Hz)
 
   void expect(int64_t begin, int64_t end) { signs.cover(first + begin, first + end); }
   Reader from(int64_t i) const { return {hvp + i, first + i, &signs}; }
+  template <typename V, class Load>
+  [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
+    return from(0).of(w, i, load);
+  }
+  void prefetch(int64_t i) const { from(0).prefetch(i); }
 };
 
 struct HutchinsonMoments {

@@ -86,7 +86,6 @@ template <class Op, typename T, class Multiplier>
       const int64_t end = std::min(begin + kRowRun, r * stride + width);
       const int64_t tail = end - (end - begin) % kLanes;
       multiplier.expect(begin, end);
-      const auto reader = multiplier.from(0);
       V sums[Op::kSums][kRegistersOf<S>];
       unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
         V part[Op::kSums][kEach] = {};
@@ -94,16 +93,16 @@ template <class Op, typename T, class Multiplier>
         for (int64_t i = begin + first; i < tail; i += kLanes) {
           if (pass == 0) {  // later passes find them in cache
             __builtin_prefetch(w + i + kAhead);
-            reader.prefetch(i + kAhead);
+            multiplier.prefetch(i + kAhead);
           }
           unrolled<kEach>([&](auto k) __attribute__((always_inline)) {
-            add_terms<Op>(terms_at<Op>(w, reader, i + k * kWidth, Whole()), part, k);
+            add_terms<Op>(terms_at<Op>(w, multiplier, i + k * kWidth, Whole()), part, k);
           });
         }
         if (tail < end)
           unrolled<kEach>([&](auto k) {
             const int64_t i = tail + first + k * kWidth;
-            add_terms<Op>(terms_at<Op>(w, reader, i, First{end - i, readable - i}), part, k);
+            add_terms<Op>(terms_at<Op>(w, multiplier, i, First{end - i, readable - i}), part, k);
           });
         for (int m = 0; m < Op::kSums; ++m)
           for (int k = 0; k < kEach; ++k) sums[m][pass * kEach + k] = part[m][k];

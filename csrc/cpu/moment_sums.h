@@ -11,9 +11,10 @@
 //   add<i>(terms, sum)       a register of sum i with what these add to it
 //   multiplier<T>(item, at)  reads what the weights from element `at` on are multiplied by:
 //     expect(begin, end)       the elements that are read next
-//     from(start)              what reads them, whose element 0 is `start`; a few words:
-//       of(w, i, load)           a register of multipliers from i on; w are their weights, load(p)
-//       prefetch(i)              reads
+//     of(w, i, load)           a register of multipliers from i on; w are their weights, load(p)
+//     prefetch(i)              reads
+//     from(start)              the same reader with `start` as element 0, in a few words: several
+//                              of them stay in registers
 #pragma once
 
 #include <algorithm>
