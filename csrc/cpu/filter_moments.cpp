@@ -17,6 +17,7 @@ struct Gradient {
     return load(grad + i);
   }
   void prefetch(int64_t i) const { __builtin_prefetch(grad + i); }
+  Gradient from(int64_t i) const { return {grad + i}; }
 };
 
 // Of the five sums, those of `columns`. The others are not computed.

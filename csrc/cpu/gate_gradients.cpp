@@ -18,6 +18,7 @@ inline namespace TK_ISA {
 namespace {
 
 constexpr int64_t kRun = 2048;                // elements summed in float before a double takes over
+constexpr int kRows = 4;                      // of channels, whose sums share additions
 constexpr int64_t kPositions = 256;           // the same down a column
 constexpr int64_t kChannels = 64;             // channels side by side: four cache lines a position
 constexpr int64_t kTaskElements = 32768;      // 256 KB of y and dy: 10 µs
@@ -29,55 +30,66 @@ template <bool kBias, typename V>
   return multiply_add(kBias ? y - bias : y, dy, sum);
 }
 
-// Σ (y − bias)·dy along n ≤ kRun contiguous elements, of `readable`: four times sixteen lanes, in
-// as many passes as it takes to hold them in registers.
+// Adds to each of `rows` ≤ kRows totals Σ (y − bias)·dy along the n ≤ kRun elements of a row,
+// `stride` apart, of which `readable` may be read from the first on: four times sixteen lanes, in
+// as many passes as it takes to hold them in registers. The rows' lanes are added up together.
 template <bool kBias, typename T>
-[[gnu::noinline]] double sum_run(const T* y, const T* dy, typename Sum<T>::Vector bias, int64_t n,
-                                 int64_t readable) {
+[[gnu::noinline]] void sum_runs(const T* y, const T* dy, const typename Sum<T>::Scalar* biases,
+                                int64_t stride, int64_t rows, int64_t n, int64_t readable,
+                                double* totals) {
   using S = typename Sum<T>::Scalar;
   using V = typename Sum<T>::Vector;
-  constexpr int kWidth = Sum<T>::kWidth, kChains = 4;
+  constexpr int kWidth = Sum<T>::kWidth, kChains = 4, kStep = kChains * kLanes;
   constexpr int kPasses = passes<S>(kChains), kEach = kRegistersOf<S> / kPasses;
-  const int64_t full = n / (kChains * kLanes) * kChains * kLanes;
-  V sums[1][kRegistersOf<S>];
-  unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
-    V part[kChains][kEach] = {};
-    auto at = [&](int64_t from, auto chain, auto k) {
-      return from + chain * kLanes + (pass * kEach + k) * kWidth;
-    };
-    for (int64_t from = 0; from < full; from += kChains * kLanes)
-      unrolled<kChains>([&](auto chain) {
-        if (pass == 0) {
-          __builtin_prefetch(y + at(from + kAhead, chain, 0));
-          __builtin_prefetch(dy + at(from + kAhead, chain, 0));
-        }
-        unrolled<kEach>([&](auto k) {
-          const int64_t i = at(from, chain, k);
-          part[chain][k] = add<kBias>(load(y + i), bias, load(dy + i), part[chain][k]);
+  constexpr int kLine = 64 / sizeof(T);  // elements that a prefetch asks for
+  const int64_t full = n / kStep * kStep, tail = n / kLanes * kLanes;
+  V sums[kRows][kRegistersOf<S>];
+  for (int64_t row = rows; row < kRows; ++row)
+    for (V& none : sums[row]) none = V{};
+  for (int64_t row = 0; row < rows; ++row, y += stride, dy += stride, readable -= stride) {
+    const V bias = kBias ? biases[row] - V{} : V{};
+    unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
+      V part[kChains][kEach] = {};
+      auto ask = [&](int64_t i) {
+        if (pass > 0) return;
+        __builtin_prefetch(y + i + kAhead);
+        __builtin_prefetch(dy + i + kAhead);
+      };
+      auto add_at = [&](int64_t i, V& sum) {
+        sum = add<kBias>(load(y + i), bias, load(dy + i), sum);
+      };
+      auto at = [&](int64_t from, auto chain, auto k) {
+        return from + chain * kLanes + (pass * kEach + k) * kWidth;
+      };
+      for (int64_t from = 0; from < full; from += kStep) {
+        unrolled<kStep / kLine>([&](auto line) { ask(from + line * kLine); });
+        unrolled<kChains>([&](auto chain) {
+          unrolled<kEach>([&](auto k) { add_at(at(from, chain, k), part[chain][k]); });
         });
-      });
-    unrolled<kChains>([&](auto chain) {
-      const int64_t from = full + chain * kLanes;
-      if (from + kLanes <= n)
+      }
+      V rest[kEach] = {};  // of what is no whole sixteen
+      if (tail < n)
         unrolled<kEach>([&](auto k) {
-          const int64_t i = at(full, chain, k);
-          part[chain][k] = add<kBias>(load(y + i), bias, load(dy + i), part[chain][k]);
-        });
-      else if (from < n)
-        unrolled<kEach>([&](auto k) {
-          const int64_t i = at(full, chain, k);
+          const int64_t i = tail + (pass * kEach + k) * kWidth;
           const V a = load_first(y + i, n - i, readable - i);
           const V b = load_first(dy + i, n - i, readable - i);
           // Masked last: the bias may be infinite.
-          part[chain][k] += keep_first(add<kBias>(a, bias, b, V{}), n - i);
+          rest[k] = keep_first(add<kBias>(a, bias, b, V{}), n - i);
         });
+      unrolled<kChains>([&](auto chain) {
+        const int64_t from = full + chain * kLanes;
+        if (from < tail) {
+          if (chain * kLanes % kLine == 0) ask(from);
+          unrolled<kEach>([&](auto k) { add_at(at(full, chain, k), part[chain][k]); });
+        } else if (from < n) {
+          for (int k = 0; k < kEach; ++k) part[chain][k] += rest[k];
+        }
+      });
+      for (int k = 0; k < kEach; ++k)
+        sums[row][pass * kEach + k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
     });
-    for (int k = 0; k < kEach; ++k)
-      sums[0][pass * kEach + k] = (part[0][k] + part[1][k]) + (part[2][k] + part[3][k]);
-  });
-  double total[1] = {};
-  add_lanes(sums, total);
-  return total[0];
+  }
+  add_lanes(sums, totals);
 }
 
 // Σ over `positions` rows of `stride` elements, for the kCount registers of adjacent channels of
@@ -169,16 +181,20 @@ class Worker : public IndependentTasks {
       return;
     }
     const int64_t example = args_.outer * args_.channels * args_.inner;
-    for (int64_t c = first; c < last; ++c) {
-      const V b = kBias ? load_first(bias() + c, 1, 1)[0] - V{} : V{};
-      double total = 0;
+    const int64_t side = args_.inner <= kRun ? kRows : 1;  // long rows one after another
+    S biases[kLanes] = {};
+    for (int64_t c = first; c < last; c += side) {
+      const int64_t rows = std::min(side, last - c), lane = (c - first) % kLanes;
+      if (kBias && lane == 0) widen(bias() + c, last - c, args_.channels - c, biases);
+      double totals[kRows] = {};
       for (int64_t a = 0; a < args_.outer; ++a) {
         const int64_t at = (a * args_.channels + c) * args_.inner;
         for (int64_t i = 0; i < args_.inner; i += kRun)
-          total += sum_run<kBias>(y + at + i, dy + at + i, b, std::min(kRun, args_.inner - i),
-                                  (args_.batch - n) * example - (at + i));
+          sum_runs<kBias>(y + at + i, dy + at + i, biases + lane, args_.inner, rows,
+                          std::min(kRun, args_.inner - i), (args_.batch - n) * example - (at + i),
+                          totals);
       }
-      out[c] = total;
+      std::copy_n(totals, rows, out + c);
     }
   }
 

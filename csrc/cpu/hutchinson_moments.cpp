@@ -9,16 +9,30 @@ namespace {
 
 template <typename T>
 struct WeightedHvp {  // w z (Hz)
+  // What a loop reads: all that it needs fits registers.
+  struct Reader {
+    const T* hvp;
+    int64_t first;  // the number of the element that hvp points to
+    const SignWindow* signs;
+
+    template <typename V, class Load>
+    [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
+      return w * negate(load(hvp + i), signs->at(first + i));
+    }
+    void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
+  };
+
   const T* hvp;
-  int64_t first;  // the number of the element that hvp points to
+  int64_t first;
   SignWindow signs;
 
   void expect(int64_t begin, int64_t end) { signs.cover(first + begin, first + end); }
+  Reader from(int64_t i) const { return {hvp + i, first + i, &signs}; }
   template <typename V, class Load>
   [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
-    return w * negate(load(hvp + i), signs.at(first + i));
+    return from(0).of(w, i, load);
   }
-  void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
+  void prefetch(int64_t i) const { from(0).prefetch(i); }
 };
 
 struct HutchinsonMoments {

@@ -13,6 +13,8 @@
 //     expect(begin, end)       the elements that are read next
 //     of(w, i, load)           a register of multipliers from i on; w are their weights, load(p)
 //     prefetch(i)              reads
+//     from(start)              the same reader with `start` as element 0, in a few words: several
+//                              of them stay in registers
 #pragma once
 
 #include <algorithm>
@@ -127,18 +129,21 @@ class MomentWorker {
     }
   }
 
-  // From positions to channels.
+  // From positions to channels. A channel's positions are added in registers.
   template <typename S>
   void fold(const ParameterItem& item, int64_t begin, int64_t width, const Strip<Op, S>& strip) {
     Sums<Op>* sums = cols_.get() - first_col_;
-    int64_t channel = item.channels_last ? begin % item.channels : begin / item.kernel;
-    int64_t element = begin % item.kernel;
-    for (int64_t i = 0; i < width; ++i) {
-      for (int m = 0; m < Op::kSums; ++m) sums[channel][m] += strip.sums[i / kLanes][m][i % kLanes];
-      if (item.channels_last)
-        channel = channel + 1 == item.channels ? 0 : channel + 1;
-      else if (++element == item.kernel)
-        element = 0, ++channel;
+    // Positions of a channel that lie side by side.
+    const int64_t side = item.channels_last ? 1 : item.kernel;
+    int64_t channel = begin / side % item.channels;
+    int64_t end = side - begin % side;
+    for (int64_t i = 0; i < width; end += side) {
+      double totals[Op::kSums];
+      unrolled<Op::kSums>([&](auto m) { totals[m] = sums[channel][m]; });
+      for (const int64_t last = std::min(end, width); i < last; ++i)
+        unrolled<Op::kSums>([&](auto m) { totals[m] += strip.sums[i / kLanes][m][i % kLanes]; });
+      unrolled<Op::kSums>([&](auto m) { sums[channel][m] = totals[m]; });
+      if (++channel == item.channels) channel = 0;
     }
   }
 
@@ -153,17 +158,21 @@ class MomentWorker {
   void merge(const MomentBlocking& blocking, int64_t task) {
     const ParameterItem& item = blocking.item;
     const Block block(blocking, task - blocking.first_task);
-    if (item.row_out) {
+    // What one task sums alone is written from where it lies.
+    if (item.row_out && blocking.tiles == 1) {
+      write<S>(rows_, block.rows, item.row_out, block.row);
+    } else if (item.row_out) {
       if (block.first_tile) totals_->rows.clear(block.rows);
       add(rows_.get(), block.rows, totals_->rows.get());
       if (block.last_tile) write<S>(totals_->rows, block.rows, item.row_out, block.row);
     }
-    if (item.col_out) {
-      if (block.first_of_group) totals_->cols.clear(item.channels);
-      add(cols_.get(), col_count_, totals_->cols.get() + first_col_);
-      if (block.last_of_group)
-        write<S>(totals_->cols, item.channels, item.col_out, block.group * item.channels);
-    }
+    if (!item.col_out) return;
+    if (block.first_of_group && block.last_of_group)
+      return write<S>(cols_, item.channels, item.col_out, block.group * item.channels);
+    if (block.first_of_group) totals_->cols.clear(item.channels);
+    add(cols_.get(), col_count_, totals_->cols.get() + first_col_);
+    if (block.last_of_group)
+      write<S>(totals_->cols, item.channels, item.col_out, block.group * item.channels);
   }
 
   static void add(const Sums<Op>* from, int64_t count, Sums<Op>* to) {

@@ -20,6 +20,7 @@ struct ShiftedGradient {  // g − ½h
     __builtin_prefetch(grad + i);
     __builtin_prefetch(hvp + i);
   }
+  ShiftedGradient from(int64_t i) const { return {grad + i, hvp + i}; }
 };
 
 struct SecondOrderMoments {

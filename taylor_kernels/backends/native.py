@@ -72,10 +72,14 @@ def launch(op: str, call: Any, device: torch.device, *seed: int, sums: int | Non
 
     On the CPU `sums` chooses those of filter_moments that are computed, a bit each.
     """
-    seed = tuple(number % 2**64 for number in seed)
+    if seed:
+        seed = tuple(number % 2**64 for number in seed)
     if device.type == "cpu":
-        chosen = {} if sums is None else {"sums": sums}
-        getattr(_native, f"{op}_cpu")(call, torch.get_num_threads(), *seed, **chosen)
+        run = getattr(_native, f"{op}_cpu")
+        if sums is None:
+            run(call, torch.get_num_threads(), *seed)
+        else:
+            run(call, torch.get_num_threads(), *seed, sums=sums)
         return
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -25,13 +25,14 @@ BUILD = ROOT / "build" / "cmake"
 #: Prefix of the tools that make code for arm64 elsewhere.
 ARM64 = "aarch64-linux-gnu-"
 #: Functions that hold inner loops; csrc/cpu keeps the compiler from inlining them.
-LOOPS = ("sum_rows", "sum_strip", "sum_run", "sum_channels")
+LOOPS = ("sum_rows", "sum_strip", "sum_runs", "sum_channels")
 
 _JUMP = re.compile(r"j[a-z]+$|b(\.[a-z]+)?$|cbn?z$|tbn?z$")
 _LEAVES = re.compile(r"j[a-z]+|b|b\.[a-z]+|cbn?z|tbn?z|call[a-z]*|blr?|ret[a-z]*")
 _PRODUCT = re.compile(r"v?f?n?m(ul|add|sub|la|ls)(p[sd])?|v?fn?m(add|sub)\d+p[sd]")
 _VECTOR = re.compile(r"%[xyz]mm|\bv\d+\.[0-9]")
 _STACK = re.compile(r"\(%[er][sb]p|\[sp")
+_STACK_POINTER = re.compile(r"\(%[er]sp|\[sp")
 
 
 class Instruction(NamedTuple):
@@ -49,7 +50,10 @@ class Loop(NamedTuple):
     @property
     def vectors_on_stack(self) -> list[Instruction]:
         """Those that store a vector to the stack, or load one from it."""
-        on_stack = (i for i in self.instructions if _STACK.search(i.operands))
+        # A base register that the loop moves holds no frame: the compiler has it for any pointer.
+        moved = any(i.operands.endswith("%rbp") for i in self.instructions)
+        stack = _STACK_POINTER if moved else _STACK
+        on_stack = (i for i in self.instructions if stack.search(i.operands))
         return [i for i in on_stack if _VECTOR.search(i.operands)]
 
     @property

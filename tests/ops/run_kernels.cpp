@@ -1,9 +1,14 @@
 // Runs the CPU kernels of one instruction set against sums in long double, without Python: under an
 // emulator, too. Prints for every case its name, the largest error in roundings of Σ|terms|, and a
-// hash of the bits of all results.
+// hash of the bits of all results. What is read and written lies before a page that may be neither,
+// as the last tensor of a mapping does: a kernel that reads beyond its end is killed.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -20,9 +25,31 @@ static double uniform() {  // xorshift
   return static_cast<double>(state >> 11) / (1ull << 53) - 0.5;
 }
 
+// Bytes that end where a page begins that nobody may touch.
+class Guarded {
+  size_t page_ = sysconf(_SC_PAGESIZE), pages_, size_;
+  char* first_;
+
+ public:
+  explicit Guarded(size_t size) : pages_((size + page_ - 1) / page_ + 1), size_(size) {
+    void* all =
+        mmap(nullptr, pages_ * page_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    first_ = static_cast<char*>(all);
+    if (all == MAP_FAILED || mprotect(first_ + (pages_ - 1) * page_, page_, PROT_NONE)) abort();
+    std::memset(data(), 0x7f, size);  // no result, and no number that a sum leaves unseen
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(first_, pages_ * page_); }
+
+  char* data() { return first_ + (pages_ - 1) * page_ - size_; }
+  const char* data() const { return first_ + (pages_ - 1) * page_ - size_; }
+  const char* begin() const { return data(); }
+  const char* end() const { return data() + size_; }
+};
+
 // Values of a dtype, exact in it: their bytes and what they are.
 struct Values {
-  std::vector<char> bytes;
+  Guarded bytes;
   std::vector<double> exact;
 
   Values(DType dtype, int64_t count) : bytes(count * size_of(dtype)), exact(count) {
@@ -38,12 +65,12 @@ struct Values {
       const uint16_t f16 = (bits >> 16 & 0x8000) | (value == 0 ? 0 : magnitude);
       const void* from[] = {&value, &f16, &bf16, &exact[i]};  // in the order of DType
       const int64_t size = size_of(dtype);
-      std::memcpy(&bytes[i * size], from[static_cast<int>(dtype)], size);
+      std::memcpy(bytes.data() + i * size, from[static_cast<int>(dtype)], size);
     }
   }
 };
 
-static void report(const char* name, DType dtype, const std::vector<char>& out,
+static void report(const char* name, DType dtype, const Guarded& out,
                    const std::vector<long double>& sums, const std::vector<long double>& scale) {
   uint64_t hash = 14695981039346656037u;
   for (const char byte : out) hash = (hash ^ static_cast<unsigned char>(byte)) * 1099511628211u;
@@ -52,9 +79,9 @@ static void report(const char* name, DType dtype, const std::vector<char>& out,
     double got;
     float single;
     if (dtype == DType::f64)
-      std::memcpy(&got, &out[8 * i], 8);
+      std::memcpy(&got, out.data() + 8 * i, 8);
     else
-      std::memcpy(&single, &out[4 * i], 4), got = single;
+      std::memcpy(&single, out.data() + 4 * i, 4), got = single;
     const double unit =
         (dtype == DType::f64 ? 0x1p-52 : 0x1p-23) * std::max(static_cast<double>(scale[i]), 1e-30);
     const double error = static_cast<double>(std::abs(got - sums[i])) / unit;
@@ -69,7 +96,7 @@ static void run_filter_moments(DType dtype, int64_t rows, int64_t channels, int6
   const int64_t count = rows * channels * kernel, filters = rows + channels;
   const Values w(dtype, count), g(dtype, count);
   const int64_t size = dtype == DType::f64 ? 8 : 4;
-  std::vector<char> out(filters * 5 * size, 0x7f);
+  Guarded out(filters * 5 * size);
   ParameterList call;
   call.items = {{w.bytes.data(), g.bytes.data(), nullptr, rows, channels, kernel, 1, out.data(),
                  out.data() + rows * 5 * size, dtype, channels_last, 0}};
@@ -88,17 +115,17 @@ static void run_filter_moments(DType dtype, int64_t rows, int64_t channels, int6
 }
 
 static void run_gate_gradients(DType dtype, int64_t batch, int64_t outer, int64_t channels,
-                               int64_t inner) {
+                               int64_t inner, bool biased = true) {
   const int64_t count = batch * outer * channels * inner;
   const Values y(dtype, count), dy(dtype, count), bias(dtype, channels);
-  std::vector<char> out(batch * channels * (dtype == DType::f64 ? 8 : 4), 0x7f);
-  TK_ISA::gate_gradients({y.bytes.data(), dy.bytes.data(), bias.bytes.data(), out.data(), batch,
-                          outer, channels, inner, dtype},
+  Guarded out(batch * channels * (dtype == DType::f64 ? 8 : 4));
+  TK_ISA::gate_gradients({y.bytes.data(), dy.bytes.data(), biased ? bias.bytes.data() : nullptr,
+                          out.data(), batch, outer, channels, inner, dtype},
                          1);
   std::vector<long double> sums(batch * channels), scale(batch * channels);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = i / inner % channels, to = i / (outer * channels * inner) * channels + c;
-    const long double term = (y.exact[i] - bias.exact[c]) * dy.exact[i];
+    const long double term = (y.exact[i] - (biased ? bias.exact[c] : 0)) * dy.exact[i];
     sums[to] += term, scale[to] += std::abs(term);
   }
   report("gate_gradients", dtype, out, sums, scale);
@@ -116,5 +143,10 @@ int main() {
     run_gate_gradients(dtype, 2, 1, 3, 4999);
     run_gate_gradients(dtype, 3, 301, 77, 1);
     run_gate_gradients(dtype, 2, 1, 37, 1);
+    // Rows of no, one and several times sixteen, whose last are read before the end.
+    for (const int64_t inner : {3, 16, 49, 117}) {
+      run_gate_gradients(dtype, 2, 1, 23, inner, false);
+      run_gate_gradients(dtype, 1, 3, 18, inner);
+    }
   }
 }
