@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 import numpy as np
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
@@ -168,9 +167,7 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if one.name and other.name and _in_a_layer(call):
-        pass  # an update of low rank to the layer's weight
-    elif not vector and len(other.shape) == 2 and other.name:
+    if not vector and len(other.shape) == 2 and other.name:
         layer(call, other, other.dims[0], other.dims[1], macs=macs)
     elif len(one.shape) == 2 and one.name:
         layer(call, one, one.dims[1], one.dims[0], macs=macs)
@@ -258,10 +255,3 @@ def attention(call: Call) -> Labels:
             if len(mask.shape) >= -dim and mask.shape[dim] > 1:
                 call.join(mine, theirs)
     return result
-
-
-def _in_a_layer(call: Call) -> bool:
-    """Whether the code that runs is a layer's own, or computes its weight for it."""
-    return isinstance(call.running, (nn.Linear, _ConvNd)) or (
-        ".parametrizations." in f".{call.recorder.module}"
-    )
