@@ -15,7 +15,8 @@ from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import Read, returned_tensors
-from taylor_kernels.tracing.running import Untouched, call, copied, quiet
+from taylor_kernels.tracing.running import call, copied, quiet
+from taylor_kernels.tracing.untouched import Untouched
 
 
 class Exchanged:

@@ -23,7 +23,6 @@ from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
 from taylor_kernels.tracing.returned import Read, UnknownOutput, checked_outputs, returned_tensors
 from taylor_kernels.tracing.running import (
-    Untouched,
     call,
     copied,
     is_lazy,
@@ -34,6 +33,7 @@ from taylor_kernels.tracing.running import (
     tensors_of_modules,
 )
 from taylor_kernels.tracing.training import learn_from_training, some_unread
+from taylor_kernels.tracing.untouched import Untouched
 
 
 class Count(Protocol):
