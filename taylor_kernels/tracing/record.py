@@ -154,6 +154,7 @@ class Record:
         values: where tensors came from, if that is followed.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
+        unread: tensors that the run in eval mode has not seen, and that may lie along channels.
     """
 
     count: int = 1
@@ -174,6 +175,7 @@ class Record:
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
     values: Values | None = None
     step: int = 0
     size: int = 0

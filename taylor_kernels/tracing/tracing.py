@@ -32,7 +32,12 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
-from taylor_kernels.tracing.training import learn_from_training, some_unread
+from taylor_kernels.tracing.training import (
+    find_unread,
+    keep_as_wide,
+    learn_from_training,
+    set_training,
+)
 from taylor_kernels.tracing.untouched import Untouched
 
 
@@ -169,11 +174,17 @@ def _traced(
             if recorder.hollow is not None and recorder.hollow.asked:
                 return None
             _reach_the_output(recorder, outputs)
-            parameters = [name for name, tensor in tensors if isinstance(tensor, nn.Parameter)]
-            # What a router mixes is taken back once, for one run.
-            if some_unread(recorder.record, parameters) and not any(map(is_router, names)):
-                learn_from_training(recorder, model, tensors, run, new_recorder)
         return recorder
+
+    def train(recorder: Recorder) -> list[Tensor]:
+        """Run the model in train mode."""
+        try:
+            with prunable_attention(names), one_expert_at_a_time(names):
+                with torch._C._AutoDispatchBelowAutograd(), recorder:
+                    set_training(model)
+                return list(run(recorder))
+        finally:
+            untouched.restore()
 
     recorder = None
     try:
@@ -181,11 +192,20 @@ def _traced(
             if can_be_hollow(names) and (recorder := attempt(hollow=True)) is None:
                 untouched.restore()
             recorder = recorder or attempt(hollow=False)
+            assert recorder is not None
+            untouched.restore()
+            record = recorder.record
+            buffers = {name for name, tensor in tensors if not isinstance(tensor, nn.Parameter)}
+            record.unread = find_unread(record, buffers)
+            # What a router mixes is taken back once, for one run.
+            if record.unread and any(map(is_router, names)):
+                keep_as_wide(record, record.unread, "and models with routers run in eval mode only")
+            elif record.unread:
+                learn_from_training(recorder, tensors, train, new_recorder, buffers)
     finally:
         for each in recorders:
             each.memories.release()
         untouched.restore()
-    assert recorder is not None
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)

@@ -1,52 +1,104 @@
-"""What a run in train mode says about channels beside one in eval mode.
+"""What runs in train mode say about channels beside one in eval mode.
 
-Some parameters are read while a model is trained and at no other time: what masked time steps are
-set to (wav2vec 2.0), the layers of auxiliary heads. They lie on channels of the network, and have
-to lose their entries with them. A second run shows how; layers, norms and what is scored stay those
-of eval mode.
+Some parameters and buffers are read while a model is trained and at no other time: what masked time
+steps are set to (wav2vec 2.0), the layers of auxiliary heads, a running centre. They lie on
+channels of the network, and have to lose their entries with them. Further runs show how; layers,
+norms and what is scored stay those of eval mode. What may be read on another day, but was not in
+any of these runs, may lie on any channels of its width: those stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import fields, replace
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Reason, Record
-from taylor_kernels.tracing.recorder import Recorder
+from taylor_kernels.tracing.recorder import Execute, Recorder
+
+#: Fields of a record that stay those of the run in eval mode.
+OF_EVAL_MODE = frozenset(
+    {"norms", "products", "steps", "mixtures", "ran", "values", "step", "unread"}
+)
 
 
-def some_unread(record: Record, parameters: Iterable[str]) -> bool:
-    """Whether the run has computed without one of these parameters."""
-    names = set(parameters)
-    return any(
-        dim == 0 and name in names and start not in record.seen
-        for start, name, dim, _ in record.starts
+def set_training(model: nn.Module) -> None:
+    """Put a model into train mode, but for norms whose statistics need more than one example."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.training = False
+
+
+def find_unread(record: Record, buffers: Collection[str]) -> list[str]:
+    """The parameters and buffers that the runs have computed without, and that may lie along
+    channels: of buffers, which are often tables of positions, those that are as wide as some
+    tensor that was read."""
+    read = {name for start, name, _, _ in record.starts if start in record.seen}
+    wide = {size for _, name, _, size in record.starts if name in read}
+    found = dict.fromkeys(
+        name
+        for _, name, _, size in record.starts
+        if name not in read and size > 1 and (name not in buffers or size in wide)
     )
+    return list(found)
 
 
 def learn_from_training(
     recorder: Recorder,
-    model: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
     run: Callable[[Recorder], Iterable[Tensor]],
-    new_recorder: Callable[[], Recorder],
+    new_recorder: Callable[[Execute], Recorder],
+    buffers: Collection[str],
 ) -> None:
-    """Add to a record which channels go together in train mode, if the model runs there.
+    """Add to a record which channels go together in train mode, as far as the model runs there.
 
     Args:
         recorder: of a run in eval mode.
         tensors: the parameters and buffers that it follows, by name.
-        run: runs the model on the example inputs under a recorder and gives what it returns.
-        new_recorder: makes one like `recorder`.
+        run: runs the model in train mode on the example inputs under a recorder, leaves it as it
+            was, and gives what it returns.
+        new_recorder: makes one like `recorder` that runs operations so.
+        buffers: names of those of `tensors` that are no parameters.
     """
-    record, other = recorder.record, new_recorder()
-    # Numbers of atoms, and of what is fixed, go on from those of the first run.
+    why = ""
+    for highest in (False, True):
+        draws = Draws(highest=highest)
+        try:
+            _learn(recorder, tensors, run, new_recorder(draws))
+        except Exception as error:  # it needs targets, say, or takes too long
+            why = f"and it does not run in train mode ({_short(error)})"
+        finally:
+            draws.close()
+        unread = find_unread(recorder.record, buffers)
+        if draws.asked:
+            why = why or "and a run that chance leads another way may read it"
+        if not unread or not draws.drew:
+            break
+    if why:
+        keep_as_wide(recorder.record, unread, why)
+
+
+def _learn(
+    recorder: Recorder,
+    tensors: Iterable[tuple[str, Tensor]],
+    run: Callable[[Recorder], Iterable[Tensor]],
+    other: Recorder,
+) -> None:
+    record = recorder.record
+    # Numbers of atoms, and of what is fixed, go on from those of the runs before.
     heard = other.record = Record(
-        count=record.count, starts=record.starts, fixed=list(record.fixed), size=record.size
+        **{
+            field.name: copy.copy(getattr(record, field.name))
+            for field in fields(record)
+            if field.name not in OF_EVAL_MODE
+        }
     )
     places = {(name, dim): (start, size) for start, name, dim, size in record.starts}
     for name, tensor in tensors:
@@ -55,24 +107,26 @@ def learn_from_training(
             dims = [np.arange(start, start + size) for start, size in spans]
             known = Labels(tuple(tensor.shape), list(dims), [True] * tensor.dim(), name=name)
             other.store.set(tensor, known)
-    model.train()
-    try:
-        outputs = run(other)
-    except (TimeoutError, MemoryError):
-        raise
-    except Exception:  # it needs targets, or more than one example: the proof has to do without
-        return
-    finally:
-        model.eval()
     reason = Reason("reaches the output of the model in train mode")
-    for tensor in outputs:
+    for tensor in run(other):
         for vector in other.labels(tensor).vectors():
             heard.fix(vector, reason)
-    recorder.record = replace(
-        record,
-        count=heard.count, size=heard.size, fixed=heard.fixed,
-        joins=record.joins + heard.joins, across=record.across + heard.across,
-        tables=record.tables + heard.tables, cuts=record.cuts + heard.cuts,
-        sizes=record.sizes + heard.sizes, echoes=record.echoes + heard.echoes,
-        heads=record.heads + heard.heads,
-    )  # fmt: skip
+    recorder.record = replace(heard, **{name: getattr(record, name) for name in OF_EVAL_MODE})
+
+
+def keep_as_wide(record: Record, unread: Collection[str], why: str) -> None:
+    """Channels along which one of these tensors may lie stay: all those of its widths."""
+    for name in unread:
+        reason = Reason(f"is as wide as {name!r}, which no run has read, {why}")
+        sizes = {size for _, own, _, size in record.starts if own == name and size > 1}
+        for start, own, _, size in list(record.starts):
+            if size in sizes and own not in unread:
+                record.fix(np.arange(start, start + size), reason)
+        for join in record.joins:
+            if join.one.size in sizes and join.one.any():
+                record.fix(join.one, reason)
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 120 else text[:117] + "..."
