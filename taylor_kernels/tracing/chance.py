@@ -54,7 +54,7 @@ class Draws:
         if known.name in _DRAWS:
             self.drew = True
             drawn = tensors_of(out)
-            self.asked |= any(tensor.numel() == 1 for tensor in drawn)
+            self.asked |= any(t.numel() == 1 and t.dim() < 2 for t in drawn)
             ends = {"from": 0.0, "to": 1.0}
             if known.name == "uniform":
                 ends = {

@@ -35,6 +35,7 @@ from taylor_kernels.tracing.running import (
 from taylor_kernels.tracing.training import (
     find_unread,
     keep_as_wide,
+    lasting,
     learn_from_training,
     set_training,
 )
@@ -195,13 +196,13 @@ def _traced(
             assert recorder is not None
             untouched.restore()
             record = recorder.record
-            buffers = {name for name, tensor in tensors if not isinstance(tensor, nn.Parameter)}
-            record.unread = find_unread(record, buffers)
+            states = lasting(modules)
+            record.unread = find_unread(record, states)
             # What a router mixes is taken back once, for one run.
             if record.unread and any(map(is_router, names)):
                 keep_as_wide(record, record.unread, "and models with routers run in eval mode only")
             elif record.unread:
-                learn_from_training(recorder, tensors, train, new_recorder, buffers)
+                learn_from_training(recorder, tensors, train, new_recorder, states)
     finally:
         for each in recorders:
             each.memories.release()

@@ -10,7 +10,7 @@ any of these runs, may lie on any channels of its width: those stay.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Reason, Record
 from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.running import tensors_of_modules
 
 #: Fields of a record that stay those of the run in eval mode.
 OF_EVAL_MODE = frozenset(
@@ -36,16 +37,36 @@ def set_training(model: nn.Module) -> None:
             module.training = False
 
 
-def find_unread(record: Record, buffers: Collection[str]) -> list[str]:
-    """The parameters and buffers that the runs have computed without, and that may lie along
-    channels: of buffers, which are often tables of positions, those that are as wide as some
-    tensor that was read."""
-    read = {name for start, name, _, _ in record.starts if start in record.seen}
+def lasting(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
+    """The parameters of a model and the buffers that its checkpoints hold, which what training has
+    learnt is in; whether they are parameters."""
+    parameters, buffers = tensors_of_modules(modules)
+    passing = {
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, module in modules.items()
+        for leaf in getattr(module, "_non_persistent_buffers_set", ())
+    }
+    return {name: name in parameters for name in (*parameters, *buffers) if name not in passing}
+
+
+def find_unread(record: Record, lasting: Mapping[str, bool]) -> list[str]:
+    """Those of these tensors that the runs have computed without and that may lie along channels:
+    of buffers, which are often tables of positions, those that are as wide as some tensor that was
+    read.
+
+    Args:
+        lasting: tensor -> whether it is a parameter.
+    """
+    seen = set(record.seen)
+    for table in reversed(record.tables):  # a later one may cut what an earlier one has made
+        if table.cells.size and table.cells.item(0) in seen:
+            seen.update(axis.item(0) for axis in table.axes if axis.size)
+    read = {name for start, name, _, _ in record.starts if start in seen}
     wide = {size for _, name, _, size in record.starts if name in read}
     found = dict.fromkeys(
         name
         for _, name, _, size in record.starts
-        if name not in read and size > 1 and (name not in buffers or size in wide)
+        if name in lasting and name not in read and size > 1 and (lasting[name] or size in wide)
     )
     return list(found)
 
@@ -55,7 +76,7 @@ def learn_from_training(
     tensors: Iterable[tuple[str, Tensor]],
     run: Callable[[Recorder], Iterable[Tensor]],
     new_recorder: Callable[[Execute], Recorder],
-    buffers: Collection[str],
+    lasting: Mapping[str, bool],
 ) -> None:
     """Add to a record which channels go together in train mode, as far as the model runs there.
 
@@ -65,7 +86,7 @@ def learn_from_training(
         run: runs the model in train mode on the example inputs under a recorder, leaves it as it
             was, and gives what it returns.
         new_recorder: makes one like `recorder` that runs operations so.
-        buffers: names of those of `tensors` that are no parameters.
+        lasting: as of `find_unread`.
     """
     why = ""
     for highest in (False, True):
@@ -76,12 +97,12 @@ def learn_from_training(
             why = f"and it does not run in train mode ({_short(error)})"
         finally:
             draws.close()
-        unread = find_unread(recorder.record, buffers)
+        unread = find_unread(recorder.record, lasting)
         if draws.asked:
             why = why or "and a run that chance leads another way may read it"
         if not unread or not draws.drew:
             break
-    if why:
+    if why and unread:
         keep_as_wide(recorder.record, unread, why)
 
 

@@ -171,6 +171,23 @@ def test_what_is_never_used_keeps_nothing(kind):
     assert "read.0" not in channels.skipped
 
 
+def test_a_table_that_a_view_of_is_read_has_been_read():
+    """As a table of positions is whose places are looked up in one row."""
+
+    class Looking(Trained):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.places[self.table.view(-1)].sum()
+
+    model = Looking("parameter", without_targets)
+    model.part = nn.Identity()
+    wide = len(model.read[1].weight)
+    model.places = nn.Parameter(torch.randn(4))
+    model.register_buffer("table", torch.randint(4, (wide, wide)))
+    channels = tk.trace(model, torch.randn(4, 3))
+    assert not channels.unread
+    assert "read.0" not in channels.skipped
+
+
 @pytest.mark.parametrize("error", [TimeoutError, MemoryError])
 def test_a_run_in_train_mode_that_is_too_much_ends_no_trace(error):
     def too_much() -> bool:
