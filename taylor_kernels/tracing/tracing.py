@@ -15,7 +15,7 @@ from taylor_kernels.tracing import rules  # noqa: F401 - importing registers the
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
-from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
+from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
 from taylor_kernels.tracing.hollow import can_be_hollow
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
@@ -32,13 +32,7 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
-from taylor_kernels.tracing.training import (
-    find_unread,
-    keep_as_wide,
-    lasting,
-    learn_from_training,
-    set_training,
-)
+from taylor_kernels.tracing.training import learn_from_training, set_training
 from taylor_kernels.tracing.untouched import Untouched
 
 
@@ -178,7 +172,8 @@ def _traced(
         return recorder
 
     def train(recorder: Recorder) -> list[Tensor]:
-        """Run the model in train mode."""
+        """Run the model in train mode, from the state that the caller has left it in."""
+        untouched.restore()
         try:
             with prunable_attention(names), one_expert_at_a_time(names):
                 with torch._C._AutoDispatchBelowAutograd(), recorder:
@@ -194,15 +189,7 @@ def _traced(
                 untouched.restore()
             recorder = recorder or attempt(hollow=False)
             assert recorder is not None
-            untouched.restore()
-            record = recorder.record
-            states = lasting(modules)
-            record.unread = find_unread(record, states)
-            # What a router mixes is taken back once, for one run.
-            if record.unread and any(map(is_router, names)):
-                keep_as_wide(record, record.unread, "and models with routers run in eval mode only")
-            elif record.unread:
-                learn_from_training(recorder, tensors, train, new_recorder, states)
+            learn_from_training(recorder, modules, train, new_recorder)
     finally:
         for each in recorders:
             each.memories.release()

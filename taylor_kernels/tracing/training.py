@@ -12,21 +12,38 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
+from functools import cache
+from types import FunctionType
 
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from taylor_kernels.tracing.calls import MOVES
 from taylor_kernels.tracing.chance import Draws
+from taylor_kernels.tracing.experts import is_router
+from taylor_kernels.tracing.hollow import can_be_hollow
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Reason, Record
-from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.recorder import Recorder
 from taylor_kernels.tracing.running import tensors_of_modules
 
 #: Fields of a record that stay those of the run in eval mode.
 OF_EVAL_MODE = frozenset(
     {"norms", "products", "steps", "mixtures", "ran", "values", "step", "unread"}
 )
+
+
+#: Operations that give values another place or type.
+_COPIES = {"to", "_to_copy", "copy"}
+#: Dropping a branch of some examples draws numbers, makes a mask of them and multiplies with it.
+_DRAWS_OF_BRANCHES = ("rand", "bernoulli")
+_OF_BRANCHES = {
+    *_DRAWS_OF_BRANCHES, "empty", "new_empty", "add", "floor", "div", "mul", "native_dropout",
+}  # fmt: skip
+
+#: Runs the model under a recorder and gives what it returns.
+Run = Callable[[Recorder], Iterable[Tensor]]
 
 
 def set_training(model: nn.Module) -> None:
@@ -71,33 +88,89 @@ def find_unread(record: Record, lasting: Mapping[str, bool]) -> list[str]:
     return list(found)
 
 
+def asks_for_mode(modules: Iterable[nn.Module]) -> bool:
+    """Whether code outside of PyTorch's own modules asks if they train."""
+    classes: set[type] = {type(module) for module in modules}
+    return any(_class_asks_for_mode(each) for each in classes)
+
+
+@cache
+def _class_asks_for_mode(module_class: type) -> bool:
+    return any(
+        isinstance(method, FunctionType) and "training" in method.__code__.co_names
+        for parent in module_class.__mro__
+        if not parent.__module__.startswith("torch.nn.")
+        for method in vars(parent).values()
+    )
+
+
 def learn_from_training(
     recorder: Recorder,
-    tensors: Iterable[tuple[str, Tensor]],
-    run: Callable[[Recorder], Iterable[Tensor]],
-    new_recorder: Callable[[Execute], Recorder],
-    lasting: Mapping[str, bool],
+    modules: Mapping[str, nn.Module],
+    run: Run,
+    new_recorder: Callable[..., Recorder],
 ) -> None:
-    """Add to a record which channels go together in train mode, as far as the model runs there.
+    """Add to a record which channels go together in train mode, if that may be others.
 
     Args:
         recorder: of a run in eval mode.
-        tensors: the parameters and buffers that it follows, by name.
+        modules: dict(model.named_modules()).
         run: runs the model in train mode on the example inputs under a recorder, leaves it as it
             was, and gives what it returns.
-        new_recorder: makes one like `recorder` that runs operations so.
-        lasting: as of `find_unread`.
+        new_recorder: makes one like `recorder`, with options of its class.
     """
+    record, states = recorder.record, lasting(modules)
+    record.unread = find_unread(record, states)
+    if any(map(is_router, modules.values())):  # what it mixes is taken back once, for one run
+        keep_as_wide(record, record.unread, "and models with routers are traced in eval mode only")
+    elif record.unread or (
+        asks_for_mode(modules.values()) and _runs_otherwise(recorder, modules, run, new_recorder)
+    ):
+        _learn_from_both_ends(recorder, modules, states, run, new_recorder)
+
+
+def _runs_otherwise(
+    recorder: Recorder,
+    modules: Mapping[str, nn.Module],
+    run: Run,
+    new_recorder: Callable[..., Recorder],
+) -> bool:
+    """Whether train mode runs operations that the run in eval mode has not."""
+    hollow = can_be_hollow(modules.values())
+    other = new_recorder(Draws(highest=False), blind=True, hollow=hollow)
+    try:
+        run(other)
+    except Exception:  # other code asks for values, or it does not run
+        return True
+    more = other.kinds - recorder.kinds
+    drawn = sum(more[name] for name in _DRAWS_OF_BRANCHES)
+    return any(
+        number > (drawn if name in _OF_BRANCHES else 0)
+        for name, number in more.items()
+        if name not in MOVES and name not in _COPIES
+    )
+
+
+def _learn_from_both_ends(
+    recorder: Recorder,
+    modules: Mapping[str, nn.Module],
+    states: Mapping[str, bool],
+    run: Run,
+    new_recorder: Callable[..., Recorder],
+) -> None:
+    """Learn from a run in which what is done by chance is done, and from one in which it is not
+    if something is still unread; what is unread then, or could not be learnt, keeps channels."""
+    parameters, buffers = tensors_of_modules(modules)
     why = ""
     for highest in (False, True):
         draws = Draws(highest=highest)
         try:
-            _learn(recorder, tensors, run, new_recorder(draws))
+            _learn(recorder, parameters | buffers, run, new_recorder(draws))
         except Exception as error:  # it needs targets, say, or takes too long
             why = f"and it does not run in train mode ({_short(error)})"
         finally:
             draws.close()
-        unread = find_unread(recorder.record, lasting)
+        unread = find_unread(recorder.record, states)
         if draws.asked:
             why = why or "and a run that chance leads another way may read it"
         if not unread or not draws.drew:
@@ -106,12 +179,7 @@ def learn_from_training(
         keep_as_wide(recorder.record, unread, why)
 
 
-def _learn(
-    recorder: Recorder,
-    tensors: Iterable[tuple[str, Tensor]],
-    run: Callable[[Recorder], Iterable[Tensor]],
-    other: Recorder,
-) -> None:
+def _learn(recorder: Recorder, tensors: Mapping[str, Tensor], run: Run, other: Recorder) -> None:
     record = recorder.record
     # Numbers of atoms, and of what is fixed, go on from those of the runs before.
     heard = other.record = Record(
@@ -122,7 +190,7 @@ def _learn(
         }
     )
     places = {(name, dim): (start, size) for start, name, dim, size in record.starts}
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         spans = [places[name, dim] for dim in range(tensor.dim()) if (name, dim) in places]
         if len(spans) == tensor.dim():
             dims = [np.arange(start, start + size) for start, size in spans]

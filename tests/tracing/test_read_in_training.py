@@ -222,7 +222,7 @@ def test_all_that_a_run_writes_down_is_learnt_but_what_is_of_eval_mode():
 
     first = recorder()
     write(first.record, marks[0])
-    training._learn(first, [], run, recorder())
+    training._learn(first, {}, run, recorder())
     for field in fields(Record):
         if isinstance(value := getattr(first.record, field.name), (list, set, dict)):
             assert sorted(value) == marks[: 1 if field.name in training.OF_EVAL_MODE else 2]
