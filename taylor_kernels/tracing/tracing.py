@@ -59,7 +59,9 @@ def trace(
     The model is run once in eval mode on the example inputs, below autograd and module code, so
     functions, methods, custom modules and any container of outputs are read alike. It is afterwards
     as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
-    has not read some parameter, another one in train mode says which channels it lies on.
+    has not read some parameter or buffer, or train mode does more, further runs in train mode say
+    which channels go together there; what these do not read either, though chance might lead a
+    run to it or the model does not train on the inputs, keeps the channels of its width.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
