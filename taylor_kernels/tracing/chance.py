@@ -24,7 +24,7 @@ class Draws:
 
     Code that runs a layer, or masks some steps, with a probability asks whether such a number is
     below it: it does so with the lowest, and leaves it with the highest, whatever the caller's
-    random state is.
+    random state is. To be made and used inside `quiet`, as random states are set.
 
     Attributes:
         drew: something was drawn that code may ask for.

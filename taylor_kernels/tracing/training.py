@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
 from functools import cache
+from inspect import unwrap
 from types import FunctionType
 
 import numpy as np
@@ -97,7 +98,7 @@ def asks_for_mode(modules: Iterable[nn.Module]) -> bool:
 @cache
 def _class_asks_for_mode(module_class: type) -> bool:
     return any(
-        isinstance(method, FunctionType) and "training" in method.__code__.co_names
+        isinstance(method, FunctionType) and "training" in unwrap(method).__code__.co_names
         for parent in module_class.__mro__
         if not parent.__module__.startswith("torch.nn.")
         for method in vars(parent).values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import wraps
 
 import pytest
 import torch
@@ -25,20 +26,12 @@ OTHERWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class Otherwise(nn.Module):
-    def __init__(self, kind: str, *, inside: bool) -> None:
-        super().__init__()
-        width = 2 * random.randint(3, 6)
-        self.one, self.other = nn.Linear(3, width), nn.Linear(3, width)
-        self.mix = Mix(kind) if inside else None
-        self.kind = kind
-        self.leave = nn.Sequential(nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 2))
+def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(forward)
+    def around(*args: Tensor) -> Tensor:
+        return forward(*args)
 
-    def forward(self, x: Tensor) -> Tensor:
-        one, other = self.one(x).relu(), self.other(x).sigmoid()
-        if self.mix is not None:
-            return self.leave(self.mix(one, other))
-        return self.leave(OTHERWISE[self.kind](one, other) if self.training else one + other)
+    return around
 
 
 class Mix(nn.Module):
@@ -50,10 +43,32 @@ class Mix(nn.Module):
         return OTHERWISE[self.kind](one, other) if self.training else one + other
 
 
-@pytest.mark.parametrize("inside", [False, True])
+class Decorated(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    @decorated
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        return OTHERWISE[self.kind](one, other) if self.training else one + other
+
+
+class Otherwise(nn.Module):
+    def __init__(self, mix: nn.Module) -> None:
+        super().__init__()
+        width = 2 * random.randint(3, 6)
+        self.one, self.other = nn.Linear(3, width), nn.Linear(3, width)
+        self.mix = mix
+        self.leave = nn.Sequential(nn.Linear(width, 7), nn.ReLU(), nn.Linear(7, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.mix(self.one(x).relu(), self.other(x).sigmoid()))
+
+
+@pytest.mark.parametrize("mix", [Mix, Decorated])
 @pytest.mark.parametrize("kind", OTHERWISE)
-def test_what_is_done_in_train_mode_alone_is_done_alike_after_removal(kind, inside):
-    model = Otherwise(kind, inside=inside)
+def test_what_is_done_in_train_mode_alone_is_done_alike_after_removal(kind, mix):
+    model = Otherwise(mix(kind))
     assert not tk.trace(model, torch.randn(4, 3)).unread
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     pruner = tk.Pruner(
