@@ -77,12 +77,12 @@ class Trial:
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
         self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
+        self._train_too = False
         if not self._runs_in_double(example_inputs):
             back()
             self._run.exact = False
             self._run.remember()
             self._runs(example_inputs)
-        self._train_too = False
         if train_too:
             self._run.expect_all_written()
             # It may need targets: then there is nothing to compare.
