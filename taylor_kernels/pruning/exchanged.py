@@ -15,7 +15,9 @@ from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import Read, returned_tensors
-from taylor_kernels.tracing.running import Untouched, call, copied, quiet
+from taylor_kernels.tracing.running import call, copied, quiet
+from taylor_kernels.tracing.training import set_training
+from taylor_kernels.tracing.untouched import Untouched
 
 
 class Exchanged:
@@ -90,8 +92,10 @@ class Exchanged:
 
     def outputs(self, *, train: bool = False) -> list[Tensor]:
         """What the model returns as it is now."""
-        if any(module.training is not train for module in self.modules.values()):
-            self._model.train(train)
+        if train:
+            set_training(self._model)
+        elif any(module.training for module in self.modules.values()):
+            self._model.eval()
         if train or not self.idle:
             mode = InDouble(below=self.below) if self.exact else SmallPools()
             found = self._outputs(mode)

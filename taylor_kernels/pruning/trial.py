@@ -49,7 +49,7 @@ class Trial:
     Args:
         model: a copy in eval mode; its values are changed.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
-            alone), so it must also run in train mode without the units.
+            alone), so that outputs are also compared in train mode, if it runs there.
         outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
@@ -77,18 +77,18 @@ class Trial:
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
         self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
+        self._train_too = False
         if not self._runs_in_double(example_inputs):
             back()
             self._run.exact = False
             self._run.remember()
             self._runs(example_inputs)
-        self._train_too = False
         if train_too:
             self._run.expect_all_written()
-            # One example is too few for BatchNorm to train on: then there is nothing to compare.
+            # It may need targets: then there is nothing to compare.
             with suppress(Exception), self._run.restored():
                 self._run.outputs(train=True)
-                self._train_too = True
+                self._train_too, self._begun = True, None
 
     @property
     def exact(self) -> bool:
@@ -223,8 +223,6 @@ class Trial:
                     for block in blocks:
                         replace_modules(self._model, block.places)
                     found = self._outputs_kept(channels, left, attributes, gone)
-                    if self._train_too:
-                        self._run.outputs(train=True)
             except Exception as error:
                 self.place = self._where(error)
                 return f"the model does not run without {some} ({_short(error)})"
@@ -261,10 +259,12 @@ class Trial:
         attributes: Mapping[str, Mapping[str, Any]],
         gone: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """What the model returns where norms and routers know of the masked units."""
+        """What the model returns where norms and routers know of the masked units: in eval mode,
+        and behind that in train mode if it runs there."""
         hooks = keep_only(self._modules, channels, masked, attributes, gone)
         try:
-            return self._run.outputs()
+            found = self._run.outputs()
+            return found + self._run.outputs(train=True) if self._train_too else found
         finally:
             remove_all(hooks)
 

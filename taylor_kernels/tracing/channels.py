@@ -51,7 +51,7 @@ class Channels(Consequences, Alternatives):
         steps: the norms and products that channels go through, in running order, with classes in
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
-        unread: parameters that the run did not compute with.
+        unread: parameters and buffers that the run in eval mode did not compute with.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
             they are to be filled before those that are zeroed.
@@ -92,11 +92,7 @@ class Channels(Consequences, Alternatives):
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
-        self.unread = {
-            name
-            for start, name, _, _ in record.starts
-            if name not in buffers and start not in record.seen
-        }
+        self.unread = set(record.unread)
         self.groups = find_groups(layers, dims, vectors.norms, self.fills, self._why == FREE)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {

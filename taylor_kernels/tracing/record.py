@@ -155,6 +155,7 @@ class Record:
         guesses: attributes whose number is that of parts that code has left to PyTorch to count.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
+        unread: tensors that the run in eval mode has not seen, and that may lie along channels.
     """
 
     count: int = 1
@@ -176,6 +177,7 @@ class Record:
     fills: dict[str, dict[int, float]] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
+    unread: list[str] = field(default_factory=list)
     values: Values | None = None
     step: int = 0
     size: int = 0

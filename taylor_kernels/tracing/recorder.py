@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -57,11 +58,13 @@ class Recorder(TorchDispatchMode):
         across: finds the modules that normalise across channels.
         touched: called with a tensor before something is written into it.
         hollow: which tensors have no values; None in a run of the model as it is.
+        kinds: how many operations of each name have run.
 
     Args:
         execute: runs an operation; for callers that count what runs.
         blocks: also follow where tensors come from, by which residual blocks are found.
         hollow: layers need not compute what they return.
+        blind: operations are counted and not followed.
     """
 
     def __init__(
@@ -72,8 +75,11 @@ class Recorder(TorchDispatchMode):
         execute: Execute | None = None,
         blocks: bool = False,
         hollow: bool = False,
+        blind: bool = False,
     ) -> None:
         super().__init__()
+        self._blind = blind
+        self.kinds: Counter[str] = Counter()
         self._execute = execute or _execute
         self.memories = Memories()
         self.hollow = Hollow(self.memories) if hollow else None
@@ -240,6 +246,9 @@ class Recorder(TorchDispatchMode):
         parents = [] if values is None else [values.of(tensor) for tensor in call.tensors]
         made, kind = (None, None) if self.hollow is None else self.hollow.before(call)
         call.out = self._execute(func, args, kwargs, made)
+        self.kinds[call.name] += 1
+        if self._blind:
+            return call.out
         call.outs = tensors_of(call.out)
         call.lies = [self.memories.hold(out) for out in call.outs]
         if self.hollow is not None and kind is not None:

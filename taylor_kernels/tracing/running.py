@@ -6,17 +6,16 @@ import copy
 import dataclasses
 import gc
 import os
+import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
-
-from taylor_kernels.tracing.caches import COMMON
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -50,16 +49,6 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             waiting.extend(vars(item).values())
 
 
-#: What nn.Module keeps in dictionaries; hooks that a first run installs are to go with it.
-_TABLES = (
-    "_buffers", "_parameters", "_modules",
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
-_NOTHING: dict[str, Any] = {}
-
-
 def example_count(batch: object) -> int:
     """How many examples a minibatch has, by its first tensor; 1 where that does not tell."""
     first = next(tensors_in(batch), None)
@@ -87,81 +76,6 @@ def tensors_of_modules(
                     table[f"{prefix}.{leaf}" if prefix else leaf] = tensor
         tables.append(table)
     return tables[0], tables[1]
-
-
-class Untouched:
-    """Puts a model back as it was: modes, buffers, parameters, hooks, attributes, values.
-
-    Values are copied only when something is about to be written into them.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> None:
-        self._modules = [(module, dict(module.__dict__)) for module in modules]
-        self._classes = [type(module) for module in modules]
-        self._modes = [(module, module.training) for module in modules]
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (table, dict(table) if table else _NOTHING)
-            for _, attributes in self._modules
-            for name in _TABLES
-            if isinstance(table := attributes.get(name), dict)  # a ScriptModule's are views
-        ]
-        # Dictionaries and lists that code may fill in.
-        self._held: list[tuple[Any, Any]] = [
-            (value, value.copy())
-            for _, attributes in self._modules
-            for name, value in attributes.items()
-            if type(value) in (dict, list) and name not in COMMON
-        ]
-        self._watched = {
-            tensor.untyped_storage()._cdata: tensor
-            for tensor in tensors
-            if tensor.layout is torch.strided and not is_lazy(tensor)
-        }
-        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def touch(self, tensor: Tensor) -> None:
-        """Something is about to be written into this tensor."""
-        if tensor.layout != torch.strided:
-            return
-        key = tensor.untyped_storage()._cdata
-        if key in self._watched and key not in self._saved:
-            mine = self._watched[key]
-            self._saved[key] = (mine, mine.detach().clone())
-
-    def restore(self) -> None:
-        """The model is as it was; this can be done again after another run."""
-        with torch.no_grad():
-            for tensor, value in self._saved.values():
-                tensor.data.copy_(value)
-        for (module, attributes), own in zip(self._modules, self._classes, strict=True):
-            if type(module) is not own:
-                module.__class__ = own
-            if not _same(module.__dict__, attributes):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-        for module, training in self._modes:
-            if module.training != training:  # a ScriptModule keeps it elsewhere
-                module.training = training
-        for table, entries in self._tables:
-            if (table or entries) and not _same(table, entries):
-                table.clear()
-                table.update(entries)
-        for value, before in self._held:
-            if isinstance(value, list):
-                if len(value) != len(before) or not all(map(is_, value, before)):
-                    value[:] = before
-            elif not _same(value, before):
-                value.clear()
-                value.update(before)
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """The same objects under the same names in the same order; a model has thousands of these."""
-    return (
-        len(one) == len(other)
-        and all(map(is_, one.values(), other.values()))
-        and all(map(is_, one, other))
-    )
 
 
 def is_lazy(tensor: Tensor) -> bool:
@@ -242,6 +156,9 @@ def _quiet(model: nn.Module, mode: TorchFunctionMode | None) -> Iterator[None]:
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []))
+        # Code may draw from Python and NumPy too, as data augmentation in a model does.
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         if mode is not None:
             stack.enter_context(mode)
         if hasattr(torch.compiler, "set_stance"):

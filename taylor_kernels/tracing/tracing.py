@@ -15,7 +15,7 @@ from taylor_kernels.tracing import rules  # noqa: F401 - importing registers the
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
-from taylor_kernels.tracing.experts import find_mixtures, is_router, one_expert_at_a_time
+from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
 from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
@@ -23,7 +23,6 @@ from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
 from taylor_kernels.tracing.returned import Read, UnknownOutput, checked_outputs, returned_tensors
 from taylor_kernels.tracing.running import (
-    Untouched,
     call,
     copied,
     is_lazy,
@@ -33,7 +32,8 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
-from taylor_kernels.tracing.training import learn_from_training, some_unread
+from taylor_kernels.tracing.training import learn_from_training, set_training
+from taylor_kernels.tracing.untouched import Untouched
 
 
 class Count(Protocol):
@@ -59,7 +59,9 @@ def trace(
     The model is run once in eval mode on the example inputs, below autograd and module code, so
     functions, methods, custom modules and any container of outputs are read alike. It is afterwards
     as it was: modes, buffers, attributes, hooks, random state, also after an error. Where that run
-    has not read some parameter, another one in train mode says which channels it lies on.
+    has not read some parameter or buffer, or train mode does more, further runs in train mode say
+    which channels go together there; what these do not read either, though chance might lead a
+    run to it or the model does not train on the inputs, keeps the channels of its width.
 
     Of a large model without hooks on its modules, convolutions, linear layers and norms are not
     computed: what a trace says follows from shapes. As soon as code reads values (in a condition,
@@ -173,14 +175,21 @@ def _traced(
             if recorder.hollow is not None and recorder.hollow.asked:
                 return None
             _reach_the_output(recorder, outputs)
-            parameters = [name for name, tensor in tensors if isinstance(tensor, nn.Parameter)]
-            # What a router mixes is taken back once, for one run.
-            if some_unread(recorder.record, parameters) and not any(map(is_router, names)):
-                learn_from_training(recorder, model, tensors, run, new_recorder)
         return recorder
 
     def kept_hollow(recorder: Recorder) -> bool:
         return recorder.hollow is not None and recorder.hollow.kept
+
+    def train(recorder: Recorder) -> list[Tensor]:
+        """Run the model in train mode, from the state that the caller has left it in."""
+        untouched.restore()
+        try:
+            with prunable_attention(names), one_expert_at_a_time(names):
+                with torch._C._AutoDispatchBelowAutograd(), recorder:
+                    set_training(model)
+                return list(run(recorder))
+        finally:
+            untouched.restore()
 
     recorder = None
     try:
@@ -192,11 +201,12 @@ def _traced(
                     if recorder is not None and kept_hollow(recorder):
                         recorder = None  # what code has kept elsewhere, as in a table, gets values
             recorder = recorder or attempt(hollow=False)
+            assert recorder is not None
+            learn_from_training(recorder, modules, train, new_recorder)
     finally:
         for each in recorders:
             each.memories.release()
         untouched.restore()
-    assert recorder is not None
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
     with prunable_attention(names):
         return Channels(recorder.record, modules)

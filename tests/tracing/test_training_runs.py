@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import taylor_kernels.tracing.tracing as tracing
 from tests.zoo import judging
 
 
@@ -111,3 +112,38 @@ def test_a_model_that_does_not_train_on_the_example_is_traced_all_the_same():
 
     pruner, _ = judging.new_pruner(Picky(8, 6, "written"), torch.randn(1, 6, 3), 0.7)
     assert "body.1" in pruner.widths
+
+
+class Centred(nn.Module):
+    """A layer beside another while training, and a mean over channels if `mean` says so."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean = mean
+        self.read, self.beside = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.leave = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(x)
+        if self.training:
+            y = y + self.beside(x)
+            y = y - y.mean(-1, keepdim=True) if self.mean else y
+        return self.leave(y)
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_proof_compares_outputs_in_train_mode(mean, monkeypatch):
+    """It does not take the trace's word: here only for what the layer beside lies along."""
+    learn = tracing.learn_from_training
+
+    def deaf(recorder, *rest):
+        before = len(recorder.record.fixed)
+        learn(recorder, *rest)
+        del recorder.record.fixed[before:]
+
+    monkeypatch.setattr(tracing, "learn_from_training", deaf)
+    if mean:
+        with pytest.raises(ValueError, match="mixes its channels"):
+            judging.new_pruner(Centred(mean), torch.randn(4, 3), 0.5)
+    else:
+        assert "read" in judging.new_pruner(Centred(mean), torch.randn(4, 3), 0.5)[0].widths

@@ -1,0 +1,76 @@
+"""Runs in which chance plays no part, and whether another run might go another way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from taylor_kernels.tracing.operations import operation, tensors_of
+
+#: Operations whose results code may ask for; dropout only weighs what is there.
+_DRAWS = {
+    "rand", "rand_like", "uniform", "bernoulli", "randn", "randn_like", "normal", "randint",
+    "randint_like", "random", "randperm", "multinomial", "exponential", "geometric", "poisson",
+    "binomial", "cauchy", "log_normal",
+}  # fmt: skip
+
+
+class Draws:
+    """Runs operations; uniform numbers that they draw are all the lowest or all the highest.
+
+    Code that runs a layer, or masks some steps, with a probability asks whether such a number is
+    below it: it does so with the lowest, and leaves it with the highest, whatever the caller's
+    random state is. To be made and used inside `quiet`, as random states are set.
+
+    Attributes:
+        drew: something was drawn that code may ask for.
+        asked: it may have been: another run may go another way.
+
+    Args:
+        highest: numbers just below one in place of zeros.
+    """
+
+    def __init__(self, *, highest: bool) -> None:
+        self._place = 1.0 - 2.0**-8 if highest else 0.0  # also below one in half precision
+        self.drew = self.asked = False
+        torch.default_generator.manual_seed(int(highest))
+        random.seed(int(highest))
+        np.random.seed(int(highest))
+        self._others = _other_states()
+
+    def close(self) -> None:
+        """The run is over."""
+        if _other_states() != self._others:
+            self.drew = self.asked = True  # in Python, where nothing else can be seen of it
+
+    def __call__(self, func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
+        """Run an operation, as a recorder's `execute`."""
+        out = func(*args, **kwargs) if made is None else made
+        known = operation(func)
+        if known.name in _DRAWS:
+            self.drew = True
+            drawn = tensors_of(out)
+            self.asked |= any(t.numel() == 1 and t.dim() < 2 for t in drawn)
+            ends = {"from": 0.0, "to": 1.0}
+            if known.name == "uniform":
+                ends = {
+                    **known.defaults,
+                    **dict(zip(known.arguments, args, strict=False)),
+                    **kwargs,
+                }
+            if known.name in ("rand", "rand_like", "uniform"):
+                for tensor in drawn:
+                    tensor.fill_(ends["from"] + (ends["to"] - ends["from"]) * self._place)
+        elif known.name == "_local_scalar_dense":
+            self.asked |= self.drew
+        return out
+
+
+def _other_states() -> tuple[Any, ...]:
+    """The random states of Python and NumPy."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest
