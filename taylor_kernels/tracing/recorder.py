@@ -58,7 +58,7 @@ class Recorder(TorchDispatchMode):
         across: finds the modules that normalise across channels.
         touched: called with a tensor before something is written into it.
         hollow: which tensors have no values; None in a run of the model as it is.
-        kinds: how many operations of each name have run.
+        kinds: how many operations of each name have run, and what modules have returned.
 
     Args:
         execute: runs an operation; for callers that count what runs.
@@ -118,6 +118,7 @@ class Recorder(TorchDispatchMode):
         while self._outer:
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
+                self.kinds[f"{type(output).__name__} of {frame.name}"] += 1
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break

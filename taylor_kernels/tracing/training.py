@@ -136,7 +136,7 @@ def _runs_otherwise(
     run: Run,
     new_recorder: Callable[..., Recorder],
 ) -> bool:
-    """Whether train mode runs operations that the run in eval mode has not."""
+    """Whether train mode runs or returns what the run in eval mode has not."""
     hollow = can_be_hollow(modules.values())
     other = new_recorder(Draws(highest=False), blind=True, hollow=hollow)
     try:

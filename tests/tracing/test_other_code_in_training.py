@@ -89,6 +89,31 @@ def test_what_is_done_in_train_mode_alone_is_done_alike_after_removal(kind, mix)
     assert judging.distance(masked, trained()) < 1e-12
 
 
+class Pool(nn.Module):
+    """A mean over channels, which comes in a tuple while training."""
+
+    def forward(self, y: Tensor) -> Tensor | tuple[Tensor]:
+        y = y - y.mean(-1, keepdim=True)
+        return (y,) if self.training else y
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.pool, self.two = nn.Linear(3, 8), Pool(), nn.Linear(8, 6)
+        self.leave = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.pool(self.one(x))
+        return self.leave(self.two(y[0] if isinstance(y, tuple) else y).relu())
+
+
+def test_a_module_that_returns_a_tuple_in_train_mode_is_no_norm_there():
+    skipped = tk.trace(Pooled(), torch.randn(4, 3)).skipped
+    assert "mean in 'pool'" in skipped["one"]
+    assert "two" not in skipped
+
+
 class Dropping(nn.Module):
     """A branch that is left out of some examples, and dropout."""
 
