@@ -19,6 +19,7 @@ class Operation:
         name: without namespace, overload and the underscore of in-place forms.
         arguments: their names; `keywords` are those that are passed by keyword.
         written: the arguments that it writes into.
+        statistics: those that a norm writes into in training, of which its schema says nothing.
         composite: it is made of other operations.
         pointwise: PyTorch says that it works element by element.
         moves: it makes its argument a view of other sizes, in place.
@@ -29,6 +30,7 @@ class Operation:
     keywords: tuple[str, ...]
     defaults: Mapping[str, Any]
     written: tuple[str, ...]
+    statistics: tuple[str, ...]
     composite: bool
     pointwise: bool
     moves: bool
@@ -40,12 +42,16 @@ def operation(func: Any) -> Operation:
     if name.endswith("_") and not name.endswith("__"):
         name = name.rstrip("_")
     arguments = func._schema.arguments
+    written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    learns = "norm" in name and not name.endswith(("no_training", "no_update", "functional"))
+    statistics = {"running_mean", "running_var"}.intersection(a.name for a in arguments)
     return Operation(
         name,
         tuple(a.name for a in arguments),
         tuple(a.name for a in arguments if a.kwarg_only),
         {a.name: a.default_value for a in arguments if a.has_default_value()},
-        tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write),
+        written,
+        tuple(sorted(statistics.difference(written))) if learns else (),
         torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
         ),

@@ -239,7 +239,10 @@ class Recorder(TorchDispatchMode):
         self.frame.met += call.labels.values()
         record = self.record
         written: list[Tensor] = []
-        for name in known.written:
+        names = known.written
+        if known.statistics and call.args.get("training", call.args.get("use_input_stats", True)):
+            names += known.statistics
+        for name in names:
             written += tensors_of(call.args.get(name))
         for tensor in written:
             self.touched(tensor)

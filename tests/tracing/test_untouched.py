@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import taylor_kernels as tk
 
@@ -150,3 +151,32 @@ def test_what_learns_learns_and_what_is_frozen_is(learns_in, learns):
     model[1].weight.requires_grad_(learns)
     tk.trace(model, torch.randn(2, 3))
     assert model[1].weight.requires_grad is learns
+
+
+class OwnNorm(nn.Module):
+    """It learns its statistics by a function of PyTorch whose schema does not say that it writes."""
+
+    def __init__(self, width: int, per_example: bool) -> None:
+        super().__init__()
+        self.per_example = per_example
+        self.register_buffer("mean", torch.randn(width))
+        self.register_buffer("var", torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = functional.instance_norm if self.per_example else functional.batch_norm
+        return norm(x, self.mean, self.var, None, None, self.training)
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_statistics_that_a_function_learns_are_as_they_were(per_example, training):
+    width = random.randint(3, 8)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 3), OwnNorm(width, per_example), nn.Conv2d(width, 2, 1)
+    )
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(1, 3, 6, 6)
+    tk.trace(model, x)
+    tk.Pruner(model, x, "magnitude_l2", filters=0.9).close()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -144,10 +144,12 @@ def _may_shrink(
     worked out from the width, unless PyTorch had to infer one: they are constants then. It is taken
     to be the widest, where that is plain: numbers of groups come first and are few, and of
     (4, 2) either may be the number. Where the others are of space, or of a batch, there is no such
-    number, and the size is that of the channels, from wherever it is.
+    number, and the size is that of the channels, from wherever it is: but for a constant beside an
+    axis of one place that PyTorch had to infer, as that of `view(n, -1, 2)` of two channels.
     """
     along = [i for i in range(grid.ndim) if (grid != grid.take([0], axis=i)).any()]
-    if len(along) == 1:
+    constant = any(i in inferred and grid.shape[place] == 1 for place, i in enumerate(theirs))
+    if len(along) == 1 and not constant:
         return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
