@@ -154,7 +154,7 @@ def test_what_learns_learns_and_what_is_frozen_is(learns_in, learns):
 
 
 class OwnNorm(nn.Module):
-    """It learns its statistics by a function of PyTorch whose schema does not say that it writes."""
+    """It learns its statistics by a function whose schema does not say that it writes."""
 
     def __init__(self, width: int, per_example: bool) -> None:
         super().__init__()
