@@ -101,26 +101,24 @@ class WatchesPasses(Statistic):
         of_weights = self._unreached & self._at_gradients
         self._leave_out(
             of_weights,
-            f"{', '.join(self._layers_at(of_weights))}: gates of what is made there are read "
-            "off the gradients of weights that require none (frozen, or inside tk.scoring), so "
-            "{}; train them to score it",
+            "{layers}: gates of what is made there are read off the gradients of weights that "
+            "require none (frozen, or inside tk.scoring), so {so}; train them to score it",
         )
-        unreached = self._unreached - of_weights
         self._leave_out(
-            unreached,
-            f"no gradient reaches the output of {', '.join(self._layers_at(unreached))}, "
-            "because everything before is frozen, so {}; run the pass inside "
-            "tk.scoring(model), or use taylor_fo, which scores the layers that are trained",
+            self._unreached - of_weights,
+            "no gradient reaches the output of {layers}, because everything before is frozen, so "
+            "{so}; run the pass inside tk.scoring(model), or use taylor_fo, which scores the "
+            "layers that are trained",
         )
         missing = {name for name in self._watched if name not in self._called}
         unseen = {name for name in missing if self._was_used(name)}
         self._unreached |= unseen
         self._leave_out(
             unseen,
-            f"{', '.join(self._layers_at(unseen))}: never called, though the weight has a "
-            "gradient: other code multiplies by it, as nn.MultiheadAttention does, or the model "
-            "was compiled before this meter was made, which must come first. The output cannot be "
-            "seen, so {}; gate criteria find it by example_inputs=, weight criteria need none",
+            "{layers}: never called, though the weight has a gradient: other code multiplies by "
+            "it, as nn.MultiheadAttention does, or the model was compiled before this meter was "
+            "made, which must come first. The output cannot be seen, so {so}; gate criteria find "
+            "it by example_inputs=, weight criteria need none",
         )
         missing -= unseen
         if missing and len(missing) < len(self._watched) and not self._warned:
@@ -133,14 +131,22 @@ class WatchesPasses(Statistic):
 
     def _leave_out(self, keys: set[str], why: str) -> None:
         """Say once that there is no score of what is watched by these names; it is an error if
-        that is all there is."""
+        that is all there is.
+
+        Args:
+            why: with places for the `layers` and for what comes of it (`so`).
+        """
         if not keys:
             return
-        if keys >= self._called:
-            raise RuntimeError(why.format("there is nothing to score"))
-        if not keys <= self._told:
-            self._told |= keys
-            warnings.warn(why.format("these layers have no score"), stacklevel=6)
+        nothing = keys >= self._called
+        if not nothing and keys <= self._told:
+            return
+        so = "there is nothing to score" if nothing else "these layers have no score"
+        message = why.format(layers=", ".join(self._layers_at(keys)), so=so)
+        if nothing:
+            raise RuntimeError(message)
+        self._told |= keys
+        warnings.warn(message, stacklevel=6)
 
     def _was_used(self, name: str) -> bool:
         """Whether the weight of what is watched has a gradient."""
