@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import first_fault, sound_blocks, unsound
+from taylor_kernels.pruning.check import sound_blocks
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
-from taylor_kernels.pruning.second_choice import Offer, Proven, best_choice, sound_filters, sound_in
+from taylor_kernels.pruning.proof import Proof
+from taylor_kernels.pruning.second_choice import best_choice
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
@@ -124,11 +125,7 @@ def find_prunable(
             trial = Trial(plain, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
-
-            def prove(whole: Channels, offer: Offer) -> Proven:
-                trial.channels = offer[0]
-                return _proven(trial, whole, plain, chosen, offer, choose)
-
+            prove = Proof(trial, plain, chosen, choose).prove
             offer, found = best_choice(prove, whole, (channels, groups, skipped), plain, choose)
             channels, groups, skipped = offer
             for number, reason in found.items():
@@ -170,92 +167,6 @@ def find_prunable(
         ],
         blocks=tuple(chosen),
     )
-
-
-Choose = Callable[[Channels], tuple[list[Group], dict[str, str]]]
-
-
-def _proven(
-    trial: Trial,
-    whole: Channels,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    offer: Offer,
-    choose: Choose,
-) -> Proven:
-    """What can be offered, and the groups of it that are not sound, with the reason.
-
-    What could not go alone may go with what has the same width by the code's own words.
-    """
-    if not first_fault(trial, blocks):
-        return offer, {}
-    followed, other, sound = _following(trial, whole, model, blocks, offer, choose)
-    if sound:
-        return followed, {}
-    found = _without_unsound(trial, other, model, blocks, followed, choose)
-    if followed is offer or not found[1]:
-        return found
-    # Sizes that follow others may have tied what is sound to what is not.
-    alone = _without_unsound(trial, whole, model, blocks, offer, choose)
-    return max(found, alone, key=sound_in)
-
-
-def _without_unsound(
-    trial: Trial,
-    whole: Channels,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    offer: Offer,
-    choose: Choose,
-) -> Proven:
-    """`_proven`, once sizes that code has from other tensors do or do not follow these."""
-    trial.channels, groups, _ = offer
-    found = unsound(trial, blocks)
-    wrong = {slot.owner for number in found for slot in groups[number].producers}
-    if wrong and (other := whole.coupled(model, wrong)) is not None:
-        more, skipped = choose(other)
-        trial.channels = other.offering(more)
-        left = unsound(trial, blocks)
-        if sound_filters(more, left) > sound_filters(groups, found):
-            return (trial.channels, more, skipped), left
-    return offer, found
-
-
-def _following(
-    trial: Trial,
-    whole: Channels,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    offer: Offer,
-    choose: Choose,
-) -> tuple[Offer, Channels, bool]:
-    """What can be offered where sizes that code has from other tensors follow these.
-
-    The module in which the trial has failed says whose code does so: its class's. So culprits need
-    not be looked for among all groups, and what else happens to be as wide stays apart. Sizes stay
-    as they are where filters that could go no longer can.
-
-    Args:
-        trial: has found a fault in the groups of this offer.
-        whole: the channels that the groups are of.
-
-    Returns:
-        The offer, the channels that its groups are of, and whether all of its groups are sound.
-    """
-    while trial.place is not None:
-        kind = type(model.get_submodule(trial.place))
-        at = {name for name, module in model.named_modules() if type(module) is kind}
-        other = whole.coupled(model, whole.layers, at=at)
-        if other is None:
-            break
-        groups, skipped = choose(other)
-        if sound_filters(groups, {}) < sound_filters(offer[1], {}):
-            break
-        whole, trial.channels = other, other.offering(groups)
-        offer = trial.channels, groups, skipped
-        if not first_fault(trial, blocks):
-            return offer, whole, True
-    return offer, whole, False
 
 
 def _copied(model: nn.Module) -> nn.Module:

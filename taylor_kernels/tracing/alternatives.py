@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,9 @@ class Alternatives:
     _why: Vector
     _vectors: Vectors
 
-    def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # the constructor that the class with these methods has
+
+        def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None: ...
 
     def coupled(
         self: _Channels,
