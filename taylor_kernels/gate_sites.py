@@ -227,24 +227,23 @@ def _kinds(
     """Classes that run through the same nodes: the classes, what takes them, what gives them and
     what passes them on."""
     sides = [side for node in nodes for side in (node.inputs, node.outputs, node.passing)]
+    # A pair of a class and a side is one number.
     pairs = np.unique(
-        np.concatenate(
-            [np.stack((side, np.full_like(side, i)), 1) for i, side in enumerate(sides)]
-            or [np.zeros((0, 2), np.int64)]
-        ),
-        axis=0,
+        np.concatenate([wanted[:0], *(s * len(sides) + i for i, s in enumerate(sides))])
     )
-    pairs = pairs[np.isin(pairs[:, 0], wanted)]
-    classes, first, counts = np.unique(pairs[:, 0], return_index=True, return_counts=True)
+    of_classes, at_sides = np.divmod(pairs, max(len(sides), 1))
+    stay = np.isin(of_classes, wanted)
+    at_sides = at_sides[stay]
+    classes, first, counts = np.unique(of_classes[stay], return_index=True, return_counts=True)
     if not classes.size:
         return
     # Sums of random numbers tell sets of sides apart.
     draw = np.random.default_rng(0).integers(1, 2**62, (len(sides), 2))
-    sums = np.add.reduceat(draw[pairs[:, 1]], first)
+    sums = np.add.reduceat(draw[at_sides], first)
     _, one, kind = np.unique(sums, axis=0, return_index=True, return_inverse=True)
     for number, example in enumerate(one):
         start = first[example]
-        runs = pairs[start : start + counts[example], 1]
+        runs = at_sides[start : start + counts[example]]
         taking, giving, passing = (frozenset((runs[runs % 3 == i] // 3).tolist()) for i in range(3))
         yield classes[kind.ravel() == number], taking, giving, passing
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.alone import HIDING, is_alone
-from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, widened, wider
-from taylor_kernels.tracing.running import tensors_in, tensors_of_modules
+from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, wider
+from taylor_kernels.tracing.running import tensors_in
 
 _CASTS: dict[Any, Any] = {
     Tensor.half: Tensor.double,
@@ -26,34 +26,6 @@ _CASTS: dict[Any, Any] = {
 
 
 _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
-
-
-def widen(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
-    """Put a model into double precision; what is returned puts it back.
-
-    Args:
-        modules: dict(model.named_modules()).
-    """
-    parameters, buffers = tensors_of_modules(modules)
-    held = [(tensor, tensor.dtype) for tensor in (*parameters.values(), *buffers.values())]
-    others = [
-        (module, name, value)
-        for module in modules.values()
-        for name, value in vars(module).items()
-        if isinstance(value, Tensor)
-    ]
-    for tensor, _ in held:
-        tensor.data = widened(tensor.data)
-    for module, name, value in others:
-        setattr(module, name, widened(value.detach()))
-
-    def back() -> None:
-        for tensor, dtype in held:
-            tensor.data = tensor.data.to(dtype)
-        for module, name, value in others:
-            setattr(module, name, value)
-
-    return back
 
 
 def cut_down(example_inputs: Any) -> Any:
@@ -73,32 +45,6 @@ def cut_down(example_inputs: Any) -> Any:
         return value
 
     return tree_map(cut, example_inputs)
-
-
-class Noise:
-    """Random numbers in [-0.5, 0.5) to add to tensors: as many as a prime says, again and again.
-
-    To draw them takes longer than a small model runs. The rows of a tensor get different ones, as
-    no width that tensors have is a multiple of the prime.
-    """
-
-    _PERIOD = 65537
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
-        self._drawn = torch.cat([drawn, drawn])
-
-    def add_to(self, tensor: Tensor, scale: float = 1.0) -> Tensor:
-        """Add them in place to a dense tensor of floating-point numbers, from a random place on;
-        others stay as they are."""
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            return tensor
-        begin = int(torch.randint(self._PERIOD, (), generator=self._generator))
-        noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
-        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
-            part.add_(noise[: part.numel()], alpha=scale)
-        return tensor
 
 
 class SmallPools(TorchFunctionMode):

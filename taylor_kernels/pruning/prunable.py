@@ -122,7 +122,7 @@ def find_prunable(
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
             train_too = bool(unreached or channels.unread)
-            trial = Trial(plain, example_inputs, channels, train_too, outputs)
+            trial = Trial(plain, model, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
             prove = Proof(trial, plain, chosen, choose).prove

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.defaults import widened
-from taylor_kernels.pruning.exact_run import Noise, cut_down, widen
-from taylor_kernels.pruning.exchanged import Exchanged, clone
+from taylor_kernels.pruning.exact_run import cut_down
+from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.held_entries import fill, fills
 from taylor_kernels.pruning.kept_norms import keep_only
@@ -23,10 +23,10 @@ from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
 from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
 from taylor_kernels.pruning.same_outputs import difference
+from taylor_kernels.pruning.values import Noise, Values
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.returned import Read
-from taylor_kernels.tracing.running import tensors_of_modules
 
 
 class _Masked(NamedTuple):
@@ -48,6 +48,7 @@ class Trial:
 
     Args:
         model: a copy in eval mode; its values are changed.
+        original: what it is a copy of, whose values are read.
         train_too: it has layers or parameters that eval mode does not reach (heads for training
             alone), so that outputs are also compared in train mode, if it runs there.
         outputs: names or places of those that are compared, None for all that others read.
@@ -60,6 +61,7 @@ class Trial:
     def __init__(
         self,
         model: nn.Module,
+        original: nn.Module,
         example_inputs: Any,
         channels: Channels,
         train_too: bool,
@@ -69,22 +71,18 @@ class Trial:
         self.place: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
-        back = widen(self._modules)
-        # Zeros and ones (a fresh norm, a last layer that starts at zero, an empty example) would
-        # hide what a channel does.
-        for parameter in tensors_of_modules(self._modules)[0].values():
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
-            self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
+        self._values = Values(self._modules, original, self._noise)
         self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
         self._train_too = False
         if not self._runs_in_double(example_inputs):
-            back()
+            self._values.narrow()
             self._run.exact = False
             self._run.remember()
             self._runs(example_inputs)
         if train_too:
             self._run.expect_all_written()
+            self._values.make_anew()
             # It may need targets: then there is nothing to compare.
             with suppress(Exception), self._run.restored():
                 self._run.outputs(train=True)
@@ -110,7 +108,9 @@ class Trial:
         return False
 
     def _noisy(self, value: Any) -> Any:
-        return self._noise.add_to(value.detach().clone()) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return self._noise.add_to(value.detach().clone(), self._noise.place())
 
     def _runs(self, example_inputs: Any, *, all_layers: bool = False) -> bool:
         """Run the model on inputs, which are those of all runs from now on.
@@ -137,6 +137,7 @@ class Trial:
             if self._begun is None or not called >= known:
                 self._begun = None
                 called.clear()
+                self._values.make_anew()
                 with self._run.restored():
                     self._run.outputs()
             self._run.learn_written()
@@ -212,7 +213,9 @@ class Trial:
             try:
                 kept: Kept = {}
                 cuts = channels.entries([units[step] for units in steps], gone)
-                tensors |= {n: smaller(tensors[n], own, kept) for n, own in cuts.items()}
+                for name, own in cuts.items():
+                    tensors[name] = smaller(tensors[name], own, kept)
+                    self._values.give_up(name)
                 if not cuts and not blocks:
                     continue
                 gone = [units[: step + 1].any(0) for units in steps]
@@ -247,7 +250,8 @@ class Trial:
     def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that hold something of these units, with what masks it."""
         entries = channels.entries(dead)
-        tensors = {name: clone(self._run.tensors[name]) for name in entries}
+        self._values.make_anew()
+        tensors = {name: self._values.to_mask(name) for name in entries}
         for name, parts in fills(self._run.held, channels, entries).items():
             fill(tensors[name].data, parts)
         return tensors

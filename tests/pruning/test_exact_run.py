@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_kernels.pruning import Pruner, prunable
+from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import trace
@@ -183,7 +184,7 @@ def test_a_model_with_such_code_is_proven_in_double(make):
             return self.head(self.first(make(x)).relu())
 
     model, x = Model().eval(), torch.randn(2, 4)
-    trial = Trial(model, x, trace(model, x), False)
+    trial = Trial(copied(model), model, x, trace(model, x), False)
     assert [out.dtype for out in trial._run.outputs()] == [torch.float64]
     assert trial.exact
 

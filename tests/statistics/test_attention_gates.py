@@ -251,7 +251,7 @@ def test_sites_of_a_transformer():
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     found = find_gate_sites(channels, model, layers)
     assert not found.hidden
-    assert found.sites_of("0") == ["0", "1.self_attn.out_proj.weight", "1.linear2"]
+    assert found.sites_of_layers()["0"] == ["0", "1.self_attn.out_proj.weight", "1.linear2"]
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -39,7 +39,7 @@ class GateTables:
         else:
             self.widths = {site.key: site.classes.numel() for site in sites.sites}
             self._rows = SiteRows(sites, self._layers)
-            self._sites_of = {name: sites.sites_of(name) for name in self._layers}
+            self._sites_of = sites.sites_of_layers()
 
     def finish(self, tables: Mapping[str, Tensor], training: bool) -> list[Tensor]:
         """[F, K] of each layer from those that were filled, by name, at the end of an update.

@@ -71,19 +71,38 @@ class GateSites:
     @property
     def hidden(self) -> list[str]:
         """Layers with filters whose gates stand nowhere."""
-        placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
-        return [name for name, c in self.layers.items() if not torch.isin(c, placed).all()]
+        placed = self._placed()
+        return [name for name, classes in self.layers.items() if not placed[classes].all()]
 
     @property
     def unplaced(self) -> list[str]:
         """Of these the layers none of whose filters has a gate anywhere."""
-        placed = torch.cat([torch.tensor([ELSEWHERE]), *(site.classes for site in self.sites)])
-        return [name for name, c in self.layers.items() if not torch.isin(c, placed).any()]
+        placed = self._placed()
+        return [name for name, classes in self.layers.items() if not placed[classes].any()]
 
-    def sites_of(self, layer: str) -> list[str]:
-        """The keys of the sites at which gates of a layer stand."""
-        own = self.layers[layer]
-        return [site.key for site in self.sites if torch.isin(site.classes, own).any()]
+    def sites_of_layers(self) -> dict[str, list[str]]:
+        """Layer -> the keys of the sites at which gates of it stand."""
+        own = self._no_classes()
+        found = {}
+        for name, classes in self.layers.items():
+            own[classes] = True
+            found[name] = [site.key for site in self.sites if own[site.classes].any()]
+            own[classes] = False
+        return found
+
+    def _placed(self) -> Tensor:
+        """[classes] bool: those of which a gate stands anywhere."""
+        placed = self._no_classes()
+        for site in self.sites:
+            placed[site.classes] = True
+        placed[ELSEWHERE] = False
+        return placed
+
+    def _no_classes(self) -> Tensor:
+        """[classes] bool, all False; the last place stands for ELSEWHERE."""
+        every = [*(site.classes for site in self.sites), *self.layers.values()]
+        most = max((int(classes.max()) for classes in every if classes.numel()), default=0)
+        return torch.zeros(most + 2, dtype=torch.bool)
 
 
 class SiteRows:

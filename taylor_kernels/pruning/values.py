@@ -1,0 +1,141 @@
+"""The values that a proof tries a model with: in double precision, and no two alike.
+
+A proof that finds no fault masks and removes once, and needs no values twice. So large tensors are
+masked where they lie instead of being copied, and are given up as channels are removed: what is in
+memory at a time is the model once in double precision. Where a further trial asks for them, they
+are made anew from the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from taylor_kernels.pruning.defaults import widened
+from taylor_kernels.tracing.running import tensors_of_modules
+
+#: Tensors of fewer numbers are copied, which takes less time than to make them anew.
+_LARGE = 2**16
+
+
+class Noise:
+    """Random numbers in [-0.5, 0.5) to add to tensors: as many as a prime says, again and again.
+
+    To draw them takes longer than a small model runs. The rows of a tensor get different ones, as
+    no width that tensors have is a multiple of the prime.
+    """
+
+    _PERIOD = 65537
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
+        self._drawn = torch.cat([drawn, drawn])
+
+    def place(self) -> int:
+        """A random place to begin at."""
+        return int(torch.randint(self._PERIOD, (), generator=self._generator))
+
+    def add_to(self, tensor: Tensor, begin: int, scale: float = 1.0) -> Tensor:
+        """Add them in place to a dense tensor of floating-point numbers, from a place on; others
+        stay as they are."""
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            return tensor
+        noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
+        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
+            part.add_(noise[: part.numel()], alpha=scale)
+        return tensor
+
+
+class Values:
+    """Gives a copy of a model values in double precision, with noise on its parameters.
+
+    Zeros and ones (a fresh norm, a last layer that starts at zero, an empty example) would hide
+    what a channel does.
+
+    Args:
+        modules: dict(copy.named_modules()).
+        model: what the copy is of. Its tensors are read again where values are made anew.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], model: nn.Module, noise: Noise) -> None:
+        parameters, buffers = tensors_of_modules(modules)
+        self._tensors = parameters | buffers
+        theirs: dict[str, Tensor] = {}
+        for table in tensors_of_modules(dict(model.named_modules())):
+            theirs |= table
+        self._sources = {name: _source(t, theirs.get(name)) for name, t in self._tensors.items()}
+        self._noise, self._exact = noise, True
+        # Places and scales of the noise, so that values made anew are the same ones.
+        self._noisy = {
+            name: (noise.place(), max(tensor[0].numel() if tensor.dim() > 1 else 10, 1) ** -0.5)
+            for name, tensor in parameters.items()
+        }
+        self._spent: set[str] = set()
+        self._others = [
+            (module, name, value)
+            for module in modules.values()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
+        for name in self._tensors:
+            self._make(name)
+        for module, name, value in self._others:
+            setattr(module, name, widened(value.detach()))
+
+    def narrow(self) -> None:
+        """Give the copy, from now on, values in the precision that the model has."""
+        self._exact = False
+        for name in self._tensors:
+            self._make(name)
+        self._spent.clear()
+        for module, name, value in self._others:
+            setattr(module, name, value)
+
+    def to_mask(self, name: str) -> Tensor:
+        """A tensor to be masked in place, that needs no gradient; of a parameter, a parameter.
+
+        The model has its own values still, or `make_anew` gives them to it.
+        """
+        tensor = self._tensors[name]
+        values = tensor.detach()
+        if tensor.numel() < _LARGE or tensor.layout != torch.strided:
+            values = values.clone()
+        else:
+            self._spent.add(name)
+        return nn.Parameter(values, False) if isinstance(tensor, nn.Parameter) else values
+
+    def give_up(self, name: str) -> None:
+        """The memory of a tensor that was masked in place is wanted no more by the model."""
+        if name in self._spent:
+            tensor = self._tensors[name]
+            tensor.data = tensor.data.new_zeros(()).expand(tensor.shape)
+
+    def make_anew(self) -> None:
+        """Give back to the model what masking has changed."""
+        for name in self._spent:
+            self._make(name)
+        self._spent.clear()
+
+    def _make(self, name: str) -> None:
+        source = self._sources[name]
+        made = widened(source)
+        if made is source:
+            made = source.clone()
+        if name in self._noisy:
+            self._noise.add_to(made, *self._noisy[name])
+        self._tensors[name].data = made if self._exact else made.to(source.dtype)
+
+
+def _source(own: Tensor, other: Tensor | None) -> Tensor:
+    """The model's tensor, or the copy's own where that one is not held in the same way."""
+    if (
+        other is not None
+        and type(other) is type(own)
+        and other.shape == own.shape
+        and (other.dtype, other.device, other.layout) == (own.dtype, own.device, own.layout)
+    ):
+        return other.detach()
+    return own.detach()
