@@ -119,11 +119,16 @@ class SiteRows:
         order = number.argsort(stable=True)
         rows, number = rows[order], number[order]
         counts = torch.bincount(number, minlength=len(wanted))
-        first = (counts.cumsum(0) - counts)[number]
-        self._index = torch.full((len(wanted), max(int(counts.max()), 1)), len(classes))
-        self._index[number, torch.arange(len(rows)) - first] = rows
-        self._nowhere = counts == 0 if (counts == 0).any() else None
-        self._place = place
+        first = counts.cumsum(0) - counts
+        # Channels of a residual stream have gates at dozens of sites, most others at one.
+        alike = [(counts == many).nonzero().flatten() for many in counts.unique().tolist()]
+        self._indices = [
+            rows[first[one].unsqueeze(1) + torch.arange(int(counts[one[0]]))] for one in alike
+        ]
+        after = torch.empty_like(counts)
+        after[torch.cat(alike)] = torch.arange(len(wanted))
+        self._nowhere = counts[torch.cat(alike)] == 0 if (counts == 0).any() else None
+        self._place = after[place]
         self._sizes = [where.layers[name].numel() for name in layers]
 
     def tables(self, of_sites: Sequence[Tensor], *, mean: bool = False) -> list[Tensor]:
@@ -133,19 +138,23 @@ class SiteRows:
             of_sites: a table for each site.
             mean: of the rows that are not nan in place of the sum.
         """
-        device, width = of_sites[0].device, of_sites[0].size(1)
-        index = self._index = self._index.to(device)
-        rows = torch.cat([*(t.to(device) for t in of_sites), of_sites[0].new_zeros(1, width)])
-        number = (~rows.isnan()).to(rows) if mean else None
-        rows = rows.nan_to_num() if mean else rows
-        at_once = max(_GATHERED // max(index.size(1) * width, 1), 1)
-        total = torch.cat([rows[part].sum(1) for part in index.split(at_once)])
-        if number is not None:
-            number[-1] = 0
-            total = total / number[index].sum(1)
+        device = of_sites[0].device
+        rows = torch.cat([table.to(device) for table in of_sites])
+        total = self._gathered(rows.nan_to_num() if mean else rows)
+        if mean:
+            total = total / self._gathered((~rows.isnan()).to(rows))
         if self._nowhere is not None:
             total[self._nowhere.to(device)] = torch.nan
         return list(total[self._place.to(device)].split(self._sizes))
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """The sums over the rows of each class."""
+        self._indices = [index.to(rows.device) for index in self._indices]
+        sums = []
+        for index in self._indices:
+            at_once = max(_GATHERED // max(index.size(1) * rows.size(1), 1), 1)
+            sums += [rows[part].sum(1) for part in index.split(at_once)]
+        return torch.cat(sums)
 
 
 def change_at(
