@@ -9,16 +9,17 @@ The units that are masked in one run are removed in steps, in each the first one
 the last ones of others, and any of the rest; after each step the others are still masked, and the
 outputs the same. So a run with masks serves several removals, and what is left is masked and pruned
 as in a network that has been compacted. (Code that splits channels at half of their number would
-pass with a balanced choice.) All groups are tried at once; only where that fails are they halved,
-until the ones to blame are left.
+pass with a balanced choice.) All groups are tried at once; only where that fails are the ones to
+blame looked for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
+from taylor_kernels.pruning.culprits import culprits, made_alike, suspects
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import Block
 
@@ -42,21 +43,12 @@ def sound_blocks(trial: Trial, blocks: Sequence[Block]) -> tuple[list[Block], di
 
 def _unsound_blocks(trial: Trial, blocks: Sequence[Block]) -> dict[int, str]:
     found: dict[int, str] = {}
-    while tried := [number for number in range(len(blocks)) if number not in found]:
-        culprits = _halved(partial(trial.fault_of_blocks, blocks), tried)
-        if not culprits:
+    while tried := [[number] for number in range(len(blocks)) if number not in found]:
+        blamed = culprits(partial(trial.fault_of_blocks, blocks), tried)
+        if not blamed:
             break
-        found |= culprits
+        found |= blamed
     return found
-
-
-def _halved(fault: Callable[[Sequence[int]], str], numbers: Sequence[int]) -> dict[int, str]:
-    reason = fault(numbers)
-    if not reason or len(numbers) == 1:
-        return dict.fromkeys(numbers, reason) if reason else {}
-    half = len(numbers) // 2
-    found = _halved(fault, numbers[:half]) | _halved(fault, numbers[half:])
-    return found or dict.fromkeys(numbers, reason)
 
 
 def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
@@ -74,23 +66,31 @@ def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
     return ""
 
 
-def unsound(trial: Trial, blocks: Sequence[Block] = ()) -> dict[int, str]:
+def unsound(
+    trial: Trial, blocks: Sequence[Block] = (), known: tuple[str, str | None] = ("", None)
+) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
     Args:
         blocks: residual blocks; units are also removed where all, or every second, of them is gone.
+        known: what `first_fault` has found, and the place of the trial then.
     """
     until = time.monotonic() + SECONDS
     found: dict[int, str] = {}
+    reason, place = ("", None) if blocks else known  # it may be one with some blocks gone
     for gone in _without(blocks):
         while numbers := [n for n in range(len(trial.channels.groups)) if n not in found]:
             if time.monotonic() > until and gone:
                 return found
-            # Each half may be sound, and both together not.
-            culprits = _halved(partial(_fault_in_time, trial, until, gone), numbers)
-            found |= culprits
-            if not culprits:
+            fault = partial(_fault_in_time, trial, until, gone)
+            if not reason:
+                reason, place = fault(numbers), trial.place
+            if not reason:
                 break
+            sets = made_alike(trial.channels.groups, numbers)
+            first = suspects(trial.channels.groups, sets, place)
+            found |= culprits(fault, first) or culprits(fault, sets, reason)
+            reason = ""
     return found
 
 

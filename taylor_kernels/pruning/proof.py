@@ -13,6 +13,9 @@ from taylor_kernels.pruning.second_choice import Offer, Proven, sound_filters, s
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import Block, Channels
 
+#: What is wrong, or "", and the module in which a trial has failed, if it is known.
+Fault = tuple[str, str | None]
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -39,23 +42,28 @@ class Proof:
             whole: the channels that the groups of the offer are of.
         """
         self.trial.channels = offer[0]
-        if not first_fault(self.trial, self.blocks):
+        fault = first_fault(self.trial, self.blocks), self.trial.place
+        if not fault[0]:
             return offer, {}
-        followed, other, sound = self._following(whole, offer)
-        if sound:
+        followed, other, left = self._following(whole, offer, fault)
+        if not left[0]:
             return followed, {}
-        found = self._without_unsound(other, followed)
+        found = self._without_unsound(other, followed, left)
         if followed is offer or not found[1]:
             return found
         # Sizes that follow others may have tied what is sound to what is not.
-        alone = self._without_unsound(whole, offer)
+        alone = self._without_unsound(whole, offer, fault)
         return max(found, alone, key=sound_in)
 
-    def _without_unsound(self, whole: Channels, offer: Offer) -> Proven:
-        """`prove`, once sizes that code has from other tensors do or do not follow these."""
+    def _without_unsound(self, whole: Channels, offer: Offer, fault: Fault) -> Proven:
+        """`prove`, once sizes that code has from other tensors do or do not follow these.
+
+        Args:
+            fault: of all groups of this offer together.
+        """
         trial = self.trial
         trial.channels, groups, _ = offer
-        found = unsound(trial, self.blocks)
+        found = unsound(trial, self.blocks, fault)
         wrong = {slot.owner for number in found for slot in groups[number].producers}
         if wrong and (other := whole.coupled(self.model, wrong)) is not None:
             more, skipped = self.choose(other)
@@ -65,20 +73,25 @@ class Proof:
                 return (trial.channels, more, skipped), left
         return offer, found
 
-    def _following(self, whole: Channels, offer: Offer) -> tuple[Offer, Channels, bool]:
+    def _following(
+        self, whole: Channels, offer: Offer, fault: Fault
+    ) -> tuple[Offer, Channels, Fault]:
         """What can be offered where sizes that code has from other tensors follow these.
 
         The module in which the trial has failed says whose code does so: its class's. So culprits
         need not be looked for among all groups, and what else happens to be as wide stays apart.
-        Sizes stay as they are where filters that could go no longer can. The trial has found a
-        fault in the groups of this offer.
+        Sizes stay as they are where filters that could go no longer can.
+
+        Args:
+            fault: of all groups of this offer together.
 
         Returns:
-            The offer, the channels that its groups are of, and whether all of its groups are sound.
+            The offer, the channels that its groups are of, and what is wrong with all of these
+            together.
         """
-        trial = self.trial
-        while trial.place is not None:
-            kind = type(self.model.get_submodule(trial.place))
+        trial, (reason, place) = self.trial, fault
+        while reason and place is not None:
+            kind = type(self.model.get_submodule(place))
             at = {name for name, module in self.model.named_modules() if type(module) is kind}
             other = whole.coupled(self.model, whole.layers, at=at)
             if other is None:
@@ -88,6 +101,5 @@ class Proof:
                 break
             whole, trial.channels = other, other.offering(groups)
             offer = trial.channels, groups, skipped
-            if not first_fault(trial, self.blocks):
-                return offer, whole, True
-        return offer, whole, False
+            reason, place = first_fault(trial, self.blocks), trial.place
+        return offer, whole, (reason, place)
