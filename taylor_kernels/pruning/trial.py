@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.defaults import widened
+from taylor_kernels.pruning.errors import innermost_module, short
 from taylor_kernels.pruning.exact_run import cut_down
 from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
@@ -208,7 +209,7 @@ class Trial:
         try:
             _, tensors, expected = begun or self._run_masked(channels, steps, blocks)
         except Exception as error:
-            return f"the model does not run with {some} at zero ({_short(error)})"
+            return f"the model does not run with {some} at zero ({short(error)})"
         for step in range(len(steps[0]) if steps else 1):
             try:
                 kept: Kept = {}
@@ -220,20 +221,39 @@ class Trial:
                     continue
                 gone = [units[: step + 1].any(0) for units in steps]
                 left = [units[step + 1 :].any(0) for units in steps]
-                with self._run.restored():
-                    self._run.put(tensors)
-                    set_attributes(self._modules, channels.attributes(gone))
-                    for block in blocks:
-                        replace_modules(self._model, block.places)
-                    found = self._outputs_kept(channels, left, attributes, gone)
+                found = self._removed(channels, tensors, left, attributes, gone, blocks)
             except Exception as error:
-                self.place = self._where(error)
-                return f"the model does not run without {some} ({_short(error)})"
+                self.place = innermost_module(error, self._modules)
+                return f"the model does not run without {some} ({short(error)})"
             if reason := difference(expected, found, what, exact=self.exact):
                 return reason
             if time.monotonic() > until and _all_have_lost(gone, masked):
                 break
         return ""
+
+    def _removed(
+        self,
+        channels: Channels,
+        tensors: Mapping[str, Tensor],
+        left: Sequence[Tensor],
+        attributes: Mapping[str, Mapping[str, Any]],
+        gone: Sequence[Tensor],
+        blocks: Sequence[Block],
+    ) -> list[Tensor]:
+        """What the model returns without the units that have gone."""
+        idle = self._run.idle
+        try:
+            with self._run.restored():
+                self._run.put(tensors)
+                set_attributes(self._modules, channels.attributes(gone))
+                for block in blocks:
+                    replace_modules(self._model, block.places)
+                return self._outputs_kept(channels, left, attributes, gone)
+        except Exception:
+            if not idle or self._run.idle:
+                raise
+        # It was run without the mode that has had nothing to do so far, and it may have now.
+        return self._removed(channels, tensors, left, attributes, gone, blocks)
 
     def _run_masked(
         self, channels: Channels, steps: Sequence[Tensor], blocks: Sequence[Block] = ()
@@ -272,22 +292,8 @@ class Trial:
         finally:
             remove_all(hooks)
 
-    def _where(self, error: Exception) -> str:
-        """The innermost module whose method raised an error, or passed it on."""
-        found, step = "", error.__traceback__
-        names = {id(module): name for name, module in self._modules.items()}
-        while step is not None:
-            found = names.get(id(step.tb_frame.f_locals.get("self")), found)
-            step = step.tb_next
-        return found
-
 
 def _all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:
     """Whether every group that has units masked has had some removed."""
     pairs = zip(gone, masked, strict=True)
     return all(bool(lost.any()) for lost, units in pairs if units.any())
-
-
-def _short(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 120 else text[:117] + "..."
