@@ -95,8 +95,9 @@ class Cut:
         source: says which tensor it was, so that several slices of one tensor are one cut.
         equal: the operation itself makes equal parts (chunk).
         tied: every part's size is an attribute of a module, which can follow.
-        others: of parts of unlike sizes, for each what it may be as wide as: another tensor that
-            the code had at hand, itself where an attribute says its size, None if there is nothing.
+        others: of parts of unlike sizes, and of a slice, for each what it may be as wide as:
+            another tensor that the code had at hand, itself where an attribute says its size or
+            it is what other slices leave, None if there is nothing.
         sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 
