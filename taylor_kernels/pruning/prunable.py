@@ -134,7 +134,7 @@ def find_prunable(
         # Of all runs together, so that the seconds of a proof begin when it may run.
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
-            train_too = bool(unreached or channels.unread)
+            train_too = bool(unreached or channels.unread or channels.trained)
             trial = Trial(plain, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks

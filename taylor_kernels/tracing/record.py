@@ -157,6 +157,7 @@ class Record:
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.
+        trained: further runs were in train mode, which does more than eval mode.
     """
 
     count: int = 1
@@ -179,6 +180,7 @@ class Record:
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
+    trained: bool = False
     values: Values | None = None
     step: int = 0
     size: int = 0
