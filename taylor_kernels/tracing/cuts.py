@@ -76,7 +76,7 @@ def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
         parts = [vector[start:stop] for start, stop in others]
         widths = [part.size for part in parts]
         hopeless = any(kept[part].all() for part in parts) or np.gcd.reduce(widths or [2]) == 1
-        known = any(other is not None for other in others.values())
+        known = any(other is not None and other.size for other in others.values())
         if all(cut.tied for cut in together) or not hopeless or not known:
             continue
         for number, cut in zip(numbers, together, strict=True):
@@ -87,7 +87,7 @@ def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
         for part, other in zip(parts, others.values(), strict=True):
             if other is None:
                 fixed.append((part, reason))
-            elif not np.array_equal(other, part):
+            elif other.size and not np.array_equal(other, part):
                 joins.append(Join(part, other, where, len(record.fixed)))
     if all(new is old for new, old in zip(cuts, record.cuts, strict=True)):
         return None

@@ -96,8 +96,8 @@ class Cut:
         equal: the operation itself makes equal parts (chunk).
         tied: every part's size is an attribute of a module, which can follow.
         others: of parts of unlike sizes, and of a slice, for each what it may be as wide as:
-            another tensor that the code had at hand, itself where an attribute says its size or
-            it is what other slices leave, None if there is nothing.
+            another tensor that the code had at hand, itself where an attribute says its size,
+            nothing ([0]) if it is what other slices leave, None if there is none.
         sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 

@@ -198,9 +198,11 @@ def _others(
     found: list[Vector | None] = []
     for start, stop in spans:
         part = vector[start:stop]
-        own = counting(call, part.size) or _is_rest(call)
-        wide = [part] if own else call.recorder.as_wide(part)
-        found.append(wide[0] if wide and (own or part.size > 1) else None)
+        if _is_rest(call) and not counting(call, part.size):
+            found.append(part[:0])
+            continue
+        wide = [part] if counting(call, part.size) else call.recorder.as_wide(part)
+        found.append(wide[0] if wide and part.size > 1 else None)
     return tuple(found)
 
 
