@@ -200,7 +200,15 @@ class SteadyNoise(TorchDispatchMode):
 
     Random numbers are drawn place after place, so that a place without its neighbours would get
     other ones. What is left out of them says nothing of how channels hang together.
+
+    Args:
+        lowest: uniform numbers are zero in place of one, below whatever probability code compares
+            them with.
     """
+
+    def __init__(self, *, lowest: bool = False) -> None:
+        super().__init__()
+        self._uniform = 0.0 if lowest else 1.0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
@@ -209,4 +217,6 @@ class SteadyNoise(TorchDispatchMode):
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         out = func(*args, **(kwargs or {}))
-        return out.fill_(1.0) if name in _DRAWS else out
+        if name not in _DRAWS:
+            return out
+        return out.fill_(self._uniform if name in ("rand", "uniform") else 1.0)

@@ -35,6 +35,7 @@ class Exchanged:
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
         alone: in some run so far a softmax or the like was given single numbers, which it hides.
+        steady: it draws random numbers, in place of which runs have the same number everywhere.
         idle: the last run in a mode was what it is without; so are those after it, which go the
             same way with fewer channels, and which a mode for functions makes twice as long where
             the model is small. Where one of them fails, the mode is in use from then on.
@@ -50,7 +51,7 @@ class Exchanged:
         self.inputs: Any = None
         self.exact, self.below, self.alone = True, False, False
         self.idle, self._never_idle = False, False
-        self._steady = False
+        self.steady = False
         self._keeping = keeping(modules.values())
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
@@ -90,15 +91,19 @@ class Exchanged:
             self.held.put({name: self.tensors[name] for name in self._changed})
             self._untouched.restore()
 
-    def outputs(self, *, train: bool = False) -> list[Tensor]:
-        """What the model returns as it is now."""
+    def outputs(self, *, train: bool = False, lowest: bool = False) -> list[Tensor]:
+        """What the model returns as it is now.
+
+        Args:
+            lowest: of `SteadyNoise`.
+        """
         if train:
             set_training(self._model)
         elif any(module.training for module in self.modules.values()):
             self._model.eval()
         if train or not self.idle:
             mode = InDouble(below=self.below) if self.exact else SmallPools()
-            found = self._outputs(mode)
+            found = self._outputs(mode, lowest)
             self.idle = not train and mode.idle and not self.below and not self._never_idle
             return found
         try:
@@ -110,23 +115,23 @@ class Exchanged:
             raise
         return found
 
-    def _outputs(self, mode: SmallPools | None) -> list[Tensor]:
+    def _outputs(self, mode: SmallPools | None, lowest: bool = False) -> list[Tensor]:
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self.modules.values()))
             # Every run starts from the caller's random state.
             stack.enter_context(quiet(self._model, mode))
             before = _random_state()
-            if self._steady:
-                stack.enter_context(SteadyNoise())
+            if self.steady:
+                stack.enter_context(SteadyNoise(lowest=lowest))
             renew(self._keeping)
             found = call(self._model, copied(self.inputs))
             if mode is not None:
                 self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
-            if self._steady or _same(before, _random_state()):
+            if self.steady or _same(before, _random_state()):
                 return outputs
-        self._steady = True
-        return self._outputs(mode)
+        self.steady = True
+        return self._outputs(mode, lowest)
 
 
 def clone(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
@@ -23,6 +24,7 @@ from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.caches import held_tensors
 from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
+from taylor_kernels.tracing.shared_memory import find_shared
 from taylor_kernels.tracing.tracing import traced
 
 
@@ -102,9 +104,21 @@ def find_prunable(
     )
     if next(model.parameters(), None) is None:
         raise ValueError(nothing)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "model: TorchScript has compiled it, and its parameters take no others in their place; "
+            "prune the model that it was made of, and compile what compact() returns"
+        )
     plain = _copied(model)
     count = FlopCount()
-    channels = traced(plain, example_inputs, count=count, blocks=blocks, outputs=outputs)
+    channels = traced(
+        plain,
+        example_inputs,
+        count=count,
+        blocks=blocks,
+        outputs=outputs,
+        shared=find_shared(model),
+    )
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
     if not layers:
@@ -121,7 +135,7 @@ def find_prunable(
         # Of all runs together, so that the seconds of a proof begin when it may run.
         with one_at_a_time():
             unreached = layers.keys() - channels.layers.keys()
-            train_too = bool(unreached or channels.unread)
+            train_too = bool(unreached or channels.unread or channels.trained)
             trial = Trial(plain, model, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks

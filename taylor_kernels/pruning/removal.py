@@ -20,6 +20,7 @@ from taylor_kernels.pruning.optimizer_state import (
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.multihead import follow_attention
+from taylor_kernels.tracing.shared_memory import place_of
 
 
 class Removal(NamedTuple):
@@ -64,8 +65,7 @@ def remove(
         check_follows(optimizers, name, old[name], cuts)
     if optimizers:
         check_complete(optimizers, stepped, old)
-    kept: Kept = {}
-    new = {name: smaller(old[name], cuts, kept) for name, cuts in entries.items()}
+    new = _all_smaller(old, entries)
     tensors.put(new)
     set_attributes(dict(model.named_modules()), channels.attributes(dead))
     follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
@@ -75,7 +75,7 @@ def cut_model(model: nn.Module, removal: Removal) -> None:
     """Take off a whole model what was taken off another, in place."""
     replace_modules(model, removal.places)
     tensors, modules = Tensors(model), dict(model.named_modules())
-    tensors.put({name: smaller(tensors[name], cuts) for name, cuts in removal.cuts.items()})
+    tensors.put(_all_smaller({name: tensors[name] for name in removal.cuts}, removal.cuts))
     for name, own in removal.attributes.items():
         like = {key: _like(getattr(modules[name], key), value) for key, value in own.items()}
         set_attributes(modules, {name: like})
@@ -130,6 +130,22 @@ def set_attributes(
         follow_attention(modules, name)
         for attribute, value in own.items():
             setattr(modules[name], attribute, value)
+
+
+def _all_smaller(
+    old: Mapping[str, Tensor], entries: Mapping[str, Mapping[int, Tensor]]
+) -> dict[str, Tensor]:
+    """`smaller` of each of these; those that were the same memory are so again."""
+    kept: Kept = {}
+    new: dict[str, Tensor] = {}
+    firsts: dict[tuple, str] = {}
+    for name, cuts in entries.items():
+        new[name] = smaller(old[name], cuts, kept)
+        if old[name].layout is torch.strided and old[name].numel():
+            first = firsts.setdefault(place_of(old[name]), name)
+            if new[first].shape == new[name].shape:
+                new[name].data = new[first].data
+    return new
 
 
 def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:

@@ -50,8 +50,9 @@ class Trial:
     Args:
         model: a copy in eval mode; its values are changed.
         original: what it is a copy of, whose values are read.
-        train_too: it has layers or parameters that eval mode does not reach (heads for training
-            alone), so that outputs are also compared in train mode, if it runs there.
+        train_too: it does more in train mode than in eval mode, or has layers or parameters that
+            eval mode does not reach (heads for training alone), so that outputs are also compared
+            in train mode, if it runs there: where chance leads it one way, and another.
         outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
@@ -75,7 +76,7 @@ class Trial:
         self._values = Values(self._modules, original, self._noise)
         self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
-        self._train_too = False
+        self._train_runs: list[bool] = []  # what `lowest` is in each
         if not self._runs_in_double(example_inputs):
             self._values.narrow()
             self._run.exact = False
@@ -85,9 +86,12 @@ class Trial:
             self._run.expect_all_written()
             self._values.make_anew()
             # It may need targets: then there is nothing to compare.
-            with suppress(Exception), self._run.restored():
-                self._run.outputs(train=True)
-                self._train_too, self._begun = True, None
+            for lowest in (False, True):
+                with suppress(Exception), self._run.restored():
+                    if self._run.steady or not lowest:
+                        self._run.outputs(train=True, lowest=lowest)
+                        self._train_runs.append(lowest)
+                        self._begun = None
 
     @property
     def exact(self) -> bool:
@@ -288,7 +292,9 @@ class Trial:
         hooks = keep_only(self._modules, channels, masked, attributes, gone)
         try:
             found = self._run.outputs()
-            return found + self._run.outputs(train=True) if self._train_too else found
+            for lowest in self._train_runs:
+                found += self._run.outputs(train=True, lowest=lowest)
+            return found
         finally:
             remove_all(hooks)
 

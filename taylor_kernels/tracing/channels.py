@@ -52,6 +52,7 @@ class Channels(Consequences, Alternatives):
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         unread: parameters and buffers that the run in eval mode did not compute with.
+        trained: train mode does more than eval mode, and was looked at too.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
             they are to be filled before those that are zeroed.
@@ -92,7 +93,7 @@ class Channels(Consequences, Alternatives):
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
-        self.unread = set(record.unread)
+        self.unread, self.trained = set(record.unread), record.trained
         self.groups = find_groups(layers, dims, vectors.norms, self.fills, self._why == FREE)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {

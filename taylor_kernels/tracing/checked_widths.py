@@ -1,10 +1,15 @@
-"""Attention of classes that inherit PyTorch's, and with it the checks of its widths."""
+"""Modules whose parameters keep their widths.
+
+Attention of classes that inherit PyTorch's checks them; TorchScript's modules take no parameters of
+other shapes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.multihead import CHECKED, PrunedMultiheadAttention
@@ -13,8 +18,13 @@ from taylor_kernels.tracing.recorder import Recorder
 
 
 def keep_whole(recorder: Recorder, names: Mapping[nn.Module, str]) -> None:
-    """Parameters of such attention keep the widths that it checks."""
+    """Parameters keep the widths that their modules check, or cannot do without."""
     for module, name in names.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            reason = Reason(f"belongs to a module that TorchScript has compiled ({name!r})", name)
+            for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                for vector in recorder.labels(own).dims:
+                    recorder.record.fix(vector, reason)
         if not checks_widths(module):
             continue
         reason = _checked_width(name)

@@ -7,8 +7,9 @@ that are in proportion already need nothing, the others are matched in their ord
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 
@@ -64,26 +65,53 @@ def with_sizes_of_others(record: Record, kept: Vector) -> Record | None:
         None where there are no such parts.
     """
     joins, fixed, sizes = list(record.joins), list(record.fixed), list(record.sizes)
-    cuts = []
-    for cut in record.cuts:
-        bounds = np.cumsum([0, *(stop - start for start, stop in cut.parts)])
-        parts = [cut.vector[a:b] for a, b in pairwise(bounds)] if cut.others else []
+    cuts = list(record.cuts)
+    sources: dict[tuple[int, int], list[int]] = {}
+    for number, cut in enumerate(cuts):
+        if cut.others:
+            sources.setdefault(cut.source, []).append(number)
+    for numbers in sources.values():
+        together = [cuts[number] for number in numbers]
+        others, vector = _by_part(together), together[0].vector
+        parts = [vector[start:stop] for start, stop in others]
         widths = [part.size for part in parts]
         hopeless = any(kept[part].all() for part in parts) or np.gcd.reduce(widths or [2]) == 1
-        if cut.tied or not hopeless or all(other is None for other in cut.others):
-            cuts.append(cut)
+        known = any(other is not None and other.size for other in others.values())
+        if all(cut.tied for cut in together) or not hopeless or not known:
             continue
-        cuts.append(replace(cut, tied=True))
-        sizes += cut.sizes
-        reason = record.reason("is one of a constant number of channels", cut.where)
-        for part, other in zip(parts, cut.others, strict=True):
+        for number, cut in zip(numbers, together, strict=True):
+            cuts[number] = replace(cut, tied=True)
+            sizes += cut.sizes
+        where = together[0].where
+        reason = record.reason("is one of a constant number of channels", where)
+        for part, other in zip(parts, others.values(), strict=True):
             if other is None:
                 fixed.append((part, reason))
-            elif other is not part:
-                joins.append(Join(part, other, cut.where, len(record.fixed)))
+            elif other.size and not np.array_equal(other, part):
+                joins.append(Join(part, other, where, len(record.fixed)))
     if all(new is old for new, old in zip(cuts, record.cuts, strict=True)):
         return None
     return replace(record, joins=joins, fixed=fixed, sizes=sizes, cuts=cuts)
+
+
+def _by_part(cuts: Sequence[Cut]) -> dict[tuple[int, int], Vector | None]:
+    """What each part may be as wide as, in the order of the parts.
+
+    Args:
+        cuts: of one tensor: a split into parts, or slices.
+
+    Returns:
+        Nothing where the parts are not all of the tensor, or lie across each other.
+    """
+    found: dict[tuple[int, int], Vector | None] = {}
+    for cut in cuts:
+        for part, other in zip(cut.parts, cut.others, strict=True):
+            if found.get(part) is None:
+                found[part] = other
+    ends = [0, *(stop for _, stop in sorted(found))]
+    if [start for start, _ in sorted(found)] != ends[:-1] or ends[-1] != cuts[0].vector.size:
+        return {}
+    return {part: found[part] for part in sorted(found)}
 
 
 #: Rows that make one another up: how many there are in each set, set after set, and what is left.

@@ -98,6 +98,11 @@ class Store:
         self._labels: dict[int, tuple[ref[Tensor], Labels]] = {}
         self._owners: dict[int, ref[Tensor]] = {}
 
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether this very object has labels."""
+        found = self._labels.get(id(tensor))
+        return found is not None and found[0]() is tensor
+
     def get(self, tensor: Tensor) -> Labels | None:
         """A tensor's labels, also where it is another Python object for a labelled one."""
         # An id is used again when a tensor is gone.

@@ -95,8 +95,9 @@ class Cut:
         source: says which tensor it was, so that several slices of one tensor are one cut.
         equal: the operation itself makes equal parts (chunk).
         tied: every part's size is an attribute of a module, which can follow.
-        others: of parts of unlike sizes, for each what it may be as wide as: another tensor that
-            the code had at hand, itself where an attribute says its size, None if there is nothing.
+        others: of parts of unlike sizes, and of a slice, for each what it may be as wide as:
+            another tensor that the code had at hand, itself where an attribute says its size,
+            nothing ([0]) if it is what other slices leave, None if there is none.
         sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 
@@ -156,6 +157,7 @@ class Record:
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.
+        trained: further runs were in train mode, which does more than eval mode.
     """
 
     count: int = 1
@@ -178,6 +180,7 @@ class Record:
     ran: set[str] = field(default_factory=set)
     seen: set[int] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
+    trained: bool = False
     values: Values | None = None
     step: int = 0
     size: int = 0

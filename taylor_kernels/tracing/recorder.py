@@ -156,7 +156,7 @@ class Recorder(TorchDispatchMode):
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Give a parameter or buffer its atoms."""
-        if self.store.get(tensor) is None:
+        if tensor not in self.store:
             vectors = self.record.tensor(name, tensor.shape)
             labels = Labels(tuple(tensor.shape), list(vectors), [True] * tensor.dim(), name=name)
             self.store.set(tensor, labels)

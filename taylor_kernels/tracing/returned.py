@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.running import tensors_in
+
+if TYPE_CHECKING:
+    from taylor_kernels.tracing.recorder import Recorder
 
 _PLAIN = (Tensor, Mapping, list, tuple, set, frozenset, str, bytes, int, float, complex, type(None))
 
@@ -51,6 +55,18 @@ def returned_tensors(
         return tensors_in(outputs)
     optional = _optional(model, example_inputs)
     return tensors_in([v for n, v in named.items() if n not in optional or not _is_cache(n, v)])
+
+
+def reach_the_output(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
+    """The model has returned these to its caller."""
+    reason = Reason("reaches the output of the model")
+    for tensor in outputs:
+        labels = recorder.labels(tensor)
+        recorder.flow.reaches_output(tensor, labels)
+        if recorder.record.values is not None:
+            recorder.record.values.returns(tensor)
+        for vector in labels.vectors():
+            recorder.record.fix(vector, reason)
 
 
 def checked_outputs(read: object) -> Sequence[str | int]:

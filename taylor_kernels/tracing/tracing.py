@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -19,9 +19,14 @@ from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
 from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Execute, Recorder
-from taylor_kernels.tracing.returned import Read, UnknownOutput, checked_outputs, returned_tensors
+from taylor_kernels.tracing.returned import (
+    Read,
+    UnknownOutput,
+    checked_outputs,
+    reach_the_output,
+    returned_tensors,
+)
 from taylor_kernels.tracing.running import (
     call,
     copied,
@@ -32,6 +37,7 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
+from taylor_kernels.tracing.shared_memory import Shared, find_shared, go_together
 from taylor_kernels.tracing.training import learn_from_training, set_training
 from taylor_kernels.tracing.untouched import Untouched
 
@@ -107,15 +113,17 @@ def traced(
     *,
     blocks: bool = False,
     outputs: Read = None,
+    shared: Shared | None = None,
 ) -> Channels:
     """`trace` for callers that run the operations themselves. One runs at a time in a process:
     a trace exchanges methods of tensors and classes of modules, and puts back what it found.
 
     Args:
         count: runs the operations.
+        shared: what shares memory in the model that this one is a copy of.
     """
     with one_at_a_time():
-        return _traced(model, example_inputs, seconds, count, blocks, outputs)
+        return _traced(model, example_inputs, seconds, count, blocks, outputs, shared)
 
 
 def _traced(
@@ -125,6 +133,7 @@ def _traced(
     count: Count | None,
     blocks: bool,
     read: Read,
+    shared: Shared | None,
 ) -> Channels:
     modules = _modules(model)
     tensors = _checked(modules)
@@ -158,6 +167,7 @@ def _traced(
         with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
+            go_together(recorder, dict(tensors), shared or find_shared(model))
             kept = keeping(names)
             with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
                 if any(module.training for module in names):
@@ -174,7 +184,7 @@ def _traced(
                 raise ValueError(_refusal(recorder, error)) from error
             if recorder.hollow is not None and recorder.hollow.asked:
                 return None
-            _reach_the_output(recorder, outputs)
+            reach_the_output(recorder, outputs)
         return recorder
 
     def kept_hollow(recorder: Recorder) -> bool:
@@ -276,18 +286,6 @@ def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
                 "first (model.to_empty(device=...), then load_state_dict)"
             )
     return tensors
-
-
-def _reach_the_output(recorder: Recorder, outputs: Sequence[Tensor]) -> None:
-    """The model has returned these to its caller."""
-    reason = Reason("reaches the output of the model")
-    for tensor in outputs:
-        labels = recorder.labels(tensor)
-        recorder.flow.reaches_output(tensor, labels)
-        if recorder.record.values is not None:
-            recorder.record.values.returns(tensor)
-        for vector in labels.vectors():
-            recorder.record.fix(vector, reason)
 
 
 def _refusal(recorder: Recorder, error: Exception) -> str:

@@ -20,7 +20,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.tracing.calls import MOVES
 from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.hollow import can_be_hollow
@@ -35,8 +34,10 @@ OF_EVAL_MODE = frozenset(
 )
 
 
-#: Operations that give values another place or type.
-_COPIES = {"to", "_to_copy", "copy"}
+#: Operations that give values another place or type, and no other shape but for sizes of one.
+_SAME = {
+    "to", "_to_copy", "copy", "contiguous", "clone", "alias", "detach", "squeeze", "unsqueeze",
+}  # fmt: skip
 #: Dropping a branch of some examples draws numbers, makes a mask of them and multiplies with it.
 _DRAWS_OF_BRANCHES = ("rand", "bernoulli")
 _OF_BRANCHES = {
@@ -128,6 +129,7 @@ def learn_from_training(
         asks_for_mode(modules.values()) and _runs_otherwise(recorder, modules, run, new_recorder)
     ):
         _learn_from_both_ends(recorder, modules, states, run, new_recorder)
+        recorder.record.trained = True
 
 
 def _runs_otherwise(
@@ -148,7 +150,7 @@ def _runs_otherwise(
     return any(
         number > (drawn if name in _OF_BRANCHES else 0)
         for name, number in more.items()
-        if name not in MOVES and name not in _COPIES
+        if name not in _SAME
     )
 
 

@@ -203,3 +203,21 @@ def test_a_model_of_bare_parameters_alone(criterion):
         model(x).square().mean().backward()
         pruner.step()
     assert pruner.compact().one.shape == (4, 3)
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_what_torchscript_has_compiled_stays(how):
+    x = torch.randn(3, 4)
+    inside = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5))
+    inside = torch.jit.script(inside) if how == "script" else torch.jit.trace(inside, x)
+    model = nn.Sequential(inside, nn.ReLU(), nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2))
+    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1, per_step=2)
+    assert pruner.widths == {"2": 7}
+    assert "TorchScript" in pruner.skipped["0.0"]
+    while not pruner.done:
+        model(x).sum().backward()
+        pruner.step()
+    masked = model(x)
+    torch.testing.assert_close(pruner.compact()(x), masked)
+    with pytest.raises(ValueError, match="model: TorchScript has compiled it"):
+        Pruner(inside, x, filters=0.5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import taylor_kernels as tk
 from taylor_kernels.tracing import trace
 from tests.tracing.removal import faults, removed
 
@@ -112,3 +113,29 @@ def test_a_list_that_a_shape_is_given_by_follows_beside_an_attribute(kind, shuff
     assert not faults(model, inputs, channels)
     model = removed(model, channels, [torch.arange(7) < 3])
     assert model.shape == kind([4, 2, 3] if shuffled else [2, 3, 4])
+
+
+class ByChance(nn.Module):
+    """Cuts by a width, while a list that says something else holds the sizes of all parts."""
+
+    def __init__(self, width: int, maps: int, lists: int, used: int) -> None:
+        super().__init__()
+        self.inner, self.levels, self.used = width, maps, used
+        for number in range(lists):
+            setattr(self, f"list{number}", [width, maps, width])
+        self.enter, self.leave = nn.Linear(4, 2 * width + maps), nn.Linear(width, 3)
+        self.gain = nn.Parameter(torch.rand(maps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = getattr(self, f"list{self.used}", [self.inner, self.levels, self.inner])
+        one, two, three = self.enter(x).split(sizes, -1)
+        return self.leave(one.tanh() * three * (two * self.gain).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(("lists", "used"), [(0, -1), (1, -1), (2, -1), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("width", "maps"), [(7, 4), (5, 3)])
+def test_a_list_may_hold_the_sizes_of_parts_by_chance(width, maps, lists, used):
+    pruner = tk.Pruner(
+        nn.Sequential(ByChance(width, maps, lists, used)), torch.randn(2, 4), filters=0.9
+    )
+    assert pruner.widths == {"0.enter": 2 * width + maps}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +21,12 @@ class Modulation(nn.Module):
 
     Args:
         source: says how wide a part that is none of the maps is.
+        how: takes the parts: "split", "narrow", or slices, whose last one has an end or has none.
     """
 
-    def __init__(self, width: int, maps: int, order: list[str], source: str) -> None:
+    def __init__(self, width: int, maps: int, order: list[str], source: str, how: str) -> None:
         super().__init__()
-        self.order, self.source = order, source
+        self.order, self.source, self.how = order, source, how
         self.levels = list(range(maps))
         if source == "attribute":
             self.width = width
@@ -34,15 +38,25 @@ class Modulation(nn.Module):
         width = x.shape[-1] if self.source == "input" else self.width
         sizes = [width if part == "stream" else len(self.levels) for part in self.order]
         total = torch.ones_like(x)
-        for part, name in zip(self.enter(x).split(sizes, -1), self.order, strict=True):
+        for part, name in zip(parts(self.enter(x), sizes, self.how), self.order, strict=True):
             total = total * (part.tanh() if name == "stream" else part.sigmoid().sum(-1, True))
         return self.leave(total)
 
 
-def network(width: int, maps: int, order: list[str], source: str) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(5, width), Modulation(width, maps, order, source), nn.ReLU(), nn.Linear(width, 3)
-    )
+def parts(y: Tensor, sizes: list[int], how: str) -> Sequence[Tensor]:
+    """Parts of these sizes along the last dimension."""
+    if how == "split":
+        return y.split(sizes, -1)
+    ends = [0, *accumulate(sizes)]
+    if how == "narrow":
+        return [y.narrow(-1, start, stop - start) for start, stop in pairwise(ends)]
+    last = None if how == "open" else ends[-1]
+    return [y[..., a:b] for a, b in pairwise([*ends[:-1], last])]
+
+
+def network(width: int, maps: int, order: list[str], source: str, how: str) -> nn.Module:
+    middle = Modulation(width, maps, order, source, how)
+    return nn.Sequential(nn.Linear(5, width), middle, nn.ReLU(), nn.Linear(width, 3))
 
 
 ORDERS = st.permutations(["stream", "stream", "maps"]) | st.permutations(["stream", "maps"])
@@ -53,17 +67,38 @@ ORDERS = st.permutations(["stream", "stream", "maps"]) | st.permutations(["strea
     maps=st.integers(1, 4),
     order=ORDERS,
     source=st.sampled_from(["input", "attribute"]),
+    how=st.sampled_from(["split", "narrow", "slices", "open"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
-def test_what_is_as_wide_as_the_stream_goes_with_it(width, maps, order, source, seed):
+@settings(max_examples=25, deadline=None)
+def test_what_is_as_wide_as_the_stream_goes_with_it(width, maps, order, source, how, seed):
     torch.manual_seed(seed)
-    model, x = network(width, maps, order, source), torch.randn(2, 4, 5)
+    model, x = network(width, maps, order, source, how), torch.randn(2, 4, 5)
     channels = trace(model, x)
     assert not faults(model, x, channels)
     assert set(channels.skipped) == {"3"}
     rows = [s.index for g in channels.groups for s in g.producers if s.owner == "1.enter"]
     assert sum(index.numel() for index in rows) == order.count("stream") * width
+
+
+class FromTheEnd(Modulation):
+    """A stream, what it leaves, and a few maps that are counted from the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, width, maps = self.enter(x), x.shape[-1], len(self.levels)
+        one, two, gates = y[..., :width], y[..., width:-maps], y[..., -maps:]
+        return self.leave(one.tanh() * two * gates.sigmoid().sum(-1, True))
+
+
+@pytest.mark.parametrize(("width", "maps"), [(7, 2), (9, 4), (6, 1)])
+def test_what_slices_leave_is_free(width, maps):
+    torch.manual_seed(width)
+    middle = FromTheEnd(width, maps, ["stream", "stream", "maps"], "input", "")
+    model = nn.Sequential(nn.Linear(5, width), middle, nn.ReLU(), nn.Linear(width, 3))
+    x = torch.randn(2, 4, 5)
+    channels = trace(model, x)
+    assert not faults(model, x, channels)
+    assert set(channels.skipped) == {"3"}
 
 
 class Beside(nn.Module):

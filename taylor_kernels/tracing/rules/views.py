@@ -6,6 +6,7 @@ that, and the strides of the result say where the labels are now.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -162,7 +163,11 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
     # Code that lists the sizes of parts gives that of the last one too.
     named = inner if call.name.endswith("split_with_sizes") else inner[:-1]
     tied = len(spans) > 1 and tie_parts(call, vector, spans)
-    if not tied:
+    if tied:
+        # The list may hold these sizes by chance, and the code have them from elsewhere.
+        for start, stop in named:
+            record.guesses += _counting(call, vector[start:stop].copy())
+    else:
         ties = [tie(call, stop - start, vector[start:stop]) for start, stop in named]
         tied = all(ties[: len(inner) - 1])
     if len(inner) == 1 and len(spans) == 1:
@@ -172,28 +177,42 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
             tied = tie(call, start, vector[:start])
     key = (vector.__array_interface__["data"][0], vector.size)
     equal = call.name in ("chunk", "unsafe_chunk", "unbind")
-    others = () if tied or equal else _others(call, vector, spans)
-    last = vector[inner[-1][0] :]
-    sizes = [
-        Size(call.recorder.module, attribute, last, False)
-        for attribute in (counting(call, last.size) if others else ())
-    ]
+    others = () if equal or (tied and len(spans) > 1) else _others(call, vector, spans)
+    sizes = _counting(call, vector[inner[-1][0] :]) if others and len(spans) > 1 else []
     record.cuts.append(Cut(vector, inner, key, equal, tied, call.where, others, tuple(sizes)))
+
+
+def _counting(call: Call, part: Vector) -> list[Size]:
+    """What attributes of the running module may say of the width of a part."""
+    module = call.recorder.module
+    return [Size(module, attribute, part, False) for attribute in counting(call, part.size)]
 
 
 def _others(
     call: Call, vector: Vector, spans: Sequence[tuple[int, int]]
 ) -> tuple[Vector | None, ...]:
-    """`Cut.others` where a dimension is split into parts of unlike sizes."""
+    """`Cut.others` where a dimension is split into parts of unlike sizes, or one is sliced off."""
     sizes = [stop - start for start, stop in spans]
-    if len(set(sizes)) < 2 or sum(sizes) < vector.size:
+    if len(spans) > 1 and (len(set(sizes)) < 2 or sum(sizes) < vector.size):
         return ()
     found: list[Vector | None] = []
     for start, stop in spans:
         part = vector[start:stop]
+        if _is_rest(call) and not counting(call, part.size):
+            found.append(part[:0])
+            continue
         wide = [part] if counting(call, part.size) else call.recorder.as_wide(part)
         found.append(wide[0] if wide and part.size > 1 else None)
     return tuple(found)
+
+
+def _is_rest(call: Call) -> bool:
+    """Whether a part is what others leave: `y[d:]` and `y[d:-3]`, but not `y[-3:]`."""
+    if call.name != "slice":
+        return False
+    start, end = (call.args.get(name) for name in ("start", "end"))
+    open_end = end is None or end == sys.maxsize or end < 0
+    return open_end and (start is None or start >= 0)
 
 
 def _again(call: Call, values: dict[str, Any]) -> Any:
