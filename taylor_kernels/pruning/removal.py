@@ -20,6 +20,7 @@ from taylor_kernels.pruning.optimizer_state import (
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.multihead import follow_attention
+from taylor_kernels.tracing.settings import get_attribute, set_attribute
 
 
 class Removal(NamedTuple):
@@ -77,7 +78,7 @@ def cut_model(model: nn.Module, removal: Removal) -> None:
     tensors, modules = Tensors(model), dict(model.named_modules())
     tensors.put({name: smaller(tensors[name], cuts) for name, cuts in removal.cuts.items()})
     for name, own in removal.attributes.items():
-        like = {key: _like(getattr(modules[name], key), value) for key, value in own.items()}
+        like = {key: _like(get_attribute(modules[name], key), value) for key, value in own.items()}
         set_attributes(modules, {name: like})
 
 
@@ -129,7 +130,7 @@ def set_attributes(
     for name, own in values.items():
         follow_attention(modules, name)
         for attribute, value in own.items():
-            setattr(modules[name], attribute, value)
+            set_attribute(modules[name], attribute, value)
 
 
 def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:

@@ -115,13 +115,15 @@ def reshaped(
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
                 new.dims[i], new.zero[i] = axis, zero
+                parts = len(theirs) > 1
                 if i not in inferred:
-                    tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
-                elif len(theirs) > 1:
+                    place = theirs.index(i) if parts else 1
+                    tie(call, new.shape[i], axis, index=place, settings=parts)
+                elif parts:
                     module = call.recorder.module
                     call.record.guesses += [
                         Size(module, attribute, axis.copy(), False)
-                        for attribute in counting(call, new.shape[i])
+                        for attribute in counting(call, new.shape[i], settings=True)
                     ]
     return new
 
@@ -153,7 +155,7 @@ def _may_shrink(
         return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
-        if i in inferred or tie(call, grid.shape[place], None, index=place):
+        if i in inferred or tie(call, grid.shape[place], None, index=place, settings=True):
             may.append(place)
         elif grid.shape[place] > 1:
             unknown.append(place)
