@@ -210,15 +210,17 @@ def _without_unsound(
 ) -> Proven:
     """`_proven`, once sizes that code has from other tensors do or do not follow these."""
     trial.channels, groups, _ = offer
-    found = unsound(trial, blocks)
-    wrong = {slot.owner for number in found for slot in groups[number].producers}
-    if wrong and (other := whole.coupled(model, wrong)) is not None:
-        more, skipped = choose(other)
-        trial.channels = other.offering(more)
-        left = unsound(trial, blocks)
-        if sound_filters(more, left) > sound_filters(groups, found):
-            return (trial.channels, more, skipped), left
-    return offer, found
+    best = offer, unsound(trial, blocks)
+    for guessed in (False, True):
+        wrong = {slot.owner for number in best[1] for slot in best[0][1][number].producers}
+        other = whole.coupled(model, wrong, guessed=guessed) if wrong else None
+        if other is not None:
+            groups, skipped = choose(other)
+            trial.channels = other.offering(groups)
+            tried = (trial.channels, groups, skipped), unsound(trial, blocks)
+            if sound_in(tried) > sound_in(best):
+                whole, best = other, tried
+    return best
 
 
 def _following(

@@ -164,20 +164,44 @@ def counting(
         return []
     names = _like(index, holding(module, size))
     if not names and not weak:
-        names = [
-            f"{attribute}[{place}]"
-            for attribute, values in _lists(module)
-            for place, value in enumerate(values)
-            if value == size
-        ]
+        names = _listed(module, size)
     if not names and settings:
-        names = _like(index, [name for name, value in held_numbers(module) if value == size])
+        names = _like(index, _in_settings(module, size))
     return names
+
+
+def guess(call: Call, size: int, vector: Vector, *, inferred: bool = False) -> None:
+    """Note where else than in its attributes the running module holds this size, to be tried where
+    the model does not run without some channels.
+
+    Args:
+        inferred: code has left it to PyTorch, so that it may be in any attribute.
+    """
+    module = call.running
+    if module is None or size < 2 or type(module).__module__.startswith("torch.nn."):
+        return
+    names = holding(module, size) if inferred else []
+    for name in dict.fromkeys((*names, *_listed(module, size), *_in_settings(module, size))):
+        call.record.guesses.append(Size(call.recorder.module, name, vector.copy(), False))
+
+
+def _listed(module: nn.Module, size: int) -> list[str]:
+    """The entries of a module's lists that hold this integer."""
+    return [
+        f"{attribute}[{place}]"
+        for attribute, values in _lists(module)
+        for place, value in enumerate(values)
+        if value == size
+    ]
+
+
+def _in_settings(module: nn.Module, size: int) -> list[str]:
+    return [name for name, value in held_numbers(module) if value == size]
 
 
 def _like(index: int, names: list[str]) -> list[str]:
     """Of attributes with one value those that count parts, or that are widths, by the place."""
-    names = [name for name in names if not _NO_COUNT.search(name.rpartition(".")[2])]
+    names = [name for name in names if not _NO_COUNT.search(re.sub(r".*\.|\[.*", "", name))]
     widths = [name for name in names if _WIDTH.search(name)]
     counts = [name for name in names if name not in widths]
     return (counts or names) if index == 0 else (widths or names)

@@ -21,12 +21,18 @@ _OTHERS = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.
 
 
 def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """The integers in a module's objects of settings, by their names."""
+    """The integers in a module's objects of settings, and in lists of these, by their names."""
     for name, value in vars(module).items():
         if name not in COMMON and (table := _table(value)):
-            for key, number in table.items():
-                if type(number) is int and isinstance(key, str):
-                    yield f"{name}.{key}", number
+            for key, held in table.items():
+                if not isinstance(key, str):
+                    continue
+                if type(held) is int:
+                    yield f"{name}.{key}", held
+                elif type(held) in (list, tuple):
+                    numbers = [(i, number) for i, number in enumerate(held) if type(number) is int]
+                    if len(numbers) == len(held):
+                        yield from ((f"{name}.{key}[{i}]", number) for i, number in numbers)
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:

@@ -94,6 +94,33 @@ def test_a_pruned_file_keeps_them(kind, tmp_path):
     assert torch.equal(loaded.eval()(inputs), model.eval()(inputs))
 
 
+class Tail(nn.Module):
+    """Puts tokens side by side again, as wide as its settings or a list of its own say."""
+
+    def __init__(self, widths: list[int], own: bool) -> None:
+        super().__init__()
+        if own:
+            self.widths = widths
+        else:
+            self.config = SimpleNamespace(widths=widths)
+        self.enter, self.leave = nn.Linear(5, widths[-1]), nn.Linear(widths[-1], 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        widths = self.widths if hasattr(self, "widths") else self.config.widths
+        return self.leave(self.enter(x).relu().reshape(len(x), -1, widths[-1]))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_width_of_a_list_that_a_reshape_repeats_follows(own, seed):
+    widths = random.Random(seed).sample(range(6, 20), 3)
+    model = Tail(list(widths), own)
+    check_all_but(["leave"], model, torch.randn(1, 4, 5))
+    held = model.widths if own else model.config.widths
+    assert held[:2] == widths[:2]
+    assert held[2] == model.enter.out_features < widths[2]
+
+
 def test_setting_a_number_leaves_others_alone():
     one, other = (nn.Identity() for _ in range(2))
     one.config = other.config = SimpleNamespace(heads=4)
