@@ -124,8 +124,8 @@ def masked_scatter(call: Call) -> Labels:
         else:
             call.refuse(old.dims[dim], _NUMBER)
             call.refuse(given.dims[back] if len(given.shape) >= -back else None, _NUMBER)
-    for vector in given.dims[: max(len(given.shape) - len(old.shape), 0)]:
-        call.refuse(vector, _NUMBER)
+    for before in given.dims[: max(len(given.shape) - len(old.shape), 0)]:
+        call.refuse(before, _NUMBER)
     return result
 
 
