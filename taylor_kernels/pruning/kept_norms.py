@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.across import Kept
+from taylor_kernels.tracing.settings import set_attribute
 
 
 class OnKept:
@@ -130,7 +131,8 @@ class KeptAgain(OnKept):
     ) -> Any:
         args, kwargs = self._of_kept(module, args, kwargs)
         new = copy.copy(module)
-        vars(new).update(self._attributes)
+        for name, value in self._attributes.items():
+            set_attribute(new, name, value)
         if self._on.cut:
             vars(new)["_parameters"] = self._cut(module._parameters)
         before = self._before.pop(threading.get_ident(), None)

@@ -62,16 +62,19 @@ class Proof:
             fault: of all groups of this offer together.
         """
         trial = self.trial
-        trial.channels, groups, _ = offer
-        found = unsound(trial, self.blocks, fault)
-        wrong = {slot.owner for number in found for slot in groups[number].producers}
-        if wrong and (other := whole.coupled(self.model, wrong)) is not None:
-            more, skipped = self.choose(other)
-            trial.channels = other.offering(more)
-            left = unsound(trial, self.blocks)
-            if sound_filters(more, left) > sound_filters(groups, found):
-                return (trial.channels, more, skipped), left
-        return offer, found
+        trial.channels = offer[0]
+        best = offer, unsound(trial, self.blocks, fault)
+        for guessed in (False, True):
+            (_, groups, _), found = best
+            wrong = {slot.owner for number in found for slot in groups[number].producers}
+            other = whole.coupled(self.model, wrong, guessed=guessed) if wrong else None
+            if other is not None:
+                more, skipped = self.choose(other)
+                trial.channels = other.offering(more)
+                tried = (trial.channels, more, skipped), unsound(trial, self.blocks)
+                if sound_in(tried) > sound_in(best):
+                    whole, best = other, tried
+        return best
 
     def _following(
         self, whole: Channels, offer: Offer, fault: Fault

@@ -12,6 +12,7 @@ from taylor_kernels.pruning.pruned_file import PrunedFile
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, cut_model
 from taylor_kernels.tracing.caches import renew
+from taylor_kernels.tracing.settings import get_attribute
 
 
 def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
@@ -123,7 +124,7 @@ def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
     # Only counts become others: an attribute could be a method or a whole module.
     for name, own in file.removal.attributes.items():
         for attribute, value in own.items():
-            old = vars(modules[name]).get(attribute)
+            old = get_attribute(modules[name], attribute)
             if not (_counts(old) and _counts(value) and _is_integer(old) == _is_integer(value)):
                 raise ValueError(
                     f"path: {path!r} would set {f'{name}.{attribute}'.lstrip('.')} to "
@@ -148,7 +149,7 @@ def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Modu
         f"{name}.{attribute}"
         for name, own in attributes.items()
         for attribute in own
-        if name not in modules or not hasattr(modules[name], attribute)
+        if name not in modules or get_attribute(modules[name], attribute) is None
     ]
     # What is left must have the shapes of the file's tensors, under every name of each.
     after = {

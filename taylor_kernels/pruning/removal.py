@@ -20,6 +20,7 @@ from taylor_kernels.pruning.optimizer_state import (
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.multihead import follow_attention
+from taylor_kernels.tracing.settings import get_attribute, set_attribute
 from taylor_kernels.tracing.shared_memory import place_of
 
 
@@ -77,7 +78,7 @@ def cut_model(model: nn.Module, removal: Removal) -> None:
     tensors, modules = Tensors(model), dict(model.named_modules())
     tensors.put(_all_smaller({name: tensors[name] for name in removal.cuts}, removal.cuts))
     for name, own in removal.attributes.items():
-        like = {key: _like(getattr(modules[name], key), value) for key, value in own.items()}
+        like = {key: _like(get_attribute(modules[name], key), value) for key, value in own.items()}
         set_attributes(modules, {name: like})
 
 
@@ -129,7 +130,7 @@ def set_attributes(
     for name, own in values.items():
         follow_attention(modules, name)
         for attribute, value in own.items():
-            setattr(modules[name], attribute, value)
+            set_attribute(modules[name], attribute, value)
 
 
 def _all_smaller(

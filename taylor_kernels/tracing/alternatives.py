@@ -43,6 +43,7 @@ class Alternatives:
         layers: Collection[str],
         *,
         at: Collection[str] | None = None,
+        guessed: bool = False,
     ) -> _Channels | None:
         """The channels where sizes that code wrote down are those of other tensors.
 
@@ -55,6 +56,8 @@ class Alternatives:
             model: the traced model or a copy of it.
             layers: only sizes that count channels which one of these layers makes.
             at: only sizes that the code of these modules wrote down; None for all modules.
+            guessed: they are numbers in lists and settings of the modules, and other tensors stay
+                apart.
 
         Returns:
             None where there are no such sizes.
@@ -64,7 +67,7 @@ class Alternatives:
             asked[self._vectors.layers[name][1]] = True
         asked[0] = False
         modules = dict(model.named_modules())
-        record = with_written_sizes(self._record, self._label, asked, modules, at)
+        record = with_written_sizes(self._record, self._label, asked, modules, at, guessed)
         if record is None:
             return None
         with one_at_a_time(), prunable_attention(modules.values()):

@@ -3,7 +3,7 @@
 PyTorch's own classes are in a table that `register_attributes` extends. For other modules the run
 itself shows candidates: where a module cuts a dimension into parts of a size that one of its
 integer attributes has, that attribute counts them. So does an entry of a list or tuple of integers,
-which goes by the name "widths[1]".
+which goes by the name "widths[1]", and else a number in an object of settings ("config.heads").
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
 from taylor_kernels.tracing.record import Size, Vector
+from taylor_kernels.tracing.settings import held_numbers
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.calls import Call
@@ -122,23 +123,38 @@ def rules_of(module: nn.Module) -> Mapping[str, Counted]:
     return found
 
 
-def tie(call: Call, size: int, vector: Vector | None, index: int = 0, weak: bool = False) -> bool:
+def tie(
+    call: Call,
+    size: int,
+    vector: Vector | None,
+    index: int = 0,
+    weak: bool = False,
+    settings: bool = False,
+) -> bool:
     """Find the attribute of the running module that counts these atoms.
 
     Args:
         vector: None only to ask.
         index: which part of the new shape it is; the first parts are counts, the last widths.
         weak: the dimension stays as it is, so that the size may be another's by chance.
+        settings: as of `counting`.
     """
-    names = counting(call, size, index, weak)
+    names = counting(call, size, index, weak, settings)
     for attribute in names:
         if vector is not None:
             call.record.sizes.append(Size(call.recorder.module, attribute, vector.copy(), weak))
     return bool(names)
 
 
-def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[str]:
-    """The attributes of the running module that hold this size, as `tie` takes them."""
+def counting(
+    call: Call, size: int, index: int = 0, weak: bool = False, settings: bool = False
+) -> list[str]:
+    """The attributes of the running module that hold this size, as `tie` takes them.
+
+    Args:
+        settings: else a number in its settings may, as where a dimension is cut into a grid: they
+            hold so many that of other sizes some is the same by chance.
+    """
     module = call.running
     if size < 2 or module is None:
         return []
@@ -146,19 +162,49 @@ def counting(call: Call, size: int, index: int = 0, weak: bool = False) -> list[
         return _places(module, size, index)
     if type(module).__module__.startswith("torch.nn."):
         return []
-    names = holding(module, size)
-    if len(names) > 1:
-        widths = [attribute for attribute in names if _WIDTH.search(attribute)]
-        counts = [attribute for attribute in names if attribute not in widths]
-        names = (counts or names) if index == 0 else (widths or names)
+    names = _like(index, holding(module, size))
     if not names and not weak:
-        names = [
-            f"{attribute}[{place}]"
-            for attribute, values in _lists(module)
-            for place, value in enumerate(values)
-            if value == size
-        ]
+        names = _listed(module, size)
+    if not names and settings:
+        names = _like(index, _in_settings(module, size))
     return names
+
+
+def guess(call: Call, size: int, vector: Vector, *, inferred: bool = False) -> None:
+    """Note where else than in its attributes the running module holds this size, to be tried where
+    the model does not run without some channels.
+
+    Args:
+        inferred: code has left it to PyTorch, so that it may be in any attribute.
+    """
+    module = call.running
+    if module is None or size < 2 or type(module).__module__.startswith("torch.nn."):
+        return
+    names = holding(module, size) if inferred else []
+    for name in dict.fromkeys((*names, *_listed(module, size), *_in_settings(module, size))):
+        call.record.guesses.append(Size(call.recorder.module, name, vector.copy(), False))
+
+
+def _listed(module: nn.Module, size: int) -> list[str]:
+    """The entries of a module's lists that hold this integer."""
+    return [
+        f"{attribute}[{place}]"
+        for attribute, values in _lists(module)
+        for place, value in enumerate(values)
+        if value == size
+    ]
+
+
+def _in_settings(module: nn.Module, size: int) -> list[str]:
+    return [name for name, value in held_numbers(module) if value == size]
+
+
+def _like(index: int, names: list[str]) -> list[str]:
+    """Of attributes with one value those that count parts, or that are widths, by the place."""
+    names = [name for name in names if not _NO_COUNT.search(re.sub(r".*\.|\[.*", "", name))]
+    widths = [name for name in names if _WIDTH.search(name)]
+    counts = [name for name in names if name not in widths]
+    return (counts or names) if index == 0 else (widths or names)
 
 
 def holding(module: nn.Module, size: int) -> list[str]:

@@ -13,6 +13,7 @@ from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.attributes import rules_of
 from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.resolve import counted
+from taylor_kernels.tracing.settings import get_attribute
 from taylor_kernels.tracing.steps import NORM, Step
 
 #: An attribute that counts: its module, its name, its value, the classes that it counts.
@@ -74,7 +75,7 @@ def find_counters(
                 found.append((name, attribute, old, vector))
     for size in counted(record.sizes):
         listed, _, place = size.attribute.partition("[")
-        kept = getattr(modules[size.module], listed) if place else 0
+        kept = get_attribute(modules[size.module], listed) if place else 0
         found.append((size.module, size.attribute, kept, label[size.atoms]))
     return found
 

@@ -153,7 +153,8 @@ class Record:
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
         values: where tensors came from, if that is followed.
-        guesses: attributes whose number is that of parts that code has left to PyTorch to count.
+        guesses: attributes whose number is that of parts that code has left to PyTorch to count,
+            and entries of lists and settings that hold a size that code wrote down.
         seen: the first atoms of the dimensions of what was given to operations that do more than
             move elements.
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.

@@ -28,6 +28,7 @@ def with_written_sizes(
     asked: npt.NDArray[np.bool_],
     modules: Mapping[str, nn.Module],
     at: Collection[str] | None,
+    guessed: bool = False,
 ) -> Record | None:
     """The record where sizes that code wrote down are those of other tensors.
 
@@ -37,10 +38,14 @@ def with_written_sizes(
         modules: dict(model.named_modules()).
         at: only sizes that the code of these modules wrote down, the least doubtful of them first;
             None for all modules.
+        guessed: they are only what else holds them than attributes that are known to.
 
     Returns:
         None where there are no such sizes.
     """
+    if guessed:
+        guesses = _guessed(record, label, asked, at)
+        return replace(record, sizes=record.sizes + guesses) if guesses else None
     joins: list[Join] = []
     doubt = 0
     counting = {(s.module, label[s.atoms].tobytes()) for s in record.sizes if not s.weak}
@@ -66,7 +71,7 @@ def with_written_sizes(
     }
     compared = [s for s in _compared(record, modules, at or ()) if asked[label[s.atoms]].any()]
     if not joins and not shared and not compared:
-        compared = _guessed(record, label, asked, at or ())
+        compared = _guessed(record, label, asked, at)
     if not joins and not shared and not compared:
         return None
     sizes = [
@@ -77,15 +82,16 @@ def with_written_sizes(
 
 
 def _guessed(
-    record: Record, label: Vector, asked: npt.NDArray[np.bool_], at: Collection[str]
+    record: Record, label: Vector, asked: npt.NDArray[np.bool_], at: Collection[str] | None
 ) -> list[Size]:
-    """Attributes of these modules that hold the number of parts that PyTorch has counted, and are
-    known to count nothing else; code may work other sizes out from them."""
+    """Attributes of these modules, or of all, that hold the number of parts that PyTorch has
+    counted, and are known to count nothing else, so that code may work other sizes out from them;
+    and what else holds a size that code wrote down."""
     known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
     return [
         size
         for size in record.guesses
-        if size.module in at
+        if (at is None or size.module in at)
         and (size.module, size.attribute) not in known
         and asked[label[size.atoms]].any()
     ]

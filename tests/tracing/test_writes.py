@@ -92,6 +92,44 @@ def _put(tensor, index, values):
     return tensor
 
 
+#: Masks of two of three rows that are 8 wide.
+ROWS = {
+    "one column": lambda x: torch.tensor([True, False, True])[:, None],
+    "expanded": lambda x: torch.tensor([False, True, True])[:, None].expand_as(x),
+    "copied": lambda x: torch.tensor([True, True, False])[:, None].expand_as(x).clone(),
+}
+
+
+@pytest.mark.parametrize("mask", ROWS)
+def test_rows_of_another_tensor_go_where_a_mask_says(mask):
+    """As where a language model's tokens make room for those of images."""
+    units, _ = read(
+        lambda s, x: x.masked_scatter(ROWS[mask](x), s.other(x).relu()[:2]), other=nn.Linear(8, 8)
+    )
+    assert units == 8
+
+
+def test_rows_in_several_dimensions_go_where_a_mask_says():
+    def function(s, x):
+        room = x[None].expand(2, *x.shape).unflatten(2, (2, -1))
+        mask = torch.tensor([[True, False, True], [False, True, False]])[..., None, None]
+        return room.masked_scatter(mask, s.other(x).unflatten(1, (2, -1))).sum(0).flatten(1)
+
+    assert read(function, other=nn.Linear(8, 8))[0] > 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, x: x.masked_scatter(torch.arange(8) > 3, s.four(x)),
+        lambda s, x: x.masked_scatter(torch.arange(3)[:, None] > 0, s.four(x.repeat(3, 1))),
+        lambda s, x: x.masked_scatter(x > 0, torch.ones(24, dtype=x.dtype)),
+    ],
+)
+def test_entries_that_a_mask_names_one_by_one_stay(function):
+    assert read(function, four=nn.Linear(8, 4))[0] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [

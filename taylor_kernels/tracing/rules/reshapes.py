@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.attributes import counting, tie, tie_shape
+from taylor_kernels.tracing.attributes import counting, guess, tie, tie_shape
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Size, Vector
+from taylor_kernels.tracing.record import Vector
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
@@ -69,7 +69,7 @@ def reshaped(
         new.computed = old.computed
         for dim in sorted(atoms):
             if dim not in inferred:
-                tie(call, new.shape[dim], new.dims[dim], index=1, weak=True)
+                _tie_whole(call, new.shape[dim], old.dims[dim])
         return new
     if old.uniform:
         new.dims = [np.zeros(size, np.int64) for size in new.shape]
@@ -87,7 +87,7 @@ def reshaped(
             new.dims[place], new.zero[place] = vector, zero
             if place not in inferred:
                 # An attribute may be of this size by chance, so that the size is another tensor's.
-                doubt = int(tie(call, new.shape[place], vector, index=1, weak=True))
+                doubt = int(_tie_whole(call, new.shape[place], vector))
                 if vector.size > 1:
                     call.recorder.echo(vector, call.where, doubt)
                 if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
@@ -115,15 +115,20 @@ def reshaped(
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
                 new.dims[i], new.zero[i] = axis, zero
+                parts = len(theirs) > 1
                 if i not in inferred:
-                    tie(call, new.shape[i], axis, index=theirs.index(i) if len(theirs) > 1 else 1)
-                elif len(theirs) > 1:
-                    module = call.recorder.module
-                    call.record.guesses += [
-                        Size(module, attribute, axis.copy(), False)
-                        for attribute in counting(call, new.shape[i])
-                    ]
+                    place = theirs.index(i) if parts else 1
+                    tie(call, new.shape[i], axis, index=place, settings=parts)
+                if parts:
+                    guess(call, new.shape[i], axis, inferred=i in inferred)
     return new
+
+
+def _tie_whole(call: Call, size: int, vector: Vector | None) -> bool:
+    """`tie` for a dimension that stays as it is."""
+    if vector is not None:
+        guess(call, size, vector)
+    return tie(call, size, vector, index=1, weak=True)
 
 
 def _stay_repeated(old: Labels, new: Labels, ours: Sequence[int], theirs: Sequence[int]) -> None:
@@ -153,7 +158,7 @@ def _may_shrink(
         return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
-        if i in inferred or tie(call, grid.shape[place], None, index=place):
+        if i in inferred or tie(call, grid.shape[place], None, index=place, settings=True):
             may.append(place)
         elif grid.shape[place] > 1:
             unknown.append(place)

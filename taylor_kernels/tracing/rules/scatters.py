@@ -104,6 +104,38 @@ def index_put(call: Call) -> Labels | None:
     return result
 
 
+@rule("masked_scatter")
+def masked_scatter(call: Call) -> Labels:
+    """Entries of a source, in order, go where a mask is true: whole rows where the mask is the
+    same along the last dimensions, as that of the tokens which an image takes."""
+    old, mask = call.of(call.args["self"]), call.args["mask"]
+    given = call.of(call.args["source"])
+    for vector in call.of(mask).vectors():
+        call.refuse(vector, _INDEX)
+    result = Labels.fixed(old.shape)
+    rows = True  # the mask names whole rows of what is behind this dimension
+    for back in range(-1, -len(old.shape) - 1, -1):
+        dim = len(old.shape) + back
+        rows = rows and _is_same_along(call, mask, back)
+        wide = len(given.shape) >= -back and given.shape[back] == old.shape[dim]
+        rows = rows and wide
+        if rows:
+            _beside(call, result, old, given, dim, len(given.shape) + back)
+        else:
+            call.refuse(old.dims[dim], _NUMBER)
+            call.refuse(given.dims[back] if len(given.shape) >= -back else None, _NUMBER)
+    for before in given.dims[: max(len(given.shape) - len(old.shape), 0)]:
+        call.refuse(before, _NUMBER)
+    return result
+
+
+def _is_same_along(call: Call, mask: Tensor, back: int) -> bool:
+    """Whether a mask has one value along a dimension, counted from the end."""
+    if mask.dim() < -back or mask.size(back) == 1 or mask.stride(back) == 0:
+        return True
+    return mask.dim() + back in call.of(mask).repeated
+
+
 def _side_by_side(found: Sequence[tuple[int, Tensor]]) -> bool:
     """Whether indices, each with its dimension, are one, or numbers for dimensions in a row: else
     the dimensions that they name come first, wherever they stand."""
