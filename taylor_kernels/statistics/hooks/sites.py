@@ -175,7 +175,9 @@ class SiteHooks:
         self._on_output = weakref.WeakMethod(on_output)
         self._on_norm = weakref.WeakMethod(on_norm)
         handles: list[RemovableHandle] = []
-        self._behind: dict[str, ShortHook] = {}
+        self._handles = handles
+        #: Behind modules: the module, the hook, and the place of its handle.
+        self._behind: dict[str, tuple[nn.Module, ShortHook, int]] = {}
         at_products: dict[str, dict[tuple[str, bool], Callable[[Tensor], Tensor]]] = {}
         for site in sites:
             module = model.get_submodule(site.module)
@@ -186,7 +188,8 @@ class SiteHooks:
                 hook = Hook(self._before, site.key)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             elif site.how == AT_MODULE:
-                behind = self._behind[site.key] = ShortHook(self._after, site.key)
+                behind = ShortHook(self._after, site.key)
+                self._behind[site.key] = module, behind, len(handles)
                 handles.append(module.register_forward_hook(behind, with_kwargs=True))
         self._products = {name: Products(model, changes) for name, changes in at_products.items()}
         for name, products in self._products.items():
@@ -197,10 +200,27 @@ class SiteHooks:
         """A site has no norm to wait for: it stands behind the last."""
         return []
 
-    def shorten(self, key: str, way: Callable[..., bool] | None) -> None:
+    def shorten(self, key: str, way: Callable[..., bool]) -> None:
         """Ask this first behind the module at a site, from now on: whether it was all."""
         if key in self._behind:
-            self._behind[key].short = way
+            self._behind[key][1].short = way
+
+    def rest(self, key: str) -> bool:
+        """Take the hook behind the module at a site off, until `wake`; whether it was.
+
+        Not where there are other hooks, which may change what it is shown: it would come back
+        behind them.
+        """
+        module, _, place = self._behind[key]
+        if len(module._forward_hooks) > 1:
+            return False
+        self._handles[place].remove()
+        return True
+
+    def wake(self, key: str) -> None:
+        """Put a hook on again that was taken off."""
+        module, behind, place = self._behind[key]
+        self._handles[place] = module.register_forward_hook(behind, with_kwargs=True)
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _with_first(partial(_seen, self._on_output, key), args, kwargs)
