@@ -36,7 +36,8 @@ class BatchNormScale(KnowsNorms):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         if self.sites is not None:
             of_sites = [self._scale_at(site) for site in self.sites.sites]
-            tables = SiteRows(self.sites, list(self.layers)).tables(of_sites, mean=True)
+            keys = [site.key for site in self.sites.sites]
+            tables = SiteRows(self.sites, list(self.layers)).tables(keys, of_sites, mean=True)
         else:
             tables = [self._table(name, layer) for name, layer in self.layers.items()]
         if all(table.isnan().all() for table in tables):

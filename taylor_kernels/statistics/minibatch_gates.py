@@ -6,19 +6,25 @@ gradient of a weight; the others are Σ y·dy of outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.shards import in_parts, is_fsdp
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.gates import _Gates
+from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, SiteHooks
-from taylor_kernels.statistics.hooks.steady import RestingNorms, Steady, keeps_small
+from taylor_kernels.statistics.hooks.steady import (
+    RestingNorms,
+    Steady,
+    gates_of_small,
+    keeps_small,
+)
 from taylor_kernels.statistics.hooks.weight_gates import WeightGates
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -119,22 +125,21 @@ class Gates(_Gates):
     def _begin_pass(self) -> None:
         super()._begin_pass()
         self._of_norms.add_up()
-        self._reduce_small()
+        self._add_packed(self._of_small())
         self._seen = self._count()
 
     def _count(self) -> int:
         """How many gradients are put aside."""
         return self._of_norms.count() + len(self._steady.arrived)
 
-    def _reduce_small(self) -> None:
-        """Make gates of the small outputs whose gradients have come."""
-        for key, y, dy in self._steady.arrived:
-            dim = y.dim() + self._at[key].dim
-            if dim == 0:  # no batch
-                y, dy = y.unsqueeze(0), dy.unsqueeze(0)
-            gates = gate_gradients(y, dy, channel_dim=dim or 1, backend=self.backend)
-            self._add(key, gates.sum(0))
-        self._steady.arrived.clear()
+    def _add_packed(self, packed: Iterable[Packed]) -> None:
+        for some in packed:
+            for key, total in some.each():
+                self._add(key, total)
+
+    def _of_small(self) -> Iterator[Packed]:
+        """The gates of the small outputs whose gradients have come."""
+        return gates_of_small(self._steady, self._at, self.backend)
 
     def _reads_gradient(self, key: str, parameter: nn.Parameter) -> bool:
         self._on_call()
@@ -185,14 +190,16 @@ class Gates(_Gates):
         for norm, captured in self._captured.items():
             for name, total in captured if norm in self._shared else ():
                 self._add(name, total)
-        self._reduce_small()
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
-        for name, slopes in self._of_norms.take(alone | self._at_rest()):
-            self._add(name, slopes)
-        if not self._received:
+        packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
+        names = [*self._received, *(key for some in packed for key in some.keys)]
+        if not names:
             raise RuntimeError(NOTHING_SEEN)
+        if len(set(names)) < len(names):
+            self._add_packed(packed)
+            packed = []
         tables = {name: total[:, None] for name, total in self._received.items()}
-        return self._finished(tables)
+        return self._finished(tables, packed)
 
     def _at_rest(self) -> dict[_NormBase, str]:
         """Norms that are read and not looked at, and the keys of their sites.

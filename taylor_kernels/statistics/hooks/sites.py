@@ -106,16 +106,22 @@ class SiteRows:
         self._nowhere = counts == 0 if (counts == 0).any() else None
         self._place = place
         self._sizes = [where.layers[name].numel() for name in layers]
+        self._widths = {site.key: site.classes.numel() for site in where.sites}
+        self._known: tuple[tuple[str, ...], Tensor] = (), torch.empty(0, dtype=torch.int64)
 
-    def tables(self, of_sites: Sequence[Tensor], *, mean: bool = False) -> list[Tensor]:
-        """One table for each layer; nan for a filter whose gate stands nowhere.
+    def tables(
+        self, keys: Sequence[str], of_sites: Sequence[Tensor], *, mean: bool = False
+    ) -> list[Tensor]:
+        """The layers' tables.
 
         Args:
-            of_sites: a table for each site.
-            mean: of the rows that are not nan in place of the sum.
+            keys: the sites whose tables are given; those of others are zero.
+            of_sites: their rows, in this order, in as many tensors as may be.
+            mean: in place of the sum; what is nan at a site does not count.
         """
-        device, width = of_sites[0].device, of_sites[0].size(1)
-        index = self._index = self._index.to(device)
+        device = of_sites[0].device
+        index = self._index_of(tuple(keys)).to(device)
+        width = of_sites[0].size(1)
         rows = torch.cat([*(t.to(device) for t in of_sites), of_sites[0].new_zeros(1, width)])
         number = (~rows.isnan()).to(rows) if mean else None
         rows = rows.nan_to_num() if mean else rows
@@ -127,6 +133,24 @@ class SiteRows:
         if self._nowhere is not None:
             total[self._nowhere.to(device)] = torch.nan
         return list(total[self._place.to(device)].split(self._sizes))
+
+    def _index_of(self, keys: tuple[str, ...]) -> Tensor:
+        """[gates, M] int64: the rows of each gate in tables in the order of these keys; the
+        row behind them is that of other sites, and of the padding."""
+        if self._known[0] != keys:
+            starts = {}
+            end = 0
+            for key in keys:
+                starts[key] = end
+                end += self._widths[key]
+            nothing = torch.tensor([end])
+            places = [
+                torch.arange(starts[key], starts[key] + width) if key in starts
+                else nothing.expand(width)
+                for key, width in self._widths.items()
+            ]  # fmt: skip
+            self._known = keys, torch.cat([*places, nothing])[self._index]
+        return self._known[1]
 
 
 def change_at(

@@ -9,7 +9,8 @@ function of them would double what a short way takes. Most norms need no hook at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import forget_compiled
+from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.passes import WatchesPasses
-from taylor_kernels.statistics.hooks.sites import SiteHooks
+from taylor_kernels.statistics.hooks.sites import Site, SiteHooks
 
 #: Elements of an output that is small: its copy, and its gradient, are held until the pass is over.
 SMALL = 1 << 15
@@ -119,3 +122,29 @@ def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tens
         return True
 
     return has_run
+
+
+def gates_of_small(shared: Steady, at: Mapping[str, Site], backend: str | None) -> Iterator[Packed]:
+    """What has arrived, reduced: outputs of one position each, as of a squeezed image, in one call.
+
+    Args:
+        at: the sites by their keys.
+    """
+    alike: dict[object, list[tuple[str, Tensor, Tensor]]] = {}
+    times: Counter[str] = Counter()
+    for key, y, dy in shared.arrived:
+        dim = y.dim() + at[key].dim
+        if dim == 0:  # no batch
+            y, dy, dim = y.unsqueeze(0), dy.unsqueeze(0), 1
+        times[key] += 1
+        if y.numel() == y.size(0) * y.size(dim):
+            kind: object = (times[key], y.size(0), y.dtype, y.device)
+            alike.setdefault(kind, []).append((key, y.flatten(1), dy.flatten(1)))
+        else:
+            alike[len(alike)] = [(key, y.movedim(dim, 1), dy.movedim(dim, 1))]
+    shared.arrived.clear()
+    for some in alike.values():
+        keys, ys, dys = zip(*some, strict=True)
+        y, dy = (ys[0], dys[0]) if len(some) == 1 else (torch.cat(ys, 1), torch.cat(dys, 1))
+        sizes = tuple(one.size(1) for one in ys)
+        yield Packed(keys, sizes, gate_gradients(y, dy, backend=backend).sum(0))
