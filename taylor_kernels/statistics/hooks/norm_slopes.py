@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.statistics.hooks.gate_tables import Packed
 
@@ -22,6 +21,7 @@ class _Read(NamedTuple):
     shift: nn.Parameter
     of_scale: list[Tensor]
     of_shift: list[Tensor]
+    channels: int
 
     def is_whole(self, norm: _NormBase) -> bool:
         """Whether gradients have come of both, and the norm has them still."""
@@ -56,7 +56,8 @@ class NormSlopes:
                 found = self._found[parameter] = []
                 self._handles.append(parameter.register_hook(found.append))
         scale, shift = norm.weight, norm.bias
-        self._read[norm] = _Read(scale, shift, self._found[scale], self._found[shift])
+        of_scale, of_shift = self._found[scale], self._found[shift]
+        self._read[norm] = _Read(scale, shift, of_scale, of_shift, scale.numel())
 
     def count(self) -> int:
         """How many gradients have come, and are not added up yet."""
@@ -71,15 +72,14 @@ class NormSlopes:
     def take(self, norms: Mapping[_NormBase, str]) -> Iterator[Packed]:
         """The slopes of these norms by their names, if gradients have come of both parameters."""
         self.add_up()
-        alike: dict[object, list[tuple[str, _Read]]] = {}  # those whose moments fit into one table
+        alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table
         for norm, name in norms.items():
             read = self._read[norm]
             if read.is_whole(norm):
-                kind = read.scale.device, accumulator(read.scale.dtype)
-                alike.setdefault(kind, []).append((name, read))
+                alike.setdefault((read.scale.device, read.scale.dtype), []).append((name, read))
         for some in alike.values():
             names, reads = zip(*some, strict=True)
-            sizes = tuple(read.scale.numel() for read in reads)
+            sizes = tuple(read.channels for read in reads)
             yield Packed(names, sizes, self._slopes(reads))
 
     def _slopes(self, reads: Sequence[_Read]) -> Tensor:

@@ -137,9 +137,10 @@ def gates_of_small(shared: Steady, at: Mapping[str, Site], backend: str | None) 
         if dim == 0:  # no batch
             y, dy, dim = y.unsqueeze(0), dy.unsqueeze(0), 1
         times[key] += 1
-        if y.numel() == y.size(0) * y.size(dim):
-            kind: object = (times[key], y.size(0), y.dtype, y.device)
-            alike.setdefault(kind, []).append((key, y.flatten(1), dy.flatten(1)))
+        shape = y.shape
+        if dim == 1 and y.numel() == shape[0] * shape[1]:
+            kind: object = (times[key], shape[0], shape[2:], y.dtype, y.device)
+            alike.setdefault(kind, []).append((key, y, dy))
         else:
             alike[len(alike)] = [(key, y.movedim(dim, 1), dy.movedim(dim, 1))]
     shared.arrived.clear()
