@@ -7,7 +7,7 @@ operations of PyTorch. What it cannot write into, on a GPU or as a part on sever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from taylor_kernels.tracing import Channels
 Fills = list[tuple[int, Tensor, float]]
 
 
-def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> dict[str, Fills]:
+def fills(
+    tensors: Tensors | Mapping[str, Tensor], channels: Channels, entries: Mapping[str, Cuts]
+) -> dict[str, Fills]:
     """What masks these entries: parameter or buffer -> what to write; indices where it is."""
     found = {}
     for name, cuts in entries.items():
@@ -37,6 +39,14 @@ def fills(tensors: Tensors, channels: Channels, entries: Mapping[str, Cuts]) -> 
 def fill(tensor: Tensor, parts: Fills) -> None:
     for dim, index, value in parts:
         fill_part(tensor, dim, index.to(tensor.device), value)  # a trainer may have moved the model
+
+
+def fill_once(tensors: Sequence[Tensor], parts: Sequence[Fills]) -> None:
+    """Write into each of these tensors."""
+    found = native.fills(parts)
+    left = range(len(tensors)) if found is None else found.write(list(tensors))
+    for number in left:
+        fill(tensors[number], parts[number])
 
 
 class HeldEntries:

@@ -105,7 +105,9 @@ class Inventory:
     def _left(self) -> list[Tensor]:
         """Which units of each group, as it was at first, the model still has: [U] bool."""
         return [
-            torch.isin(first.classes, group.classes)
+            torch.ones(first.size, dtype=torch.bool)
+            if first.size == group.size
+            else torch.isin(first.classes, group.classes)
             for first, group in zip(self.first, self.groups, strict=True)
         ]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
-from taylor_kernels.pruning.held_entries import HeldEntries, fills, zeroes_gradients
+from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
-from taylor_kernels.pruning.optimizer_state import optimizers_in, zero_state
-from taylor_kernels.pruning.removal import Tensors, lookup
+from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
+from taylor_kernels.pruning.removal import lookup
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.multihead import unpack_examples
 
@@ -46,10 +46,10 @@ class Masks:
         entries = channels.entries(dead)
         if not entries:
             return
-        tensors, optimizers = Tensors(self._model), optimizers_in(self.optimizer)
+        tensors = {name: lookup(self._model, name) for name in entries}
         masked = fills(tensors, channels, entries)
         parameters = {
-            name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
+            n: tensor for n, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
         }
         held = HeldEntries(masked)
         held.write(self._model)
@@ -60,7 +60,16 @@ class Masks:
             if parameter.requires_grad:
                 hook = self._zeroing[name]
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
-            zero_state(optimizers, name, parameter, entries[name])
+        optimizers = optimizers_in(self.optimizer)
+        states = [
+            state
+            for name, parameter in parameters.items()
+            for state in masked_state(optimizers, name, parameter, entries[name])
+        ]
+        fill_once(
+            [state for state, _ in states],
+            [[(dim, index, 0.0) for dim, index in cuts.items()] for _, cuts in states],
+        )
         self._hooks.append(self._model.register_forward_pre_hook(Hook(_write, held)))
         # Training moves a masked channel's variance off one; it is put back at once.
         statistics = {name: parts for name, parts in masked.items() if name not in parameters}

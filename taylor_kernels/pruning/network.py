@@ -180,8 +180,10 @@ class Network(Inventory):
         if self._all_cuts[0] is not self.channels:
             everything = [torch.ones_like(gone) for gone in self.dead]
             self._all_cuts = self.channels, self.channels.entries(everything)
+        tensors = dict(zip(self._tensors.names, self._tensors.of(self.model), strict=True))
         for name, cuts in self._all_cuts[1].items():
-            check_follows(optimizers, name, lookup(self.model, name), cuts)
+            if (tensor := tensors.get(name)) is not None:  # else `check_unchanged` says so
+                check_follows(optimizers, name, tensor, cuts)
 
     def check_unchanged(self) -> None:
         """Nobody else has cut the model.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -16,7 +16,6 @@ from torch.optim import SGD, Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook
-from taylor_kernels.shards import fill_part
 
 Cuts = Mapping[int, Tensor]  # dimension -> the indices that go
 #: Id of an index and the size of its dimension -> what is kept of it, and where that begins if it
@@ -182,12 +181,15 @@ def follow(optimizers: Iterable[Optimizer], new: Mapping[str, tuple[Tensor, Tens
                 one.state[parameter] = state
 
 
-def zero_state(optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cuts: Cuts) -> None:
-    """Set the state of masked entries to zero, which is where removal would have left them."""
+def masked_state(
+    optimizers: Iterable[Optimizer], name: str, parameter: Tensor, cuts: Cuts
+) -> Iterator[tuple[Tensor, Cuts]]:
+    """Tensors of a parameter's state, and which entries go with those that are masked: zero is
+    where removal would have left them."""
     for one in optimizers:
         for key, value in one.state.get(parameter, {}).items():
-            for dim, index in _state_cuts(name, key, value, parameter, cuts).items():
-                fill_part(value, dim, index.to(value.device), 0.0)
+            if own := _state_cuts(name, key, value, parameter, cuts):
+                yield value, own
 
 
 def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
@@ -224,6 +226,8 @@ def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cut
     """The cuts that apply to a state tensor: those along dimensions it has in full."""
     if not isinstance(value, Tensor) or value.numel() <= 1:
         return {}
+    if value.shape == parameter.shape:
+        return cuts
     pairs = list(zip(value.shape, parameter.shape, strict=False))
     if value.dim() != parameter.dim() or any(mine not in (1, theirs) for mine, theirs in pairs):
         raise ValueError(

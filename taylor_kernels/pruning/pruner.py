@@ -200,7 +200,8 @@ class Pruner(Resumable):
                 since the last pruning are forgotten. Or the gradients of gates are rounding noise,
                 which says nothing of what is to go; the targets cannot be reached without
                 layers, or blocks, that no gradient reaches, or without channels whose layers have
-                all gone with their blocks; the pruner is closed; or other code cut the model.
+                all gone with their blocks; the pruner is closed; or, at a pruning at the latest,
+                other code cut the model.
         """
         self._check_open()
         if self.ranks is not None:
@@ -209,14 +210,17 @@ class Pruner(Resumable):
         if minibatches.statistic is None:
             return None
         minibatches.check(loss_scale, closure, weight)
-        self._network.check_unchanged()
         with outside_inference_mode():
             scale = minibatches.scale(loss_scale)
             if scale is None:
                 return None
-            with counted(minibatches.statistic, mask):
-                found = minibatches.statistic.collect(loss_scale=scale, closure=closure)
-                due = minibatches.add(found, scale, weight)
+            try:
+                with counted(minibatches.statistic, mask):
+                    found = minibatches.statistic.collect(loss_scale=scale, closure=closure)
+                    due = minibatches.add(found, scale, weight)
+            except Exception:
+                self._network.check_unchanged()  # else of no interest before a pruning
+                raise
             return self._prune() if due else None
 
     def skip(self) -> None:
@@ -233,6 +237,7 @@ class Pruner(Resumable):
         self._minibatches.skip()
 
     def _prune(self) -> PruneRecord:
+        self._network.check_unchanged()
         record = prune(self._network, self._minibatches, self._budget, self._momentum)
         self._history.append(record)
         self.check_masks()

@@ -131,15 +131,11 @@ class UnitScores:
             past = self._average.to(mean)
             mixed = momentum * past + (1 - momentum) * mean
             average = torch.where(past.isnan(), mean, mixed)  # it had no score before
-        scores = list(average.cpu().split([group.size for group in self._groups]))
-        for group, score, gone, absent in zip(self._groups, scores, dead, unscored, strict=True):
-            bad = ~score.isfinite() & ~gone
-            if bad.any() and not absent:
-                layers = ", ".join(slot.owner for slot in group.producers)
-                means = ""
-                if score[bad].isnan().any():
-                    means = get_statistic(self._criterion.statistic).nan_means
-                raise not_finite(layers, f"{int(bad.sum())} of {group.size} units", means)
+        on_cpu = average.cpu()
+        scores = list(on_cpu.split([group.size for group in self._groups]))
+        wrong = ~on_cpu.isfinite() & ~torch.cat([torch.empty(0, dtype=torch.bool), *dead])
+        if wrong.any():
+            self._check_finite(scores, dead)
         self._average = average
         if not self._criterion.across_layers:
             scores = [
@@ -150,6 +146,19 @@ class UnitScores:
             torch.full_like(score, torch.inf) if absent else score
             for score, absent in zip(scores, unscored, strict=True)
         ]
+
+    def _check_finite(self, scores: Sequence[Tensor], dead: Sequence[Tensor]) -> None:
+        """Units that are not dead, of groups that were read, have finite scores, or an error."""
+        for group, score, gone, absent in zip(
+            self._groups, scores, dead, self.unscored, strict=True
+        ):
+            bad = ~score.isfinite() & ~gone
+            if bad.any() and not absent:
+                layers = ", ".join(slot.owner for slot in group.producers)
+                means = ""
+                if score[bad].isnan().any():
+                    means = get_statistic(self._criterion.statistic).nan_means
+                raise not_finite(layers, f"{int(bad.sum())} of {group.size} units", means)
 
     def forget(self) -> None:
         """Forget the minibatches since the last pruning."""
@@ -168,6 +177,9 @@ class UnitScores:
     @property
     def unscored(self) -> list[bool]:
         """Of each group, whether none of its layers could be read in this period."""
+        if not self._unread:
+            owners = ([slot.owner for slot in group.producers] for group in self._groups)
+            return [self._layers.keys().isdisjoint(some) for some in owners]
         return [
             all(slot.owner in self._unread for slot in self._members(group))
             for group in self._groups

@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from taylor_kernels.shards import whole
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.following_norms import KnowsNorms
-from taylor_kernels.statistics.hooks.sites import OUT, Site, SiteRows
+from taylor_kernels.statistics.hooks.site_rows import SiteRows
+from taylor_kernels.statistics.hooks.sites import OUT, Site
 from taylor_kernels.statistics.layers import Layer, filter_count, held_weight
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -36,7 +37,8 @@ class BatchNormScale(KnowsNorms):
     def collect(self, *, loss_scale: float = 1.0, closure: Closure | None = None) -> list[Tensor]:
         if self.sites is not None:
             of_sites = [self._scale_at(site) for site in self.sites.sites]
-            tables = SiteRows(self.sites, list(self.layers)).tables(of_sites, mean=True)
+            keys = [site.key for site in self.sites.sites]
+            tables = SiteRows(self.sites, list(self.layers)).tables(keys, of_sites, mean=True)
         else:
             tables = [self._table(name, layer) for name, layer in self.layers.items()]
         if all(table.isnan().all() for table in tables):

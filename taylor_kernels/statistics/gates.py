@@ -17,6 +17,7 @@ is the Σ g·w of the entries that the channels go through.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.counting import counting
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.statistics.hooks.following_norms import FollowingNorms
-from taylor_kernels.statistics.hooks.gate_tables import GateTables
+from taylor_kernels.statistics.hooks.gate_tables import GateTables, Packed
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, WatchesPasses
 from taylor_kernels.statistics.hooks.sites import IN, SiteHooks
 from taylor_kernels.statistics.layers import channel_dim, is_layer
@@ -73,10 +74,10 @@ class _Gates(WatchesPasses):
         mesh = self._gate_tables.mesh
         return mesh is None or not any(mesh.get_coordinate() or ())
 
-    def _finished(self, tables: dict[str, Tensor]) -> list[Tensor]:
+    def _finished(self, tables: dict[str, Tensor], packed: Sequence[Packed] = ()) -> list[Tensor]:
         """The tables of layers; where a plan has spread them over ranks, a collective of those."""
         self._gate_tables.mesh = plan_mesh(self.model)
-        return self._gate_tables.finish(tables, self.model.training)
+        return self._gate_tables.finish(tables, self.model.training, packed)
 
     def discard(self) -> None:
         super().discard()

@@ -6,20 +6,25 @@ gradient of a weight; the others are Σ y·dy of outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.shards import in_parts, is_fsdp
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.gates import _Gates
+from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, SiteHooks
-from taylor_kernels.statistics.hooks.steady import Steady, counts_runs, keeps_small
+from taylor_kernels.statistics.hooks.steady import (
+    RestingNorms,
+    Steady,
+    gates_of_small,
+    keeps_small,
+)
 from taylor_kernels.statistics.hooks.weight_gates import WeightGates
 from taylor_kernels.statistics.registry import register_statistic
 
@@ -32,8 +37,9 @@ class Gates(_Gates):
     to `.grad` later (unscaling, clipping) does not matter. They give the gate of a layer if the
     norm ran once in the pass, behind that layer alone. Of a norm that runs more often the outputs
     are captured instead. In the first passes both are done, since only their end tells which is
-    right, and whether a gradient is rounding noise. FSDP2 has freed γ and β by then: outputs it is.
-    The gradients of weights at sites are read there too.
+    right, and whether a gradient is rounding noise. At sites no hook stays behind the norms that
+    are read after that. FSDP2 has freed γ and β by then: outputs it is. The gradients of weights at
+    sites are read there too.
     """
 
     name = "gates"
@@ -51,9 +57,11 @@ class Gates(_Gates):
         self._of_weights = sorted({site.weight for site in weights})
         self._received: dict[str, Tensor] = {}
         self._steady = Steady()
-        self._last_run = self._steady.last_run
+        self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # the pass, and behind what
         self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
-        self._read = self._steady.read
+        self._read: dict[_NormBase, str] = {}  # in this update
+        self._quiet: dict[_NormBase, str] = {}  # of these the ones that need no look
+        self._resting = RestingNorms(self._norms) if isinstance(self._norms, SiteHooks) else None
         self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._of_norms = NormSlopes(self._handles, self.backend)
@@ -69,16 +77,13 @@ class Gates(_Gates):
             return norm not in self._read  # a checkpoint computes the same run again
         if last_pass == self._pass or last_name != name:
             self._shared.add(norm)
-            if name is not None:
-                self._shorten(name, None)
             if norm in self._read and norm not in self._captured:
                 self._spoiled.add(self._read[norm])
         self._last_run[norm] = (self._pass, name)
         trains = (
             not self._frees_parameters()
             and norm.affine
-            and norm.weight.requires_grad
-            and norm.bias.requires_grad
+            and all(_is_trained(one) for one in (norm.weight, norm.bias))
         )
         if norm in self._shared or name is None or not trains:
             return True
@@ -88,18 +93,20 @@ class Gates(_Gates):
             self._captured.setdefault(norm, [])
             return True
         self._captured.pop(norm, None)  # no longer all of its runs
-        self._shorten(name, counts_runs(self._steady, name, norm))
+        self._quiet[norm] = name
         return False
 
     def _on_output(self, name: str, output: Tensor) -> None:
         super()._on_output(name, output)
         if self._steady.on and name not in self._short:
             self._short.add(name)
-            self._shorten(name, keeps_small(self._steady, name))
+            if isinstance(self._norms, SiteHooks):
+                self._norms.shorten(name, keeps_small(self._steady, name))
 
-    def _shorten(self, key: str, way: Callable[..., bool] | None) -> None:
-        if isinstance(self._norms, SiteHooks):
-            self._norms.shorten(key, way)
+    def _on_model(self, *_: object) -> None:
+        super()._on_model()
+        if self._resting is not None:
+            self._resting.wake_changed()
 
     def _frees_parameters(self) -> bool:
         """Whether γ and β are gone by the time of backward(); the modules are asked once a pass."""
@@ -118,22 +125,21 @@ class Gates(_Gates):
     def _begin_pass(self) -> None:
         super()._begin_pass()
         self._of_norms.add_up()
-        self._reduce_small()
-        self._steady.pass_, self._seen = self._pass, self._count()
+        self._add_packed(self._of_small())
+        self._seen = self._count()
 
     def _count(self) -> int:
         """How many gradients are put aside."""
         return self._of_norms.count() + len(self._steady.arrived)
 
-    def _reduce_small(self) -> None:
-        """Make gates of the small outputs whose gradients have come."""
-        for key, y, dy in self._steady.arrived:
-            dim = y.dim() + self._at[key].dim
-            if dim == 0:  # no batch
-                y, dy = y.unsqueeze(0), dy.unsqueeze(0)
-            gates = gate_gradients(y, dy, channel_dim=dim or 1, backend=self.backend)
-            self._add(key, gates.sum(0))
-        self._steady.arrived.clear()
+    def _add_packed(self, packed: Iterable[Packed]) -> None:
+        for some in packed:
+            for key, total in some.each():
+                self._add(key, total)
+
+    def _of_small(self) -> Iterator[Packed]:
+        """The gates of the small outputs whose gradients have come."""
+        return gates_of_small(self._steady, self._at, self.backend)
 
     def _reads_gradient(self, key: str, parameter: nn.Parameter) -> bool:
         self._on_call()
@@ -151,6 +157,7 @@ class Gates(_Gates):
         self._add(key, slopes)
 
     def close(self) -> None:
+        self._resting = None  # no hook comes back
         self._weights.close()
         super().close()
 
@@ -183,14 +190,33 @@ class Gates(_Gates):
         for norm, captured in self._captured.items():
             for name, total in captured if norm in self._shared else ():
                 self._add(name, total)
-        self._reduce_small()
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
-        for name, slopes in self._of_norms.take(alone):
-            self._add(name, slopes)
-        if not self._received:
+        packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
+        names = [*self._received, *(key for some in packed for key in some.keys)]
+        if not names:
             raise RuntimeError(NOTHING_SEEN)
+        if len(set(names)) < len(names):
+            self._add_packed(packed)
+            packed = []
         tables = {name: total[:, None] for name, total in self._received.items()}
-        return self._finished(tables)
+        return self._finished(tables, packed)
+
+    def _at_rest(self) -> dict[_NormBase, str]:
+        """Norms that are read and not looked at, and the keys of their sites.
+
+        Raises:
+            RuntimeError: one has other parameters than those whose gradients are put aside.
+        """
+        if self._resting is None:
+            return {}
+        names = self._resting.names
+        if replaced := [names[norm] for norm in self._resting.replaced()]:
+            self._resting.wake_changed()
+            raise RuntimeError(
+                f"{', '.join(replaced)}: other parameters were put into these norms since the "
+                "model itself was called, and their gradients were not seen; run the pass again"
+            )
+        return names
 
     def discard(self) -> None:
         super().discard()
@@ -201,3 +227,15 @@ class Gates(_Gates):
         self._received, self._captured, self._spoiled = {}, {}, set()
         self._seen = 0
         self._steady.on = not self._gate_tables.noise.watches
+        if self._resting is not None:
+            if self._steady.on:
+                self._resting.add({n: k for n, k in self._quiet.items() if n not in self._shared})
+            else:
+                self._resting.wake()
+        self._quiet.clear()
+
+
+def _is_trained(held: Tensor) -> bool:
+    """Whether gradients come of it, and are the model's: torch.func.functional_call puts other
+    tensors there."""
+    return isinstance(held, nn.Parameter) and held.requires_grad

@@ -119,6 +119,27 @@ def test_masks_of_a_model_that_other_code_cut():
         pruner.compact()
 
 
+@pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo", "magnitude_l2"])
+@pytest.mark.parametrize("widen", [-1, 1])
+def test_a_model_that_other_code_cut_is_pruned_no_more(criterion, widen):
+    model, inputs, pruner = masked(criterion=criterion, every=3)
+    places = [n for n, module in enumerate(model) if isinstance(module, nn.Linear)][:2]
+    first, second = (model[place] for place in places)
+    width = first.out_features + widen
+    model[places[0]] = nn.Linear(first.in_features, width)
+    model[places[1]] = nn.Linear(width, second.out_features)
+    left = [parameter.clone() for parameter in model.parameters()]
+
+    def until_the_pruning() -> None:
+        for _ in range(3):
+            minibatch(model, inputs, pruner)
+
+    with pytest.raises(RuntimeError, match=r"model: 0\.weight has shape .* where this pruner left"):
+        until_the_pruning()
+    assert not pruner.history
+    assert all(map(torch.equal, model.parameters(), left))
+
+
 @pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher", "taylor_fo"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")

@@ -1,4 +1,4 @@
-"""The short ways of hooks in later passes give the scores that the long ways of the first give."""
+"""Later passes, with short ways of hooks or none, have the scores of the first, with long ones."""
 
 from __future__ import annotations
 
@@ -115,6 +115,27 @@ def other_parameters(model: Squeezed) -> None:
     loss(model(images())).backward()
 
 
+def parameters_of_one_call(model: Squeezed) -> None:
+    others = {"of_stem.weight": torch.rand(6).double().requires_grad_()}
+    loss(torch.func.functional_call(model, others, images())).backward()
+
+
+def a_frozen_scale(model: Squeezed) -> None:
+    model.of_body.weight.requires_grad_(False)
+    loss(model(images())).backward()
+    model.of_body.weight.requires_grad_(True)
+
+
+def inside_scoring(model: Squeezed) -> None:
+    with tk.scoring(model):
+        loss(model(images())).backward()
+
+
+def in_the_other_mode(model: Squeezed) -> None:
+    model.train(not model.training)
+    loss(model(images())).backward()
+
+
 def large_outputs(model: Squeezed) -> None:
     loss(model(images(60))).backward()
 
@@ -122,7 +143,8 @@ def large_outputs(model: Squeezed) -> None:
 WAYS = (
     plain, two_passes_before_one_backward, two_backwards, two_backwards_over_one_graph, clipped,
     onto_gradients_that_there_are, with_a_graph_of_gradients, in_checkpoints,
-    beside_passes_that_count_nothing, part_by_part, other_parameters, large_outputs,
+    beside_passes_that_count_nothing, part_by_part, a_norm_twice_in_a_pass, other_parameters,
+    parameters_of_one_call, a_frozen_scale, inside_scoring, in_the_other_mode, large_outputs,
 )  # fmt: skip
 
 
@@ -159,32 +181,23 @@ def test_later_passes_are_scored_as_first_ones(run, monkeypatch):
             torch.testing.assert_close(found[name], score, rtol=1e-5, atol=0)
 
 
-def test_a_norm_that_runs_twice_for_once_is_seen():
+def steady_meter() -> tuple[Squeezed, tk.Importance]:
+    """A model and a meter whose first updates are over."""
     model = Squeezed().double().eval()
     imp = tk.Importance(model, "taylor_fo_bn", example_inputs=images(1))
     for _ in range(WARM):
         plain(model)
         imp.update()
-    imp.reset()
-    seed = int(torch.randint(1 << 30, ()))
-    a_norm_twice_in_a_pass(model)
-    with pytest.raises(RuntimeError, match="behind of_stem ran more often in this pass"):
-        imp.update()
-    torch.manual_seed(seed)
-    a_norm_twice_in_a_pass(model)
-    imp.update()
-    again, _ = scores(model, 0, a_norm_twice_in_a_pass, seed)
-    for name, score in again.items():
-        torch.testing.assert_close(imp.compute()[name], score, rtol=1e-5, atol=0)
+    return model, imp
+
+
+def hooked(model: Squeezed) -> list[str]:
+    return [name for name, module in model.named_modules() if module._forward_hooks]
 
 
 def test_later_passes_go_the_short_way(monkeypatch):
     taken = []
-    model = Squeezed().double().eval()
-    imp = tk.Importance(model, "taylor_fo_bn", example_inputs=images(1))
-    for _ in range(WARM):
-        plain(model)
-        imp.update()
+    model, imp = steady_meter()
     monkeypatch.setattr(
         "taylor_kernels.statistics.hooks.sites.SiteHooks._after",
         lambda self, key, *rest: taken.append(key),
@@ -192,3 +205,43 @@ def test_later_passes_go_the_short_way(monkeypatch):
     plain(model)
     imp.update()
     assert not taken
+    assert not {"of_stem", "of_body"}.intersection(hooked(model))
+
+
+def test_hooks_come_back_where_the_mode_changes_and_go_with_the_meter():
+    model, imp = steady_meter()
+    in_the_other_mode(model)
+    imp.update()
+    assert {"of_stem", "of_body"} <= set(hooked(model))
+    for _ in range(WARM):
+        plain(model)
+        imp.update()
+    in_the_other_mode(model)
+    imp.close()
+    assert not hooked(model)
+
+
+def test_a_norm_with_another_hook_keeps_its_own_in_front_of_it():
+    model = Squeezed().double().eval()
+    model.of_stem.register_forward_hook(lambda _, __, output: None)
+    imp = tk.Importance(model, "taylor_fo_bn", example_inputs=images(1))
+    for _ in range(WARM):
+        plain(model)
+        imp.update()
+    assert "of_body" not in hooked(model)
+    assert len(model.of_stem._forward_hooks) == 2
+
+
+def test_parameters_replaced_where_no_call_of_the_model_shows_it_are_an_error():
+    model, imp = steady_meter()
+    model.of_stem.weight = nn.Parameter(torch.rand_like(model.of_stem.weight))
+    part_by_part(model)
+    with pytest.raises(RuntimeError, match="of_stem: other parameters were put into"):
+        imp.update()
+    imp.reset()
+    seed = int(torch.randint(1 << 30, ()))
+    torch.manual_seed(seed)
+    part_by_part(model)
+    imp.update()
+    for name, score in scores(model, 0, part_by_part, seed)[0].items():
+        torch.testing.assert_close(imp.compute()[name], score, rtol=1e-5, atol=0)

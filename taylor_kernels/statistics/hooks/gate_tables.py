@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from taylor_kernels.shards import along_mesh
 from taylor_kernels.statistics.hooks.noise import Noise
-from taylor_kernels.statistics.hooks.sites import GateSites, SiteRows
+from taylor_kernels.statistics.hooks.site_rows import SiteRows
+from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.layers import Layers, filter_count
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+class Packed(NamedTuple):
+    """Tables of one column, one after the other in one tensor.
+
+    Attributes:
+        keys: the names of the sites or layers, each once.
+        sizes: how many gates there are of each.
+        slopes: [sum of the sizes].
+    """
+
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...]
+    slopes: Tensor
+
+    def each(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, [C]) of each."""
+        return zip(self.keys, self.slopes.split(self.sizes), strict=True)
 
 
 class GateTables:
@@ -41,13 +60,19 @@ class GateTables:
             self._rows = SiteRows(sites, self._layers)
             self._sites_of = sites.sites_of_layers()
 
-    def finish(self, tables: Mapping[str, Tensor], training: bool) -> list[Tensor]:
+    def finish(
+        self, tables: Mapping[str, Tensor], training: bool, packed: Sequence[Packed] = ()
+    ) -> list[Tensor]:
         """[F, K] of each layer from those that were filled, by name, at the end of an update.
 
         Args:
             training: the model's mode.
+            packed: further tables, where all have one column; no name is given twice.
         """
-        known = self._by_layer(tables)
+        if packed and (self.mesh is not None or self._rows is None):
+            each = (one for some in packed for one in some.each())
+            tables, packed = {**tables, **{key: own[:, None] for key, own in each}}, ()
+        known = self._by_layer(tables, packed)
         self.noise.close_update(training, self._by_layer)
         for name in self.noise.layers:
             known[name] = torch.full_like(known[name], torch.nan)
@@ -88,29 +113,28 @@ class GateTables:
         self._alike = True
         return found
 
-    def _by_layer(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _by_layer(
+        self, tables: Mapping[str, Tensor], packed: Sequence[Packed] = ()
+    ) -> dict[str, Tensor]:
         if self.mesh is not None:
             tables = self._of_all_ranks(tables, self.mesh)
-        like = next(iter(tables.values()))
         if self._rows is None:
+            like = next(iter(tables.values()))
             return {
                 name: tables[name] if name in tables else like.new_zeros(width, like.size(1))
                 for name, width in self.widths.items()
             }
+        counts = [table.size(1) for table in tables.values()]
+        if len(set(counts)) <= 1:
+            keys = [*tables, *(key for some in packed for key in some.keys)]
+            rows = [*tables.values(), *(some.slopes[:, None] for some in packed)]
+            return dict(zip(self._layers, self._rows.tables(keys, rows), strict=True))
         # A layer may be given other examples than another, and its table has other columns then.
-        if len({table.size(1) for table in tables.values()}) == 1:
-            columns = dict.fromkeys(self._layers, like.size(1))
-        else:
-            columns = {name: self._columns(name, tables, like.size(1)) for name in self._layers}
+        columns = {name: self._columns(name, tables, counts[0]) for name in self._layers}
         found: dict[str, Tensor] = {}
         for count in dict.fromkeys(columns.values()):
-            of_sites = [
-                tables[key]
-                if key in tables and tables[key].size(1) == count
-                else like.new_zeros(width, count)
-                for key, width in self.widths.items()
-            ]
-            made = zip(self._layers, self._rows.tables(of_sites), strict=True)
+            alike = {key: table for key, table in tables.items() if table.size(1) == count}
+            made = zip(self._layers, self._rows.tables([*alike], [*alike.values()]), strict=True)
             found |= {name: table for name, table in made if columns[name] == count}
         return {name: found[name] for name in self._layers}
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from taylor_kernels.layout import accumulator
 from taylor_kernels.ops.filter_moments import needed_moments
+from taylor_kernels.statistics.hooks.gate_tables import Packed
+
+
+class _Read(NamedTuple):
+    """The parameters of a norm, and what has come for each."""
+
+    scale: nn.Parameter
+    shift: nn.Parameter
+    of_scale: list[Tensor]
+    of_shift: list[Tensor]
+    channels: int
+
+    def is_whole(self, norm: _NormBase) -> bool:
+        """Whether gradients have come of both, and the norm has them still."""
+        held = norm._parameters
+        here = held.get("weight") is self.scale and held.get("bias") is self.shift
+        return here and bool(self.of_scale) and bool(self.of_shift)
 
 
 class NormSlopes:
@@ -27,14 +43,21 @@ class NormSlopes:
     def __init__(self, handles: list[Any], backend: str | None) -> None:
         self._handles, self._backend = handles, backend
         self._found: dict[nn.Parameter, list[Tensor]] = {}
+        self._read: dict[_NormBase, _Read] = {}
 
     def watch(self, norm: _NormBase) -> None:
         """Put aside what comes for this norm from now on."""
+        known = self._read.get(norm)
+        if known is not None and known.scale is norm.weight and known.shift is norm.bias:
+            return
         for parameter in (norm.weight, norm.bias):
             if parameter not in self._found:
                 # The hook is the list's own method: no line of Python runs between two layers.
                 found = self._found[parameter] = []
                 self._handles.append(parameter.register_hook(found.append))
+        scale, shift = norm.weight, norm.bias
+        of_scale, of_shift = self._found[scale], self._found[shift]
+        self._read[norm] = _Read(scale, shift, of_scale, of_shift, scale.numel())
 
     def count(self) -> int:
         """How many gradients have come, and are not added up yet."""
@@ -46,32 +69,27 @@ class NormSlopes:
             if len(found) > 1:
                 found[:] = [reduce(add, (grad.detach() for grad in found))]
 
-    def take(self, norms: Mapping[_NormBase, str]) -> Iterator[tuple[str, Tensor]]:
-        """(name, slopes [C]) of these norms, if gradients have come of both parameters."""
+    def take(self, norms: Mapping[_NormBase, str]) -> Iterator[Packed]:
+        """The slopes of these norms by their names, if gradients have come of both parameters."""
         self.add_up()
-        both = [norm for norm in norms if self._has(norm.weight) and self._has(norm.bias)]
-        alike: dict[object, list[_NormBase]] = {}  # those whose moments fit into one table
-        for norm in both:
-            kind = norm.weight.device, accumulator(norm.weight.dtype)
-            alike.setdefault(kind, []).append(norm)
+        alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table
+        for norm, name in norms.items():
+            read = self._read[norm]
+            if read.is_whole(norm):
+                alike.setdefault((read.scale.device, read.scale.dtype), []).append((name, read))
         for some in alike.values():
-            yield from zip((norms[norm] for norm in some), self._slopes(some), strict=True)
+            names, reads = zip(*some, strict=True)
+            sizes = tuple(read.channels for read in reads)
+            yield Packed(names, sizes, self._slopes(reads))
 
-    def _has(self, parameter: nn.Parameter) -> bool:
-        return bool(self._found.get(parameter))
-
-    def _slopes(self, norms: Iterable[_NormBase]) -> tuple[Tensor, ...]:
-        scales, shifts = [norm.weight for norm in norms], [norm.bias for norm in norms]
-        parameters = [*scales, *shifts]
+    def _slopes(self, reads: Sequence[_Read]) -> Tensor:
+        scales, shifts = [read.scale for read in reads], [read.shift for read in reads]
+        grads = [read.of_scale[0] for read in reads] + [read.of_shift[0] for read in reads]
         table = needed_moments(
-            parameters,
-            [self._found[parameter][0] for parameter in parameters],
-            moments=("gw",),
-            packed=True,
-            backend=self._backend,
+            scales + shifts, grads, moments=("gw",), packed=True, backend=self._backend
         )
         of_scales, of_shifts = table[:, 0].chunk(2)
-        return (of_scales + of_shifts).split([scale.numel() for scale in scales])
+        return of_scales + of_shifts
 
     def forget(self) -> None:
         """Forget what has come."""

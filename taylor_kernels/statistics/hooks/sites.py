@@ -22,8 +22,6 @@ IN, OUT = "in", "out"
 AT_MODULE, AT_PRODUCT, AT_GRADIENT = "module", "product", "gradient"
 #: The class of a channel at a site where its gate does not stand.
 ELSEWHERE = -1
-#: Elements gathered at a time: tables have a column for every example, and a row for every channel.
-_GATHERED = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -105,58 +103,6 @@ class GateSites:
         return torch.zeros(most + 2, dtype=torch.bool)
 
 
-class SiteRows:
-    """Makes tables of layers, [F, K], of the tables of sites, [C, K]: a filter's row is that of its
-    gate, the sum over all channels of its class at all sites, each counted once."""
-
-    def __init__(self, where: GateSites, layers: Sequence[str]) -> None:
-        wanted, place = torch.cat([where.layers[name] for name in layers]).unique(
-            return_inverse=True
-        )
-        classes = torch.cat([wanted[:0], *(site.classes for site in where.sites)])
-        rows = torch.isin(classes, wanted).nonzero().flatten()
-        number = torch.searchsorted(wanted, classes[rows])
-        order = number.argsort(stable=True)
-        rows, number = rows[order], number[order]
-        counts = torch.bincount(number, minlength=len(wanted))
-        first = counts.cumsum(0) - counts
-        # Channels of a residual stream have gates at dozens of sites, most others at one.
-        alike = [(counts == many).nonzero().flatten() for many in counts.unique().tolist()]
-        self._indices = [
-            rows[first[one].unsqueeze(1) + torch.arange(int(counts[one[0]]))] for one in alike
-        ]
-        after = torch.empty_like(counts)
-        after[torch.cat(alike)] = torch.arange(len(wanted))
-        self._nowhere = counts[torch.cat(alike)] == 0 if (counts == 0).any() else None
-        self._place = after[place]
-        self._sizes = [where.layers[name].numel() for name in layers]
-
-    def tables(self, of_sites: Sequence[Tensor], *, mean: bool = False) -> list[Tensor]:
-        """One table for each layer; nan for a filter whose gate stands nowhere.
-
-        Args:
-            of_sites: a table for each site.
-            mean: of the rows that are not nan in place of the sum.
-        """
-        device = of_sites[0].device
-        rows = torch.cat([table.to(device) for table in of_sites])
-        total = self._gathered(rows.nan_to_num() if mean else rows)
-        if mean:
-            total = total / self._gathered((~rows.isnan()).to(rows))
-        if self._nowhere is not None:
-            total[self._nowhere.to(device)] = torch.nan
-        return list(total[self._place.to(device)].split(self._sizes))
-
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """The sums over the rows of each class."""
-        self._indices = [index.to(rows.device) for index in self._indices]
-        sums = []
-        for index in self._indices:
-            at_once = max(_GATHERED // max(index.size(1) * rows.size(1), 1), 1)
-            sums += [rows[part].sum(1) for part in index.split(at_once)]
-        return torch.cat(sums)
-
-
 def change_at(
     model: nn.Module, site: Site, change: Callable[[Tensor], Tensor | None]
 ) -> list[RemovableHandle]:
@@ -203,7 +149,9 @@ class SiteHooks:
         self._on_output = weakref.WeakMethod(on_output)
         self._on_norm = weakref.WeakMethod(on_norm)
         handles: list[RemovableHandle] = []
-        self._behind: dict[str, ShortHook] = {}
+        self._handles = handles
+        #: Behind modules: the module, the hook, and the place of its handle.
+        self._behind: dict[str, tuple[nn.Module, ShortHook, int]] = {}
         at_products: dict[str, dict[tuple[str, bool], Callable[[Tensor], Tensor]]] = {}
         for site in sites:
             module = model.get_submodule(site.module)
@@ -214,7 +162,8 @@ class SiteHooks:
                 hook = Hook(self._before, site.key)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             elif site.how == AT_MODULE:
-                behind = self._behind[site.key] = ShortHook(self._after, site.key)
+                behind = ShortHook(self._after, site.key)
+                self._behind[site.key] = module, behind, len(handles)
                 handles.append(module.register_forward_hook(behind, with_kwargs=True))
         self._products = {name: Products(model, changes) for name, changes in at_products.items()}
         for name, products in self._products.items():
@@ -225,10 +174,27 @@ class SiteHooks:
         """A site has no norm to wait for: it stands behind the last."""
         return []
 
-    def shorten(self, key: str, way: Callable[..., bool] | None) -> None:
+    def shorten(self, key: str, way: Callable[..., bool]) -> None:
         """Ask this first behind the module at a site, from now on: whether it was all."""
         if key in self._behind:
-            self._behind[key].short = way
+            self._behind[key][1].short = way
+
+    def rest(self, key: str) -> bool:
+        """Take the hook behind the module at a site off, until `wake`; whether it was.
+
+        Not where there are other hooks, which may change what it is shown: it would come back
+        behind them.
+        """
+        module, _, place = self._behind[key]
+        if len(module._forward_hooks) > 1:
+            return False
+        self._handles[place].remove()
+        return True
+
+    def wake(self, key: str) -> None:
+        """Put a hook on again that was taken off."""
+        module, behind, place = self._behind[key]
+        self._handles[place] = module.register_forward_hook(behind, with_kwargs=True)
 
     def _before(self, key: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         return _with_first(partial(_seen, self._on_output, key), args, kwargs)

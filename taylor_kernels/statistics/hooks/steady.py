@@ -4,19 +4,24 @@ Between two layers nothing of this package is in the caches of a processor, and 
 is called there takes ten times what it takes in a loop. So what needs no looking at is put aside
 here, and made something of when the pass is over. A hook that meets anything else, or anything for
 the first time, goes the long way (`SiteHooks`). Conditions stand where they are asked for: a
-function of them would double what a short way takes.
+function of them would double what a short way takes. Most norms need no hook at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from taylor_kernels.hooks import forget_compiled
+from taylor_kernels.ops.gate_gradients import gate_gradients
+from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.passes import WatchesPasses
+from taylor_kernels.statistics.hooks.sites import Site, SiteHooks
 
 #: Elements of an output that is small: its copy, and its gradient, are held until the pass is over.
 SMALL = 1 << 15
@@ -29,45 +34,64 @@ class Steady:
 
     Attributes:
         on: whether they may be gone.
-        pass_: the number of the pass.
-        last_run: of norms, the pass and the key of the site.
-        read: norms whose scale and shift are read in this update, and the key of the site.
         arrived: (key, y, dy) of small outputs, as gradients come.
     """
 
     def __init__(self) -> None:
         self.on = False
-        self.pass_ = 0
-        self.last_run: dict[_NormBase, tuple[int, str | None]] = {}
-        self.read: dict[_NormBase, str] = {}
         self.arrived: list[tuple[str, Tensor, Tensor]] = []
 
 
-def counts_runs(
-    shared: Steady, key: str, norm: _NormBase
-) -> Callable[[nn.Module, Any, Any, Tensor], bool]:
-    """The short way behind a norm whose scale and shift are read: it has run, once in this pass."""
-    scale, shift = norm.weight, norm.bias
+class RestingNorms:
+    """Norms whose scale and shift are read, and whose outputs nothing looks at.
 
-    def has_run(norm: Any, args: Any, kwargs: Any, output: Tensor) -> bool:
-        held = norm._parameters
-        if (
-            not shared.on
-            or not _gradients_on()
-            or WatchesPasses.in_closure
-            or _tracing() is not None
-            or shared.last_run.get(norm, (shared.pass_,))[0] == shared.pass_
-            or held["weight"] is not scale
-            or held["bias"] is not shift
-            or not scale.requires_grad
-            or not shift.requires_grad
-        ):
-            return False
-        shared.last_run[norm] = shared.pass_, key
-        shared.read[norm] = key
-        return True
+    With y = γ x̂ + β the sum of y·dy over all runs of a norm is γ g_γ + β g_β, however many there
+    are. What is left to see is whether both are still the parameters that gradients come of, which
+    is asked when a pass begins.
 
-    return has_run
+    Attributes:
+        names: of each norm the key of its site.
+    """
+
+    def __init__(self, hooks: SiteHooks) -> None:
+        self.names: dict[_NormBase, str] = {}
+        self._hooks = hooks
+        self._read: dict[_NormBase, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._restless: set[_NormBase] = set()
+
+    def add(self, norms: Mapping[_NormBase, str]) -> None:
+        """Take the hooks behind these off; but not where they have been missed before."""
+        for norm, key in norms.items():
+            if norm not in self._restless and self._hooks.rest(key):
+                self.names[norm], self._read[norm] = key, (norm.weight, norm.bias)
+
+    def replaced(self) -> list[_NormBase]:
+        """Those whose scale or shift is another tensor now."""
+        return [norm for norm, read in self._read.items() if not _holds(norm, *read)]
+
+    def wake_changed(self) -> None:
+        """Let hooks see those again whose scale or shift is replaced or frozen, from now on."""
+        changed = [
+            norm
+            for norm, read in self._read.items()
+            if not (_holds(norm, *read) and read[0].requires_grad and read[1].requires_grad)
+        ]
+        self._restless.update(changed)
+        self.wake(changed)
+
+    def wake(self, norms: Iterable[_NormBase] | None = None) -> None:
+        """Put the hooks behind these, or all of them, on again."""
+        woken = list(self.names if norms is None else norms)
+        for norm in woken:
+            self._hooks.wake(self.names.pop(norm))
+            del self._read[norm]
+        if woken:
+            forget_compiled()
+
+
+def _holds(norm: nn.Module, scale: nn.Parameter, shift: nn.Parameter) -> bool:
+    held = norm._parameters
+    return held.get("weight") is scale and held.get("bias") is shift
 
 
 def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tensor], bool]:
@@ -98,3 +122,30 @@ def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tens
         return True
 
     return has_run
+
+
+def gates_of_small(shared: Steady, at: Mapping[str, Site], backend: str | None) -> Iterator[Packed]:
+    """What has arrived, reduced: outputs of one position each, as of a squeezed image, in one call.
+
+    Args:
+        at: the sites by their keys.
+    """
+    alike: dict[object, list[tuple[str, Tensor, Tensor]]] = {}
+    times: Counter[str] = Counter()
+    for key, y, dy in shared.arrived:
+        dim = y.dim() + at[key].dim
+        if dim == 0:  # no batch
+            y, dy, dim = y.unsqueeze(0), dy.unsqueeze(0), 1
+        times[key] += 1
+        shape = y.shape
+        if dim == 1 and y.numel() == shape[0] * shape[1]:
+            kind: object = (times[key], shape[0], shape[2:], y.dtype, y.device)
+            alike.setdefault(kind, []).append((key, y, dy))
+        else:
+            alike[len(alike)] = [(key, y.movedim(dim, 1), dy.movedim(dim, 1))]
+    shared.arrived.clear()
+    for some in alike.values():
+        keys, ys, dys = zip(*some, strict=True)
+        y, dy = (ys[0], dys[0]) if len(some) == 1 else (torch.cat(ys, 1), torch.cat(dys, 1))
+        sizes = tuple(one.size(1) for one in ys)
+        yield Packed(keys, sizes, gate_gradients(y, dy, backend=backend).sum(0))
