@@ -65,15 +65,21 @@ def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):
     for name in [name for name in os.environ if "XDIST" in name]:
         monkeypatch.delenv(name)  # with which pytest-benchmark would measure nothing
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = *.py")
+    begun = tmp_path / "begun"
     (tmp_path / "some.py").write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "def test_right(benchmark): benchmark(lambda: None)\n"
         "def test_wrong(): assert 1 == 2\n"
-        "def test_long(): time.sleep(90)\n"
+        "def test_long():\n"
+        f"    pathlib.Path({str(begun)!r}).touch()\n"
+        "    time.sleep(120)\n"
     )
     results, log = tmp_path / "results.json", tmp_path / "log"
     command = [sys.executable, "-m", "pytest", "-v", f"--benchmark-json={results}", str(tmp_path)]
-    result = run(Step("some", [command], 60.0), log, 50.0)  # a busy machine starts slowly
+    for seconds in (10.0, 30.0, 90.0):  # a busy machine starts slowly
+        result = run(Step("some", [command], 90.0), log, seconds)
+        if begun.exists():
+            break
     assert result["code"] == 124
     assert len(result["failed"]) == 1
     assert "test_wrong" in result["failed"][0]
