@@ -29,18 +29,20 @@ class Run(NamedTuple):
     stderr: str
 
 
-def run_program(program: str, seconds: float = 120.0, **environment: str) -> Run:
-    """Run Python code as `python -c` does, with these variables besides those of this process.
+def run_program(program: str, seconds: float = 120.0, **environment: str | None) -> Run:
+    """Run Python code as `python -c` does, with these variables besides those of this process, and
+    without those that are None.
 
     It is stopped after so many seconds.
     """
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
+    given = {**os.environ, **environment}
     with tempfile.TemporaryDirectory() as folder:
         request = {
             "program": program,
-            "environment": os.environ | environment,
+            "environment": {k: v for k, v in given.items() if v is not None},
             "seconds": seconds,
             "folder": folder,
         }
@@ -52,7 +54,7 @@ def run_program(program: str, seconds: float = 120.0, **environment: str) -> Run
     return Run(int(code), *wrote)
 
 
-def run_module(module: str, *arguments: str, before: str = "", **environment: str) -> Run:
+def run_module(module: str, *arguments: str, before: str = "", **environment: str | None) -> Run:
     """Run `python -m module` with these arguments, for ten minutes at most; `before` is Python code
     that runs first."""
     start = (
@@ -60,6 +62,17 @@ def run_module(module: str, *arguments: str, before: str = "", **environment: st
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
     return run_program(f"{before}\n{start}", 600.0, **environment)
+
+
+def run_pytest(*arguments: str, before: str = "", **environment: str | None) -> Run:
+    """Run `python -m pytest` with pytest-benchmark and no other plugin, and measure as outside of
+    pytest-xdist."""
+    # Finding and importing all that is installed takes seconds.
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    outside = dict.fromkeys(name for name in os.environ if "XDIST" in name)
+    plugins = ("-p", "pytest_benchmark.plugin", "-p", "no:cacheprovider")
+    environment = {**outside, **alone, **environment}
+    return run_module("pytest", *plugins, *arguments, before=before, **environment)
 
 
 @cache
