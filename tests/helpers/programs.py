@@ -75,6 +75,16 @@ def run_pytest(*arguments: str, before: str = "", **environment: str | None) -> 
     return run_module("pytest", *plugins, *arguments, before=before, **environment)
 
 
+def undrawn(pages: str) -> str:
+    """Python code after which this module of a study's pages makes no drawings, which takes
+    seconds."""
+    return (
+        f"import {pages} as pages\n"
+        "from taylor_kernels.studies.report import Text\n"
+        "pages.draw = lambda *_, **__: Text('not in this test')\n"
+    )
+
+
 @cache
 def _server() -> subprocess.Popen[str]:
     """It ends when this process does, which closes its input."""

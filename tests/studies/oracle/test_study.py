@@ -20,7 +20,7 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from tests.helpers import ROOT
-from tests.helpers.programs import Run, run_module
+from tests.helpers.programs import Run, run_module, undrawn
 
 
 def a_result(**spearman: float) -> dict:
@@ -165,12 +165,6 @@ from taylor_kernels.studies.oracle import pruning_curves, settings
 settings.QUICK = replace(settings.QUICK, points=4)
 pruning_curves.CURVE_DRAWS = 2
 """
-#: No drawings, which take seconds.
-UNDRAWN = """
-from taylor_kernels.studies.oracle import pages
-from taylor_kernels.studies.report import Text
-pages.draw = lambda *_, **__: Text("not in this test")
-"""
 
 
 def run_quick(folder: Path, before: str = "") -> Run:
@@ -236,7 +230,7 @@ def test_the_report_of_the_study_has_its_sections_and_needs_nothing_else(quick):
 @pytest.mark.slow
 def test_a_second_quick_run_measures_nothing_and_says_the_same(quick):
     out, result, _ = quick
-    done = run_quick(out, UNDRAWN)
+    done = run_quick(out, undrawn("taylor_kernels.studies.oracle.pages"))
     assert ": train " not in done.stderr
     assert "filters/s" not in done.stderr
     again = json.loads((out / "result.json").read_text())
