@@ -41,7 +41,7 @@ def alone(folder):
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     program = f"import os\nos.chdir({str(folder)!r})\n{EXAMPLE.read_text()}"
-    done = run_program(program, LIMIT, **place, **meeting)
+    done = run_program(program, LIMIT, optimizers=True, **place, **meeting)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,11 +1,13 @@
 """Programs in processes of their own, which find PyTorch imported.
 
 Importing it takes a new interpreter seconds. One that has imported it, and nothing of this package,
-forks for each program.
+forks for each program; another has also imported what the first optimizer of a process does, Triton
+among it, which takes as long again.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -29,13 +31,15 @@ class Run(NamedTuple):
     stderr: str
 
 
-def run_program(program: str, seconds: float = 120.0, **environment: str | None) -> Run:
+def run_program(
+    program: str, seconds: float = 120.0, optimizers: bool = False, **environment: str | None
+) -> Run:
     """Run Python code as `python -c` does, with these variables besides those of this process, and
     without those that are None.
 
-    It is stopped after so many seconds.
+    It is stopped after so many seconds. `optimizers`: it makes some.
     """
-    server = _server()
+    server = _server(optimizers)
     assert server.stdin is not None
     assert server.stdout is not None
     given = {**os.environ, **environment}
@@ -54,14 +58,20 @@ def run_program(program: str, seconds: float = 120.0, **environment: str | None)
     return Run(int(code), *wrote)
 
 
-def run_module(module: str, *arguments: str, before: str = "", **environment: str | None) -> Run:
+def run_module(
+    module: str,
+    *arguments: str,
+    before: str = "",
+    optimizers: bool = False,
+    **environment: str | None,
+) -> Run:
     """Run `python -m module` with these arguments, for ten minutes at most; `before` is Python code
     that runs first."""
     start = (
         f"import runpy, sys\nsys.argv[1:] = {list(arguments)!r}\n"
         f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
-    return run_program(f"{before}\n{start}", 600.0, **environment)
+    return run_program(f"{before}\n{start}", 600.0, optimizers, **environment)
 
 
 def run_pytest(*arguments: str, before: str = "", **environment: str | None) -> Run:
@@ -86,17 +96,18 @@ def undrawn(pages: str) -> str:
 
 
 @cache
-def _server() -> subprocess.Popen[str]:
+def _server(optimizers: bool) -> subprocess.Popen[str]:
     """It ends when this process does, which closes its input."""
-    words = [sys.executable, "-m", "tests.helpers.programs"]
+    ahead = ["torch._dynamo"] if optimizers else []
+    words = [sys.executable, "-m", "tests.helpers.programs", "torch", *ahead]
     return subprocess.Popen(
         words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
-def _serve() -> None:
-    import torch  # noqa: F401
-
+def _serve(modules: list[str]) -> None:
+    for name in modules:
+        importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -140,4 +151,4 @@ def _become(program: str, environment: dict[str, str], folder: str, seconds: flo
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1:])

@@ -169,7 +169,8 @@ pruning_curves.CURVE_DRAWS = 2
 
 def run_quick(folder: Path, before: str = "") -> Run:
     quick = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
-    done = run_module("taylor_kernels.cli", *quick, before=FEWER_POINTS + before)
+    before = FEWER_POINTS + before
+    done = run_module("taylor_kernels.cli", *quick, before=before, optimizers=True)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def demo(*arguments: str, before: str = "") -> Run:
     given = ("demo", "--quick", "--device", "cpu", *arguments)
-    done = run_module("taylor_kernels.cli", *given, before=before)
+    done = run_module("taylor_kernels.cli", *given, before=before, optimizers=True)
     assert done.returncode == 0, done.stderr
     return done
 
