@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, machine_code
 
 SOURCES = (
     "cmake",
@@ -40,20 +40,37 @@ def sources(tmp_path: Path) -> Path:
     return copy
 
 
-#: Before every compiler: how fast the kernels are is no matter here, and optimizing takes minutes.
-QUICKLY = """#!/bin/sh
-for word; do
-  shift
-  [ "$word" = -O3 ] && word=-O0
-  set -- "$@" "$word"
-done
-exec "$@"
+#: Before every compiler. A kernel that the package's own build made of the same sources with the
+#: same words is taken from there. How fast the rest is is no matter, and optimizing takes long.
+QUICKLY = """#!{python} -SE
+import os, re, shutil, sys
+made = {made}
+words = sys.argv[1:]
+command = re.sub(r" -MD -MT \\S+ -MF \\S+", "", " ".join(words)).replace({sources!r}, {root!r})
+if command in made:
+    shutil.copy(made[command], words[words.index("-o") + 1])
+else:
+    os.execvp(words[0], ["-O0" if word == "-O3" else word for word in words])
 """
+
+
+def made_before() -> dict[str, str]:
+    """How kernels were compiled in build/cmake -> the object, up to date; none where none was."""
+    if not (machine_code.BUILD / "build.ninja").exists():
+        return {}
+    machine_code.configure()
+    found = {}
+    for isa in machine_code.SETS:
+        if jobs := machine_code.compile_commands(isa):
+            machine_code.compiled(isa, tuple(jobs))
+            found |= {" ".join(words): str(object_) for object_, words in jobs.values()}
+    return found
 
 
 def build_wheel(sources: Path, out: Path, cuda: str) -> subprocess.CompletedProcess[str]:
     quickly = sources.parent / "quickly"
-    quickly.write_text(QUICKLY)
+    places = {"sources": str(sources), "root": str(ROOT)}
+    quickly.write_text(QUICKLY.format(python=sys.executable, made=made_before(), **places))
     quickly.chmod(0o755)
     changed = {
         "TAYLOR_KERNELS_CUDA": cuda,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.helpers import ROOT
+from tests.helpers.programs import Run, run_pytest
 
 CONFTEST = """
 from bench.kept import Kept
@@ -29,17 +26,13 @@ def test_last(benchmark): benchmark(lambda: None)
 """
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--results=part.json"]
-    # Inside of a process of pytest-xdist, pytest-benchmark would measure nothing.
-    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}
-    return subprocess.run(
-        [*command, *arguments, "."],
-        cwd=folder,
-        env=alone | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+#: No rounds but a few: what a bench measures is of no matter.
+FEW = ("--benchmark-max-time=0.01", "--benchmark-min-time=1e-6", "--benchmark-min-rounds=2")
+
+
+def run(folder: Path, *arguments: str) -> Run:
+    inside = f"import os\nos.chdir({str(folder)!r})"
+    return run_pytest("--results=part.json", *FEW, *arguments, ".", before=inside)
 
 
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from collections import Counter
 
 from tests.helpers import ROOT
+from tests.helpers.programs import run_pytest
 
 
 def test_a_quick_run_has_a_case_of_every_bench() -> None:
-    command = [sys.executable, "-m", "pytest", "bench", "--quick", "--collect-only", "-q"]
-    done = subprocess.run(
-        [*command, "--device", "cpu", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        # A worker of xdist says in it that nothing is to be measured.
-        env={name: value for name, value in os.environ.items() if "XDIST" not in name},
-        capture_output=True,
-        text=True,
-    )
+    done = run_pytest("bench", "--quick", "--collect-only", "-q", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     cases = Counter(
         tuple(line.partition("[")[0].split("::"))

@@ -11,15 +11,17 @@ import sys
 import pytest
 
 from tests.helpers import ROOT
+from tests.helpers.programs import run_program
 
+EXAMPLE = ROOT / "examples" / "prune_ddp.py"
 #: Seconds that a run may take, the imports of its processes on a busy machine among them.
 LIMIT = 150
 
 
-def torchrun(size, folder):
-    """What it printed; all its processes are killed if it takes too long."""
+def torchrun(folder):
+    """What two processes printed; all its processes are killed if it takes too long."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*start, "--nproc-per-node", str(size), str(ROOT / "examples" / "prune_ddp.py")]
+    command = [*start, "--nproc-per-node", "2", str(EXAMPLE)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=folder, env=environment, text=True, start_new_session=True,
@@ -34,12 +36,22 @@ def torchrun(size, folder):
     return said
 
 
+def alone(folder):
+    """What it printed as the only process, which is told so as torchrun would."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    program = f"import os\nos.chdir({str(folder)!r})\n{EXAMPLE.read_text()}"
+    done = run_program(program, LIMIT, optimizers=True, **place, **meeting)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_the_example_runs_and_is_resumed_by_one(tmp_path):
-    first = torchrun(2, tmp_path)
+    first = torchrun(tmp_path)
     widths = dict(re.findall(r"rank (\d): (\{[^}]*\})", first))
     assert widths.keys() == {"0", "1"}
     assert widths["0"] == widths["1"]
     assert "step 4: " in first
-    second = torchrun(1, tmp_path)
+    second = alone(tmp_path)
     assert re.findall(r"rank (\d): (\{[^}]*\})", second) == [("0", widths["0"])]
     assert "step 4: " not in second  # it began where the others had stopped

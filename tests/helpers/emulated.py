@@ -26,7 +26,7 @@ from taylor_kernels.backends.native import DTYPES
 from taylor_kernels.layout import parameter_item
 from tests.helpers import ROOT
 from tests.helpers.cases import MomentsCase, filter_moments_cases
-from tests.helpers.kept import kept
+from tests.helpers.kept import included, kept
 
 EMULATION = ROOT / "tests" / "backends" / "emulation"
 INCLUDE = sysconfig.get_paths()["include"]
@@ -71,7 +71,8 @@ def kernels() -> ModuleType:
         with tempfile.TemporaryDirectory() as name:
             _compile(Path(name), compiler, include, folder / "emulated.so")
 
-    folder = kept("emulation", (ROOT / "csrc", EMULATION), words, build)
+    files = included(*(ROOT / "csrc").rglob("*.cu"), *EMULATION.iterdir())
+    folder = kept("emulation", files, words, build)
     spec = spec_from_file_location("emulated", folder / "emulated.so")
     assert spec is not None
     assert spec.loader is not None

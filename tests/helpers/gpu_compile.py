@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tests.helpers import ROOT
-from tests.helpers.kept import KEPT, kept
+from tests.helpers.kept import KEPT, included, kept
 
 ARCHITECTURES = (80, 90, 100)
 #: Loads and stores of it in machine code: registers that were spilled.
@@ -31,7 +31,8 @@ class Resources(NamedTuple):
 
 
 def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
-    """`compile_cuda`, once for as long as csrc/ and the compiler stay the same."""
+    """`compile_cuda`, once for as long as its source, what it includes and the compiler stay
+    the same."""
     nvcc = nvcc_path()
     version = subprocess.check_output([nvcc, "--version"], text=True)
 
@@ -39,7 +40,7 @@ def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
         _, resources = compile_cuda(source, folder)
         (folder / "resources.json").write_text(json.dumps(resources))
 
-    folder = kept(f"cuda-{source.stem}", (ROOT / "csrc",), (version, *command(source)), build)
+    folder = kept(f"cuda-{source.stem}", included(source), (version, *command(source)), build)
     resources = json.loads((folder / "resources.json").read_text())
     return folder / f"{source.stem}.o", [Resources(*each) for each in resources]
 

@@ -6,6 +6,7 @@ Two processes of a run share it, and so do runs that differ in Python alone.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,18 +19,19 @@ from tests.helpers import ROOT
 KEPT = ROOT / "build" / "tests"
 #: Seconds to wait for another process that makes the same.
 PATIENCE = 1200.0
+_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def kept(
-    name: str, folders: Iterable[Path], words: Iterable[object], make: Callable[[Path], None]
+    name: str, files: Iterable[Path], words: Iterable[object], make: Callable[[Path], None]
 ) -> Path:
-    """The folder that `make` filled, now or when all files of `folders` and all `words` were the
-    same.
+    """The folder that `make` filled, now or when all `files` and all `words` were the same.
 
-    `words` are to tell everything else that the result depends on: commands, flags, versions of
-    compilers. An earlier folder of this name is removed.
+    `files` are those that the result is made from (`included`), and `words` are to tell everything
+    else that it depends on: commands, flags, versions of compilers. An earlier folder of this name
+    is removed.
     """
-    key = _digest(folders, words)
+    key = _digest(files, words)
     KEPT.mkdir(parents=True, exist_ok=True)
     target = KEPT / f"{name}-{key}"
     with FileLock(KEPT / f"{name}.lock", timeout=PATIENCE):
@@ -45,13 +47,26 @@ def kept(
     return target
 
 
-def _digest(folders: Iterable[Path], words: Iterable[object]) -> str:
+def included(*sources: Path) -> set[Path]:
+    """These sources and all that they include of csrc/ and of their own folders, at any depth."""
+    found: set[Path] = set()
+    ahead = list(sources)
+    while ahead:
+        source = ahead.pop()
+        if source in found:
+            continue
+        found.add(source)
+        for name in _INCLUDE.findall(source.read_text()):
+            places = (source.parent / name, ROOT / "csrc" / name)
+            ahead += [place.resolve() for place in places if place.exists()]
+    return found
+
+
+def _digest(files: Iterable[Path], words: Iterable[object]) -> str:
     hasher = hashlib.sha256()
     for word in words:
         hasher.update(f"{word}\0".encode())
-    for folder in folders:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                hasher.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-                hasher.update(path.read_bytes())
+    for path in sorted(files):
+        hasher.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
+        hasher.update(path.read_bytes())
     return hasher.hexdigest()[:16]

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.helpers import ROOT
-from tests.helpers.kept import kept
+from tests.helpers.kept import included, kept
 
 SOURCES = ("filter_moments", "second_order_moments", "hutchinson_moments", "gate_gradients")
 X86 = platform.machine() in ("x86_64", "AMD64")
 #: Where an editable install compiles (setup.py).
 BUILD = ROOT / "build" / "cmake"
+#: The instruction sets of CMakeLists.txt.
+SETS = ("baseline", "avx2", "avx512", "neon")
 #: Prefix of the tools that make code for arm64 elsewhere.
 ARM64 = "aarch64-linux-gnu-"
 #: Functions that hold inner loops; csrc/cpu keeps the compiler from inlining them.
@@ -70,7 +72,7 @@ class Loop(NamedTuple):
         return "\n".join(f"{i.name} {i.operands}" for i in self.instructions)
 
 
-def _commands(isa: str) -> dict[str, tuple[Path, list[str]]]:
+def compile_commands(isa: str) -> dict[str, tuple[Path, list[str]]]:
     """The stem of a source -> the object that CMake makes of it for a set, and how."""
     found = json.loads((BUILD / "compile_commands.json").read_text())
     each = {}
@@ -109,7 +111,7 @@ def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
     """Objects of these sources: those of the package's own build, compiled if they are not up to
     date, or what a cross compiler made of them (`kept`)."""
     cross = isa == "neon" and X86
-    jobs = _commands("baseline" if cross else isa)
+    jobs = compile_commands("baseline" if cross else isa)
     if not cross:
         objects = {stem: jobs[stem][0] for stem in stems}
         names = [path.relative_to(BUILD) for path in objects.values()]
@@ -131,13 +133,14 @@ def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
 
     version = _run([compiler, "--version"])
     all_words = (version, *(word for words in commands.values() for word in words))
-    folder = kept(f"kernels-{isa}", (ROOT / "csrc",), all_words, build)
+    files = included(*(Path(words[-1]) for words in commands.values()))
+    folder = kept(f"kernels-{isa}", files, all_words, build)
     return {stem: folder / f"{stem}.o" for stem in stems}
 
 
 def flags(isa: str) -> list[str]:
     """The instructions that a set's sources may use, as the compiler is told it."""
-    _, words = _commands(isa)["filter_moments"]
+    _, words = compile_commands(isa)["filter_moments"]
     return [word for word in words if word.startswith("-m")]
 
 

@@ -139,9 +139,8 @@ def test_killed_and_resumed_it_is_as_never_killed(kind, kill_at, options, tmp_pa
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     expected = trained(kind, whole, **options)
-    run = run_program(
-        KILL.format(kind=kind, folder=str(broken), kill_at=kill_at, options=options), seconds=60
-    )
+    program = KILL.format(kind=kind, folder=str(broken), kill_at=kill_at, options=options)
+    run = run_program(program, 60.0, optimizers=True)
     assert run.returncode == -9, run.stderr
     resume = str(broken / "epoch=0.ckpt") if kind == "lightning" else True
     got = trained(kind, broken, resume=resume, **options)

@@ -18,12 +18,11 @@ from tests.helpers import machine_code
 from tests.helpers.machine_code import Loop
 
 pytestmark = pytest.mark.slow  # compiles the kernels where they were not built here
-ISAS = ("baseline", "avx2", "avx512", "neon") if machine_code.X86 else ("neon",)
+ISAS = machine_code.SETS if machine_code.X86 else ("neon",)
 #: What a register of elements takes in a kernel's inner loop, in instructions, addresses and the
 #: loop itself included; along memory, prefetches and one instruction for their addresses are left
-#: out: (its functions, multiplications in it without and with FMA, instructions at most in each set
-#: of ORDER, 0 where it is not compiled). Both axes take pairs of rows.
-ORDER = ("baseline", "avx2", "avx512", "neon")
+#: out: (its functions, multiplications in it without and with FMA, instructions at most in each of
+#: SETS, 0 where it is not compiled). Both axes take pairs of rows.
 FIVE = "FilterMoments<0, 1, 2, 3, 4>"
 BOUNDS = {
     "filter_moments rows": (
@@ -95,7 +94,7 @@ def of_one_kernel(loops: list[Loop], pattern: str) -> list[Loop]:
 def test_instructions_of_an_element(kernel, loops):
     isa, every = loops
     pattern, products, bounds = BOUNDS[kernel]
-    bound = bounds[ORDER.index(isa)]
+    bound = bounds[machine_code.SETS.index(isa)]
     if not bound:
         assert not [loop for loop in every if re.search(pattern, loop.function)]
         return

@@ -13,7 +13,7 @@ import pytest
 
 from taylor_kernels.backends.native import _native
 from tests.helpers import ROOT, machine_code
-from tests.helpers.kept import kept
+from tests.helpers.kept import included, kept
 
 pytestmark = pytest.mark.slow  # compiles a program
 
@@ -26,8 +26,8 @@ def test_windows_hold_the_last_score(isa):
     compiler = subprocess.check_output(["g++", "--version"], text=True)
     folder = kept(
         f"windows-{isa}",
-        (ROOT / "csrc",),
-        (main.read_text(), *flags, compiler),
+        included(main, ROOT / "csrc/cpu/parallel.cpp"),
+        (*flags, compiler),
         lambda folder: machine_code.linked({}, isa, main, folder, flags),
     )
     program = folder / f"{main.stem}.{isa}"

@@ -19,6 +19,7 @@ import pytest
 import taylor_kernels as tk
 from tests.conftest import pytest_collection_modifyitems
 from tests.helpers import ROOT
+from tests.helpers.programs import run_pytest
 from tools import gpu_check
 from tools.gpu_check import BENCHES, ON_DEMAND, SANITIZERS, TOTAL, gather, measured, steps
 from tools.gpu_steps import Step, run, run_together
@@ -64,16 +65,24 @@ def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):
     """Of tests the failures so far, of benches the results so far, and every line in the log."""
     for name in [name for name in os.environ if "XDIST" in name]:
         monkeypatch.delenv(name)  # with which pytest-benchmark would measure nothing
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which takes seconds
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = *.py")
+    begun = tmp_path / "begun"
     (tmp_path / "some.py").write_text(
-        "import time\n"
+        "import pathlib, time\n"
         "def test_right(benchmark): benchmark(lambda: None)\n"
         "def test_wrong(): assert 1 == 2\n"
-        "def test_long(): time.sleep(90)\n"
+        "def test_long():\n"
+        f"    pathlib.Path({str(begun)!r}).touch()\n"
+        "    time.sleep(120)\n"
     )
     results, log = tmp_path / "results.json", tmp_path / "log"
-    command = [sys.executable, "-m", "pytest", "-v", f"--benchmark-json={results}", str(tmp_path)]
-    result = run(Step("some", [command], 60.0), log, 50.0)  # a busy machine starts slowly
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "pytest_benchmark.plugin"]
+    command += [f"--benchmark-json={results}", "--benchmark-max-time=0.01", str(tmp_path)]
+    for seconds in (10.0, 30.0, 90.0):  # a busy machine starts slowly
+        result = run(Step("some", [command], 90.0), log, seconds)
+        if begun.exists():
+            break
     assert result["code"] == 124
     assert len(result["failed"]) == 1
     assert "test_wrong" in result["failed"][0]
@@ -94,12 +103,10 @@ def test_tests_of_a_backend_that_was_not_built_fail_where_it_is_asked_for(tmp_pa
     """Skipped, they would let gpu-check pass."""
     shutil.copy(ROOT / "tests" / "gpu" / "conftest.py", tmp_path)
     (tmp_path / "test_some.py").write_text("def test(backend): pass")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda"]
-    environment = {**os.environ, "TAYLOR_KERNELS_CUDA": asked}
-    code, output = finish([*command, str(tmp_path)], environment, 60.0, tmp_path / "log")
+    done = run_pytest("-q", "-k", "cuda", str(tmp_path), TAYLOR_KERNELS_CUDA=asked)
     fails = asked == "on" and not tk.available_backends()["cuda"]
-    assert code == fails
-    assert ("backend 'cuda' is asked for, but not available" in output) == fails
+    assert done.returncode == fails, done.stderr
+    assert ("backend 'cuda' is asked for, but not available" in done.stdout) == fails
 
 
 @pytest.fixture

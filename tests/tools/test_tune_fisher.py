@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers.programs import Run, run_module
 
 
-def tune(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def tune(*arguments: str, **environment: str) -> Run:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return subprocess.run(
-        [sys.executable, "-m", "tools.tune_fisher", *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_module("tools.tune_fisher", *arguments, **environment)
 
 
 def test_dry_run_names_every_layer_and_choice() -> None:

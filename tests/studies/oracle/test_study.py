@@ -20,7 +20,7 @@ from taylor_kernels.studies.oracle import findings
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from tests.helpers import ROOT
-from tests.helpers.programs import Run, run_module
+from tests.helpers.programs import Run, run_module, undrawn
 
 
 def a_result(**spearman: float) -> dict:
@@ -158,17 +158,19 @@ def test_what_is_kept_reaches_the_targets():
         assert imread(ROOT / study.KEPT / name)[..., :3].std() > 0.02
 
 
-#: Curves of fewer points, of which each takes a training per criterion.
+#: Curves of fewer points, of which each takes a training per criterion, and per draw of `random`.
 FEWER_POINTS = """
 from dataclasses import replace
-from taylor_kernels.studies.oracle import settings
+from taylor_kernels.studies.oracle import pruning_curves, settings
 settings.QUICK = replace(settings.QUICK, points=4)
+pruning_curves.CURVE_DRAWS = 2
 """
 
 
-def run_quick(folder: Path) -> Run:
+def run_quick(folder: Path, before: str = "") -> Run:
     quick = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
-    done = run_module("taylor_kernels.cli", *quick, before=FEWER_POINTS)
+    before = FEWER_POINTS + before
+    done = run_module("taylor_kernels.cli", *quick, before=before, optimizers=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -229,7 +231,7 @@ def test_the_report_of_the_study_has_its_sections_and_needs_nothing_else(quick):
 @pytest.mark.slow
 def test_a_second_quick_run_measures_nothing_and_says_the_same(quick):
     out, result, _ = quick
-    done = run_quick(out)
+    done = run_quick(out, undrawn("taylor_kernels.studies.oracle.pages"))
     assert ": train " not in done.stderr
     assert "filters/s" not in done.stderr
     again = json.loads((out / "result.json").read_text())

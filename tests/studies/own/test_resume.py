@@ -65,7 +65,7 @@ def test_killed_and_resumed_is_never_killed(folder, capsys):
     line = ("prune", "--device", "cpu", *PRUNE, "--out", "broken", "--save-every", "0", "--resume")
     stop_at = random.randint(whole // 3, whole * 2 // 3)
     before = KILLED.format(folder=str(folder), stop_at=stop_at)
-    run = run_module("taylor_kernels.cli", *line, before=before)
+    run = run_module("taylor_kernels.cli", *line, before=before, optimizers=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert (folder / "broken/checkpoint.pt").exists()
     assert not (folder / "broken/result.json").exists()

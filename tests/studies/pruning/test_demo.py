@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 pytest.importorskip("safetensors", reason="the demo needs safetensors")
 
 from taylor_kernels.studies.data import load_digits
-from tests.helpers.programs import Run, run_module, run_program
+from tests.helpers.programs import Run, run_module, run_program, undrawn
 
 #: Runs what follows where neither this package nor Torch-Pruning can be imported.
 ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'] = None\n"
@@ -23,8 +23,9 @@ ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def demo(*arguments: str) -> Run:
-    done = run_module("taylor_kernels.cli", "demo", "--quick", "--device", "cpu", *arguments)
+def demo(*arguments: str, before: str = "") -> Run:
+    given = ("demo", "--quick", "--device", "cpu", *arguments)
+    done = run_module("taylor_kernels.cli", *given, before=before, optimizers=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -117,7 +118,8 @@ def test_demo_prints_one_table_to_standard_output_and_progress_beside_it(quick):
 @pytest.mark.slow
 def test_second_run_skips_the_training_and_gives_the_same(quick):
     out, result, _ = quick
-    done = demo("--out", str(out), "--seed", "7", "--criteria", "taylor_fo_bn")
+    given = ("--out", str(out), "--seed", "7", "--criteria", "taylor_fo_bn")
+    done = demo(*given, before=undrawn("taylor_kernels.studies.pruning.pages"))
     again = json.loads((out / "result.json").read_text())
     assert "train dense" not in done.stderr
     assert again["dense"][0]["cached"]
