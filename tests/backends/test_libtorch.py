@@ -1,4 +1,4 @@
-"""What the native module asks of PyTorch's libraries by name: checked first, and nothing is held."""
+"""What the native module asks of PyTorch by name: checked first, and nothing is held after."""
 
 from __future__ import annotations
 
