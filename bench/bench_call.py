@@ -1,8 +1,8 @@
 """What a call on a list of parameters takes beside its sums: tiny tensors, 54 of them and 2,000.
 
 "kernel alone" is the native function on a plan of the call that was made before. The others show
-what bounds a call: a method of PyTorch on every tensor of both lists, and a view of a packed table
-for every parameter.
+what a method of PyTorch on every tensor of both lists takes, and a view of a packed table for every
+parameter.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def providers(count: int) -> list[Provider]:
         Provider(TOUCH, lambda: [*map(Tensor.is_neg, weights), *map(Tensor.is_neg, grads)]),
     ]
     if _native is not None and plans_calls:
-        plan = _native.plan_parameters(weights, grads, None, 1, None, False)[0]
+        _, plan = _native.call_filter_moments(
+            weights, grads, None, 1, None, True, False, len(tk.MOMENTS), 0, 2**32 - 1, 1
+        )
         plan.set_tables(packed, None, packed[0].nbytes)
         kernel: Callable[[], None] = lambda: _native.filter_moments_cpu(plan, 1)  # noqa: E731
         kernel()  # fills what the views show

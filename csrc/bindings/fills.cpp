@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/tensor_view.h"
+#include "bindings/libtorch.h"
 #include "cpu/fill_entries.h"
 
 namespace tk {
@@ -27,7 +27,7 @@ using Fills = std::vector<Fill>;
 
 // How a tensor that fills its memory, in whatever order of dimensions, lies around one of them.
 std::optional<Block> around(const Dims& dims, int dim) {
-  int order[Dims::kMost];
+  int order[kMostDims];
   std::iota(order, order + dims.count, 0);
   std::stable_sort(order, order + dims.count,
                    [&](int a, int b) { return dims.stride[a] > dims.stride[b]; });
@@ -56,8 +56,8 @@ struct Written {
   std::vector<std::pair<Block, const Fill*>> parts;
 
   static std::optional<Written> of(py::handle object, const Fills& fills, bool zero) {
-    const auto tensor = exchange.view(object);
-    if (!tensor || tensor->device.type != dlpack::kCpu) return {};
+    const auto tensor = libtorch.view(object);
+    if (!tensor || tensor->on_gpu) return {};
     const bool half = tensor->dtype == DType::f16 || tensor->dtype == DType::bf16;
     Written found{*tensor, {}};
     for (const Fill& fill : fills) {

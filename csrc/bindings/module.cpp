@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/fills.h"
+#include "bindings/libtorch.h"
 #include "bindings/plans.h"
 #include "common/ops.h"
 #include "cpu/dispatch.h"
@@ -37,7 +38,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_isas", &tk::cpu_isas);
   m.def("set_cpu_isa", &tk::set_cpu_isa);
   tk::define_set_dtypes(m);
-  tk::define_plans(m);
+  tk::define_libtorch(m);
+  tk::define_parameter_plans(m);
+  tk::define_activation_plans(m);
   tk::define_fills(m);
 
 #define TK_DEFINE(op, Call) tk::define(m, #op "_cpu", &tk::op##_cpu);

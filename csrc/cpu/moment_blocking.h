@@ -29,16 +29,24 @@ struct MomentBlocking {
       : item(it), first_task(task), first_merge(merge) {
     positions = item.channels * item.kernel;
     groups = item.col_out ? item.groups : 1;
-    group_rows = item.rows / groups;
-    int64_t rows = kTaskElements / positions;
-    block_rows = std::min(group_rows, item.col_out ? std::clamp(rows, kMinRows, kMaxRows)
-                                                   : std::clamp(rows, int64_t{1}, kMaxRowSums));
-    blocks = (group_rows + block_rows - 1) / block_rows;
+    group_rows = groups == 1 ? item.rows : item.rows / groups;
+    const int64_t most_rows = item.col_out ? kMaxRows : kMaxRowSums;
     tile = item.col_out ? kTile : kTaskElements;
-    tiles = (positions + tile - 1) / tile;
-    // Tiles of about one size: a narrow last one would read little of each row.
-    const int64_t strips = (positions + kStrip - 1) / kStrip;
-    tile = (strips + tiles - 1) / tiles * kStrip;
+    block_rows = group_rows;
+    blocks = tiles = 1;
+    // Most parameters of a list are one task, and a division takes as long as a row of sums.
+    if (group_rows > most_rows || group_rows * positions > kTaskElements) {
+      const int64_t rows = kTaskElements / positions;
+      const int64_t least_rows = item.col_out ? kMinRows : 1;
+      block_rows = std::min(group_rows, std::clamp(rows, least_rows, most_rows));
+      blocks = (group_rows + block_rows - 1) / block_rows;
+    }
+    if (positions > tile) {
+      tiles = (positions + tile - 1) / tile;
+      // Tiles of about one size: a narrow last one would read little of each row.
+      const int64_t strips = (positions + kStrip - 1) / kStrip;
+      tile = (strips + tiles - 1) / tiles * kStrip;
+    }
   }
 
   int64_t end_task() const { return first_task + groups * blocks * tiles; }
@@ -54,9 +62,13 @@ struct Block {
   bool first_tile, last_tile, first_of_group, last_of_group;
 
   Block(const MomentBlocking& blocking, int64_t task) {
-    const int64_t tile = task % blocking.tiles;
-    const int64_t block = task / blocking.tiles % blocking.blocks;
-    group = task / blocking.tiles / blocking.blocks;
+    int64_t tile = 0, block = 0;
+    group = 0;
+    if (task > 0) {
+      tile = task % blocking.tiles;
+      block = task / blocking.tiles % blocking.blocks;
+      group = task / blocking.tiles / blocking.blocks;
+    }
     row = group * blocking.group_rows + block * blocking.block_rows;
     rows = std::min(blocking.block_rows, (group + 1) * blocking.group_rows - row);
     begin = tile * blocking.tile;

@@ -54,7 +54,7 @@ class MomentWorker {
   MomentWorker(const Op& op, const std::vector<MomentBlocking>& blockings, Totals<Op>& totals,
                const Sizes& sizes)
       : op_(op),
-        blockings_(&blockings),
+        blocking_(blockings.data()),
         totals_(&totals),
         rows_(sizes.rows),
         cols_(sizes.tile_cols) {}
@@ -65,7 +65,7 @@ class MomentWorker {
                       [&](auto element) { run<typename decltype(element)::type>(blocking, task); });
   }
 
-  int64_t merge_index(int64_t task) const {
+  int64_t merge_index(int64_t task) {
     const MomentBlocking& blocking = find(task);
     return blocking.merges() ? blocking.first_merge + task - blocking.first_task : -1;
   }
@@ -79,9 +79,10 @@ class MomentWorker {
   }
 
  private:
-  const MomentBlocking& find(int64_t task) const {
-    auto after = [](int64_t t, const MomentBlocking& blocking) { return t < blocking.first_task; };
-    return *(std::upper_bound(blockings_->begin(), blockings_->end(), task, after) - 1);
+  // Of the parameter that a task belongs to, which is no earlier one than that of the last task.
+  const MomentBlocking& find(int64_t task) {
+    while (task >= blocking_->end_task()) ++blocking_;
+    return *blocking_;
   }
 
   template <typename T>
@@ -189,7 +190,7 @@ class MomentWorker {
   }
 
   Op op_;
-  const std::vector<MomentBlocking>* blockings_;
+  const MomentBlocking* blocking_;
   Totals<Op>* totals_;
   Scratch<Op> rows_, cols_;
   int64_t first_col_ = 0, col_count_ = 0;

@@ -110,14 +110,20 @@ inline Doubles load(const double* p) {
 typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
+#if defined(__AVX512F__)
+// The masked forms: GCC 12 warns of an undefined source operand in the plain ones.
+inline Floats widened(__m256i bits, BFloat16) {
+  const auto wide = reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
+  return reinterpret_cast<Floats>(wide << 16);
+}
+inline Floats widened(__m256i bits, Half) { return _mm512_maskz_cvtph_ps(0xffff, bits); }
+#endif
+
 inline Floats load(const BFloat16* p) {
   // One instruction, where to widen and to shift are two; AVX2 and AVX-512 have none. Of
   // __builtin_convertvector GCC 12 makes four there that widen, in halves of a register.
 #if defined(__AVX512F__)
-  // The masked form as below.
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const auto wide = reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
-  return reinterpret_cast<Floats>(wide << 16);
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), BFloat16());
 #elif defined(__AVX2__)
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(_mm256_cvtepu16_epi32(bits)) << 16);
@@ -137,8 +143,7 @@ inline Floats load(const BFloat16* p) {
 
 inline Floats load(const Half* p) {
 #if defined(__AVX512F__)
-  // The masked form: GCC 12 warns of an undefined source operand in the plain one.
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half());
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #elif defined(__aarch64__)
@@ -177,18 +182,51 @@ inline V keep_first(V v, int64_t n) {
   return reinterpret_cast<V>(reinterpret_cast<I>(v) & (lane_numbers<typename S::Scalar>() < first));
 }
 
-// The first n elements of a register, the other lanes 0: a term of 0 leaves every sum as it is.
-// From p on, `readable` elements may be read: past the end of a row there mostly is another, and
-// one load with a mask is several times as fast as a copy of n elements.
+// The first n elements of a register, 0 < n < its width, the other lanes 0. From p on, `readable`
+// elements may be read: past the end of a row there mostly is another, and one load with a mask is
+// several times as fast as a copy of n elements.
 template <typename T>
-inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
+inline typename Sum<T>::Vector load_part(const T* p, int64_t n, int64_t readable) {
   constexpr int kWidth = Sum<T>::kWidth;
-  if (n <= 0) return typename Sum<T>::Vector{};
-  if (n >= kWidth) return load(p);
   if (readable >= kWidth) return keep_first(load(p), n);
   T padded[kWidth] = {};
   for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
   return load(padded);
+}
+
+// Where the instruction set can leave out the other lanes of a load, nothing is read past them.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline Floats load_part(const float* p, int64_t n, int64_t) {
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+inline Doubles load_part(const double* p, int64_t n, int64_t) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n)), p);
+}
+inline Floats load_part(const BFloat16* p, int64_t n, int64_t) {
+  return widened(_mm256_maskz_loadu_epi16(first_lanes(n), p), BFloat16());
+}
+inline Floats load_part(const Half* p, int64_t n, int64_t) {
+  return widened(_mm256_maskz_loadu_epi16(first_lanes(n), p), Half());
+}
+#elif defined(__AVX2__)
+inline Floats load_part(const float* p, int64_t n, int64_t) {
+  const auto first = lane_numbers<float>() < static_cast<int32_t>(n);
+  return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(first));
+}
+inline Doubles load_part(const double* p, int64_t n, int64_t) {
+  return _mm256_maskload_pd(p, reinterpret_cast<__m256i>(lane_numbers<double>() < n));
+}
+#endif
+
+// The first n elements of a register: a term of 0 leaves every sum as it is. n may be negative, or
+// beyond the last.
+template <typename T>
+inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
+  if (n <= 0) return typename Sum<T>::Vector{};
+  if (n >= Sum<T>::kWidth) return load(p);
+  return load_part(p, n, readable);
 }
 
 template <typename V>

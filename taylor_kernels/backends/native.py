@@ -1,8 +1,8 @@
 """The C++ and CUDA kernels of csrc/, reached through the module `_native`.
 
-That module knows no torch, so one build serves every PyTorch: it reads the members of layout.py's
-NamedTuples by their names, of a tensor its address; and where PyTorch offers DLPack's exchange API,
-from 2.10 on, it makes a plan of a call of the tensors themselves.
+That module is built without torch, so one build serves every PyTorch: it reads the members of
+layout.py's NamedTuples by their names, of a tensor its address; and where the running PyTorch has
+the functions of csrc/bindings/libtorch.h, from 2.6 on, it makes a call of the tensors themselves.
 
 The CPU kernels are those of the best instruction set that the processor has, or of the one that the
 environment names in TAYLOR_KERNELS_ISA when this module is imported.
@@ -31,13 +31,28 @@ except (
 ) as error:  # AttributeError: built from other sources than these
     _native, _import_error = None, str(error)
 
-_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-#: Whether `_native` makes plans of calls.
-plans_calls = bool(
-    _native is not None
-    and _exchange is not None
-    and _native.set_exchange(_exchange, Tensor, torch.nn.Parameter)
-)
+
+def _connect() -> bool:
+    """Tell the native module where PyTorch is; it tries what it finds there on a few tensors."""
+    if _native is None:
+        return False
+    parameter = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64).t())
+    samples = [torch.zeros(3), torch.zeros(2, 4, dtype=torch.bfloat16)[:, 1:], parameter]
+    return bool(
+        _native.connect_libtorch(
+            torch._C.__file__,
+            Tensor,
+            torch.nn.Parameter,
+            torch.empty,
+            torch.are_deterministic_algorithms_enabled,
+            samples,
+            [torch._neg_view(sample) for sample in samples],
+        )
+    )
+
+
+#: Whether `_native` makes calls of tensors.
+plans_calls = _connect()
 
 
 def choose_isa(name: str) -> None:

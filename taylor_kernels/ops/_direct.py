@@ -1,11 +1,11 @@
 """Calls that go straight to the native kernels, past PyTorch's dispatcher.
 
 Checking and describing a list of tensors in Python takes longer than its sums do, so the native
-module reads them itself and makes a plan of the call (csrc/bindings/plans.h). It does so for plain
-dense tensors in an order that the kernels know, where nothing else wants to see the call: no
-tracer, mode, transform or profiler. For any other call each function here returns None, and the op
-that torch.library knows is called, which checks, copies and says what is wrong. A plan is made for
-its call alone and holds nothing beyond it.
+module reads them itself, and on the CPU makes the outputs and runs the kernels (csrc/bindings).
+For a GPU it makes a plan of the call. It does so for plain dense tensors in an order that the
+kernels know, where nothing else wants to see the call: no tracer, mode, transform or profiler. For
+any other call each function here returns None, and the op that torch.library knows is called, which
+checks, copies and says what is wrong. A plan is made for its call alone and is not kept.
 """
 
 from __future__ import annotations
@@ -22,21 +22,38 @@ from taylor_kernels.backends import native, runs_natively
 
 _KINDS = {False: torch.float32, True: torch.float64}
 _CPU = torch.device("cpu")
+_ALL = 2**32 - 1
+
+# Whether something in this thread wants to see the calls of PyTorch's ops: modes, transforms,
+# tracers and profilers. Looked up once, since a call asks them all.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracer = torch._C._get_tracing_state
+_profiler = torch._C._autograd._profiler_enabled
 
 
-def plans() -> Any:
-    """The native module, if it may plan this call, else None."""
+def caller() -> Any:
+    """The native module, if it may make this call, else None."""
     if (
         torch.compiler.is_compiling()
         or not native.plans_calls
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transforms() is not None
+        or _tracer() is not None
+        or _profiler()
     ):
         return None
     return native._native
+
+
+def cpu_threads(backend: str | None) -> int:
+    """On how many threads a call of CPU tensors is to run natively; 0 if another backend is named.
+
+    No backend is before the native kernels where the call names none (backends/__init__.py).
+    """
+    return torch.get_num_threads() if backend is None or backend == "cpu" else 0
 
 
 def packed_tables(
@@ -49,42 +66,53 @@ def packed_tables(
     draw: tuple[int, Sequence[int] | None] | None,
     chosen: int | None,
     backend: str | None,
-) -> tuple[list[Tensor], Callable[[int], list[int]]] | None:
-    """For each axis its packed table [filters, *sums]; and what tells, of an axis, how many filters
-    each tensor has.
+) -> tuple[list[Tensor], Any] | None:
+    """For each axis its packed table [filters, *sums]; and the plan of the call, which splits the
+    table of an axis into those of the parameters: split(table, axis).
 
     `others` are what belongs to the weights, by name. `draw` is the seed of an op that draws signs,
     and the tensors' streams. `chosen` are the sums that are wanted, a bit each, if not all.
     """
-    planner = plans()
-    if planner is None or any(each is None for each in others.values()):
+    native_module = caller()
+    if native_module is None:
         return None
-    held = [_own(each) for each in (weights, others.get("grads"), others.get("hvps"))]
-    seed: tuple[int, ...] = () if draw is None else (draw[0],)
-    streams = None if draw is None else draw[1]
+    for each in others.values():
+        if each is None:
+            return None
+    seed, streams = (0, None) if draw is None else draw
     if streams is not None and not isinstance(streams, (list, tuple)):
         return None
-    groups, streams = _own(groups), _own(streams)
-    planned = planner.plan_parameters(*held, groups, streams, 1 in axes)
-    if planned is None:
+    called = getattr(native_module, "call_" + op)(
+        weights,
+        others.get("grads"),
+        others.get("hvps"),
+        groups,
+        streams,
+        0 in axes,
+        1 in axes,
+        sums[0] if sums else 0,
+        seed,
+        _ALL if chosen is None else chosen,
+        cpu_threads(backend),
+    )
+    if called is None:
         return None
-    plan, on_gpu, index, wide, filters = planned
+    if len(called) == 2:  # it ran, on the CPU
+        return called
+    plan, on_gpu, index, wide, filters = called
     device, dtype = _place(on_gpu, index), _KINDS[wide]
-    first = held[0][0] if isinstance(held[0], list) else held[0]
+    first = weights if isinstance(weights, Tensor) else weights[0]  # type: ignore[index]
     if not runs_natively(op, device, first.dtype, backend):
         return None
     found: list[Any] = [None, None]
     for axis in axes:
         found[axis] = torch.empty((filters[axis], *sums), dtype=dtype, device=device)
     plan.set_tables(*found, dtype.itemsize * math.prod(sums))
-    if chosen is None:
-        native.launch(op, plan, device, *seed)
-    elif on_gpu:
-        native.launch(op, plan, device)
-        leave_out([found[axis] for axis in axes], chosen)
-    else:
-        native.launch(op, plan, device, sums=chosen)
-    return [found[axis] for axis in axes], plan.filters
+    native.launch(op, plan, device, *(() if draw is None else (seed,)))
+    tables = [found[axis] for axis in axes]
+    if chosen is not None:
+        leave_out(tables, chosen)
+    return tables, plan
 
 
 def leave_out(tables: Sequence[Tensor], chosen: int) -> None:
@@ -103,32 +131,28 @@ def leave_out(tables: Sequence[Tensor], chosen: int) -> None:
 
 def one_output(
     op: str,
-    planned: Any,
+    called: Any,
     like: Tensor,
     backend: str | None,
     prepare: Callable[[Any], object] | None = None,
 ) -> Tensor | None:
-    """Run the plan of an op with one output, if there is one; `prepare` is told it on a GPU.
+    """What came of a native call of an op with one output: that, or None, or a plan for a GPU,
+    which is run here; `prepare` is told it before.
 
     `like` has the dtype of the call, by which its backend is chosen.
     """
-    if planned is None:
-        return None
-    plan, on_gpu, index, wide, sizes = planned
+    if called is None or isinstance(called, Tensor):
+        return called
+    plan, on_gpu, index, wide, sizes = called
     device, dtype = _place(on_gpu, index), _KINDS[wide]
     if not runs_natively(op, device, like.dtype, backend):
         return None
     out = torch.empty(sizes, dtype=dtype, device=device)
     plan.set_out(out)
-    if on_gpu and prepare is not None:
+    if prepare is not None:
         prepare(plan)
     native.launch(op, plan, device)
     return out
-
-
-def _own(value: Any) -> Any:
-    """A list of one's own, since another thread may change the caller's while kernels run."""
-    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _place(on_gpu: bool, index: int) -> torch.device:

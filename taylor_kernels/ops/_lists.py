@@ -108,12 +108,12 @@ def tables(
             op, weights, others, groups, axes, draw, sums, backend, finish, whole
         )
     else:
-        found, filters = direct
+        found, plan = direct
         if finish is not None:
             for table in found:
                 finish(table)
         if not whole:
-            found = [_split(table, filters(axis)) for axis, table in zip(axes, found, strict=True)]
+            found = [plan.split(table, axis) for axis, table in zip(axes, found, strict=True)]
     return found[0] if len(axes) == 1 else tuple(found)
 
 

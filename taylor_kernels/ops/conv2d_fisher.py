@@ -28,7 +28,7 @@ from taylor_kernels.ops._convolutions import (
     geometry_of,
     may_round,
 )
-from taylor_kernels.ops._direct import one_output, plans
+from taylor_kernels.ops._direct import caller, cpu_threads, one_output
 from taylor_kernels.ops._library import define
 
 
@@ -82,12 +82,20 @@ def conv2d_fisher(
         [256.0, 256.0]
     """
     check_name(backend)
-    if planner := plans():
-        planned = planner.plan_conv2d_fisher(
-            input, weight_size, grad_output, stride, padding, dilation, groups, weight
+    if native := caller():
+        called = native.call_conv2d_fisher(
+            input,
+            weight_size,
+            grad_output,
+            stride,
+            padding,
+            dilation,
+            groups,
+            weight,
+            cpu_threads(backend),
         )
         found = one_output(
-            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(may_round(False))
+            "conv2d_fisher", called, input, backend, lambda plan: plan.set_tf32(may_round(False))
         )
         if found is not None:
             return found
@@ -128,10 +136,10 @@ def linear_fisher(
         [37.0]
     """
     check_name(backend)
-    if planner := plans():
-        planned = planner.plan_linear_fisher(input, grad_output, weight)
+    if native := caller():
+        called = native.call_linear_fisher(input, grad_output, weight, cpu_threads(backend))
         found = one_output(
-            "conv2d_fisher", planned, input, backend, lambda plan: plan.set_tf32(may_round(True))
+            "conv2d_fisher", called, input, backend, lambda plan: plan.set_tf32(may_round(True))
         )
         if found is not None:
             return found

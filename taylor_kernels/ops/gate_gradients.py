@@ -19,7 +19,7 @@ from torch import Tensor
 from taylor_kernels.backends import check_name, kernel
 from taylor_kernels.layout import FLOATS, accumulator, activation_args
 from taylor_kernels.ops._checks import alike, check_like, check_tensor
-from taylor_kernels.ops._direct import one_output, plans
+from taylor_kernels.ops._direct import caller, cpu_threads, one_output
 from taylor_kernels.ops._library import define
 
 
@@ -63,9 +63,11 @@ def gate_gradients(
         [[1.0, 2.0]]
     """
     check_name(backend)
-    if planner := plans():
-        planned = planner.plan_gate_gradients(output, grad_output, bias, channel_dim)
-        found = one_output("gate_gradients", planned, output, backend)
+    if native := caller():
+        called = native.call_gate_gradients(
+            output, grad_output, bias, channel_dim, cpu_threads(backend)
+        )
+        found = one_output("gate_gradients", called, output, backend)
         if found is not None:
             return found
     check_tensor(output, "output")

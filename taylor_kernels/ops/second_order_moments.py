@@ -134,4 +134,5 @@ def second_order_sums(
 
 
 def _square_first(table: Tensor) -> None:
-    table[:, 0].mul_(table[:, 0])  # square_() has no rule for vmap
+    joint = table.select(1, 0)
+    joint.mul_(joint)  # square_() has no rule for vmap

@@ -1,0 +1,207 @@
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <utility>
+
+#include "bindings/plans.h"
+#include "common/ops.h"
+
+namespace tk {
+
+std::optional<int64_t> integer(PyObject* value, int64_t least) {
+  if (!PyLong_CheckExact(value)) return {};
+  int overflow = 0;
+  const int64_t number = PyLong_AsLongLongAndOverflow(value, &overflow);
+  if (overflow || number < least || number > UINT32_MAX / 2) return {};
+  return number;
+}
+
+namespace {
+
+// A list of one's own, since another thread may change the caller's while kernels run.
+py::object own(py::handle value) {
+  const bool listed = PyList_Check(value.ptr()) || PyTuple_Check(value.ptr());
+  if (!listed) return py::reinterpret_borrow<py::object>(value);
+  const auto list = py::reinterpret_steal<py::object>(PySequence_List(value.ptr()));
+  if (!list) throw py::error_already_set();
+  return list;
+}
+
+// The i-th of a list, or the one value for all of it.
+PyObject* at(py::handle values, Py_ssize_t i) {
+  return PyList_Check(values.ptr()) ? PyList_GET_ITEM(values.ptr(), i) : values.ptr();
+}
+
+int64_t columns_of(const ParameterItem& item) { return item.groups * item.channels; }
+
+// The parts of the packed tables, [rows or columns, sums], that each parameter's sums go to.
+void set_tables(ParameterList& call, void* row_table, void* col_table, int64_t bytes_per_filter) {
+  auto* row_out = static_cast<char*>(row_table);
+  auto* col_out = static_cast<char*>(col_table);
+  for (auto& item : call.items) {
+    item.row_out = row_out;
+    item.col_out = col_out;
+    if (row_out) row_out += item.rows * bytes_per_filter;
+    if (col_out) col_out += columns_of(item) * bytes_per_filter;
+  }
+}
+
+// A table's parts along an axis, 0 by rows and 1 by columns: one for each parameter.
+py::list split(const Plan<ParameterList>& plan, py::object table, int axis) {
+  const auto& items = plan.call.items;
+  py::list parts(items.size());
+  const auto whole = items.size() > 1 ? libtorch.view(table) : std::nullopt;
+  if (!whole) {
+    parts[0] = std::move(table);
+    return parts;
+  }
+  int64_t first = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t count = axis ? columns_of(items[i]) : items[i].rows;
+    parts[i] = libtorch.rows(table, whole->dims, first, count);
+    first += count;
+  }
+  return parts;
+}
+
+// A tensor that belongs to a weight and lies in memory as it does: its address.
+bool beside(py::handle values, Py_ssize_t i, const TensorView& weight, bool channels_last,
+            const void** address) {
+  if (values.is_none()) return true;
+  const auto found = libtorch.view(at(values, i));
+  if (!found || !found->like(weight)) return false;
+  if (!(channels_last ? found->dims.dense(1) : found->dims.contiguous())) return false;
+  *address = found->data;
+  return true;
+}
+
+std::optional<ParameterItem> parameter(const TensorView& weight, int64_t groups, bool cols) {
+  const Dims& dims = weight.dims;
+  if (dims.size[0] % groups || (cols && dims.count < 2)) return {};
+  const bool contiguous = dims.contiguous();
+  if (!contiguous && !(dims.count > 1 && dims.dense(1))) return {};
+  ParameterItem item{};
+  item.weight = weight.data;
+  item.rows = dims.size[0];
+  item.channels = dims.count > 1 ? dims.size[1] : 1;
+  item.kernel = 1;
+  for (int d = 2; d < dims.count; ++d) item.kernel *= dims.size[d];
+  item.groups = groups;
+  item.dtype = weight.dtype;
+  item.channels_last = !contiguous;
+  return item;
+}
+
+bool same_table(const TensorView& weight, const TensorView& first) {
+  return weight.on_device_of(first) && (weight.dtype == DType::f64) == (first.dtype == DType::f64);
+}
+
+// What a call over parameters is made of: tensors or lists of them, the weights and what belongs to
+// them or None; groups and streams, an int or a list of one for each, streams None for the place in
+// the list; whether columns are wanted.
+struct Given {
+  py::object weights, grads, hvps, groups, streams;
+  bool cols;
+
+  bool fits() const {
+    const bool listed = PyList_Check(weights.ptr());
+    for (const py::handle values : {grads, hvps, groups, streams}) {
+      if (PyList_Check(values.ptr()) && PyList_GET_SIZE(values.ptr()) != count()) return false;
+    }
+    for (const py::handle values : {grads, hvps}) {
+      if (!values.is_none() && PyList_Check(values.ptr()) != listed) return false;
+    }
+    return count() > 0;
+  }
+
+  Py_ssize_t count() const {
+    return PyList_Check(weights.ptr()) ? PyList_GET_SIZE(weights.ptr()) : 1;
+  }
+
+  // The parameter at place i, whose sums go to one table with those of `first`, if there is one.
+  std::optional<ParameterItem> item(Py_ssize_t i, std::optional<TensorView>& first) const {
+    const auto weight = libtorch.view(at(weights, i));
+    const auto of_groups = integer(at(groups, i), 1);
+    if (!weight || !of_groups) return {};
+    if (!first) first = weight;
+    auto found = parameter(*weight, *of_groups, cols);
+    if (!found || !same_table(*weight, *first) ||
+        !beside(grads, i, *weight, found->channels_last, &found->grad) ||
+        !beside(hvps, i, *weight, found->channels_last, &found->hvp)) {
+      return {};
+    }
+    const auto stream = streams.is_none() ? std::optional<int64_t>(i) : integer(at(streams, i), 0);
+    if (!stream) return {};
+    found->stream = static_cast<uint32_t>(*stream);
+    return found;
+  }
+};
+
+// The call of an op whose tables have `sums` columns, 0 for tables of one dimension. `chosen` are
+// the sums that are wanted, a bit each. It gives the table of each axis, in a list, and the plan,
+// which splits them; or the plan alone, whose sizes are how many filters all parameters have by
+// rows and by columns.
+py::object call_parameters(void (*run)(const ParameterList&, int), py::handle weights,
+                           py::handle grads, py::handle hvps, py::handle groups, py::handle streams,
+                           bool rows, bool cols, int64_t sums, py::int_ seed, uint32_t chosen,
+                           int threads) {
+  const Given given{own(weights), own(grads), own(hvps), own(groups), own(streams), cols};
+  if (!given.fits()) return py::none();
+  Plan<ParameterList> plan{{}, py::make_tuple(given.weights, given.grads, given.hvps)};
+  plan.call.items.reserve(given.count());
+  int64_t filters[] = {0, 0};
+  std::optional<TensorView> first;
+  for (Py_ssize_t i = 0; i < given.count(); ++i) {
+    const auto item = given.item(i, first);
+    if (!item) return py::none();
+    filters[0] += item->rows;
+    filters[1] += columns_of(*item);
+    plan.call.items.push_back(*item);
+  }
+  if (first->on_gpu || threads == 0) {
+    return handed_over(std::move(plan), *first, py::make_tuple(filters[0], filters[1]));
+  }
+  py::list found(rows + cols);
+  void* tables[] = {nullptr, nullptr};
+  for (const int axis : {0, 1}) {
+    if (!(axis ? cols : rows)) continue;
+    const int64_t sizes[] = {filters[axis], sums};
+    Made table = libtorch.empty(sums ? 2 : 1, sizes, sums_of(*first));
+    tables[axis] = table.data;
+    found[axis && rows] = std::move(table.tensor);
+  }
+  const int64_t bytes = std::max<int64_t>(sums, 1) * size_of(sums_of(*first));
+  set_tables(plan.call, tables[0], tables[1], bytes);
+  plan.call.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());  // as a number of 64 bits
+  plan.call.sums = chosen;
+  {
+    const py::gil_scoped_release no_gil;
+    run(plan.call, threads);
+  }
+  return py::make_tuple(std::move(found), py::cast(std::move(plan)));
+}
+
+}  // namespace
+
+void define_parameter_plans(py::module_& m) {
+  py::class_<Plan<ParameterList>>(m, "ParameterPlan")
+      .def("set_tables",
+           [](Plan<ParameterList>& plan, py::handle rows, py::handle cols, int64_t bytes) {
+             const auto data = [](py::handle t) { return t.is_none() ? nullptr : data_of(t); };
+             set_tables(plan.call, data(rows), data(cols), bytes);
+           })
+      .def("split", &split);
+  const auto define = [&](const char* name, void (*run)(const ParameterList&, int)) {
+    m.def(name, [run](py::handle weights, py::handle grads, py::handle hvps, py::handle groups,
+                      py::handle streams, bool rows, bool cols, int64_t sums, py::int_ seed,
+                      uint32_t chosen, int threads) {
+      return call_parameters(run, weights, grads, hvps, groups, streams, rows, cols, sums, seed,
+                             chosen, threads);
+    });
+  };
+  define("call_filter_moments", &filter_moments_cpu);
+  define("call_second_order_moments", &second_order_moments_cpu);
+  define("call_hutchinson_moments", &hutchinson_moments_cpu);
+}
+
+}  // namespace tk
