@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -74,7 +75,7 @@ class Trial:
         # Zeros and ones (a fresh norm, a last layer that starts at zero, an empty example) would
         # hide what a channel does.
         for parameter in tensors_of_modules(self._modules)[0].values():
-            fan_in = parameter[0].numel() if parameter.dim() > 1 else 10
+            fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else 10
             self._noise.add_to(parameter.data, max(fan_in, 1) ** -0.5)
         self._run = Exchanged(model, self._modules, outputs)
         self._begun: _Masked | None = None
