@@ -6,7 +6,6 @@ import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from operator import is_
 from typing import Any
 
@@ -28,7 +27,7 @@ _NOTHING: dict[str, Any] = {}
 #: Values of these types cannot change, or are code.
 _CONSTANT = {
     type(None), bool, int, float, complex, str, bytes, type, torch.device, torch.dtype, torch.Size,
-    types.MethodType, types.BuiltinFunctionType, types.ModuleType,
+    types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType,
 }  # fmt: skip
 _DICTS = {dict, OrderedDict, defaultdict, Counter}
 _CONTAINERS = {*_DICTS, list, set, deque}
@@ -40,8 +39,8 @@ class Untouched:
     """Puts a model back as it was: modes, buffers, parameters, hooks, attributes, values.
 
     So it does with what attributes hold: containers and plain objects that code fills in, and
-    sources of random numbers; and with containers that hooks and other functions in a model
-    remember. Values are copied only when something is about to be written into them.
+    sources of random numbers. Values are copied only when something is about to be written into
+    them.
 
     Args:
         tensors: those whose values, memory and `requires_grad` are put back.
@@ -64,10 +63,6 @@ class Untouched:
             for name, value in attributes.items():
                 if type(value) not in _CONSTANT and name not in COMMON:
                     self._hold(value, objects=True)
-        for _, entries in self._tables:
-            for hook in entries.values():
-                if type(hook) is types.FunctionType:
-                    self._hold(hook, objects=False)
         self._tensors = [(t, t.data, t.requires_grad) for t in tensors if _has_memory(t)]
         self._watched: dict[int, list[Tensor]] = {}
         for _, values, _ in self._tensors:
@@ -85,12 +80,7 @@ class Untouched:
         if kind in _CONSTANT or id(value) in self._seen:
             return
         self._seen.add(id(value))
-        if kind is types.FunctionType:
-            if not (value.__module__ or "").startswith("torch."):
-                for cell in value.__closure__ or ():
-                    with suppress(ValueError):  # nothing is in it yet
-                        self._hold(cell.cell_contents, objects=False)
-        elif kind in _CONTAINERS or kind is tuple:
+        if kind in _CONTAINERS or kind is tuple:
             if kind is not tuple:
                 self._containers.append((value, value.copy()))
             if len(value) <= _FEW:

@@ -1,4 +1,4 @@
-"""Functions in a model that remember modules of it, or containers: copies have their own."""
+"""Functions in a model that remember modules of it: copies have their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.tracing import trace
 
 
 class Remembering(nn.Module):
@@ -80,18 +79,3 @@ def test_layers_in_a_function_go_and_the_model_stays_as_it_was(remember):
         pruner.step()
     masked = model.eval()(x)
     torch.testing.assert_close(pruner.compact()(x), masked, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("build", [trace, lambda *given: tk.Pruner(*given, filters=0.5)])
-def test_what_hooks_have_written_down_is_taken_back(build):
-    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
-    heard, count = ["mine"], {"runs": 3}
-
-    def counted(*_: object) -> None:
-        count["runs"] += 1
-
-    model[0].register_forward_hook(lambda *run: heard.append(run[2]))
-    model.register_forward_pre_hook(counted)
-    build(model, torch.randn(2, 5))
-    assert heard == ["mine"]
-    assert count == {"runs": 3}
