@@ -117,11 +117,12 @@ class KeptAgain(OnKept):
     def __init__(self, kept: Kept, attributes: Mapping[str, Any]) -> None:
         super().__init__(kept)
         self._attributes = dict(attributes)
-        self._before: dict[int, dict[str, tuple[int, Tensor]]] = {}  # of the runs of threads
+        # Of the runs of threads: buffers, their versions and values.
+        self._before: dict[int, dict[str, tuple[Tensor, int, Tensor]]] = {}
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._before[threading.get_ident()] = {
-            name: (buffer._version, buffer.clone())
+            name: (buffer, buffer._version, buffer.clone())
             for name, buffer in module._buffers.items()
             if buffer is not None
         }
@@ -139,9 +140,9 @@ class KeptAgain(OnKept):
         if before is None:
             return self._among_zeros(module, new.forward(*args, **kwargs))
         with torch.no_grad():
-            for name, (version, value) in before.items():
+            for name, (old, version, value) in before.items():
                 buffer = module._buffers[name]
-                if buffer is not None and buffer._version != version:
+                if buffer is not None and (buffer is not old or buffer._version != version):
                     buffer.copy_(value)
             whole = {name: b for name, b in module._buffers.items() if b is not None}
             buffers = self._cut(whole) if self._on.cut else {n: b.clone() for n, b in whole.items()}
@@ -149,9 +150,9 @@ class KeptAgain(OnKept):
         versions = {name: buffer._version for name, buffer in buffers.items()}
         found = self._among_zeros(module, new.forward(*args, **kwargs))
         with torch.no_grad():
-            for name, old in versions.items():
+            for name, version in versions.items():
                 now = new._buffers[name]
-                if now is None or (now is buffers[name] and now._version == old):
+                if now is None or (now is buffers[name] and now._version == version):
                     continue
                 if self._on.cut:
                     whole[name].index_copy_(_along(whole[name]), self._kept, now)

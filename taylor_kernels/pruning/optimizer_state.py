@@ -193,7 +193,9 @@ def masked_state(
 
 
 def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
-    """The tensor without these indices, contiguous, in memory of its own.
+    """The tensor without these indices, laid out as it was, in memory of its own.
+
+    Fused optimizers take for granted that state lies in memory as its parameter does.
 
     Args:
         kept: indices that stay, by the id of those that go and the size they go from:
@@ -201,7 +203,7 @@ def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
             out once. To be kept no longer than the cuts.
     """
     kept = {} if kept is None else kept
-    rest = []
+    rest, form = [], _form(tensor)
     for dim, index in cuts.items():
         key = id(index), tensor.size(dim)
         if (known := kept.get(key)) is None:
@@ -219,7 +221,16 @@ def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
             tensor = tensor.narrow(dim, begin, left.numel())
     for dim, left in rest:
         tensor = tensor.index_select(dim, left.to(tensor.device))
-    return tensor if rest else tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.contiguous(memory_format=form) if rest else tensor.clone(memory_format=form)
+
+
+def _form(tensor: Tensor) -> torch.memory_format:
+    """Of an image's or a volume's weight that is not contiguous, channels_last."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous():
+        return torch.contiguous_format
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(
+        tensor.dim(), torch.contiguous_format
+    )
 
 
 def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cuts) -> Cuts:

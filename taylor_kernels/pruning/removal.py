@@ -155,25 +155,18 @@ def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None
     Args:
         kept: see `cut`.
     """
-    new = _cut_as_laid_out(tensor.detach(), cuts, kept)
+    new = cut(tensor.detach(), cuts, kept)
     if not isinstance(tensor, nn.Parameter):
         return new
     parameter = nn.Parameter(new, tensor.requires_grad)
     if tensor.grad is not None:
-        parameter.grad = _cut_as_laid_out(tensor.grad.detach(), cuts, kept)
+        parameter.grad = cut(tensor.grad.detach(), cuts, kept)
     vars(parameter).update(vars(tensor))
     # The tables themselves: the handles that were given out for hooks point at these.
     for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if hooks := getattr(tensor, table, None):
             setattr(parameter, table, hooks)
     return parameter
-
-
-def _cut_as_laid_out(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None) -> Tensor:
-    new = cut(tensor, cuts, kept)
-    if tensor.dim() == 4 and tensor.layout == torch.strided and not tensor.is_contiguous():
-        return new.contiguous(memory_format=torch.channels_last)
-    return new
 
 
 def _like(old: Any, value: Any) -> Any:

@@ -9,6 +9,7 @@ are made anew from the model's own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,10 @@ class Values:
         self._noise, self._exact = noise, True
         # Places and scales of the noise, so that values made anew are the same ones.
         self._noisy = {
-            name: (noise.place(), max(tensor[0].numel() if tensor.dim() > 1 else 10, 1) ** -0.5)
+            name: (
+                noise.place(),
+                max(prod(tensor.shape[1:]) if tensor.dim() > 1 else 10, 1) ** -0.5,
+            )
             for name, tensor in parameters.items()
         }
         self._spent: set[str] = set()

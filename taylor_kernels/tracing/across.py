@@ -96,10 +96,11 @@ class AcrossNorms:
             return
         record = self._recorder.record
         offered: list[Across] = []
-        if module is not None and name and not kwargs and len(frame.given) == 1:
+        given = [] if frame.mixed else [*frame.given, *kwargs.values()]
+        if module is not None and name and len(given) == 1 and isinstance(given[0], Tensor):
             if isinstance(output, Tensor):
                 self._recorder.labels(output)  # what it is the mean of is said in this call
-            offered = self._offered(module, name, frame.given[0], output, frame.first)
+            offered = self._offered(module, name, given[0], output, frame.first)
         if offered:
             record.across += offered
         else:

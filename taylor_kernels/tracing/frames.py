@@ -18,6 +18,7 @@ class Frame:
         module: None for the code outside.
         name: the module's, "" for the model itself and the code outside.
         given: the module's positional arguments, if all of them are tensors; else nothing.
+        mixed: some of them are none.
         first: so many vectors had been fixed before it began.
         met: the labels of all tensors that its own code had at hand.
         leaf: it has run no other module so far.
@@ -31,3 +32,4 @@ class Frame:
     met: list[Labels] = field(default_factory=list)
     leaf: bool = True
     made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
+    mixed: bool = False

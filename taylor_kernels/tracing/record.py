@@ -97,7 +97,8 @@ class Cut:
         tied: every part's size is an attribute of a module, which can follow.
         others: of parts of unlike sizes, and of a slice, for each what it may be as wide as:
             another tensor that the code had at hand, itself where an attribute says its size,
-            nothing ([0]) if it is what other slices leave, None if there is none.
+            or if it is what other slices leave and another tensor is as wide, nothing ([0]) if
+            none is, None where it has to stay.
         sizes: what attributes then say of the last part, which otherwise is what the others leave.
     """
 

@@ -107,7 +107,8 @@ class Recorder(TorchDispatchMode):
         self.frame.leaf = False
         self.frame.met += met  # what code hands on it has at hand, however it was given it
         self._outer.append(self.frame)
-        self.frame = Frame(module, name, given if len(given) == len(args) else [], first, met)
+        mixed = len(given) != len(args)
+        self.frame = Frame(module, name, [] if mixed else given, first, met, mixed=mixed)
         record.ran.add(name)
 
     def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:

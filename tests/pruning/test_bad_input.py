@@ -221,3 +221,26 @@ def test_what_torchscript_has_compiled_stays(how):
     torch.testing.assert_close(pruner.compact()(x), masked)
     with pytest.raises(ValueError, match="model: TorchScript has compiled it"):
         Pruner(inside, x, filters=0.5)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0,), (3, 0, 2), ()])
+def test_parameters_without_entries_are_no_obstacle(shape):
+    """Prompts of no tokens, adapters of rank zero."""
+
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 2)
+            self.empty = nn.Parameter(torch.ones(shape))
+
+        def forward(self, x):
+            return self.leave(self.enter(x).relu()) * self.empty.numel() + self.empty.sum()
+
+    model, x = Empty(), torch.randn(3, 4)
+    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1, per_step=4)
+    model(x).sum().backward()
+    pruner.step()
+    masked = model(x)
+    torch.testing.assert_close(pruner.compact()(x), masked)
+    assert model.empty.shape == shape
+    assert model.enter.out_features == 4

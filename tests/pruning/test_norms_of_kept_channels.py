@@ -183,3 +183,52 @@ def test_a_padded_encoder_keeps_no_channels_for_its_mask() -> None:
     tokens = torch.randint(1, 30, (3, 7))
     tokens[1, 5:] = 0
     assert set(trace(Classify(), tokens).skipped) == {"leave"}
+
+
+@pytest.mark.parametrize("norm", [Centred, Replacing])
+def test_buffers_learn_in_training_masked_what_they_learn_compacted(norm):
+    """A buffer that code replaces is a new tensor in each run, and has no versions to compare."""
+    width, learned, x = random.randint(7, 12), [], torch.randn(5, 6, dtype=torch.double)
+    for cut in (False, True):
+        torch.manual_seed(width)
+        model = nn.Sequential(nn.Linear(6, width), norm(width), nn.Linear(width, 2)).double()
+        pruner = masked_pruner(model, x)
+        if cut:
+            pruner.compact()
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        pruner.compact()
+        learned.append(model[1].running)
+    torch.testing.assert_close(*learned, rtol=1e-10, atol=1e-11)
+
+
+class Pool(nn.Module):
+    def forward(self, input: Tensor) -> Tensor:
+        return input * input.amax(-1, keepdim=True)
+
+
+class ByName(nn.Module):
+    """Calls a norm, between two layers, by the name of its argument."""
+
+    def __init__(self, norm: nn.Module, width: int) -> None:
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Linear(6, width), norm, nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.norm(input=self.enter(x)).tanh())
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm, lambda width: nn.GroupNorm(1, width), lambda width: Pool()]
+)
+def test_norms_called_by_keyword_let_channels_go(norm):
+    width = random.randint(7, 12)
+    model = ByName(norm(width), width).double()
+    x = torch.randn(5, 6, dtype=torch.double)
+    pruner = masked_pruner(model, x)
+    assert pruner.widths["enter"] < width
+    masked = model(x)
+    torch.testing.assert_close(pruner.compact()(x), masked, rtol=1e-11, atol=1e-12)

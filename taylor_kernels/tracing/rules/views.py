@@ -198,11 +198,13 @@ def _others(
     found: list[Vector | None] = []
     for start, stop in spans:
         part = vector[start:stop]
-        if _is_rest(call) and not counting(call, part.size):
-            found.append(part[:0])
-            continue
-        wide = [part] if counting(call, part.size) else call.recorder.as_wide(part)
-        found.append(wide[0] if wide and part.size > 1 else None)
+        counts = part.size > 1 and bool(counting(call, part.size))
+        wide = [part] if counts else call.recorder.as_wide(part)
+        if _is_rest(call) and not counts:
+            # What goes of it goes by what it meets; that it is as wide says that the code knows so.
+            found.append(part if wide else part[:0])
+        else:
+            found.append(wide[0] if wide and part.size > 1 else None)
     return tuple(found)
 
 
