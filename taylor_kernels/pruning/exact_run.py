@@ -40,7 +40,7 @@ def widen(modules: Mapping[str, nn.Module]) -> Callable[[], None]:
         (module, name, value)
         for module in modules.values()
         for name, value in vars(module).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and all(value is not tensor for tensor, _ in held)
     ]
     for tensor, _ in held:
         tensor.data = widened(tensor.data)

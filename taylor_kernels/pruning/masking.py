@@ -47,6 +47,7 @@ class Masks:
         if not entries:
             return
         tensors, optimizers = Tensors(self._model), optimizers_in(self.optimizer)
+        tensors.own_plain(entries)
         masked = fills(tensors, channels, entries)
         parameters = {
             name: tensors[name] for name in masked if isinstance(tensors[name], nn.Parameter)
