@@ -87,9 +87,15 @@ class Exchanged:
             yield
         finally:
             # Copies that were made here begin at version 0.
-            self._run_wrote = [name for name in self.written if self.held[name]._version]
+            self._run_wrote = [name for name in self.written if self._was_written(name)]
             self.held.put({name: self.tensors[name] for name in self._changed})
             self._untouched.restore()
+
+    def _was_written(self, name: str) -> bool:
+        try:
+            return self.held[name]._version > 0
+        except AttributeError:  # a plain attribute that is another object by now, or gone
+            return False
 
     def outputs(self, *, train: bool = False, lowest: bool = False) -> list[Tensor]:
         """What the model returns as it is now.

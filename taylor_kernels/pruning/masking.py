@@ -14,7 +14,7 @@ from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, z
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
 from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
-from taylor_kernels.pruning.removal import lookup
+from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.multihead import unpack_examples
 
@@ -46,6 +46,8 @@ class Masks:
         entries = channels.entries(dead)
         if not entries:
             return
+        if plain := [name for name in entries if not _is_registered(self._model, name)]:
+            Tensors(self._model).own_plain(plain)
         tensors = {name: lookup(self._model, name) for name in entries}
         masked = fills(tensors, channels, entries)
         parameters = {
@@ -107,6 +109,13 @@ class Masks:
             remove_all(self._norms)
             forget_compiled()
         self._norms = []
+
+
+def _is_registered(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is a parameter or buffer, and no plain attribute."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return leaf in module._parameters or leaf in module._buffers
 
 
 def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:

@@ -52,5 +52,7 @@ class NamedTensors:
 
 
 def _held(module: nn.Module, leaf: str) -> Tensor | None:
-    held = module._parameters.get(leaf)
-    return module._buffers.get(leaf) if held is None else held
+    held: Tensor | None = module._parameters.get(leaf)
+    if held is None:
+        held = module._buffers.get(leaf)
+    return module.__dict__.get(leaf) if held is None else held

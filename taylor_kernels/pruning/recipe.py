@@ -149,7 +149,7 @@ def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Modu
         f"{name}.{attribute}"
         for name, own in attributes.items()
         for attribute in own
-        if name not in modules or get_attribute(modules[name], attribute) is None
+        if name not in modules or not _is_there(modules[name], attribute)
     ]
     # What is left must have the shapes of the file's tensors, under every name of each.
     after = {
@@ -168,6 +168,10 @@ def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Modu
         for name in shapes.keys() | saved.keys()
         if shapes.get(name) != saved.get(name) and name not in differing
     )
+
+
+def _is_there(module: nn.Module, attribute: str) -> bool:
+    return hasattr(module, attribute) or get_attribute(module, attribute) is not None
 
 
 def _resized(tensor: Tensor, cuts: Mapping[int, Tensor], sign: int) -> list[int]:

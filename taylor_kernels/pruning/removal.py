@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from taylor_kernels.pruning.optimizer_state import (
 )
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
+from taylor_kernels.tracing.caches import plain_tensors
 from taylor_kernels.tracing.multihead import follow_attention
 from taylor_kernels.tracing.settings import get_attribute, set_attribute
 from taylor_kernels.tracing.shared_memory import place_of
@@ -92,13 +94,15 @@ def lookup(model: nn.Module, name: str) -> Tensor:
 
 
 class Tensors:
-    """The parameters and buffers of a model by name; a shared one goes by its first name."""
+    """The parameters, buffers and plain tensors of a model by name; a shared one goes by its first
+    name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
         firsts: dict[int, str] = {}
         for prefix, module in model.named_modules():
-            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            tables = module._parameters, module._buffers, plain_tensors(module)
+            for leaf, tensor in chain.from_iterable(table.items() for table in tables):
                 if tensor is not None:
                     name = f"{prefix}.{leaf}" if prefix else leaf
                     first = firsts.setdefault(id(tensor), name)
@@ -111,11 +115,23 @@ class Tensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._holders)
 
+    def own_plain(self, names: Collection[str]) -> None:
+        """Give the model copies of those of these that are plain attributes: such a table may be
+        one that other models hold too."""
+        self.put(
+            {
+                name: self[name].clone()
+                for name in names
+                if all(leaf in vars(module) for module, leaf in self._holders[name])
+            }
+        )
+
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Put others in the places of those of these names."""
         for name, tensor in tensors.items():
             for module, leaf in self._holders[name]:
-                if type(module).__setattr__ is not nn.Module.__setattr__:
+                held = leaf in module._parameters or leaf in module._buffers
+                if not held or type(module).__setattr__ is not nn.Module.__setattr__:
                     # Recurrent layers keep a list of their parameters beside.
                     setattr(module, leaf, tensor)
                 elif leaf in module._parameters:

@@ -78,11 +78,12 @@ class Values:
             for name, tensor in parameters.items()
         }
         self._spent: set[str] = set()
+        known = {id(tensor) for tensor in self._tensors.values()}
         self._others = [
             (module, name, value)
             for module in modules.values()
             for name, value in vars(module).items()
-            if isinstance(value, Tensor)
+            if isinstance(value, Tensor) and id(value) not in known
         ]
         for name in self._tensors:
             self._make(name)

@@ -28,6 +28,19 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield from (part for part in inside if isinstance(part, Tensor))
 
 
+def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a module holds as attributes of its own, as tables of positions that were
+    not registered as buffers; not those that are trained."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+        and value.dim()
+        and value.layout == torch.strided
+        and not (value.requires_grad or value.is_meta)
+    }
+
+
 def keeping(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules that do something of their own as their mode changes."""
     return [module for module in modules if type(module).train is not nn.Module.train]

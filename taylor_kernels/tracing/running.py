@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
+from taylor_kernels.tracing.caches import plain_tensors
+
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
     """model(*args) for a tuple or list, model(**kwargs) for a mapping, model(x) for the rest."""
@@ -60,7 +62,8 @@ def tensors_of_modules(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The parameters and the buffers of a model by their first names, in its order.
 
-    They are those of `named_parameters` and `named_buffers`, which look for all modules again.
+    They are those of `named_parameters` and `named_buffers`, which look for all modules again, and
+    among the buffers are tensors that are plain attributes of modules (`plain_tensors`).
 
     Args:
         modules: dict(model.named_modules()).
@@ -70,7 +73,10 @@ def tensors_of_modules(
         seen: set[int] = set()
         table: dict[str, Tensor] = {}
         for prefix, module in modules.items():
-            for leaf, tensor in getattr(module, kind).items():
+            held = getattr(module, kind)
+            if kind == "_buffers" and (plain := plain_tensors(module)):
+                held = {**held, **plain}
+            for leaf, tensor in held.items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     table[f"{prefix}.{leaf}" if prefix else leaf] = tensor

@@ -20,6 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from taylor_kernels.tracing.caches import plain_tensors
 from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.hollow import can_be_hollow
@@ -63,7 +64,7 @@ def lasting(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     passing = {
         f"{prefix}.{leaf}" if prefix else leaf
         for prefix, module in modules.items()
-        for leaf in getattr(module, "_non_persistent_buffers_set", ())
+        for leaf in (*getattr(module, "_non_persistent_buffers_set", ()), *plain_tensors(module))
     }
     return {name: name in parameters for name in (*parameters, *buffers) if name not in passing}
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import taylor_kernels as tk
 from taylor_kernels.tracing.settings import get_attribute, set_attribute
-from tests.zoo.judging import check_all_but
+from tests.zoo.judging import check_all_but, check_file
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,8 @@ def test_what_a_layer_reads_from_shared_settings_follows(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pruned_file_keeps_them(kind, tmp_path):
-    model, inputs = model_of(kind, random.Random(7))
     pytest.importorskip("safetensors", reason="pruned models are files of safetensors")
-    fresh = copy.deepcopy(model)
-    pruner = tk.Pruner(model, inputs, "magnitude_l2", params=0.5, every=1)
-    while not pruner.done:
-        pruner.step()
-    pruner.compact()
-    tk.save_pruned(tmp_path / "model.safetensors", pruner)
-    loaded = tk.load_pruned(fresh, tmp_path / "model.safetensors")
-    assert torch.equal(loaded.eval()(inputs), model.eval()(inputs))
+    check_file(*model_of(kind, random.Random(7)), tmp_path / "model.safetensors")
 
 
 class Tail(nn.Module):

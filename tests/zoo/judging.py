@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,6 +184,18 @@ def check_all_but(left: list[str], model: nn.Module, inputs: Any) -> None:
     verdict = prune(model, inputs, pruner, optimizer)
     assert verdict.reached
     assert verdict.error < 1e-12
+
+
+def check_file(model: nn.Module, inputs: Tensor, path: Path) -> None:
+    """A fresh model cut by the file of a pruned one returns what that one does."""
+    fresh = copy.deepcopy(model)
+    pruner = tk.Pruner(model, inputs, "magnitude_l2", params=0.6, every=1)
+    while not pruner.done:
+        pruner.step()
+    pruner.compact()
+    tk.save_pruned(path, pruner)
+    loaded = tk.load_pruned(fresh, path)
+    assert torch.equal(loaded.eval()(inputs), model.eval()(inputs))
 
 
 def _train(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.tracing.calls import OTHER, Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.record import Size, Vector
 
 #: Elementwise operations without PyTorch's tag for them.
 _UNTAGGED = {
@@ -98,9 +98,27 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         result.dims[dim] = merged
         if merged is not None:
             result.zero[dim] = _zero(call, parts, wide, dim)
+            for part in same:
+                if len(part.shape) + dim in part.repeated:
+                    repeated_as(call, merged, part, dim)
     result.loose = frozenset(loose)
+    result.counted = tuple(
+        (place + len(shape) - len(part.shape), module, attribute)
+        for part in fixed
+        for place, module, attribute in part.counted
+        if place + len(shape) - len(part.shape) in loose
+    )
     result.memory.repeated = bool(loose)
     return _named(call, parts, result)
+
+
+def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> None:
+    """One place of the other tensor is repeated for each of these, as often as attributes say."""
+    if vector is None:
+        return
+    for place, module, attribute in other.counted:
+        if place == dim % len(other.shape):
+            call.record.sizes.append(Size(module, attribute, vector.copy(), True))
 
 
 def _named(call: Call, parts: Sequence[Labels], result: Labels) -> Labels:

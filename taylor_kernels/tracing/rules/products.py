@@ -11,8 +11,8 @@ from torch import Tensor
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Size, Vector
-from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.rules.elementwise import meet, merged_vector, repeated_as
 from taylor_kernels.tracing.steps import Product
 
 
@@ -212,15 +212,6 @@ def _meet_heads(call: Call, heads: Vector | None, other: Labels, dim: int, size:
         if theirs is not None and other.shape[dim] != size:
             theirs = np.repeat(theirs, size // other.shape[dim])
         call.join(heads, theirs)
-
-
-def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> None:
-    """One place of the other tensor is repeated for each of these, as often as attributes say."""
-    if vector is None:
-        return
-    for place, module, attribute in other.counted:
-        if place == dim % len(other.shape):
-            call.record.sizes.append(Size(module, attribute, vector.copy(), True))
 
 
 @rule("scaled_dot_product_attention")

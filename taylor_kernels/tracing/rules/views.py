@@ -57,11 +57,7 @@ def view(call: Call) -> list[Labels | None]:
             if size != now or dim - more in old.repeated
         )
         outs[0].memory.repeated |= bool(outs[0].loose)
-        outs[0].counted = tuple(
-            (dim, call.recorder.module, attribute)
-            for dim in outs[0].loose
-            for attribute in counting(call, outs[0].shape[dim])
-        )
+        _count_loose(call, outs[0])
     axes = find_axes(call, old.shape) if old.shape else None
     for dim, vector in enumerate(old.dims):
         if vector is None or not (old.uniform or has_atoms(vector)):
@@ -275,7 +271,17 @@ def moved(call: Call) -> Labels:
             if size > 1 and (dim < more or old.shape[dim - more] == 1 or dim - more in old.repeated)
         )
         new.memory.repeated = bool(new.loose)
+        _count_loose(call, new)
     return new
+
+
+def _count_loose(call: Call, new: Labels) -> None:
+    """Note which attributes say how often one place was repeated."""
+    new.counted = tuple(
+        (dim, call.recorder.module, attribute)
+        for dim in new.loose
+        for attribute in counting(call, new.shape[dim])
+    )
 
 
 @rule("triu", "tril")
