@@ -103,11 +103,12 @@ class SiteRows:
         first = (counts.cumsum(0) - counts)[number]
         self._index = torch.full((len(wanted), max(int(counts.max()), 1)), len(classes))
         self._index[number, torch.arange(len(rows)) - first] = rows
+        self._several = (counts > 1).nonzero().flatten()
         self._nowhere = counts == 0 if (counts == 0).any() else None
         self._place = place
         self._sizes = [where.layers[name].numel() for name in layers]
         self._widths = {site.key: site.classes.numel() for site in where.sites}
-        self._known: tuple[tuple[str, ...], Tensor] = (), torch.empty(0, dtype=torch.int64)
+        self._known: tuple[tuple[str, ...], Tensor, Tensor] | None = None
 
     def tables(
         self, keys: Sequence[str], of_sites: Sequence[Tensor], *, mean: bool = False
@@ -119,25 +120,33 @@ class SiteRows:
             of_sites: their rows, in this order, in as many tensors as may be.
             mean: in place of the sum; what is nan at a site does not count.
         """
-        device = of_sites[0].device
-        index = self._index_of(tuple(keys)).to(device)
-        width = of_sites[0].size(1)
+        device, width = of_sites[0].device, of_sites[0].size(1)
         rows = torch.cat([*(t.to(device) for t in of_sites), of_sites[0].new_zeros(1, width)])
         number = (~rows.isnan()).to(rows) if mean else None
-        rows = rows.nan_to_num() if mean else rows
-        at_once = max(_GATHERED // max(index.size(1) * width, 1), 1)
-        total = torch.cat([rows[part].sum(1) for part in index.split(at_once)])
+        total = self._summed(rows.nan_to_num() if mean else rows, tuple(keys))
         if number is not None:
             number[-1] = 0
-            total = total / number[index].sum(1)
+            total = total / self._summed(number, tuple(keys))
         if self._nowhere is not None:
             total[self._nowhere.to(device)] = torch.nan
         return list(total[self._place.to(device)].split(self._sizes))
 
-    def _index_of(self, keys: tuple[str, ...]) -> Tensor:
-        """[gates, M] int64: the rows of each gate in tables in the order of these keys; the
-        row behind them is that of other sites, and of the padding."""
-        if self._known[0] != keys:
+    def _summed(self, rows: Tensor, keys: tuple[str, ...]) -> Tensor:
+        """[gates, K]: the sum over the rows of each."""
+        first, of_several = (index.to(rows.device) for index in self._index_of(keys))
+        total = rows[first].add_(0)  # as of a sum, no zero is negative
+        at_once = max(_GATHERED // max(of_several.size(1) * rows.size(1), 1), 1)
+        for gates, part in zip(
+            self._several.to(rows.device).split(at_once), of_several.split(at_once), strict=True
+        ):
+            total[gates] = rows[part].sum(1)
+        return total
+
+    def _index_of(self, keys: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """In tables in the order of these keys, the first row of each gate, [gates] int64, and all
+        rows of those that have several, [n, M]; the row behind them is that of other sites, and of
+        the padding."""
+        if self._known is None or self._known[0] != keys:
             starts = {}
             end = 0
             for key in keys:
@@ -149,8 +158,9 @@ class SiteRows:
                 else nothing.expand(width)
                 for key, width in self._widths.items()
             ]  # fmt: skip
-            self._known = keys, torch.cat([*places, nothing])[self._index]
-        return self._known[1]
+            index = torch.cat([*places, nothing])[self._index]
+            self._known = keys, index[:, 0].contiguous(), index[self._several]
+        return self._known[1:]
 
 
 def change_at(
