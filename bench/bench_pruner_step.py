@@ -12,13 +12,15 @@ import argparse
 import copy
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import taylor_kernels as tk
 from bench.harness import use_threads
@@ -37,6 +39,16 @@ IMAGES, SIZE, EVERY = 4, 224, 10
 LIMIT = 1.02
 #: Before the clock: the first passes find out where gates stand and what is rounding noise.
 WARM_UP = EVERY
+
+
+@contextmanager
+def without_hooks() -> Iterator[None]:
+    """Inside, a step of an optimizer is a plain one: hooks on all optimizers, as those that write
+    the masked entries of the network beside this one, are put aside."""
+    hooks = dict(_global_optimizer_post_hooks)
+    _global_optimizer_post_hooks.clear()
+    yield
+    _global_optimizer_post_hooks.update(hooks)
 
 
 def trained(model: nn.Module, x: Tensor, y: Tensor, pruned: bool) -> Callable[[], None]:
@@ -59,7 +71,8 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, pruned: bool) -> Callable[[]
         F.cross_entropy(model(x), y).backward()
         if pruner is not None:
             pruner.step()
-        optimizer.step()
+        with nullcontext() if pruned else without_hooks():
+            optimizer.step()
 
     return step
 

@@ -155,9 +155,8 @@ class UnitScores:
             bad = ~score.isfinite() & ~gone
             if bad.any() and not absent:
                 layers = ", ".join(slot.owner for slot in group.producers)
-                means = ""
-                if score[bad].isnan().any():
-                    means = get_statistic(self._criterion.statistic).nan_means
+                nan_means = get_statistic(self._criterion.statistic).nan_means
+                means = nan_means if score[bad].isnan().any() else ""
                 raise not_finite(layers, f"{int(bad.sum())} of {group.size} units", means)
 
     def forget(self) -> None:

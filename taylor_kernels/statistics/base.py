@@ -224,15 +224,14 @@ def checked_tables(statistic: Statistic, found: object) -> list[Tensor]:
             f"{', '.join(layers)}, in this order"
         )
     for (name, layer), table in zip(layers.items(), found, strict=True):
-        expected = f"expected floating-point numbers, [{filter_count(layer)} filters, columns]"
-        if not isinstance(table, Tensor):
-            raise ValueError(f"{given} {type(table).__name__} for layer {name!r}; {expected}")
-        shape = tuple(table.shape)
-        if not table.is_floating_point() or shape[:1] != (filter_count(layer),) or len(shape) != 2:
-            raise ValueError(
-                f"{given} a tensor of {table.dtype}, of shape {shape}, for layer {name!r}; "
-                f"{expected}"
-            )
+        filters, fits = filter_count(layer), isinstance(table, Tensor)
+        if fits and table.is_floating_point() and table.dim() == 2 and table.size(0) == filters:
+            continue
+        shape = f"a tensor of {table.dtype}, of shape {tuple(table.shape)}," if fits else ""
+        raise ValueError(
+            f"{given} {shape or type(table).__name__} for layer {name!r}; expected floating-point "
+            f"numbers, [{filters} filters, columns]"
+        )
     return [table.detach() for table in found]
 
 

@@ -232,6 +232,20 @@ def test_a_norm_with_another_hook_keeps_its_own_in_front_of_it():
     assert len(model.of_stem._forward_hooks) == 2
 
 
+def test_two_meters_of_one_model_need_no_hooks_and_agree():
+    model, imp = steady_meter()
+    other = tk.Importance(model, "taylor_fo_bn", example_inputs=images(1))
+    for _ in range(WARM):
+        other.reset()
+        imp.reset()
+        plain(model)
+        imp.update()
+        other.update()
+    assert not {"of_stem", "of_body"}.intersection(hooked(model))
+    for name, score in other.compute().items():
+        assert torch.equal(imp.compute()[name], score)
+
+
 def test_parameters_replaced_where_no_call_of_the_model_shows_it_are_an_error():
     model, imp = steady_meter()
     model.of_stem.weight = nn.Parameter(torch.rand_like(model.of_stem.weight))

@@ -182,11 +182,11 @@ class SiteHooks:
     def rest(self, key: str) -> bool:
         """Take the hook behind the module at a site off, until `wake`; whether it was.
 
-        Not where there are other hooks, which may change what it is shown: it would come back
+        Not where there are hooks of others, which may change what it is shown: it would come back
         behind them.
         """
         module, _, place = self._behind[key]
-        if len(module._forward_hooks) > 1:
+        if not all(isinstance(hook, ShortHook) for hook in module._forward_hooks.values()):
             return False
         self._handles[place].remove()
         return True
