@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason="the page's data are scikit-learn's")
 
 from taylor_kernels import cli
 from taylor_kernels.cli import at_init, prune, score
+from taylor_kernels.studies.at_init import pages as at_init_pages
 from taylor_kernels.studies.own import artifacts, pages
 from taylor_kernels.studies.report import Text
 from tests.helpers import ROOT
@@ -32,7 +33,8 @@ def mymodels(tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(sys, "path", list(sys.path))
     # What takes seconds is tested elsewhere.
     monkeypatch.setattr(artifacts, "exported", lambda *_: 1 / 0)
-    monkeypatch.setattr(pages, "draw", lambda *_, **__: Text("a figure"))
+    for drawn in (pages, at_init_pages):
+        monkeypatch.setattr(drawn, "draw", lambda *_, **__: Text("a figure"))
     yield tmp_path
     sys.modules.pop("mymodels", None)
 

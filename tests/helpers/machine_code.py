@@ -144,21 +144,23 @@ def flags(isa: str) -> list[str]:
     return [word for word in words if word.startswith("-m")]
 
 
-def linked(
-    objects: Mapping[str, Path],
-    isa: str,
-    main: Path,
-    folder: Path,
-    instructions: Sequence[str] = (),
+def program(
+    objects: Mapping[str, Path], isa: str, main: Path, instructions: Sequence[str] = ()
 ) -> Path:
-    """A program of these kernels and a main(), which may use these instructions (`flags`)."""
+    """A program of these kernels and a main(), which may use these instructions (`flags`); `kept`
+    while all of it is the same."""
     cross = isa == "neon" and X86
+    compiler = f"{ARM64}g++" if cross else "g++"
     options = ["-std=c++20", "-O2", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
-    options += instructions
-    words = [f"{ARM64}g++" if cross else "g++", *options, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
-    program = folder / f"{main.stem}.{isa}"
-    _run([*words, main, ROOT / "csrc/cpu/parallel.cpp", *objects.values(), "-ldl", "-o", program])
-    return program
+    words = [compiler, *options, *instructions, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
+    sources = [main, ROOT / "csrc/cpu/parallel.cpp"]
+
+    def link(folder: Path) -> None:
+        _run([*words, *sources, *objects.values(), "-ldl", "-o", folder / main.stem])
+
+    files = included(*sources).union(objects.values())
+    all_words = (_run([compiler, "--version"]), *words)
+    return kept(f"{main.stem}-{isa}", files, all_words, link) / main.stem
 
 
 def inner_loops(object_file: Path, isa: str) -> Iterator[Loop]:

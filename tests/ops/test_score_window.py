@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from taylor_kernels.backends.native import _native
-from tests.helpers import ROOT, machine_code
-from tests.helpers.kept import included, kept
+from tests.helpers import machine_code
 
 pytestmark = pytest.mark.slow  # compiles a program
 
@@ -22,15 +21,7 @@ pytestmark = pytest.mark.slow  # compiles a program
 def test_windows_hold_the_last_score(isa):
     machine_code.configure()
     main = Path(__file__).parent / "find_windows.cpp"
-    flags = machine_code.flags(isa)
-    compiler = subprocess.check_output(["g++", "--version"], text=True)
-    folder = kept(
-        f"windows-{isa}",
-        included(main, ROOT / "csrc/cpu/parallel.cpp"),
-        (*flags, compiler),
-        lambda folder: machine_code.linked({}, isa, main, folder, flags),
-    )
-    program = folder / f"{main.stem}.{isa}"
+    program = machine_code.program({}, isa, main, machine_code.flags(isa))
     lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     found = [line.rsplit(": ", 1) for line in lines.splitlines()]
     assert len(found) == 15

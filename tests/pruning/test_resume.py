@@ -51,7 +51,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
     )
     kills = 0
     for _ in range(3):
-        done = run_program(program)
+        done = run_program(program, optimizers=True)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
         kills += done.returncode != 0
     assert kills
@@ -126,6 +126,15 @@ def test_going_back_in_the_same_process():
     assert same(everything(model, optimizer, pruner), now)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The bytes of one."""
+    model, optimizer, pruner, _ = trained()
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
+    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    return path.read_bytes()
+
+
 def flipped(data, start, stop):
     return data[:start] + bytes(byte ^ 4 for byte in data[start:stop]) + data[stop:]
 
@@ -140,11 +149,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("how", DAMAGE)
-def test_damaged_file(tmp_path, how):
-    model, optimizer, pruner, _ = trained()
+def test_damaged_file(tmp_path, checkpoint, how):
     path = tmp_path / "c.pt"
-    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
-    path.write_bytes(DAMAGE[how](path.read_bytes()))
+    path.write_bytes(DAMAGE[how](checkpoint))
     parts = trained(steps=0)[:3]
     before = everything(*parts)
     with pytest.raises(ValueError, match=r"path: .*damaged or not a checkpoint"):
@@ -221,10 +228,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_foreign_file(tmp_path, case):
-    model, optimizer, pruner, _ = trained()
+def test_foreign_file(tmp_path, checkpoint, case):
     path = tmp_path / "c.pt"
-    save_checkpoint(path, model=model, optimizer=optimizer, pruner=pruner)
+    path.write_bytes(checkpoint)
     change, options, message = FOREIGN[case]
     if change:
         change(path)

@@ -60,11 +60,12 @@ def test_long_sums_of_one_sign_keep_their_precision(dtype: torch.dtype, width: i
 
 @pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
 def test_fisher(at: int) -> None:
+    """With a weight or without in turns: what is read does not depend on it."""
     case = FISHER_CASES[at]
     x, dy, weight = random_fisher_inputs(case, DTYPES[at % len(DTYPES)])
-    for scaled in (None, weight):
-        got = fisher(case, x, dy, scaled, tf32=at % 2 == 0)
-        assert_close(got, *fisher_reference64(x, dy, case, scaled))
+    scaled = weight if at // 2 % 2 else None
+    got = fisher(case, x, dy, scaled, tf32=at % 2 == 0)
+    assert_close(got, *fisher_reference64(x, dy, case, scaled))
 
 
 @pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
