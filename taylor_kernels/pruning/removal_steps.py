@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,3 +43,9 @@ def units_by_step(group: Group, number: int) -> Tensor:
             left = sorted(set(left).difference(chosen))
         gone[step, chosen] = True
     return gone
+
+
+def all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:
+    """Whether every group that has units masked has had some removed."""
+    pairs = zip(gone, masked, strict=True)
+    return all(bool(lost.any()) for lost, units in pairs if units.any())

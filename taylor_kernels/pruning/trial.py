@@ -22,7 +22,7 @@ from taylor_kernels.pruning.held_entries import fill, fills
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
-from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
+from taylor_kernels.pruning.removal_steps import STEPS, all_have_lost, units_by_step
 from taylor_kernels.pruning.same_outputs import difference
 from taylor_kernels.pruning.values import Noise, Values
 from taylor_kernels.tracing import Block, Channels
@@ -231,7 +231,7 @@ class Trial:
                 return f"the model does not run without {some} ({short(error)})"
             if reason := difference(expected, found, what, exact=self.exact):
                 return reason
-            if time.monotonic() > until and _all_have_lost(gone, masked):
+            if time.monotonic() > until and all_have_lost(gone, masked):
                 break
         return ""
 
@@ -297,9 +297,3 @@ class Trial:
             return found
         finally:
             remove_all(hooks)
-
-
-def _all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:
-    """Whether every group that has units masked has had some removed."""
-    pairs = zip(gone, masked, strict=True)
-    return all(bool(lost.any()) for lost, units in pairs if units.any())

@@ -77,7 +77,7 @@ class Block(nn.Module):
 
     def __init__(self, sound: bool) -> None:
         super().__init__()
-        self.up, self.down, self.sound = nn.Linear(5, 8), nn.Linear(8, 5), sound
+        self.up, self.down, self.sound = nn.Linear(6, 8), nn.Linear(8, 6), sound
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 def deep(sound: Sequence[bool]) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 5), nn.Sequential(*map(Block, sound)), nn.Linear(5, 2))
+    return nn.Sequential(nn.Linear(4, 6), nn.Sequential(*map(Block, sound)), nn.Linear(6, 2))
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_blocks_that_repeat(sound: list[bool], most: int, monkeypatch: pytest.Mo
 
 def test_groups_made_alike():
     model = nn.Sequential(
-        *(Block(True) for _ in range(3)), nn.Linear(5, 8), Apply(lambda _, x: x.relu()),
-        nn.Linear(8, 8), nn.Linear(8, 5), Block(True),
+        *(Block(True) for _ in range(3)), nn.Linear(6, 8), Apply(lambda _, x: x.relu()),
+        nn.Linear(8, 8), nn.Linear(8, 6), Block(True),
     )  # fmt: skip
-    groups = trace(model, torch.randn(2, 5)).groups
+    groups = trace(model, torch.randn(2, 6)).groups
     names = [[groups[n].name for n in alike] for alike in made_alike(groups, range(len(groups)))]
     assert ["0.up", "1.up", "2.up", "7.up"] in names
     assert ["3"] in names
