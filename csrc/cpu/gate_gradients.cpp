@@ -126,10 +126,12 @@ template <int kCount, bool kBias, typename T>
     else
       run([&](const T* from, int64_t p, int v) {
         const int64_t left = width - v * kWidth;
-        // Of loads with a mask GCC 12 makes a loop that stores a sum on the stack each time.
         const int64_t readable = (positions - 1 - p) * stride + left;
-        const bool part = 0 < left && left < kWidth;
-        return part ? load_part<T>(from, left, readable) : load_first(from, left, readable);
+#if defined(__AVX2__)
+        // Of loads with a mask GCC 12 makes a loop that stores a sum on the stack each time.
+        if (0 < left && left < kWidth) return load_part<T>(from, left, readable);
+#endif
+        return load_first(from, left, readable);
       });
     for (int64_t c = 0; c < width; ++c) totals[c] += columns[c];
   }

@@ -182,6 +182,7 @@ inline V keep_first(V v, int64_t n) {
   return reinterpret_cast<V>(reinterpret_cast<I>(v) & (lane_numbers<typename S::Scalar>() < first));
 }
 
+#if defined(__AVX2__)
 // The first n elements of a register, 0 < n < its width, the other lanes 0. From p on, `readable`
 // elements may be read: past the end of a row there mostly is another, and one load with a mask is
 // several times as fast as a copy of n elements.
@@ -228,6 +229,22 @@ inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readabl
   if (n >= Sum<T>::kWidth) return load(p);
   return load_part(p, n, readable);
 }
+#else
+// The first n elements of a register, the other lanes 0: a term of 0 leaves every sum as it is. n
+// may be negative, or beyond the last. From p on, `readable` elements may be read: past the end of
+// a row there mostly is another, and one load with a mask is several times as fast as a copy of n
+// elements.
+template <typename T>
+inline typename Sum<T>::Vector load_first(const T* p, int64_t n, int64_t readable) {
+  constexpr int kWidth = Sum<T>::kWidth;
+  if (n <= 0) return typename Sum<T>::Vector{};
+  if (n >= kWidth) return load(p);
+  if (readable >= kWidth) return keep_first(load(p), n);
+  T padded[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+#endif
 
 template <typename V>
 inline V abs(V v) {

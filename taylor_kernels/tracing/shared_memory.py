@@ -7,7 +7,7 @@ gives each parameter memory of its own there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,8 +27,8 @@ class Shared(NamedTuple):
 
     Attributes:
         whole: (first, other) of those that are the same entries in the same order.
-        partly: name -> another that has some of its entries, or all in another order; "" for a
-            tensor that is neither a parameter nor a buffer.
+        partly: name -> another that has some of its entries, or all in another order, or is a plain
+            attribute; "" for a tensor that has no name.
     """
 
     whole: list[tuple[str, str]]
@@ -45,6 +45,8 @@ def find_shared(model: nn.Module) -> Shared:
     known = {id(tensor) for _, tensor in tensors}
     known |= {id(tensor) for module in keeping(model.modules()) for tensor in held_tensors(module)}
     tensors += [("", tensor) for tensor in held_tensors(model) if id(tensor) not in known]
+    # Plain tables get memory of their own as they are masked: they cannot be tied to others.
+    registered = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     together: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
         if not is_lazy(tensor) and tensor.layout is torch.strided:
@@ -52,7 +54,7 @@ def find_shared(model: nn.Module) -> Shared:
     found = Shared([], {})
     for same in together.values():
         if len(same) > 1:
-            _compare(same, found)
+            _compare(same, registered, found)
     return found
 
 
@@ -78,11 +80,16 @@ def place_of(tensor: Tensor) -> tuple:
     return memory_of(tensor), tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _compare(tensors: list[tuple[str, Tensor]], found: Shared) -> None:
-    """Write down which of these tensors of one memory share some of it."""
+def _compare(tensors: list[tuple[str, Tensor]], registered: Collection[str], found: Shared) -> None:
+    """Write down which of these tensors of one memory share some of it.
+
+    Args:
+        registered: the names of parameters and buffers.
+    """
     first: dict[tuple, str] = {}
     for number, (name, tensor) in enumerate(tensors):
-        if name and (same := first.setdefault(place_of(tensor), name)) != name:
+        key = place_of(tensor), name in registered
+        if name and (same := first.setdefault(key, name)) != name:
             found.whole.append((same, name))
             continue
         for other, earlier in tensors[:number]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,21 +15,20 @@ class Attend(nn.Module):
     """Attention of one packed layer, turned by positions that are as wide as a head.
 
     Args:
-        by_config: the number of heads is in a config alone, which no pruning changes, so that no
-            head can go.
+        by_number: code knows the number of heads, which no attribute holds, so that no head can go.
         scaled: the scale is computed from an attribute that counts the positions in a head, so that
             none of these can go.
     """
 
-    def __init__(self, width: int, heads: int, dim: int, by_config: bool, scaled: bool) -> None:
+    def __init__(self, width: int, heads: int, dim: int, by_number: bool, scaled: bool) -> None:
         super().__init__()
-        self.config = SimpleNamespace(heads=heads)
-        self.head_dim, self.by_config, self.scaled = dim, by_config, scaled
+        self.heads = lambda: heads
+        self.head_dim, self.by_number, self.scaled = dim, by_number, scaled
         self.qkv, self.out = nn.Linear(width, 3 * heads * dim), nn.Linear(heads * dim, width)
 
     def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        heads, qkv = self.config.heads, self.qkv(x)
-        if self.by_config:
+        heads, qkv = self.heads(), self.qkv(x)
+        if self.by_number:
             split = heads * self.head_dim
             parts = qkv[..., :split], qkv[..., split : 2 * split], qkv[..., 2 * split :]
         else:
@@ -51,12 +49,12 @@ def turned(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    def __init__(self, heads: int, dim: int, by_config: bool, scaled: bool) -> None:
+    def __init__(self, heads: int, dim: int, by_number: bool, scaled: bool) -> None:
         super().__init__()
         width = random.randint(5, 9)
         self.read, self.leave = nn.Linear(3, width), nn.Linear(width, 2)
         self.turns = nn.Parameter(torch.randn(6, dim))
-        self.layers = nn.ModuleList(Attend(width, heads, dim, by_config, scaled) for _ in range(2))
+        self.layers = nn.ModuleList(Attend(width, heads, dim, by_number, scaled) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.read(x)
@@ -65,16 +63,16 @@ class Encoder(nn.Module):
         return self.leave(y)
 
 
-@pytest.mark.parametrize(("by_config", "scaled"), [(True, False), (False, True)])
-def test_the_axis_that_the_code_allows_is_found(by_config: bool, scaled: bool):
+@pytest.mark.parametrize(("by_number", "scaled"), [(True, False), (False, True)])
+def test_the_axis_that_the_code_allows_is_found(by_number: bool, scaled: bool):
     heads, dim = random.choice([3, 5]), random.choice([4, 6])
-    model = Encoder(heads, dim, by_config, scaled)
+    model = Encoder(heads, dim, by_number, scaled)
     judging.check_all_but(["leave"], model, torch.randn(1, 6, 3))
     for layer in model.layers:
-        assert layer.out.in_features % (heads if by_config else dim) == 0
+        assert layer.out.in_features % (heads if by_number else dim) == 0
 
 
 def test_what_no_choice_makes_right_stays():
-    model = Encoder(3, 4, by_config=True, scaled=True)
+    model = Encoder(3, 4, by_number=True, scaled=True)
     pruner, _ = judging.new_pruner(model, torch.randn(1, 6, 3), 0.95)
     assert set(pruner.skipped) == {"layers.0.qkv", "layers.1.qkv", "leave"}
