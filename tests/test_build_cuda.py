@@ -215,7 +215,7 @@ def test_an_nvcc_before_sm_100_builds_for_the_others(tmp_path: Path) -> None:
     nvcc = fake_nvcc(
         tmp_path,
         "12.6",
-        'case "$*" in *_100*) echo "Unsupported gpu architecture" >&2; exit 1;; esac\n'
+        'case "$*" in *arch=compute_100*) echo "Unsupported gpu architecture" >&2; exit 1;; esac\n'
         f'exec {shutil.which("nvcc")} "$@"',
     )
     run = configure(tmp_path, nvcc, "on")

@@ -6,9 +6,10 @@ matrix and a share of the examples. It gathers columns from the image as it goes
 square of each finished product to a second tile of registers, so no gradient leaves them. A second
 launch adds the shares in order.
 
-Sums over an example are in two levels, of spans of 64 to 256 positions and of spans: 2^14 positions
-of one sign (bfloat16: 2^15) keep the bound of 16 units (tests/helpers/cases.py), four times as many
-are up to 25 units off.
+Sums over an example are in two levels, of spans of 64 to 256 positions and of spans. Spans are added
+one after another, and each addition is rounded: 128 of them (2^13 positions of tf32, 2^14 of
+bfloat16) keep the bound of 16 units (tests/helpers/cases.py) even where all terms are of one sign,
+with an error of 3 units root mean square; it grows with the root of the positions.
 
 Groups too small for a matrix product, such as those of a depthwise layer, are multiplied element by
 element. Bits depend on shapes, layouts and on whether tensors start at a 16-byte address.
