@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +12,15 @@ import torch
 from taylor_kernels.backends.native import _native
 from taylor_kernels.criteria import registry as criteria
 from taylor_kernels.statistics import registry as statistics
+
+with suppress(ImportError):  # where gpu-check runs it may be missing
+    from hypothesis import HealthCheck, settings
+
+    # How long a draw or an example takes depends on what else the machine does.
+    settings.register_profile(
+        "any_time", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("any_time")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

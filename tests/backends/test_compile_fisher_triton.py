@@ -164,7 +164,7 @@ EXTENT = st.integers(1, 5000)
     tf32=st.booleans(),
     weight=st.booleans(),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_plan_covers_everything_once(
     batch, groups, extents, image, kernel, last, dtype, tf32, weight
 ) -> None:

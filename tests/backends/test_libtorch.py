@@ -55,7 +55,7 @@ def test_a_pytorch_that_says_otherwise_is_not_trusted():
     assert run.returncode == 0, run.stderr
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),

@@ -81,7 +81,7 @@ def cut(draw):
 UNEVEN = ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher", "taylor_so_diag_exact", "obd_hutchinson"]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(cuts=cut(), criterion=st.sampled_from(UNEVEN), window=st.integers(1, 5))
 def test_uneven_parts_weighed_by_their_examples(cuts, criterion, window):
     options = {"window": window}
@@ -90,7 +90,7 @@ def test_uneven_parts_weighed_by_their_examples(cuts, criterion, window):
     same_bits(found)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(cuts=cut(), criterion=st.sampled_from([n for n in UNEVEN if n != "obd_fisher"]))
 def test_summed_losses(cuts, criterion):
     found = in_threads(len(cuts[0]), runs.scored, criterion, cuts, {"loss": "sum"}, "sum")

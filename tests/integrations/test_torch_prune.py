@@ -64,7 +64,7 @@ def same_masks(model: nn.Module, other: nn.Module) -> None:
         assert torch.equal(found[name], mask), name
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), data=st.data())
 def test_globally_the_least_scores_go(seed, data):
     """Of any parameters in any order, twice: what is masked stays so, and is counted no more."""

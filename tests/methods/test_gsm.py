@@ -73,7 +73,7 @@ def test_steps_are_those_of_the_paper():
         momenta = [optimizer.state[p]["momentum_buffer"].double() for p in parameters]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_exactly_q_are_active_whatever_the_ties(data):
     """With momentum and decay at 0, a weight has moved only if its gradient reached it."""

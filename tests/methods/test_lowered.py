@@ -31,7 +31,7 @@ def random_convolution(draw: st.DataObject) -> nn.Module:
 
 
 @given(st.data(), st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_lowered_convolution_is_the_pruned_one(data, seed):
     torch.manual_seed(seed)
     layer = random_convolution(data)

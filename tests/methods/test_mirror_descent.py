@@ -37,7 +37,7 @@ def test_weights_are_within_the_scale_and_become_levels(method, levels, scale):
 
 
 @given(seed=st.integers(0, 2**20), lr=st.floats(1e-3, 10), steps=st.integers(1, 8))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_what_the_stable_forms_store_is_not_bound(seed, lr, steps):
     """x̃ leaves [-1, 1] as far as gradients push it; the weights do not."""
     model = network(seed)

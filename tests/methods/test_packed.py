@@ -33,7 +33,7 @@ class Tied(nn.Module):
 
 
 @given(st.lists(st.integers(0, 3), max_size=70), st.sampled_from([1, 2]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_codes_come_back(codes, bits):
     given_codes = torch.tensor(codes, dtype=torch.uint8) % 2**bits
     packed = pack(given_codes, bits)

@@ -100,7 +100,7 @@ def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
     dtype=st.sampled_from(cases.DTYPES),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_geometry_matches_float64(
     batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts, dtype, seed
 ):

@@ -91,7 +91,7 @@ def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
     way=st.sampled_from([None, *WAYS]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_geometry_matches_float64(
     batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts, dtype, way,
     seed,
@@ -114,7 +114,7 @@ def test_any_geometry_matches_float64(
     ),
     way=st.sampled_from([None, "cpu", "reference"]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_and_three_dimensions_match_a_batch_1_loop(
     dims, groups, channels, filters, geometry, way
 ):

@@ -133,7 +133,7 @@ def test_the_first_of_many_elements_that_is_not_finite_is_named(where, each_isa)
     assert int(table[2]) == len(a) - where
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_scores(data):
     values = st.one_of(

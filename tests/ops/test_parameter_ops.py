@@ -59,7 +59,7 @@ def test_float64_is_summed_in_float64(op, case, backend, poisoned_memory):
     channels_last=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_shape_matches_float64(op, rows, channels, kernel, groups, channels_last, seed):
     layout = "channels_last" if channels_last else "contiguous"
     case = cases.MomentsCase("any", (rows * groups, channels, *kernel), groups, layout)

@@ -82,7 +82,7 @@ def nets() -> st.SearchStrategy[Net]:
 
 
 @given(net=nets(), seed=st.integers(0, 2**31))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_masked_is_removed_in_evaluation_and_in_training(net, seed):
     torch.manual_seed(seed)
     net, x = net.double(), torch.randn(4, 3, 6, 6, dtype=torch.float64)

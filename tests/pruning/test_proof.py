@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from typing import Any
 
 import pytest
@@ -190,7 +189,11 @@ def test_a_part_that_cannot_be_followed_costs_that_part_only():
 
 
 def test_two_slices_of_a_video():
+    runs = 0
+
     def frames(self: nn.Module, x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
         n, t = x.shape[:2]
         y = self.conv(x.flatten(0, 1)).view(n, t, 8, *x.shape[-2:])
         parts = [y[:, :, :2].relu(), y[:, :, 2:4].sigmoid(), y[:, :, 4:]][: self.parts]
@@ -200,9 +203,9 @@ def test_two_slices_of_a_video():
         module = Apply(frames, conv=nn.Conv2d(3, 8, 1))
         module.parts = parts
         model = nn.Sequential(module, nn.Conv2d(width, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
-        start = time.perf_counter()
+        runs = 0
         pruner = pruned(model, torch.randn(2, 3, 3, 4, 4))
-        assert time.perf_counter() - start < 20
+        assert runs < 40  # trying every set of eight channels takes hundreds
         assert {"1"} <= set(pruner.widths) <= {"0.conv", "1"}
 
 

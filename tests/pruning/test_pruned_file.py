@@ -56,7 +56,7 @@ def files(draw):
     return PrunedFile(state, shapes, Removal(cuts, attributes, tuple(places)))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(files())
 def test_what_is_read_is_what_was_written(tmp_path_factory, written):
     path = tmp_path_factory.getbasetemp() / "pruned"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taylor_kernels.statistics.hooks import site_rows
@@ -12,7 +12,6 @@ from taylor_kernels.statistics.hooks.site_rows import SiteRows
 from taylor_kernels.statistics.hooks.sites import ELSEWHERE, OUT, GateSites, Site
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.booleans(), st.sampled_from([1, 8, 1 << 24]))
 def test_a_filter_has_what_stands_at_all_its_sites(seed: int, mean: bool, gathered: int):
     drawn = torch.Generator().manual_seed(seed)

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,28 +39,52 @@ def finish(command, environment, seconds, log):
     return run_together([command], environment, seconds, log)[0]
 
 
+class Held:
+    """A pipe that a program holds open for long, whatever it is asked to do."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self._read = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self.program = f"(trap '' INT; echo begun; exec sleep 600) 3> {path} & wait"
+
+    def wait_until_nobody_holds_it(self) -> None:
+        for _ in range(6000):
+            with suppress(BlockingIOError):
+                assert os.read(self._read, 1) == b""
+                return
+            time.sleep(0.01)
+        pytest.fail("it runs on")
+
+
 def test_a_stopped_step_leaves_nothing_running(tmp_path):
     """What a command has started would go on to take the next step's time, and the GPU."""
-    late = tmp_path / "late"
-    script = f"echo begun; (trap '' INT; sleep 1; touch {late}) & wait"
-    code, output = finish(["bash", "-c", script], dict(os.environ), 0.6, tmp_path / "log")
+    held = Held(tmp_path / "held")
+    for seconds in (0.5, 5.0, 50.0):  # a busy machine starts slowly
+        code, output = finish(["bash", "-c", held.program], dict(os.environ), seconds,
+                              tmp_path / "log")  # fmt: skip
+        held.wait_until_nobody_holds_it()
+        if output:
+            break
     assert code == 124
     assert output.startswith("begun")
-    time.sleep(1.2)
-    assert not late.exists()
 
 
 def test_an_interrupted_step_leaves_nothing_running(tmp_path):
-    late, log = tmp_path / "late", tmp_path / "log"
+    held, log = Held(tmp_path / "held"), tmp_path / "log"
+
+    def interrupt() -> None:
+        while not (log.exists() and "begun" in log.read_text().splitlines()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGALRM)
+
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            run(Step("some", [["bash", "-c", f"sleep 1; touch {late}"]], 9.0), log, 9.0)
+            run(Step("some", [["bash", "-c", held.program]], 60.0), log, 60.0)
     finally:
         signal.signal(signal.SIGALRM, before)
-    time.sleep(1.2)
-    assert not late.exists()
+    held.wait_until_nobody_holds_it()
 
 
 def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def _made(draw: random.Random) -> tuple[nn.Module, Tensor]:
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_what_is_made_is_laid_out_as_what_is_computed(seed):
     draw = random.Random(seed)
     layer, x = _made(draw)

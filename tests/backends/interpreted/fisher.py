@@ -96,7 +96,8 @@ def test_example_norms(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tf32=st.booleans(),
 )
 @settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_fisher_of_any_geometry(
     batch, groups, channels, filters, geometry, image, layouts, dtype, with_weight, tf32

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -91,8 +90,9 @@ def leave_out_what_takes_seconds():
     artifacts.exported = refuse
 
 
-def in_process(rank, size, folder, port, commands, stop=None):
-    """Exit code and what was said of commands, each as torchrun starts it."""
+def in_process(rank, size, folder, ports, commands, stop=None):
+    """Exit code and what was said of commands, each as torchrun starts it; a port has the store at
+    which the processes meet for it."""
     leave_out_what_takes_seconds()
     dist.destroy_process_group()
     os.chdir(folder)
@@ -103,7 +103,8 @@ def in_process(rank, size, folder, port, commands, stop=None):
         os.environ |= {
             "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(size), "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[number]),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[number]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         }  # fmt: skip
         sys.modules.pop("mynets", None)
         said, complained, code = io.StringIO(), io.StringIO(), None
@@ -116,18 +117,26 @@ def in_process(rank, size, folder, port, commands, stop=None):
     return found
 
 
-def in_folder(rank, size, folder, port, commands):
+def in_folder(rank, size, folder, ports, commands):
     """The same, with a folder of its own for the second process."""
     sys.path.insert(0, str(folder))
-    return in_process(rank, size, folder / "empty" if rank else folder, port, commands)
+    return in_process(rank, size, folder / "empty" if rank else folder, ports, commands)
 
 
-def ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+@pytest.fixture
+def ports():
+    """count -> ports. As torchrun does, this process holds what is there."""
+    held = []
+
+    def listen(count):
+        stores = [
+            dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            for _ in range(count)
+        ]
+        held.extend(stores)
+        return [store.port for store in stores]
+
+    return listen
 
 
 @pytest.fixture
@@ -164,7 +173,7 @@ def alike(found, wanted):
 
 
 @pytest.mark.usefixtures("alone")
-def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
+def test_loaders_that_cannot_be_split_and_those_of_a_part(folder, ports):
     runs = [
         ("prune", *PRUNE, "--data", "mynets:pairs", "--out", "no"),
         ("prune", *PRUNE, "--data", "mynets:odd", "--out", "no"),
@@ -192,7 +201,7 @@ def test_loaders_that_cannot_be_split_and_those_of_a_part(folder):
 
 
 @pytest.mark.usefixtures("alone")
-def test_layers_that_are_skipped_at_random(folder):
+def test_layers_that_are_skipped_at_random(folder, ports):
     given = ("--model", "mynets:Skipping", "--criterion", "taylor_fo", "--out", "skipping")
     run = [("prune", *PRUNE, *given)]
     for ((code, _, complained),) in ran(2, in_process, folder, ports(1), run):
@@ -203,7 +212,7 @@ def test_layers_that_are_skipped_at_random(folder):
 
 
 @pytest.mark.usefixtures("alone")
-def test_an_error_of_one_is_told_though_the_others_meet_elsewhere(folder):
+def test_an_error_of_one_is_told_though_the_others_meet_elsewhere(folder, ports):
     run = [("prune", *PRUNE, "--data", "mynets:missing", "--out", "no")]
     (first,), (second,) = ran(2, in_process, folder, ports(1), run)
     assert (first[0], second[0]) == (2, 2)
@@ -212,7 +221,7 @@ def test_an_error_of_one_is_told_though_the_others_meet_elsewhere(folder):
     assert first[2].splitlines()[-1].startswith("error: torchrun: ")
 
 
-def test_killed_stopped_and_resumed_by_two_and_by_one(folder, alone, capsys):
+def test_killed_stopped_and_resumed_by_two_and_by_one(folder, ports, alone, capsys):
     broken = [("prune", *PRUNE, "--out", "broken", "--save-every", "0", "--resume")]
     first, second = outcomes(2, in_process, folder, ports(1), broken, ("1 4", "SIGKILL"))
     assert not second
