@@ -13,6 +13,7 @@ from torch import Tensor
 from taylor_kernels.layout import Conv2dFisherArgs, conv2d_fisher_args
 from tests.helpers.cases import (
     DTYPES,
+    EPS32,
     TF32_C,
     FisherCase,
     assert_close,
@@ -254,12 +255,16 @@ def tensor_core(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
     kernels().set_tensor_core(*TENSOR_CORES["a100"])  # the one that keeps less
 
 
-@pytest.mark.parametrize("image", [(8, 8), (8, 16), (60, 70), (140, 251)], ids=str)
+@pytest.mark.parametrize("image", [(8, 8), (8, 16), (60, 70), (128, 130)], ids=str)
 @pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
 def test_sums_of_one_sign_stay_exact(
     dtype: torch.dtype | str, image: tuple[int, int], tensor_core: tuple[int, int]
 ) -> None:
-    """Tensor cores cut off: a sum of all positions in one go would be off by hundreds of units."""
+    """Tensor cores cut off: a sum of all positions in one go would be off by hundreds of units.
+
+    In spans they are off by 10 units on the average at most, and one by another 1.6 units root mean
+    square: the average is held to what spans are for, and each to eight times that more.
+    """
     tf32 = dtype == "tf32"
     case = FisherCase("long", (2, 17, *image), (8, 17, 1, 1))
     x, dy, _ = random_fisher_inputs(case, torch.float32 if tf32 else dtype)
@@ -267,7 +272,9 @@ def test_sums_of_one_sign_stay_exact(
     if tf32:
         x, dy = nearest_tf32(x), nearest_tf32(dy)
     got = fisher(x, dy, case, tf32=tf32, room=1)
-    assert_close(got, *fisher_reference64(x, dy, case))
+    reference, bound = fisher_reference64(x, dy, case)
+    assert_close(got, reference, bound, c=24)
+    assert ((got.double() - reference) / (EPS32 * bound)).mean().abs() < 12
 
 
 def test_the_emulated_tensor_core_cuts_what_lies_too_low(tensor_core: tuple[int, int]) -> None:

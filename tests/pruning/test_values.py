@@ -25,11 +25,12 @@ def parted(_: nn.Module, x: Tensor) -> Tensor:
 
 
 def network(sound: list[bool]) -> nn.Module:
-    """Convolutions of random widths, each of which can go or cannot."""
+    """Convolutions of random widths, each of which can go or cannot. All of their channels reach
+    the output, whichever are masked: behind ReLUs a few of them are dead now and then."""
     wide, layers = 3, []
     for each in sound:
         width = random.randint(8, 15)
-        layers += [nn.Conv2d(wide, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(wide, width, 1), nn.BatchNorm2d(width), nn.LeakyReLU(0.3)]
         layers += [] if each else [Apply(parted)]
         wide = width
     return nn.Sequential(*layers, nn.Conv2d(wide, 2, 1))
