@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -77,13 +78,19 @@ def test_settings_of_a_problem_replace_the_ways_own(tmp_path):
     assert CALLS == [("LeNet-5", 2)]
 
 
+@cache
+def few_images(data_name):
+    """To make a data set takes seconds."""
+    return DATA[data_name](0).test.images[:3]
+
+
 @pytest.mark.parametrize("data_name", DATA)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_takes_every_data_set(network, data_name):
-    data = DATA[data_name](0)
+    images = few_images(data_name)
     torch.manual_seed(0)
-    model = NETWORKS[network](data.test.images.shape[1:])
-    assert model(data.test.images[:3]).shape == (3, 10)
+    model = NETWORKS[network](images.shape[1:])
+    assert model(images).shape == (3, 10)
     assert all(p.dim() in (1, 2, 4) for p in model.parameters())
 
 

@@ -60,35 +60,37 @@ def names(files) -> set[str]:
     return {file.relative_to(source_code.ROOT).as_posix() for file in files}
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A copy of the package's sources, which the keys are made of."""
-    root = tmp_path / "taylor_kernels"
+@pytest.fixture(scope="module")
+def copy_of_sources(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sources") / "taylor_kernels"
     shutil.copytree(source_code.ROOT, root, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(source_code, "ROOT", root)
-    forget()
-    yield root
-    forget()
+    return root
 
 
-def forget() -> None:
-    """What was read of the sources before some of them changed."""
+@pytest.fixture
+def copied(copy_of_sources, monkeypatch) -> Iterator[Path]:
+    """A copy of the package's sources, which the keys are made of."""
+    monkeypatch.setattr(source_code, "ROOT", copy_of_sources)
     imported_files.cache_clear()
-    source_code._imports.cache_clear()
+    yield copy_of_sources
+    imported_files.cache_clear()
 
 
-def change(file: Path) -> None:
-    with open(file, "ab") as end:
-        end.write(b"\n")
-    forget()
+def keys() -> dict[str, str]:
+    """Kind of a piece -> the key of its code."""
+    return {kind: code_digest(*by) for kind, by in BY.items()}
 
 
-def some(module: str) -> list[str]:
-    """The kinds of pieces whose key changes with a file of the copy."""
-    before = {kind: code_digest(*by) for kind, by in BY.items()}
-    for file in sorted(source_code.ROOT.glob(module)):
-        change(file)
-    return [kind for kind, by in BY.items() if code_digest(*by) != before[kind]]
+def keys_with(*changed: Path) -> dict[str, str]:
+    """The same while these files have another byte, at which nothing is imported."""
+    before = [file.read_bytes() for file in changed]
+    try:
+        for file, content in zip(changed, before, strict=True):
+            file.write_bytes(content + b"\n")
+        return keys()
+    finally:
+        for file, content in zip(changed, before, strict=True):
+            file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +109,20 @@ def some(module: str) -> list[str]:
 def test_a_byte_of_what_decides_a_figure_is_another_key(copied, module, changed):
     if module.startswith("_native") and not list(copied.glob(module)):
         pytest.skip("the native module is not built")
-    assert list(copied.glob(module))
-    assert some(module) == changed
+    files = sorted(copied.glob(module))
+    assert files
+    before, after = keys(), keys_with(*files)
+    assert [kind for kind in BY if before[kind] != after[kind]] == changed
 
 
 def test_no_byte_of_a_page_a_plot_or_a_command_is_another_key(copied):
-    before = {kind: code_digest(*by) for kind, by in BY.items()}
+    files = []
     for name in BESIDE:
         path = copied / name
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        assert files
-        for file in files:
-            change(file)
-    assert {kind: code_digest(*by) for kind, by in BY.items()} == before
+        found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        assert found
+        files += found
+    assert keys_with(*files) == keys()
 
 
 def code_that_runs(function) -> set[str]:
