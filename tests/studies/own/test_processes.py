@@ -140,7 +140,7 @@ def ports():
 
 
 @pytest.fixture
-def alone(folder, capsys):
+def alone(folder, capsys, weights_alone):
     """One process's result."""
     with open(folder / "mynets.py", "a") as file:
         file.write(MODULE)
