@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,13 +43,16 @@ def sources(tmp_path: Path) -> Path:
     return copy
 
 
-#: Before every compiler. A kernel that the package's own build made of the same sources with the
-#: same words is taken from there. How fast the rest is is no matter, and optimizing takes long.
+#: Whichever pybind11 a compiler is shown, it is of one version (constraints.txt).
+PYBIND11 = r"\S+(?=/pybind11/include)"
+#: Before every compiler. What the package's own build made of the same sources with the same words
+#: is taken from there. How fast the rest is is no matter, and optimizing takes long.
 QUICKLY = """#!{python} -SE
 import os, re, shutil, sys
 made = {made}
 words = sys.argv[1:]
 command = re.sub(r" -MD -MT \\S+ -MF \\S+", "", " ".join(words)).replace({sources!r}, {root!r})
+command = re.sub({pybind11!r}, "", command)
 if command in made:
     shutil.copy(made[command], words[words.index("-o") + 1])
 else:
@@ -55,26 +61,35 @@ else:
 
 
 def made_before() -> dict[str, str]:
-    """How kernels were compiled in build/cmake -> the object, up to date; none where none was."""
+    """How all but the module itself was compiled in build/cmake -> the object, up to date; none
+    where none was."""
     if not (machine_code.BUILD / "build.ninja").exists():
         return {}
     machine_code.configure()
-    found = {}
-    for isa in machine_code.SETS:
-        if jobs := machine_code.compile_commands(isa):
-            machine_code.compiled(isa, tuple(jobs))
-            found |= {" ".join(words): str(object_) for object_, words in jobs.values()}
-    return found
+    jobs = json.loads((machine_code.BUILD / "compile_commands.json").read_text())
+    made = {
+        " ".join(shlex.split(re.sub(PYBIND11, "", job["command"]))): machine_code.BUILD
+        / job["output"]
+        for job in jobs
+        if Path(job["file"]).suffix == ".cpp" and Path(job["file"]).name != "module.cpp"
+    }
+    machine_code.bring_up_to_date(made.values())
+    return {command: str(path) for command, path in made.items()}
 
 
 def build_wheel(sources: Path, out: Path, cuda: str) -> subprocess.CompletedProcess[str]:
     quickly = sources.parent / "quickly"
     places = {"sources": str(sources), "root": str(ROOT)}
-    quickly.write_text(QUICKLY.format(python=sys.executable, made=made_before(), **places))
+    made = made_before()
+    quickly.write_text(
+        QUICKLY.format(python=sys.executable, made=made, pybind11=PYBIND11, **places)
+    )
     quickly.chmod(0o755)
     changed = {
         "TAYLOR_KERNELS_CUDA": cuda,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        # What the build is given, under the name of newer and of older versions of pip.
+        **dict.fromkeys(("PIP_BUILD_CONSTRAINT", "PIP_CONSTRAINT"), str(ROOT / "constraints.txt")),
         "CMAKE_CXX_COMPILER_LAUNCHER": str(quickly),
     }
     return subprocess.run(

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -114,8 +114,7 @@ def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
     jobs = compile_commands("baseline" if cross else isa)
     if not cross:
         objects = {stem: jobs[stem][0] for stem in stems}
-        names = [path.relative_to(BUILD) for path in objects.values()]
-        _cmake("--build", BUILD, "--target", *names)
+        bring_up_to_date(objects.values())
         return objects
     compiler = f"{ARM64}g++"
     commands = {stem: [compiler, *jobs[stem][1][1:]] for stem in stems}
@@ -136,6 +135,11 @@ def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
     files = included(*(Path(words[-1]) for words in commands.values()))
     folder = kept(f"kernels-{isa}", files, all_words, build)
     return {stem: folder / f"{stem}.o" for stem in stems}
+
+
+def bring_up_to_date(objects: Iterable[Path]) -> None:
+    """Compile what is not there, or has changed since, of the package's own build."""
+    _cmake("--build", BUILD, "--target", *(path.relative_to(BUILD) for path in objects))
 
 
 def flags(isa: str) -> list[str]:

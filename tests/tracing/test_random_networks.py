@@ -12,7 +12,7 @@ from tests.tracing.pieces import HEADS, KINDS, network
 from tests.tracing.removal import faults
 
 
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(KINDS), max_size=4),
     last=st.sampled_from(HEADS),
