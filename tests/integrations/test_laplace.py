@@ -330,7 +330,7 @@ def test_the_estimate_has_the_exact_diagonal_for_a_mean_and_follows_the_seed():
     assert sampling.diag(x, y)[1].equal(draws[0])
     assert not draws[0].equal(draws[1])
     spread = torch.stack(draws).std(0).norm() / 60**0.5
-    assert (torch.stack(draws).mean(0) - exact).norm() <= 4 * spread
+    assert (torch.stack(draws).mean(0) - exact).norm() <= 6 * spread
     assert spread > 0
 
 

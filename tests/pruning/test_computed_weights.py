@@ -51,6 +51,17 @@ def test_the_old_weight_norm_prunes_by_its_gates():
     assert pruner.widths["0"] == len(model[0].weight_v)
 
 
+def prune_and_compact(pruner: tk.Pruner, model: nn.Module, x: Tensor) -> None:
+    """To the target; the removed channels are those that were masked."""
+    while not pruner.done:
+        pruner.step()
+    masked = model(x).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no optimizer
+        pruner.compact()
+    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+
+
 class LowRank(nn.Linear):
     """A linear layer (or a convolution of one place) and an update of low rank to its weight."""
 
@@ -89,13 +100,7 @@ def test_an_update_of_low_rank_to_a_layers_weight_loses_its_rows(kind, rank, fir
     pruner = tk.Pruner(model, x, "magnitude_l2", filters=0.6, every=1, per_step=1)
     assert pruner.widths == {"0": 8, "2": 6}
     assert list(pruner.skipped) == ["4"]
-    while not pruner.done:
-        pruner.step()
-    masked = model(x).detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there is no optimizer
-        pruner.compact()
-    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+    prune_and_compact(pruner, model, x)
     assert model[2].up.shape == (model[2].weight.shape[0], rank)
 
 
@@ -120,13 +125,7 @@ def test_channels_of_a_weight_that_is_a_product_go(turned):
     )
     x = torch.randn(2, 4)
     pruner = tk.Pruner(model, x, "magnitude_l2", params=0.6, every=1, per_step=0.3)
-    while not pruner.done:
-        pruner.step()
-    masked = model(x).detach()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there is no optimizer
-        pruner.compact()
-    torch.testing.assert_close(model(x).detach(), masked, rtol=1e-4, atol=1e-5)
+    prune_and_compact(pruner, model, x)
     assert model(x).shape == (2, 2)
     outputs = model[0].one if turned else model[0].other.t()
     assert len(outputs) < 8
