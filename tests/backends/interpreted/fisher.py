@@ -15,6 +15,7 @@ from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.example_norms import conv2d_example_norms
 from tests.helpers.cases import (
     DTYPES,
+    EPS32,
     FisherCase,
     assert_close,
     fisher_cases,
@@ -53,10 +54,14 @@ def fisher(
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 64), (torch.bfloat16, 128)])
 def test_long_sums_of_one_sign_keep_their_precision(dtype: torch.dtype, width: int) -> None:
-    """128 spans are added one after another: an error of 3 units, five times that is in bounds."""
+    """128 spans are added one after another: an error of 3 units root mean square, of which one of
+    256 sums has eight times as much once in a lifetime."""
     case = FisherCase("long", (1, 16, 128, width), (16, 16, 1, 1))
     x, dy, _ = (t.abs() for t in random_fisher_inputs(case, dtype))
-    assert_close(fisher(case, x, dy, None, tf32=True), *fisher_reference64(x, dy, case))
+    got = fisher(case, x, dy, None, tf32=True)
+    reference, bound = fisher_reference64(x, dy, case)
+    assert_close(got, reference, bound, c=24)
+    assert ((got.double() - reference) / (EPS32 * bound)).square().mean() < 6**2
 
 
 @pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
