@@ -3,7 +3,8 @@
 What a trace says holds for what ran; code may depend on widths in ways that no run shows (a width
 written into a forward method, an attribute that counts channels under a name of its own). So every
 group is tried: some of its units are masked, the outputs kept, the same units removed, and the
-outputs compared in float64. A group that differs, or breaks the model, is not pruned.
+outputs compared in float64, those of the layers too, since what comes behind may hide from the
+model's own what has gone wrong. A group that differs, or breaks the model, is not pruned.
 
 The units that are masked in one run are removed in steps, in each the first ones of some groups,
 the last ones of others, and any of the rest; after each step the others are still masked, and the
