@@ -77,8 +77,10 @@ class LayerOutputs:
             remove_all(hooks)
 
 
-def same_norms(masked: Norms, removed: Norms, tolerance: Callable[[torch.dtype], float]) -> bool:
-    """Whether each layer puts out as much in both runs.
+def first_other(
+    masked: Norms, removed: Norms, tolerance: Callable[[torch.dtype], float]
+) -> str | None:
+    """The first layer that puts out more or less in the second run; None if there is none.
 
     A layer that is not run as often, or on other places (on each head, of which some are gone),
     says nothing.
@@ -92,5 +94,5 @@ def same_norms(masked: Norms, removed: Norms, tolerance: Callable[[torch.dtype],
             continue
         for (_, one), (_, other) in zip(before, after, strict=True):
             if not torch.allclose(one, other, rtol=tolerance(one.dtype), atol=0.0):
-                return False
-    return True
+                return name
+    return None

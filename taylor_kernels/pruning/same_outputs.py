@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.layer_outputs import Norms, same_norms
+from taylor_kernels.pruning.layer_outputs import Norms, first_other
 
 #: Relative to what there is to compare with, in float64; of a float32 tensor that code made for
 #: itself in a run in float64; and in lower precision. Rounding stays far below; half of a group's
@@ -33,8 +33,8 @@ class Ran:
     norms: list[Norms] = field(default_factory=list)
 
 
-def difference(masked: Ran, removed: Ran, what: str, *, exact: bool) -> str:
-    """How the outputs of two runs differ; "" if they are the same.
+def difference(masked: Ran, removed: Ran, what: str, *, exact: bool) -> tuple[str, str | None]:
+    """How two runs differ, "" if they do not; and the first layer that shows it, if one does.
 
     Args:
         what: was masked, or removed.
@@ -44,16 +44,16 @@ def difference(masked: Ran, removed: Ran, what: str, *, exact: bool) -> str:
     mixes = "an operation mixes its channels: a masked one is not a removed one"
     if what == "the block":
         mixes = "without its modules the outputs are not what they are with zeros for it"
+    layer = None
+    for before, after in zip(masked.norms, removed.norms, strict=True):
+        layer = layer or first_other(before, after, lambda dtype: _tolerance(dtype, exact=exact))
     if [one.shape for one in masked.outputs] != [other.shape for other in removed.outputs]:
-        return f"removing {what} changes the shape of the output"
+        return f"removing {what} changes the shape of the output", layer
     for one, other in zip(masked.outputs, removed.outputs, strict=True):
         pair = (part.to_dense() if part.is_sparse else part for part in (one, other))
-        if not _close(*pair, exact=exact):
-            return mixes
-    for before, after in zip(masked.norms, removed.norms, strict=True):
-        if not same_norms(before, after, lambda dtype: _tolerance(dtype, exact=exact)):
-            return mixes
-    return ""
+        if layer is not None or not _close(*pair, exact=exact):
+            return mixes, layer
+    return mixes if layer is not None else "", layer
 
 
 def _tolerance(dtype: torch.dtype, *, exact: bool) -> float:

@@ -59,6 +59,7 @@ class Trial:
     Attributes:
         channels: whose groups are tried; a caller may put others of the model in their place.
         place: the module in which the last trial failed; None if it ran to its end.
+        layer: the first one that showed a difference in the last trial, if one did.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Trial:
     ) -> None:
         self._model, self.channels = model, channels
         self.place: str | None = None
+        self.layer: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
         self._values = Values(self._modules, original, self._noise)
@@ -88,9 +90,8 @@ class Trial:
         if train_too:
             self._run.expect_all_written()
             self._values.make_anew()
-            # It may need targets: then there is nothing to compare.
             for lowest in (False, True):
-                with suppress(Exception), self._run.restored():
+                with suppress(Exception), self._run.restored():  # it may need targets
                     if self._run.steady or not lowest:
                         self._run.outputs(train=True, lowest=lowest)
                         self._train_runs.append(lowest)
@@ -206,7 +207,7 @@ class Trial:
             blocks: residual blocks, removed in the first step.
             begun: these steps' run with masks, where it has been.
         """
-        self.place = None
+        self.place = self.layer = None
         some = f"some of {what}" if what == "its channels" else what
         channels = self.channels.leaving(blocks) if blocks else self.channels
         masked = [units.any(0) for units in steps]
@@ -231,7 +232,8 @@ class Trial:
             except Exception as error:
                 self.place = innermost_module(error, self._modules)
                 return f"the model does not run without {some} ({short(error)})"
-            if reason := difference(expected, found, what, exact=self._run.exact):
+            reason, self.layer = difference(expected, found, what, exact=self._run.exact)
+            if reason:
                 return reason
             if time.monotonic() > until and all_have_lost(gone, masked):
                 break
@@ -270,8 +272,8 @@ class Trial:
             self._run.put(tensors)
             for block in blocks:
                 mask_block(self._model, block)
-            outputs = self._outputs_kept(channels, dead, channels.attributes(dead))
-        return _Masked(steps, tensors, outputs)
+            found = self._outputs_kept(channels, dead, channels.attributes(dead))
+        return _Masked(steps, tensors, found)
 
     def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that hold something of these units, with what masks it."""
