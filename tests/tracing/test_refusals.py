@@ -58,7 +58,5 @@ def test_gradients_inside_of_forward(way):
 
 def test_a_wrong_example_is_told_as_such():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    with pytest.raises(
-        ValueError, match="example_inputs: the model does not run on them"
-    ):
+    with pytest.raises(ValueError, match="example_inputs: the model does not run on them"):
         tk.trace(model, torch.randn(2, 5))
