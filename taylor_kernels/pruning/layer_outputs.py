@@ -36,7 +36,7 @@ class Norms:
 
     def hear(self, name: str, layer: Any, _: Any, output: Any) -> None:
         """A forward hook, but for the name of the layer."""
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+        if not isinstance(output, Tensor) or not output.is_floating_point() or _wrapped(output):
             return
         norm = torch.linalg.vector_norm(output)
         if not norm.isfinite():
@@ -46,6 +46,11 @@ class Norms:
         sizes = list(output.shape)
         del sizes[-1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()]
         self.calls.setdefault(name, []).append((tuple(sizes), norm))
+
+
+def _wrapped(output: Tensor) -> bool:
+    """Whether it stands for many, inside of torch.vmap or the like, and has no norm of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(output)
 
 
 class LayerOutputs:

@@ -173,3 +173,9 @@ def test_later_draws_do_not_depend_on_how_many_were_drawn_before(lowest):
     first = drawn(random.randint(2, 40))
     own.set_state(before)
     assert torch.equal(drawn(random.randint(41, 80)), first)
+
+
+def test_layers_inside_of_vmap_have_no_norm_of_their_own():
+    model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 2))
+    each = Apply(lambda s, x: torch.vmap(s.model)(x), model=model)
+    assert offered(each, torch.randn(4, 5)) == {"model.0"}
