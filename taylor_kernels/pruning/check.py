@@ -3,7 +3,8 @@
 What a trace says holds for what ran; code may depend on widths in ways that no run shows (a width
 written into a forward method, an attribute that counts channels under a name of its own). So every
 group is tried: some of its units are masked, the outputs kept, the same units removed, and the
-outputs compared in float64. A group that differs, or breaks the model, is not pruned.
+outputs compared in float64, those of the layers too, since what comes behind may hide from the
+model's own what has gone wrong. A group that differs, or breaks the model, is not pruned.
 
 The units that are masked in one run are removed in steps, in each the first ones of some groups,
 the last ones of others, and any of the rest; after each step the others are still masked, and the
@@ -18,6 +19,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from taylor_kernels.pruning.culprits import culprits, made_alike, suspects
 from taylor_kernels.pruning.trial import Trial
@@ -25,6 +27,22 @@ from taylor_kernels.tracing import Block
 
 #: After so much time no further step is tried, and groups that have passed none are left out.
 SECONDS = 120.0
+
+
+class Fault(NamedTuple):
+    """What a trial has found.
+
+    Attributes:
+        reason: what is wrong; "" if nothing.
+        place, layer: as of `Trial`.
+    """
+
+    reason: str
+    place: str | None = None
+    layer: str | None = None
+
+
+_NONE = Fault("")
 
 
 def sound_blocks(trial: Trial, blocks: Sequence[Block]) -> tuple[list[Block], dict[str, str]]:
@@ -51,8 +69,8 @@ def _unsound_blocks(trial: Trial, blocks: Sequence[Block]) -> dict[int, str]:
     return found
 
 
-def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
-    """What is wrong with removing units of all groups at once; "" if nothing.
+def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> Fault:
+    """What is wrong with removing units of all groups at once.
 
     Args:
         blocks: as of `unsound`.
@@ -62,35 +80,35 @@ def first_fault(trial: Trial, blocks: Sequence[Block] = ()) -> str:
         if time.monotonic() > until and gone:
             break
         if reason := _fault_in_time(trial, until, gone, numbers):
-            return reason
-    return ""
+            return Fault(reason, trial.place, trial.layer)
+    return _NONE
 
 
-def unsound(
-    trial: Trial, blocks: Sequence[Block] = (), known: tuple[str, str | None] = ("", None)
-) -> dict[int, str]:
+def unsound(trial: Trial, blocks: Sequence[Block] = (), known: Fault = _NONE) -> dict[int, str]:
     """The numbers of the groups whose removal is not what masking them is, with the reason.
 
     Args:
         blocks: residual blocks; units are also removed where all, or every second, of them is gone.
-        known: what `first_fault` has found, and the place of the trial then.
+        known: what `first_fault` has found.
     """
     until = time.monotonic() + SECONDS
     found: dict[int, str] = {}
-    reason, place = ("", None) if blocks else known  # it may be one with some blocks gone
+    if blocks:
+        known = _NONE  # it may be one with some blocks gone
     for gone in _without(blocks):
         while numbers := [n for n in range(len(trial.channels.groups)) if n not in found]:
             if time.monotonic() > until and gone:
                 return found
             fault = partial(_fault_in_time, trial, until, gone)
-            if not reason:
-                reason, place = fault(numbers), trial.place
-            if not reason:
+            if not known.reason:
+                known = Fault(fault(numbers), trial.place, trial.layer)
+            if not known.reason:
                 break
             sets = made_alike(trial.channels.groups, numbers)
-            first = suspects(trial.channels.groups, sets, place)
-            found |= culprits(fault, first) or culprits(fault, sets, reason)
-            reason = ""
+            first = suspects(trial.channels.groups, sets, known.place or known.layer)
+            tried = (culprits(fault, [alike]) for alike in first)
+            found |= next(filter(None, tried), {}) or culprits(fault, sets, known.reason)
+            known = _NONE
     return found
 
 
@@ -105,7 +123,7 @@ def _fault_in_time(
     """`trial.fault`, as long as there is time."""
     if time.monotonic() < until:
         return trial.fault(numbers, until, blocks)
-    trial.place = None
+    trial.place = trial.layer = None
     return (
         f"was not proven within {SECONDS:g} seconds; pass smaller example inputs, or verify=False "
         "to go without the proof"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from taylor_kernels.tracing import Group
 
@@ -16,6 +17,9 @@ Fault = Callable[[Sequence[int]], str]
 
 #: Of a faulty set as large as this some are tried, and all others only if one of these is sound.
 _MANY = 6
+#: So many sets are tried first. Queries and keys are not among what the layer behind an attention
+#: reads, but in the same module.
+_SUSPECTS = 3
 
 
 def culprits(fault: Fault, sets: Sequence[Sequence[int]], known: str = "") -> dict[int, str]:
@@ -59,20 +63,31 @@ def made_alike(groups: Sequence[Group], numbers: Sequence[int]) -> list[list[int
 def suspects(
     groups: Sequence[Group], sets: Sequence[Sequence[int]], place: str | None
 ) -> list[Sequence[int]]:
-    """The set to try first where a trial has failed in a module: that of the group with the fewest
-    layers, of those that run through it; none if that leaves no others.
+    """The sets to try first where a trial has failed in a module, or a layer was the first to show
+    a difference: those of groups with layers in it or next to it, of equals the ones with the
+    fewest layers; none if that leaves no others.
 
     Args:
-        place: the module's name, if it is known.
+        place: the name of the module or layer, if it is known.
     """
     if not place or len(sets) < 2:
         return []
+    path = place.split(".")
 
-    def runs_through(number: int) -> bool:
-        return any(f"{slot.owner}.".startswith(f"{place}.") for slot in groups[number].slots)
+    def near(number: int) -> int:
+        return max(_common(slot.owner.split("."), path) for slot in groups[number].slots)
 
-    through = [alike for alike in sets if any(map(runs_through, alike))]
-    return sorted(through, key=lambda alike: len(groups[alike[0]].slots))[:1]
+    ranked = sorted(
+        (-max(map(near, alike)), len(groups[alike[0]].slots), count)
+        for count, alike in enumerate(sets)
+    )
+    return [sets[count] for depth, _, count in ranked[:_SUSPECTS] if depth < 0]
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many names two paths have in common from the start."""
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _place(layer: str) -> str:

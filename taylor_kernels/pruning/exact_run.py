@@ -199,24 +199,42 @@ class SteadyNoise(TorchDispatchMode):
     """Whatever is drawn at random is one number everywhere, and dropout drops nothing.
 
     Random numbers are drawn place after place, so that a place without its neighbours would get
-    other ones. What is left out of them says nothing of how channels hang together.
+    other ones. What is left out of them says nothing of how channels hang together. Generators
+    stand still meanwhile, so that what draws whole numbers later (keys of an attention) has the
+    same ones, however many channels there were.
 
     Args:
-        lowest: uniform numbers are zero in place of one, below whatever probability code compares
-            them with.
+        lowest: uniform numbers are just above zero in place of just below one, less than whatever
+            probability code compares them with. Their logarithms are finite.
     """
 
     def __init__(self, *, lowest: bool = False) -> None:
         super().__init__()
-        self._uniform = 0.0 if lowest else 1.0
+        self._uniform = 2.0**-24 if lowest else 1 - 2.0**-8
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        name = func._schema.name.rpartition("::")[2].strip("_").removesuffix("_like")
+        name = func._schema.name.rpartition("::")[2]
+        kind = name.strip("_").removesuffix("_like")
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        out = func(*args, **(kwargs or {}))
-        if name not in _DRAWS:
-            return out
-        return out.fill_(self._uniform if name in ("rand", "uniform") else 1.0)
+        if kind not in _DRAWS:
+            return func(*args, **(kwargs or {}))
+        if not name.endswith("_"):
+            generators = _generators((kwargs or {}).get("generator"))
+            before = [generator.get_state() for generator in generators]
+            out = func(*args, **(kwargs or {}))
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
+        else:
+            out = args[0]
+        return out.fill_(self._uniform if kind in ("rand", "uniform") else 1.0)
+
+
+def _generators(given: torch.Generator | None) -> list[torch.Generator]:
+    """Those that an operation may draw from."""
+    if given is not None:
+        return [given]
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.default_generator, *(torch.cuda.default_generators if used else ())]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.defaults import WIDER
 from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
+from taylor_kernels.pruning.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import Read, returned_tensors
@@ -53,6 +55,7 @@ class Exchanged:
         self.idle, self._never_idle = False, False
         self.steady = False
         self._keeping = keeping(modules.values())
+        self._layers = LayerOutputs(modules)
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -97,7 +100,7 @@ class Exchanged:
         except AttributeError:  # a plain attribute that is another object by now, or gone
             return False
 
-    def outputs(self, *, train: bool = False, lowest: bool = False) -> list[Tensor]:
+    def outputs(self, *, train: bool = False, lowest: bool = False) -> Ran:
         """What the model returns as it is now.
 
         Args:
@@ -114,14 +117,27 @@ class Exchanged:
             return found
         try:
             found = self._outputs(None)
-            if self.exact and any(tensor.dtype in WIDER for tensor in found):
+            if self.exact and any(tensor.dtype in WIDER for tensor in found.outputs):
                 raise RuntimeError("its outputs are of another precision without some channels")
         except Exception:
             self.idle, self._never_idle = False, True
             raise
         return found
 
-    def _outputs(self, mode: SmallPools | None, lowest: bool = False) -> list[Tensor]:
+    def all_outputs(self, train_runs: Sequence[bool]) -> Ran:
+        """What it returns in eval mode, and behind that in these runs in train mode.
+
+        Args:
+            train_runs: what `lowest` is in each.
+        """
+        found = self.outputs()
+        for lowest in train_runs:
+            more = self.outputs(train=True, lowest=lowest)
+            found.outputs += more.outputs
+            found.norms += more.norms
+        return found
+
+    def _outputs(self, mode: SmallPools | None, lowest: bool = False) -> Ran:
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self.modules.values()))
             # Every run starts from the caller's random state.
@@ -130,12 +146,15 @@ class Exchanged:
             if self.steady:
                 stack.enter_context(SteadyNoise(lowest=lowest))
             renew(self._keeping)
-            found = call(self._model, copied(self.inputs))
+            with self._layers.heard() as norms:
+                found = call(self._model, copied(self.inputs))
             if mode is not None:
                 self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
             if self.steady or _same(before, _random_state()):
-                return outputs
+                if self._read is not None:  # other layers make what nobody reads
+                    norms.calls.clear()
+                return Ran(outputs, [norms])
         self.steady = True
         return self._outputs(mode, lowest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,8 @@ class Masks:
         if statistics:
             after = Hook(_write, HeldEntries(statistics))
             self._hooks.append(self._model.register_forward_hook(after))
-        after_step = Hook(_write_after_step, weakref.ref(self._model), held)
+        mine = frozenset(map(id, parameters.values()))
+        after_step = Hook(_write_after_step, weakref.ref(self._model), held, get_ident(), mine)
         self._hooks.append(register_optimizer_step_post_hook(after_step))
         modules = dict(self._model.named_modules())
         attributes = channels.attributes(dead)
@@ -123,8 +125,27 @@ def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     held.write(model)
 
 
-def _write_after_step(model: weakref.ref[nn.Module], held: HeldEntries, *_: object) -> None:
-    """Write masked entries after a step of any optimizer."""
+def _write_after_step(
+    model: weakref.ref[nn.Module],
+    held: HeldEntries,
+    thread: int,
+    masked: frozenset[int],
+    optimizer: torch.optim.Optimizer,
+    *_: object,
+) -> None:
+    """Write masked entries after a step of any optimizer, as it may step copies of parameters.
+
+    One of another thread steps another model, unless it holds masked parameters: this one may be
+    losing them meanwhile.
+
+    Args:
+        thread: in which they were masked.
+        masked: the parameters' ids.
+    """
+    if thread != get_ident() and not any(
+        id(parameter) in masked for group in optimizer.param_groups for parameter in group["params"]
+    ):
+        return
     if (alive := model()) is not None:
         held.write(alive)
 

@@ -42,6 +42,25 @@ def check_free(model: nn.Module) -> None:
         )
 
 
+def _check_apart(network: Network) -> None:
+    """No pruner in use cuts a tensor of another model that this one cuts too.
+
+    Raises:
+        ValueError: one does.
+    """
+    mine = {id(t): name for name, t in network.cut().items()}
+    for last in list(_LAST.values()):
+        other = last()
+        if other is None or other is network or not other.in_use:
+            continue
+        if both := [mine[id(t)] for t in other.cut().values() if id(t) in mine]:
+            raise ValueError(
+                f"model: {both[0]!r} is a part of another model too, of which a Pruner is open and "
+                "would cut it; close() that one first (compact() before, to remove what it has "
+                "masked), or make one Pruner of a module that holds both models"
+            )
+
+
 class Network(Inventory):
     """A model from which units and blocks are masked and removed, with the optimizer's state.
 
@@ -58,11 +77,17 @@ class Network(Inventory):
         self._steps = Steps()
         names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
         self._tensors = NamedTensors(names)
+        _check_apart(self)
         self._shapes = self._found_shapes()
         # Of the channels as they are now, what would go with all units.
         self._all_cuts: tuple[Channels | None, Mapping[str, Cuts]] = None, {}
         self.in_use = True
         _LAST[model] = weakref.ref(self)
+
+    def cut(self) -> dict[str, Tensor]:
+        """The tensors that units have entries in."""
+        found = zip(self._tensors.names, self._tensors.of(self.model), strict=True)
+        return {name: tensor for name, tensor in found if tensor is not None}
 
     def mask(
         self, taken: Sequence[Tensor], blocks: Sequence[int] = ()

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from taylor_kernels.pruning.check import first_fault, unsound
+from taylor_kernels.pruning.check import Fault, first_fault, unsound
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.second_choice import Offer, Proven, sound_filters, sound_in
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.tracing import Block, Channels
-
-#: What is wrong, or "", and the module in which a trial has failed, if it is known.
-Fault = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,11 @@ class Proof:
             whole: the channels that the groups of the offer are of.
         """
         self.trial.channels = offer[0]
-        fault = first_fault(self.trial, self.blocks), self.trial.place
-        if not fault[0]:
+        fault = first_fault(self.trial, self.blocks)
+        if not fault.reason:
             return offer, {}
         followed, other, left = self._following(whole, offer, fault)
-        if not left[0]:
+        if not left.reason:
             return followed, {}
         found = self._without_unsound(other, followed, left)
         if followed is offer or not found[1]:
@@ -92,9 +89,9 @@ class Proof:
             The offer, the channels that its groups are of, and what is wrong with all of these
             together.
         """
-        trial, (reason, place) = self.trial, fault
-        while reason and place is not None:
-            kind = type(self.model.get_submodule(place))
+        trial = self.trial
+        while fault.reason and fault.place is not None:
+            kind = type(self.model.get_submodule(fault.place))
             at = {name for name, module in self.model.named_modules() if type(module) is kind}
             other = whole.coupled(self.model, whole.layers, at=at)
             if other is None:
@@ -104,5 +101,5 @@ class Proof:
                 break
             whole, trial.channels = other, other.offering(groups)
             offer = trial.channels, groups, skipped
-            reason, place = first_fault(trial, self.blocks), trial.place
-        return offer, whole, (reason, place)
+            fault = first_fault(trial, self.blocks)
+        return offer, whole, fault

@@ -12,26 +12,31 @@ from taylor_kernels.pruning.groups import Group
 
 #: One for each way to choose units.
 STEPS = 3
+#: So many channels are masked in no group, as far as it has them: a norm over two only tells which
+#: is greater, and over one nothing.
+_AT_WORK = 3
 
 
 def units_by_step(group: Group, number: int) -> Tensor:
     """The units of a group that are removed in each step: [steps, U] bool.
 
-    Half of them in all, or an odd number where it may be. How many go in a step differs between
-    groups of one size, since code may take the width of one for another's.
+    Two thirds of them in all: the fewer are left of what was masked, the further have the others
+    moved from their places. An odd number is gone after one step at least and an even one after
+    another, as far as there are such. How many go in a step differs between groups of one size,
+    since code may take the width of one for another's.
     """
     drawn = random.Random(number)
     gone = torch.zeros(STEPS, group.size, dtype=torch.bool)
     if not (first := group.next_to_go(group.size)):
         return gone
-    last = min(max(group.size // 2, first), group.most_removable(group.size))
-    allowed = range(first, last + 1, group.multiple)
-    most = max((count for count in allowed if count % 2), default=allowed[-1])
+    most = min(group.size * 2 // 3, group.size - -(-_AT_WORK // group.filters_per_unit))
+    most = min(max(most, first), group.most_removable(group.size))
     counts = [0, *range(first, most + 1, group.multiple)]
-    begin = (number + 1) % len(counts)
-    middle = drawn.randrange(begin, len(counts))
+    begin = (number + 1) % max(len(counts) - 1, 1)
+    later = counts[begin:]
+    middle = drawn.choice([n for n in later if n and (n - later[-1]) % 2] or later)
     left, before = list(range(group.size)), 0
-    for step, count in enumerate((counts[begin], counts[middle], most)):
+    for step, count in enumerate((later[0], middle, later[-1])):
         going, before = count - before, count
         way = (number + step) % STEPS
         if way == 0:

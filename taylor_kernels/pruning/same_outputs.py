@@ -2,47 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-#: Relative to the greatest output, in float64; of a float32 tensor that code made for itself in a
-#: run in float64; and in lower precision. Rounding stays far below; half of a group's channels
-#: missing from a norm or a softmax is far above.
+from taylor_kernels.pruning.layer_outputs import Norms, first_other
+
+#: Relative to what there is to compare with, in float64; of a float32 tensor that code made for
+#: itself in a run in float64; and in lower precision. Rounding stays far below; half of a group's
+#: channels missing from a norm or a softmax is far above.
 _EXACT, _ROUNDED, _LOOSE = 1e-7, 1e-4, 2e-2
+#: Numbers so many times as great as most others of a tensor are no measure for these: code writes
+#: -1e9, or the least number that there is, where a mask says so.
+_OUTLIER = 1e4
+#: What is left of numbers that cancel is as small against the others.
+_RESIDUE = 1e-5
 
 
-def difference(
-    masked: Sequence[Tensor], removed: Sequence[Tensor], what: str, *, exact: bool
-) -> str:
-    """How the outputs of two runs differ; "" if they are the same.
+@dataclass
+class Ran:
+    """What came of running a model once, or several times in two modes.
+
+    Attributes:
+        outputs: the tensors that it returned.
+        norms: for each run, of what its layers put out.
+    """
+
+    outputs: list[Tensor] = field(default_factory=list)
+    norms: list[Norms] = field(default_factory=list)
+
+
+def difference(masked: Ran, removed: Ran, what: str, *, exact: bool) -> tuple[str, str | None]:
+    """How two runs differ, "" if they do not; and the first layer that shows it, if one does.
 
     Args:
         what: was masked, or removed.
         exact: the runs were in float64, apart from tensors that no mode sees being made, such as
             those of `torch.Tensor(...)`.
     """
-    if [one.shape for one in masked] != [other.shape for other in removed]:
-        return f"removing {what} changes the shape of the output"
-    for one, other in zip(masked, removed, strict=True):
+    mixes = "an operation mixes its channels: a masked one is not a removed one"
+    if what == "the block":
+        mixes = "without its modules the outputs are not what they are with zeros for it"
+    layer = None
+    for before, after in zip(masked.norms, removed.norms, strict=True):
+        layer = layer or first_other(before, after, lambda dtype: _tolerance(dtype, exact=exact))
+    if [one.shape for one in masked.outputs] != [other.shape for other in removed.outputs]:
+        return f"removing {what} changes the shape of the output", layer
+    for one, other in zip(masked.outputs, removed.outputs, strict=True):
         pair = (part.to_dense() if part.is_sparse else part for part in (one, other))
-        if not _close(*pair, exact=exact):
-            if what == "the block":
-                return "without its modules the outputs are not what they are with zeros for it"
-            return "an operation mixes its channels: a masked one is not a removed one"
-    return ""
+        if layer is not None or not _close(*pair, exact=exact):
+            return mixes, layer
+    return mixes if layer is not None else "", layer
+
+
+def _tolerance(dtype: torch.dtype, *, exact: bool) -> float:
+    if dtype in (torch.float64, torch.complex128):
+        return _EXACT
+    return _ROUNDED if exact and dtype in (torch.float32, torch.complex64) else _LOOSE
 
 
 def _close(one: Tensor, other: Tensor, *, exact: bool) -> bool:
     if not one.is_floating_point() and not one.is_complex():
         return torch.equal(one, other)
-    tolerance = _LOOSE
-    if one.dtype in (torch.float64, torch.complex128):
-        tolerance = _EXACT
-    elif exact and one.dtype in (torch.float32, torch.complex64):
-        tolerance = _ROUNDED
+    tolerance = _tolerance(one.dtype, exact=exact)
     if one.is_complex():
         one, other = torch.view_as_real(one), torch.view_as_real(other)
-    scale = float(one.abs().nan_to_num().max()) if one.numel() else 0.0
-    return torch.allclose(one, other, rtol=0.0, atol=scale * tolerance, equal_nan=True)
+    differ = (one != other) & ~(one.isnan() & other.isnan())
+    if not bool(differ.any()):
+        return True
+    sizes = one.double().abs()
+    distance = (one[differ].double() - other[differ].double()).abs()
+    if not bool(distance.isfinite().all()):
+        return False
+    scale = max(_scale(sizes[differ]), _RESIDUE * _scale(sizes))
+    return bool((distance <= tolerance * sizes[differ].clamp(min=scale)).all())
+
+
+def _scale(sizes: Tensor) -> float:
+    """The greatest of these numbers that is no outlier, nor infinite; 0.0 where none is greater.
+
+    What is usual is what two fifths are no greater than: so many may be all but zero, and more than
+    half may be what code writes where a mask says so.
+    """
+    sizes = sizes[(sizes > 0) & sizes.isfinite()]
+    if not sizes.numel():
+        return 0.0
+    usual = sizes.kthvalue(-(-2 * sizes.numel() // 5)).values
+    return float(sizes[sizes <= _OUTLIER * usual].max())

@@ -20,11 +20,12 @@ from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.held_entries import fill, fills
 from taylor_kernels.pruning.kept_norms import keep_only
+from taylor_kernels.pruning.noise import Noise, choose_noise
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
 from taylor_kernels.pruning.removal_steps import STEPS, all_have_lost, units_by_step
-from taylor_kernels.pruning.same_outputs import difference
-from taylor_kernels.pruning.values import Noise, Values
+from taylor_kernels.pruning.same_outputs import Ran, difference
+from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.returned import Read
@@ -41,7 +42,7 @@ class _Masked(NamedTuple):
 
     steps: Sequence[Tensor]
     tensors: dict[str, Tensor]
-    outputs: list[Tensor]
+    outputs: Ran
 
 
 class Trial:
@@ -58,6 +59,7 @@ class Trial:
     Attributes:
         channels: whose groups are tried; a caller may put others of the model in their place.
         place: the module in which the last trial failed; None if it ran to its end.
+        layer: the first one that showed a difference in the last trial, if one did.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Trial:
     ) -> None:
         self._model, self.channels = model, channels
         self.place: str | None = None
+        self.layer: str | None = None
         self._modules = dict(model.named_modules())
         self._noise = Noise()
         self._values = Values(self._modules, original, self._noise)
@@ -82,21 +85,17 @@ class Trial:
             self._run.exact = False
             self._run.remember()
             self._runs(example_inputs)
+        if self._first.norms[0].broken:
+            choose_noise(self._noise, self._broken)
         if train_too:
             self._run.expect_all_written()
             self._values.make_anew()
-            # It may need targets: then there is nothing to compare.
             for lowest in (False, True):
-                with suppress(Exception), self._run.restored():
+                with suppress(Exception), self._run.restored():  # it may need targets
                     if self._run.steady or not lowest:
                         self._run.outputs(train=True, lowest=lowest)
                         self._train_runs.append(lowest)
                         self._begun = None
-
-    @property
-    def exact(self) -> bool:
-        """The model runs in double precision."""
-        return self._run.exact
 
     def _runs_in_double(self, example_inputs: Any) -> bool:
         """Whether the model runs in double precision, on inputs that are kept if it does.
@@ -112,10 +111,12 @@ class Trial:
                 return True
         return False
 
-    def _noisy(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return self._noise.add_to(value.detach().clone(), self._noise.place())
+    def _broken(self) -> dict[str, bool]:
+        """As `choose_noise` asks for."""
+        self._values.make_all_anew()
+        self._run.inputs, self._begun = self._noise.on_inputs(self._example), None
+        with self._run.restored():
+            return self._run.outputs().norms[0].broken
 
     def _runs(self, example_inputs: Any, *, all_layers: bool = False) -> bool:
         """Run the model on inputs, which are those of all runs from now on.
@@ -125,7 +126,8 @@ class Trial:
                 hides nothing from a softmax. It is run as the first trial begins, with units of
                 all groups masked, and as it is where that does not say so.
         """
-        self._run.inputs, self._begun = tree_map(self._noisy, example_inputs), None
+        self._example, self._begun = example_inputs, None
+        self._run.inputs = self._noise.on_inputs(example_inputs)
         self._run.idle = self._run.alone = False
         called: set[str] = set()
         known = (
@@ -139,12 +141,13 @@ class Trial:
             if all_layers:
                 with suppress(Exception):
                     self._begun = self._run_masked(self.channels, self._steps())
+                    self._first = self._begun.outputs
             if self._begun is None or not called >= known:
                 self._begun = None
                 called.clear()
                 self._values.make_anew()
                 with self._run.restored():
-                    self._run.outputs()
+                    self._first = self._run.outputs()
             self._run.learn_written()
         except Exception:
             if not all_layers:
@@ -204,7 +207,7 @@ class Trial:
             blocks: residual blocks, removed in the first step.
             begun: these steps' run with masks, where it has been.
         """
-        self.place = None
+        self.place = self.layer = None
         some = f"some of {what}" if what == "its channels" else what
         channels = self.channels.leaving(blocks) if blocks else self.channels
         masked = [units.any(0) for units in steps]
@@ -229,7 +232,8 @@ class Trial:
             except Exception as error:
                 self.place = innermost_module(error, self._modules)
                 return f"the model does not run without {some} ({short(error)})"
-            if reason := difference(expected, found, what, exact=self.exact):
+            reason, self.layer = difference(expected, found, what, exact=self._run.exact)
+            if reason:
                 return reason
             if time.monotonic() > until and all_have_lost(gone, masked):
                 break
@@ -243,7 +247,7 @@ class Trial:
         attributes: Mapping[str, Mapping[str, Any]],
         gone: Sequence[Tensor],
         blocks: Sequence[Block],
-    ) -> list[Tensor]:
+    ) -> Ran:
         """What the model returns without the units that have gone."""
         idle = self._run.idle
         try:
@@ -268,8 +272,8 @@ class Trial:
             self._run.put(tensors)
             for block in blocks:
                 mask_block(self._model, block)
-            outputs = self._outputs_kept(channels, dead, channels.attributes(dead))
-        return _Masked(steps, tensors, outputs)
+            found = self._outputs_kept(channels, dead, channels.attributes(dead))
+        return _Masked(steps, tensors, found)
 
     def _masked(self, channels: Channels, dead: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors that hold something of these units, with what masks it."""
@@ -286,14 +290,11 @@ class Trial:
         masked: Sequence[Tensor],
         attributes: Mapping[str, Mapping[str, Any]],
         gone: Sequence[Tensor] | None = None,
-    ) -> list[Tensor]:
+    ) -> Ran:
         """What the model returns where norms and routers know of the masked units: in eval mode,
         and behind that in train mode if it runs there."""
         hooks = keep_only(self._modules, channels, masked, attributes, gone)
         try:
-            found = self._run.outputs()
-            for lowest in self._train_runs:
-                found += self._run.outputs(train=True, lowest=lowest)
-            return found
+            return self._run.all_outputs(self._train_runs)
         finally:
             remove_all(hooks)

@@ -15,39 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning.defaults import widened
+from taylor_kernels.pruning.noise import Noise
 from taylor_kernels.tracing.running import tensors_of_modules
 
 #: Tensors of fewer numbers are copied, which takes less time than to make them anew.
 _LARGE = 2**16
-
-
-class Noise:
-    """Random numbers in [-0.5, 0.5) to add to tensors: as many as a prime says, again and again.
-
-    To draw them takes longer than a small model runs. The rows of a tensor get different ones, as
-    no width that tensors have is a multiple of the prime.
-    """
-
-    _PERIOD = 65537
-
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
-        self._drawn = torch.cat([drawn, drawn])
-
-    def place(self) -> int:
-        """A random place to begin at."""
-        return int(torch.randint(self._PERIOD, (), generator=self._generator))
-
-    def add_to(self, tensor: Tensor, begin: int, scale: float = 1.0) -> Tensor:
-        """Add them in place to a dense tensor of floating-point numbers, from a place on; others
-        stay as they are."""
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            return tensor
-        noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
-        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
-            part.add_(noise[: part.numel()], alpha=scale)
-        return tensor
 
 
 class Values:
@@ -123,6 +95,11 @@ class Values:
         for name in self._spent:
             self._make(name)
         self._spent.clear()
+
+    def make_all_anew(self) -> None:
+        """Give it values with noise of another kind."""
+        self._spent.update(self._tensors)
+        self.make_anew()
 
     def _make(self, name: str) -> None:
         source = self._sources[name]

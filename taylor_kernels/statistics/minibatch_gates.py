@@ -193,6 +193,8 @@ class Gates(_Gates):
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
         packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
         names = [*self._received, *(key for some in packed for key in some.keys)]
+        if self._resting is not None:
+            self._resting.wake_silent(set(names))
         if not names:
             raise RuntimeError(NOTHING_SEEN)
         if len(set(names)) < len(names):
@@ -221,7 +223,6 @@ class Gates(_Gates):
     def discard(self) -> None:
         super().discard()
         self._note_backward()
-        self._of_norms.forget()
         self._steady.arrived.clear()
         self._read.clear()
         self._received, self._captured, self._spoiled = {}, {}, set()
@@ -229,10 +230,12 @@ class Gates(_Gates):
         self._steady.on = not self._gate_tables.noise.watches
         if self._resting is not None:
             if self._steady.on:
-                self._resting.add({n: k for n, k in self._quiet.items() if n not in self._shared})
+                quiet = ((n, k) for n, k in self._quiet.items() if n not in self._shared)
+                self._resting.add({n: k for n, k in quiet if self._of_norms.is_settled(n)})
             else:
                 self._resting.wake()
         self._quiet.clear()
+        self._of_norms.forget()
 
 
 def _is_trained(held: Tensor) -> bool:

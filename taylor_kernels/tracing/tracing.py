@@ -20,6 +20,7 @@ from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.leaks import leaks_seen
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.recorder import Execute, Recorder
+from taylor_kernels.tracing.refusals import refusal
 from taylor_kernels.tracing.returned import (
     Read,
     UnknownOutput,
@@ -181,7 +182,7 @@ def _traced(
             except Exception as error:
                 if hollow:
                     return None
-                raise ValueError(_refusal(recorder, error)) from error
+                raise ValueError(refusal(error, recorder.module)) from error
             if recorder.hollow is not None and recorder.hollow.asked:
                 return None
             reach_the_output(recorder, outputs)
@@ -286,12 +287,3 @@ def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
                 "first (model.to_empty(device=...), then load_state_dict)"
             )
     return tensors
-
-
-def _refusal(recorder: Recorder, error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    where = f" in {recorder.module!r}" if recorder.module else ""
-    return (
-        f"example_inputs: the model does not run on them ({text[:300]}{where}); pass a tensor, a "
-        "tuple of arguments or a dict of keyword arguments on the model's device"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -107,6 +108,23 @@ def test_blocks_that_repeat(sound: list[bool], most: int, monkeypatch: pytest.Mo
     stay = [f"1.{number}.up" for number, each in enumerate(sound) if not each]
     assert sorted(set(pruner.skipped) - {"2"}) == sorted(stay)
     assert len(tried) <= most
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_layer_that_shows_a_fault_says_whose_it_is(seed: int, monkeypatch: pytest.MonkeyPatch):
+    """However many others there are, none of them alike."""
+    torch.manual_seed(seed)
+    count, wrong = 20, random.Random(seed).randrange(20)
+    code = Apply(lambda s, x: x * x.size(1) ** 0.5)
+    blocks = [
+        nn.Sequential(nn.Linear(6, 5 + n), code if n == wrong else nn.Tanh(), nn.Linear(5 + n, 6))
+        for n in range(count)
+    ]
+    tried, fault = [], Trial._fault
+    monkeypatch.setattr(Trial, "_fault", lambda *args: tried.append(1) or fault(*args))
+    pruner = Pruner(nn.Sequential(*blocks), torch.randn(3, 6), "magnitude_l2", filters=0.9)
+    assert set(pruner.skipped) == {f"{wrong}.0", f"{count - 1}.2"}
+    assert len(tried) <= 5
 
 
 def test_groups_made_alike():

@@ -185,8 +185,8 @@ def test_a_model_with_such_code_is_proven_in_double(make):
 
     model, x = Model().eval(), torch.randn(2, 4)
     trial = Trial(copied(model), model, x, trace(model, x), False)
-    assert [out.dtype for out in trial._run.outputs()] == [torch.float64]
-    assert trial.exact
+    assert [out.dtype for out in trial._run.outputs().outputs] == [torch.float64]
+    assert trial._run.exact
 
 
 def _made_when_narrow(module: nn.Module, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
         assert int(steps.sum(0).max()) <= 1
         total = int(steps.sum())
         assert (total > 0) == (first > 0)
-        assert total <= min(max(size // 2, first), most)
+        assert total <= min(max(size * 2 // 3, first), most)
         for count in steps.sum(1).cumsum(0).tolist():
             assert count == 0 or (count - first) % multiple == 0
         ways.add(tuple(steps.sum(1).tolist()))

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner, prunable, values
 from taylor_kernels.pruning.copies import copied
+from taylor_kernels.pruning.noise import Noise
 from taylor_kernels.pruning.trial import Trial
-from taylor_kernels.pruning.values import Noise, Values
+from taylor_kernels.pruning.values import Values
 from tests.tracing.pieces import Apply
 
 

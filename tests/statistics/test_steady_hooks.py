@@ -120,6 +120,19 @@ def parameters_of_one_call(model: Squeezed) -> None:
     loss(torch.func.functional_call(model, others, images())).backward()
 
 
+def lent_parameters(model: Squeezed) -> None:
+    """For one call, of the kind that a model has; beside a pass with its own."""
+    lent = {name: nn.Parameter(own.detach().clone()) for name, own in model.named_parameters()}
+    loss(torch.func.functional_call(model, lent, images())).backward()
+    loss(model(images())).backward()
+
+
+def only_lent_parameters(model: Squeezed) -> None:
+    lent = {f"of_body.{leaf}": nn.Parameter(torch.rand(8).double()) for leaf in ("weight", "bias")}
+    for _ in range(2):
+        loss(torch.func.functional_call(model, lent, images())).backward()
+
+
 def a_frozen_scale(model: Squeezed) -> None:
     model.of_body.weight.requires_grad_(False)
     loss(model(images())).backward()
@@ -144,7 +157,8 @@ WAYS = (
     plain, two_passes_before_one_backward, two_backwards, two_backwards_over_one_graph, clipped,
     onto_gradients_that_there_are, with_a_graph_of_gradients, in_checkpoints,
     beside_passes_that_count_nothing, part_by_part, a_norm_twice_in_a_pass, other_parameters,
-    parameters_of_one_call, a_frozen_scale, inside_scoring, in_the_other_mode, large_outputs,
+    parameters_of_one_call, lent_parameters, only_lent_parameters, a_frozen_scale, inside_scoring,
+    in_the_other_mode, large_outputs,
 )  # fmt: skip
 
 
@@ -189,6 +203,25 @@ def steady_meter() -> tuple[Squeezed, tk.Importance]:
         plain(model)
         imp.update()
     return model, imp
+
+
+def test_lent_parameters_are_forgotten_and_those_of_a_part_cost_one_update():
+    model, imp = steady_meter()
+    before = sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
+    for count in range(8):
+        imp.reset()
+        own = model.of_stem.named_parameters()
+        lent = {leaf: nn.Parameter(one.detach().clone()) for leaf, one in own}
+        h = torch.func.functional_call(model.of_stem, lent, model.stem(images()))
+        loss(model.second(h.relu())).backward()
+        imp.update()
+        if count:  # no hook was left to see the first
+            assert imp.compute()["stem"].all()
+        assert not any(parameter._backward_hooks for parameter in lent.values())
+    plain(model)
+    imp.update()
+    after = sum(len(parameter._backward_hooks or ()) for parameter in model.parameters())
+    assert after == before
 
 
 def hooked(model: Squeezed) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.statistics.hooks.gate_tables import Packed
@@ -23,11 +24,14 @@ class _Read(NamedTuple):
     of_shift: list[Tensor]
     channels: int
 
-    def is_whole(self, norm: _NormBase) -> bool:
-        """Whether gradients have come of both, and the norm has them still."""
+    def is_held(self, norm: _NormBase) -> bool:
+        """Whether these are the norm's parameters now."""
         held = norm._parameters
-        here = held.get("weight") is self.scale and held.get("bias") is self.shift
-        return here and bool(self.of_scale) and bool(self.of_shift)
+        return held.get("weight") is self.scale and held.get("bias") is self.shift
+
+    def is_whole(self) -> bool:
+        """Whether gradients have come of both."""
+        return bool(self.of_scale) and bool(self.of_shift)
 
 
 class NormSlopes:
@@ -43,21 +47,28 @@ class NormSlopes:
     def __init__(self, handles: list[Any], backend: str | None) -> None:
         self._handles, self._backend = handles, backend
         self._found: dict[nn.Parameter, list[Tensor]] = {}
-        self._read: dict[_NormBase, _Read] = {}
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        # More than one of a norm that torch.func.functional_call lends others for a pass.
+        self._read: dict[_NormBase, list[_Read]] = {}
 
     def watch(self, norm: _NormBase) -> None:
-        """Put aside what comes for this norm from now on."""
-        known = self._read.get(norm)
-        if known is not None and known.scale is norm.weight and known.shift is norm.bias:
+        """Put aside what comes for this norm, with the parameters that it has, from now on."""
+        reads = self._read.setdefault(norm, [])
+        if any(read.is_held(norm) for read in reads):
             return
         for parameter in (norm.weight, norm.bias):
             if parameter not in self._found:
                 # The hook is the list's own method: no line of Python runs between two layers.
                 found = self._found[parameter] = []
-                self._handles.append(parameter.register_hook(found.append))
+                self._hooks[parameter] = parameter.register_hook(found.append)
+                self._handles.append(self._hooks[parameter])
         scale, shift = norm.weight, norm.bias
         of_scale, of_shift = self._found[scale], self._found[shift]
-        self._read[norm] = _Read(scale, shift, of_scale, of_shift, scale.numel())
+        reads.append(_Read(scale, shift, of_scale, of_shift, scale.numel()))
+
+    def is_settled(self, norm: _NormBase) -> bool:
+        """Whether it has had no parameters but those that it has now, since the last update."""
+        return all(read.is_held(norm) for read in self._read[norm])
 
     def count(self) -> int:
         """How many gradients have come, and are not added up yet."""
@@ -74,9 +85,9 @@ class NormSlopes:
         self.add_up()
         alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table
         for norm, name in norms.items():
-            read = self._read[norm]
-            if read.is_whole(norm):
-                alike.setdefault((read.scale.device, read.scale.dtype), []).append((name, read))
+            for read in self._read[norm]:
+                if read.is_whole():
+                    alike.setdefault((read.scale.device, read.scale.dtype), []).append((name, read))
         for some in alike.values():
             names, reads = zip(*some, strict=True)
             sizes = tuple(read.channels for read in reads)
@@ -92,6 +103,19 @@ class NormSlopes:
         return of_scales + of_shifts
 
     def forget(self) -> None:
-        """Forget what has come."""
+        """Forget what has come, and parameters that norms had for a while."""
         for found in self._found.values():
             found.clear()
+        for norm, reads in self._read.items():
+            if not all(read.is_held(norm) for read in reads):
+                reads[:] = [read for read in reads if read.is_held(norm)]
+                self._drop_others()
+
+    def _drop_others(self) -> None:
+        reads = [read for some in self._read.values() for read in some]
+        wanted = {one for read in reads for one in (read.scale, read.shift)}
+        for parameter in [one for one in self._found if one not in wanted]:
+            del self._found[parameter]
+            hook = self._hooks.pop(parameter)
+            hook.remove()
+            self._handles.remove(hook)

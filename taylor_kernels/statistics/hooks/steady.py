@@ -10,7 +10,7 @@ function of them would double what a short way takes. Most norms need no hook at
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,6 +78,16 @@ class RestingNorms:
         ]
         self._restless.update(changed)
         self.wake(changed)
+
+    def wake_silent(self, keys: Collection[str]) -> None:
+        """Let hooks see those again whose sites are none of these, of which gradients have come.
+
+        Such a norm has not run; or it was lent other parameters, as by torch.func.functional_call
+        on a part of the model.
+        """
+        silent = [norm for norm, key in self.names.items() if key not in keys]
+        self._restless.update(silent)
+        self.wake(silent)
 
     def wake(self, norms: Iterable[_NormBase] | None = None) -> None:
         """Put the hooks behind these, or all of them, on again."""

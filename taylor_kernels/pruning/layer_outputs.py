@@ -1,0 +1,103 @@
+"""How much a layer puts out in a run: what is wrong is seen there before something hides it.
+
+Behind a layer comes a ReLU that is zero for all examples, a sigmoid that is one to the last digit,
+or a choice that is an integer; the outputs of the model are the same then, whatever has gone wrong
+in front of it. A filter that is masked puts out zeros, so that what a layer puts out has the same
+norm with it and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from taylor_kernels.hooks import remove_all
+from taylor_kernels.tracing.experts import is_router
+
+
+class Norms:
+    """The norms of what layers put out in a run.
+
+    Attributes:
+        calls: layer -> for each call the sizes of its output without the channels, and the norm
+            of all of it that is finite.
+        broken: layers that have put out nan or infinity -> whether there was anything else.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
+        self.broken: dict[str, bool] = {}
+
+    def hear(self, name: str, layer: Any, _: Any, output: Any) -> None:
+        """A forward hook, but for the name of the layer."""
+        if not isinstance(output, Tensor) or not output.is_floating_point() or _wrapped(output):
+            return
+        norm = torch.linalg.vector_norm(output)
+        if not norm.isfinite():
+            finite = output[output.isfinite()]
+            self.broken[name] = bool(finite.numel()) and self.broken.get(name, True)
+            norm = torch.linalg.vector_norm(finite)
+        sizes = list(output.shape)
+        del sizes[-1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()]
+        self.calls.setdefault(name, []).append((tuple(sizes), norm))
+
+
+def _wrapped(output: Tensor) -> bool:
+    """Whether it stands for many, inside of torch.vmap or the like, and has no norm of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(output)
+
+
+class LayerOutputs:
+    """Hears what the layers of a model put out, but for routers, which are run again on some of
+    their experts.
+
+    Args:
+        modules: dict(model.named_modules()).
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._layers = {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, (nn.Linear, _ConvNd)) and not is_router(module)
+        }
+
+    @contextmanager
+    def heard(self) -> Iterator[Norms]:
+        """The norms of what layers put out inside, as it comes."""
+        norms = Norms()
+        hooks = [
+            layer.register_forward_hook(partial(norms.hear, name))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            yield norms
+        finally:
+            remove_all(hooks)
+
+
+def first_other(
+    masked: Norms, removed: Norms, tolerance: Callable[[torch.dtype], float]
+) -> str | None:
+    """The first layer that puts out more or less in the second run; None if there is none.
+
+    A layer that is not run as often, or on other places (on each head, of which some are gone),
+    says nothing.
+
+    Args:
+        tolerance: of norms of a type, relative to the greater one.
+    """
+    for name, before in masked.calls.items():
+        after = removed.calls.get(name, [])
+        if [sizes for sizes, _ in before] != [sizes for sizes, _ in after]:
+            continue
+        for (_, one), (_, other) in zip(before, after, strict=True):
+            if not torch.allclose(one, other, rtol=tolerance(one.dtype), atol=0.0):
+                return name
+    return None
