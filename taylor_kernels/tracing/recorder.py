@@ -127,6 +127,8 @@ class Recorder(TorchDispatchMode):
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
                 self.kinds[f"{type(output).__name__} of {frame.name}"] += 1
+                if frame.norms:
+                    self.record.norm_calls.append((frame.name, frame.norms))
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
