@@ -31,6 +31,17 @@ def running_module() -> object:
     return None if last is None or last.f_code is not _CALLS else last.f_locals["self"]
 
 
+def own_module() -> nn.Module | None:
+    """The module that the innermost of that code is a method of."""
+    for frame in _frames():
+        code = frame.f_code
+        if code.co_argcount and code.co_varnames[0] == "self":
+            found = frame.f_locals.get("self")
+            if isinstance(found, nn.Module):
+                return found
+    return None
+
+
 def says(number: int) -> bool:
     """Whether that code has this number written in it."""
     for frame in _frames():

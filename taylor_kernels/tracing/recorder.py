@@ -146,6 +146,9 @@ class Recorder(TorchDispatchMode):
     def module(self) -> str:
         return self.frame.name
 
+    def name_of(self, module: nn.Module) -> str | None:
+        return self._names.get(module)
+
     # Labels
 
     def known(self, tensor: Tensor) -> Labels:

@@ -46,7 +46,7 @@ def resolve(record: Record) -> Resolved:
     firsts: dict[tuple[str, str], Size] = {}
     pairs = []
     sides = _Sides(record.tables, forest.label)
-    for size in counted(record.sizes):
+    for size in counted(record.sizes, forest.label):
         first = firsts.setdefault((size.module, size.attribute), size)
         if sides.cross(first.atoms, size.atoms):
             continue
@@ -158,10 +158,14 @@ def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason
     return found
 
 
-def counted(sizes: Sequence[Size]) -> list[Size]:
-    """What attributes count, without weak evidence where there is better or where it disagrees."""
+def counted(sizes: Sequence[Size], label: Vector) -> list[Size]:
+    """What attributes count, without weak evidence where there is better or where it disagrees.
+
+    Args:
+        label: atom -> class.
+    """
     strong = {(size.module, size.attribute) for size in sizes if not size.weak}
-    differ = ambiguous(sizes)
+    differ = ambiguous(sizes, label)
     kept = []
     for size in sizes:
         key = (size.module, size.attribute)
@@ -170,14 +174,16 @@ def counted(sizes: Sequence[Size]) -> list[Size]:
     return kept
 
 
-def ambiguous(sizes: Sequence[Size]) -> set[tuple[str, str]]:
+def ambiguous(sizes: Sequence[Size], label: Vector) -> set[tuple[str, str]]:
     """The attributes, (module, name), of which weak evidence disagrees."""
     first: dict[tuple[str, str], Vector] = {}
     differ = set()
     for size in sizes:
         key = (size.module, size.attribute)
-        if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
-            differ.add(key)
+        if size.weak:
+            classes = label[size.atoms]
+            if not np.array_equal(first.setdefault(key, classes), classes):
+                differ.add(key)
     return differ
 
 
