@@ -10,5 +10,6 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     reductions,
     reshapes,
     scatters,
+    solving,
     views,
 )
