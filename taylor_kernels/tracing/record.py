@@ -27,7 +27,7 @@ Vector = npt.NDArray[np.int64]
 #: So many numbers a trace writes down at most: 2 GiB.
 MOST = 2**28
 #: Why an atom that met no other stays.
-MEETS_FIXED = "meets a tensor of fixed width"
+MEETS_FIXED = "meets a tensor of fixed width, which follows no parameter or buffer"
 
 
 @dataclass(frozen=True)

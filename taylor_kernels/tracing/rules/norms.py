@@ -12,7 +12,7 @@ from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.code import says
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.norm_calls import FUNCTIONS
-from taylor_kernels.tracing.record import NormCall, Size, Vector
+from taylor_kernels.tracing.record import MEETS_FIXED, NormCall, Size, Vector
 from taylor_kernels.tracing.steps import Norm
 
 #: Why the entry of a dimension of size one stays, among which nothing is mixed.
@@ -120,7 +120,7 @@ def batch_norm(call: Call) -> list[Labels | None]:
             tie(call, tensor.size(0), vector, index=1, weak=True)
             continue
         if labels.dims[0] is None:
-            call.refuse(vector, "meets a tensor of fixed width")
+            call.refuse(vector, MEETS_FIXED)
             continue
         call.join(vector, labels.dims[0])
         if name == "running_var":
