@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from taylor_kernels.pruning.called_norms import KeptCalls
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.across import Kept
@@ -217,6 +218,10 @@ def keep_only(
     ]
     for name, kept in channels.kept_by_norms(dead, before).items():
         hooks += _run_on(modules[name], kept, attributes.get(name, {}))
+    for name, calls in channels.kept_by_called_norms(dead, before).items():
+        called, module = KeptCalls(calls), modules[name]
+        hooks.append(module.register_forward_pre_hook(called.begin))
+        hooks.append(module.register_forward_hook(called, prepend=True, always_call=True))
     return hooks
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
+from taylor_kernels.pruning.called_norms import KeptCalls
 from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
@@ -158,7 +159,7 @@ def check_unmasked(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         hooks_behind = module._forward_hooks.values()
-        kept = [hook for hook in hooks_behind if isinstance(hook, (OnKept, KeptExperts))]
+        kept = [hook for hook in hooks_behind if isinstance(hook, (OnKept, KeptCalls, KeptExperts))]
         if kept:
             what = "router" if isinstance(kept[0], KeptExperts) else "norm"
             raise ValueError(

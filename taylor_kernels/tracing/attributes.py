@@ -131,7 +131,7 @@ def tie(
     weak: bool = False,
     settings: bool = False,
 ) -> bool:
-    """Find the attribute of the running module that counts these atoms.
+    """Find the attribute, of the module that holds the code, that counts these atoms.
 
     Args:
         vector: None only to ask.
@@ -142,20 +142,20 @@ def tie(
     names = counting(call, size, index, weak, settings)
     for attribute in names:
         if vector is not None:
-            call.record.sizes.append(Size(call.recorder.module, attribute, vector.copy(), weak))
+            call.record.sizes.append(Size(call.holder[1], attribute, vector.copy(), weak))
     return bool(names)
 
 
 def counting(
     call: Call, size: int, index: int = 0, weak: bool = False, settings: bool = False
 ) -> list[str]:
-    """The attributes of the running module that hold this size, as `tie` takes them.
+    """The attributes of the module that holds the code with this size, as `tie` takes them.
 
     Args:
         settings: else a number in its settings may, as where a dimension is cut into a grid: they
             hold so many that of other sizes some is the same by chance.
     """
-    module = call.running
+    module, _ = call.holder
     if size < 2 or module is None:
         return []
     if isinstance(module, nn.Unflatten):
@@ -177,12 +177,12 @@ def guess(call: Call, size: int, vector: Vector, *, inferred: bool = False) -> N
     Args:
         inferred: code has left it to PyTorch, so that it may be in any attribute.
     """
-    module = call.running
+    module, holder = call.holder
     if module is None or size < 2 or type(module).__module__.startswith("torch.nn."):
         return
     names = holding(module, size) if inferred else []
     for name in dict.fromkeys((*names, *_listed(module, size), *_in_settings(module, size))):
-        call.record.guesses.append(Size(call.recorder.module, name, vector.copy(), False))
+        call.record.guesses.append(Size(holder, name, vector.copy(), False))
 
 
 def _listed(module: nn.Module, size: int) -> list[str]:
@@ -230,7 +230,7 @@ def _places(module: nn.Unflatten, size: int, index: int) -> list[str]:
 def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> bool:
     """Find the list of the running module that holds the sizes of all parts of a dimension."""
     ends = [0, *(end for _, end in spans)]
-    module = call.running
+    module, holder = call.holder
     if module is None or [start for start, _ in spans] != ends[:-1]:
         return False
     sizes = [end - start for start, end in spans]
@@ -238,7 +238,7 @@ def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> b
     for attribute in names:
         for place, (start, end) in enumerate(spans):
             part = vector[start:end].copy()
-            size = Size(call.recorder.module, f"{attribute}[{place}]", part, False)
+            size = Size(holder, f"{attribute}[{place}]", part, False)
             call.record.sizes.append(size)
     return bool(names)
 
@@ -246,7 +246,7 @@ def tie_parts(call: Call, vector: Vector, spans: Sequence[tuple[int, int]]) -> b
 def tie_shape(call: Call, shape: Sequence[int], dims: Sequence[Vector | None]) -> None:
     """Find the list of the running module that holds several sizes of a new shape in their order,
     as in view(n, *self.shape): beside it an attribute may hold one of them too."""
-    module = call.running
+    module, holder = call.holder
     for attribute, values in [] if module is None else _lists(module):
         starts = [
             start
@@ -258,7 +258,7 @@ def tie_shape(call: Call, shape: Sequence[int], dims: Sequence[Vector | None]) -
         for place, vector in enumerate(dims[starts[0] : starts[0] + len(values)]):
             if vector is not None and vector.any():
                 name = f"{attribute}[{place}]"
-                call.record.sizes.append(Size(call.recorder.module, name, vector.copy(), False))
+                call.record.sizes.append(Size(holder, name, vector.copy(), False))
 
 
 def _lists(module: nn.Module) -> list[tuple[str, Sequence[int]]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.code import own_module
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import Operation, memory_of
 from taylor_kernels.tracing.record import Reason, Size, Vector
@@ -87,6 +89,14 @@ class Call:
     def running(self) -> nn.Module | None:
         """The module that runs."""
         return self.recorder.frame.module
+
+    @cached_property
+    def holder(self) -> tuple[nn.Module | None, str]:
+        """The module whose attributes the code that runs has at hand as its own, and its name: the
+        one that runs, or another of which that one's code has called a method."""
+        module = own_module()
+        name = None if module is None else self.recorder.name_of(module)
+        return (self.running, self.recorder.module) if name is None else (module, name)
 
     def reason(self, text: str, *, mixer: bool = False) -> Reason:
         """A reason that names where this happens."""

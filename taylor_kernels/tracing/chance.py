@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from taylor_kernels.tracing.operations import operation, tensors_of
 
@@ -28,24 +30,37 @@ class Draws:
 
     Attributes:
         drew: something was drawn that code may ask for.
-        asked: it may have been: another run may go another way.
+        asked: the modules whose code may have asked: in another run it may go another way.
+        module: gives the name of the module that runs.
 
     Args:
         highest: numbers just below one in place of zeros.
     """
 
     def __init__(self, *, highest: bool) -> None:
+        self.module: Callable[[], str] = str
         self._place = 1.0 - 2.0**-8 if highest else 0.0  # also below one in half precision
-        self.drew = self.asked = False
+        self.drew = False
+        self.asked: set[str] = set()
         torch.default_generator.manual_seed(int(highest))
         random.seed(int(highest))
         np.random.seed(int(highest))
         self._others = _other_states()
 
-    def close(self) -> None:
-        """The run is over."""
-        if _other_states() != self._others:
-            self.drew = self.asked = True  # in Python, where nothing else can be seen of it
+    def cross(self) -> None:
+        """The run goes into a module, leaves one, or is over."""
+        if (others := _other_states()) != self._others:
+            self._others = others
+            self.drew = True  # in Python, where nothing else can be seen of it
+            self.asked.add(self.module())
+
+    def leave(self, outer: str, output: Any) -> None:
+        """The run leaves a module for the one around it."""
+        self.cross()
+        # What it returns beside tensors may say what it has drawn, or that it is nothing.
+        says = not all(isinstance(leaf, (Tensor, type(None))) for leaf in tree_leaves(output))
+        if self.module() in self.asked and (says or output is None):
+            self.asked.add(outer)
 
     def __call__(self, func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
         """Run an operation, as a recorder's `execute`."""
@@ -54,7 +69,8 @@ class Draws:
         if known.name in _DRAWS:
             self.drew = True
             drawn = tensors_of(out)
-            self.asked |= any(t.numel() == 1 and t.dim() < 2 for t in drawn)
+            if any(t.numel() == 1 and t.dim() < 2 for t in drawn):
+                self.asked.add(self.module())
             ends = {"from": 0.0, "to": 1.0}
             if known.name == "uniform":
                 ends = {
@@ -65,8 +81,8 @@ class Draws:
             if known.name in ("rand", "rand_like", "uniform"):
                 for tensor in drawn:
                     tensor.fill_(ends["from"] + (ends["to"] - ends["from"]) * self._place)
-        elif known.name == "_local_scalar_dense":
-            self.asked |= self.drew
+        elif known.name == "_local_scalar_dense" and self.drew:
+            self.asked.add(self.module())
         return out
 
 

@@ -70,7 +70,8 @@ class Channels(Consequences, Alternatives):
     """
 
     def __init__(self, record: Record, modules: Mapping[str, nn.Module]) -> None:
-        resolution, across, record = resolve(record)
+        resolved = resolve(record)
+        resolution, record = resolved.resolution, resolved.record
         self._record = record
         label, roots = numbered(resolution.label)
         self._label = label
@@ -86,7 +87,7 @@ class Channels(Consequences, Alternatives):
         transposed = {n for n, m in modules.items() if isinstance(m, _ConvTransposeNd)}
         self._transposed = transposed & layers.sides.keys()
         tensors = {**parameters, **buffers}
-        vectors = find_vectors(record, label, dims, layers.sides, across, modules, tensors)
+        vectors = find_vectors(record, label, dims, layers.sides, resolved, modules, tensors)
         self._publish(vectors)
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
@@ -152,7 +153,7 @@ class Channels(Consequences, Alternatives):
     def normalised_together(self) -> Tensor:
         """[classes] bool: those that a norm across channels reads."""
         read = np.zeros(self._why.size, bool)
-        for _, vector in self._vectors.across.values():
+        for vector in self._vectors.normed_together:
             read[vector] = True
         return torch.from_numpy(read)
 
@@ -161,7 +162,7 @@ class Channels(Consequences, Alternatives):
         no such norm reads any of them."""
         counts = [
             np.bincount(vector, minlength=self._why.size)[classes.numpy()]
-            for _, vector in self._vectors.across.values()
+            for vector in self._vectors.normed_together
         ]
         return min((int(count[count > 0].min()) for count in counts if count.any()), default=0)
 

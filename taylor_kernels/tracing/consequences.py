@@ -71,6 +71,32 @@ class Consequences:
             if (kept := self._kept(vector, dead, before)) is not None
         }
 
+    def kept_by_called_norms(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, tuple[tuple[int, Tensor] | None, ...]]:
+        """What masking the dead units asks of norms that a module's own code calls as functions.
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
+
+        Returns:
+            Module -> for each call, in the order of one run, the channels' number and the places
+            [n] of those that it is run on; None for calls that none go of. Only modules of which
+            some go.
+        """
+        found = {}
+        for name, calls in self._vectors.called.items():
+            kept = tuple(
+                None
+                if vector is None or (places := self._kept(vector, dead, before)) is None
+                else (self._count(vector, before), places)
+                for vector in calls
+            )
+            if any(call is not None for call in kept):
+                found[name] = kept
+        return found
+
     def kept_by_routers(
         self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
     ) -> dict[str, tuple[Tensor, tuple[Result, ...]]]:

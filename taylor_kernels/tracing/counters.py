@@ -73,7 +73,7 @@ def find_counters(
                 vector = layers[name][what == "outputs"]
             if vector is not None and old is not None:
                 found.append((name, attribute, old, vector))
-    for size in counted(record.sizes):
+    for size in counted(record.sizes, label):
         listed, _, place = size.attribute.partition("[")
         kept = get_attribute(modules[size.module], listed) if place else 0
         found.append((size.module, size.attribute, kept, label[size.atoms]))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.record import NormCall
 from taylor_kernels.tracing.steps import Step
 
 
@@ -22,6 +23,7 @@ class Frame:
         first: so many vectors had been fixed before it began.
         met: the labels of all tensors that its own code had at hand.
         leaf: it has run no other module so far.
+        norms: those that its own code has called as functions.
         made: the steps in it, the tensors that they made, and the channels' dimension in these.
     """
 
@@ -33,3 +35,4 @@ class Frame:
     leaf: bool = True
     made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
     mixed: bool = False
+    norms: list[NormCall] = field(default_factory=list)

@@ -27,7 +27,7 @@ Vector = npt.NDArray[np.int64]
 #: So many numbers a trace writes down at most: 2 GiB.
 MOST = 2**28
 #: Why an atom that met no other stays.
-MEETS_FIXED = "meets a tensor of fixed width"
+MEETS_FIXED = "meets a tensor of fixed width, which follows no parameter or buffer"
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,20 @@ class Echo:
     doubt: int = 0
 
 
+class NormCall(NamedTuple):
+    """A call of a norm across channels as a function.
+
+    Attributes:
+        channels: what it normalises over; None if that has no atoms, or is several dimensions.
+        parameters: what its parameters have along them.
+        fixed: where the record's `fixed` begins and ends to speak of this call.
+    """
+
+    channels: Vector | None
+    parameters: tuple[Vector | None, ...]
+    fixed: range
+
+
 @dataclass
 class Record:
     """Everything that a run says about its atoms.
@@ -153,6 +167,7 @@ class Record:
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
+        norm_calls: the norms that modules' own code has called as functions, run by run.
         values: where tensors came from, if that is followed.
         guesses: attributes whose number is that of parts that code has left to PyTorch to count,
             and entries of lists and settings that hold a size that code wrote down.
@@ -168,6 +183,7 @@ class Record:
     fixed: list[tuple[Vector, Reason]] = field(default_factory=list)
     across: list[Across] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
+    norm_calls: list[tuple[str, list[NormCall]]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.applying import apply
 from taylor_kernels.tracing.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
+from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
@@ -59,6 +60,7 @@ class Recorder(TorchDispatchMode):
         touched: called with a tensor before something is written into it.
         hollow: which tensors have no values; None in a run of the model as it is.
         kinds: how many operations of each name have run, and what modules have returned.
+        draws: told when the run goes into a module or leaves one.
 
     Args:
         execute: runs an operation; for callers that count what runs.
@@ -91,6 +93,7 @@ class Recorder(TorchDispatchMode):
         self._outer: list[Frame] = []  # those around it
         self.returned: dict[str, Any] = {}  # by routers
         self.touched = touched
+        self.draws: Draws | None = None
         self.composite = ""  # the operation that PyTorch makes of others just now
         self._names = names
         self._until, self._seconds = time.monotonic() + seconds, seconds
@@ -98,6 +101,8 @@ class Recorder(TorchDispatchMode):
     # What module runs
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.draws is not None:
+            self.draws.cross()
         name, record = self._names.get(module, ""), self.record
         first = len(record.fixed)
         if record.values is not None:
@@ -116,10 +121,14 @@ class Recorder(TorchDispatchMode):
             self.returned[self._names.get(module, "")] = output
         if self.record.values is not None:
             self.record.values.leave(module, kwargs, output)
+        if self.draws is not None and self._outer:
+            self.draws.leave(self._outer[-1].name, output)
         while self._outer:
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
                 self.kinds[f"{type(output).__name__} of {frame.name}"] += 1
+                if frame.norms:
+                    self.record.norm_calls.append((frame.name, frame.norms))
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
@@ -136,6 +145,9 @@ class Recorder(TorchDispatchMode):
     @property
     def module(self) -> str:
         return self.frame.name
+
+    def name_of(self, module: nn.Module) -> str | None:
+        return self._names.get(module)
 
     # Labels
 

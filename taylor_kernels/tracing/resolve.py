@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -13,6 +13,7 @@ from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, grids_of
+from taylor_kernels.tracing.norm_calls import CalledNorms, accepted_calls
 from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
 
 _ROUNDS = 8
@@ -20,16 +21,32 @@ _ROUNDS = 8
 _FEW = 2**13
 
 
-def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
-    """Work out the classes, which norms across channels keep nothing, and the record that says so:
-    the given one, or one that knows more of its cuts."""
+@dataclass(frozen=True)
+class Resolved:
+    """What a run says about classes.
+
+    Attributes:
+        resolution: the classes.
+        across: the norms across channels that keep nothing.
+        called: those that are functions, by the module whose code calls them.
+        record: that says so: the given one, or one that knows more of its cuts.
+    """
+
+    resolution: Resolution
+    across: list[Across]
+    called: dict[str, CalledNorms]
+    record: Record
+
+
+def resolve(record: Record) -> Resolved:
+    """Work out the classes."""
     forest = Forest(record.count)
     lone = _join(record, forest)
     # One attribute counts the same number wherever it is used.
     firsts: dict[tuple[str, str], Size] = {}
     pairs = []
     sides = _Sides(record.tables, forest.label)
-    for size in counted(record.sizes):
+    for size in counted(record.sizes, forest.label):
         first = firsts.setdefault((size.module, size.attribute), size)
         if sides.cross(first.atoms, size.atoms):
             continue
@@ -40,6 +57,10 @@ def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
     lifted = {n for call in across for n in mixing(call, record.fixed, forest.label)}
+    called = accepted_calls(
+        record.norm_calls, record.fixed, forest.label, {call.module for call in across}
+    )
+    lifted = lifted.union(*(each.lifted for each in called.values()))
     routed = {number for mixture in record.mixtures for number in mixture.lifted}
     fixed = [
         (number, 1, vector, reason)
@@ -59,7 +80,7 @@ def resolve(record: Record) -> tuple[Resolution, list[Across], Record]:
     np.minimum.at(by_class, forest.label, why)
     if other := with_sizes_of_others(record, by_class[forest.label] != FREE):
         return resolve(other)
-    return _chosen(record, grids, forest, why, reasons), across, record
+    return Resolved(_chosen(record, grids, forest, why, reasons), across, called, record)
 
 
 def _chosen(
@@ -137,10 +158,14 @@ def _join(record: Record, forest: Forest) -> list[tuple[int, int, Vector, Reason
     return found
 
 
-def counted(sizes: Sequence[Size]) -> list[Size]:
-    """What attributes count, without weak evidence where there is better or where it disagrees."""
+def counted(sizes: Sequence[Size], label: Vector) -> list[Size]:
+    """What attributes count, without weak evidence where there is better or where it disagrees.
+
+    Args:
+        label: atom -> class.
+    """
     strong = {(size.module, size.attribute) for size in sizes if not size.weak}
-    differ = ambiguous(sizes)
+    differ = ambiguous(sizes, label)
     kept = []
     for size in sizes:
         key = (size.module, size.attribute)
@@ -149,14 +174,16 @@ def counted(sizes: Sequence[Size]) -> list[Size]:
     return kept
 
 
-def ambiguous(sizes: Sequence[Size]) -> set[tuple[str, str]]:
+def ambiguous(sizes: Sequence[Size], label: Vector) -> set[tuple[str, str]]:
     """The attributes, (module, name), of which weak evidence disagrees."""
     first: dict[tuple[str, str], Vector] = {}
     differ = set()
     for size in sizes:
         key = (size.module, size.attribute)
-        if size.weak and not np.array_equal(first.setdefault(key, size.atoms), size.atoms):
-            differ.add(key)
+        if size.weak:
+            classes = label[size.atoms]
+            if not np.array_equal(first.setdefault(key, classes), classes):
+                differ.add(key)
     return differ
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, replace
-from functools import cache
+from functools import cache, partial
 from inspect import unwrap
 from types import FunctionType
 
@@ -25,6 +25,7 @@ from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.hollow import can_be_hollow
 from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.perhaps_read import perhaps_read
 from taylor_kernels.tracing.record import Reason, Record
 from taylor_kernels.tracing.recorder import Recorder
 from taylor_kernels.tracing.running import tensors_of_modules
@@ -125,7 +126,8 @@ def learn_from_training(
     record, states = recorder.record, lasting(modules)
     record.unread = find_unread(record, states)
     if any(map(is_router, modules.values())):  # what it mixes is taken back once, for one run
-        keep_as_wide(record, record.unread, "and models with routers are traced in eval mode only")
+        why = "and models with routers are traced in eval mode only"
+        keep_as_wide(record, perhaps_read(record.unread, modules), why)
     elif record.unread or (
         asks_for_mode(modules.values()) and _runs_otherwise(recorder, modules, run, new_recorder)
     ):
@@ -166,21 +168,26 @@ def _learn_from_both_ends(
     if something is still unread; what is unread then, or could not be learnt, keeps channels."""
     parameters, buffers = tensors_of_modules(modules)
     why = ""
+    asked: set[str] = set()
     for highest in (False, True):
         draws = Draws(highest=highest)
+        other = new_recorder(draws)
+        draws.module = partial(getattr, other, "module")
+        other.draws = draws
         try:
-            _learn(recorder, parameters | buffers, run, new_recorder(draws))
+            _learn(recorder, parameters | buffers, run, other)
         except Exception as error:  # it needs targets, say, or takes too long
             why = f"and it does not run in train mode ({_short(error)})"
         finally:
-            draws.close()
+            draws.cross()
         unread = find_unread(recorder.record, states)
-        if draws.asked:
-            why = why or "and a run that chance leads another way may read it"
+        asked |= draws.asked
         if not unread or not draws.drew:
             break
-    if why and unread:
-        keep_as_wide(recorder.record, unread, why)
+    if why:
+        asked = {""}  # what it does further on is not known
+    why = why or "and a run that chance leads another way may read it"
+    keep_as_wide(recorder.record, perhaps_read(unread, modules, asked), why)
 
 
 def _learn(recorder: Recorder, tensors: Mapping[str, Tensor], run: Run, other: Recorder) -> None:
@@ -210,7 +217,10 @@ def _learn(recorder: Recorder, tensors: Mapping[str, Tensor], run: Run, other: R
 def keep_as_wide(record: Record, unread: Collection[str], why: str) -> None:
     """Channels along which one of these tensors may lie stay: all those of its widths."""
     for name in unread:
-        reason = Reason(f"is as wide as {name!r}, which no run has read, {why}")
+        reason = Reason(
+            f"is as wide as {name!r}, which no run has read, {why}; take it off the model if "
+            "nothing will"
+        )
         sizes = {size for _, own, _, size in record.starts if own == name and size > 1}
         for start, own, _, size in list(record.starts):
             if size in sizes and own not in unread:

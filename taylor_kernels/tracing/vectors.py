@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
 from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.resolve import Resolved
 from taylor_kernels.tracing.steps import Step
 from taylor_kernels.tracing.units import IN, OUT, index
 
@@ -29,6 +30,8 @@ class Vectors:
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order.
         across: norm across channels -> its last call, and the channels' classes.
+        called: module -> the channels' classes of each norm that its own code calls, None for those
+            that keep them.
         mixtures: router -> its mixture of experts, and the experts' classes.
         counters: the attributes that count channels.
     """
@@ -38,8 +41,18 @@ class Vectors:
     norms: list[tuple[str, Vector]]
     steps: list[Step]
     across: dict[str, tuple[Across, Vector]]
+    called: dict[str, tuple[Vector | None, ...]]
     mixtures: dict[str, tuple[Mixture, Vector]]
     counters: list[Counter]
+
+    @property
+    def normed_together(self) -> list[Vector]:
+        """The classes of the channels of each norm across channels."""
+        called = (vector for calls in self.called.values() for vector in calls)
+        return [
+            *(vector for _, vector in self.across.values()),
+            *(vector for vector in called if vector is not None),
+        ]
 
     def entries(
         self, gone: npt.NDArray[np.bool_], before: npt.NDArray[np.bool_] | None = None
@@ -94,6 +107,10 @@ class Vectors:
             norms=[(name, left(vector)) for name, vector in self.norms],
             steps=[step.of(left(step.inputs), left(step.outputs)) for step in self.steps],
             across={name: (call, left(vector)) for name, (call, vector) in self.across.items()},
+            called={
+                name: tuple(None if vector is None else left(vector) for vector in calls)
+                for name, calls in self.called.items()
+            },
             mixtures={name: (m, left(vector)) for name, (m, vector) in self.mixtures.items()},
             counters=[(*which, left(vector)) for *which, vector in self.counters],
         )
@@ -117,6 +134,7 @@ class Vectors:
             norms=[(name, vector) for name, vector in self.norms if not gone(name)],
             steps=steps,
             across={name: found for name, found in self.across.items() if not gone(name)},
+            called={name: calls for name, calls in self.called.items() if not gone(name)},
             mixtures={name: found for name, found in self.mixtures.items() if not gone(name)},
             counters=[counter for counter in self.counters if not gone(counter[0])],
         )
@@ -150,7 +168,8 @@ class Vectors:
             and any(np.array_equal(own[1], products[one][1]) for one in last)
         ]
         inside = f"{mixture.experts}."
-        normed = any(name.startswith(inside) for name in (*self.across, *dict(self.norms)))
+        norms = (*self.across, *self.called, *dict(self.norms))
+        normed = any(name.startswith(inside) for name in norms)
         return ExpertWeights(mixture.experts, classes, () if normed else tuple(last))
 
 
@@ -185,7 +204,7 @@ def find_vectors(
     label: Vector,
     dims: dict[tuple[str, int], Vector],
     layers: dict[str, tuple[Vector, Vector]],
-    across: Sequence[Across],
+    resolved: Resolved,
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
 ) -> Vectors:
@@ -193,18 +212,22 @@ def find_vectors(
 
     Args:
         label: the class of each atom.
-        across: the norms across channels that keep nothing.
+        resolved: what the run says of these.
         modules: dict(model.named_modules()).
         tensors: the model's parameters and buffers by their first names.
     """
     steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
-    normed = {call.module: (call, label[call.vectors[0]]) for call in across}
+    normed = {call.module: (call, label[call.vectors[0]]) for call in resolved.across}
     return Vectors(
         dims=dims,
         layers=layers,
         norms=[(norm.module, label[norm.atoms]) for norm in record.norms],
         steps=steps,
         across=normed,
+        called={
+            name: tuple(None if vector is None else label[vector] for vector in each.vectors)
+            for name, each in resolved.called.items()
+        },
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
         counters=find_counters(record, label, dims, layers, normed, steps, modules, tensors),
     )

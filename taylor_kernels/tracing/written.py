@@ -61,7 +61,7 @@ def with_written_sizes(
         if other is not None and (asked[mine].any() or asked[label[other]].any()):
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
             doubt = least
-    shared = ambiguous(record.sizes)
+    shared = ambiguous(record.sizes, label)
     shared = {
         (size.module, size.attribute)
         for size in record.sizes

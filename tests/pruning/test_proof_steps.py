@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import taylor_kernels as tk
 from taylor_kernels.pruning.groups import Group
@@ -70,7 +71,7 @@ def test_indices_after_a_removal_are_of_what_is_left(seed):
     """Removed one after the other, units take the same entries along as at once."""
     torch.manual_seed(seed)
     draw = random.Random(seed)
-    norm = draw.choice([nn.LayerNorm(12), nn.Identity()])
+    norm = draw.choice([nn.LayerNorm(12), nn.Identity(), Apply(_normalised)])
     model = nn.Sequential(
         nn.Linear(4, 12), norm, nn.Linear(12, draw.choice([6, 12])), nn.ReLU(), nn.LazyLinear(3)
     )
@@ -91,6 +92,13 @@ def test_indices_after_a_removal_are_of_what_is_left(seed):
     found = channels.kept_by_norms(then, first)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name][1], expected[name][1]) for name in found)
+    called = left.kept_by_called_norms(later), channels.kept_by_called_norms(then, first)
+    torch.testing.assert_close(*called, rtol=0, atol=0)
+
+
+def _normalised(_: nn.Module, x: Tensor) -> Tensor:
+    """With a norm that code calls beside other things."""
+    return x - functional.rms_norm(x, x.shape[-1:])
 
 
 class Kept(nn.Module):

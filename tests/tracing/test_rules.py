@@ -197,6 +197,7 @@ STAY = {
     "mean": (lambda s, x: s.inner(x) - x.mean(1, keepdim=True), "mean"),
     "cumsum": (lambda s, x: x.cumsum(1), "cumsum"),
     "by_position": (lambda s, x: x * torch.arange(8.0), "mul"),
+    "sine_positions": (lambda s, x: x + torch.arange(x.shape[1]).sin(), "follows no parameter"),
     "position_test": (
         lambda s, x: torch.where(torch.arange(x.shape[1]) < 4, x.relu(), x.sigmoid()), "where",
     ),

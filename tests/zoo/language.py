@@ -197,15 +197,16 @@ def whisper_encoder() -> Built:
     return model.model.encoder, {"input_features": inputs["input_features"]}
 
 
-def wav2vec2() -> Built:
-    """Masked steps of its stream are set to a parameter that eval mode does not read."""
+def wav2vec2(kind: str = "Wav2Vec2") -> Built:
+    """Masked steps of its stream are set to a parameter that eval mode does not read; the Conformer
+    has a layer that no code calls."""
     import transformers as hf
 
-    config = hf.Wav2Vec2Config(
+    config = getattr(hf, f"{kind}Config")(
         **COMMON, vocab_size=50, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 5),
         num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
-    return hf.Wav2Vec2ForCTC(config), {"input_values": torch.randn(1, 640)}
+    return getattr(hf, f"{kind}ForCTC")(config), {"input_values": torch.randn(1, 640)}
 
 
 def gpt_bigcode() -> Built:
@@ -278,7 +279,8 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "swin": swin, "convnext": convnext,
     "segformer": segformer, "whisper": whisper, "hf_resnet": hf_resnet,
     "albert": albert, "deberta_v2": deberta_v2, "mamba": mamba, "swinv2": swinv2,
-    "wav2vec2": wav2vec2, "gpt_bigcode": gpt_bigcode, "olmo2": olmo2, "stablelm": stablelm,
+    "wav2vec2": wav2vec2, "wav2vec2_conformer": lambda: wav2vec2("Wav2Vec2Conformer"),
+    "gpt_bigcode": gpt_bigcode, "olmo2": olmo2, "stablelm": stablelm,
     "roformer": roformer, "phi3": phi3, "mamba2": mamba2,
     "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
     "torch_transformer": lambda: (Translation(), _tokens()),

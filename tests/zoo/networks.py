@@ -77,6 +77,7 @@ NETWORKS: dict[str, Network] = {
     "efficientnet_pytorch_b0": Network("efficientnet_pytorch", vision.efficientnet, (64, 224), 81),
     "monai_unet": Network("monai", vision.monai_unet, (32, 64), 11),
     "monai_basic_unet": Network("monai", vision.monai_basic_unet, (32, 32), 22),
+    "monai_swin_unetr": Network("monai", vision.monai_swin_unetr, (64, 64), 52),
     # Those of transformers, whose streams are normalised across their channels.
     "llama": _hf("llama", 14),
     "llama_eager": _hf("llama_eager", 14),
@@ -99,6 +100,7 @@ NETWORKS: dict[str, Network] = {
     "whisper_encoder": _hf("whisper_encoder", 5),
     "mixtral": _hf("mixtral", 16),
     "wav2vec2": _hf("wav2vec2", 16),
+    "wav2vec2_conformer": _hf("wav2vec2_conformer", 27),
     "gpt_bigcode": _hf("gpt_bigcode", 8),
     "olmo2": _hf("olmo2", 14),
     "stablelm": _hf("stablelm", 14),

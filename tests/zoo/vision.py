@@ -45,3 +45,14 @@ def efficientnet(size: int) -> tuple[nn.Module, Any]:
 
     model = EfficientNet.from_name("efficientnet-b0", image_size=size)
     return model, torch.randn(1, 3, size, size)
+
+
+def monai_swin_unetr(size: int) -> tuple[nn.Module, Any]:
+    """Its encoder normalises what it returns by functions, in code that does much else."""
+    from monai.networks.nets import SwinUNETR
+
+    model = SwinUNETR(
+        in_channels=1, out_channels=2, patch_size=2, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2),
+        window_size=4, feature_size=12, spatial_dims=2,
+    )  # fmt: skip
+    return model, torch.randn(1, 1, size, size)

@@ -5,9 +5,11 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     convolutions,
     elementwise,
     joining,
+    norms,
     products,
     reductions,
     reshapes,
     scatters,
+    solving,
     views,
 )

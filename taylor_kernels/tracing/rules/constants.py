@@ -18,7 +18,7 @@ def uniform(call: Call) -> Labels:
     vectors = [np.zeros(size, np.int64) for size in shape]
     zero = call.name.endswith("zeros") or call.arg("fill_value") == 0
     counted = tuple(
-        (dim, call.recorder.module, attribute)
+        (dim, call.holder[1], attribute)
         for dim, size in enumerate(shape)
         for attribute in counting(call, size, weak=True)
     )

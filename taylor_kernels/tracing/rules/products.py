@@ -148,8 +148,8 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
     result = Labels.fixed(shape)
     vector = len(other.shape) == 1
     contract(call, one, -1, other, -1 if vector else -2)
-    rows = list(zip(one.dims[:-1], one.zero[:-1], strict=True))[-1:] if len(one.shape) > 1 else []
-    columns = [] if vector else [(other.dims[-1], other.zero[-1])]
+    rows = [(call.atoms(one, -2), one.zero[-2])] if len(one.shape) > 1 else []
+    columns = [] if vector else [(call.atoms(other, -1), other.zero[-1])]
     for place, (dim, zero) in zip(range(-len(rows) - len(columns), 0), rows + columns, strict=True):
         result.dims[place], result.zero[place] = dim, zero
     for place in range(-len(shape), -2):
@@ -157,7 +157,8 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
             labels for labels in (one, other)
             if len(labels.shape) >= -place and labels.shape[place] == shape[place]
         ]  # fmt: skip
-        wide = [b for b in batch if place + len(b.shape) not in b.repeated] or batch
+        several = [b for b in batch if not b.is_uniform and place + len(b.shape) not in b.repeated]
+        wide = several or batch
         heads = merged_vector(call, [labels.dims[place] for labels in wide])
         for labels in batch:
             if not any(labels is b for b in wide):

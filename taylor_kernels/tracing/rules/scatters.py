@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.rules.elementwise import meet, merged_vector
+from taylor_kernels.tracing.rules.elementwise import meet, merged_vector, repeated_as
 
 _INDEX = "is used as an index"
 _NUMBER = "is written by its number"
@@ -51,6 +51,8 @@ def _beside(call: Call, result: Labels, old: Labels, given: Labels, dim: int, th
     here = [labels.dims[i] for labels, i in parts if not labels.is_uniform]
     result.dims[dim] = merged_vector(call, here)
     result.zero[dim] = all(labels.is_zero(i) for labels, i in parts)
+    if old.is_uniform:
+        repeated_as(call, result.dims[dim], old, dim)
 
 
 def _scalar(call: Call, result: Labels, old: Labels, dim: int) -> None:

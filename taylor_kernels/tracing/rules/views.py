@@ -180,7 +180,7 @@ def _cut(call: Call, source: Tensor, vector: Vector, parts: list[tuple[int, int,
 
 def _counting(call: Call, part: Vector) -> list[Size]:
     """What attributes of the running module may say of the width of a part."""
-    module = call.recorder.module
+    module = call.holder[1]
     return [Size(module, attribute, part, False) for attribute in counting(call, part.size)]
 
 
@@ -278,7 +278,7 @@ def moved(call: Call) -> Labels:
 def _count_loose(call: Call, new: Labels) -> None:
     """Note which attributes say how often one place was repeated."""
     new.counted = tuple(
-        (dim, call.recorder.module, attribute)
+        (dim, call.holder[1], attribute)
         for dim in new.loose
         for attribute in counting(call, new.shape[dim])
     )

@@ -1,0 +1,167 @@
+"""Which tensors that no run has read another run of the same model may read.
+
+Code reaches a tensor by the names on its path. Where no code that a forward pass may lead to speaks
+of one of these, as of a layer that a config has put aside, nothing reads it. What chance decides
+in a module decides what that module's code does, and the modules in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+#: By these, code reaches modules and tensors without naming them.
+_UNNAMED = {"children", "named_children", "_modules", "_parameters", "_buffers"}
+#: By these too, in methods; functions that know nothing of the model ask so for other things.
+_BY_STRINGS = {
+    "getattr", "attrgetter", "methodcaller", "vars", "__dict__", "eval", "exec", "modules",
+    "named_modules", "parameters", "named_parameters", "buffers", "named_buffers", "state_dict",
+    "get_submodule", "get_parameter", "get_buffer",
+}  # fmt: skip
+#: Where other callables than functions hold those that they call.
+_PARTS = ("__func__", "__wrapped__", "func", "args", "keywords", "fget")
+_PLAIN = (str, bytes, int, float, complex, type(None))
+#: So much code is looked at; more may speak of anything.
+_MOST = 2**15
+_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
+
+
+def perhaps_read(
+    unread: Iterable[str], modules: Mapping[str, nn.Module], asked: Collection[str] = ("",)
+) -> list[str]:
+    """Those of these tensors that another run may read.
+
+    Args:
+        unread: names of parameters and buffers.
+        modules: dict(model.named_modules()).
+        asked: the modules whose code may do something else in another run.
+    """
+    paths = _paths(modules[""])
+    inside = tuple(f"{module}." if module else "" for module in asked)
+    found = {
+        name: [path for path in paths.get(name, [name]) if path.startswith(inside)]
+        for name in unread
+    }
+    if not any(found.values()):
+        return []
+    spoken = _Spoken(modules[""])
+    return [name for name, every in found.items() if any(map(spoken.reaches, every))]
+
+
+def _paths(model: nn.Module) -> dict[str, list[str]]:
+    """The first name of a tensor -> all of its names."""
+    every: dict[int, list[str]] = {}
+    for tensors in (model.named_parameters, model.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            every.setdefault(id(tensor), []).append(name)
+    return {names[0]: names for names in every.values()}
+
+
+class _Spoken:
+    """The names that code speaks of which a forward pass may lead to.
+
+    That is the code of `forward`, of methods of the model's classes by names that it speaks of, of
+    what these names are in its Python module, and of what modules hold as attributes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._classes = {type(m) for m in self._modules.values() if not _is_foreign(type(m))}
+        self._parents = {parent for own in self._classes for parent in own.__mro__}
+        self._own = {parent.__module__ for parent in self._parents}
+        self._names = {"__init__"}  # which has run
+        self._codes: set[CodeType] = set()
+        self._seen: dict[int, Any] = {}  # the values, so that their numbers stay theirs
+        self._waiting = [value for m in self._modules.values() for value in vars(m).values()]
+        self._unnamed = False
+        for name in ("forward", "__call__"):
+            self._speak(name)
+        while self._waiting and not self._unnamed:
+            self._follow(self._waiting.pop())
+        self._any = {own for own in self._classes if self._asks_by_strings(own)}
+
+    def reaches(self, path: str) -> bool:
+        """Whether code may reach the tensor of this name."""
+        outer = ""
+        for part in path.split("."):
+            own = type(self._modules.get(outer))
+            if own in self._classes - self._any and part not in self._names:
+                return self._unnamed
+            outer = f"{outer}.{part}" if outer else part
+        return True
+
+    def _speak(self, name: str) -> None:
+        if name not in self._names:
+            self._names.add(name)
+            self._waiting += [
+                vars(parent)[name]
+                for parent in self._parents
+                if name in vars(parent) and not _is_foreign(parent)
+            ]
+
+    def _follow(self, value: Any) -> None:
+        if id(value) in self._seen or isinstance(value, (Tensor, nn.Module, *_PLAIN)):
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, FunctionType):
+            if not _is_foreign(value):
+                self._read(value)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            self._waiting += value
+        elif isinstance(value, Mapping):
+            self._waiting += value.values()
+        elif isinstance(value, type):
+            # Methods of the model's classes are called by names.
+            if value not in self._parents and not _is_foreign(value):
+                self._waiting += [*vars(value).values(), *value.__bases__]
+        elif not isinstance(value, ModuleType):
+            parts = (getattr(value, name, None) for name in _PARTS)
+            self._waiting += [type(value), *getattr(value, "__dict__", {}).values(), *parts]
+
+    def _read(self, function: FunctionType) -> None:
+        codes = list(_codes(function.__code__))
+        self._codes.update(codes)
+        self._unnamed |= len(self._codes) > _MOST
+        names = {name for code in codes for name in code.co_names}
+        if function.__module__ in self._own:
+            self._unnamed |= not names.isdisjoint(_UNNAMED)
+        for name in names:
+            self._speak(name)
+        used = [function.__globals__.get(name) for name in names]
+        for value in used:
+            if isinstance(value, ModuleType) and not _is_foreign(value):
+                self._waiting += [vars(value).get(name) for name in names]
+        self._waiting += used
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                self._waiting.append(cell.cell_contents)
+
+    def _asks_by_strings(self, own: type) -> bool:
+        """Whether code of this class asks for attributes by names that it does not speak of."""
+        return any(
+            code in self._codes and not _BY_STRINGS.isdisjoint(code.co_names)
+            for parent in own.__mro__
+            if not _is_foreign(parent)
+            for method in vars(parent).values()
+            for code in _codes(getattr(method, "__code__", None))
+        )
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether code knows nothing of a model's own names: it is Python's, NumPy's or PyTorch's."""
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    return (name or "").partition(".")[0] in _FOREIGN
+
+
+def _codes(code: CodeType | None) -> Iterator[CodeType]:
+    """Code, and that of what is defined in it."""
+    if code is not None:
+        yield code
+        for value in code.co_consts:
+            if isinstance(value, CodeType):
+                yield from _codes(value)
