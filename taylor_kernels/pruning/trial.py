@@ -15,7 +15,7 @@ from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
 from taylor_kernels.pruning.defaults import widened
 from taylor_kernels.pruning.errors import innermost_module, short
-from taylor_kernels.pruning.exact_run import cut_down
+from taylor_kernels.pruning.exact_run import cut_down, repeated
 from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.held_entries import fill, fills
@@ -103,9 +103,14 @@ class Trial:
         Code may need all of the example, may make lower precision out of sight of a mode for
         functions, and may neither know float64 nor let itself be told.
         """
+        small = cut_down(example_inputs)
+        more = repeated(small)
         for self._run.below in (False, True):
-            if self._runs(tree_map(widened, cut_down(example_inputs)), all_layers=True):
-                return True
+            for given in (small,) if more is small else (more, small):
+                # What is repeated may be less than nothing, and no logarithm of it be a number.
+                runs = self._runs(tree_map(widened, given), all_layers=True)
+                if runs and (given is small or not self._first.norms[0].broken):
+                    return True
             with suppress(Exception):
                 self._runs(tree_map(widened, example_inputs))
                 return True

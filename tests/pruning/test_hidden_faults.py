@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.exact_run import SteadyNoise
+from taylor_kernels.pruning.exact_run import SteadyNoise, repeated
 from taylor_kernels.pruning.noise import Noise
 from taylor_kernels.pruning.same_outputs import Ran, difference
 from tests.tracing.pieces import Apply
@@ -179,3 +179,41 @@ def test_layers_inside_of_vmap_have_no_norm_of_their_own():
     model = nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 2))
     each = Apply(lambda s, x: torch.vmap(s.model)(x), model=model)
     assert offered(each, torch.randn(4, 5)) == {"model.0"}
+
+
+@pytest.mark.parametrize("place", [2, 3, 4])
+def test_few_rows_hide_no_literal_place(place):
+    """The first channels by a number written down, which is a part of the width by chance."""
+    torch.manual_seed(random.randrange(2**31))
+    for times in (2, 3, 6):
+        code = Apply(lambda s, h: torch.cat([h[:, :place].relu(), h[:, place:]], 1))
+        model = nn.Sequential(nn.Linear(5, place * times), code, nn.Linear(place * times, 3))
+        nn.init.zeros_(model[0].bias)
+        nn.init.normal_(model[0].weight)
+        with pytest.raises(ValueError, match="has nothing to prune"):
+            offered(model, torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 5), (2, 4, 6), (2, 3, 8, 8)])
+def test_small_examples_are_repeated_with_all_that_goes_with_them(shape):
+    x, names = torch.randn(shape), torch.arange(shape[0])
+    more = repeated({"x": x, "names": names, "n": 3})
+    times = len(more["x"]) // len(x)
+    assert times > 1
+    assert more["n"] == 3
+    assert torch.equal(more["names"], names.repeat(times))
+    assert torch.equal(more["x"][: len(x)], x)
+    assert torch.equal(more["x"][len(x) : 2 * len(x)], -x)
+    assert more["x"].numel() <= 2**12
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        torch.randn(2, 3, 64, 64), torch.randn(20, 4), torch.arange(6).view(2, 3), torch.randn(()),
+        [torch.randn(2, 3), torch.randn(4, 3)], torch.empty(0, 3),
+    ],
+    ids=["large", "many rows", "whole numbers", "no dimension", "two sizes", "empty"],
+)  # fmt: skip
+def test_other_examples_stay_as_they_are(example):
+    assert repeated(example) is example

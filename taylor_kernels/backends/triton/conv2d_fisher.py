@@ -6,8 +6,8 @@ matrix and a share of the examples. It gathers columns from the image as it goes
 square of each finished product to a second tile of registers, so no gradient leaves them. A second
 launch adds the shares in order.
 
-Sums over an example are in two levels, of spans of 64 to 256 positions and of spans. Spans are added
-one after another, and each addition is rounded: 128 of them (2^13 positions of tf32, 2^14 of
+Sums over an example are in two levels, of spans of 64 to 256 positions and of spans. Spans are
+added one after another, and each addition is rounded: 128 of them (2^13 positions of tf32, 2^14 of
 bfloat16) keep the bound of 16 units (tests/helpers/cases.py) even where all terms are of one sign,
 with an error of 3 units root mean square; it grows with the root of the positions.
 

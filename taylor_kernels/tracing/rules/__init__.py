@@ -12,4 +12,5 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     scatters,
     solving,
     views,
+    windows,
 )
