@@ -1,15 +1,12 @@
 #include "bindings/libtorch.h"
 
 #include <dlfcn.h>
-#include <malloc.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "bindings/records.h"
 
@@ -32,15 +29,6 @@ std::array<int64_t, kMostDims> contiguous_strides(int count, const int64_t* size
 }
 
 bool same(const py::object& value, const py::object& expected) { return value.equal(expected); }
-
-uint64_t word_at(const void* start, size_t at) {
-  uint64_t word;
-  std::memcpy(&word, static_cast<const char*>(start) + at, sizeof(word));
-  return word;
-}
-
-// The TensorImpl of an at::Tensor.
-void* impl_of(const void* tensor) { return *static_cast<void* const*>(tensor); }
 
 }  // namespace
 
@@ -89,40 +77,14 @@ bool LibTorch::find_handles(const py::list& samples) {
     const auto address = sample.attr("_cdata").cast<uintptr_t>();
     const auto size = static_cast<Py_ssize_t>(Py_TYPE(sample.ptr())->tp_basicsize);
     Py_ssize_t at = sizeof(PyObject);
-    while (at + Py_ssize_t(sizeof(address)) <= size && word_at(sample.ptr(), at) != address) {
-      at += sizeof(address);
+    for (uintptr_t word = 0; at + Py_ssize_t(sizeof(word)) <= size; at += sizeof(word)) {
+      std::memcpy(&word, reinterpret_cast<char*>(sample.ptr()) + at, sizeof(word));
+      if (word == address) break;
     }
     if (at >= size || (handle_at_ && at != handle_at_)) return false;
     handle_at_ = at;
   }
   return handle_at_ > 0;
-}
-
-// Dispatch keys are one word of a TensorImpl, looked for here as far as its memory goes.
-void LibTorch::find_keys(const py::list& samples, const py::list& negated, const py::object& keys) {
-  keys_at_ = 0;
-  if (keys.is_none() || samples.empty()) return;
-  plain_keys_ = keys(samples[0]).cast<uint64_t>();
-  std::vector<std::pair<const void*, uint64_t>> words;  // of TensorImpls: what each is to hold
-  size_t size = SIZE_MAX;
-  const auto add = [&](py::handle sample, bool plain) {
-    void* const impl = impl_of(handle_of(sample.ptr()));
-    words.emplace_back(impl, keys(sample).cast<uint64_t>());
-    size = std::min(size, malloc_usable_size(impl));
-    return (words.back().second == plain_keys_) == plain;
-  };
-  for (const py::handle sample : samples) {
-    if (!add(sample, true)) return;
-  }
-  for (const py::handle sample : negated) {
-    if (!add(sample, false)) return;
-  }
-  for (size_t at = sizeof(uint64_t); at + sizeof(uint64_t) <= size; at += sizeof(uint64_t)) {
-    const auto holds = [at](const auto& word) { return word_at(word.first, at) == word.second; };
-    if (!std::all_of(words.begin(), words.end(), holds)) continue;
-    keys_at_ = at;
-    return;
-  }
 }
 
 bool LibTorch::sees(py::handle sample) const {
@@ -149,35 +111,14 @@ bool LibTorch::makes() const {
 }
 
 bool LibTorch::connect(const std::string& module, const Python& python, const py::list& samples,
-                       const py::list& negated, const py::object& keys) {
+                       const py::list& negated) {
   python_ = python;
   connected_ = false;
   if (!find(module) || !find_handles(samples)) return false;
-  find_keys(samples, negated, keys);
   connected_ = true;
   for (const py::handle sample : samples) connected_ = connected_ && sees(sample);
   for (const py::handle sample : negated) connected_ = connected_ && !view(sample);
   return connected_ = connected_ && makes();
-}
-
-// Whether a tensor has the dispatch keys of the samples, which lie dense on the CPU. Layout, kind
-// of device and sign of values follow from the keys.
-bool LibTorch::is_plain(Handle tensor) const {
-  return keys_at_ && word_at(impl_of(tensor), keys_at_) == plain_keys_;
-}
-
-// Where the values of any tensor lie, if they are dense on such a device. Whether they are those in
-// memory with the sign turned (x.conj().imag) nothing but is_neg tells.
-bool LibTorch::place_of(Handle tensor, TensorView& found) const {
-  int32_t layout, device_type;
-  if (torch_.layout(tensor, &layout) || layout != strided_ ||
-      torch_.device_type(tensor, &device_type) || (device_type != cpu_ && device_type != cuda_) ||
-      torch_.device_index(tensor, &found.device_index) || torch_.is_neg(tensor)) {
-    return false;
-  }
-  found.on_gpu = device_type == cuda_;
-  if (!found.on_gpu) found.device_index = 0;
-  return true;
 }
 
 bool LibTorch::read(PyObject* object, TensorView& found) const {
@@ -185,15 +126,15 @@ bool LibTorch::read(PyObject* object, TensorView& found) const {
   if (!connected_ || (type != python_.tensor.ptr() && type != python_.parameter.ptr()))
     return false;
   const Handle tensor = handle_of(object);
-  // In this order: what has no dense values on such a device is not asked where they lie.
-  if (is_plain(tensor)) {
-    found.on_gpu = false;
-    found.device_index = 0;
-  } else if (!place_of(tensor, found)) {
+  // In this order: what has no dense values on such a device is not asked where they lie. Whether
+  // the values are those in memory with the sign turned (x.conj().imag) nothing else tells.
+  int32_t layout, device_type, dtype;
+  if (torch_.layout(tensor, &layout) || layout != strided_ ||
+      torch_.device_type(tensor, &device_type) || (device_type != cpu_ && device_type != cuda_) ||
+      torch_.device_index(tensor, &found.device_index) || torch_.dtype(tensor, &dtype) ||
+      torch_.is_neg(tensor)) {
     return false;
   }
-  int32_t dtype;
-  if (torch_.dtype(tensor, &dtype)) return false;
   int known = 0;
   while (known < 4 && dtypes_[known] != dtype) ++known;
   int64_t count;
@@ -205,6 +146,8 @@ bool LibTorch::read(PyObject* object, TensorView& found) const {
   }
   dims.count = static_cast<int>(count);
   found.dtype = static_cast<DType>(known);
+  found.on_gpu = device_type == cuda_;
+  if (!found.on_gpu) found.device_index = 0;
   return dims.elements() > 0;
 }
 
@@ -245,14 +188,14 @@ py::object LibTorch::rows(py::handle tensor, const Dims& dims, int64_t first, in
 }
 
 void define_libtorch(py::module_& m) {
-  m.def("connect_libtorch", [](const std::string& module, py::object tensor, py::object parameter,
-                               py::object empty, py::object fills_memory, const py::list& samples,
-                               const py::list& negated, const py::object& keys) {
-    // Classes and functions of torch, held as long as this module is.
-    const LibTorch::Python python{tensor.release(), parameter.release(), empty.release(),
-                                  fills_memory.release()};
-    return libtorch.connect(module, python, samples, negated, keys);
-  });
+  m.def("connect_libtorch",
+        [](const std::string& module, py::object tensor, py::object parameter, py::object empty,
+           py::object fills_memory, const py::list& samples, const py::list& negated) {
+          // Classes and functions of torch, held as long as this module is.
+          const LibTorch::Python python{tensor.release(), parameter.release(), empty.release(),
+                                        fills_memory.release()};
+          return libtorch.connect(module, python, samples, negated);
+        });
 }
 
 }  // namespace tk

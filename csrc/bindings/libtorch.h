@@ -40,9 +40,8 @@ class LibTorch {
 
   // True: everything was found in the libraries of the extension module at this path, views of
   // `samples` say what their attributes say, and the values of `negated` are known to be so.
-  // `keys` tells a tensor's dispatch keys as a number; None if PyTorch does not.
   bool connect(const std::string& module, const Python& python, const py::list& samples,
-               const py::list& negated, const py::object& keys);
+               const py::list& negated);
 
   // Views a tensor of those two classes that a kernel could read where it lies. False: it is of
   // another class, which may hold its values elsewhere, has none or other values, more dimensions,
@@ -83,9 +82,6 @@ class LibTorch {
 
   bool find(const std::string& module);
   bool find_handles(const py::list& samples);
-  void find_keys(const py::list& samples, const py::list& negated, const py::object& keys);
-  bool is_plain(Handle tensor) const;
-  bool place_of(Handle tensor, TensorView& found) const;
   bool sees(py::handle sample) const;
   bool makes() const;
   Handle handle_of(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + handle_at_; }
@@ -96,8 +92,6 @@ class LibTorch {
   int32_t strided_, cpu_, cuda_, dtypes_[4];  // codes of PyTorch's; the dtypes as DType has them
   Python python_;
   Py_ssize_t handle_at_ = 0;  // of the at::Tensor in a Python tensor, in bytes
-  size_t keys_at_ = 0;        // of the dispatch keys in a TensorImpl, in bytes; 0: not known
-  uint64_t plain_keys_ = 0;   // those of the samples
 };
 
 inline LibTorch libtorch;

@@ -47,13 +47,8 @@ def _connect() -> bool:
             torch.are_deterministic_algorithms_enabled,
             samples,
             [torch._neg_view(sample) for sample in samples],
-            _dispatch_keys if hasattr(torch._C, "_dispatch_keys") else None,
         )
     )
-
-
-def _dispatch_keys(tensor: Tensor) -> int:
-    return int(torch._C._dispatch_keys(tensor).raw_repr())
 
 
 #: Whether `_native` makes calls of tensors.
