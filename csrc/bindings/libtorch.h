@@ -43,9 +43,12 @@ class LibTorch {
   bool connect(const std::string& module, const Python& python, const py::list& samples,
                const py::list& negated);
 
-  // Of a tensor of those two classes that a kernel could read where it lies, or nothing: not of
-  // another class, which may hold its values elsewhere, of none or other values, of more
-  // dimensions, empty.
+  // Views a tensor of those two classes that a kernel could read where it lies. False: it is of
+  // another class, which may hold its values elsewhere, has none or other values, more dimensions,
+  // or is empty.
+  bool read(PyObject* object, TensorView& found) const;
+
+  // The same, or nothing.
   std::optional<TensorView> view(py::handle object) const {
     std::optional<TensorView> found(std::in_place);
     if (!read(object.ptr(), *found)) found.reset();
@@ -77,7 +80,6 @@ class LibTorch {
     PyObject* (*wrap)(Handle);  // likewise
   };
 
-  bool read(PyObject* object, TensorView& found) const;
   bool find(const std::string& module);
   bool find_handles(const py::list& samples);
   bool sees(py::handle sample) const;

@@ -58,29 +58,52 @@ py::list split(const Plan<ParameterList>& plan, py::object table, int axis) {
   int64_t first = 0;
   for (size_t i = 0; i < items.size(); ++i) {
     const int64_t count = axis ? columns_of(items[i]) : items[i].rows;
-    parts[i] = libtorch.rows(table, whole->dims, first, count);
+    PyList_SET_ITEM(parts.ptr(), i,
+                    libtorch.rows(table, whole->dims, first, count).release().ptr());
     first += count;
   }
   return parts;
 }
 
+// An int for all of a list, or a list of one for each.
+class Ints {
+  py::object values_;
+  int64_t least_, one_ = -1;  // -1: not an int that fits
+
+ public:
+  Ints(py::handle values, int64_t least) : values_(own(values)), least_(least) {
+    if (!listed()) one_ = integer(values_.ptr(), least).value_or(-1);
+  }
+  bool listed() const { return PyList_Check(values_.ptr()); }
+  bool fits(Py_ssize_t count) const {
+    return listed() ? PyList_GET_SIZE(values_.ptr()) == count : true;
+  }
+  // Of the i-th, or -1. No optional: to copy one takes as long as to read a tensor.
+  int64_t of(Py_ssize_t i) const {
+    return listed() ? integer(PyList_GET_ITEM(values_.ptr(), i), least_).value_or(-1) : one_;
+  }
+};
+
 // A tensor that belongs to a weight and lies in memory as it does: its address.
 bool beside(py::handle values, Py_ssize_t i, const TensorView& weight, bool channels_last,
             const void** address) {
   if (values.is_none()) return true;
-  const auto found = libtorch.view(at(values, i));
-  if (!found || !found->like(weight)) return false;
-  if (!(channels_last ? found->dims.dense(1) : found->dims.contiguous())) return false;
-  *address = found->data;
+  TensorView found;
+  if (!libtorch.read(at(values, i), found) || !found.like(weight)) return false;
+  if (!found.dims.same_strides(weight.dims) &&
+      !(channels_last ? found.dims.dense(1) : found.dims.contiguous())) {
+    return false;
+  }
+  *address = found.data;
   return true;
 }
 
-std::optional<ParameterItem> parameter(const TensorView& weight, int64_t groups, bool cols) {
+bool read_weight(const TensorView& weight, int64_t groups, bool cols, ParameterItem& item) {
   const Dims& dims = weight.dims;
-  if (dims.size[0] % groups || (cols && dims.count < 2)) return {};
+  // Most have one group, and a division takes as long as reading a tensor.
+  if ((groups != 1 && dims.size[0] % groups) || (cols && dims.count < 2)) return false;
   const bool contiguous = dims.contiguous();
-  if (!contiguous && !(dims.count > 1 && dims.dense(1))) return {};
-  ParameterItem item{};
+  if (!contiguous && !(dims.count > 1 && dims.dense(1))) return false;
   item.weight = weight.data;
   item.rows = dims.size[0];
   item.channels = dims.count > 1 ? dims.size[1] : 1;
@@ -89,7 +112,7 @@ std::optional<ParameterItem> parameter(const TensorView& weight, int64_t groups,
   item.groups = groups;
   item.dtype = weight.dtype;
   item.channels_last = !contiguous;
-  return item;
+  return true;
 }
 
 bool same_table(const TensorView& weight, const TensorView& first) {
@@ -100,40 +123,35 @@ bool same_table(const TensorView& weight, const TensorView& first) {
 // them or None; groups and streams, an int or a list of one for each, streams None for the place in
 // the list; whether columns are wanted.
 struct Given {
-  py::object weights, grads, hvps, groups, streams;
+  py::object weights, grads, hvps;
+  Ints groups, streams;
+  bool by_place;  // streams are
   bool cols;
 
   bool fits() const {
     const bool listed = PyList_Check(weights.ptr());
-    for (const py::handle values : {grads, hvps, groups, streams}) {
-      if (PyList_Check(values.ptr()) && PyList_GET_SIZE(values.ptr()) != count()) return false;
-    }
     for (const py::handle values : {grads, hvps}) {
-      if (!values.is_none() && PyList_Check(values.ptr()) != listed) return false;
+      if (values.is_none()) continue;
+      if (PyList_Check(values.ptr()) != listed) return false;
+      if (listed && PyList_GET_SIZE(values.ptr()) != count()) return false;
     }
-    return count() > 0;
+    return groups.fits(count()) && streams.fits(count()) && count() > 0;
   }
 
   Py_ssize_t count() const {
     return PyList_Check(weights.ptr()) ? PyList_GET_SIZE(weights.ptr()) : 1;
   }
 
-  // The parameter at place i, whose sums go to one table with those of `first`, if there is one.
-  std::optional<ParameterItem> item(Py_ssize_t i, std::optional<TensorView>& first) const {
-    const auto weight = libtorch.view(at(weights, i));
-    const auto of_groups = integer(at(groups, i), 1);
-    if (!weight || !of_groups) return {};
-    if (!first) first = weight;
-    auto found = parameter(*weight, *of_groups, cols);
-    if (!found || !same_table(*weight, *first) ||
-        !beside(grads, i, *weight, found->channels_last, &found->grad) ||
-        !beside(hvps, i, *weight, found->channels_last, &found->hvp)) {
-      return {};
-    }
-    const auto stream = streams.is_none() ? std::optional<int64_t>(i) : integer(at(streams, i), 0);
-    if (!stream) return {};
-    found->stream = static_cast<uint32_t>(*stream);
-    return found;
+  // Reads the parameter at place i, whose sums go to one table with those of the first.
+  bool read(Py_ssize_t i, TensorView& first, ParameterItem& item) const {
+    TensorView weight;
+    const int64_t of_groups = groups.of(i), stream = by_place ? i : streams.of(i);
+    if (of_groups < 0 || stream < 0 || !libtorch.read(at(weights, i), weight)) return false;
+    if (i == 0) first = weight;
+    item.stream = static_cast<uint32_t>(stream);
+    return same_table(weight, first) && read_weight(weight, of_groups, cols, item) &&
+           beside(grads, i, weight, item.channels_last, &item.grad) &&
+           beside(hvps, i, weight, item.channels_last, &item.hvp);
   }
 };
 
@@ -145,32 +163,32 @@ py::object call_parameters(void (*run)(const ParameterList&, int), py::handle we
                            py::handle grads, py::handle hvps, py::handle groups, py::handle streams,
                            bool rows, bool cols, int64_t sums, py::int_ seed, uint32_t chosen,
                            int threads) {
-  const Given given{own(weights), own(grads), own(hvps), own(groups), own(streams), cols};
+  const Given given{own(weights),     own(grads),        own(hvps), Ints(groups, 1),
+                    Ints(streams, 0), streams.is_none(), cols};
   if (!given.fits()) return py::none();
   Plan<ParameterList> plan{{}, py::make_tuple(given.weights, given.grads, given.hvps)};
-  plan.call.items.reserve(given.count());
+  plan.call.items.resize(given.count());
   int64_t filters[] = {0, 0};
-  std::optional<TensorView> first;
+  TensorView first{};
   for (Py_ssize_t i = 0; i < given.count(); ++i) {
-    const auto item = given.item(i, first);
-    if (!item) return py::none();
-    filters[0] += item->rows;
-    filters[1] += columns_of(*item);
-    plan.call.items.push_back(*item);
+    ParameterItem& item = plan.call.items[i];
+    if (!given.read(i, first, item)) return py::none();
+    filters[0] += item.rows;
+    filters[1] += columns_of(item);
   }
-  if (first->on_gpu || threads == 0) {
-    return handed_over(std::move(plan), *first, py::make_tuple(filters[0], filters[1]));
+  if (first.on_gpu || threads == 0) {
+    return handed_over(std::move(plan), first, py::make_tuple(filters[0], filters[1]));
   }
   py::list found(rows + cols);
   void* tables[] = {nullptr, nullptr};
   for (const int axis : {0, 1}) {
     if (!(axis ? cols : rows)) continue;
     const int64_t sizes[] = {filters[axis], sums};
-    Made table = libtorch.empty(sums ? 2 : 1, sizes, sums_of(*first));
+    Made table = libtorch.empty(sums ? 2 : 1, sizes, sums_of(first));
     tables[axis] = table.data;
     found[axis && rows] = std::move(table.tensor);
   }
-  const int64_t bytes = std::max<int64_t>(sums, 1) * size_of(sums_of(*first));
+  const int64_t bytes = std::max<int64_t>(sums, 1) * size_of(sums_of(first));
   set_tables(plan.call, tables[0], tables[1], bytes);
   plan.call.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());  // as a number of 64 bits
   plan.call.sums = chosen;

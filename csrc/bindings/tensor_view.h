@@ -44,6 +44,12 @@ struct Dims {
     for (int d = 0; same && d < count; ++d) same = size[d] == other.size[d];
     return same;
   }
+
+  bool same_strides(const Dims& other) const {
+    bool same = count == other.count;
+    for (int d = 0; same && d < count; ++d) same = stride[d] == other.stride[d];
+    return same;
+  }
 };
 
 struct TensorView {

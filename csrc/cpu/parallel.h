@@ -30,6 +30,7 @@ void ordered_tasks(int64_t tasks, int threads, MakeWorker make_worker) {
   using Worker = decltype(make_worker());
   struct Shared {
     int64_t tasks;
+    bool alone;
     std::vector<Worker> workers;  // allocated before any thread starts, so that none can fail later
     std::atomic<int64_t> next{0}, merged{0};
     std::atomic<size_t> joined{0};
@@ -37,13 +38,18 @@ void ordered_tasks(int64_t tasks, int threads, MakeWorker make_worker) {
 
   threads = static_cast<int>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(tasks, 1)));
   shared.tasks = tasks;
+  shared.alone = threads == 1;
   shared.workers.reserve(threads);
   for (int i = 0; i < threads; ++i) shared.workers.push_back(make_worker());
 
   auto work = [](void* data) {
     auto& all = *static_cast<Shared*>(data);
     Worker& worker = all.workers[all.joined.fetch_add(1)];
-    for (int64_t task; (task = all.next.fetch_add(1, std::memory_order_relaxed)) < all.tasks;) {
+    // A thread alone counts by itself: to ask the shared counter takes as long as a tiny task.
+    const auto after = [&](int64_t task) {
+      return all.alone ? task + 1 : all.next.fetch_add(1, std::memory_order_relaxed);
+    };
+    for (int64_t task = after(-1); task < all.tasks; task = after(task)) {
       worker.run(task);
       const int64_t index = worker.merge_index(task);
       if (index < 0) continue;
