@@ -96,7 +96,7 @@ inline void add_lanes(const V (&sums)[n][kRegistersOf<typename SumOf<V>::Scalar>
     const Q high = left > 2 ? pair(std::integral_constant<int, 2>()) : low;
     const Q sum = __builtin_shufflevector(low, high, 0, 2, 4, 6) +
                   __builtin_shufflevector(low, high, 1, 3, 5, 7);
-    if constexpr (left == 4)
+    if constexpr (left == 4 && kRegisterBytes >= 32)  // one register of doubles
       add_four(__builtin_convertvector(sum, Four), totals + at);
     else
       for (int i = 0; i < left; ++i) totals[at + i] += static_cast<double>(sum[i]);
