@@ -50,6 +50,14 @@ struct Quad {
 template <typename V>
 using QuadOf = typename Quad<typename SumOf<V>::Scalar>::Vector;
 
+using Four = Quad<double>::Vector;
+[[gnu::always_inline]] inline void add_four(Four terms, double* totals) {
+  Four sum;
+  std::memcpy(&sum, totals, sizeof(sum));
+  sum += terms;
+  std::memcpy(totals, &sum, sizeof(sum));
+}
+
 // Lane i with i + 8, then + 4.
 template <typename V>
 inline QuadOf<V> fold(const V (&v)[kRegistersOf<typename SumOf<V>::Scalar>]) {
@@ -88,7 +96,10 @@ inline void add_lanes(const V (&sums)[n][kRegistersOf<typename SumOf<V>::Scalar>
     const Q high = left > 2 ? pair(std::integral_constant<int, 2>()) : low;
     const Q sum = __builtin_shufflevector(low, high, 0, 2, 4, 6) +
                   __builtin_shufflevector(low, high, 1, 3, 5, 7);
-    for (int i = 0; i < left; ++i) totals[at + i] += static_cast<double>(sum[i]);
+    if constexpr (left == 4 && kRegisterBytes >= 32)  // one register of doubles
+      add_four(__builtin_convertvector(sum, Four), totals + at);
+    else
+      for (int i = 0; i < left; ++i) totals[at + i] += static_cast<double>(sum[i]);
   });
 }
 

@@ -28,6 +28,17 @@ constexpr int columns() {
     return Op::kSums;
 }
 
+// Whether a table holds the sums of a filter as they are, side by side.
+template <class Op>
+bool wants_all(const Op& op) {
+  if constexpr (requires { Op::kColumns; }) {
+    constexpr uint32_t kAll = (1u << Op::kColumns) - 1;
+    return Op::kSums == Op::kColumns && (op.wanted & kAll) == kAll;
+  } else {
+    return true;
+  }
+}
+
 // The row of a filter in a table; `sum(m)` is its sum m. A column that was not wanted is NaN.
 template <class Op, typename S, class Sum>
 [[gnu::always_inline]] inline void write_row(const Op& op, const Sum& sum, S* row) {
@@ -139,7 +150,7 @@ template <class Op, bool kRows, int kCount, typename T, class Multiplier>
     row_w[row] = w + start;
     row_multiplier[row] = multipliers[row].from(start);
   }
-  V sums[kCount][Op::kSums][kRegistersOf<S>];
+  V sums[kCount * Op::kSums][kRegistersOf<S>];
   unrolled<kPasses>([&](auto pass) __attribute__((always_inline)) {
     V part[kCount][Op::kSums][kEach] = {};
     S* column = strip.sums[0][0];
@@ -181,10 +192,10 @@ template <class Op, bool kRows, int kCount, typename T, class Multiplier>
       });
     for (int row = 0; row < kCount; ++row)
       for (int m = 0; m < Op::kSums; ++m)
-        for (int k = 0; k < kEach; ++k) sums[row][m][pass * kEach + k] = part[row][m][k];
+        for (int k = 0; k < kEach; ++k)
+          sums[row * Op::kSums + m][pass * kEach + k] = part[row][m][k];
   });
-  if (kRows)
-    for (int row = 0; row < kCount; ++row) add_lanes(sums[row], row_sums[first_row + row]);
+  if (kRows) add_lanes(sums, row_sums[first_row]);  // of all rows: their totals lie side by side
 }
 
 template <class Op, bool kRows, typename T, class Multiplier>

@@ -137,6 +137,7 @@ class MomentWorker {
     // Positions of a channel that lie side by side.
     const int64_t side = item.channels_last ? 1 : item.kernel;
     int64_t channel = begin / side % item.channels;
+    if (side == 1) return fold_apart(item.channels, channel, width, strip);
     int64_t end = side - begin % side;
     for (int64_t i = 0; i < width; end += side) {
       double totals[Op::kSums];
@@ -145,6 +146,43 @@ class MomentWorker {
         unrolled<Op::kSums>([&](auto m) { totals[m] += strip.sums[i / kLanes][m][i % kLanes]; });
       unrolled<Op::kSums>([&](auto m) { sums[channel][m] = totals[m]; });
       if (++channel == item.channels) channel = 0;
+    }
+  }
+
+  // The same where neighbours belong to different channels, from `channel` on: four positions of
+  // four sums are turned into four sums of each position, and added at once.
+  template <typename S>
+  void fold_apart(int64_t channels, int64_t channel, int64_t width, const Strip<Op, S>& strip) {
+    constexpr int kFours = Op::kSums / 4 * 4;
+    Sums<Op>* sums = cols_.get() - first_col_;
+    for (int64_t i = 0; i < width;) {
+      const auto& from = strip.sums[i / kLanes];
+      const int64_t at = i % kLanes;
+      if (kFours && at % 4 == 0 && i + 4 <= width && channel + 4 <= channels) {
+        unrolled<kFours / 4>([&](auto group) {
+          typename Quad<S>::Vector q[4];
+          for (int m = 0; m < 4; ++m) std::memcpy(&q[m], from[4 * group + m] + at, sizeof(q[m]));
+          const auto a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
+          const auto b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+          const auto c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+          const auto d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+          const typename Quad<S>::Vector turned[] = {
+              __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+              __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+          unrolled<4>([&](auto k) {
+            add_four(__builtin_convertvector(turned[k], Four), sums[channel + k] + 4 * group);
+          });
+        });
+        for (int k = 0; k < 4; ++k)
+          for (int m = kFours; m < Op::kSums; ++m) sums[channel + k][m] += from[m][at + k];
+        i += 4;
+        channel += 4;
+      } else {
+        unrolled<Op::kSums>([&](auto m) { sums[channel][m] += from[m][at]; });
+        ++i;
+        ++channel;
+      }
+      if (channel == channels) channel = 0;
     }
   }
 
@@ -185,6 +223,10 @@ class MomentWorker {
   void write(const Scratch<Op>& sums, int64_t filters, void* out, int64_t first) const {
     const double* from = sums.values.data();
     S* row = static_cast<S*>(out) + first * columns<Op>();
+    if (wants_all(op_)) {  // in most calls: conversions alone, several at once
+      for (int64_t i = 0; i < filters * Op::kSums; ++i) row[i] = static_cast<S>(from[i]);
+      return;
+    }
     for (int64_t f = 0; f < filters; ++f, from += Op::kSums, row += columns<Op>())
       write_row(op_, [from](int m) { return static_cast<S>(from[m]); }, row);
   }
