@@ -33,12 +33,12 @@ BOUNDS = {
     "filter_moments both": (
         f"sum_strip<.*{FIVE}, true, 2, float",
         (4, 7),
-        (38, 23, 23, 30),
+        (38, 23, 23, 27),
     ),
     "filter_moments columns": (
         f"sum_strip<.*{FIVE}, false, 2, float",
         (4, 4),
-        (23, 16, 18, 23),
+        (23, 16, 18, 17),
     ),
     "filter_moments bfloat16": (
         f"sum_rows<.*{FIVE}, .*BFloat16",
@@ -48,16 +48,16 @@ BOUNDS = {
     "filter_moments float16": (
         f"sum_rows<.*{FIVE}, .*Half",
         (12, 4),
-        (120, 11, 13, 15),
+        (120, 11, 12, 15),
     ),
     "filter_moments one of rows": ("sum_rows<.*FilterMoments<1>, float", (2, 2), (0, 5, 6, 6)),
     "filter_moments one of both": (
         "sum_strip<.*FilterMoments<1>, true, 2, float",
         (2, 3),
-        (0, 10, 14, 17),
+        (0, 7, 9, 17),
     ),
-    "second_order_moments rows": ("sum_rows<.*SecondOrderMoments, float", (3, 3), (11, 8, 9, 9)),
-    "hutchinson_moments rows": ("sum_rows<.*HutchinsonMoments, float", (2, 2), (22, 17, 19, 19)),
+    "second_order_moments rows": ("sum_rows<.*SecondOrderMoments, float", (3, 3), (11, 7, 8, 9)),
+    "hutchinson_moments rows": ("sum_rows<.*HutchinsonMoments, float", (2, 2), (22, 17, 18, 19)),
     "gate_gradients rows": ("sum_runs<false, float", (1, 1), (5, 3, 3, 4)),
     "gate_gradients channels": ("sum_channels<[48], false, float", (1, 1), (6, 4, 4, 5)),
 }
