@@ -136,7 +136,8 @@ class Echo:
         vector: what is given the size.
         others: what else has it, in the order in which it was met.
         where: module and operation.
-        doubt: greater where an attribute has this size too, and more so where it counts these.
+        doubt: greater where an attribute has this size too, more so where it counts these, and
+            most where the size is a product of several.
     """
 
     vector: Vector

@@ -199,6 +199,11 @@ class Recorder(TorchDispatchMode):
         if found:
             self.record.echoes.append(Echo(vector.copy(), tuple(found), where, doubt))
 
+    def meets(self, width: int) -> bool:
+        """Whether the running module's code has met a tensor that is as wide, in channels."""
+        every = (dim for labels in self.frame.met for dim in labels.dims)
+        return any(dim is not None and dim.size == width for dim in every)
+
     def as_wide(self, vector: Vector, *, first: bool = False) -> list[Vector]:
         """Other vectors of this size, of tensors that the running module's code has met.
 

@@ -100,7 +100,7 @@ def _guessed(
 def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -> int:
     """`Echo.doubt`, once it is known what the attributes of each module count."""
     counts = (echo.where[0], label[echo.vector].tobytes()) in counting
-    return 2 if echo.doubt and counts else echo.doubt
+    return max(2, echo.doubt) if echo.doubt and counts else echo.doubt
 
 
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:

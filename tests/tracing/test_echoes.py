@@ -127,6 +127,10 @@ CUTS = {
     "one reshape": lambda a, qkv, x: (
         qkv.reshape(*x.shape[:2], 3, a.heads, x.size(-1) // a.heads).permute(2, 0, 3, 1, 4).unbind()
     ),
+    "each by itself": lambda a, qkv, x: [
+        part.view(*x.shape[:2], a.heads, x.size(-1) // a.heads).transpose(1, 2)
+        for part in qkv.chunk(3, dim=2)
+    ],
     "chunks": lambda a, qkv, x: [
         part.view(*x.shape[:2], a.heads, -1).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
     ],
@@ -136,27 +140,32 @@ CUTS = {
 class Attention(nn.Module):
     """As nanoGPT and timm write it: heads are put side by side as wide as the stream."""
 
-    def __init__(self, heads, head_size, cut):
+    def __init__(self, heads, head_size, cut, inferred=False):
         super().__init__()
         width = heads * head_size
-        self.heads, self.cut = heads, cut
+        self.heads, self.cut, self.inferred = heads, cut, inferred
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x):
         batch, length, width = x.shape
         q, k, v = self.cut(self, self.qkv(x), x)
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+        side_by_side = -1 if self.inferred else width
+        return x + self.out(y.transpose(1, 2).reshape(batch, length, side_by_side))
 
 
-@pytest.mark.parametrize("cut", CUTS)
+#: Where PyTorch works out the width of heads side by side, only how they are cut ties them.
+@pytest.mark.parametrize(
+    ("cut", "inferred"),
+    [*((cut, False) for cut in CUTS), *((cut, True) for cut in CUTS if cut != "chunks")],
+)
 @pytest.mark.parametrize("seed", range(2))
-def test_heads_go_with_channels_of_the_stream(cut, seed):
+def test_heads_go_with_channels_of_the_stream(cut, inferred, seed):
     draw = random.Random(f"{cut} {seed}")
     torch.manual_seed(seed)
     heads, size, layers = draw.randint(4, 6), draw.randint(2, 5), draw.randint(1, 3)
     model = nn.Sequential(nn.Embedding(9, heads * size))
-    model.extend(Attention(heads, size, CUTS[cut]) for _ in range(layers))
+    model.extend(Attention(heads, size, CUTS[cut], inferred) for _ in range(layers))
     model.append(nn.Linear(heads * size, 3))
     tokens = torch.randint(9, (1, 5))
     pruner, optimizer = judging.new_pruner(model, tokens, 0.6)

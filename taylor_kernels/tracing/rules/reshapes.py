@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from math import prod
 
 import numpy as np
 
@@ -112,6 +113,8 @@ def reshaped(
             else:
                 may = [place for place, i in enumerate(theirs) if i in allowed]
             axes = call.record.grid(grid, call.where, allowed=may)
+            if not any(i in inferred for i in theirs):
+                _echo_parts(call, flat, grid.shape, axes)
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
                 new.dims[i], new.zero[i] = axis, zero
@@ -122,6 +125,22 @@ def reshaped(
                 if parts:
                     guess(call, new.shape[i], axis, inferred=i in inferred)
     return new
+
+
+def _echo_parts(
+    call: Call, flat: Vector, sizes: Sequence[int], axes: Sequence[Vector | None]
+) -> None:
+    """All of a dimension that is cut, or what is in each of its first parts, may be as wide as
+    another tensor: `qkv.view(n, t, 3, heads, width // heads)`.
+
+    Doubtful, as any of the sizes may be a constant.
+    """
+    call.recorder.echo(flat, call.where, 3)
+    for begin in range(1, len(sizes) - 1):
+        if call.recorder.meets(prod(sizes[begin:])):
+            part = call.record.merge(sizes[begin:], axes[begin:], call.where)
+            if part is not None:
+                call.recorder.echo(part, call.where, 3)
 
 
 def _tie_whole(call: Call, size: int, vector: Vector | None) -> bool:
