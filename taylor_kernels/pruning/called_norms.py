@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from taylor_kernels.tracing.code import running_module
+from taylor_kernels.tracing.code import is_run_again, running_module
 
 #: Function -> the names of its arguments; those from the third on lie along the channels if they
 #: are tensors.
@@ -73,16 +73,23 @@ class _OnKept(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in _NORMS or running_module() is not self._module:
             return func(*args, **kwargs)
+        if is_run_again():
+            raise self._error("calls a norm inside of a checkpoint, which would run it unmasked")
         number, self._number = self._number, self._number + 1
         if number >= len(self._calls):
-            raise self._another(f"calls more than {len(self._calls)} norms")
+            raise self._error(
+                f"calls more than {len(self._calls)} norms, unlike on the example inputs"
+            )
         if (call := self._calls[number]) is None:
             return func(*args, **kwargs)
         given = dict(zip(_NORMS[func], args, strict=False)) | dict(kwargs)
         width, places = call
         whole, shape = given.pop("input"), given.pop("normalized_shape")
         if [*shape] != [width] or whole.size(-1) != width:
-            raise self._another(f"normalises over {tuple(shape)} and not {width} channels")
+            raise self._error(
+                f"normalises over {tuple(shape)} and not {width} channels, unlike on the example "
+                "inputs"
+            )
         places = places.to(whole.device)
         for name in ("weight", "bias"):
             if given.get(name) is not None:
@@ -90,8 +97,8 @@ class _OnKept(TorchFunctionMode):
         found = func(whole.index_select(-1, places), [places.numel()], **given)
         return found.new_zeros(whole.shape).index_copy(-1, places, found)
 
-    def _another(self, what: str) -> RuntimeError:
+    def _error(self, what: str) -> RuntimeError:
         return RuntimeError(
             f"model: the code of a {type(self._module).__name__} some of whose channels are masked "
-            f"{what}, unlike on the example inputs; compact() first"
+            f"{what}; compact() first"
         )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from torch import nn
+from torch.utils import checkpoint
 
 #: What runs the code of a module.
 _CALLS = inspect.unwrap(nn.Module._call_impl).__code__
@@ -40,6 +41,12 @@ def own_module() -> nn.Module | None:
             if isinstance(found, nn.Module):
                 return found
     return None
+
+
+def is_run_again() -> bool:
+    """Whether that code is called by a checkpoint (torch.utils), which runs it again in backward()
+    without calling the module."""
+    return any(frame.f_code.co_filename == checkpoint.__file__ for frame in _frames())
 
 
 def says(number: int) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import taylor_kernels as tk
 from tests.zoo import judging
@@ -208,3 +209,41 @@ def test_calls_of_other_channels_in_each_run_of_a_module_keep_these():
     found = tk.trace(Twice(), torch.randn(4, 3)).skipped
     assert "mixed with other channels (layer_norm in 'shared')" in found["one"]
     assert "mixed with other channels (layer_norm in 'shared')" in found["two"]
+
+
+class Checkpointed(nn.Module):
+    """Runs a method that normalises once more in backward(), always or in training alone."""
+
+    def __init__(self, reentrant: bool, always: bool) -> None:
+        super().__init__()
+        self.reentrant, self.always = reentrant, always
+        self.enter, self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def part(self, x: Tensor) -> Tensor:
+        return self.down(F.layer_norm(self.up(x), (self.up.out_features,)).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        if self.always or self.training:
+            return checkpoint(self.part, x, use_reentrant=self.reentrant)
+        return self.part(x)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("always", [True, False])
+def test_what_a_checkpoint_runs_again_is_never_run_unmasked(reentrant, always):
+    """Gradients would be of another pass than the loss."""
+    model = nn.Sequential(Checkpointed(reentrant, always), nn.Linear(8, 2))
+    x, kept = torch.randn(16, 3), ["0.enter", "0.down"]
+    if always:
+        with pytest.raises(ValueError, match="inside of a checkpoint"):
+            tk.Pruner(model, x, filters=0.8, ignore=kept)
+        return
+    pruner = tk.Pruner(model, x, "taylor_fo", filters=0.8, every=1, per_step=1, ignore=kept)
+    model.train()
+    model(x).square().sum().backward()
+    pruner.step()  # masks one unit
+    with pytest.raises(RuntimeError, match=r"inside of a checkpoint.*compact\(\) first"):
+        model(x)
+    pruner.compact()
+    model(x).square().sum().backward()
