@@ -29,6 +29,7 @@ from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.returned import Read
+from taylor_kernels.tracing.running import tensors_in
 
 
 class _Masked(NamedTuple):
@@ -107,9 +108,11 @@ class Trial:
         more = repeated(small)
         for self._run.below in (False, True):
             for given in (small,) if more is small else (more, small):
-                # What is repeated may be less than nothing, and no logarithm of it be a number.
                 runs = self._runs(tree_map(widened, given), all_layers=True)
                 if runs and (given is small or not self._first.norms[0].broken):
+                    return True
+                # What is repeated may be less than nothing, and no logarithm of it be a number.
+                if runs and not all(tensor.isfinite().all() for tensor in tensors_in(small)):
                     return True
             with suppress(Exception):
                 self._runs(tree_map(widened, example_inputs))
