@@ -8,7 +8,7 @@ in a module decides what that module's code does, and the modules in it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -32,7 +32,7 @@ _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
 
 
 def perhaps_read(
-    unread: Iterable[str], modules: Mapping[str, nn.Module], asked: Collection[str] = ("",)
+    unread: Collection[str], modules: Mapping[str, nn.Module], asked: Collection[str] = ("",)
 ) -> list[str]:
     """Those of these tensors that another run may read.
 
@@ -41,6 +41,8 @@ def perhaps_read(
         modules: dict(model.named_modules()).
         asked: the modules whose code may do something else in another run.
     """
+    if not unread:  # of most models everything is read
+        return []
     paths = _paths(modules[""])
     inside = tuple(f"{module}." if module else "" for module in asked)
     found = {
