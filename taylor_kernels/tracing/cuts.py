@@ -180,6 +180,8 @@ def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:
     while (left := np.flatnonzero(counts > taken)).size:
         heads = {k: waiting[k][taken[k]] for k in left.tolist()}
         start = min(heads, key=lambda k: (not mixed[k], heads[k]))
+        if ((counts - taken) @ kinds).min() < kinds[start].max():
+            break  # in some column all that is left is too little
         need = np.zeros(len(kinds), np.int64)
         need[start] = 1
         total = kinds[start].copy()

@@ -8,7 +8,7 @@ in a module decides what that module's code does, and the modules in it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import suppress
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -25,7 +25,8 @@ _BY_STRINGS = {
 }  # fmt: skip
 #: Where other callables than functions hold those that they call.
 _PARTS = ("__func__", "__wrapped__", "func", "args", "keywords", "fget")
-_PLAIN = (str, bytes, int, float, complex, type(None))
+_PLAIN = {str, bytes, int, float, complex, bool, type(None)}
+_NO_CODE = (Tensor, nn.Module, *_PLAIN)
 #: So much code is looked at; more may speak of anything.
 _MOST = 2**15
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
@@ -76,13 +77,19 @@ class _Spoken:
         self._classes = {type(m) for m in self._modules.values() if not _is_foreign(type(m))}
         self._parents = {parent for own in self._classes for parent in own.__mro__}
         self._own = {parent.__module__ for parent in self._parents}
+        self._methods: dict[str, list[Any]] = {}
+        for parent in self._parents:
+            if not _is_foreign(parent):
+                for name, value in vars(parent).items():
+                    self._methods.setdefault(name, []).append(value)
         self._names = {"__init__"}  # which has run
         self._codes: set[CodeType] = set()
         self._seen: dict[int, Any] = {}  # the values, so that their numbers stay theirs
-        self._waiting = [value for m in self._modules.values() for value in vars(m).values()]
+        self._waiting: list[Any] = []
+        for module in self._modules.values():
+            self._wait_for(vars(module).values())
         self._unnamed = False
-        for name in ("forward", "__call__"):
-            self._speak(name)
+        self._speak({"forward", "__call__"})
         while self._waiting and not self._unnamed:
             self._follow(self._waiting.pop())
         self._any = {own for own in self._classes if self._asks_by_strings(own)}
@@ -97,33 +104,37 @@ class _Spoken:
             outer = f"{outer}.{part}" if outer else part
         return True
 
-    def _speak(self, name: str) -> None:
-        if name not in self._names:
-            self._names.add(name)
-            self._waiting += [
-                vars(parent)[name]
-                for parent in self._parents
-                if name in vars(parent) and not _is_foreign(parent)
-            ]
+    def _speak(self, names: Set[str]) -> None:
+        new = names - self._names
+        self._names |= new
+        for name in new & self._methods.keys():
+            self._waiting += self._methods[name]
+
+    def _wait_for(self, values: Iterable[Any]) -> None:
+        """These are to be followed. Most are numbers, words or known already."""
+        seen = self._seen
+        self._waiting += [
+            value for value in values if id(value) not in seen and type(value) not in _PLAIN
+        ]
 
     def _follow(self, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, (Tensor, nn.Module, *_PLAIN)):
+        if id(value) in self._seen or isinstance(value, _NO_CODE):
             return
         self._seen[id(value)] = value
         if isinstance(value, FunctionType):
             if not _is_foreign(value):
                 self._read(value)
         elif isinstance(value, (list, tuple, set, frozenset)):
-            self._waiting += value
+            self._wait_for(value)
         elif isinstance(value, Mapping):
-            self._waiting += value.values()
+            self._wait_for(value.values())
         elif isinstance(value, type):
             # Methods of the model's classes are called by names.
             if value not in self._parents and not _is_foreign(value):
-                self._waiting += [*vars(value).values(), *value.__bases__]
+                self._wait_for([*vars(value).values(), *value.__bases__])
         elif not isinstance(value, ModuleType):
             parts = (getattr(value, name, None) for name in _PARTS)
-            self._waiting += [type(value), *getattr(value, "__dict__", {}).values(), *parts]
+            self._wait_for([type(value), *getattr(value, "__dict__", {}).values(), *parts])
 
     def _read(self, function: FunctionType) -> None:
         codes = list(_codes(function.__code__))
@@ -132,13 +143,15 @@ class _Spoken:
         names = {name for code in codes for name in code.co_names}
         if function.__module__ in self._own:
             self._unnamed |= not names.isdisjoint(_UNNAMED)
-        for name in names:
-            self._speak(name)
-        used = [function.__globals__.get(name) for name in names]
+        self._speak(names)
+        # Most of what code speaks of are attributes, which are no names of its Python module.
+        known = function.__globals__
+        used = [known[name] for name in names if name in known]
         for value in used:
             if isinstance(value, ModuleType) and not _is_foreign(value):
-                self._waiting += [vars(value).get(name) for name in names]
-        self._waiting += used
+                inside = vars(value)
+                self._wait_for([inside[name] for name in names if name in inside])
+        self._wait_for(used)
         for cell in function.__closure__ or ():
             with suppress(ValueError):  # it is empty
                 self._waiting.append(cell.cell_contents)
