@@ -226,7 +226,7 @@ def _same_outputs(model: nn.Module, made: nn.Module, example_inputs: Any) -> boo
                 if fresh and not _alike(tensor.to(held[name].device), held[name]):
                     return False
                 table[leaf] = held[name]
-    with eval_mode(model), quiet(model):
+    with eval_mode(model), quiet(model.modules()):
         one = [t.clone() for t in tensors_in(call(model, copied(example_inputs)))]
         try:
             other = list(tensors_in(call(made.eval(), copied(example_inputs))))

@@ -141,7 +141,7 @@ class Exchanged:
         with ExitStack() as stack:
             stack.enter_context(one_expert_at_a_time(self.modules.values()))
             # Every run starts from the caller's random state.
-            stack.enter_context(quiet(self._model, mode))
+            stack.enter_context(quiet(self.modules.values(), mode))
             before = _random_state()
             if self.steady:
                 stack.enter_context(SteadyNoise(lowest=lowest))

@@ -117,7 +117,7 @@ def find_prunable(
         count=count,
         blocks=blocks,
         outputs=outputs,
-        shared=find_shared(model),
+        shared=find_shared(dict(model.named_modules())),
     )
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))
@@ -185,7 +185,7 @@ def find_prunable(
 
 def _copied(model: nn.Module) -> nn.Module:
     # What the old weight_norm computes has a graph, which cannot be copied; it is made anew anyway.
-    computed = [tensor for tensor in held_tensors(model) if not tensor.is_leaf]
+    computed = [tensor for tensor in held_tensors(model.modules()) if not tensor.is_leaf]
     detached = {id(value): value.detach().clone() for value in computed}
     try:
         return copied(model, detached).eval()

@@ -7,20 +7,35 @@ Where parameters have changed while such a module was in eval mode, what it keep
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 #: What every module has.
 COMMON = frozenset(vars(nn.Module()))
+#: Attributes of these types are no tensors. Most modules have no others, and a model has tens of
+#: thousands of attributes.
+_NO_TENSORS = {
+    type(None), bool, int, float, str, tuple, set, list, dict, OrderedDict, FunctionType
+}  # fmt: skip
+_CONTAINERS = (dict, OrderedDict, list)
+_COMMON_TYPES = [type(value) for value in vars(nn.Module()).values()]
+_COMMON_CONTAINERS = [_COMMON_TYPES.count(kind) for kind in _CONTAINERS]
 
 
-def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+def held_tensors(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """The tensors that modules hold as attributes, or in dictionaries and lists that are such,
     beside parameters and buffers."""
-    for module in model.modules():
-        for name, value in vars(module).items():
+    for module in modules:
+        attributes = vars(module)
+        types = list(map(type, attributes.values()))
+        containers = [types.count(kind) for kind in _CONTAINERS]
+        if containers == _COMMON_CONTAINERS and _NO_TENSORS.issuperset(types):
+            continue
+        for name, value in attributes.items():
             if isinstance(value, Tensor):
                 yield value
             elif name not in COMMON and isinstance(value, (dict, list)):
@@ -31,9 +46,12 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors that a module holds as attributes of its own, as tables of positions that were
     not registered as buffers; not those that are trained."""
+    attributes = vars(module)
+    if _NO_TENSORS.issuperset(map(type, attributes.values())):
+        return {}
     return {
         name: value
-        for name, value in vars(module).items()
+        for name, value in attributes.items()
         if isinstance(value, Tensor)
         and value.dim()
         and value.layout == torch.strided

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -94,7 +95,7 @@ class Hollow:
             return None, None
         if hollow:
             self._check(call)
-        make = _MAKERS.get(call.name)
+        make = _MAKERS.get(call.name) or (_COPIERS.get(call.name) if hollow else None)
         made = None if make is None else make(call)
         return made, self._given if made is None and not hollow else self._hollow
 
@@ -202,6 +203,58 @@ def _batch_norm(call: Call) -> Tensor | None:
     return x.new_empty(x.shape) if fits and _dense(x, *sides) else None
 
 
+def _pointwise(call: Call) -> Tensor | None:
+    """As wide as the widest operand; of in-place forms the first one, which keeps what it holds."""
+    widest = max(call.tensors, key=Tensor.numel)
+    if widest.numel() < _WORTH or not widest.is_floating_point() or not _dense(*call.tensors):
+        return None
+    for tensor in call.tensors:
+        pairs = zip(reversed(tensor.shape), reversed(widest.shape), strict=False)
+        if tensor.dim() > widest.dim() or any(one not in (1, other) for one, other in pairs):
+            return None  # the result is wider still, or PyTorch says what does not fit
+    if complex in map(type, call.args.values()):
+        return None
+    first = call.args["self"]
+    if call.operation.written:
+        return (
+            first if call.operation.written == ("self",) and first.shape == widest.shape else None
+        )
+    return widest.new_empty(widest.shape)
+
+
+def _cat(call: Call) -> Tensor | None:
+    parts, dim = call.args["tensors"], call.args.get("dim", 0)
+    first = parts[0]
+    if not first.is_floating_point() or not -first.dim() <= dim < first.dim():
+        return None
+    sizes = [list(part.shape) for part in parts if part.dim() == first.dim()]
+    along = [size.pop(dim) for size in sizes]
+    if len(sizes) < len(parts) or any(size != sizes[0] for size in sizes) or "out" in call.args:
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(along)
+    return first.new_empty(shape) if prod(shape) >= _WORTH and _dense(*parts) else None
+
+
+def _pad(call: Call) -> Tensor | None:
+    x, pads = call.args["self"], call.args["pad"]
+    if x.numel() < _WORTH or len(pads) > 2 * x.dim() or len(pads) % 2 or not _dense(x):
+        return None
+    sizes = list(x.shape)
+    for back, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), 1):
+        sizes[-back] += before + after
+    padded = call.args.get("mode", "constant") == "constant" and min(pads, default=-1) >= 0
+    return x.new_empty(sizes) if padded and any(pads) else None
+
+
+def _contiguous(call: Call) -> Tensor | None:
+    x, form = call.args["self"], call.args["memory_format"]
+    # By default it is a number in PyTorch's own table of formats, whose first is this one.
+    if form not in (0, torch.contiguous_format) or x.numel() < _WORTH or x.is_contiguous():
+        return None
+    return x.new_empty(x.shape) if type(x) in _PLAIN and x.is_cpu else None
+
+
 _PLAIN = (Tensor, nn.Parameter)
 #: So many multiply-adds at least are left out: fewer take no longer than it takes to see to it.
 _WORTH = 2**14
@@ -214,3 +267,16 @@ _MAKERS: dict[str, Callable[[Call], Tensor | None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     "batch_norm": _batch_norm,
 }
+#: What is left out beside them where a tensor is hollow already: others may be asked for values.
+_COPIERS: dict[str, Callable[[Call], Tensor | None]] = {
+    **dict.fromkeys(
+        (
+            "add", "sub", "mul", "div", "relu", "hardtanh", "hardswish", "hardsigmoid", "sigmoid",
+            "silu", "gelu", "tanh", "elu", "leaky_relu", "mish", "softplus", "clamp", "neg",
+        ),
+        _pointwise,
+    ),
+    "cat": _cat,
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+    "contiguous": _contiguous,
+}  # fmt: skip

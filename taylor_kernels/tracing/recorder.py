@@ -269,12 +269,12 @@ class Recorder(TorchDispatchMode):
         made, kind = (None, None) if self.hollow is None else self.hollow.before(call)
         call.out = self._execute(func, args, kwargs, made)
         self.kinds[call.name] += 1
-        if self._blind:
-            return call.out
         call.outs = tensors_of(call.out)
         call.lies = [self.memories.hold(out) for out in call.outs]
         if self.hollow is not None and kind is not None:
             self.hollow.after(kind, call, written)
+        if self._blind:
+            return call.out
         if values is not None:
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
         record.step += 1

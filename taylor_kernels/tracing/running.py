@@ -8,7 +8,7 @@ import gc
 import os
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -128,19 +128,19 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @contextmanager
-def quiet(model: nn.Module, mode: TorchFunctionMode | None = None) -> Iterator[None]:
+def quiet(modules: Iterable[nn.Module], mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """No gradients, no fused attention fast path, no compilation; random states as they were.
 
     Compilation and random states are the process's, so that threads wait for each other.
 
     Args:
-        model: what is to be run inside.
+        modules: those of what is to be run inside.
         mode: a mode to run it in.
 
     Raises:
         TimeoutError: others have been inside for `WAIT` seconds.
     """
-    with one_at_a_time(), _quiet(model, mode):
+    with one_at_a_time(), _quiet(modules, mode):
         yield
 
 
@@ -149,9 +149,9 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncod
 
 
 @contextmanager
-def _quiet(model: nn.Module, mode: TorchFunctionMode | None) -> Iterator[None]:
+def _quiet(modules: Iterable[nn.Module], mode: TorchFunctionMode | None) -> Iterator[None]:
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    if mode is None and any(isinstance(module, _FUSED) for module in model.modules()):
+    if mode is None and any(isinstance(module, _FUSED) for module in modules):
         # They leave their fused path under any mode for functions, which is this thread's alone;
         # the setting of `torch.backends.mha` is the process's.
         mode = BaseTorchFunctionMode()

@@ -35,18 +35,26 @@ class Shared(NamedTuple):
     partly: dict[str, str]
 
 
-def find_shared(model: nn.Module) -> Shared:
+def find_shared(modules: Mapping[str, nn.Module]) -> Shared:
     """The parameters and buffers of a model that share memory.
 
     What modules keep of their parameters in eval mode, and make anew there, does not count.
+
+    Args:
+        modules: dict(model.named_modules()).
     """
-    parameters, buffers = tensors_of_modules(dict(model.named_modules()))
+    parameters, buffers = tensors_of_modules(modules)
     tensors = list((parameters | buffers).items())
     known = {id(tensor) for _, tensor in tensors}
-    known |= {id(tensor) for module in keeping(model.modules()) for tensor in held_tensors(module)}
-    tensors += [("", tensor) for tensor in held_tensors(model) if id(tensor) not in known]
+    for module in keeping(modules.values()):
+        known.update(map(id, held_tensors(module.modules())))
+    tensors += [("", t) for t in held_tensors(modules.values()) if id(t) not in known]
     # Plain tables get memory of their own as they are masked: they cannot be tied to others.
-    registered = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    registered = {
+        f"{prefix}.{leaf}" if prefix else leaf
+        for prefix, module in modules.items()
+        for leaf in (*module._parameters.keys(), *module._buffers.keys())
+    }
     together: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
         if not is_lazy(tensor) and tensor.layout is torch.strided:

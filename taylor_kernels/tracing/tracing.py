@@ -168,7 +168,7 @@ def _traced(
         with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
-            go_together(recorder, dict(tensors), shared or find_shared(model))
+            go_together(recorder, dict(tensors), shared or find_shared(modules))
             kept = keeping(names)
             with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
                 if any(module.training for module in names):
@@ -204,7 +204,7 @@ def _traced(
 
     recorder = None
     try:
-        with new_garbage_only(), quiet(model):
+        with new_garbage_only(), quiet(names):
             if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
                 recorder = attempt(hollow=True)
                 if recorder is None or kept_hollow(recorder):

@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from taylor_kernels.tracing.caches import plain_tensors
 from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
-from taylor_kernels.tracing.hollow import can_be_hollow
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.perhaps_read import perhaps_read
 from taylor_kernels.tracing.record import Reason, Record
@@ -129,20 +128,15 @@ def learn_from_training(
         why = "and models with routers are traced in eval mode only"
         keep_as_wide(record, perhaps_read(record.unread, modules), why)
     elif record.unread or (
-        asks_for_mode(modules.values()) and _runs_otherwise(recorder, modules, run, new_recorder)
+        asks_for_mode(modules.values()) and _runs_otherwise(recorder, run, new_recorder)
     ):
         _learn_from_both_ends(recorder, modules, states, run, new_recorder)
         recorder.record.trained = True
 
 
-def _runs_otherwise(
-    recorder: Recorder,
-    modules: Mapping[str, nn.Module],
-    run: Run,
-    new_recorder: Callable[..., Recorder],
-) -> bool:
+def _runs_otherwise(recorder: Recorder, run: Run, new_recorder: Callable[..., Recorder]) -> bool:
     """Whether train mode runs or returns what the run in eval mode has not."""
-    hollow = can_be_hollow(modules.values())
+    hollow = recorder.hollow is not None
     other = new_recorder(Draws(highest=False), blind=True, hollow=hollow)
     try:
         run(other)

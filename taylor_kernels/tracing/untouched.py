@@ -23,7 +23,6 @@ _TABLES = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
     "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
-_NOTHING: dict[str, Any] = {}
 #: Values of these types cannot change, or are code.
 _CONSTANT = {
     type(None), bool, int, float, complex, str, bytes, type, torch.device, torch.dtype, torch.Size,
@@ -50,12 +49,15 @@ class Untouched:
         self._modules = [(module, dict(module.__dict__)) for module in modules]
         self._classes = [type(module) for module in modules]
         self._modes = [(module, module.training) for module in modules]
-        self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (table, dict(table) if table else _NOTHING)
+        # A ScriptModule's are views.
+        tables = [
+            table
             for _, attributes in self._modules
-            for name in _TABLES
-            if isinstance(table := attributes.get(name), dict)  # a ScriptModule's are views
+            for table in map(attributes.get, _TABLES)
+            if isinstance(table, dict)
         ]
+        self._tables = [(table, dict(table)) for table in tables if table]
+        self._empty = [table for table in tables if not table]  # most of them are
         self._containers: list[tuple[Any, Any]] = []
         self._sources: list[tuple[Callable[[Any], object], Any]] = []
         self._seen: set[int] = set()
@@ -123,8 +125,9 @@ class Untouched:
             if module.training != training:  # a ScriptModule keeps it elsewhere
                 module.training = training
         for table, entries in self._tables:
-            if table or entries:
-                _put_back(table, entries)
+            _put_back(table, entries)
+        for table in filter(None, self._empty):
+            table.clear()
         for value, before in self._containers:
             _put_back(value, before)
         for put_back, state in self._sources:

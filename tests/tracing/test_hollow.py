@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import Channels, hollow, trace, tracing
+from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.tracing import traced
 from tests.tracing.parts import Apply
 
@@ -116,10 +117,105 @@ def test_layers_are_left_out_where_nobody_reads(monkeypatch):
     count = Counting()
     channels = traced(model, x, count=count)
     ((ran, made),) = count.runs
-    assert made == ["conv2d", "batch_norm", "conv2d"]
+    assert made == ["conv2d", "batch_norm", "relu", "conv2d"]
     assert not {"conv2d", "batch_norm"} & set(ran)
     monkeypatch.setattr(tracing, "can_be_hollow", lambda modules: False)
     assert same(channels, trace(model, x))
+
+
+class Checking:
+    """Runs all operations, and compares what was made in place of a result with that."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def restart(self) -> None:
+        self.made = []
+
+    def run(self, func, args, kwargs, made):
+        found = func(*args, **kwargs)
+        if made is not None:
+            self.made.append(func._schema.name.removeprefix("aten::"))
+            assert (made.shape, made.dtype) == (found.shape, found.dtype), func
+            assert made.stride() == found.stride(), func
+            assert (made is args[0]) == (found is args[0]), func
+        return found if made is None or found is args[0] else made
+
+
+#: What is left out behind a layer.
+LEFT_OUT = {
+    "add": lambda x, other: x + 2 * other,
+    "sub": lambda x, other: 1 - x - other,
+    "mul": lambda x, other: other * x,
+    "div": lambda x, other: x / other,
+    "add_": lambda x, other: x.add_(other, alpha=3),
+    "relu_": lambda x, other: x.relu_(),
+    "silu": lambda x, other: nn.functional.silu(x),
+    "gelu": lambda x, other: nn.functional.gelu(x, approximate="tanh"),
+    "clamp": lambda x, other: x.clamp(other),
+    "hardtanh_": lambda x, other: nn.functional.relu6(x, inplace=True),
+    "cat": lambda x, other: torch.cat([x, x[:, :3], x], 1),
+    "cat of rows": lambda x, other: torch.cat([x, x.neg()], -2),
+    "pad": lambda x, other: nn.functional.pad(x, (0, 2, 1, 0)),
+    "pad of channels": lambda x, other: nn.functional.pad(x, (0, 0, 0, 0, 0, 3), value=1.0),
+    "contiguous": lambda x, other: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+@given(st.data())
+@settings(max_examples=25)
+def test_what_is_made_in_place_of_a_result_is_laid_out_as_it_is(data):
+    n, high, wide = (data.draw(st.integers(*ends)) for ends in ((1, 2), (32, 40), (40, 56)))
+    names = data.draw(st.lists(st.sampled_from(sorted(LEFT_OUT)), min_size=1, max_size=5))
+    narrow = [data.draw(st.booleans()) for _ in range(3)]
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        for name in names:
+            whole = (x.size(0), x.size(2), x.size(3))
+            sizes = [1 if one else size for one, size in zip(narrow, whole, strict=True)]
+            other = self.scale.expand(x.size(1), 1, 1) * x.new_ones(sizes[0], 1, *sizes[1:])
+            x = LEFT_OUT[name](x, other)
+        return self.last(x.mean((1, 2))[:, None]) + x.mean()
+
+    model = Apply(forward)
+    model.layer, model.last = nn.Conv2d(3, WIDTH, 1), nn.LazyLinear(2)
+    model.scale = nn.Parameter(torch.rand(1, 1, 1) + 0.5)
+    x = torch.randn(n, 3, high, wide)
+    with torch.no_grad():
+        model(x)
+    check = Checking()
+    channels = traced(model, x, count=check)
+    assert names[0].split(" ")[0] in check.made
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(tracing, "can_be_hollow", lambda modules: False)
+        assert same(channels, trace(model, x))
+
+
+class Dropping(nn.Module):
+    """A branch of some examples: code that asks for the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rand(len(x), 1, 1, 1).add(0.5).floor() if self.training else x
+
+
+def test_a_run_that_only_counts_computes_no_layers():
+    """Train mode draws, so that the model is run once more to see whether it does anything else."""
+    model = network(Dropping())
+    ran: list[str] = []
+    call = Draws.__call__
+
+    def drawing(self, func, args, kwargs, made):
+        if made is None:
+            ran.append(func._schema.name.removeprefix("aten::"))
+        return call(self, func, args, kwargs, made)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Draws, "__call__", drawing)
+        channels = trace(model, torch.randn(1, 3, SIDE, SIDE))
+    assert "rand" in ran
+    assert not {"conv2d", "batch_norm", "relu", "mul"} & set(ran)
+    assert not channels.trained
 
 
 def test_what_is_made_of_parameters_alone_is_computed():

@@ -110,12 +110,12 @@ def test_settings_of_pytorch_are_as_they_were():
     inside, leave, came = threading.Event(), threading.Event(), threading.Event()
 
     def first() -> None:
-        with quiet(nn.Linear(1, 1)):
+        with quiet([nn.Linear(1, 1)]):
             inside.set()
             assert leave.wait(60)
 
     def second() -> None:
-        with quiet(nn.Linear(1, 1)):
+        with quiet([nn.Linear(1, 1)]):
             came.set()
             threads[0].join(0.3)
 

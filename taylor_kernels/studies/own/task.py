@@ -98,7 +98,7 @@ def _seen_inputs(model: nn.Module, judge: Judge, batch: Any) -> Any:
 
     handle = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with quiet(model):
+        with quiet(model.modules()):
             judge(model, batch)
     finally:
         handle.remove()
@@ -154,7 +154,7 @@ def first_examples(inputs: Any, number: int) -> Any:
 
 
 def _runs(model: nn.Module, inputs: Any) -> bool:
-    with quiet(model), eval_mode(model):
+    with quiet(model.modules()), eval_mode(model):
         try:
             call(model, inputs)
         except Exception:
