@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from taylor_kernels.tracing.cuts import Parts, Sets, match
+from taylor_kernels.tracing.cuts import Matched, Parts, Sets, match
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, settle
 from taylor_kernels.tracing.record import Reason, Record, Vector
@@ -69,9 +69,9 @@ def _sharing(vectors: Sequence[Vector]) -> Vector:
         atoms = np.concatenate(vectors)
         owner = np.repeat(np.arange(len(vectors)), [vector.size for vector in vectors])
         owner, atoms = owner[atoms != 0], atoms[atoms != 0]
-        order = np.argsort(atoms, kind="stable")
-        same = np.diff(atoms[order]) == 0
-        groups.unite([(owner[order][:-1][same], owner[order][1:][same])])
+        first = np.zeros(int(atoms.max(initial=0)) + 1, np.int64)
+        first[atoms[::-1]] = owner[::-1]
+        groups.unite([(first[atoms], owner)])
     return groups.label
 
 
@@ -101,6 +101,8 @@ class Chooser:
         self.numbers: dict[Reason, int] = {}
         self.keeping: dict[tuple[int, int | None], int] = {}
         self._matched: dict[tuple[int, bytes], Sets] = {}
+        self._known: dict[tuple[int, bytes, bytes], Matched] = {}
+        self._shrunk: dict[tuple[int, int], tuple[Vector, Vector]] = {}
         settled = settle(grids, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
@@ -220,11 +222,7 @@ class Chooser:
                 bounds = tuple(range(0, table.cells.size + 1, table.axes[1].size))
                 rows.append(Parts(table.cells, bounds, self.reasons[kept]))
             elif number not in moved:
-                after = math.prod(axis.size for axis in table.axes[live + 1 :])
-                axis = table.axes[live]
-                cells = np.tile(axis.repeat(after), table.cells.size // (after * axis.size))
-                both = (cells != 0) & (table.cells != 0)
-                pairs.append((cells[both], table.cells[both]))
+                pairs.append(self._cells_of(number, live))
         if fixed:
             sizes = [atoms.size for atoms, _ in fixed]
             numbers = np.repeat([kept for _, kept in fixed], sizes)
@@ -237,12 +235,35 @@ class Chooser:
         why = _spread(forest, why)
         for parts in (*self.parts, *rows):
             before = forest.label
-            alone = match(parts, forest, why == FREE, self._matched)
+            alone = self._match(parts, forest, why)
             if alone.size:
                 np.minimum.at(why, alone, self._number(parts.reason))
             if alone.size or forest.label is not before:
                 why = _spread(forest, why)
         return forest, why
+
+    def _cells_of(self, number: int, live: int) -> tuple[Vector, Vector]:
+        """What a table's cells are one with, and they, where it shrinks along this axis."""
+        if (number, live) not in self._shrunk:
+            table = self.tables[number]
+            after = math.prod(axis.size for axis in table.axes[live + 1 :])
+            axis = table.axes[live]
+            cells = np.tile(axis.repeat(after), table.cells.size // (after * axis.size))
+            both = (cells != 0) & (table.cells != 0)
+            self._shrunk[number, live] = cells[both], table.cells[both]
+        return self._shrunk[number, live]
+
+    def _match(self, parts: Parts, forest: Forest, why: Vector) -> Vector:
+        """`match`, which finds the same where another choice has left these classes the same."""
+        chosen = (parts.vector != 0) & (why[parts.vector] == FREE)
+        label = forest.label[parts.vector[chosen]]
+        key = id(parts.vector), chosen.tobytes(), label.tobytes()
+        if key not in self._known:
+            self._known[key] = match(parts, chosen, label, self._matched)
+        one, other, alone = self._known[key]
+        if one.size:
+            forest.unite([(one, other)])
+        return alone
 
     def _kept(self, number: int, live: int | None) -> int:
         """The number of the reason that keeps a table's other axes."""

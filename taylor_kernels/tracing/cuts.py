@@ -13,7 +13,6 @@ from itertools import chain
 
 import numpy as np
 
-from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.record import Cut, Join, Reason, Record, Vector
 
 
@@ -116,29 +115,27 @@ def _by_part(cuts: Sequence[Cut]) -> dict[tuple[int, int], Vector | None]:
 
 #: Rows that make one another up: how many there are in each set, set after set, and what is left.
 Sets = tuple[Vector, Vector, Vector]
+#: Classes that are one, pair by pair, and those that find no match.
+Matched = tuple[Vector, Vector, Vector]
 
 
 def match(
-    parts: Parts, forest: Forest, free: Vector, known: dict[tuple[int, bytes], Sets]
-) -> Vector:
-    """Make classes that together are in proportion one.
+    parts: Parts, chosen: Vector, label: Vector, known: dict[tuple[int, bytes], Sets]
+) -> Matched:
+    """Classes that together are in proportion.
 
     Args:
-        free: [atoms] bool, atoms of classes that can go.
+        chosen: [n] bool, places of the dimension whose atoms can go.
+        label: the classes of these.
         known: what was found for other parts: blocks of a network that are alike ask the same, and
             so does every choice of axes that is tried.
-
-    Returns:
-        The atoms that find no match.
     """
     sizes = np.diff(parts.bounds)
     ratio = sizes // np.gcd.reduce(sizes)
-    vector = parts.vector
     part = np.repeat(np.arange(sizes.size), sizes)
-    chosen = (vector != 0) & free[vector]
-    if not chosen.any():
-        return vector[:0]
-    label = forest.label[vector[chosen]]
+    none = parts.vector[:0]
+    if not label.size:
+        return none, none, none
     classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
     counts = np.zeros((classes.size, sizes.size), np.int64)
     np.add.at(counts, (inverse.ravel(), part[chosen]), 1)
@@ -146,7 +143,7 @@ def match(
     shares = counts * (np.lcm.reduce(ratio) // ratio)
     open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
     if not open_.size:
-        return vector[:0]
+        return none, none, none
     order = open_[np.argsort(first[open_])]
     open_shares = shares[order]
     key = sizes.size, open_shares.tobytes()
@@ -157,10 +154,11 @@ def match(
         found = known[key] = sizes_of, rows, np.array(others, np.int64)
     sizes_of, rows, left = found
     if sizes_of.size == 1 and rows.size == classes.size:
-        return classes  # all or nothing
+        return none, none, classes  # all or nothing
     firsts = rows[np.cumsum(sizes_of) - sizes_of]
-    forest.unite([(classes[order[np.repeat(firsts, sizes_of)]], classes[order[rows]])])
-    return classes[order[left]]
+    return (
+        classes[order[np.repeat(firsts, sizes_of)]], classes[order[rows]], classes[order[left]]
+    )  # fmt: skip
 
 
 def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:

@@ -9,7 +9,7 @@ where G does not divide the width of a group, such runs begin anew with each gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +37,16 @@ class Shuffle:
 
 def shuffles(record: Record, label: Vector) -> list[Shuffle]:
     """The shuffles of a run, along each axis that has no other use."""
+    # Most tables have other axes, which bytes tell at once.
+    axes = {
+        number: tuple(label[axis].tobytes() for axis in table.axes)
+        for number, table in enumerate(record.tables)
+        if len(table.axes) == 2 and table.kind == "reshape"
+    }
     pairs = [
         (before, after)
-        for after, table in enumerate(record.tables)
-        if len(table.axes) == 2
-        and table.kind == "reshape"
-        and (before := _cut_before(record.tables, after, label)) is not None
+        for after in axes
+        if (before := _cut_before(record.tables, axes, after, label)) is not None
     ]
     if not pairs:
         return []
@@ -63,8 +67,8 @@ def shuffles(record: Record, label: Vector) -> list[Shuffle]:
     places, place_of, members = _axes(record, label)
     found = []
     for mine in sides.values():
-        axes = [record.tables[n].axes[d] for shuffle in mine for n, d in shuffle.live]
-        atoms = np.unique(np.concatenate(axes))
+        own = [record.tables[n].axes[d] for shuffle in mine for n, d in shuffle.live]
+        atoms = np.unique(np.concatenate(own))
         chosen = np.zeros(label.size, bool)
         chosen[label[atoms]] = True
         whole = np.count_nonzero(chosen[label]) == atoms.size
@@ -75,15 +79,18 @@ def shuffles(record: Record, label: Vector) -> list[Shuffle]:
     return found
 
 
-def _cut_before(tables: Sequence[Table], after: int, label: Vector) -> int | None:
-    """The table whose grid was transposed before this one made it one again."""
+def _cut_before(
+    tables: Sequence[Table], axes: Mapping[int, tuple[bytes, ...]], after: int, label: Vector
+) -> int | None:
+    """The table whose grid was transposed before this one made it one again.
+
+    Args:
+        axes: the classes along both axes of those tables that are grids of two, as bytes.
+    """
     last = tables[after]
     for before in range(after - 1, -1, -1):
-        first = tables[before]
-        if len(first.axes) != 2 or first.kind != "reshape" or first.cells.size != last.cells.size:
-            continue
-        crossed = zip(first.axes, reversed(last.axes), strict=True)
-        if all(np.array_equal(label[one], label[other]) for one, other in crossed):
+        if axes.get(before) == axes[after][::-1]:
+            first = tables[before]
             grid = label[first.cells].reshape([axis.size for axis in first.axes])
             if np.array_equal(grid.T.ravel(), label[last.cells]):
                 return before
