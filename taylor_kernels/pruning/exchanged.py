@@ -48,7 +48,7 @@ class Exchanged:
         self, model: nn.Module, modules: Mapping[str, nn.Module], read: Read = None
     ) -> None:
         self._model, self.modules, self._read = model, modules, read
-        self.held = Tensors(model)
+        self.held = Tensors(modules)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
         self.exact, self.below, self.alone = True, False, False

@@ -8,6 +8,7 @@ norm with it and without it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,27 +26,28 @@ class Norms:
     """The norms of what layers put out in a run.
 
     Attributes:
-        calls: layer -> for each call the sizes of its output without the channels, and the norm
-            of all of it that is finite.
+        calls: layer -> for each call the sizes of its output without the channels, its type, and
+            the norm of all of it that is finite.
         broken: layers that have put out nan or infinity -> whether there was anything else.
     """
 
     def __init__(self) -> None:
-        self.calls: dict[str, list[tuple[tuple[int, ...], Tensor]]] = {}
+        self.calls: dict[str, list[tuple[tuple[int, ...], torch.dtype, float]]] = {}
         self.broken: dict[str, bool] = {}
 
     def hear(self, name: str, layer: Any, _: Any, output: Any) -> None:
         """A forward hook, but for the name of the layer."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or _wrapped(output):
             return
-        norm = torch.linalg.vector_norm(output)
-        if not norm.isfinite():
+        # A number of Python's: to ask a tensor takes as long as the norm of a small one.
+        norm = torch.linalg.vector_norm(output).item()
+        if not math.isfinite(norm):
             finite = output[output.isfinite()]
             self.broken[name] = bool(finite.numel()) and self.broken.get(name, True)
-            norm = torch.linalg.vector_norm(finite)
+            norm = torch.linalg.vector_norm(finite).item()
         sizes = list(output.shape)
         del sizes[-1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()]
-        self.calls.setdefault(name, []).append((tuple(sizes), norm))
+        self.calls.setdefault(name, []).append((tuple(sizes), output.dtype, norm))
 
 
 def _wrapped(output: Tensor) -> bool:
@@ -95,9 +97,9 @@ def first_other(
     """
     for name, before in masked.calls.items():
         after = removed.calls.get(name, [])
-        if [sizes for sizes, _ in before] != [sizes for sizes, _ in after]:
+        if [call[:2] for call in before] != [call[:2] for call in after]:
             continue
-        for (_, one), (_, other) in zip(before, after, strict=True):
-            if not torch.allclose(one, other, rtol=tolerance(one.dtype), atol=0.0):
+        for (_, dtype, one), (_, _, other) in zip(before, after, strict=True):
+            if not math.isclose(one, other, rel_tol=tolerance(dtype)):
                 return name
     return None

@@ -49,7 +49,7 @@ class Masks:
         if not entries:
             return
         if plain := [name for name in entries if not _is_registered(self._model, name)]:
-            Tensors(self._model).own_plain(plain)
+            Tensors(dict(self._model.named_modules())).own_plain(plain)
         tensors = {name: lookup(self._model, name) for name in entries}
         masked = fills(tensors, channels, entries)
         parameters = {

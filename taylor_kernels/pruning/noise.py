@@ -32,9 +32,9 @@ class Noise:
         drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
         self._drawn = torch.cat([drawn, drawn])
 
-    def place(self) -> int:
-        """A random place to begin at."""
-        return int(torch.randint(self._PERIOD, (), generator=self._generator))
+    def places(self, count: int) -> list[int]:
+        """Random places to begin at."""
+        return torch.randint(self._PERIOD, (count,), generator=self._generator).tolist()
 
     def add_to(self, tensor: Tensor, begin: int, scale: float = 1.0) -> Tensor:
         """Add them in place to a dense tensor of floating-point numbers, from a place on; others
@@ -42,8 +42,9 @@ class Noise:
         if not tensor.is_floating_point() or tensor.layout != torch.strided or self.kind == "none":
             return tensor
         noise = self._drawn[begin : begin + min(tensor.numel(), self._PERIOD)].to(tensor)
-        for part in tensor.as_strided((tensor.numel(),), (1,)).split(self._PERIOD):
-            own = noise[: part.numel()]
+        whole = tensor.as_strided((tensor.numel(),), (1,))
+        for part in whole.split(self._PERIOD) if len(whole) > self._PERIOD else (whole,):
+            own = noise[: len(part)]
             if self.kind == "away":
                 own = torch.where(part < 0, -own.abs(), own.abs())
             part.add_(own, alpha=scale)
@@ -54,7 +55,7 @@ class Noise:
 
         def add(value: Any) -> Any:
             return (
-                self.add_to(value.detach().clone(), self.place())
+                self.add_to(value.detach().clone(), *self.places(1))
                 if isinstance(value, Tensor)
                 else value
             )

@@ -97,7 +97,8 @@ def find_prunable(
         TimeoutError, MemoryError: tracing the model takes too long, or too much.
     """
     ignored = ignored_modules(model, ignore)
-    layers: Layers = {n: m for n, m in model.named_modules() if is_layer(m)}
+    modules = dict(model.named_modules())
+    layers: Layers = {n: m for n, m in modules.items() if is_layer(m)}
     nothing = (
         "model: has nothing to prune (no convolution or linear layer, and no product with a "
         "parameter of its own)"
@@ -117,7 +118,7 @@ def find_prunable(
         count=count,
         blocks=blocks,
         outputs=outputs,
-        shared=find_shared(dict(model.named_modules())),
+        shared=find_shared(modules),
     )
     for name, parts in channels.bare.items():
         layers.setdefault(name, bare_layer(model, parts))

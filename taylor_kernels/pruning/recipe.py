@@ -56,7 +56,7 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
             "save_pruned(path, pruner)"
         )
     model, removal = pruner.model, pruner.removal()
-    tensors = Tensors(model)
+    tensors = Tensors(dict(model.named_modules()))
     shapes = {name: _resized(tensors[name], own, 1) for name, own in removal.cuts.items()}
     PrunedFile(model.state_dict(keep_vars=True), shapes, removal).write(path)
 
@@ -136,7 +136,7 @@ def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
 def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of modules, attributes and tensors that the model has not as the original had them."""
     cuts, attributes, places = file.removal
-    tensors = Tensors(model)
+    tensors = Tensors(modules)
     gone = tuple(f"{place.module}." for place in places)
     known = {name for name in tensors if not name.startswith(gone)}
     differing = [place.module for place in places if place.module not in modules]

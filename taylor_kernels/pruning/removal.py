@@ -61,7 +61,8 @@ def remove(
         ValueError: a state tensor of the optimizer has no dimensions of the parameter's, or an
             optimizer that is not given holds state beside it. Nothing is changed then.
     """
-    entries, tensors = channels.entries(dead), Tensors(model)
+    modules = dict(model.named_modules())
+    entries, tensors = channels.entries(dead), Tensors(modules)
     old = {name: tensors[name] for name in entries}
     optimizers = optimizers_in(optimizer)
     for name, cuts in entries.items():
@@ -70,14 +71,15 @@ def remove(
         check_complete(optimizers, stepped, old)
     new = _all_smaller(old, entries)
     tensors.put(new)
-    set_attributes(dict(model.named_modules()), channels.attributes(dead))
+    set_attributes(modules, channels.attributes(dead))
     follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
 
 
 def cut_model(model: nn.Module, removal: Removal) -> None:
     """Take off a whole model what was taken off another, in place."""
     replace_modules(model, removal.places)
-    tensors, modules = Tensors(model), dict(model.named_modules())
+    modules = dict(model.named_modules())
+    tensors = Tensors(modules)
     tensors.put(_all_smaller({name: tensors[name] for name in removal.cuts}, removal.cuts))
     for name, own in removal.attributes.items():
         like = {key: _like(get_attribute(modules[name], key), value) for key, value in own.items()}
@@ -95,12 +97,16 @@ def lookup(model: nn.Module, name: str) -> Tensor:
 
 class Tensors:
     """The parameters, buffers and plain tensors of a model by name; a shared one goes by its first
-    name."""
+    name.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        modules: dict(model.named_modules()).
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._holders: dict[str, list[tuple[nn.Module, str]]] = {}
         firsts: dict[int, str] = {}
-        for prefix, module in model.named_modules():
+        for prefix, module in modules.items():
             tables = module._parameters, module._buffers, plain_tensors(module)
             for leaf, tensor in chain.from_iterable(table.items() for table in tables):
                 if tensor is not None:

@@ -18,7 +18,7 @@ from taylor_kernels.pruning.errors import innermost_module, short
 from taylor_kernels.pruning.exact_run import cut_down, repeated
 from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.held_entries import fill, fills
+from taylor_kernels.pruning.held_entries import fill_once, fills
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.noise import Noise, choose_noise
 from taylor_kernels.pruning.optimizer_state import Kept
@@ -288,8 +288,8 @@ class Trial:
         entries = channels.entries(dead)
         self._values.make_anew()
         tensors = {name: self._values.to_mask(name) for name in entries}
-        for name, parts in fills(self._run.held, channels, entries).items():
-            fill(tensors[name].data, parts)
+        parts = fills(self._run.held, channels, entries)
+        fill_once([tensors[name].data for name in parts], list(parts.values()))
         return tensors
 
     def _outputs_kept(

@@ -43,11 +43,10 @@ class Values:
         self._noise, self._exact = noise, True
         # Places and scales of the noise, so that values made anew are the same ones.
         self._noisy = {
-            name: (
-                noise.place(),
-                max(prod(tensor.shape[1:]) if tensor.dim() > 1 else 10, 1) ** -0.5,
+            name: (place, max(prod(tensor.shape[1:]) if tensor.dim() > 1 else 10, 1) ** -0.5)
+            for (name, tensor), place in zip(
+                parameters.items(), noise.places(len(parameters)), strict=True
             )
-            for name, tensor in parameters.items()
         }
         self._spent: set[str] = set()
         known = {id(tensor) for tensor in self._tensors.values()}
