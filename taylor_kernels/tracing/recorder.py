@@ -40,6 +40,8 @@ def _any_followed(operands: Iterable[Labels]) -> bool:
     return False
 
 
+#: Of every tensor in a run that is not followed.
+_UNSEEN = Labels.fixed(())
 #: Runs an operation with its arguments and keyword arguments, unless its result is given.
 Execute = Callable[[Any, tuple, Mapping, Any], Any]
 
@@ -61,6 +63,7 @@ class Recorder(TorchDispatchMode):
         hollow: which tensors have no values; None in a run of the model as it is.
         kinds: how many operations of each name have run, and what modules have returned.
         draws: told when the run goes into a module or leaves one.
+        blind: as given.
 
     Args:
         execute: runs an operation; for callers that count what runs.
@@ -80,7 +83,7 @@ class Recorder(TorchDispatchMode):
         blind: bool = False,
     ) -> None:
         super().__init__()
-        self._blind = blind
+        self.blind = blind
         self.kinds: Counter[str] = Counter()
         self._execute = execute or _execute
         self.memories = Memories()
@@ -104,6 +107,10 @@ class Recorder(TorchDispatchMode):
         if self.draws is not None:
             self.draws.cross()
         name, record = self._names.get(module, ""), self.record
+        if self.blind:
+            self._outer.append(self.frame)
+            self.frame = Frame(module, name)
+            return
         first = len(record.fixed)
         if record.values is not None:
             record.values.enter(module, name, args)
@@ -127,6 +134,8 @@ class Recorder(TorchDispatchMode):
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
                 self.kinds[f"{type(output).__name__} of {frame.name}"] += 1
+                if self.blind:
+                    break
                 if frame.norms:
                     self.record.norm_calls.append((frame.name, frame.norms))
                 self.flow.leave(frame, output)
@@ -153,6 +162,8 @@ class Recorder(TorchDispatchMode):
 
     def known(self, tensor: Tensor) -> Labels:
         """The labels of a tensor of which no value is read, as yet."""
+        if self.blind:
+            return _UNSEEN
         found = self.store.get(tensor)
         if found is None or len(found.shape) != tensor.dim():
             found = Labels.fixed(tensor.shape)
@@ -253,6 +264,9 @@ class Recorder(TorchDispatchMode):
                 self.composite = around
             if out is not NotImplemented:
                 return out
+        if self.blind and self.hollow is None and not (known.written or known.statistics):
+            self.kinds[known.name] += 1
+            return self._execute(func, args, kwargs, None)
         call = Call(self, func, known, args, kwargs)
         self.frame.met += call.labels.values()
         record = self.record
@@ -273,7 +287,7 @@ class Recorder(TorchDispatchMode):
         call.lies = [self.memories.hold(out) for out in call.outs]
         if self.hollow is not None and kind is not None:
             self.hollow.after(kind, call, written)
-        if self._blind:
+        if self.blind:
             return call.out
         if values is not None:
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
