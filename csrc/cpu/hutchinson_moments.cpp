@@ -17,7 +17,8 @@ struct WeightedHvp {  // w z (Hz)
 
     template <typename V, class Load>
     [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
-      return w * negate(load(hvp + i), signs->at(first + i));
+      const auto at = [&](int64_t element) { return signs->at(first + element); };
+      return w * negate(load(hvp + i), load.bits(i, at));
     }
     void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
   };

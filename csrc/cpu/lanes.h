@@ -79,23 +79,43 @@ inline QuadOf<V> fold(const V (&v)[kRegistersOf<typename SumOf<V>::Scalar>]) {
   }
 }
 
-// Adds the lanes of each of `n` sums to its total; after fold(), + 2 and + 1. Four sums share their
-// additions, since a row may be no longer than this tree.
+// Of every quad of two registers, the lanes that are named: 0 to 3 are the first's, 4 to 7 the
+// second's.
+template <int... lanes, typename V>
+[[gnu::always_inline]] inline V shuffle_quads(V first, V second) {
+  constexpr int kWidth = sizeof(V) / sizeof(V{}[0]), kLane[] = {lanes...};
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(first, second,
+                                   (i / 4 * 4 + kLane[i % 4] % 4 + kLane[i % 4] / 4 * kWidth)...);
+  }(std::make_integer_sequence<int, kWidth>());
+}
+
+// The lanes of the quads of `n` ≤ 4 sums added up, + 2 and + 1: sum i comes to lane i % n of its
+// quad. quad(i) is a register of quads of sum i, or one. Four sums share their additions, since a
+// row may be no longer than this tree.
+template <int n, class Quads>
+[[gnu::always_inline]] inline auto add_quads(const Quads& quad) {
+  auto pair = [&](auto i) __attribute__((always_inline)) {  // lanes 0 + 2 and 1 + 3 of two sums
+    constexpr int second = i + 1 < n ? i + 1 : i;
+    const auto a = quad(i), b = second == i ? a : quad(std::integral_constant<int, second>());
+    return shuffle_quads<0, 1, 4, 5>(a, b) + shuffle_quads<2, 3, 6, 7>(a, b);
+  };
+  const auto low = pair(std::integral_constant<int, 0>());
+  const auto high = [&] {
+    if constexpr (n > 2)
+      return pair(std::integral_constant<int, 2>());
+    else
+      return low;
+  }();
+  return shuffle_quads<0, 2, 4, 6>(low, high) + shuffle_quads<1, 3, 5, 7>(low, high);
+}
+
+// Adds the lanes of each of `n` sums to its total.
 template <int n, typename V>
 inline void add_lanes(const V (&sums)[n][kRegistersOf<typename SumOf<V>::Scalar>], double* totals) {
-  using Q = QuadOf<V>;
   unrolled<(n + 3) / 4>([&](auto group) {
     constexpr int at = 4 * group, left = n - at < 4 ? n - at : 4;
-    auto pair = [&](auto i) {  // lanes 0 + 2 and 1 + 3 of two sums
-      constexpr int a = i < left ? at + i : at, b = i + 1 < left ? at + i + 1 : a;
-      const Q first = fold(sums[a]), second = a == b ? first : fold(sums[b]);
-      return __builtin_shufflevector(first, second, 0, 1, 4, 5) +
-             __builtin_shufflevector(first, second, 2, 3, 6, 7);
-    };
-    const Q low = pair(std::integral_constant<int, 0>());
-    const Q high = left > 2 ? pair(std::integral_constant<int, 2>()) : low;
-    const Q sum = __builtin_shufflevector(low, high, 0, 2, 4, 6) +
-                  __builtin_shufflevector(low, high, 1, 3, 5, 7);
+    const QuadOf<V> sum = add_quads<left>([&](auto i) { return fold(sums[at + i]); });
     if constexpr (left == 4 && kRegisterBytes >= 32)  // one register of doubles
       add_four(__builtin_convertvector(sum, Four), totals + at);
     else

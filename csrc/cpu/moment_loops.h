@@ -53,14 +53,23 @@ template <class Op, typename S, class Sum>
 }
 
 // Ways to read a register: all of it, or its first n lanes where `readable` elements may be read.
-struct Whole {
+// bits(i, at) is a bit of each element that is read from element i on; at(i) is those of elements
+// side by side.
+struct SideBySide {
+  template <class At>
+  uint32_t bits(int64_t i, const At& at) const {
+    return at(i);
+  }
+};
+struct Whole : SideBySide {
   template <typename T>
   auto operator()(const T* p) const {
     return load(p);
   }
 };
-struct First {
+struct First : SideBySide {
   int64_t n, readable;
+  First(int64_t count, int64_t from_there) : n(count), readable(from_there) {}
   template <typename T>
   auto operator()(const T* p) const {
     return load_first(p, n, readable);
@@ -209,23 +218,6 @@ void run_strip(const T* w, const Multiplier& multiplier, int64_t readable, int64
       return sum_strip<Op, kRows, 1>(w, each, readable, r, stride, width, row_sums, strip);
     each[1].expect((r + 1) * stride, (r + 1) * stride + width);
     sum_strip<Op, kRows, 2>(w, each, readable, r, stride, width, row_sums, strip);
-  }
-}
-
-// A vector (bias, BatchNorm): every row has one element, its own terms.
-template <class Op, typename T, class Multiplier>
-void run_vector(const Op& op, const T* w, Multiplier multiplier, int64_t readable, int64_t rows,
-                typename Sum<T>::Scalar* out) {
-  using V = typename Sum<T>::Vector;
-  constexpr int kWidth = Sum<T>::kWidth;
-  const auto reader = multiplier.from(0);
-  for (int64_t r = 0; r < rows; r += kWidth) {
-    const First load{rows - r, readable - r};
-    multiplier.expect(r, std::min<int64_t>(r + kWidth, rows));
-    V sums[Op::kSums][1] = {};
-    add_terms<Op>(terms_at<Op>(w, reader, r, load), sums, 0);
-    for (int64_t i = 0; i < kWidth && r + i < rows; ++i)
-      write_row(op, [&](int m) { return sums[m][0][i]; }, out + (r + i) * columns<Op>());
   }
 }
 

@@ -26,6 +26,7 @@
 #include "cpu/moment_blocking.h"
 #include "cpu/moment_loops.h"
 #include "cpu/parallel.h"
+#include "cpu/short_rows.h"
 
 namespace tk {
 inline namespace TK_ISA {
@@ -94,9 +95,9 @@ class MomentWorker {
     const T* w = static_cast<const T*>(item.weight) + first;
     auto multiplier = op_.template multiplier<T>(item, first);
     const int64_t readable = item.rows * blocking.positions - first;
-    if (blocking.positions == 1 && !item.col_out) {
+    if (!item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * columns<Op>();
-      return run_vector(op_, w, multiplier, readable, block.rows, out);
+      if (run_short_rows(op_, w, multiplier, readable, block.rows, blocking.positions, out)) return;
     }
     if (item.row_out) rows_.clear(block.rows);
     if (item.col_out) {

@@ -110,23 +110,30 @@ inline Doubles load(const double* p) {
 typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2)));
 typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
+// A register's worth of a half type.
 #if defined(__AVX512F__)
+using Packed = __m256i;
 // The masked forms: GCC 12 warns of an undefined source operand in the plain ones.
-inline Floats widened(__m256i bits, BFloat16) {
+inline Floats widened(Packed bits, BFloat16) {
   const auto wide = reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bits));
   return reinterpret_cast<Floats>(wide << 16);
 }
-inline Floats widened(__m256i bits, Half) { return _mm512_maskz_cvtph_ps(0xffff, bits); }
+inline Floats widened(Packed bits, Half) { return _mm512_maskz_cvtph_ps(0xffff, bits); }
+#elif defined(__AVX2__)
+using Packed = __m128i;
+inline Floats widened(Packed bits, BFloat16) {
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(_mm256_cvtepu16_epi32(bits)) << 16);
+}
+inline Floats widened(Packed bits, Half) { return _mm256_cvtph_ps(bits); }
 #endif
 
 inline Floats load(const BFloat16* p) {
   // One instruction, where to widen and to shift are two; AVX2 and AVX-512 have none. Of
   // __builtin_convertvector GCC 12 makes four there that widen, in halves of a register.
-#if defined(__AVX512F__)
-  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), BFloat16());
-#elif defined(__AVX2__)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<Floats>(reinterpret_cast<Words>(_mm256_cvtepu16_epi32(bits)) << 16);
+#if defined(__AVX2__)
+  Packed bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return widened(bits, BFloat16());
 #elif defined(__SSE2__)
   const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return reinterpret_cast<Floats>(_mm_unpacklo_epi16(_mm_setzero_si128(), low));
@@ -142,10 +149,10 @@ inline Floats load(const BFloat16* p) {
 }
 
 inline Floats load(const Half* p) {
-#if defined(__AVX512F__)
-  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half());
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#if defined(__AVX2__)
+  Packed bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return widened(bits, Half());
 #elif defined(__aarch64__)
   float16x4_t half;
   std::memcpy(&half, p, sizeof(half));

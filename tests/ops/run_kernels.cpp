@@ -92,14 +92,14 @@ static void report(const char* name, DType dtype, const Guarded& out,
 }
 
 static void run_filter_moments(DType dtype, int64_t rows, int64_t channels, int64_t kernel,
-                               bool channels_last) {
-  const int64_t count = rows * channels * kernel, filters = rows + channels;
+                               bool channels_last, bool columns = true) {
+  const int64_t count = rows * channels * kernel, filters = rows + (columns ? channels : 0);
   const Values w(dtype, count), g(dtype, count);
   const int64_t size = dtype == DType::f64 ? 8 : 4;
   Guarded out(filters * 5 * size);
   ParameterList call;
   call.items = {{w.bytes.data(), g.bytes.data(), nullptr, rows, channels, kernel, 1, out.data(),
-                 out.data() + rows * 5 * size, dtype, channels_last, 0}};
+                 columns ? out.data() + rows * 5 * size : nullptr, dtype, channels_last, 0}};
   TK_ISA::filter_moments(call, 1);
   std::vector<long double> sums(filters * 5), scale(filters * 5);
   for (int64_t i = 0; i < count; ++i) {
@@ -108,7 +108,7 @@ static void run_filter_moments(DType dtype, int64_t rows, int64_t channels, int6
     const long double terms[] = {a * b, a * a * b * b, std::abs(a * b), a * a, b * b};
     for (const int64_t f :
          {i / (channels * kernel), rows + (channels_last ? p % channels : p / kernel)})
-      for (int m = 0; m < 5; ++m)
+      for (int m = 0; m < 5 && f < filters; ++m)
         sums[f * 5 + m] += terms[m], scale[f * 5 + m] += std::abs(terms[m]);
   }
   report("filter_moments", dtype, out, sums, scale);
@@ -139,6 +139,9 @@ int main() {
     }
     run_filter_moments(dtype, 3, 5003, 1, false);
     run_filter_moments(dtype, 700, 24, 1, false);
+    // Rows alone, of which several are read at once, and the last of them before the end.
+    for (const int64_t width : {1, 2, 3, 4, 7, 9, 14, 16, 17})
+      run_filter_moments(dtype, 21, 1, width, false, false);
     run_gate_gradients(dtype, 2, 1, 9, 49);
     run_gate_gradients(dtype, 2, 1, 3, 4999);
     run_gate_gradients(dtype, 3, 301, 77, 1);

@@ -153,7 +153,7 @@ def test_kernels_run_without_python_and_fused_sets_give_the_same_bits(objects):
     program = machine_code.program(found, isa, Path(__file__).parent / "run_kernels.cpp")
     words = [*(["qemu-aarch64"] if emulated else []), str(program)]
     lines = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == 72
+    assert len(lines) == 108
     for number, line in enumerate(lines):
         name, error, bits = line.split()
         assert float(error) <= 16, f"{name} is off by {error} roundings"
