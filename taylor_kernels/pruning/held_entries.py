@@ -3,6 +3,12 @@
 On the CPU the native module writes them all, a step's for hundreds of tensors in the time of a few
 operations of PyTorch. What it cannot write into, on a GPU or as a part on several ranks, is left to
 `fill`, tensor by tensor.
+
+The masked columns of a weight touch all of its memory, so to write them takes as long as to read
+the weight. The native module leaves out tensors that are as it left them: the same objects, in the
+same memory, changed by nothing that PyTorch counts (`Tensor._version`) but by steps that leave
+zeros at zero, with gradients that it has zeroed. What is written by way of `.data` is not counted;
+so of each of these tensors whole filters are looked at, and some rows of columns, others each time.
 """
 
 from __future__ import annotations
@@ -75,6 +81,11 @@ class HeldEntries:
             # .data: a forward pass may lie between another one and its backward pass, and the
             # values that are written are the ones that were there.
             fill(tensor.data, self._parts[number])
+
+    def begin_step(self) -> None:
+        """A step of an optimizer begins of which it is known that what is zero stays zero."""
+        if self._native is not None:
+            self._native.begin_step()
 
     def zeroing(self) -> dict[str, Callable[[Tensor], None]]:
         """Name -> a hook that zeroes the entries of the gradient of that parameter."""

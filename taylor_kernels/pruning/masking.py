@@ -5,17 +5,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
 from taylor_kernels.pruning.called_norms import KeptCalls
 from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
-from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
+from taylor_kernels.pruning.optimizer_state import keeps_zeros, masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.multihead import unpack_examples
@@ -82,6 +86,7 @@ class Masks:
             self._hooks.append(self._model.register_forward_hook(after))
         mine = frozenset(map(id, parameters.values()))
         after_step = Hook(_write_after_step, weakref.ref(self._model), held, get_ident(), mine)
+        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, held)))
         self._hooks.append(register_optimizer_step_post_hook(after_step))
         modules = dict(self._model.named_modules())
         attributes = channels.attributes(dead)
@@ -124,6 +129,11 @@ def _is_registered(model: nn.Module, name: str) -> bool:
 def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     """Write masked entries, before or after a forward pass."""
     held.write(model)
+
+
+def _begin_step(held: HeldEntries, optimizer: torch.optim.Optimizer, *given: Any) -> None:
+    if keeps_zeros(optimizer, *given):
+        held.begin_step()
 
 
 def _write_after_step(
