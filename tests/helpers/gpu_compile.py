@@ -7,7 +7,7 @@ import random
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +33,23 @@ class Resources(NamedTuple):
     spills: int  # bytes stored and loaded
 
 
-def architectures_of(source: Path) -> tuple[int, ...]:
-    """Those that a source is compiled for in this run: one of them, for sources in turns that each
-    run begins elsewhere, as all take minutes (tests/helpers/samples.py). The sources tell the
-    architectures apart in csrc/cuda/ptx.cuh alone."""
+def turns(values: Iterable[object]) -> list[tuple[object, int]]:
+    """Values with the architecture that each is compiled for in this run: all architectures in
+    turns, which each run deals anew (tests/helpers/samples.py), as to compile everything for each
+    takes minutes. Sources in CUDA tell them apart in csrc/cuda/ptx.cuh alone."""
+    every = list(values)
     if samples.choose() == samples.ALL:
-        return ARCHITECTURES
-    turn = SOURCES.index(source)
-    order = random.Random(samples.choose()).sample(range(len(SOURCES)), len(SOURCES))
-    return (ARCHITECTURES[order[turn] % len(ARCHITECTURES)],)
+        return [(value, arch) for value in every for arch in ARCHITECTURES]
+    order = random.Random(samples.choose()).sample(range(len(every)), len(every))
+    return [
+        (value, ARCHITECTURES[at % len(ARCHITECTURES)])
+        for value, at in zip(every, order, strict=True)
+    ]
+
+
+def architectures_of(source: Path) -> tuple[int, ...]:
+    """Those that a source is compiled for in this run."""
+    return tuple(arch for each, arch in turns(SOURCES) if each == source)
 
 
 def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
