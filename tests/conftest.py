@@ -12,6 +12,7 @@ import torch
 from taylor_kernels.backends.native import _native
 from taylor_kernels.criteria import registry as criteria
 from taylor_kernels.statistics import registry as statistics
+from tests.helpers import samples
 
 with suppress(ImportError):  # where gpu-check runs it may be missing
     from hypothesis import HealthCheck, settings
@@ -37,13 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-#: How many tests were left out, by what they lack.
-_LEFT_OUT = pytest.StashKey[int]()
+#: How many tests were left out: for want of a GPU, and by chance (tests/helpers/samples.py).
+_LEFT_OUT = pytest.StashKey[tuple[int, int]]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests on a GPU are left out where there is none, so that a skip is one to look at.
+    """Tests on a GPU are left out where there is none, so that a skip is one to look at, and of
+    those that say so a fresh sample is kept.
 
     Of the others the share that is asked for is kept. Files that take long come first: under
     pytest-xdist every other process would wait for one that began last.
@@ -57,7 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = items[:]
     if not torch.cuda.is_available():
         kept = [item for item in items if not item.get_closest_marker("gpu")]
-        config.stash[_LEFT_OUT] = len(items) - len(kept)
+    by_chance = {id(item) for item in samples.left_out(kept, config.args)}
+    config.stash[_LEFT_OUT] = len(items) - len(kept), len(by_chance)
+    kept = [item for item in kept if id(item) not in by_chance]
     if share := config.getoption("--share"):
         kept = _share(kept, *map(int, share.split("/")))
     if len(kept) < len(items):
@@ -74,7 +78,7 @@ def _share(items: list[pytest.Item], share: int, count: int) -> list[pytest.Item
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
-        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, 0)
+        session.config.workeroutput["left_out"] = session.config.stash.get(_LEFT_OUT, (0, 0))
 
 
 class _FromWorkers:
@@ -82,17 +86,24 @@ class _FromWorkers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        count = getattr(node, "workeroutput", {}).get("left_out", 0)
-        node.config.stash[_LEFT_OUT] = max(count, node.config.stash.get(_LEFT_OUT, 0))
+        if counts := getattr(node, "workeroutput", {}).get("left_out"):
+            node.config.stash[_LEFT_OUT] = tuple(counts)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    samples.choose()  # before pytest-xdist starts its processes, which are to draw the same
     config.pluginmanager.register(_FromWorkers())
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if count := config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} tests need an NVIDIA GPU and were left out")
+    gpu, by_chance = config.stash.get(_LEFT_OUT, (0, 0))
+    if gpu:
+        terminalreporter.write_line(f"{gpu} tests need an NVIDIA GPU and were left out")
+    if by_chance:
+        terminalreporter.write_line(
+            f"{by_chance} cases were left to other runs: {samples.VARIABLE}={samples.choose()} "
+            f"draws the same again, {samples.VARIABLE}={samples.ALL} runs every case"
+        )
 
 
 @pytest.fixture

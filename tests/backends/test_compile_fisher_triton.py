@@ -110,6 +110,7 @@ COPIED = [
 ]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(("kind", "arch"), COPIED)
 def test_channels_last_loads_16_bytes(kind: str, arch: int, tmp_path: Path) -> None:
     compiled = compile_case(CONV, kind, arch)
@@ -129,6 +130,7 @@ TURNS = [
 ]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     ("case", "kind", "arch"),
     TURNS,
@@ -170,7 +172,7 @@ EXTENT = st.integers(1, 5000)
     tf32=st.booleans(),
     weight=st.booleans(),
 )
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_plan_covers_everything_once(
     batch, groups, extents, image, kernel, last, dtype, tf32, weight
 ) -> None:

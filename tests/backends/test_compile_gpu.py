@@ -1,6 +1,7 @@
-"""Every GPU kernel compiles for every architecture, spills nothing and loads 16 bytes at a time.
+"""Every GPU kernel compiles, spills nothing and loads 16 bytes at a time.
 
-No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped.
+No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped. CUDA
+sources take turns with the architectures, and other ones in each run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -20,20 +22,25 @@ from tests.helpers.gpu_compile import (
     ARCHITECTURES,
     LOCAL_MEMORY,
     ROOT,
+    SOURCES,
     TYPE_NAMES,
+    architectures_of,
     compile_triton,
     cuobjdump,
     kept_cuda,
     sass_of_functions,
+    turns,
     uses_local_memory,
 )
 
-SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 #: fp32, fp16 and bf16 each read every tensor, two but for one op, by at least one vector load.
 VECTOR_LOADS = {"second_order_moments.cu": 9}
 MIN_VECTOR_LOADS = 6
 #: Either side of conv2d_fisher's tiles, where its vectors are aligned.
 TILE_VECTOR_LOADS = 2
+
+#: Types of elements and architectures, in turns.
+TURNS = turns(TYPE_NAMES)
 
 MOMENTS_ARGUMENTS = {"table": "*i64", "count": "i32"} | dict.fromkeys(
     ("row_out", "col_out", "workspace"), "*fp32"
@@ -48,13 +55,14 @@ not_interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_cuda(source: Path) -> None:
     binary, kernels = kept_cuda(source)
-    assert {kernel.arch for kernel in kernels} == set(ARCHITECTURES)
+    architectures = architectures_of(source)
+    assert {kernel.arch for kernel in kernels} == set(architectures)
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
     tool = cuobjdump()
     if tool is None:
         pytest.skip("compiled without spills; no cuobjdump to look for vector loads with")
-    for arch in ARCHITECTURES:
+    for arch in architectures:
         for name, sass in sass_of_functions(binary, arch, tool).items():
             if "stream_kernel" in name:
                 wide = len(re.findall(r"\bLDG\.E\.128", sass))
@@ -169,10 +177,10 @@ def gates() -> ModuleType:
 
 
 @not_interpreted
-@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("grids", [False, True], ids=("rows", "grids"))
 def test_triton_moments(
-    moments: ModuleType, dtype: torch.dtype, grids: bool, tmp_path: Path
+    moments: ModuleType, dtype: torch.dtype, arch: int, grids: bool, tmp_path: Path
 ) -> None:
     check_triton(
         moments.stream_kernel,
@@ -180,12 +188,12 @@ def test_triton_moments(
         moments.constants(moments.PARAMETER_OPS["filter_moments"], dtype, grids, grids),
         tmp_path,
         vectors=True,
-        architectures=ARCHITECTURES if grids else (90,),  # the larger kernel holds the smaller
+        architectures=(arch,),
     )
 
 
 @not_interpreted
-@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("name", ["second_order_moments", "hutchinson_moments"])
 def test_triton_other_moments(
     moments: ModuleType, name: str, dtype: torch.dtype, arch: int, tmp_path: Path
@@ -203,7 +211,7 @@ def test_triton_other_moments(
 
 
 @not_interpreted
-@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 def test_triton_rademacher(dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     module = importlib.import_module("taylor_kernels.backends.triton.rademacher")
@@ -220,7 +228,7 @@ MIRROR_RULES = [(1, 2, 0), (1, 3, 1), (2, 3, 1), (2, 3, 2)]
 
 
 @not_interpreted
-@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("rule", MIRROR_RULES, ids=str)
 def test_triton_mirror_step(
     rule: tuple[int, int, int], dtype: torch.dtype, arch: int, tmp_path: Path
@@ -246,7 +254,7 @@ def test_triton_mirror_step(
 
 
 @not_interpreted
-@pytest.mark.parametrize(("dtype", "arch"), zip(TYPE_NAMES, ARCHITECTURES, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 def test_triton_ranking_and_step(
     moments: ModuleType, dtype: torch.dtype, arch: int, tmp_path: Path
 ) -> None:
@@ -276,14 +284,15 @@ def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
 
 
 @not_interpreted
-@pytest.mark.parametrize("dtype", TYPE_NAMES, ids=str)
-def test_triton_gates(gates: ModuleType, dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
+def test_triton_gates(gates: ModuleType, dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+    check = partial(check_triton, folder=tmp_path, architectures=(arch,))
     name = TYPE_NAMES[dtype]
     tensors = {"y": name, "dy": name, "bias": name, "out": "*fp32"}
     rows = {"rows": "i32", "length": "i32:16", "channels": "i32", "tiles": "i32"}
     for r, c, _ in gates.TILES[:3]:
         constants = {"BIAS": True, "R": r, "C": c, "SEGMENT": gates.SEGMENT}
-        check_triton(gates.rows_kernel, {**tensors, **rows}, constants, tmp_path, vectors=True)
+        check(gates.rows_kernel, {**tensors, **rows}, constants, vectors=True)
     r, c = gates.MATRIX_TILE
     cols = {
         "rows": "i32",
@@ -293,8 +302,8 @@ def test_triton_gates(gates: ModuleType, dtype: torch.dtype, tmp_path: Path) -> 
         "row_blocks": "i32",
     }
     constants = {"BIAS": True, "R": r, "C": c, "BLOCK_ROWS": gates.BLOCK_ROWS}
-    check_triton(gates.cols_kernel, {**tensors, **cols}, constants, tmp_path, vectors=True)
+    check(gates.cols_kernel, {**tensors, **cols}, constants, vectors=True)
     counts = dict.fromkeys(("tiles", "batch", "parts", "channels", "run"), "i32")
     constants = dict(zip("PE", gates.FINISH_TILE, strict=True))
     arguments = {"partials": "*fp32", "out": "*fp32", **counts}
-    check_triton(gates.finish_kernel, arguments, constants, tmp_path, vectors=False)
+    check(gates.finish_kernel, arguments, constants, vectors=False)

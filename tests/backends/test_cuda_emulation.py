@@ -42,6 +42,7 @@ def gates(y: Tensor, dy: Tensor, bias: Tensor | None, dim: int) -> Tensor:
     return out
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MOMENTS_CASES, ids=lambda case: case.name)
 def test_moments(case: MomentsCase, dtype: torch.dtype) -> None:
@@ -55,6 +56,7 @@ def test_moments(case: MomentsCase, dtype: torch.dtype) -> None:
                 assert_close(got, *reference64(weight, grad, dim, case.groups))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GATE_CASES, ids=lambda case: case.name)
 def test_gates(case: GateCase, dtype: torch.dtype) -> None:

@@ -40,6 +40,7 @@ def moved(tensor: Tensor, elements: int) -> Tensor:
     return base[start:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [*CASES, *LIMIT_CASES], ids=lambda case: case.name)
 def test_matches_float64(case: FisherCase, dtype: torch.dtype) -> None:
@@ -69,6 +70,7 @@ def test_tf32_rounds_factors_and_nothing_else(case: FisherCase) -> None:
     assert_close(got, *fisher_reference64(x, dy, case))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LIMIT_CASES, ids=lambda case: case.name)
 def test_bits_do_not_depend_on_alignment(case: FisherCase, dtype: torch.dtype) -> None:

@@ -31,6 +31,7 @@ def run(
     return run_moments(op.name, tensors, groups, *axes, op.sums, *seed)
 
 
+@pytest.mark.sample
 @OPS
 @pytest.mark.parametrize("case", MOMENTS_CASES, ids=lambda case: case.name)
 def test_sums(op: ParameterOp, case: MomentsCase) -> None:

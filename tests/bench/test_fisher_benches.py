@@ -37,6 +37,7 @@ def problem(request):
         yield bench_fisher_step.problem.__wrapped__(request.param, 5, 32, CPU)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("way", [w for w in bench_fisher_step.WAYS if w != bench_fisher_step.PLAIN])
 def test_every_way_gives_the_same_scores(way, problem):

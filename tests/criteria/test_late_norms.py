@@ -184,6 +184,7 @@ def test_the_pruner_never_prunes_by_noise():
     assert all(parameters[name].equal(state[name]) for name in parameters)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "taylor_so_diag"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_the_pruner_scores_each_unit_by_its_gates(network, criterion):

@@ -75,6 +75,7 @@ def in_thread(rank, size, meeting, criterion, window):
     return ended(model, pruner)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("window", [64, 2])
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_blocks_that_one_process_prunes(criterion, window):

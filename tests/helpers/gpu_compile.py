@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, samples
 from tests.helpers.kept import KEPT, included, kept
 
 ARCHITECTURES = (80, 90, 100)
+SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
 #: Loads and stores of it in machine code: registers that were spilled.
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
 TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -30,17 +33,39 @@ class Resources(NamedTuple):
     spills: int  # bytes stored and loaded
 
 
+def turns(values: Iterable[object]) -> list[tuple[object, int]]:
+    """Values with the architecture that each is compiled for in this run: all architectures in
+    turns, which each run deals anew (tests/helpers/samples.py), as to compile everything for each
+    takes minutes. Sources in CUDA tell them apart in csrc/cuda/ptx.cuh alone."""
+    every = list(values)
+    if samples.choose() == samples.ALL:
+        return [(value, arch) for value in every for arch in ARCHITECTURES]
+    order = random.Random(samples.choose()).sample(range(len(every)), len(every))
+    return [
+        (value, ARCHITECTURES[at % len(ARCHITECTURES)])
+        for value, at in zip(every, order, strict=True)
+    ]
+
+
+def architectures_of(source: Path) -> tuple[int, ...]:
+    """Those that a source is compiled for in this run."""
+    return tuple(arch for each, arch in turns(SOURCES) if each == source)
+
+
 def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
-    """`compile_cuda`, once for as long as its source, what it includes and the compiler stay
-    the same."""
+    """`compile_cuda` for the architectures of this run, once for as long as its source, what it
+    includes and the compiler stay the same."""
     nvcc = nvcc_path()
     version = subprocess.check_output([nvcc, "--version"], text=True)
+    architectures = architectures_of(source)
 
     def build(folder: Path) -> None:
-        _, resources = compile_cuda(source, folder)
+        _, resources = compile_cuda(source, folder, architectures)
         (folder / "resources.json").write_text(json.dumps(resources))
 
-    folder = kept(f"cuda-{source.stem}", included(source), (version, *command(source)), build)
+    words = (version, *command(source, architectures))
+    name = "-".join(map(str, ("cuda", source.stem, *architectures)))
+    folder = kept(name, included(source), words, build)
     resources = json.loads((folder / "resources.json").read_text())
     return folder / f"{source.stem}.o", [Resources(*each) for each in resources]
 
@@ -51,17 +76,20 @@ def nvcc_path() -> str:
     return nvcc
 
 
-def command(source: Path) -> list[str]:
-    """How a source is compiled for every architecture; what follows says where to."""
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+def command(source: Path, architectures: Sequence[int]) -> list[str]:
+    """How a source is compiled for these architectures; what follows says where to."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     flags = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *codes]
     return [nvcc_path(), *flags, "-c", str(source)]
 
 
-def compile_cuda(source: Path, folder: Path) -> tuple[Path, list[Resources]]:
-    """The object file with machine code for every architecture, and each kernel's resources."""
+def compile_cuda(
+    source: Path, folder: Path, architectures: Sequence[int] = ARCHITECTURES
+) -> tuple[Path, list[Resources]]:
+    """The object file with machine code for these architectures, and each kernel's resources."""
     target = folder / f"{source.stem}.o"
-    done = subprocess.run([*command(source), "-o", str(target)], capture_output=True, text=True)
+    words = [*command(source, architectures), "-o", str(target)]
+    done = subprocess.run(words, capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{source.name} does not compile:\n{log[-4000:]}"
     assert "warning" not in log, log[-4000:]

@@ -13,6 +13,7 @@ from taylor_kernels.methods import MirrorDescent
 from tests.methods.mirror_training import FAST, each_kind, network, quantized, same_bits, train
 
 
+@pytest.mark.sample(14)
 @each_kind
 @pytest.mark.parametrize("scale", [None, "layer", 0.25])
 def test_weights_are_within_the_scale_and_become_levels(method, levels, scale):

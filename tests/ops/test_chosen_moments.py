@@ -50,6 +50,7 @@ def backend(request: pytest.FixtureRequest):
     native._native.set_cpu_isa(best)
 
 
+@pytest.mark.sample(60)
 @pytest.mark.parametrize("at", range(len(CASES)), ids=lambda i: CASES[i].name)
 def test_bits_are_those_of_a_full_call(at, backend, poisoned_memory):
     """Every case, in turn with every set; those of one sum, which have kernels, with each."""

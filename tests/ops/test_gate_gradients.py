@@ -41,7 +41,7 @@ def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_shape_matches_float64(shape, channel_dim, layout, bias, seed):
     case = cases.GateCase("any", tuple(shape), min(channel_dim, len(shape) - 1), layout, bias)
     check(case, torch.float32, None, seed)

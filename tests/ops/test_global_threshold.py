@@ -60,6 +60,7 @@ def test_products(dtype, shapes, each_isa):
         check(a, count, b)
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("values", ["normal", "few", "zeros", "denormal", "one bit apart"])
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 @pytest.mark.parametrize("size", [CHUNK, TASK])
@@ -103,6 +104,7 @@ def test_many_elements(values):
         check_sorted([a[: WINDOW - 5], a[WINDOW - 5 :].view(2, -1)], order, count)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("signed", [False, True])
 def test_many_elements_on_every_instruction_set(signed, each_isa):
     a, b = torch.randn(WINDOW), torch.randn(WINDOW)

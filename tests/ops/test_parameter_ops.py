@@ -27,6 +27,7 @@ def op(request: pytest.FixtureRequest) -> ParameterOp:
     return request.param
 
 
+@pytest.mark.sample(180)
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -36,6 +37,7 @@ def test_matches_float64(op, backend, case, dtype, poisoned_memory):
         op.check(tensors, dim, case.groups, backend, stream)
 
 
+@pytest.mark.sample(135)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_instruction_set_matches_float64(op, case, each_isa, poisoned_memory):
     for dtype in cases.DTYPES:

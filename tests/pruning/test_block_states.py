@@ -54,6 +54,7 @@ def test_random_networks(seed, tmp_path):
     assert repr(again) == repr(model)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("stop", [2, 3, 5])
 @pytest.mark.parametrize("compacts", [True, False])
 def test_killed_and_resumed_is_the_same_run(stop, compacts, tmp_path):

@@ -182,6 +182,7 @@ def test_copies_and_closed_pruners_keep_masked_blocks_out():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_fo", "magnitude_l2", "random"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_go_alone_where_no_filter_may(kind, criterion):

@@ -140,6 +140,7 @@ def test_a_model_that_other_code_cut_is_pruned_no_more(criterion, widen):
     assert all(map(torch.equal, model.parameters(), left))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("compacted", [False, True])
 @pytest.mark.parametrize("criterion", ["taylor_fo_bn", "taylor_fo_gate", "obd_fisher", "taylor_fo"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")

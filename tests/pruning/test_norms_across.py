@@ -95,6 +95,7 @@ def spread(model: nn.Module) -> None:
             parameter.add_(0.3 * torch.randn_like(parameter))
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("criterion", ["random", "taylor_fo", "taylor_fo_gate"])
 @pytest.mark.parametrize("name", MODELS)
 def test_masked_is_removed_and_training_goes_on(name, criterion):

@@ -99,6 +99,7 @@ def pruned(name, wrap, make, **options):
     return model, pruner, [one for one in held if one is not None]
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("wrap", [SharesGroups, OwnGroups, Several, Nested])
 @pytest.mark.parametrize(("make", "options"), [(SGD, {"momentum": 0.9}), (AdamW, {})])
 @pytest.mark.parametrize("name", ["mlp", "resnet"])

@@ -41,6 +41,7 @@ class InTraining(nn.Module):
         return self.leave(y.tanh())
 
 
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("probability", [1.0, 0.5, 0.01])
 @pytest.mark.parametrize("function", [halves, shuffled, rolled, in_rows])
 @pytest.mark.parametrize("width", [6, 8])

@@ -33,6 +33,7 @@ def step(pruner: Pruner, model: nn.Module, batch, **options):
     return pruner.step(**options)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("criterion", [*CLOSURES, "obd_fisher"])
 @pytest.mark.parametrize("kind", ["resnet", "mobilenet"])
 def test_reaches_its_target_and_resumes_to_the_same_bits(kind, criterion):

@@ -17,7 +17,7 @@ from taylor_kernels.pruning.selection import select
 from tests.helpers.selections import chain, plain_select
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     makes=st.lists(

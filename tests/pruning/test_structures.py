@@ -35,6 +35,7 @@ def test_only_these_layers_stay(name):
     assert set(pruner.skipped) == stays | {"6"}
 
 
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_a_compacted_network_trains_on_as_the_masked_one(name, optimizer):

@@ -107,6 +107,7 @@ def test_scores_do_not_depend_on_what_is_frozen_or_on_other_passes(criterion):
     same(scores(model, criterion, closure), expected)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("other", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
 @pytest.mark.parametrize("criterion", CLOSURES)
 def test_another_meter_on_the_model_does_not_count_the_closures_passes(criterion, other):

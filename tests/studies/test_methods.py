@@ -84,6 +84,7 @@ def few_images(data_name):
     return DATA[data_name](0).test.images[:3]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("data_name", DATA)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_takes_every_data_set(network, data_name):

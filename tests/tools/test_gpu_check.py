@@ -199,6 +199,7 @@ def test_shares_are_all_tests_once(count):
     shares = []
     for i in range(count):
         config = SimpleNamespace(
+            args=[],
             getoption=lambda name, i=i: f"{i + 1}/{count}",
             stash={},
             hook=SimpleNamespace(pytest_deselected=lambda items: None),

@@ -33,7 +33,7 @@ def runs(draw) -> list[tuple[int, int, int]]:
 
 
 @given(runs())
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_runs_are_united_place_by_place(runs):
     forest = Forest(32)
     if runs:
@@ -43,7 +43,7 @@ def test_runs_are_united_place_by_place(runs):
 
 
 @given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 15))))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_pairs_are_united(pairs):
     forest = Forest(16)
     columns = np.array(pairs, np.int64).reshape(-1, 2)

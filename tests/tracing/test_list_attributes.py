@@ -38,6 +38,7 @@ class Parts(nn.Module):
         )
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("how", ["split", "attribute", "narrow"])
 @pytest.mark.parametrize("kind", [list, tuple])
 @pytest.mark.parametrize("seed", range(4))

@@ -63,6 +63,7 @@ class SharedHeads(nn.Module):
         return x.reshape(n, shared * self.repeats, length, dim)
 
 
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("how", ["broadcast", "repeated", "matmul"])

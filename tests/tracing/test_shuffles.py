@@ -65,7 +65,7 @@ def grouped(seed: int, depth: int = 2) -> nn.Sequential:
     return nn.Sequential(*parts, nn.Conv2d(width, 2, 1))
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**20))
 def test_masking_what_a_shuffle_moved_is_removing_it(seed):
     with torch.random.fork_rng():

@@ -136,6 +136,7 @@ class Decoder(nn.Module):
         return self.leave(torch.cat([y, weights @ memory], -1))
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("act", [nn.Tanh(), nn.Sigmoid()])

@@ -108,7 +108,7 @@ def test_example_norms(name: str, one_at_a_time: bool, monkeypatch: pytest.Monke
     tf32=st.booleans(),
 )
 @settings(
-    max_examples=15,
+    max_examples=8,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_fisher_of_any_geometry(

@@ -127,6 +127,7 @@ def kept(model: nn.Module, x: Tensor, options: dict[str, Any], importance: Any) 
     return pruned
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", ["taylor", "hessian"])
 def test_the_same_channels_are_kept(built, kind):
     model, x, options = built

@@ -27,7 +27,7 @@ def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, tmp_pa
         patch.setattr(late_norms, "scores", _scores_of_few_in_eval)
         found = late_norms._measured(
             make,
-            replace(RECIPE, oracle_batches=8),
+            replace(RECIPE, oracle_batches=5),
             0,
             torch.device("cpu"),
             Cache(tmp_path),

@@ -162,13 +162,21 @@ def test_what_is_kept_reaches_the_targets():
 FEWER_POINTS = """
 from dataclasses import replace
 from taylor_kernels.studies.oracle import pruning_curves, settings
-settings.QUICK = replace(settings.QUICK, points=4)
-pruning_curves.CURVE_DRAWS = 2
+settings.QUICK = replace(settings.QUICK, points=2)
+pruning_curves.CURVE_DRAWS, pruning_curves._LEAST_POINTS = 2, 2
 """
 
 
+#: Those that have targets, and what they are held against; test_user_model.py has all.
+COMPARED = [
+    word
+    for name in ("taylor_fo_bn", "taylor_so_diag", "obd_bn", "magnitude_l2", "random")
+    for word in ("--criteria", name)
+]
+
+
 def run_quick(folder: Path, before: str = "") -> Run:
-    quick = ("compare", "--quick", "--device", "cpu", "--out", str(folder))
+    quick = ("compare", "--quick", "--device", "cpu", "--out", str(folder), *COMPARED)
     before = FEWER_POINTS + before
     done = run_module("taylor_kernels.cli", *quick, before=before, optimizers=True)
     assert done.returncode == 0, done.stderr

@@ -23,9 +23,17 @@ ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+#: What is timed is of no matter here.
+SHORT = """
+from dataclasses import replace
+from taylor_kernels.studies.pruning import settings
+settings.QUICK = replace(settings.QUICK, latency_batch=8, latency_repeats=2)
+"""
+
+
 def demo(*arguments: str, before: str = "") -> Run:
     given = ("demo", "--quick", "--device", "cpu", *arguments)
-    done = run_module("taylor_kernels.cli", *given, before=before, optimizers=True)
+    done = run_module("taylor_kernels.cli", *given, before=SHORT + before, optimizers=True)
     assert done.returncode == 0, done.stderr
     return done
 

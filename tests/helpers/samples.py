@@ -1,0 +1,77 @@
+"""A fresh sample of the cases of a test whose parameters multiply.
+
+`@pytest.mark.sample` stands on tests of which a whole product of parameters is too long to run each
+time, and whose code takes the parameters' values apart from each other. Of its cases a run draws
+some, so that each value of each parameter is among them; with `@pytest.mark.sample(20)` it draws
+twenty at least. Another run draws others.
+
+The environment variable TAYLOR_KERNELS_SAMPLE is the number that a run says it drew by, to draw the
+same again, or `all`, to run every case. A case that is named on the command line runs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+VARIABLE = "TAYLOR_KERNELS_SAMPLE"
+ALL = "all"
+
+
+def choose() -> str:
+    """What this run and the processes that it starts draw by."""
+    return os.environ.setdefault(VARIABLE, str(random.SystemRandom().randrange(10**6)))
+
+
+def left_out(items: Iterable[pytest.Item], arguments: Iterable[str]) -> list[pytest.Item]:
+    """Those that this run, with such arguments on the command line, does not draw."""
+    if choose() == ALL or any("[" in argument for argument in arguments):
+        return []
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sample"):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    out = []
+    for function, cases in tests.items():
+        mark = cases[0].get_closest_marker("sample")
+        assert mark is not None
+        draw = random.Random(f"{choose()} {function}")
+        kept = {id(case) for case in drawn(cases, *mark.args, draw=draw)}
+        out += [case for case in cases if id(case) not in kept]
+    return out
+
+
+def drawn(
+    cases: Sequence[pytest.Item], least: int = 0, *, draw: random.Random
+) -> list[pytest.Item]:
+    """Cases with each value that is among them, `least` of them at least if there are so many."""
+    ahead = draw.sample(cases, len(cases))
+    values = {id(case): _values(case) for case in ahead}
+    missing = set().union(*values.values())
+    kept: list[pytest.Item] = []
+    while ahead and (missing or len(kept) < least):
+        best = max(ahead, key=lambda case: len(values[id(case)] & missing))
+        ahead.remove(best)
+        missing -= values[id(best)]
+        kept.append(best)
+    return kept
+
+
+def _values(case: pytest.Item) -> set[tuple[str, object]]:
+    """The parameters of a case: their names, and what tells their values apart."""
+    call = getattr(case, "callspec", None)
+    if call is None:
+        return set()
+    return {(name, _key(value)) for name, value in call.params.items()}
+
+
+def _key(value: object) -> object:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value

@@ -1,0 +1,60 @@
+"""The cases that a run draws of tests whose parameters multiply (tests/helpers/samples.py)."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import samples
+
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
+
+
+def cases(sizes: list[int], function: str = "f.py::test") -> list[Any]:
+    """Those of a test with so many values of each of its parameters."""
+    mark = SimpleNamespace(args=())
+    return [
+        SimpleNamespace(
+            nodeid=f"{function}[{values}]",
+            callspec=SimpleNamespace(params={str(i): [v] for i, v in enumerate(values)}),
+            get_closest_marker=lambda name: mark if name == "sample" else None,
+        )
+        for values in product(*map(range, sizes))
+    ]
+
+
+@given(SIZES, st.integers(0, 60), st.randoms(use_true_random=False))
+def test_each_value_is_drawn_and_so_many_cases(sizes: list[int], least: int, draw: Any) -> None:
+    every = cases(sizes)
+    kept = samples.drawn(every, least, draw=draw)
+    for i, count in enumerate(sizes):
+        assert {case.callspec.params[str(i)][0] for case in kept} == set(range(count))
+    assert len({id(case) for case in kept}) == len(kept) >= min(least, len(every))
+    assert len(kept) <= max(least, sum(sizes))
+
+
+def test_a_number_draws_the_same_again_and_another_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = cases([6, 5]) + cases([6, 5], "f.py::test_more")
+    draws = set()
+    for number in random.sample(range(10**6), 20):
+        monkeypatch.setenv(samples.VARIABLE, str(number))
+        out = [item.nodeid for item in samples.left_out(every, [])]
+        assert out == [item.nodeid for item in samples.left_out(every, [])]
+        assert {name.partition("[")[0] for name in out} == {"f.py::test", "f.py::test_more"}
+        draws.add(tuple(out))
+    assert len(draws) > 1
+
+
+def test_every_case_runs_where_that_is_asked_or_a_case_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = cases([3, 4])
+    assert not samples.left_out(every, ["tests/f.py::test[(0, 1)]"])
+    monkeypatch.setenv(samples.VARIABLE, samples.ALL)
+    assert not samples.left_out(every, [])
