@@ -8,7 +8,7 @@ whose output could be heard. Operations below functions show all of these, whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,18 +16,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ATEN = torch.ops.aten
-#: Operation -> the places of its two operands.
-_PRODUCTS: dict[Any, tuple[int, int]] = {
+
+
+def _overloads(*packets: Any) -> Iterator[tuple[Any, Any]]:
+    """The operations of these names, each with its name."""
+    for packet in packets:
+        yield from ((getattr(packet, overload), packet) for overload in packet.overloads())
+
+
+#: Name of operations -> the places of their two operands.
+_OPERANDS = {
     _ATEN.mm: (0, 1), _ATEN.bmm: (0, 1), _ATEN.mv: (0, 1), _ATEN.linear: (0, 1),
     _ATEN.addmm: (1, 2), _ATEN.baddbmm: (1, 2), _ATEN.addmv: (1, 2), _ATEN.convolution: (0, 1),
 }  # fmt: skip
+_PRODUCTS = dict(_overloads(*_OPERANDS))
+_TAKES = dict(_overloads(_ATEN.index, _ATEN.index_select))
 #: What makes another tensor of a weight that is one too: copies, parts, and products with numbers
 #: or masks of its shape.
-_COPIES = {
-    _ATEN.clone, _ATEN._to_copy, _ATEN.index, _ATEN.index_select, _ATEN.mul, _ATEN.div, _ATEN.add,
-    _ATEN.sub,
-}  # fmt: skip
-_TAKES = {_ATEN.index, _ATEN.index_select}
+_COPIES = _TAKES | dict(
+    _overloads(_ATEN.clone, _ATEN._to_copy, _ATEN.mul, _ATEN.div, _ATEN.add, _ATEN.sub)
+)
 
 #: Is told the name of a weight, what came of a product with it, and the dimensions of that that
 #: channels of weights lie along.
@@ -54,19 +62,18 @@ class WeightProducts(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
-        if packet in _PRODUCTS:
-            self._product(packet, args, out)
-        elif packet in _COPIES and isinstance(args[0], Tensor):
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        if func in _PRODUCTS:
+            self._product(_PRODUCTS[func], args, out)
+        elif func in _COPIES and isinstance(args[0], Tensor):
             name = self._names.get(_memory(args[0]))
-            if name is not None and (packet in _TAKES or out.shape == args[0].shape):
+            if name is not None and (func in _TAKES or out.shape == args[0].shape):
                 self._names.setdefault(_memory(out), name)
                 self._copies.append(out)
         return out
 
     def _product(self, packet: Any, args: tuple, out: Tensor) -> None:
-        left, right = (args[place] for place in _PRODUCTS[packet])
+        left, right = (args[place] for place in _OPERANDS[packet])
         row, column = self._names.get(_memory(left)), self._names.get(_memory(right))
         if packet is _ATEN.convolution:
             if column is not None:
