@@ -2,8 +2,8 @@
 
 `F.layer_norm` and `F.rms_norm` in the code of a block are run on the channels that are kept, as
 modules that are such norms are (kept_norms.py). What they are is seen by a mode for functions that
-is on while the module runs; it tells calls of the module's own code, by their number, from those of
-modules in it.
+is on while the module runs; it tells calls of the module's own code, by their place in it, from
+those of modules in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from taylor_kernels.tracing.code import is_run_again, running_module
+from taylor_kernels.tracing.code import Place, running
 
 #: Function -> the names of its arguments; those from the third on lie along the channels if they
 #: are tensors.
@@ -38,11 +38,14 @@ class KeptCalls:
     """A forward hook, also called after an error, that ends what `begin` has begun.
 
     Args:
-        calls: of the norms that the module's code calls, in their order.
+        calls: of the norms that the module's code calls, with their places in it. Those at one
+            place are in the order of a run.
     """
 
-    def __init__(self, calls: Sequence[Call]) -> None:
-        self._calls = list(calls)
+    def __init__(self, calls: Sequence[tuple[Place, Call]]) -> None:
+        self._calls: dict[Place, list[Call]] = {}
+        for place, call in calls:
+            self._calls.setdefault(place, []).append(call)
         self._on: dict[int, list[_OnKept]] = {}  # of threads
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -59,9 +62,10 @@ class KeptCalls:
 class _OnKept(TorchFunctionMode):
     """Runs norms that the code of one module calls on the channels that are kept."""
 
-    def __init__(self, module: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(self, module: nn.Module, calls: Mapping[Place, Sequence[Call]]) -> None:
         super().__init__()
-        self._module, self._calls, self._number = module, calls, 0
+        self._module = module
+        self._left = {place: iter(here) for place, here in calls.items()}
 
     def __torch_function__(
         self,
@@ -71,16 +75,19 @@ class _OnKept(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _NORMS or running_module() is not self._module:
+        if func not in _NORMS or (code := running()).module is not self._module:
             return func(*args, **kwargs)
-        if is_run_again():
+        if code.again:
             raise self._error("calls a norm inside of a checkpoint, which would run it unmasked")
-        number, self._number = self._number, self._number + 1
-        if number >= len(self._calls):
+        try:
+            call = next(self._left[code.place])
+        except (KeyError, StopIteration):
+            line = f"{code.place[0][0]} " if code.place else ""
             raise self._error(
-                f"calls more than {len(self._calls)} norms, unlike on the example inputs"
-            )
-        if (call := self._calls[number]) is None:
+                f"calls {func.__name__} in line {line}where, or more often than, it does not on "
+                "the example inputs"
+            ) from None
+        if call is None:
             return func(*args, **kwargs)
         given = dict(zip(_NORMS[func], args, strict=False)) | dict(kwargs)
         width, places = call

@@ -14,6 +14,7 @@ from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
 from taylor_kernels.pruning.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.pruning.same_outputs import Ran
+from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.caches import keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
 from taylor_kernels.tracing.returned import Read, returned_tensors
@@ -28,6 +29,8 @@ class Exchanged:
     Args:
         model: a copy in eval mode.
         modules: dict(model.named_modules()).
+        channels: of the model, with any groups.
+        read: names or places of the outputs that are wanted, None for all that others read.
 
     Attributes:
         modules: as given.
@@ -45,7 +48,11 @@ class Exchanged:
     """
 
     def __init__(
-        self, model: nn.Module, modules: Mapping[str, nn.Module], read: Read = None
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        channels: Channels,
+        read: Read = None,
     ) -> None:
         self._model, self.modules, self._read = model, modules, read
         self.held = Tensors(modules)
@@ -55,7 +62,8 @@ class Exchanged:
         self.idle, self._never_idle = False, False
         self.steady = False
         self._keeping = keeping(modules.values())
-        self._layers = LayerOutputs(modules)
+        self._layers = LayerOutputs(modules, channels)
+        self._by_itself = [name for name in self._layers.by_itself if name in self.tensors]
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -146,7 +154,8 @@ class Exchanged:
             if self.steady:
                 stack.enter_context(SteadyNoise(lowest=lowest))
             renew(self._keeping)
-            with self._layers.heard() as norms:
+            weights = {name: self.held[name] for name in self._by_itself}
+            with self._layers.heard(weights) as norms:
                 found = call(self._model, copied(self.inputs))
             if mode is not None:
                 self.alone |= mode.alone

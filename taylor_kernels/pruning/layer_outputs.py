@@ -1,16 +1,16 @@
-"""How much a layer puts out in a run: what is wrong is seen there before something hides it.
+"""How much layers put out in a run: what is wrong is seen there before something hides it.
 
 Behind a layer comes a ReLU that is zero for all examples, a sigmoid that is one to the last digit,
 or a choice that is an integer; the outputs of the model are the same then, whatever has gone wrong
 in front of it. A filter that is masked puts out zeros, so that what a layer puts out has the same
-norm with it and without it.
+norm with it and without it. So has what a product puts out that code makes with a weight by itself.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.hooks import remove_all
+from taylor_kernels.pruning.weight_products import WeightProducts
+from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.experts import is_router
 
 
@@ -37,7 +39,13 @@ class Norms:
 
     def hear(self, name: str, layer: Any, _: Any, output: Any) -> None:
         """A forward hook, but for the name of the layer."""
-        if not isinstance(output, Tensor) or not output.is_floating_point() or _wrapped(output):
+        if isinstance(output, Tensor) and not _wrapped(output):
+            along = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
+            self.add(name, output, (along,))
+
+    def add(self, name: str, output: Tensor, along: tuple[int, ...]) -> None:
+        """Write down what a layer has put out, whose channels lie along these dimensions."""
+        if not output.is_floating_point():
             return
         # A number of Python's: to ask a tensor takes as long as the norm of a small one.
         norm = torch.linalg.vector_norm(output).item()
@@ -45,9 +53,8 @@ class Norms:
             finite = output[output.isfinite()]
             self.broken[name] = bool(finite.numel()) and self.broken.get(name, True)
             norm = torch.linalg.vector_norm(finite).item()
-        sizes = list(output.shape)
-        del sizes[-1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()]
-        self.calls.setdefault(name, []).append((tuple(sizes), output.dtype, norm))
+        sizes = tuple(n for d, n in enumerate(output.shape) if d - output.dim() not in along)
+        self.calls.setdefault(name, []).append((sizes, output.dtype, norm))
 
 
 def _wrapped(output: Tensor) -> bool:
@@ -61,25 +68,42 @@ class LayerOutputs:
 
     Args:
         modules: dict(model.named_modules()).
+        channels: say which weights code uses by itself.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], channels: Channels) -> None:
         self._layers = {
             name: module
             for name, module in modules.items()
             if isinstance(module, (nn.Linear, _ConvNd)) and not is_router(module)
         }
 
+        #: The weights that code uses by itself -> the names of their layers.
+        self.by_itself: dict[str, str] = {}
+        for layer in (*channels.bare, *channels.outside):
+            if not (layer in modules and is_router(modules[layer])):
+                for weight, _ in channels.weights_of(layer):
+                    self.by_itself.setdefault(weight, layer)
+
     @contextmanager
-    def heard(self) -> Iterator[Norms]:
-        """The norms of what layers put out inside, as it comes."""
+    def heard(self, weights: Mapping[str, Tensor]) -> Iterator[Norms]:
+        """The norms of what layers put out inside, as it comes.
+
+        Args:
+            weights: those of `by_itself` that the model has, as they are inside.
+        """
         norms = Norms()
         hooks = [
             layer.register_forward_hook(partial(norms.hear, name))
             for name, layer in self._layers.items()
         ]
+
+        def hear(weight: str, output: Tensor, along: tuple[int, ...]) -> None:
+            norms.add(self.by_itself[weight], output, along)
+
         try:
-            yield norms
+            with WeightProducts(weights, hear) if weights else nullcontext():
+                yield norms
         finally:
             remove_all(hooks)
 

@@ -78,7 +78,7 @@ class Trial:
         self._modules = dict(model.named_modules())
         self._noise = Noise()
         self._values = Values(self._modules, original, self._noise)
-        self._run = Exchanged(model, self._modules, outputs)
+        self._run = Exchanged(model, self._modules, channels, outputs)
         self._begun: _Masked | None = None
         self._train_runs: list[bool] = []  # what `lowest` is in each
         if not self._runs_in_double(example_inputs):

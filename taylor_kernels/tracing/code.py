@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator
-from types import FrameType
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.utils import checkpoint
 
@@ -24,12 +30,58 @@ def _frames() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def running_module() -> object:
-    """The module whose code runs, or has called the functions that run; None outside of all."""
-    last = None
+#: Lines and columns of what runs, innermost first, without the code of PyTorch and this package.
+Place = tuple[tuple[int, int], ...]
+#: Where that code lies.
+_OTHERS = tuple(
+    f"{folder}{os.sep}"
+    for folder in (
+        Path(torch.__file__).parent,
+        Path(__file__).parent,
+        Path(__file__).parents[1] / "pruning",
+    )
+)
+#: How torch.compile names the second part of a function that it has cut; the first part calls it.
+_RESUMED = "torch_dynamo_resume_in_"
+
+
+class Running(NamedTuple):
+    """What runs.
+
+    Attributes:
+        module: the one whose code runs, or has called the functions that run; None outside of all.
+        again: a checkpoint (torch.utils) has called it, which runs it again in backward() without
+            calling the module.
+        place: where in the code.
+    """
+
+    module: object
+    again: bool
+    place: Place
+
+
+def running() -> Running:
+    """The code that runs, seen once from the inside out."""
+    module, again, place, first_part = None, False, [], False
     for frame in _frames():
-        last = frame
-    return None if last is None or last.f_code is not _CALLS else last.f_locals["self"]
+        code = frame.f_code
+        if code is _CALLS:
+            module = frame.f_locals["self"]
+        elif code.co_filename == checkpoint.__file__:
+            again = True
+        elif not code.co_filename.startswith(_OTHERS):
+            if not first_part:
+                place.append((frame.f_lineno, _column(code, frame.f_lasti)))
+            first_part = code.co_name.startswith(_RESUMED)
+    return Running(module, again, tuple(place))
+
+
+@lru_cache(maxsize=4096)
+def _column(code: CodeType, instruction: int) -> int:
+    """The column of an instruction; 0 where Python keeps none (before 3.11)."""
+    if not hasattr(code, "co_positions"):
+        return 0
+    return next(islice(code.co_positions(), instruction // 2, None), (0, 0, 0, 0))[2] or 0
 
 
 def own_module() -> nn.Module | None:
@@ -41,12 +93,6 @@ def own_module() -> nn.Module | None:
             if isinstance(found, nn.Module):
                 return found
     return None
-
-
-def is_run_again() -> bool:
-    """Whether that code is called by a checkpoint (torch.utils), which runs it again in backward()
-    without calling the module."""
-    return any(frame.f_code.co_filename == checkpoint.__file__ for frame in _frames())
 
 
 def says(number: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.across import Kept
+from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.counters import shrunk
 from taylor_kernels.tracing.experts import ExpertWeights, Result
 from taylor_kernels.tracing.record import Vector
@@ -73,7 +74,7 @@ class Consequences:
 
     def kept_by_called_norms(
         self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
-    ) -> dict[str, tuple[tuple[int, Tensor] | None, ...]]:
+    ) -> dict[str, tuple[tuple[Place, tuple[int, Tensor] | None], ...]]:
         """What masking the dead units asks of norms that a module's own code calls as functions.
 
         Args:
@@ -81,19 +82,19 @@ class Consequences:
             before: as of `entries`.
 
         Returns:
-            Module -> for each call, in the order of one run, the channels' number and the places
-            [n] of those that it is run on; None for calls that none go of. Only modules of which
-            some go.
+            Module -> for each call its place in the code, with the channels' number and the places
+            [n] of those that it is run on; None for calls that none go of. Those at one place are
+            in the order of a run. Only modules of which some go.
         """
-        found = {}
+        found: dict[str, tuple[tuple[Place, tuple[int, Tensor] | None], ...]] = {}
         for name, calls in self._vectors.called.items():
             kept = tuple(
-                None
+                (place, None)
                 if vector is None or (places := self._kept(vector, dead, before)) is None
-                else (self._count(vector, before), places)
-                for vector in calls
+                else (place, (self._count(vector, before), places))
+                for place, vector in calls
             )
-            if any(call is not None for call in kept):
+            if any(call is not None for _, call in kept):
                 found[name] = kept
         return found
 

@@ -2,8 +2,8 @@
 
 `F.layer_norm(x, (x.size(-1),))` in the code of a block takes its statistics of all channels, as a
 module does that is a norm and nothing else (across.py), and removal means the same. A call is known
-by its number among those of one run of the module whose code calls: as code goes the same way each
-time, the calls of that number normalise the same channels.
+by its place in the code of the module that calls, and by its number among those of one run at that
+place, as in a loop.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.record import NormCall, Reason, Vector
 
 #: The functions by which code calls them, as operations.
@@ -24,11 +25,12 @@ class CalledNorms:
     """The norms that a module's own code calls.
 
     Attributes:
-        vectors: the classes of the channels, call by call; None for calls whose channels stay.
+        vectors: for each call its place, and the classes of the channels, None if these stay. Those
+            at one place are in the order of a run.
         lifted: the places in a record's `fixed` that say that these are mixed.
     """
 
-    vectors: tuple[Vector | None, ...]
+    vectors: tuple[tuple[Place, Vector | None], ...]
     lifted: frozenset[int]
 
 
@@ -38,30 +40,40 @@ def accepted_calls(
     label: Vector,
     others: Iterable[str],
 ) -> dict[str, CalledNorms]:
-    """The modules of which every run calls as many norms, of the same channels in the same order.
+    """The modules of which all runs that come to a place of the code call as many norms there, of
+    the same channels in the same order.
 
     Args:
         runs: module -> what it has called in one run; there may be several of a module.
         label: atom -> class.
         others: modules that are norms themselves.
     """
-    by_module: dict[str, list[Sequence[NormCall]]] = {}
+    by_module: dict[str, dict[Place, list[list[NormCall]]]] = {}
     for module, calls in runs:
-        by_module.setdefault(module, []).append(calls)
+        here: dict[Place, list[NormCall]] = {}
+        for call in calls:
+            here.setdefault(call.place, []).append(call)
+        for place, some in here.items():
+            by_module.setdefault(module, {}).setdefault(place, []).append(some)
     found = {}
     for module in by_module.keys() - set(others):
-        every = by_module[module]
-        if len({len(calls) for calls in every}) == 1:
-            vectors = tuple(_channels(same, label) for same in zip(*every, strict=True))
+        places = by_module[module]
+        if all(len(set(map(len, every))) == 1 for every in places.values()):
+            calls_of = [
+                (place, same, _channels(same, label))
+                for place, every in places.items()
+                for same in zip(*every, strict=True)
+            ]
             lifted = frozenset(
                 number
-                for calls in every
-                for call, vector in zip(calls, vectors, strict=True)
+                for _, same, vector in calls_of
                 if vector is not None
+                for call in same
                 for number in call.fixed
                 if fixed[number][1].mixer
             )
             if lifted:
+                vectors = tuple((place, vector) for place, _, vector in calls_of)
                 found[module] = CalledNorms(vectors, lifted)
     return found
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.steps import Norm, Product, Step
 from taylor_kernels.tracing.values import Values
 
@@ -150,11 +151,13 @@ class NormCall(NamedTuple):
     """A call of a norm across channels as a function.
 
     Attributes:
+        place: where in the code it is.
         channels: what it normalises over; None if that has no atoms, or is several dimensions.
         parameters: what its parameters have along them.
         fixed: where the record's `fixed` begins and ends to speak of this call.
     """
 
+    place: Place
     channels: Vector | None
     parameters: tuple[Vector | None, ...]
     fixed: range

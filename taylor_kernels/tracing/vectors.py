@@ -11,6 +11,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import Across
+from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
 from taylor_kernels.tracing.record import Record, Vector
@@ -30,8 +31,8 @@ class Vectors:
         norms: [(module, classes)] of every norm that works channel by channel, in running order.
         steps: the norms and products that channels go through, in running order.
         across: norm across channels -> its last call, and the channels' classes.
-        called: module -> the channels' classes of each norm that its own code calls, None for those
-            that keep them.
+        called: module -> for each norm that its own code calls its place in the code, and the
+            channels' classes, None if it keeps them.
         mixtures: router -> its mixture of experts, and the experts' classes.
         counters: the attributes that count channels.
     """
@@ -41,14 +42,14 @@ class Vectors:
     norms: list[tuple[str, Vector]]
     steps: list[Step]
     across: dict[str, tuple[Across, Vector]]
-    called: dict[str, tuple[Vector | None, ...]]
+    called: dict[str, tuple[tuple[Place, Vector | None], ...]]
     mixtures: dict[str, tuple[Mixture, Vector]]
     counters: list[Counter]
 
     @property
     def normed_together(self) -> list[Vector]:
         """The classes of the channels of each norm across channels."""
-        called = (vector for calls in self.called.values() for vector in calls)
+        called = (vector for calls in self.called.values() for _, vector in calls)
         return [
             *(vector for _, vector in self.across.values()),
             *(vector for vector in called if vector is not None),
@@ -108,7 +109,7 @@ class Vectors:
             steps=[step.of(left(step.inputs), left(step.outputs)) for step in self.steps],
             across={name: (call, left(vector)) for name, (call, vector) in self.across.items()},
             called={
-                name: tuple(None if vector is None else left(vector) for vector in calls)
+                name: tuple((place, None if v is None else left(v)) for place, v in calls)
                 for name, calls in self.called.items()
             },
             mixtures={name: (m, left(vector)) for name, (m, vector) in self.mixtures.items()},
@@ -225,7 +226,7 @@ def find_vectors(
         steps=steps,
         across=normed,
         called={
-            name: tuple(None if vector is None else label[vector] for vector in each.vectors)
+            name: tuple((place, None if v is None else label[v]) for place, v in each.vectors)
             for name, each in resolved.called.items()
         },
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},

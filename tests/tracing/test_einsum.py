@@ -1,4 +1,4 @@
-"""Sizes that einsum works out for its own reshapes are no numbers that the code has written."""
+"""What einsum is made of: reshapes by sizes that no code has written, and products of stacks."""
 
 from __future__ import annotations
 
@@ -51,3 +51,45 @@ def test_products_of_many_dimensions_keep_no_channel(kind):
     inner = LinearAttention(stream, heads) if kind == "attention" else Filters(stream, width)
     model = nn.Sequential(nn.Linear(5, stream), inner, nn.Linear(stream, 6), nn.Linear(6, 2))
     judging.check_all_but(["3"], model, torch.randn(2, 4, 5))
+
+
+#: Two products with weights of their own, and what shape these have.
+WEIGHTS = {
+    "rows": ("...i,oi->...o", (9, 5), "...i,oi->...o", (3, 9)),
+    "columns": ("...i,io->...o", (5, 9), "...i,io->...o", (9, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_of_einsum_are_layers(kind):
+    one, first, other, second = WEIGHTS[kind]
+    torch.manual_seed(random.randrange(2**31))
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(s) / 3) for s in (first, second))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(other, torch.einsum(one, x, self.up).sigmoid(), self.down)
+
+    judging.check_all_but(["down"], Products(), torch.randn(2, 4, 5))
+
+
+def test_stacks_of_weights_in_a_batched_product_are_layers():
+    """All of a stack lose the same neurons; the wrapped ones of vmap are such a stack too."""
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.middle = (
+                nn.Parameter(torch.randn(3, 7, 5)),
+                nn.Parameter(torch.randn(3, 7, 8)),
+            )
+            self.down = nn.Parameter(torch.randn(3, 8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.vmap(lambda w: torch.nn.functional.linear(x, w).relu())(self.up)
+            return (torch.bmm(y, self.middle).tanh() @ self.down).mean(0)
+
+    judging.check_all_but(["down"], Ensemble(), torch.randn(6, 5))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.attributes import guess, rules_of, tie
 from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.code import says
+from taylor_kernels.tracing.code import running, says
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.norm_calls import FUNCTIONS
 from taylor_kernels.tracing.record import MEETS_FIXED, NormCall, Size, Vector
@@ -55,7 +55,8 @@ def layer_norm(call: Call) -> list[Labels | None]:
         channels = old.dims[-1] if len(shape) == 1 and shape[0] > 1 else None
         copies = [None if vector is None else vector.copy() for vector in (channels, *along)]
         spoken = range(first, len(call.record.fixed))
-        call.recorder.frame.norms.append(NormCall(copies[0], tuple(copies[1:]), spoken))
+        found = NormCall(running().place, copies[0], tuple(copies[1:]), spoken)
+        call.recorder.frame.norms.append(found)
     return [result]
 
 

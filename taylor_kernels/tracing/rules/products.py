@@ -46,6 +46,14 @@ def layer(
     )  # fmt: skip
 
 
+def is_weight(call: Call, labels: Labels) -> bool:
+    """Whether an operand of a product of matrices is a weight, or a stack of some."""
+    if len(labels.shape) <= 2 or not labels.name:
+        return len(labels.shape) == 2 and bool(labels.name)
+    # A dimension of it may be several of the parameter's, put together.
+    return all(call.recorder.origin(vector) == labels.name for vector in labels.dims[-2:])
+
+
 def add_bias(call: Call, bias: Tensor | None, result: Labels, dim: int) -> None:
     """A vector that is added along one dimension of a product."""
     if bias is None:
@@ -168,10 +176,10 @@ def multiplied(call: Call, left: Tensor, right: Tensor, shape: Sequence[int]) ->
         if heads is not None:
             call.record.heads.append(heads)
     macs = prod(shape) * one.shape[-1]
-    if not vector and len(other.shape) == 2 and other.name:
-        layer(call, other, other.dims[0], other.dims[1], macs=macs)
-    elif len(one.shape) == 2 and one.name:
-        layer(call, one, one.dims[1], one.dims[0], macs=macs)
+    if not vector and is_weight(call, other):
+        layer(call, other, other.dims[-2], other.dims[-1], macs=macs)
+    elif is_weight(call, one):
+        layer(call, one, one.dims[-1], one.dims[-2], macs=macs)
     if one.memory.spoiled or other.memory.spoiled:
         result.zero = [False] * len(shape)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -124,6 +125,8 @@ def reshaped(
                     tie(call, new.shape[i], axis, index=place, settings=parts)
                 if parts:
                     guess(call, new.shape[i], axis, inferred=i in inferred)
+    if old.name and all(any(map(partial(np.array_equal, v), old.vectors())) for v in new.vectors()):
+        new.name, new.computed = old.name, old.computed  # dimensions of size 1 came or went
     return new
 
 
