@@ -237,7 +237,7 @@ def _run(
     def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() != mine:
             return
-        kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
+        kwargs, output = rest if len(rest) > 1 else ({}, *rest)  # without them after an error
         if output is not None and not recorder.blind and checks_widths(module):
             keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
         with torch._C.DisableTorchFunction():
