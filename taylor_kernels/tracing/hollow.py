@@ -6,6 +6,9 @@ a run's time goes to the products of its layers. So these are left out: the tens
 are *hollow*, and so is what is made of these. An operation that could do something else for other
 values, or that is not known, ends the run, and the model runs again as it is.
 
+What is done to the elements of hollow tensors, puts them beside each other or copies them need not
+run either: a tensor that nobody has written into takes no memory.
+
 Only what is made of the model's inputs becomes hollow: a table that code works out of parameters
 alone, and may keep for its next run, is computed.
 """

@@ -71,8 +71,9 @@ def trace(
     run to it or the model does not train on the inputs, keeps the channels of its width.
 
     Of a large model without hooks on its modules, convolutions, linear layers and norms are not
-    computed: what a trace says follows from shapes. As soon as code reads values (in a condition,
-    as an index, in numpy), that run ends, and the model is run as it is.
+    computed, nor most of what is done to what they return: what a trace says follows from shapes.
+    As soon as code reads values (in a condition, as an index, in numpy), that run ends, and the
+    model is run as it is.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
