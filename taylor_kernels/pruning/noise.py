@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -29,8 +32,7 @@ class Noise:
     def __init__(self) -> None:
         self.kind: Kind = "any"
         self._generator = torch.Generator().manual_seed(0)
-        drawn = torch.rand(self._PERIOD, generator=self._generator, dtype=torch.float64) - 0.5
-        self._drawn = torch.cat([drawn, drawn])
+        self._drawn = torch.from_numpy(_drawn(self._PERIOD))
 
     def places(self, count: int) -> list[int]:
         """Random places to begin at."""
@@ -61,6 +63,15 @@ class Noise:
             )
 
         return tree_map(add, example_inputs)
+
+
+@cache
+def _drawn(period: int) -> npt.NDArray[np.float64]:
+    """The numbers, twice: the same for all proofs of a process.
+
+    They are NumPy's, as a tensor would stay one of the mode that the first proof was made in.
+    """
+    return np.tile(np.random.default_rng(0).random(period) - 0.5, 2)
 
 
 def choose_noise(noise: Noise, broken: Callable[[], dict[str, bool]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,29 @@ from taylor_kernels.tracing.experts import ExpertWeights, Result
 from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class _Staying:
+    """Which places of vectors of classes stay.
+
+    Attributes:
+        gone: [classes] bool, those that go.
+        before: [classes] bool, those that have been removed before, if any have.
+    """
+
+    gone: npt.NDArray[np.bool_]
+    before: npt.NDArray[np.bool_] | None
+
+    def places(self, vector: Vector) -> Tensor | None:
+        """Where in a vector those are that stay, of what is there; None if all do."""
+        there = vector if self.before is None else vector[~self.before[vector]]
+        gone = self.gone[there]
+        return index(np.flatnonzero(~gone)) if gone.any() else None
+
+    def count(self, vector: Vector) -> int:
+        """How many of a vector are there."""
+        return vector.size - (0 if self.before is None else int(self.before[vector].sum()))
 
 
 class Consequences:
@@ -64,12 +88,11 @@ class Consequences:
             Module -> what it is run on: the channels' dimension in its input, from the end, the
             indices [n] of those that stay and more; only modules of which some go.
         """
+        staying = self._staying(dead, before)
         return {
-            name: Kept(
-                call.dim, kept, self._count(vector, before), call.rank, call.returned, call.cut
-            )
+            name: Kept(call.dim, kept, staying.count(vector), call.rank, call.returned, call.cut)
             for name, (call, vector) in self._vectors.across.items()
-            if (kept := self._kept(vector, dead, before)) is not None
+            if (kept := staying.places(vector)) is not None
         }
 
     def kept_by_called_norms(
@@ -87,11 +110,12 @@ class Consequences:
             in the order of a run. Only modules of which some go.
         """
         found: dict[str, tuple[tuple[Place, tuple[int, Tensor] | None], ...]] = {}
+        staying = self._staying(dead, before)
         for name, calls in self._vectors.called.items():
             kept = tuple(
                 (place, None)
-                if vector is None or (places := self._kept(vector, dead, before)) is None
-                else (place, (self._count(vector, before), places))
+                if vector is None or (places := staying.places(vector)) is None
+                else (place, (staying.count(vector), places))
                 for place, vector in calls
             )
             if any(call is not None for _, call in kept):
@@ -111,23 +135,15 @@ class Consequences:
             Router -> the numbers [n] of the experts that stay, and what the router returns; only
             routers some of whose experts go.
         """
+        staying = self._staying(dead, before)
         return {
             name: (kept, mixture.results)
             for name, (mixture, vector) in self._vectors.mixtures.items()
-            if (kept := self._kept(vector, dead, before)) is not None
+            if (kept := staying.places(vector)) is not None
         }
 
-    def _kept(
-        self, vector: Vector, dead: Sequence[Tensor], before: Sequence[Tensor] | None
-    ) -> Tensor | None:
-        """Where in a vector of classes those are that stay; None if all do."""
-        there = vector if before is None else vector[~self._gone(before)[vector]]
-        gone = self._gone(dead)[there]
-        return index(np.flatnonzero(~gone)) if gone.any() else None
-
-    def _count(self, vector: Vector, before: Sequence[Tensor] | None) -> int:
-        """How many of a vector of classes are there."""
-        return vector.size - (0 if before is None else int(self._gone(before)[vector].sum()))
+    def _staying(self, dead: Sequence[Tensor], before: Sequence[Tensor] | None) -> _Staying:
+        return _Staying(self._gone(dead), None if before is None else self._gone(before))
 
     def experts_needed(self, group: Group) -> int:
         """So many units of a group stay at least, of which a router chooses that many for each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from taylor_kernels.tracing.record import NormCall
 from taylor_kernels.tracing.steps import Step
 
 
-@dataclass(slots=True)
 class Frame:
     """A module that is running, or the code outside of all.
 
@@ -27,12 +26,20 @@ class Frame:
         made: the steps in it, the tensors that they made, and the channels' dimension in these.
     """
 
-    module: nn.Module | None = None
-    name: str = ""
-    given: list[Tensor] = field(default_factory=list)
-    first: int = 0
-    met: list[Labels] = field(default_factory=list)
-    leaf: bool = True
-    made: list[tuple[Step, Tensor, int]] = field(default_factory=list)
-    mixed: bool = False
-    norms: list[NormCall] = field(default_factory=list)
+    __slots__ = ("first", "given", "leaf", "made", "met", "mixed", "module", "name", "norms")
+
+    def __init__(  # by hand: there is one for each call of each module
+        self,
+        module: nn.Module | None = None,
+        name: str = "",
+        given: Sequence[Tensor] = (),
+        first: int = 0,
+        met: list[Labels] | None = None,
+        *,
+        mixed: bool = False,
+    ) -> None:
+        self.module, self.name, self.given, self.first = module, name, given, first
+        self.met: list[Labels] = [] if met is None else met
+        self.leaf, self.mixed = True, mixed
+        self.made: list[tuple[Step, Tensor, int]] = []
+        self.norms: list[NormCall] = []

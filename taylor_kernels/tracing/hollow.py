@@ -6,6 +6,9 @@ a run's time goes to the products of its layers. So these are left out: the tens
 are *hollow*, and so is what is made of these. An operation that could do something else for other
 values, or that is not known, ends the run, and the model runs again as it is.
 
+What is done to the elements of hollow tensors, puts them beside each other or copies them need not
+run either: a tensor that nobody has written into takes no memory.
+
 Only what is made of the model's inputs becomes hollow: a table that code works out of parameters
 alone, and may keep for its next run, is computed.
 """
@@ -196,7 +199,7 @@ def _each(value: Sequence[int], dims: int) -> Sequence[int]:
 def _batch_norm(call: Call) -> Tensor | None:
     args = call.args
     x, mean, var = args["input"], args["running_mean"], args["running_var"]
-    if args["training"] == (mean is not None) or x.dim() < 2 or x.numel() < _WORTH:
+    if args["training"] == (mean is not None) or x.dim() < 2 or x.numel() < _WORTH_A_NORM:
         return None  # in training it writes into its buffers
     sides = (mean, var, args["weight"], args["bias"])
     fits = all(side is None or side.shape == x.shape[1:2] for side in sides)
@@ -258,6 +261,8 @@ def _contiguous(call: Call) -> Tensor | None:
 _PLAIN = (Tensor, nn.Parameter)
 #: So many multiply-adds at least are left out: fewer take no longer than it takes to see to it.
 _WORTH = 2**14
+#: So many numbers of a norm: PyTorch calls operation after operation for it.
+_WORTH_A_NORM = 2**10
 #: Entries of parameters times entries of an input: twenty networks of width 32 have fewer, none of
 #: the usual size.
 _WORTH_A_RUN = 2**28

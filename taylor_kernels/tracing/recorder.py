@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
         while self._outer:
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
-                self.kinds[f"{type(output).__name__} of {frame.name}"] += 1
+                self._count(f"{type(output).__name__} of {frame.name}")
                 if self.blind:
                     break
                 if frame.norms:
@@ -141,6 +141,10 @@ class Recorder(TorchDispatchMode):
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
+
+    def _count(self, kind: str) -> None:
+        # += asks a Counter's own code for what is not there yet.
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -265,7 +269,7 @@ class Recorder(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
         if self.blind and self.hollow is None and not (known.written or known.statistics):
-            self.kinds[known.name] += 1
+            self._count(known.name)
             return self._execute(func, args, kwargs, None)
         call = Call(self, func, known, args, kwargs)
         self.frame.met += call.labels.values()
@@ -282,7 +286,7 @@ class Recorder(TorchDispatchMode):
         parents = [] if values is None else [values.of(tensor) for tensor in call.tensors]
         made, kind = (None, None) if self.hollow is None else self.hollow.before(call)
         call.out = self._execute(func, args, kwargs, made)
-        self.kinds[call.name] += 1
+        self._count(call.name)
         call.outs = tensors_of(call.out)
         call.lies = [self.memories.hold(out) for out in call.outs]
         if self.hollow is not None and kind is not None:

@@ -71,8 +71,9 @@ def trace(
     run to it or the model does not train on the inputs, keeps the channels of its width.
 
     Of a large model without hooks on its modules, convolutions, linear layers and norms are not
-    computed: what a trace says follows from shapes. As soon as code reads values (in a condition,
-    as an index, in numpy), that run ends, and the model is run as it is.
+    computed, nor most of what is done to what they return: what a trace says follows from shapes.
+    As soon as code reads values (in a condition, as an index, in numpy), that run ends, and the
+    model is run as it is.
 
     Args:
         model: any module; parameters may be on any device, in any floating-point type.
@@ -237,7 +238,7 @@ def _run(
     def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() != mine:
             return
-        kwargs, output = ({}, *rest)[-2:]  # after an error PyTorch passes no keyword arguments
+        kwargs, output = rest if len(rest) > 1 else ({}, *rest)  # without them after an error
         if output is not None and not recorder.blind and checks_widths(module):
             keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
         with torch._C.DisableTorchFunction():

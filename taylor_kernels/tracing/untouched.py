@@ -49,15 +49,12 @@ class Untouched:
         self._modules = [(module, dict(module.__dict__)) for module in modules]
         self._classes = [type(module) for module in modules]
         self._modes = [(module, module.training) for module in modules]
-        # A ScriptModule's are views.
-        tables = [
-            table
-            for _, attributes in self._modules
-            for table in map(attributes.get, _TABLES)
-            if isinstance(table, dict)
-        ]
-        self._tables = [(table, dict(table)) for table in tables if table]
-        self._empty = [table for table in tables if not table]  # most of them are
+        tables: list[Any] = []
+        for _, attributes in self._modules:
+            tables += map(attributes.get, _TABLES)
+        # A ScriptModule's are views. Of others most are empty.
+        self._empty = [table for table in tables if not table and isinstance(table, dict)]
+        self._tables = [(t, dict(t)) for t in filter(None, tables) if isinstance(t, dict)]
         self._containers: list[tuple[Any, Any]] = []
         self._sources: list[tuple[Callable[[Any], object], Any]] = []
         self._seen: set[int] = set()
