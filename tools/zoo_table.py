@@ -31,7 +31,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taylor_kernels import system
+from taylor_kernels import Pruner, system
 from taylor_kernels.tracing import trace
 from taylor_kernels.tracing.running import call
 from tests.zoo import judging
@@ -90,19 +90,24 @@ def measured(name: str) -> dict[str, Any]:
         with torch.no_grad():
             call(model, inputs)
 
+    read = network.outputs
+
     def both() -> None:
-        judging.loss(model, inputs).backward()
+        judging.loss(model, inputs, read).backward()
         model.zero_grad()
+
+    def build() -> tuple[Pruner, torch.optim.Optimizer]:
+        return judging.new_pruner(model, inputs, network.params, read=read)
 
     seconds = {
         "forward": least(forward),
         "forward_backward": least(both),
         "empty_mode": least(lambda: under_an_empty_mode(forward)),
-        "trace": least(lambda: trace(model, inputs)),
-        "build": least(lambda: judging.new_pruner(model, inputs, network.params)[0].close()),
+        "trace": least(lambda: trace(model, inputs, outputs=read)),
+        "build": least(lambda: build()[0].close()),
     }
-    pruner, optimizer = judging.new_pruner(model, inputs, network.params)
-    verdict = judging.prune(model, inputs, pruner, optimizer)
+    pruner, optimizer = build()
+    verdict = judging.prune(model, inputs, pruner, optimizer, read)
     return {
         "package": network.package,
         "size": network.sizes[1],

@@ -115,3 +115,38 @@ class Grouped(nn.Module):
 @pytest.mark.parametrize(("heads", "shared", "dim"), [(6, 2, 5), (12, 3, 7), (10, 5, 3)])
 def test_groups_of_heads_that_pytorch_counts_can_go(heads, shared, dim):
     judging.check_all_but(["leave"], Grouped(heads, shared, dim), torch.randn(1, 4, 5))
+
+
+class Latent(nn.Module):
+    """Latent attention as DeepSeek's: a part of the key is one for all heads, beside their own."""
+
+    def __init__(self, heads: int, *, stacked: bool) -> None:
+        super().__init__()
+        self.heads, self.stacked = heads, stacked
+        self.query, self.down = nn.Linear(11, heads * 6), nn.Linear(11, 5)
+        self.shared, self.up = nn.Linear(11, 3), nn.Linear(5, heads * 10)
+        self.out, self.leave = nn.Linear(heads * 7, 9), nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, steps, _ = x.shape
+        query = self.query(x).view(n, steps, self.heads, -1).transpose(1, 2)
+        own, value = self.up(self.down(x)).view(n, steps, self.heads, -1).split([3, 7], -1)
+        shared = self.shared(x)[:, :, None].expand(-1, -1, self.heads, -1)
+        join = (
+            (lambda parts: torch.stack(parts, -1).flatten(-2))
+            if self.stacked
+            else (lambda parts: torch.cat(parts, -1))
+        )
+        key = join([own, shared]).transpose(1, 2)
+        y = functional.scaled_dot_product_attention(query, key, value.transpose(1, 2))
+        return self.leave(self.out(y.transpose(1, 2).reshape(n, steps, -1)).tanh())
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_heads_go_beside_a_key_that_all_of_them_share(stacked):
+    model = Latent(random.randint(3, 5), stacked=stacked)
+    pruner, optimizer = judging.new_pruner(model, torch.randn(2, 8, 11), 0.6)
+    assert set(pruner.skipped) == {"shared", "leave"}
+    verdict = judging.prune(model, torch.randn(2, 8, 11), pruner, optimizer)
+    assert verdict.reached
+    assert verdict.error < 1e-12

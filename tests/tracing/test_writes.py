@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_kernels.tracing import trace
 from tests.tracing.parts import Apply
 from tests.tracing.removal import faults
 from tests.tracing.test_rules import read
+from tests.zoo import judging
 
 
 def _one_place(made, write):
@@ -167,3 +170,28 @@ def test_a_script_module_keeps_its_mode():
     before = [module.training for module in model.modules()]
     trace(model, torch.randn(2, 3))
     assert [module.training for module in model.modules()] == before
+
+
+class Filled(nn.Module):
+    """Zeros that are filled part by part, and seen with another shape then, as Longformer does."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, width
+        self.values, self.out = nn.Linear(5, heads * width), nn.Linear(heads * width, 7)
+        self.down = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, steps, _ = x.shape
+        y = self.values(x).view(n, steps, self.heads, self.width).transpose(1, 2).softmax(-1)
+        rows = y.reshape(n * self.heads, steps, self.width)
+        out = rows.new_zeros(n * self.heads, steps + 1, self.width)
+        out[:, 1:] = rows
+        out[:, 0] = rows[:, -1]
+        y = out.view(n, self.heads, steps + 1, self.width)[:, :, :-1].transpose(1, 2)
+        return self.down(self.out(y.reshape(n, steps, self.heads * self.width)).relu())
+
+
+def test_zeros_that_were_filled_are_no_constant_for_a_reshape():
+    heads, width = random.sample(range(2, 6), 2)
+    judging.check_all_but(["down"], Filled(heads, width), torch.randn(2, 7, 5))

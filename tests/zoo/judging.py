@@ -76,16 +76,20 @@ def flops_share(pruner: tk.Pruner) -> float:
     return can / sum(macs.values())
 
 
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+#: Names of what a model returns that others read; None for all.
+Read = tuple[str, ...] | None
+
+
+def outputs(model: nn.Module, inputs: Any, read: Read = None) -> list[Tensor]:
     """The floating-point tensors that a model returns to its caller."""
-    found = returned_tensors(model, inputs, call(model, inputs))
+    found = returned_tensors(model, inputs, call(model, inputs), read)
     return [t for t in found if t.is_floating_point()]
 
 
-def loss(model: nn.Module, inputs: Any) -> Tensor:
+def loss(model: nn.Module, inputs: Any, read: Read = None) -> Tensor:
     """A loss with gradients of every sign at every output."""
     total = torch.zeros(())
-    for out in outputs(model, inputs):
+    for out in outputs(model, inputs, read):
         target = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
         total = total + (out - target).square().mean()
     return total
@@ -105,7 +109,7 @@ def batch(inputs: Any, size: int = 2) -> Any:
     return tree_map(other, inputs)
 
 
-def in_double(model: nn.Module, inputs: Any) -> list[Tensor]:
+def in_double(model: nn.Module, inputs: Any, read: Read = None) -> list[Tensor]:
     """What a float64 copy of the model returns in eval mode."""
     twin = copy.deepcopy(model).double().eval()
 
@@ -114,7 +118,7 @@ def in_double(model: nn.Module, inputs: Any) -> list[Tensor]:
         return value.double() if floating else value
 
     with torch.no_grad():
-        return outputs(twin, tree_map(double, inputs))
+        return outputs(twin, tree_map(double, inputs), read)
 
 
 def distance(before: list[Tensor], after: list[Tensor]) -> float:
@@ -126,17 +130,32 @@ def distance(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 def new_pruner(
-    model: nn.Module, inputs: Any, params: float, criterion: str = "taylor_fo"
+    model: nn.Module,
+    inputs: Any,
+    params: float,
+    criterion: str = "taylor_fo",
+    read: Read = None,
 ) -> tuple[tk.Pruner, torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     pruner = tk.Pruner(
-        model, inputs, criterion, params=params, every=1, per_step=0.15, optimizer=optimizer
+        model,
+        inputs,
+        criterion,
+        params=params,
+        every=1,
+        per_step=0.15,
+        optimizer=optimizer,
+        outputs=read,
     )
     return pruner, optimizer
 
 
 def prune(
-    model: nn.Module, inputs: Any, pruner: tk.Pruner, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    inputs: Any,
+    pruner: tk.Pruner,
+    optimizer: torch.optim.Optimizer,
+    read: Read = None,
 ) -> Verdict:
     """Train and prune to the target, remove what is masked, train one step more.
 
@@ -149,16 +168,16 @@ def prune(
     for _ in range(40):
         if pruner.done:
             break
-        _train(model, batch(inputs), optimizer, pruner)
+        _train(model, batch(inputs), optimizer, pruner, read)
     fresh = batch(inputs)
     with torch.no_grad():
         model.eval()
         call(model, fresh)  # whatever the optimizer has written into masked entries is undone
-    masked = in_double(model, fresh)
+    masked = in_double(model, fresh, read)
     pruner.compact()
-    error = distance(masked, in_double(model, fresh))
+    error = distance(masked, in_double(model, fresh, read))
 
-    _train(model.train(), fresh, optimizer)
+    _train(model.train(), fresh, optimizer, read=read)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}, "the optimizer holds other parameters"
     for parameter in model.parameters():
@@ -199,10 +218,14 @@ def check_file(model: nn.Module, inputs: Tensor, path: Path) -> None:
 
 
 def _train(
-    model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer, pruner: Any = None
+    model: nn.Module,
+    inputs: Any,
+    optimizer: torch.optim.Optimizer,
+    pruner: Any = None,
+    read: Read = None,
 ) -> None:
     optimizer.zero_grad()
-    loss(model, inputs).backward()
+    loss(model, inputs, read).backward()
     if pruner is not None:
         pruner.step()
     optimizer.step()

@@ -23,6 +23,7 @@ class Network:
         sizes: of the images in the tests and in the table.
         least: so many of its layers can be pruned, at least.
         params: the fraction of parameters that it is pruned to.
+        outputs: those that others read, None for all.
     """
 
     package: str
@@ -30,6 +31,7 @@ class Network:
     sizes: tuple[int, int] = (0, 0)
     least: int = 1
     params: float = 0.7
+    outputs: tuple[str, ...] | None = None
 
     def built(self, size: int = 0) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
@@ -89,14 +91,18 @@ NETWORKS: dict[str, Network] = {
     "deberta_v2": _hf("deberta_v2", 13),
     "mamba": _hf("mamba", 10),
     "t5": _hf("t5", 22),
+    # Nobody reads the hidden states that are returned beside: their stream can go.
+    "t5_logits": _hf("t5", 32, outputs=("logits",)),
     "vit": _hf("vit", 13),
     "swin": _hf("swin", 14),
     "swinv2": _hf("swinv2", 18),
     "convnext": _hf("convnext", 16),
     "segformer": _hf("segformer", 40),
     "whisper": _hf("whisper", 15),
+    "whisper_logits": _hf("whisper", 18, outputs=("logits",)),
     "hf_resnet": _hf("hf_resnet", 10),
     "clip": _hf("clip", 16),
+    "clip_logits": _hf("clip", 27, outputs=("logits_per_image", "logits_per_text")),
     "whisper_encoder": _hf("whisper_encoder", 5),
     "mixtral": _hf("mixtral", 16),
     "wav2vec2": _hf("wav2vec2", 16),

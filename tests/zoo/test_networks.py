@@ -16,8 +16,8 @@ pytestmark = pytest.mark.long
 @pytest.mark.parametrize("network", NETWORKS, indirect=True)
 def test_it_is_pruned_to_the_target_and_trains_on(network):
     model, inputs = network.built()
-    pruner, optimizer = judging.new_pruner(model, inputs, network.params)
-    verdict = judging.prune(model, inputs, pruner, optimizer)
+    pruner, optimizer = judging.new_pruner(model, inputs, network.params, read=network.outputs)
+    verdict = judging.prune(model, inputs, pruner, optimizer, network.outputs)
     assert verdict.prunable >= network.least, verdict.reasons
     assert verdict.reached
     assert verdict.left <= network.params

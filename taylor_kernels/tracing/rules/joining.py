@@ -9,7 +9,7 @@ import numpy as np
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.rules.elementwise import merged_vector
+from taylor_kernels.tracing.rules.elementwise import merged_vector, repeated_as
 from taylor_kernels.tracing.rules.reshapes import reshaped
 
 
@@ -22,10 +22,12 @@ def cat(call: Call) -> Labels:
         return result
     along = call.args.get("dim", 0) % len(result.shape)
     constant = all(part.is_uniform for part in parts)
+    loose: set[int] = set()
     for dim in range(len(result.shape)):
         if dim != along:
-            here = [part.dims[dim] for part in parts if not part.is_uniform]
-            result.dims[dim] = merged_vector(call, here)
+            result.dims[dim] = _beside(call, parts, dim)
+            if all(part.is_uniform or dim in part.repeated for part in parts) and not constant:
+                loose.add(dim)
         elif not constant:
             vectors = [call.atoms(part, dim) for part in parts]
             if any(vector is not None and vector.any() for vector in vectors):
@@ -37,7 +39,22 @@ def cat(call: Call) -> Labels:
         result.zero[dim] = all(
             part.is_zero(dim) or (part.dims[dim] is None and dim == along) for part in parts
         )
+    result.loose, result.memory.repeated = frozenset(loose), bool(loose)
+    result.counted = tuple(
+        counted for part in parts for counted in part.counted if counted[0] in loose
+    )
     return result
+
+
+def _beside(call: Call, parts: Sequence[Labels], dim: int) -> Vector | None:
+    """What a dimension has of tensors that are put beside each other along another one: one place
+    that was repeated along it follows the others, as the key of DeepSeek's that all heads share."""
+    wide = [part for part in parts if not part.is_uniform and dim not in part.repeated]
+    merged = merged_vector(call, [part.dims[dim] for part in wide])
+    for part in parts:
+        if not part.is_uniform and dim in part.repeated:
+            repeated_as(call, merged, part, dim)
+    return merged
 
 
 @rule("stack")
@@ -47,8 +64,7 @@ def stack(call: Call) -> Labels:
     new = call.args.get("dim", 0) % len(result.shape)
     kept = [dim for dim in range(len(result.shape)) if dim != new]
     for dim, place in enumerate(kept):
-        here = [part.dims[dim] for part in parts if not part.is_uniform]
-        result.dims[place] = merged_vector(call, here)
+        result.dims[place] = _beside(call, parts, dim)
         result.zero[place] = all(part.is_zero(dim) for part in parts)
     return result
 

@@ -76,7 +76,8 @@ def reshaped(
     if old.uniform:
         new.dims = [np.zeros(size, np.int64) for size in new.shape]
         new.zero = [all(old.zero)] * len(new.shape)
-        return new
+        if not atoms:
+            return new
     for ours, theirs in segments(old.shape, new.shape):
         labelled = [i for i in ours if i in atoms]
         if not labelled:
