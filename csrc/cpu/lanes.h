@@ -90,6 +90,19 @@ template <int... lanes, typename V>
   }(std::make_integer_sequence<int, kWidth>());
 }
 
+// Four quads of rows to four of columns: of each place in them use(place, quad).
+template <typename V, class Use>
+[[gnu::always_inline]] inline void turn(const V (&rows)[4], const Use& use) {
+  const V a = shuffle_quads<0, 4, 1, 5>(rows[0], rows[1]);
+  const V b = shuffle_quads<0, 4, 1, 5>(rows[2], rows[3]);
+  const V c = shuffle_quads<2, 6, 3, 7>(rows[0], rows[1]);
+  const V d = shuffle_quads<2, 6, 3, 7>(rows[2], rows[3]);
+  use(std::integral_constant<int, 0>(), shuffle_quads<0, 1, 4, 5>(a, b));
+  use(std::integral_constant<int, 1>(), shuffle_quads<2, 3, 6, 7>(a, b));
+  use(std::integral_constant<int, 2>(), shuffle_quads<0, 1, 4, 5>(c, d));
+  use(std::integral_constant<int, 3>(), shuffle_quads<2, 3, 6, 7>(c, d));
+}
+
 // The lanes of the quads of `n` ≤ 4 sums added up, + 2 and + 1: sum i comes to lane i % n of its
 // quad. quad(i) is a register of quads of sum i, or one. Four sums share their additions, since a
 // row may be no longer than this tree.

@@ -14,7 +14,7 @@ inline namespace TK_ISA {
 constexpr int64_t kStrip = 512;               // positions whose column sums fit L1: 10 KB
 constexpr int64_t kTile = 16 * kStrip;        // most positions of a task with column sums
 constexpr int64_t kTaskElements = 131072;     // 1 MB of w and g: 20 µs, many times a merge
-constexpr int64_t kMinRows = 64;              // spreads the folding of a strip over enough rows
+constexpr int64_t kMinRows = 128;             // spreads the folding of a strip over enough rows
 constexpr int64_t kMaxRows = 256;             // bounds the float sum down a column
 constexpr int64_t kMaxRowSums = 4096;         // bounds the scratch of a task that sums rows only
 constexpr int64_t kThreadElements = 1 << 18;  // under 100 µs of work a second thread costs more

@@ -163,15 +163,8 @@ class MomentWorker {
         unrolled<kFours / 4>([&](auto group) {
           typename Quad<S>::Vector q[4];
           for (int m = 0; m < 4; ++m) std::memcpy(&q[m], from[4 * group + m] + at, sizeof(q[m]));
-          const auto a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
-          const auto b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-          const auto c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-          const auto d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-          const typename Quad<S>::Vector turned[] = {
-              __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
-              __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
-          unrolled<4>([&](auto k) {
-            add_four(__builtin_convertvector(turned[k], Four), sums[channel + k] + 4 * group);
+          turn(q, [&](auto k, auto four) {
+            add_four(__builtin_convertvector(four, Four), sums[channel + k] + 4 * group);
           });
         });
         for (int k = 0; k < 4; ++k)

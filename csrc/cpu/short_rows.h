@@ -71,15 +71,10 @@ template <class Op, typename S, typename V>
 [[gnu::always_inline]] inline void write_turned(const RowWriter<Op, S>& write,
                                                 const V (&sums)[Op::kSums][1], S* out) {
   const auto sum = [&](int m) { return sums[m < Op::kSums ? m : 0][0]; };
-  const V a = shuffle_quads<0, 4, 1, 5>(sum(0), sum(1));
-  const V b = shuffle_quads<0, 4, 1, 5>(sum(2), sum(3));
-  const V c = shuffle_quads<2, 6, 3, 7>(sum(0), sum(1));
-  const V d = shuffle_quads<2, 6, 3, 7>(sum(2), sum(3));
-  const V turned[] = {shuffle_quads<0, 1, 4, 5>(a, b), shuffle_quads<2, 3, 6, 7>(a, b),
-                      shuffle_quads<0, 1, 4, 5>(c, d), shuffle_quads<2, 3, 6, 7>(c, d)};
-  unrolled<4>([&](auto row) {
+  const V fours[] = {sum(0), sum(1), sum(2), sum(3)};
+  turn(fours, [&](auto row, V four) {
     const V fifth = shuffle_quads<row, row, row, row>(sum(4), sum(4));
-    write(turned[row], fifth, out + row * columns<Op>(), 4);
+    write(four, fifth, out + row * columns<Op>(), 4);
   });
 }
 
