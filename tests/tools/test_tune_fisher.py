@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.programs import Run, run_module
+from tests.helpers.samples import some
 
 
 def tune(*arguments: str, **environment: str) -> Run:
@@ -28,17 +28,18 @@ def test_dry_run_names_every_layer_and_choice() -> None:
 
 
 def test_finds_the_fastest_of_a_layer(tmp_path: Path) -> None:
-    """In one precision, drawn anew: the interpreter is slow."""
-    out, precision = tmp_path / "found.json", random.choice(["bf16", "fp32"])
+    """In a precision that each run draws: the interpreter is slow."""
+    out, precisions = tmp_path / "found.json", some(["bf16", "fp32"], 1)
     small = ("--networks", "small", "--device", "cpu", "--rounds", "1", "--out", str(out))
-    done = tune(*small, "--precisions", precision, TRITON_INTERPRET="1")
+    done = tune(*small, "--precisions", ",".join(precisions), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    (case,) = json.loads(out.read_text())["found"]
-    assert case["precision"] == precision
-    assert case["floor"] > 0
-    assert 0 < case["best"]["seconds"] <= case["default"]["seconds"]
-    assert len(case["tried"]) > 10
-    assert all(tried["error"] < 16 for tried in case["tried"].values())
+    found = json.loads(out.read_text())["found"]
+    assert [case["precision"] for case in found] == precisions
+    for case in found:
+        assert case["floor"] > 0
+        assert 0 < case["best"]["seconds"] <= case["default"]["seconds"]
+        assert len(case["tried"]) > 10
+        assert all(tried["error"] < 16 for tried in case["tried"].values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
