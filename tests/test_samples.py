@@ -47,7 +47,10 @@ def test_a_number_draws_the_same_again_and_another_others(monkeypatch: pytest.Mo
         out = [item.nodeid for item in samples.left_out(every, [])]
         assert out == [item.nodeid for item in samples.left_out(every, [])]
         assert {name.partition("[")[0] for name in out} == {"f.py::test", "f.py::test_more"}
-        draws.add(tuple(out))
+        chosen = samples.some(range(9), 3)
+        assert chosen == samples.some(range(9), 3)
+        assert len(set(chosen)) == 3
+        draws.add((*out, *chosen))
     assert len(draws) > 1
 
 
@@ -55,6 +58,8 @@ def test_every_case_runs_where_that_is_asked_or_a_case_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     every = cases([3, 4])
+    monkeypatch.setenv(samples.VARIABLE, "7")
     assert not samples.left_out(every, ["tests/f.py::test[(0, 1)]"])
     monkeypatch.setenv(samples.VARIABLE, samples.ALL)
     assert not samples.left_out(every, [])
+    assert samples.some(range(9), 3) == list(range(9))

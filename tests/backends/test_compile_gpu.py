@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import subprocess
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -176,6 +175,7 @@ def gates() -> ModuleType:
     return importlib.import_module("taylor_kernels.backends.triton.gate_gradients")
 
 
+@pytest.mark.sample
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("grids", [False, True], ids=("rows", "grids"))
@@ -192,6 +192,7 @@ def test_triton_moments(
     )
 
 
+@pytest.mark.sample
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("name", ["second_order_moments", "hutchinson_moments"])
@@ -227,6 +228,7 @@ def test_triton_rademacher(dtype: torch.dtype, arch: int, tmp_path: Path) -> Non
 MIRROR_RULES = [(1, 2, 0), (1, 3, 1), (2, 3, 1), (2, 3, 2)]
 
 
+@pytest.mark.sample
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
 @pytest.mark.parametrize("rule", MIRROR_RULES, ids=str)
@@ -253,10 +255,12 @@ def test_triton_mirror_step(
     )
 
 
+@pytest.mark.sample
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
+@pytest.mark.parametrize("name", ["digit", "pick", "ties", "locate", "momentum"])
 def test_triton_ranking_and_step(
-    moments: ModuleType, dtype: torch.dtype, arch: int, tmp_path: Path
+    moments: ModuleType, name: str, dtype: torch.dtype, arch: int, tmp_path: Path
 ) -> None:
     folder = "taylor_kernels.backends.triton"
     ranking = importlib.import_module(f"{folder}.global_threshold")
@@ -266,15 +270,16 @@ def test_triton_ranking_and_step(
     element = {"T": moments.TYPES[dtype], "TILE": ranking.TILE}
     chunked = {**element, "SIGNED": False, "CHUNK": ranking.CHUNK}
     digit = {"SHIFT": 10, "MASK": 2047, "ABOVE": 0xFFE00000}
-    for kernel, constants in (
-        (ranking.digit_kernel, {**chunked, **digit}),
-        (ranking.pick_kernel, {"SHIFT": 10}),
-        (ranking.ties_kernel, chunked),
-        (ranking.locate_kernel, {**chunked, "TIES": ranking.TIES}),
-        (step.momentum_kernel, {**element, "TILE": step.TILE}),
-    ):
-        given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-        check_triton(kernel, given, constants, tmp_path, vectors=False, architectures=(arch,))
+    constants = {
+        "digit": {**chunked, **digit},
+        "pick": {"SHIFT": 10},
+        "ties": chunked,
+        "locate": {**chunked, "TIES": ranking.TIES},
+        "momentum": {**element, "TILE": step.TILE},
+    }[name]
+    kernel = getattr(step if name == "momentum" else ranking, f"{name}_kernel")
+    given = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+    check_triton(kernel, given, constants, tmp_path, vectors=False, architectures=(arch,))
 
 
 @not_interpreted
@@ -283,27 +288,33 @@ def test_triton_moments_finish(moments: ModuleType, tmp_path: Path) -> None:
     check_triton(moments.finish_kernel, MOMENTS_ARGUMENTS, constants, tmp_path, vectors=False)
 
 
+@pytest.mark.sample
 @not_interpreted
 @pytest.mark.parametrize(("dtype", "arch"), TURNS, ids=str)
-def test_triton_gates(gates: ModuleType, dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
-    check = partial(check_triton, folder=tmp_path, architectures=(arch,))
+@pytest.mark.parametrize("tile", range(4), ids=("rows", "rows 1", "rows 2", "columns"))
+def test_triton_gates(
+    gates: ModuleType, tile: int, dtype: torch.dtype, arch: int, tmp_path: Path
+) -> None:
     name = TYPE_NAMES[dtype]
     tensors = {"y": name, "dy": name, "bias": name, "out": "*fp32"}
-    rows = {"rows": "i32", "length": "i32:16", "channels": "i32", "tiles": "i32"}
-    for r, c, _ in gates.TILES[:3]:
+    integers = {"rows": "i32", "length": "i32:16", "tiles": "i32"}
+    if tile < 3:
+        kernel = gates.rows_kernel
+        r, c, _ = gates.TILES[tile]
+        integers["channels"] = "i32"
         constants = {"BIAS": True, "R": r, "C": c, "SEGMENT": gates.SEGMENT}
-        check(gates.rows_kernel, {**tensors, **rows}, constants, vectors=True)
-    r, c = gates.MATRIX_TILE
-    cols = {
-        "rows": "i32",
-        "length": "i32:16",
-        "inner": "i32",
-        "tiles": "i32",
-        "row_blocks": "i32",
-    }
-    constants = {"BIAS": True, "R": r, "C": c, "BLOCK_ROWS": gates.BLOCK_ROWS}
-    check(gates.cols_kernel, {**tensors, **cols}, constants, vectors=True)
+    else:
+        kernel = gates.cols_kernel
+        r, c = gates.MATRIX_TILE
+        integers |= dict.fromkeys(("inner", "row_blocks"), "i32")
+        constants = {"BIAS": True, "R": r, "C": c, "BLOCK_ROWS": gates.BLOCK_ROWS}
+    arguments = {**tensors, **integers}
+    check_triton(kernel, arguments, constants, tmp_path, vectors=True, architectures=(arch,))
+
+
+@not_interpreted
+def test_triton_gates_finish(gates: ModuleType, tmp_path: Path) -> None:
     counts = dict.fromkeys(("tiles", "batch", "parts", "channels", "run"), "i32")
     constants = dict(zip("PE", gates.FINISH_TILE, strict=True))
     arguments = {"partials": "*fp32", "out": "*fp32", **counts}
-    check(gates.finish_kernel, arguments, constants, vectors=False)
+    check_triton(gates.finish_kernel, arguments, constants, tmp_path, vectors=False)

@@ -32,7 +32,7 @@ EMULATION = ROOT / "tests" / "backends" / "emulation"
 INCLUDE = sysconfig.get_paths()["include"]
 
 #: Of the kernels, whose sums must not be fused where a GPU's are not.
-KERNEL_FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-Wno-unknown-pragmas", "-x", "c++")
+KERNEL_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-x", "c++")
 #: Of the Python module around them, of which most is pybind11: it need not be fast.
 MODULE_FLAGS = ("-std=c++20", "-O0")
 

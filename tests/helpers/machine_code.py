@@ -155,7 +155,7 @@ def program(
     while all of it is the same."""
     cross = isa == "neon" and X86
     compiler = f"{ARM64}g++" if cross else "g++"
-    options = ["-std=c++20", "-O2", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
+    options = ["-std=c++20", "-O1", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
     words = [compiler, *options, *instructions, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
     sources = [main, ROOT / "csrc/cpu/parallel.cpp"]
 

@@ -15,8 +15,11 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import pytest
+
+Value = TypeVar("Value")
 
 VARIABLE = "TAYLOR_KERNELS_SAMPLE"
 ALL = "all"
@@ -25,6 +28,13 @@ ALL = "all"
 def choose() -> str:
     """What this run and the processes that it starts draw by."""
     return os.environ.setdefault(VARIABLE, str(random.SystemRandom().randrange(10**6)))
+
+
+def some(values: Sequence[Value], count: int) -> list[Value]:
+    """So many of them as this run draws them, or all where it runs every case."""
+    if choose() == ALL:
+        return list(values)
+    return random.Random(choose()).sample(values, count)
 
 
 def left_out(items: Iterable[pytest.Item], arguments: Iterable[str]) -> list[pytest.Item]:

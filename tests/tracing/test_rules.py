@@ -123,6 +123,7 @@ GO = {
     "repeat": (lambda s, x: x.repeat(1, 2), 8),
     "repeat_interleave": (lambda s, x: x.repeat_interleave(2, 1), 8),
     "flip": (lambda s, x: x.flip(1), 8),
+    "padded_more_before": (lambda s, x: F.pad(x, (3, 1)), 8),
     "where": (lambda s, x: torch.where(x > 0, x, 0.1 * x), 8),
     "masked_fill": (lambda s, x: x.masked_fill(x < 0, 0.0), 8),
     "cat_of_many": (lambda s, x: torch.cat([x] * 9, 1), 8),

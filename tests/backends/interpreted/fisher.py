@@ -25,6 +25,7 @@ from tests.helpers.cases import (
 )
 from tests.helpers.example_norms import norms_reference64
 from tests.helpers.geometries import drawn_fisher_case
+from tests.helpers.samples import some
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -75,7 +76,7 @@ def test_fisher(at: int) -> None:
 
 
 #: The kernel is the same but for its end, where it adds over tiles, bands and spans: whether the
-#: examples are taken one at a time.
+#: examples are taken one at a time. Each run draws half of them.
 NORM_CASES = {
     "one_element": True, "empty_batch": False, "conv3x3": False, "conv3x3_channels_last": True,
     "conv1x1_stride": False, "uneven_geometry": False, "depthwise_channels_last": True,
@@ -85,7 +86,7 @@ NORM_CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "one_at_a_time"), NORM_CASES.items())
+@pytest.mark.parametrize(("name", "one_at_a_time"), some([*NORM_CASES.items()], 9))
 def test_example_norms(name: str, one_at_a_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     at, case = next((i, case) for i, case in enumerate(FISHER_CASES) if case.name == name)
     x, dy, _ = random_fisher_inputs(case, DTYPES[at % len(DTYPES)])
@@ -124,6 +125,10 @@ def test_fisher_of_any_geometry(
     assert_close(fisher(case, x, dy, scaled, tf32), *fisher_reference64(x, dy, case, scaled))
 
 
+#: Of each kind of address; each run draws two.
+WIDE = ["conv3x3_channels_last", "depthwise", "grouped", "tokens"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fisher_of_tokens(dtype: torch.dtype) -> None:
     x, dy = torch.randn(3, 70, 40, dtype=dtype), torch.randn(3, 70, 24, dtype=dtype)
@@ -146,7 +151,7 @@ def test_fisher_in_shares(groups: int, splits: int, monkeypatch: pytest.MonkeyPa
         assert same_bits(got, fisher(case, x, dy, scaled))
 
 
-@pytest.mark.parametrize("name", ["conv3x3_channels_last", "depthwise", "grouped", "tokens"])
+@pytest.mark.parametrize("name", some(WIDE, 2))
 def test_fisher_by_offsets_of_64_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in FISHER_CASES if case.name == name)
     x, dy, _ = random_fisher_inputs(case, torch.float32)

@@ -13,10 +13,11 @@ from taylor_kernels.studies.data import load_digits, minibatches
 from taylor_kernels.studies.networks import DigitsPreActivation, DigitsReluNorm
 from taylor_kernels.studies.oracle import late_norms
 from taylor_kernels.studies.oracle.late_norms import RECIPE, scores, section
+from tests.helpers.samples import some
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [DigitsReluNorm, DigitsPreActivation])
+@pytest.mark.parametrize("make", some([DigitsReluNorm, DigitsPreActivation], 1))
 def test_gates_at_their_sites_rank_as_the_oracle_does_in_train_mode(make, tmp_path):
     from taylor_kernels.studies.cache import Cache
     from taylor_kernels.studies.progress import ProgressLog

@@ -23,11 +23,13 @@ ALONE = "import sys; sys.modules['taylor_kernels'] = sys.modules['torch_pruning'
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-#: What is timed is of no matter here.
+#: An epoch of fine-tuning makes up for what was pruned; what is timed is of no matter here.
 SHORT = """
 from dataclasses import replace
 from taylor_kernels.studies.pruning import settings
-settings.QUICK = replace(settings.QUICK, latency_batch=8, latency_repeats=2)
+settings.QUICK = replace(
+    settings.QUICK, finetune_epochs=1, latency_batch=8, latency_repeats=2
+)
 """
 
 
