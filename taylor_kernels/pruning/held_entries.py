@@ -60,10 +60,11 @@ class HeldEntries:
 
     Args:
         masked: the tensors, and what to write.
+        way: to these tensors, if it is known.
     """
 
-    def __init__(self, masked: Mapping[str, Fills]) -> None:
-        self._tensors = NamedTensors(masked)
+    def __init__(self, masked: Mapping[str, Fills], way: NamedTensors | None = None) -> None:
+        self._tensors = NamedTensors(masked) if way is None else way
         self._parts = list(masked.values())
         self._native = native.fills(self._parts)
 

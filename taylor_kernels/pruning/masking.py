@@ -19,9 +19,11 @@ from taylor_kernels.pruning.called_norms import KeptCalls
 from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
+from taylor_kernels.pruning.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import keeps_zeros, masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.multihead import unpack_examples
 
 
@@ -54,12 +56,16 @@ class Masks:
             return
         if plain := [name for name in entries if not _is_registered(self._model, name)]:
             Tensors(self._model).own_plain(plain)
-        tensors = {name: lookup(self._model, name) for name in entries}
+        way = NamedTensors(entries)
+        tensors = {
+            name: lookup(self._model, name) if tensor is None else tensor  # or an error
+            for name, tensor in zip(entries, way.of(self._model), strict=True)
+        }
         masked = fills(tensors, channels, entries)
         parameters = {
             n: tensor for n, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
         }
-        held = HeldEntries(masked)
+        held = HeldEntries(masked, way)
         held.write(self._model)
         zeroing = held.zeroing()
         self._zeroing = {name: zeroing[name] for name in parameters}
@@ -88,7 +94,7 @@ class Masks:
         after_step = Hook(_write_after_step, weakref.ref(self._model), held, get_ident(), mine)
         self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, held)))
         self._hooks.append(register_optimizer_step_post_hook(after_step))
-        modules = dict(self._model.named_modules())
+        modules = modules_by_name(self._model)
         attributes = channels.attributes(dead)
         for name in (*channels.kept_by_norms(dead), *attributes):
             unpack_examples(modules, name)
@@ -121,9 +127,10 @@ class Masks:
 
 def _is_registered(model: nn.Module, name: str) -> bool:
     """Whether a tensor is a parameter or buffer, and no plain attribute."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return leaf in module._parameters or leaf in module._buffers
+    *path, leaf = name.split(".")
+    for part in path:
+        model = model._modules[part]  # type: ignore[assignment]
+    return leaf in model._parameters or leaf in model._buffers
 
 
 def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
