@@ -91,9 +91,9 @@ class Masks:
             after = Hook(_write, HeldEntries(statistics))
             self._hooks.append(self._model.register_forward_hook(after))
         mine = frozenset(map(id, parameters.values()))
-        after_step = Hook(_write_after_step, weakref.ref(self._model), held, get_ident(), mine)
-        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, held)))
-        self._hooks.append(register_optimizer_step_post_hook(after_step))
+        given = weakref.ref(self._model), held, get_ident(), mine
+        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, *given)))
+        self._hooks.append(register_optimizer_step_post_hook(Hook(_write_after_step, *given)))
         modules = modules_by_name(self._model)
         attributes = channels.attributes(dead)
         for name in (*channels.kept_by_norms(dead), *attributes):
@@ -138,9 +138,17 @@ def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     held.write(model)
 
 
-def _begin_step(held: HeldEntries, optimizer: torch.optim.Optimizer, *given: Any) -> None:
-    if keeps_zeros(optimizer, *given):
-        held.begin_step()
+def _begin_step(
+    model: weakref.ref[nn.Module],
+    held: HeldEntries,
+    thread: int,
+    masked: frozenset[int],
+    optimizer: torch.optim.Optimizer,
+    *given: Any,
+) -> None:
+    """A step begins; arguments as those of `_write_after_step`."""
+    if model() is not None and _may_step(thread, masked, optimizer):
+        held.begin_step(keeps_zeros(optimizer, *given))
 
 
 def _write_after_step(
@@ -153,19 +161,23 @@ def _write_after_step(
 ) -> None:
     """Write masked entries after a step of any optimizer, as it may step copies of parameters.
 
-    One of another thread steps another model, unless it holds masked parameters: this one may be
-    losing them meanwhile.
-
     Args:
         thread: in which they were masked.
         masked: the parameters' ids.
     """
-    if thread != get_ident() and not any(
+    if _may_step(thread, masked, optimizer) and (alive := model()) is not None:
+        held.write(alive, stepped=True)
+
+
+def _may_step(thread: int, masked: frozenset[int], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer may step masked parameters.
+
+    One of another thread steps another model, unless it holds masked parameters: this one may be
+    losing them meanwhile.
+    """
+    return thread == get_ident() or any(
         id(parameter) in masked for group in optimizer.param_groups for parameter in group["params"]
-    ):
-        return
-    if (alive := model()) is not None:
-        held.write(alive)
+    )
 
 
 def check_unmasked(model: nn.Module) -> None:

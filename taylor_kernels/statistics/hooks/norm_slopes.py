@@ -64,15 +64,15 @@ class NormSlopes:
         reads = self._read.setdefault(norm, [])
         if any(read.is_held(norm) for read in reads):
             return
-        for parameter in (norm.weight, norm.bias):
-            assert isinstance(parameter, nn.Parameter)
+        scale, shift = norm.weight, norm.bias
+        assert isinstance(scale, nn.Parameter)
+        assert isinstance(shift, nn.Parameter)
+        for parameter in (scale, shift):
             if parameter not in self._found:
                 # The hook is the list's own method: no line of Python runs between two layers.
                 found = self._found[parameter] = []
                 self._hooks[parameter] = parameter.register_hook(found.append)
                 self._handles.append(self._hooks[parameter])
-        scale, shift = norm.weight, norm.bias
-        assert isinstance(shift, nn.Parameter)
         of_scale, of_shift = self._found[scale], self._found[shift]
         reads.append(_Read(scale, shift, of_scale, of_shift, scale.size(0)))
 
