@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,9 @@ class Masks:
             after = Hook(_write, HeldEntries(statistics))
             self._hooks.append(self._model.register_forward_hook(after))
         mine = frozenset(map(id, parameters.values()))
-        given = weakref.ref(self._model), held, get_ident(), mine
-        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, *given)))
-        self._hooks.append(register_optimizer_step_post_hook(Hook(_write_after_step, *given)))
+        masked_here = _Masked(weakref.ref(self._model), held, get_ident(), mine)
+        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, masked_here)))
+        self._hooks.append(register_optimizer_step_post_hook(Hook(_write_after_step, masked_here)))
         modules = modules_by_name(self._model)
         attributes = channels.attributes(dead)
         for name in (*channels.kept_by_norms(dead), *attributes):
@@ -138,46 +138,37 @@ def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     held.write(model)
 
 
-def _begin_step(
-    model: weakref.ref[nn.Module],
-    held: HeldEntries,
-    thread: int,
-    masked: frozenset[int],
-    optimizer: torch.optim.Optimizer,
-    *given: Any,
-) -> None:
-    """A step begins; arguments as those of `_write_after_step`."""
-    if model() is not None and _may_step(thread, masked, optimizer):
-        held.begin_step(keeps_zeros(optimizer, *given))
+class _Masked(NamedTuple):
+    """What hooks around steps of optimizers are told.
 
-
-def _write_after_step(
-    model: weakref.ref[nn.Module],
-    held: HeldEntries,
-    thread: int,
-    masked: frozenset[int],
-    optimizer: torch.optim.Optimizer,
-    *_: object,
-) -> None:
-    """Write masked entries after a step of any optimizer, as it may step copies of parameters.
-
-    Args:
-        thread: in which they were masked.
-        masked: the parameters' ids.
+    Attributes:
+        thread: in which the entries were masked.
+        parameters: the ids of those that hold some.
     """
-    if _may_step(thread, masked, optimizer) and (alive := model()) is not None:
-        held.write(alive, stepped=True)
+
+    model: weakref.ref[nn.Module]
+    held: HeldEntries
+    thread: int
+    parameters: frozenset[int]
+
+    def may_change_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Any may step copies of parameters. But one of another thread steps another model, unless
+        it holds masked parameters: this one may be losing them meanwhile."""
+        return self.thread == get_ident() or any(
+            id(parameter) in self.parameters
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
 
 
-def _may_step(thread: int, masked: frozenset[int], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer may step masked parameters.
+def _begin_step(masked: _Masked, optimizer: torch.optim.Optimizer, *given: Any) -> None:
+    if masked.may_change_by(optimizer):
+        masked.held.begin_step(keeps_zeros(optimizer, *given))
 
-    One of another thread steps another model, unless it holds masked parameters: this one may be
-    losing them meanwhile.
-    """
-    return thread == get_ident() or any(
-        id(parameter) in masked for group in optimizer.param_groups for parameter in group["params"]
-    )
+
+def _write_after_step(masked: _Masked, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if masked.may_change_by(optimizer) and (alive := masked.model()) is not None:
+        masked.held.write(alive, stepped=True)
 
 
 def check_unmasked(model: nn.Module) -> None:
