@@ -211,13 +211,15 @@ class HeldFills {
   std::shared_ptr<State> state_;
   uint64_t turn_ = 0;
 
-  // Whether the entries of a tensor are as they were left, as far as PyTorch's counts tell.
-  bool is_kept(size_t i, py::handle tensor, const TensorView& view) const {
+  // Whether the entries of a tensor are as they were left, as far as PyTorch's counts tell; where a
+  // step has been made since, if it was one that leaves them.
+  bool is_kept(size_t i, py::handle tensor, const TensorView& view, bool stepped) const {
     if (!state_->tensors[i].lies(tensor, view)) return false;
     if (state_->tensors[i].unchanged()) return true;
     const auto& fills = state_->fills[i];
     const auto is_zero = [](const Fill& fill) { return fill.value == 0; };
-    if (!state_->begun[i] || !std::all_of(fills.begin(), fills.end(), is_zero)) return false;
+    if (!stepped || !state_->begun[i] || !std::all_of(fills.begin(), fills.end(), is_zero))
+      return false;
     const py::object grad = gradient_of(tensor);
     const auto seen = libtorch.view(grad);
     return seen && state_->gradients[i].lies(grad, *seen) && state_->gradients[i].unchanged();
@@ -230,18 +232,18 @@ class HeldFills {
     return {state_, number, std::move(other)};
   }
 
-  // A step of an optimizer begins that leaves zeros at zero where gradients are zero. Until the
-  // next write that is what changes tensors.
-  void begin_step() {
+  // A step of an optimizer begins; whether it is one that leaves zeros at zero where gradients and
+  // what it keeps itself are zero.
+  void begin_step(bool keeps) {
     for (size_t i = 0; i < state_->fills.size(); ++i) {
-      state_->begun[i] = state_->tensors[i].unchanged();
+      state_->begun[i] = keeps && state_->tensors[i].unchanged();
     }
   }
 
   // Writes into all tensors; the numbers of those that it cannot write into. A large one whose
   // entries are kept by all that PyTorch counts is looked at, and written to if that shows a
   // change: what is written by way of `.data` is not counted.
-  std::vector<size_t> write(const py::list& tensors) {
+  std::vector<size_t> write(const py::list& tensors, bool stepped) {
     const auto& fills = state_->fills;
     if (fills.size() != tensors.size()) throw py::value_error("a tensor for each is needed");
     std::vector<std::pair<Written, bool>> written;
@@ -251,7 +253,7 @@ class HeldFills {
       if (auto one = Written::of(tensors[i], fills[i], false)) {
         const TensorView view = one->tensor;
         const bool large = view.dims.elements() > kSmall;
-        written.emplace_back(std::move(*one), large && is_kept(i, tensors[i], view));
+        written.emplace_back(std::move(*one), large && is_kept(i, tensors[i], view, stepped));
         if (large) state_->tensors[i].note(tensors[i], view);
       } else {
         state_->tensors[i].forget();
@@ -274,7 +276,7 @@ class HeldFills {
 void define_fills(py::module_& m) {
   py::class_<HeldFills>(m, "Fills")
       .def(py::init([](const py::list& described) { return HeldFills(read_fills(described)); }))
-      .def("write", &HeldFills::write)
+      .def("write", &HeldFills::write, py::arg("tensors"), py::arg("stepped") = false)
       .def("begin_step", &HeldFills::begin_step)
       .def("gradient_hook", &HeldFills::gradient_hook);
   py::class_<GradientHook>(m, "GradientHook").def("__call__", &GradientHook::operator());

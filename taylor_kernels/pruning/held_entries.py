@@ -60,17 +60,22 @@ class HeldEntries:
 
     Args:
         masked: the tensors, and what to write.
+        way: to these tensors, if it is known.
     """
 
-    def __init__(self, masked: Mapping[str, Fills]) -> None:
-        self._tensors = NamedTensors(masked)
+    def __init__(self, masked: Mapping[str, Fills], way: NamedTensors | None = None) -> None:
+        self._tensors = NamedTensors(masked) if way is None else way
         self._parts = list(masked.values())
         self._native = native.fills(self._parts)
 
-    def write(self, model: nn.Module) -> None:
-        """Write the entries into the model's tensors."""
+    def write(self, model: nn.Module, *, stepped: bool = False) -> None:
+        """Write the entries into the model's tensors.
+
+        Args:
+            stepped: the step that began last has been made, and nothing else since.
+        """
         tensors = self._tensors.of(model)
-        left = range(len(tensors)) if self._native is None else self._native.write(tensors)
+        left = range(len(tensors)) if self._native is None else self._native.write(tensors, stepped)
         for number in left:
             tensor = tensors[number]
             if tensor is None:
@@ -82,10 +87,10 @@ class HeldEntries:
             # values that are written are the ones that were there.
             fill(tensor.data, self._parts[number])
 
-    def begin_step(self) -> None:
-        """A step of an optimizer begins of which it is known that what is zero stays zero."""
+    def begin_step(self, keeps: bool) -> None:
+        """A step of an optimizer begins; whether what is zero stays zero in it (`keeps_zeros`)."""
         if self._native is not None:
-            self._native.begin_step()
+            self._native.begin_step(keeps)
 
     def zeroing(self) -> dict[str, Callable[[Tensor], None]]:
         """Name -> a hook that zeroes the entries of the gradient of that parameter."""

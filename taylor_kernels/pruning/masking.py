@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from taylor_kernels.pruning.called_norms import KeptCalls
 from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
+from taylor_kernels.pruning.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import keeps_zeros, masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
+from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.multihead import unpack_examples
 
 
@@ -53,13 +55,17 @@ class Masks:
         if not entries:
             return
         if plain := [name for name in entries if not _is_registered(self._model, name)]:
-            Tensors(dict(self._model.named_modules())).own_plain(plain)
-        tensors = {name: lookup(self._model, name) for name in entries}
+            Tensors(modules_by_name(self._model)).own_plain(plain)
+        way = NamedTensors(entries)
+        tensors = {
+            name: lookup(self._model, name) if tensor is None else tensor  # or an error
+            for name, tensor in zip(entries, way.of(self._model), strict=True)
+        }
         masked = fills(tensors, channels, entries)
         parameters = {
             n: tensor for n, tensor in tensors.items() if isinstance(tensor, nn.Parameter)
         }
-        held = HeldEntries(masked)
+        held = HeldEntries(masked, way)
         held.write(self._model)
         zeroing = held.zeroing()
         self._zeroing = {name: zeroing[name] for name in parameters}
@@ -85,10 +91,10 @@ class Masks:
             after = Hook(_write, HeldEntries(statistics))
             self._hooks.append(self._model.register_forward_hook(after))
         mine = frozenset(map(id, parameters.values()))
-        after_step = Hook(_write_after_step, weakref.ref(self._model), held, get_ident(), mine)
-        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, held)))
-        self._hooks.append(register_optimizer_step_post_hook(after_step))
-        modules = dict(self._model.named_modules())
+        masked_here = _Masked(weakref.ref(self._model), held, get_ident(), mine)
+        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, masked_here)))
+        self._hooks.append(register_optimizer_step_post_hook(Hook(_write_after_step, masked_here)))
+        modules = modules_by_name(self._model)
         attributes = channels.attributes(dead)
         for name in (*channels.kept_by_norms(dead), *attributes):
             unpack_examples(modules, name)
@@ -121,9 +127,10 @@ class Masks:
 
 def _is_registered(model: nn.Module, name: str) -> bool:
     """Whether a tensor is a parameter or buffer, and no plain attribute."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    return leaf in module._parameters or leaf in module._buffers
+    *path, leaf = name.split(".")
+    for part in path:
+        model = model._modules[part]  # type: ignore[assignment]
+    return leaf in model._parameters or leaf in model._buffers
 
 
 def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
@@ -131,34 +138,37 @@ def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
     held.write(model)
 
 
-def _begin_step(held: HeldEntries, optimizer: torch.optim.Optimizer, *given: Any) -> None:
-    if keeps_zeros(optimizer, *given):
-        held.begin_step()
+class _Masked(NamedTuple):
+    """What hooks around steps of optimizers are told.
 
-
-def _write_after_step(
-    model: weakref.ref[nn.Module],
-    held: HeldEntries,
-    thread: int,
-    masked: frozenset[int],
-    optimizer: torch.optim.Optimizer,
-    *_: object,
-) -> None:
-    """Write masked entries after a step of any optimizer, as it may step copies of parameters.
-
-    One of another thread steps another model, unless it holds masked parameters: this one may be
-    losing them meanwhile.
-
-    Args:
-        thread: in which they were masked.
-        masked: the parameters' ids.
+    Attributes:
+        thread: in which the entries were masked.
+        parameters: the ids of those that hold some.
     """
-    if thread != get_ident() and not any(
-        id(parameter) in masked for group in optimizer.param_groups for parameter in group["params"]
-    ):
-        return
-    if (alive := model()) is not None:
-        held.write(alive)
+
+    model: weakref.ref[nn.Module]
+    held: HeldEntries
+    thread: int
+    parameters: frozenset[int]
+
+    def may_change_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Any may step copies of parameters. But one of another thread steps another model, unless
+        it holds masked parameters: this one may be losing them meanwhile."""
+        return self.thread == get_ident() or any(
+            id(parameter) in self.parameters
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        )
+
+
+def _begin_step(masked: _Masked, optimizer: torch.optim.Optimizer, *given: Any) -> None:
+    if masked.may_change_by(optimizer):
+        masked.held.begin_step(keeps_zeros(optimizer, *given))
+
+
+def _write_after_step(masked: _Masked, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if masked.may_change_by(optimizer) and (alive := masked.model()) is not None:
+        masked.held.write(alive, stepped=True)
 
 
 def check_unmasked(model: nn.Module) -> None:

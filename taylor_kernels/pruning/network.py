@@ -21,7 +21,7 @@ from taylor_kernels.pruning.removal import lookup, remove
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.caches import renew
+from taylor_kernels.tracing.caches import modules_by_name, renew
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
@@ -111,7 +111,7 @@ class Network(Inventory):
             self.channels = self.channels.leaving([self.blocks[number] for number in blocks])
         self._masks.set(self.channels, self.dead)
         self._set_block_masks()
-        renew(self.model.modules())
+        renew(modules_by_name(self.model).values())
         return {layer: tuple(sorted(gone)) for layer, gone in filters.items()}
 
     def zero_gradients(self) -> None:
@@ -158,7 +158,7 @@ class Network(Inventory):
             self.channels = channels.without(dead)
             self.dead = [old[~gone] for old, gone in zip(self.dead, dead, strict=True)]
             self._shapes = self._found_shapes()
-            renew(self.model.modules())
+            renew(modules_by_name(self.model).values())
         return dead
 
     def _found_shapes(self) -> list[torch.Size | None]:
@@ -167,7 +167,7 @@ class Network(Inventory):
 
     def layers(self, names: Iterable[str]) -> Layers:
         """Layers of these names as they are, bare weights among them."""
-        modules, bare = dict(self.model.named_modules()), self._whole.bare
+        modules, bare = modules_by_name(self.model), self._whole.bare
         found = {
             name: bare_layer(self.model, bare[name])
             if name in bare and not is_layer(modules.get(name))
@@ -205,6 +205,8 @@ class Network(Inventory):
         if self._all_cuts[0] is not self.channels:
             everything = [torch.ones_like(gone) for gone in self.dead]
             self._all_cuts = self.channels, self.channels.entries(everything)
+        if not any(one.state for one in optimizers):
+            return
         tensors = dict(zip(self._tensors.names, self._tensors.of(self.model), strict=True))
         for name, cuts in self._all_cuts[1].items():
             if (tensor := tensors.get(name)) is not None:  # else `check_unchanged` says so

@@ -190,9 +190,11 @@ def check_follows(
     Raises:
         ValueError: a state tensor has no dimensions of the parameter's.
     """
+    shape = parameter.shape
     for one in optimizers:
         for key, value in one.state.get(parameter, {}).items():
-            _state_cuts(name, key, value, parameter, cuts)
+            if not (isinstance(value, Tensor) and value.shape == shape):
+                _state_cuts(name, key, value, parameter, cuts)
 
 
 def follow(optimizers: Iterable[Optimizer], new: Mapping[str, tuple[Tensor, Tensor, Cuts]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -65,16 +66,29 @@ class Vectors:
             before: [classes] bool, those that have been removed before; indices are of what is
                 left without them.
         """
+        vectors, bounds, every = self._different
+        if before is not None:
+            stays = ~before[every]
+            every, bounds = every[stays], np.append(0, stays.cumsum())[bounds]
+        places = gone[every].nonzero()[0]
+        ends = places.searchsorted(bounds)
+        going = {
+            id(vectors[n]): index(places[ends[n] : ends[n + 1]] - bounds[n])
+            for n in (ends[1:] > ends[:-1]).nonzero()[0].tolist()
+        }
         found: dict[str, dict[int, Tensor]] = {}
-        known: dict[int, Tensor | None] = {}
         for (name, dim), vector in self.dims.items():
-            if (key := id(vector)) not in known:
-                there = vector if before is None else vector[~before[vector]]
-                places = np.flatnonzero(gone[there])
-                known[key] = index(places) if places.size else None
-            if (going := known[key]) is not None:
-                found.setdefault(name, {})[dim] = going
+            if (indices := going.get(id(vector))) is not None:
+                found.setdefault(name, {})[dim] = indices
         return found
+
+    @cached_property
+    def _different(self) -> tuple[list[Vector], Vector, Vector]:
+        """The different vectors of `dims`; where each begins, and the last ends, among all of them
+        one after the other; these."""
+        vectors = list({id(vector): vector for vector in self.dims.values()}.values())
+        bounds = np.cumsum([0, *(vector.size for vector in vectors)])
+        return vectors, bounds, np.concatenate([np.empty(0, np.int64), *vectors])
 
     def places_after(self, gone: npt.NDArray[np.bool_]) -> dict[tuple[str, str | int], Vector]:
         """(layer, side) or (tensor, dimension) -> for each of its places that stays the new one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Thread
 
 import pytest
 import torch
@@ -107,8 +108,8 @@ def test_nothing_is_held_of_a_weight_that_is_gone():
     hook = held.zeroing()["weight"]
     model(torch.randn(2, COLUMNS)).sum().backward()
     hook(model.weight)
-    held.begin_step()
-    held.write(model)
+    held.begin_step(True)
+    held.write(model, stepped=True)
     gone = []
 
     class Noted(nn.Parameter):
@@ -118,7 +119,7 @@ def test_nothing_is_held_of_a_weight_that_is_gone():
     model.weight = Noted(torch.randn(ROWS, COLUMNS))
     held.write(model)
     model.weight = nn.Parameter(torch.randn(ROWS, COLUMNS))
-    held.begin_step()
+    held.begin_step(True)
     assert gone
 
 
@@ -183,7 +184,7 @@ def test_steps_train_as_if_all_entries_were_written(kind, monkeypatch):
             run.optimizer.step()
             assert run.off()
         trained.append([parameter.detach() for parameter in run.model.parameters()])
-        monkeypatch.setattr(HeldEntries, "begin_step", lambda _: None)  # of the second one
+        monkeypatch.setattr(HeldEntries, "begin_step", lambda *_: None)  # of the second one
     assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
@@ -257,4 +258,34 @@ def test_a_step_of_another_optimizer_on_the_same_weights_is_undone():
     for parameter in run.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     other.step()
+    assert run.off()
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_steps_of_other_networks_say_nothing_of_this_one(threaded):
+    """A weight is changed in one row before such a step, or behind one of another thread."""
+    run, other = Run("SGD"), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    other(torch.randn(3, 2)).sum().backward()
+    if threaded:
+        thread = Thread(target=optimizer.step)
+        thread.start()
+        thread.join()
+    row_of_the_weight(run)
+    if threaded:
+        run.model(torch.randn(1, 6))
+    else:
+        optimizer.step()
+    assert run.off()
+
+
+def test_a_step_that_fails_says_nothing_of_later_ones():
+    run = Run("SGD")
+    run.model[4].weight.grad[ROWS // 2] += 1
+    run.optimizer.param_groups[0]["lr"] = "none"
+    with pytest.raises(TypeError):
+        run.optimizer.step()
+    run.optimizer.param_groups[0]["lr"] = 0.1
+    row_of_the_weight(run)
+    run.model(torch.randn(1, 6))
     assert run.off()
