@@ -16,12 +16,11 @@ from taylor_kernels.shards import in_parts, is_fsdp
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.gates import _Gates
 from taylor_kernels.statistics.hooks.gate_tables import Packed
-from taylor_kernels.statistics.hooks.linear_outputs import LinearOutputs
-from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes, Read
+from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, SiteHooks
 from taylor_kernels.statistics.hooks.steady import (
-    Resting,
+    RestingNorms,
     Steady,
     gates_of_small,
     keeps_small,
@@ -62,11 +61,10 @@ class Gates(_Gates):
         self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
         self._read: dict[_NormBase, str] = {}  # in this update
         self._quiet: dict[_NormBase, str] = {}  # of these the ones that need no look
-        self._resting = Resting(self._norms) if isinstance(self._norms, SiteHooks) else None
+        self._resting = RestingNorms(self._norms) if isinstance(self._norms, SiteHooks) else None
         self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._of_norms = NormSlopes(self._handles, self.backend)
-        self._linear = LinearOutputs(self._of_norms)
         self._short: set[str] = set()  # outputs that have a short way
         self._seen = 0  # gradients that had come before the pass
         self._freed = (-1, False)  # a pass, and whether FSDP2 shards the model in it
@@ -193,9 +191,7 @@ class Gates(_Gates):
             for name, total in captured if norm in self._shared else ():
                 self._add(name, total)
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
-        small = [*self._of_small()]
-        self._linear.compare(small, self._received)
-        packed = [*small, *self._of_norms.take({**alone, **self._at_rest()})]
+        packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
         names = [*self._received, *(key for some in packed for key in some.keys)]
         if self._resting is not None:
             self._resting.wake_silent(set(names))
@@ -204,14 +200,11 @@ class Gates(_Gates):
         if len(set(names)) < len(names):
             self._add_packed(packed)
             packed = []
-        if not (self._frees_parameters() or in_parts(self.model)):
-            keys = (key for some in small for key in some.keys)
-            self._linear.put_on_trial(keys, self._at, self.model)
         tables = {name: total[:, None] for name, total in self._received.items()}
         return self._finished(tables, packed)
 
-    def _at_rest(self) -> dict[Read, str]:
-        """Norms and layers that are read and not looked at, and the keys of their sites.
+    def _at_rest(self) -> dict[_NormBase, str]:
+        """Norms that are read and not looked at, and the keys of their sites.
 
         Raises:
             RuntimeError: one has other parameters than those whose gradients are put aside.
@@ -222,7 +215,7 @@ class Gates(_Gates):
         if replaced := [names[norm] for norm in self._resting.replaced()]:
             self._resting.wake_changed()
             raise RuntimeError(
-                f"{', '.join(replaced)}: other parameters were put into these since the "
+                f"{', '.join(replaced)}: other parameters were put into these norms since the "
                 "model itself was called, and their gradients were not seen; run the pass again"
             )
         return names
@@ -239,7 +232,6 @@ class Gates(_Gates):
             if self._steady.on:
                 quiet = ((n, k) for n, k in self._quiet.items() if n not in self._shared)
                 self._resting.add({n: k for n, k in quiet if self._of_norms.is_settled(n)})
-                self._resting.add(self._linear.agreeing)
             else:
                 self._resting.wake()
         self._quiet.clear()

@@ -1,8 +1,4 @@
-"""Slopes of gates behind norms, from the gradients of scale and shift: γ g_γ + β g_β.
-
-Those of a linear layer's or a convolution's outputs are the same of its weight and bias, summed
-over the weights of a filter: what it returns is linear in both.
-"""
+"""Slopes of gates behind norms, from the gradients of scale and shift: γ g_γ + β g_β."""
 
 from __future__ import annotations
 
@@ -13,18 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.statistics.hooks.gate_tables import Packed
 
-#: What is read off its own parameters, `weight` and `bias`.
-Read = _NormBase | nn.Linear | _ConvNd
-
 
 class _Read(NamedTuple):
-    """The parameters of a norm or layer, and what has come for each."""
+    """The parameters of a norm, and what has come for each."""
 
     scale: nn.Parameter
     shift: nn.Parameter
@@ -32,8 +24,8 @@ class _Read(NamedTuple):
     of_shift: list[Tensor]
     channels: int
 
-    def is_held(self, norm: nn.Module) -> bool:
-        """Whether these are its parameters now."""
+    def is_held(self, norm: _NormBase) -> bool:
+        """Whether these are the norm's parameters now."""
         held = norm._parameters
         return held.get("weight") is self.scale and held.get("bias") is self.shift
 
@@ -57,31 +49,24 @@ class NormSlopes:
         self._found: dict[nn.Parameter, list[Tensor]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         # More than one of a norm that torch.func.functional_call lends others for a pass.
-        self._read: dict[nn.Module, list[_Read]] = {}
+        self._read: dict[_NormBase, list[_Read]] = {}
 
-    def watch(self, norm: Read) -> None:
-        """Put aside what comes for this one, with the parameters that it has, from now on."""
+    def watch(self, norm: _NormBase) -> None:
+        """Put aside what comes for this norm, with the parameters that it has, from now on."""
         reads = self._read.setdefault(norm, [])
         if any(read.is_held(norm) for read in reads):
             return
-        scale, shift = norm.weight, norm.bias
-        assert isinstance(scale, nn.Parameter)
-        assert isinstance(shift, nn.Parameter)
-        for parameter in (scale, shift):
+        for parameter in (norm.weight, norm.bias):
             if parameter not in self._found:
                 # The hook is the list's own method: no line of Python runs between two layers.
                 found = self._found[parameter] = []
                 self._hooks[parameter] = parameter.register_hook(found.append)
                 self._handles.append(self._hooks[parameter])
+        scale, shift = norm.weight, norm.bias
         of_scale, of_shift = self._found[scale], self._found[shift]
-        reads.append(_Read(scale, shift, of_scale, of_shift, scale.size(0)))
+        reads.append(_Read(scale, shift, of_scale, of_shift, scale.numel()))
 
-    def unwatch(self, norm: nn.Module) -> None:
-        """Let what comes for it pass again."""
-        del self._read[norm]
-        self._drop_others()
-
-    def is_settled(self, norm: nn.Module) -> bool:
+    def is_settled(self, norm: _NormBase) -> bool:
         """Whether it has had no parameters but those that it has now, since the last update."""
         return all(read.is_held(norm) for read in self._read[norm])
 
@@ -95,7 +80,7 @@ class NormSlopes:
             if len(found) > 1:
                 found[:] = [reduce(add, (grad.detach() for grad in found))]
 
-    def take(self, norms: Mapping[Any, str]) -> Iterator[Packed]:
+    def take(self, norms: Mapping[_NormBase, str]) -> Iterator[Packed]:
         """The slopes of these norms by their names, if gradients have come of both parameters."""
         self.add_up()
         alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import forget_compiled
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.statistics.hooks.gate_tables import Packed
-from taylor_kernels.statistics.hooks.norm_slopes import Read
 from taylor_kernels.statistics.hooks.passes import WatchesPasses
 from taylor_kernels.statistics.hooks.sites import Site, SiteHooks
 
@@ -42,32 +42,30 @@ class Steady:
         self.arrived: list[tuple[str, Tensor, Tensor]] = []
 
 
-class Resting:
-    """Norms whose scale and shift are read, or layers whose weight and bias are, and whose outputs
-    nothing looks at.
+class RestingNorms:
+    """Norms whose scale and shift are read, and whose outputs nothing looks at.
 
     With y = γ x̂ + β the sum of y·dy over all runs of a norm is γ g_γ + β g_β, however many there
     are. What is left to see is whether both are still the parameters that gradients come of, which
     is asked when a pass begins.
 
     Attributes:
-        names: of each the key of its site.
+        names: of each norm the key of its site.
     """
 
     def __init__(self, hooks: SiteHooks) -> None:
-        self.names: dict[Read, str] = {}
+        self.names: dict[_NormBase, str] = {}
         self._hooks = hooks
-        self._read: dict[Read, tuple[Any, Any]] = {}
-        self._restless: set[Read] = set()
+        self._read: dict[_NormBase, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._restless: set[_NormBase] = set()
 
-    def add(self, norms: Mapping[Any, str]) -> None:
+    def add(self, norms: Mapping[_NormBase, str]) -> None:
         """Take the hooks behind these off; but not where they have been missed before."""
         for norm, key in norms.items():
-            ready = norm not in self._restless and norm not in self.names
-            if ready and self._hooks.rest(key):
+            if norm not in self._restless and self._hooks.rest(key):
                 self.names[norm], self._read[norm] = key, (norm.weight, norm.bias)
 
-    def replaced(self) -> list[Read]:
+    def replaced(self) -> list[_NormBase]:
         """Those whose scale or shift is another tensor now."""
         return [norm for norm, read in self._read.items() if not _holds(norm, *read)]
 
@@ -91,7 +89,7 @@ class Resting:
         self._restless.update(silent)
         self.wake(silent)
 
-    def wake(self, norms: Iterable[Read] | None = None) -> None:
+    def wake(self, norms: Iterable[_NormBase] | None = None) -> None:
         """Put the hooks behind these, or all of them, on again."""
         woken = list(self.names if norms is None else norms)
         for norm in woken:
@@ -101,7 +99,7 @@ class Resting:
             forget_compiled()
 
 
-def _holds(norm: nn.Module, scale: object, shift: object) -> bool:
+def _holds(norm: nn.Module, scale: nn.Parameter, shift: nn.Parameter) -> bool:
     held = norm._parameters
     return held.get("weight") is scale and held.get("bias") is shift
 
