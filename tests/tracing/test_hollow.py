@@ -154,7 +154,7 @@ LEFT_OUT = {
     "gelu": lambda x, other: nn.functional.gelu(x, approximate="tanh"),
     "clamp": lambda x, other: x.clamp(other),
     "hardtanh_": lambda x, other: nn.functional.relu6(x, inplace=True),
-    "cat": lambda x, other: torch.cat([x, x[:, :3], x], 1),
+    "cat": lambda x, other: torch.cat([x, x.neg(), x], 1),
     "cat of rows": lambda x, other: torch.cat([x, x.neg()], -2),
     "pad": lambda x, other: nn.functional.pad(x, (0, 2, 1, 0)),
     "pad of channels": lambda x, other: nn.functional.pad(x, (0, 0, 0, 0, 0, 3), value=1.0),
