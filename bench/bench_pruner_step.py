@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import taylor_kernels as tk
 from bench.harness import use_threads
@@ -45,13 +45,10 @@ WARM_UP = EVERY
 def without_hooks() -> Iterator[None]:
     """Inside, a step of an optimizer is a plain one: hooks on all optimizers, as those that write
     the masked entries of the network beside this one, are put aside."""
-    both = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
-    kept = [dict(hooks) for hooks in both]
-    for hooks in both:
-        hooks.clear()
+    hooks = dict(_global_optimizer_post_hooks)
+    _global_optimizer_post_hooks.clear()
     yield
-    for hooks, own in zip(both, kept, strict=True):
-        hooks.update(own)
+    _global_optimizer_post_hooks.update(hooks)
 
 
 def trained(model: nn.Module, x: Tensor, y: Tensor, pruned: bool) -> Callable[[], None]:

@@ -93,7 +93,12 @@ def tests(name: str, where: str, shares: int, seconds: float) -> Step:
     """Tests, by so many processes at once."""
     command = [sys.executable, "-m", "pytest", *PLAIN_PYTEST, "-v", "--tb=short", where]
     commands = [[*command, f"--share={i + 1}/{shares}"] for i in range(shares)]
-    return Step(name, commands, seconds, environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    return Step(
+        name,
+        commands,
+        seconds,
+        environment={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "TAYLOR_KERNELS_SAMPLE": "all"},
+    )
 
 
 def card() -> dict[str, str]:

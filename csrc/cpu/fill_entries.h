@@ -1,11 +1,10 @@
 // Writes a number into chosen indices of a dimension of a tensor, as index_fill_ does: what holds
 // masked filters at zero. It is bound by the memory that it touches, so that one loop serves every
-// instruction set, and what most likely is as it was left is looked at in a few places.
+// instruction set.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 namespace tk {
@@ -53,26 +52,6 @@ void fill_entries(Element* data, const Block& block, const IndexRuns& chosen, El
       std::fill_n(first + run.begin * block.inner, run.count * block.inner, value);
     }
   }
-}
-
-// Whether entries that were filled are as they were left: all of them where they lie in blocks,
-// else those of the first place outside of the dimension, of the last, and of another at each
-// `turn`. What writes into a whole tensor is seen there at once.
-template <class Element>
-bool still_filled(const Element* data, const Block& block, const IndexRuns& chosen, Element value,
-                  uint64_t turn) {
-  const int64_t last = block.outer - 1;
-  const int64_t places[] = {0, static_cast<int64_t>(turn % block.outer), last};
-  for (int i = 0; i < (last ? 3 : 1); ++i) {
-    const Element* const first = data + places[i] * block.extent * block.inner;
-    for (const auto& run : chosen.runs) {
-      const Element* const begin = first + run.begin * block.inner;
-      // Each one like the next: the C library compares memory with the widest loads that there are.
-      const size_t others = (run.count * block.inner - 1) * sizeof(Element);
-      if (*begin != value || std::memcmp(begin, begin + 1, others) != 0) return false;
-    }
-  }
-  return true;
 }
 
 }  // namespace tk

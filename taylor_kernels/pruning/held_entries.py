@@ -3,12 +3,6 @@
 On the CPU the native module writes them all, a step's for hundreds of tensors in the time of a few
 operations of PyTorch. What it cannot write into, on a GPU or as a part on several ranks, is left to
 `fill`, tensor by tensor.
-
-The masked columns of a weight touch all of its memory, so to write them takes as long as to read
-the weight. The native module leaves out tensors that are as it left them: the same objects, in the
-same memory, changed by nothing that PyTorch counts (`Tensor._version`) but by steps that leave
-zeros at zero, with gradients that it has zeroed. What is written by way of `.data` is not counted;
-so of each of these tensors whole filters are looked at, and some rows of columns, others each time.
 """
 
 from __future__ import annotations
@@ -68,14 +62,10 @@ class HeldEntries:
         self._parts = list(masked.values())
         self._native = native.fills(self._parts)
 
-    def write(self, model: nn.Module, *, stepped: bool = False) -> None:
-        """Write the entries into the model's tensors.
-
-        Args:
-            stepped: the step that began last has been made, and nothing else since.
-        """
+    def write(self, model: nn.Module) -> None:
+        """Write the entries into the model's tensors."""
         tensors = self._tensors.of(model)
-        left = range(len(tensors)) if self._native is None else self._native.write(tensors, stepped)
+        left = range(len(tensors)) if self._native is None else self._native.write(tensors)
         for number in left:
             tensor = tensors[number]
             if tensor is None:
@@ -86,11 +76,6 @@ class HeldEntries:
             # .data: a forward pass may lie between another one and its backward pass, and the
             # values that are written are the ones that were there.
             fill(tensor.data, self._parts[number])
-
-    def begin_step(self, keeps: bool) -> None:
-        """A step of an optimizer begins; whether what is zero stays zero in it (`keeps_zeros`)."""
-        if self._native is not None:
-            self._native.begin_step(keeps)
 
     def zeroing(self) -> dict[str, Callable[[Tensor], None]]:
         """Name -> a hook that zeroes the entries of the gradient of that parameter."""

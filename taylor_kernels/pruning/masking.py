@@ -5,14 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
 from taylor_kernels.pruning.called_norms import KeptCalls
@@ -20,7 +17,7 @@ from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, z
 from taylor_kernels.pruning.kept_experts import KeptExperts
 from taylor_kernels.pruning.kept_norms import OnKept, keep_only
 from taylor_kernels.pruning.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import keeps_zeros, masked_state, optimizers_in
+from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.caches import modules_by_name
@@ -92,7 +89,6 @@ class Masks:
             self._hooks.append(self._model.register_forward_hook(after))
         mine = frozenset(map(id, parameters.values()))
         masked_here = _Masked(weakref.ref(self._model), held, get_ident(), mine)
-        self._hooks.append(register_optimizer_step_pre_hook(Hook(_begin_step, masked_here)))
         self._hooks.append(register_optimizer_step_post_hook(Hook(_write_after_step, masked_here)))
         modules = modules_by_name(self._model)
         attributes = channels.attributes(dead)
@@ -161,14 +157,9 @@ class _Masked(NamedTuple):
         )
 
 
-def _begin_step(masked: _Masked, optimizer: torch.optim.Optimizer, *given: Any) -> None:
-    if masked.may_change_by(optimizer):
-        masked.held.begin_step(keeps_zeros(optimizer, *given))
-
-
 def _write_after_step(masked: _Masked, optimizer: torch.optim.Optimizer, *_: object) -> None:
     if masked.may_change_by(optimizer) and (alive := masked.model()) is not None:
-        masked.held.write(alive, stepped=True)
+        masked.held.write(alive)
 
 
 def check_unmasked(model: nn.Module) -> None:

@@ -13,11 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
-from torch.optim.optimizer import (
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-    register_optimizer_step_post_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook
 
@@ -89,35 +85,6 @@ class Steps:
     def forget(self, optimizers: Iterable[Optimizer]) -> None:
         """Take these for ones that have made none."""
         self.optimizers.difference_update(optimizers)
-
-
-#: Their steps leave an entry at zero whose gradient and state are zero.
-_KEEP_ZEROS = frozenset(
-    getattr(torch.optim, name)
-    for name in (
-        "SGD", "Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop",
-    )
-)  # fmt: skip
-
-
-def keeps_zeros(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether what is zero in a parameter, its gradient and its state is zero after this step.
-
-    Not where there is code of others in the step, a closure or a hook.
-
-    Args:
-        args, kwargs: of its call of `step`, the optimizer first.
-    """
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    hooks = (
-        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
-        _global_optimizer_pre_hooks, _global_optimizer_post_hooks,
-    )  # fmt: skip
-    return (
-        type(optimizer) in _KEEP_ZEROS
-        and closure is None
-        and all(isinstance(hook, Hook) for some in hooks for hook in some.values())
-    )
 
 
 def check_complete(

@@ -2,7 +2,7 @@
 
 Code may multiply by a parameter of its own, as nn.MultiheadAttention does, by slices of one, as a
 mixture of experts does, or by the weight of a layer that it does not call. There is no module then
-whose output could be heard. Operations below functions show all of these, whatever wrote them
+whose output could be heard. Operations below functions show these, whatever wrote them
 (`x @ w`, einsum, `F.linear`, `F.conv2d`): a weight and its views have one memory.
 """
 
@@ -29,13 +29,13 @@ _OPERANDS = {
     _ATEN.mm: (0, 1), _ATEN.bmm: (0, 1), _ATEN.mv: (0, 1), _ATEN.linear: (0, 1),
     _ATEN.addmm: (1, 2), _ATEN.baddbmm: (1, 2), _ATEN.addmv: (1, 2), _ATEN.convolution: (0, 1),
 }  # fmt: skip
+#: Those that add a first argument.
+_ADDING = (_ATEN.addmm, _ATEN.baddbmm, _ATEN.addmv)
 _PRODUCTS = dict(_overloads(*_OPERANDS))
 _TAKES = dict(_overloads(_ATEN.index, _ATEN.index_select))
 #: What makes another tensor of a weight that is one too: copies, parts, and products with numbers
 #: or masks of its shape.
-_COPIES = _TAKES | dict(
-    _overloads(_ATEN.clone, _ATEN._to_copy, _ATEN.mul, _ATEN.div, _ATEN.add, _ATEN.sub)
-)
+_COPIES = _TAKES | dict(_overloads(_ATEN.clone, _ATEN._to_copy, _ATEN.mul, _ATEN.div))
 
 #: Is told the name of a weight, what came of a product with it, and the dimensions of that that
 #: channels of weights lie along.
@@ -67,12 +67,15 @@ class WeightProducts(TorchDispatchMode):
             self._product(_PRODUCTS[func], args, out)
         elif func in _COPIES and isinstance(args[0], Tensor):
             name = self._names.get(_memory(args[0]))
-            if name is not None and (func in _TAKES or out.shape == args[0].shape):
-                self._names.setdefault(_memory(out), name)
+            same = func in _TAKES or out.shape == args[0].shape
+            if name is not None and same and (memory := _memory(out)):
+                self._names.setdefault(memory, name)
                 self._copies.append(out)
         return out
 
     def _product(self, packet: Any, args: tuple, out: Tensor) -> None:
+        if packet in _ADDING and args[0].dim() > 1:  # what is added need not be zero where masked
+            return
         left, right = (args[place] for place in _OPERANDS[packet])
         row, column = self._names.get(_memory(left)), self._names.get(_memory(right))
         if packet is _ATEN.convolution:

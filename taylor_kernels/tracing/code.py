@@ -62,16 +62,23 @@ class Running(NamedTuple):
 
 def running() -> Running:
     """The code that runs, seen once from the inside out."""
-    module, again, place, first_part = None, False, [], False
+    module, again, first_part = None, False, False
+    place: list[tuple[int, int]] = []
+    codes: list[CodeType] = []  # of the frames in `place`
     for frame in _frames():
         code = frame.f_code
         if code is _CALLS:
             module = frame.f_locals["self"]
+            # What code of others has put around forward() later is no part of the place.
+            forward = getattr(type(module).forward, "__code__", None)
+            if forward in codes:
+                del place[len(codes) - codes[::-1].index(forward) :]
         elif code.co_filename == checkpoint.__file__:
             again = True
         elif not code.co_filename.startswith(_OTHERS):
             if not first_part:
                 place.append((frame.f_lineno, _column(code, frame.f_lasti)))
+                codes.append(code)
             first_part = code.co_name.startswith(_RESUMED)
     return Running(module, again, tuple(place))
 
