@@ -135,7 +135,7 @@ def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
 
 
 class _Masked(NamedTuple):
-    """What hooks around steps of optimizers are told.
+    """What the hook behind steps of optimizers is told.
 
     Attributes:
         thread: in which the entries were masked.

@@ -291,3 +291,21 @@ def test_what_a_checkpoint_runs_again_is_never_run_unmasked(reentrant, always):
         model(x)
     pruner.compact()
     model(x).square().sum().backward()
+
+
+def test_a_wrapper_around_forward_that_comes_later_is_no_other_place():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.last(F.layer_norm(self.first(x), (self.first.out_features,)))
+
+    model, x = Normed().double(), torch.randn(6, 4).double()
+    pruner = tk.Pruner(model, x[:1], "taylor_fo", filters=0.5, every=1, per_step=0.5)
+    model(x).square().mean().backward()
+    assert pruner.step().done
+    masked, forward = model(x), model.forward
+    model.forward = lambda *args: forward(*args)
+    assert torch.equal(model(x), masked)
