@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import gcd, lcm
 
+import numpy as np
+
 from taylor_kernels import tracing
+from taylor_kernels.pruning.schedules import Schedule
 from taylor_kernels.tracing import IN, OUT, Channels
+from taylor_kernels.tracing.arrangement import Stage
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,13 @@ class Group(tracing.Group):
         multiple: so many units go together; the units that remain are a multiple of it, or all of
             those there were.
         minimum: so many remain at least.
+        schedule: of a group of a stage, whose units go in step with those of others; the above
+            says nothing then.
     """
 
     multiple: int = 1
     minimum: int = 1
+    schedule: Schedule | None = None
 
     @cached_property
     def filters_per_unit(self) -> int:
@@ -32,14 +39,16 @@ class Group(tracing.Group):
 
     def next_to_go(self, alive: int) -> int:
         """How many units go next where `alive` are left; 0 at the minimum, and where all layers
-        have gone with their blocks."""
-        if not self.filters_per_unit:
+        have gone with their blocks, as well as in a stage, where no group goes alone."""
+        if not self.filters_per_unit or self.schedule is not None:
             return 0
         count = alive % self.multiple or self.multiple
         return count if alive - count >= self.minimum else 0
 
     def most_removable(self, alive: int) -> int:
         """How many of the `alive` units go at most."""
+        if self.schedule is not None:
+            return max(alive - int(self.schedule.least[self.kind]), 0)
         first = self.next_to_go(alive)
         if not first:
             return 0
@@ -63,6 +72,8 @@ def choose_groups(
     """
     groups: list[Group] = []
     skipped: dict[str, str] = {}
+    stopped: dict[Schedule | None, str] = {}  # stages of which a group cannot go
+    schedules = _schedules(channels, layers, round_to, min_filters)
     for traced in channels.groups:
         slots = [slot for slot in traced.slots if slot.side == IN or slot.owner in layers]
         if all(slot.side == IN for slot in slots):
@@ -72,17 +83,27 @@ def choose_groups(
         least = max(2 if channels.least_normalised(traced.classes) == 1 else 1, experts)
         # How many experts there are is no width of a layer.
         group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
+        if traced.stage is not None:
+            group = replace(group, schedule=schedules[traced.stage])
         reason = _obstacle(channels, traced, ignored)
         if not reason and all(slot.owner in unscored for slot in group.producers):
             reason = unscored[group.name]
-        if not reason and not group.next_to_go(group.size):
+        if not reason and not (group.next_to_go(group.size) or _goes_in_step(group)):
             least = group.minimum * min(slot.index.size(1) for slot in group.producers)
             reason = f"it must keep all its filters (at least {least}, in units that go together)"
         if reason:
             for slot in group.producers:
                 skipped.setdefault(slot.owner, reason)
-        else:
+        if reason and group.schedule is not None:
+            stopped.setdefault(group.schedule, reason)
+        if not reason or group.schedule is not None:
             groups.append(group)
+    for schedule, reason in stopped.items():
+        for group in groups:
+            if group.schedule is schedule:
+                for slot in group.producers:
+                    skipped.setdefault(slot.owner, reason)
+    groups = [group for group in groups if group.schedule not in stopped]
     for name in layers:
         if name in channels.skipped:
             skipped[name] = channels.skipped[name]
@@ -104,8 +125,34 @@ def _group(
     least = max(least_units, *(-(-min_filters // slot.index.size(1)) for slot in producers))
     return Group(
         tuple(slots), traced.entries, traced.classes, traced.norms,
+        traced.stage, traced.kind,
         multiple=multiple, minimum=-(-least // multiple) * multiple,
     )  # fmt: skip
+
+
+def _schedules(
+    channels: Channels, layers: Collection[str], round_to: int, min_filters: int
+) -> dict[Stage, Schedule]:
+    """How each stage shrinks, so that the widths of its layers are multiples."""
+    stages: dict[Stage, list[tracing.Group]] = {}
+    for group in channels.groups:
+        if group.stage is not None:
+            stages.setdefault(group.stage, []).append(group)
+    found = {}
+    for stage, groups in stages.items():
+        widths: dict[str, np.ndarray] = {}  # of each layer, at each width of the stage
+        for group in groups:
+            for slot in group.producers:
+                if slot.owner in layers:
+                    filters = stage.counts[:, group.kind] * slot.index.size(1)
+                    widths[slot.owner] = widths.get(slot.owner, 0) + filters
+        fits = [(own % round_to == 0) & (own >= max(min_filters, 1)) for own in widths.values()]
+        found[stage] = Schedule(stage.counts, np.logical_and.reduce(fits))
+    return found
+
+
+def _goes_in_step(group: Group) -> bool:
+    return group.schedule is not None and len(group.schedule.steps()) > 1
 
 
 def _obstacle(channels: Channels, group: tracing.Group, ignored: Collection[str]) -> str:

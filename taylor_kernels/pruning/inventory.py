@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.prunable import Prunable
+from taylor_kernels.pruning.schedules import members
 from taylor_kernels.tracing import Block, Channels
 
 
@@ -97,6 +98,23 @@ class Inventory:
                 "pruner of the model as it was at first"
             )
         return [gone[left] for left, gone in zip(self._left(), compacted, strict=True)]
+
+    def check_in_step(self, state: Mapping[str, Any]) -> None:
+        """The units of stages that a state has removed are those of a narrower stage.
+
+        Raises:
+            ValueError: they are not.
+        """
+        for schedule, numbers in members(self.first):
+            kinds = [self.first[number].kind for number in numbers]
+            for name in ("removed", "compacted"):
+                alive = [int((~state[name][number]).sum()) for number in numbers]
+                if not schedule.has(alive, kinds):
+                    raise ValueError(
+                        "state: it is damaged (of the layers "
+                        f"{self.first[numbers[0]].name!r} and others, which lose their filters in "
+                        f"step, it has {name} as no network of this model's code could)"
+                    )
 
     def _masked_blocks(self) -> list[Block]:
         masked = (self._off & ~self._removed).tolist()

@@ -11,12 +11,12 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import sound_blocks
+from taylor_kernels.pruning.check import first_fault, sound_blocks
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.pruning.proof import Proof
-from taylor_kernels.pruning.second_choice import best_choice
+from taylor_kernels.pruning.second_choice import best_choice, offer_in_stages
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
@@ -130,7 +130,9 @@ def find_prunable(
         return choose_groups(channels, layers, ignored, unscored, round_to, min_filters)
 
     groups, skipped = choose(channels)
-    whole, channels = channels, channels.offering(groups)
+    whole, offer = channels, (channels.offering(groups), groups, skipped)
+    staged = offer_in_stages(channels, offer, plain, choose)
+    channels, groups, skipped = staged or offer
     chosen, others = choose_blocks(channels, plain, ignored) if blocks else ([], {})
     if verify and (groups or chosen):
         # Of all runs together, so that the seconds of a proof begin when it may run.
@@ -140,9 +142,11 @@ def find_prunable(
             trial = Trial(plain, model, example_inputs, channels, train_too, outputs)
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
-            prove = Proof(trial, plain, chosen, choose).prove
-            offer, found = best_choice(prove, whole, (channels, groups, skipped), plain, choose)
-            channels, groups, skipped = offer
+            found: dict[int, str] = {}
+            if staged is None or first_fault(trial, chosen).reason:
+                prove = Proof(trial, plain, chosen, choose).prove
+                offer, found = best_choice(prove, whole, offer, plain, choose)
+                channels, groups, skipped = offer
             for number, reason in found.items():
                 skipped |= {slot.owner: reason for slot in groups[number].producers}
             groups = [group for number, group in enumerate(groups) if number not in found]

@@ -24,6 +24,8 @@ from taylor_kernels.tracing.blocks import Place
 _KEY, _VERSION = "taylor_kernels.pruned", "1"
 #: The version of files of models that whole residual blocks were removed from.
 _WITH_BLOCKS = "2"
+#: The version of files of models in which channels have changed places.
+_WITH_ORDERS = "3"
 
 
 @dataclass(frozen=True)
@@ -52,27 +54,34 @@ class PrunedFile:
         _require_safetensors()
         from safetensors.torch import save
 
-        cuts, attributes, places = self.removal
+        cuts, attributes, places, orders = self.removal
         tensors, aliases = by_first_name(self.state)
         # Copies: two tensors that share memory, as views of one, are saved on their own.
         content = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         lists: dict[tuple[int, ...], int] = {}  # most lists of indices are those of several tensors
-        table = {
-            name: {
-                dim: lists.setdefault(tuple(index.tolist()), len(lists))
-                for dim, index in own.items()
+
+        def table(
+            indices: Mapping[str, Mapping[int, Tensor]],
+        ) -> dict[str, dict[int, int]]:
+            return {
+                name: {
+                    dim: lists.setdefault(tuple(index.tolist()), len(lists))
+                    for dim, index in own.items()
+                }
+                for name, own in indices.items()
             }
-            for name, own in cuts.items()
-        }
+
         recipe = {
-            "version": _VERSION if not places else _WITH_BLOCKS,
+            "version": _WITH_ORDERS if orders else _WITH_BLOCKS if places else _VERSION,
             "shapes": self.shapes,
-            "indices": list(lists),
-            "cuts": table,
+            "indices": [],
+            "cuts": table(cuts),
+            **({"orders": table(orders)} if orders else {}),
             "attributes": attributes,
             "aliases": aliases,
             **({"places": [list(astuple(place)) for place in places]} if places else {}),
         }
+        recipe["indices"] = list(lists)
         metadata = {_KEY: json.dumps(recipe, separators=(",", ":"))}
         write_atomically(path, lambda file: file.write(save(content, metadata)))
 
@@ -91,29 +100,35 @@ class PrunedFile:
         try:
             recipe = json.loads(metadata[_KEY])
             version = recipe["version"]
-            if version in (_VERSION, _WITH_BLOCKS):
+            if version in (_VERSION, _WITH_BLOCKS, _WITH_ORDERS):
                 return cls._of(recipe, state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"path: {path!r} is damaged ({first_line(error)})") from error
         raise ValueError(
-            f"path: {path!r} has version {version} of the format, this release reads {_VERSION} "
-            f"and {_WITH_BLOCKS}"
+            f"path: {path!r} has version {version} of the format, this release reads {_VERSION}, "
+            f"{_WITH_BLOCKS} and {_WITH_ORDERS}"
         )
 
     @classmethod
     def _of(cls, recipe: Any, state: dict[str, Tensor]) -> PrunedFile:
         """Out of what JSON gave; an error of any kind if it is damaged."""
         indices = [torch.tensor(entry, dtype=torch.int64) for entry in recipe["indices"]]
-        cuts = {
-            name: {int(dim): indices[number] for dim, number in own.items()}
-            for name, own in recipe["cuts"].items()
-        }
+
+        def table(key: str) -> dict[str, dict[int, Tensor]]:
+            return {
+                name: {int(dim): indices[number] for dim, number in own.items()}
+                for name, own in recipe[key].items()
+            }
+
+        cuts, orders = table("cuts"), table("orders") if "orders" in recipe else {}
         for name, own in cuts.items():
             _check_indices(name, recipe["shapes"][name], own)
+        for name, own in orders.items():
+            _check_orders(name, recipe["shapes"][name], cuts[name], own)
         state |= {alias: state[name] for alias, name in recipe["aliases"].items()}
         attributes = {name: dict(own) for name, own in recipe["attributes"].items()}
         places = tuple(_place(*entry) for entry in recipe.get("places", []))
-        return cls(state, recipe["shapes"], Removal(cuts, attributes, places))
+        return cls(state, recipe["shapes"], Removal(cuts, attributes, places, orders))
 
 
 def by_first_name(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -179,3 +194,13 @@ def _check_indices(name: str, shape: list[int], cuts: Mapping[int, Tensor]) -> N
             raise ValueError(f"{name} has {shape[dim]} in dimension {dim}, an index is {wrong}")
         if index.unique().numel() < index.numel():
             raise ValueError(f"an index of {name} is there twice")
+
+
+def _check_orders(
+    name: str, shape: list[int], cuts: Mapping[int, Tensor], orders: Mapping[int, Tensor]
+) -> None:
+    """What the file says is an order of what is left of a tensor is one."""
+    for dim, order in orders.items():
+        left = shape[dim] - cuts[dim].numel()
+        if order.dim() != 1 or not torch.equal(order.sort().values, torch.arange(left)):
+            raise ValueError(f"the order of {name} along {dim} is none of {left} places")

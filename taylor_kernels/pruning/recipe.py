@@ -135,7 +135,7 @@ def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
 
 def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
     """Names of modules, attributes and tensors that the model has not as the original had them."""
-    cuts, attributes, places = file.removal
+    cuts, attributes, places, _orders = file.removal
     tensors = Tensors(modules)
     gone = tuple(f"{place.module}." for place in places)
     known = {name for name in tensors if not name.startswith(gone)}

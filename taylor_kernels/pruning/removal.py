@@ -18,6 +18,7 @@ from taylor_kernels.pruning.optimizer_state import (
     follow,
     optimizers_in,
 )
+from taylor_kernels.pruning.reordering import reorder
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.caches import plain_tensors
@@ -33,11 +34,14 @@ class Removal(NamedTuple):
         cuts: tensor -> dimension -> indices [n].
         attributes: module -> attribute -> what it became.
         places: what whole blocks have left of modules.
+        orders: tensor -> dimension -> which of the places [n] that are left along it comes first,
+            second and so on, where the order has changed.
     """
 
     cuts: dict[str, dict[int, Tensor]]
     attributes: dict[str, dict[str, Any]]
     places: tuple[Place, ...]
+    orders: dict[str, dict[int, Tensor]]
 
 
 def remove(
@@ -69,10 +73,12 @@ def remove(
         check_follows(optimizers, name, old[name], cuts)
     if optimizers:
         check_complete(optimizers, stepped, old)
+    orders = channels.orders(dead)
     new = _all_smaller(old, entries)
     tensors.put(new)
     set_attributes(modules, channels.attributes(dead))
     follow(optimizers, {n: (old[n], new[n], cuts) for n, cuts in entries.items()})
+    reorder(new, orders, optimizers)
 
 
 def cut_model(model: nn.Module, removal: Removal) -> None:
@@ -80,7 +86,9 @@ def cut_model(model: nn.Module, removal: Removal) -> None:
     replace_modules(model, removal.places)
     modules = dict(model.named_modules())
     tensors = Tensors(modules)
-    tensors.put(_all_smaller({name: tensors[name] for name in removal.cuts}, removal.cuts))
+    new = _all_smaller({name: tensors[name] for name in removal.cuts}, removal.cuts)
+    tensors.put(new)
+    reorder(new, removal.orders)
     for name, own in removal.attributes.items():
         like = {key: _like(get_attribute(modules[name], key), value) for key, value in own.items()}
         set_attributes(modules, {name: like})

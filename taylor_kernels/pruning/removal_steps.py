@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.schedules import members
 
 #: One for each way to choose units.
 STEPS = 3
@@ -26,17 +27,23 @@ def units_by_step(group: Group, number: int) -> Tensor:
     since code may take the width of one for another's.
     """
     drawn = random.Random(number)
-    gone = torch.zeros(STEPS, group.size, dtype=torch.bool)
     if not (first := group.next_to_go(group.size)):
-        return gone
+        return torch.zeros(STEPS, group.size, dtype=torch.bool)
     most = min(group.size * 2 // 3, group.size - -(-_AT_WORK // group.filters_per_unit))
     most = min(max(most, first), group.most_removable(group.size))
     counts = [0, *range(first, most + 1, group.multiple)]
     begin = (number + 1) % max(len(counts) - 1, 1)
     later = counts[begin:]
     middle = drawn.choice([n for n in later if n and (n - later[-1]) % 2] or later)
-    left, before = list(range(group.size)), 0
-    for step, count in enumerate((later[0], middle, later[-1])):
+    return _in_ways(group.size, number, (later[0], middle, later[-1]), drawn)
+
+
+def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random) -> Tensor:
+    """So many units are gone after each step, in one the first of those that are left, in one the
+    last, in one any of them: [steps, U] bool."""
+    gone = torch.zeros(STEPS, size, dtype=torch.bool)
+    left, before = list(range(size)), 0
+    for step, count in enumerate(counts):
         going, before = count - before, count
         way = (number + step) % STEPS
         if way == 0:
@@ -48,6 +55,21 @@ def units_by_step(group: Group, number: int) -> Tensor:
             left = sorted(set(left).difference(chosen))
         gone[step, chosen] = True
     return gone
+
+
+def steps_of(groups: Sequence[Group]) -> list[Tensor]:
+    """`units_by_step` of each group; those of a stage go in step with each other."""
+    found = [units_by_step(group, number) for number, group in enumerate(groups)]
+    for schedule, numbers in members(groups):
+        steps = schedule.steps()
+        sizes = steps.sum(1)
+        last = max(int((3 * sizes >= sizes[0]).sum()) - 1, min(1, len(sizes) - 1))
+        drawn = random.Random(numbers[0])
+        lost = steps[0] - steps[[*sorted(drawn.choices(range(1, last + 1), k=STEPS - 1)), last]]
+        for number in numbers:
+            counts = lost[:, groups[number].kind].tolist()
+            found[number] = _in_ways(groups[number].size, number, counts, drawn)
+    return found
 
 
 def all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:

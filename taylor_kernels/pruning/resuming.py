@@ -13,6 +13,7 @@ from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.readout import Readout
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import Removal
+from taylor_kernels.pruning.schedules import members
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.tracing.running import outside_inference_mode
@@ -92,6 +93,7 @@ class Resumable(Readout):
             channels.entries(state["compacted"]),
             channels.attributes(state["compacted"]),
             tuple(place for block in gone for place in block.places),
+            channels.orders(state["compacted"]),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -160,7 +162,10 @@ class Resumable(Readout):
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
         names = None if self._minibatches.blocks is None else self._network.block_state()["names"]
-        state = check_pruner_state(state, self._prunable.structure, self.criterion.name, names)
+        staged = {number for _, numbers in members(self._network.first) for number in numbers}
+        structure, criterion = self._prunable.structure, self.criterion.name
+        state = check_pruner_state(state, structure, criterion, names, staged)
+        self._network.check_in_step(state)
         self._network.stale(state["compacted"], self._of_blocks(state)[1])
         return state
 

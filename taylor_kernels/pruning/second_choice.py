@@ -56,6 +56,30 @@ def best_choice(
     return best
 
 
+def offer_in_stages(
+    channels: Channels,
+    offer: Offer,
+    model: nn.Module,
+    choose: Callable[[Channels], tuple[list[Group], dict[str, str]]],
+) -> Offer | None:
+    """What can be pruned where the channels of stages of shuffles change places; None where there
+    are none, or that would be less.
+
+    Args:
+        channels: that `offer` is of.
+        model: the traced model or a copy of it.
+        choose: as of `best_choice`.
+    """
+    other = channels.rearranged(model)
+    if other is None:
+        return None
+    groups, skipped = choose(other)
+    fewer = sound_filters(groups, {}) < sound_filters(offer[1], {})
+    if fewer or all(group.schedule is None for group in groups):
+        return None
+    return other.offering(groups), groups, skipped
+
+
 def sound_in(proven: Proven) -> int:
     """The filters that are left to prune."""
     (_, groups, _), found = proven

@@ -11,6 +11,7 @@ from torch import Tensor
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.schedules import members
 from taylor_kernels.tracing import Block
 
 
@@ -37,10 +38,11 @@ def select_with_blocks(
     """The units and blocks to remove now, cheapest first, until `budget.filters` have gone or it
     is met.
 
-    The units of a group go in bundles that keep its width a multiple. A bundle is worth the mean
-    score of its units, which for bundles of one is a plain sort of all units; the worth of a
-    group's bundles ascends, so that none goes before one that is cheaper. Ties go by the order of
-    the groups, then of the units.
+    The units of a group go in bundles that keep its width a multiple; those of a stage in bundles
+    of all its groups, each of which brings it to its next width. A bundle is worth the mean score
+    of its units, which for bundles of one is a plain sort of all units; the worth of a group's, or
+    a stage's, bundles ascends, so that none goes before one that is cheaper. Ties go by the order
+    of the groups, stages behind them, then of the units.
 
     Args:
         dead: per group [U] bool, units gone already.
@@ -54,10 +56,11 @@ def select_with_blocks(
         Per group [n] int64, ascending, and the numbers of the blocks; all empty if nothing can go.
     """
     bundles = _Bundles(groups, dead, scores, budget.filters)
+    owning = len(groups) + len(bundles.stages)
     values = np.concatenate([bundles.worth, np.array(worth, np.float64)])
     sizes = [max(meter.filters_of(block), 1) for block in blocks]
     every = np.concatenate([bundles.filters, np.array(sizes, np.int64)])
-    owners = np.concatenate([bundles.owner, len(groups) + np.arange(len(blocks))])
+    owners = np.concatenate([bundles.owner, owning + np.arange(len(blocks))])
     least = int(every.min()) if every.size else 1
     order = _cheapest(values, min(-(-budget.filters // least), values.size))
     owner, filters = owners[order], every[order].cumsum()
@@ -70,9 +73,9 @@ def select_with_blocks(
 
     def take(number: int) -> None:
         """Let the meter count the cheapest `number` bundles as gone, and no others."""
-        counts = np.bincount(owner[:number], minlength=len(groups) + len(blocks))
-        wanted = bundles.units_in(counts[: len(groups)]).tolist()
-        wanted_blocks = counts[len(groups) :].nonzero()[0].tolist()
+        counts = np.bincount(owner[:number], minlength=owning + len(blocks))
+        wanted = bundles.units_in(counts[:owning]).tolist()
+        wanted_blocks = counts[owning:].nonzero()[0].tolist()
         for place in set(left).symmetric_difference(wanted_blocks):
             meter.leave(blocks[place], back=place in left)
         left[:] = wanted_blocks
@@ -95,7 +98,7 @@ def select_with_blocks(
     going = [blocks[place] for place in left]
     for number, group in enumerate(groups):
         inside = all(any(b.holds(slot.owner) for b in going) for slot in group.producers)
-        if taken[number] and inside:
+        if taken[number] and inside and group.schedule is None:
             meter.take(group, -taken[number])
             taken[number] = 0
     return bundles.cheapest_units(taken), left
@@ -126,10 +129,12 @@ class _Bundles:
     """The units that could go at a pruning of `most` filters, as bundles, a group's in a row.
 
     The first bundle of a group brings its width to a multiple, each of the others holds as many
-    units as the multiple says.
+    units as the multiple says. Behind those of all groups come those of stages.
 
     Attributes:
-        owner: [b] int64, the place of each bundle's group.
+        stages: of each, the groups that go in step, and how many units of each group are gone at
+            one width after the other: [widths, members], from the present one on.
+        owner: [b] int64, the place of each bundle's group, or behind those the place of its stage.
         worth: [b] float64, of each bundle.
         filters: [b] int64, how many go with it.
     """
@@ -187,10 +192,34 @@ class _Bundles:
         for at in (self._multiple > 1).nonzero()[0].tolist():
             mine = self.worth[start[at] : start[at] + held[at]]
             np.maximum.accumulate(mine, out=mine)
+        self.stages: list[tuple[list[int], np.ndarray]] = []
+        for schedule, numbers in members(groups):
+            kinds = [groups[number].kind for number in numbers]
+            steps = schedule.steps(counts[numbers].tolist(), kinds)
+            self._add_stage(numbers, steps[0] - steps, ranked, per_unit)
+
+    def _add_stage(
+        self, numbers: list[int], gone: np.ndarray, ranked: np.ndarray, per_unit: np.ndarray
+    ) -> None:
+        """The bundles of a stage."""
+        self.stages.append((numbers, gone))
+        steps = len(gone) - 1
+        total = np.zeros(len(gone))
+        for begin, units in zip(self._begins[numbers].tolist(), gone.T, strict=True):
+            total += np.append(0.0, ranked[begin : begin + units[-1]].cumsum())[units]
+        worth = np.diff(total) / np.diff(gone.sum(1))
+        owner = len(self._begins) + len(self.stages) - 1
+        self.owner = np.append(self.owner, np.full(steps, owner))
+        self.filters = np.append(self.filters, np.diff(gone @ per_unit[numbers]))
+        self.worth = np.append(self.worth, np.maximum.accumulate(worth))
 
     def units_in(self, number: np.ndarray) -> np.ndarray:
-        """How many units the first so many bundles of each group hold."""
-        return np.where(number, self._first + (number - 1) * self._multiple, 0)
+        """How many units of each group the first so many bundles of each owner hold."""
+        of_groups = number[: self._first.size]
+        found = np.where(of_groups, self._first + (of_groups - 1) * self._multiple, 0)
+        for (numbers, gone), steps in zip(self.stages, number[self._first.size :], strict=True):
+            found[numbers] = gone[steps]
+        return found
 
     def cheapest_units(self, counts: Sequence[int]) -> list[Tensor]:
         """Per group so many of its units, the cheapest, ascending."""

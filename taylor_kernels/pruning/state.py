@@ -5,7 +5,7 @@ Every check raises a ValueError that says what is wrong, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, TypeGuard
 
@@ -57,12 +57,17 @@ def pruner_state(
 
 
 def check_pruner_state(
-    state: Any, structure: list, criterion: str, blocks: list[str] | None = None
+    state: Any,
+    structure: list,
+    criterion: str,
+    blocks: list[str] | None = None,
+    staged: Collection[int] = (),
 ) -> dict[str, Any]:
     """A state_dict that a pruner with this structure and criterion wrote, or a ValueError.
 
     Args:
         blocks: the names of the pruner's blocks; None if it has no blocks=True.
+        staged: the numbers of groups of stages, which can lose all their units.
     """
     if not isinstance(state, Mapping) or state.get("format") != PRUNER_FORMAT:
         raise ValueError("state: it is not the state_dict of a tk.Pruner")
@@ -85,7 +90,7 @@ def check_pruner_state(
             "pruner with the same arguments"
         )
     state = {**state, "history": _with_blocks(state.get("history"))}
-    damage = _damage(state, [group[0][2] for group in structure])
+    damage = _damage(state, [group[0][2] for group in structure], staged)
     if not damage and blocks is not None:
         damage = _damage_of_blocks(saved, blocks)
     if damage:
@@ -93,13 +98,14 @@ def check_pruner_state(
     return dict(state)
 
 
-def _damage(state: Mapping[str, Any], sizes: list[int]) -> str:
+def _damage(state: Mapping[str, Any], sizes: list[int], staged: Collection[int]) -> str:
     for name in ("removed", "compacted"):
         masks = state.get(name)
         if not isinstance(masks, list) or len(masks) != len(sizes):
             return f"{name!r} is not a list of {len(sizes)} masks"
-        for mask, size in zip(masks, sizes, strict=True):
-            if not _is_tensor(mask, torch.bool, size) or mask.all():
+        for number, (mask, size) in enumerate(zip(masks, sizes, strict=True)):
+            fits = _is_tensor(mask, torch.bool, size)
+            if not fits or (mask.all() and number not in staged):
                 return f"a mask in {name!r} does not fit its group"
     for off, cut in zip(state["removed"], state["compacted"], strict=True):
         if (cut & ~off).any():

@@ -23,7 +23,8 @@ from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.noise import Noise, choose_noise
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
-from taylor_kernels.pruning.removal_steps import STEPS, all_have_lost, units_by_step
+from taylor_kernels.pruning.removal_steps import all_have_lost, steps_of
+from taylor_kernels.pruning.reordering import reorder
 from taylor_kernels.pruning.same_outputs import Ran, difference
 from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
@@ -187,11 +188,11 @@ class Trial:
         Args:
             numbers: of the groups that lose any; None for all.
         """
+        groups = cast(list[Group], self.channels.groups)
+        steps = steps_of(groups)
         return [
-            units_by_step(cast(Group, group), number)
-            if numbers is None or number in numbers
-            else torch.zeros(STEPS, group.size, dtype=torch.bool)
-            for number, group in enumerate(self.channels.groups)
+            units if numbers is None or number in numbers else torch.zeros_like(units)
+            for number, units in enumerate(steps)
         ]
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
@@ -232,6 +233,7 @@ class Trial:
                 for name, own in cuts.items():
                     tensors[name] = smaller(tensors[name], own, kept)
                     self._values.give_up(name)
+                reorder(tensors, channels.orders([units[step] for units in steps], gone))
                 if not cuts and not blocks:
                     continue
                 gone = [units[: step + 1].any(0) for units in steps]

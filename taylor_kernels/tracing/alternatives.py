@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.record import Record, Table, Vector
+from taylor_kernels.tracing.resolve import one_by_one
 from taylor_kernels.tracing.running import one_at_a_time
+from taylor_kernels.tracing.units import Group
 from taylor_kernels.tracing.vectors import Vectors
 from taylor_kernels.tracing.written import with_written_sizes
 
@@ -28,6 +30,7 @@ class Alternatives:
     """
 
     choices: list[Choice]
+    groups: list[Group]
     _record: Record
     _label: Vector
     _why: Vector
@@ -72,6 +75,25 @@ class Alternatives:
             return None
         with one_at_a_time(), prunable_attention(modules.values()):
             return type(self)(record, modules)
+
+    def rearranged(self: _Channels, model: nn.Module) -> _Channels | None:
+        """The channels where those of chains of shuffles go one by one, and change places.
+
+        Units of the groups of a stage go in step, as `Group.stage` says; `orders` says what removal
+        does to the order of the others.
+
+        Args:
+            model: the traced model or a copy of it.
+
+        Returns:
+            None where there are no such chains.
+        """
+        record = one_by_one(self._record)
+        if record is None:
+            return None
+        with one_at_a_time(), prunable_attention(model.modules()):
+            other = type(self)(record, dict(model.named_modules()))
+        return other if any(group.stage is not None for group in other.groups) else None
 
     def otherwise(self: _Channels, model: nn.Module, wrong: Sequence[Tensor]) -> _Channels | None:
         """The channels where reshapes that cut these shrink along other axes than they do here.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.alternatives import Alternatives
+from taylor_kernels.tracing.arrangement import arranged
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.consequences import Consequences
@@ -87,15 +88,21 @@ class Channels(Consequences, Alternatives):
         transposed = {n for n, m in modules.items() if isinstance(m, _ConvTransposeNd)}
         self._transposed = transposed & layers.sides.keys()
         tensors = {**parameters, **buffers}
-        vectors = find_vectors(record, label, dims, layers.sides, resolved, modules, tensors)
+        arrangement = arranged(record, label)
+        self._whole = vectors = find_vectors(
+            record, label, dims, layers.sides, resolved, modules, tensors, arrangement
+        )
+        self._before = np.zeros(roots.size, bool)
         self._publish(vectors)
         self.mixers: dict[str, list[tuple[Reason, Tensor]]] = {}
         for atoms, reason in record.fixed:
             if reason.mixer and (atoms := atoms[atoms != 0]).size:
                 entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
+        free = self._why == FREE
+        stages = arrangement.stages
+        self.groups = find_groups(layers, dims, vectors.norms, self.fills, free, stages)
         self.unread, self.trained = set(record.unread), record.trained
-        self.groups = find_groups(layers, dims, vectors.norms, self.fills, self._why == FREE)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {
             name: self._why_not(layers.sides[name][1])
@@ -188,9 +195,10 @@ class Channels(Consequences, Alternatives):
             dead: for each group [U] bool, True for units that went.
         """
         gone = self._gone(dead)
-        after = self._vectors.places_after(gone)
         other = copy.copy(self)
-        other._publish(self._vectors.without_classes(gone))
+        other._before = self._before | gone
+        other._publish(self._whole.without_classes(other._before))
+        after = self._vectors.places_after(gone, other._vectors)
         other.groups = [
             group.without(mask, after) for group, mask in zip(self.groups, dead, strict=True)
         ]
@@ -222,6 +230,7 @@ class Channels(Consequences, Alternatives):
 
         other = copy.copy(self)
         other._publish(self._vectors.without_modules(gone))
+        other._whole = self._whole.without_modules(gone)
         other.groups = [
             replace(
                 group,

@@ -54,6 +54,8 @@ class Consequences:
     groups: list[Group]
     bare: dict[str, tuple[tuple[str, int], ...]]
     _vectors: Vectors
+    _whole: Vectors  # of the model before anything was removed
+    _before: npt.NDArray[np.bool_]  # [classes], those that have been removed
     _why: Vector
 
     def entries(
@@ -69,8 +71,26 @@ class Consequences:
             before: for each group [U] bool, True for units that have been removed before; indices
                 are of what is left without them.
         """
-        gone = None if before is None else self._gone(before)
-        return self._vectors.entries(self._gone(dead), gone)
+        if before is None:
+            return self._vectors.entries(self._gone(dead))
+        return self._whole.entries(self._gone(dead), self._before | self._gone(before))
+
+    def orders(
+        self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None
+    ) -> dict[str, dict[int, Tensor]]:
+        """How removing the dead units changes the order of what is left: tensor -> dimension ->
+        which of the places [n] comes first, second and so on, once the indices of `entries` have
+        been deleted. Only where it changes, which is in stages (see `Group.stage`).
+
+        Args:
+            dead: for each group [U] bool, True for units that go.
+            before: as of `entries`.
+
+        Raises:
+            ValueError: units of a stage do not go in step.
+        """
+        earlier = self._before if before is None else self._before | self._gone(before)
+        return self._whole.orders(self._gone(dead), earlier)
 
     def kept_by_norms(
         self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.arrangement import Stage, in_step
 from taylor_kernels.tracing.layers import Layers
 from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect
@@ -18,17 +19,19 @@ def find_groups(
     norms: Sequence[tuple[str, Vector]],
     fills: Mapping[str, Mapping[int, float]],
     free: npt.NDArray[np.bool_],
+    stages: Sequence[Stage] = (),
 ) -> list[Group]:
     """Groups of interchangeable units, in the order of the model's layers.
 
     A unit is a class that an output channel of a layer is in. One that is all of its make has to
-    stay, and is in no group.
+    stay, and is in no group, unless it is in a stage, where others of other makes may.
 
     Args:
         dims: (parameter or buffer, dimension) -> the classes along it.
         norms: [(module, classes)] of norms that work channel by channel, in running order.
         fills: tensor -> dimension -> what masked entries hold, where that is not zero.
         free: [classes] bool, classes that nothing keeps.
+        stages: chains of shuffles, whose groups go in step.
     """
     ordered = sorted(layers.sides, key=layers.place)
     outputs: list[Place] = [((name, OUT), layers.sides[name][1]) for name in ordered]
@@ -37,7 +40,8 @@ def find_groups(
     for _, vector in outputs:
         produced[vector] = True
     found = collect([*outputs, *inputs, *dims.items()], free & produced)
-    made = [item for item in found if len(item[0]) > 1]
+    staged = set().union(*(stage.kind_of for stage in stages))
+    made = [item for item in found if len(item[0]) > 1 or int(item[0][0]) in staged]
     behind = _norms_behind([classes.numpy() for classes, _ in made], norms, free.size)
     groups = []
     for (classes, table), names in zip(made, behind, strict=True):
@@ -53,7 +57,7 @@ def find_groups(
         ]
         slots.sort(key=lambda slot: layers.place(slot.owner))
         groups.append(Group(tuple(slots), tuple(entries), classes, names))
-    return sorted(groups, key=lambda group: layers.place(group.name))
+    return in_step(sorted(groups, key=lambda group: layers.place(group.name)), stages)
 
 
 def _norms_behind(

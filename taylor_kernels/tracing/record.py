@@ -21,6 +21,7 @@ from taylor_kernels.tracing.values import Values
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.across import Across
+    from taylor_kernels.tracing.chains import Chain
     from taylor_kernels.tracing.experts import Mixture
 
 Vector = npt.NDArray[np.int64]
@@ -172,6 +173,7 @@ class Record:
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.
         norm_calls: the norms that modules' own code has called as functions, run by run.
+        chains: stages whose channels may change places as some of them go.
         values: where tensors came from, if that is followed.
         guesses: attributes whose number is that of parts that code has left to PyTorch to count,
             and entries of lists and settings that hold a size that code wrote down.
@@ -187,6 +189,7 @@ class Record:
     fixed: list[tuple[Vector, Reason]] = field(default_factory=list)
     across: list[Across] = field(default_factory=list)
     mixtures: list[Mixture] = field(default_factory=list)
+    chains: list[Chain] = field(default_factory=list)
     norm_calls: list[tuple[str, list[NormCall]]] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)

@@ -9,6 +9,7 @@ from functools import reduce
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted, mixing
+from taylor_kernels.tracing.chains import with_chains
 from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
 from taylor_kernels.tracing.forest import Forest
@@ -40,19 +41,7 @@ class Resolved:
 
 def resolve(record: Record) -> Resolved:
     """Work out the classes."""
-    forest = Forest(record.count)
-    lone = _join(record, forest)
-    # One attribute counts the same number wherever it is used.
-    firsts: dict[tuple[str, str], Size] = {}
-    pairs = []
-    sides = _Sides(record.tables, forest.label)
-    for size in counted(record.sizes, forest.label):
-        first = firsts.setdefault((size.module, size.attribute), size)
-        if sides.cross(first.atoms, size.atoms):
-            continue
-        both = (first.atoms != 0) & (size.atoms != 0)
-        pairs.append((first.atoms[both], size.atoms[both]))
-    forest.unite(pairs)
+    forest, lone = _joined(record)
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
@@ -81,6 +70,30 @@ def resolve(record: Record) -> Resolved:
     if other := with_sizes_of_others(record, by_class[forest.label] != FREE):
         return resolve(other)
     return Resolved(_chosen(record, grids, forest, why, reasons), across, called, record)
+
+
+def one_by_one(record: Record) -> Record | None:
+    """The record where channels that shuffles couple go one by one, as long as what is left may
+    change places; None where there are none."""
+    return with_chains(record, _joined(record)[0].label)
+
+
+def _joined(record: Record) -> tuple[Forest, list[tuple[int, int, Vector, Reason]]]:
+    """What is one whatever becomes of reshapes; what met nothing, as of `_join`."""
+    forest = Forest(record.count)
+    lone = _join(record, forest)
+    # One attribute counts the same number wherever it is used.
+    firsts: dict[tuple[str, str], Size] = {}
+    pairs = []
+    sides = _Sides(record.tables, forest.label)
+    for size in counted(record.sizes, forest.label):
+        first = firsts.setdefault((size.module, size.attribute), size)
+        if sides.cross(first.atoms, size.atoms):
+            continue
+        both = (first.atoms != 0) & (size.atoms != 0)
+        pairs.append((first.atoms[both], size.atoms[both]))
+    forest.unite(pairs)
+    return forest, lone
 
 
 def _chosen(

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.record import Vector
+
+if TYPE_CHECKING:
+    from taylor_kernels.tracing.arrangement import Stage
 
 OUT, IN = "out", "in"
 
@@ -55,12 +59,17 @@ class Group:
         classes: [U] int64, each unit's number in `Channels.classes`.
         norms: names of the modules that normalise these channels one by one, in the order in
             which they run.
+        stage: a chain of shuffles that these are channels of, all of one kind: units of all of its
+            groups go in step, so many of each as `Stage.counts` says of narrower networks.
+        kind: the column of these units in the counts of the stage.
     """
 
     slots: tuple[Slot, ...]
     entries: tuple[Entry, ...]
     classes: Tensor
     norms: tuple[str, ...]
+    stage: Stage | None = None
+    kind: int = 0
 
     @property
     def size(self) -> int:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import Across
+from taylor_kernels.tracing.arrangement import Arrangement, places_in
 from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
@@ -36,6 +37,7 @@ class Vectors:
             channels' classes, None if it keeps them.
         mixtures: router -> its mixture of experts, and the experts' classes.
         counters: the attributes that count channels.
+        arrangement: the order of what is left of these vectors.
     """
 
     dims: dict[tuple[str, int], Vector]
@@ -46,6 +48,7 @@ class Vectors:
     called: dict[str, tuple[tuple[Place, Vector | None], ...]]
     mixtures: dict[str, tuple[Mixture, Vector]]
     counters: list[Counter]
+    arrangement: Arrangement
 
     @property
     def normed_together(self) -> list[Vector]:
@@ -67,7 +70,10 @@ class Vectors:
                 left without them.
         """
         vectors, bounds, every = self._different
-        if before is not None:
+        if before is not None and self.arrangement.stages:
+            lefts = [self.arrangement.left(vector, before) for vector in vectors]
+            every, bounds = np.concatenate(lefts), np.cumsum([0, *(v.size for v in lefts)])
+        elif before is not None:
             stays = ~before[every]
             every, bounds = every[stays], np.append(0, stays.cumsum())[bounds]
         places = gone[every].nonzero()[0]
@@ -90,29 +96,62 @@ class Vectors:
         bounds = np.cumsum([0, *(vector.size for vector in vectors)])
         return vectors, bounds, np.concatenate([np.empty(0, np.int64), *vectors])
 
-    def places_after(self, gone: npt.NDArray[np.bool_]) -> dict[tuple[str, str | int], Vector]:
+    def orders(
+        self, gone: npt.NDArray[np.bool_], before: npt.NDArray[np.bool_]
+    ) -> dict[str, dict[int, Tensor]]:
+        """Tensor -> dimension -> which of the places [n] along it, once the indices of `entries`
+        are deleted, comes first, second and so on, where the order changes.
+
+        Args:
+            gone, before: as of `entries`.
+        """
+        found: dict[str, dict[int, Tensor]] = {}
+        known: dict[int, Tensor | None] = {}
+        for (name, dim), vector in self.dims.items() if self.arrangement.stages else ():
+            if id(vector) not in known:
+                there = self.arrangement.left(vector, before)
+                stays = there[~gone[there]]
+                order = places_in(stays, self.arrangement.left(vector, gone | before))
+                known[id(vector)] = None if (np.diff(order) == 1).all() else index(order)
+            if (places := known[id(vector)]) is not None:
+                found.setdefault(name, {})[dim] = places
+        return found
+
+    def places_after(
+        self, gone: npt.NDArray[np.bool_], after: Vectors
+    ) -> dict[tuple[str, str | int], Vector]:
         """(layer, side) or (tensor, dimension) -> for each of its places that stays the new one.
 
         Args:
             gone: [classes] bool, classes that are removed.
+            after: what is left.
         """
-        after: dict[tuple[str, str | int], Vector] = {
-            key: np.cumsum(~gone[vector]) - 1 for key, vector in self.dims.items()
+
+        def moved(vector: Vector, new: Vector) -> Vector:
+            stays = ~gone[vector]
+            places = np.cumsum(stays) - 1
+            if self.arrangement.stages and not np.array_equal(vector[stays], new):
+                places[stays] = places_in(new, vector[stays])
+            return places
+
+        found: dict[tuple[str, str | int], Vector] = {
+            key: moved(vector, after.dims[key]) for key, vector in self.dims.items()
         }
         for name, sides in self.layers.items():
-            for side, vector in zip((IN, OUT), sides, strict=True):
-                after[name, side] = np.cumsum(~gone[vector]) - 1
-        return after
+            for side, vector, new in zip((IN, OUT), sides, after.layers[name], strict=True):
+                found[name, side] = moved(vector, new)
+        return found
 
     def without_classes(self, gone: npt.NDArray[np.bool_]) -> Vectors:
-        """What is left once these classes are removed; the others keep their numbers.
+        """What is left of the whole model's once these classes are removed; the others keep their
+        numbers.
 
         Args:
             gone: [classes] bool.
         """
 
         def left(vector: Vector) -> Vector:
-            return vector[~gone[vector]]
+            return self.arrangement.left(vector, gone)
 
         vectors = {id(vector): vector for vector in self.dims.values()}
         fewer = {key: left(vector) for key, vector in vectors.items()}
@@ -128,6 +167,7 @@ class Vectors:
             },
             mixtures={name: (m, left(vector)) for name, (m, vector) in self.mixtures.items()},
             counters=[(*which, left(vector)) for *which, vector in self.counters],
+            arrangement=self.arrangement,
         )
 
     def without_modules(self, gone: Callable[[str], bool]) -> Vectors:
@@ -152,6 +192,7 @@ class Vectors:
             called={name: calls for name, calls in self.called.items() if not gone(name)},
             mixtures={name: found for name, found in self.mixtures.items() if not gone(name)},
             counters=[counter for counter in self.counters if not gone(counter[0])],
+            arrangement=self.arrangement,
         )
 
     def expert_weights(self, bare: Collection[str]) -> list[ExpertWeights]:
@@ -222,6 +263,7 @@ def find_vectors(
     resolved: Resolved,
     modules: Mapping[str, nn.Module],
     tensors: Mapping[str, Tensor],
+    arrangement: Arrangement,
 ) -> Vectors:
     """All vectors of a run, of its atoms' classes.
 
@@ -230,6 +272,7 @@ def find_vectors(
         resolved: what the run says of these.
         modules: dict(model.named_modules()).
         tensors: the model's parameters and buffers by their first names.
+        arrangement: says in which order channels lie once some have gone.
     """
     steps = [step.of(label[step.inputs], label[step.outputs]) for step in record.steps]
     normed = {call.module: (call, label[call.vectors[0]]) for call in resolved.across}
@@ -245,4 +288,5 @@ def find_vectors(
         },
         mixtures={m.router: (m, label[m.atoms]) for m in record.mixtures},
         counters=find_counters(record, label, dims, layers, normed, steps, modules, tensors),
+        arrangement=arrangement,
     )

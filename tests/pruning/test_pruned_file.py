@@ -53,7 +53,17 @@ def files(draw):
     )
     attributes = draw(st.dictionaries(NAMES, values, max_size=3))
     places = draw(st.lists(place, max_size=3))
-    return PrunedFile(state, shapes, Removal(cuts, attributes, tuple(places)))
+    orders = {
+        name: {
+            dim: torch.tensor(
+                draw(st.permutations(range(shapes[name][dim] - index.numel()))), dtype=torch.int64
+            )
+            for dim, index in own.items()
+        }
+        for name, own in cuts.items()
+        if draw(st.booleans())
+    }
+    return PrunedFile(state, shapes, Removal(cuts, attributes, tuple(places), orders))
 
 
 @settings(max_examples=30)
@@ -69,15 +79,16 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, written):
         assert torch.equal(found.state[name], value)
     assert by_first_name(found.state)[1].keys() == by_first_name(written.state)[1].keys()
     assert found.shapes == written.shapes
-    cuts, *others = written.removal
-    assert {name: own.keys() for name, own in found.removal.cuts.items()} == {
-        name: own.keys() for name, own in cuts.items()
-    }
-    assert all(
-        torch.equal(index, cuts[name][dim])
-        for name, own in found.removal.cuts.items()
-        for dim, index in own.items()
-    )
-    assert list(found.removal[1:]) == others
+    cuts, *others, orders = written.removal
+    assert list(found.removal[1:-1]) == others
+    for mine, theirs in ((found.removal.cuts, cuts), (found.removal.orders, orders)):
+        assert {name: own.keys() for name, own in mine.items()} == {
+            name: own.keys() for name, own in theirs.items()
+        }
+        assert all(
+            torch.equal(index, theirs[name][dim])
+            for name, own in mine.items()
+            for dim, index in own.items()
+        )
     written.write(path)
     assert path.read_bytes() == data

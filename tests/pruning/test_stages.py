@@ -1,0 +1,269 @@
+"""Stages of shuffles, whose channels change places as some of them go."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import taylor_kernels as tk
+from taylor_kernels.pruning.schedules import Schedule
+from taylor_kernels.tracing import trace
+from tests.pruning.shuffled_stages import Added, Block, First, drawn_network
+
+SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class Run:
+    """A network in training, with its pruner and optimizer."""
+
+    def __init__(self, model: nn.Module, **options: object) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
+        self.pruner = tk.Pruner(
+            model, torch.randn(1, 3, 4, 4, dtype=torch.float64), "taylor_fo", every=1,
+            per_step=0.1, optimizer=self.optimizer, **(options or {"params": 0.5}),
+        )  # fmt: skip
+
+    def step(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.model.train()(x).square().sum().backward()
+        if not self.pruner.done:
+            self.pruner.step()
+        self.optimizer.step()
+
+    def outputs(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.eval()(x)
+
+
+def staged(pruner: tk.Pruner) -> int:
+    """How many groups go in step with others."""
+    return sum(group.schedule is not None for group in pruner._prunable.groups)
+
+
+@SEEDS
+@given(seed=st.integers(0, 2**20), residual=st.booleans())
+def test_compacting_in_between_changes_nothing_but_the_shapes(seed, residual):
+    """Training goes on as that of the masked network, the optimizer's state included."""
+    with torch.random.fork_rng():
+        model = drawn_network(seed, residual=residual)
+        target = 0.8 if residual else 0.5
+        one, other = Run(model, params=target), Run(copy.deepcopy(model), params=target)
+        # As many residual shuffles as bring all channels back leave the stage as it is.
+        assert staged(one.pruner) or residual
+        draw = random.Random(seed)
+        for _ in range(7):
+            x = torch.randn(4, 3, 4, 4, dtype=torch.float64)
+            one.step(x)
+            other.step(x)
+            assert one.pruner.widths == other.pruner.widths
+            if draw.random() < 0.5:
+                before = one.outputs(x)
+                one.pruner.compact()
+                torch.testing.assert_close(one.outputs(x), before, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(one.outputs(x), other.outputs(x), rtol=1e-7, atol=1e-7)
+        one.pruner.compact()
+        other.pruner.compact()
+        for (name, mine), theirs in zip(
+            one.model.state_dict().items(), other.model.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7, msg=name)
+        cost = one.pruner._network.meter.cost
+        assert cost.params == sum(p.numel() for p in one.model.parameters())
+
+
+@SEEDS
+@given(seed=st.integers(0, 2**20))
+def test_a_file_and_a_state_say_in_which_order_channels_lie(tmp_path_factory, seed):
+    with torch.random.fork_rng():
+        model = drawn_network(seed, scaled=True)
+        whole = copy.deepcopy(model)
+        run = Run(model)
+        x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+        for number in range(5):
+            run.step(x)
+            if number == 2:
+                run.pruner.compact()
+        again = Run(copy.deepcopy(whole))
+        again.pruner.load_state_dict(run.pruner.state_dict())
+        again.model.load_state_dict(run.model.state_dict())
+        torch.testing.assert_close(again.outputs(x), run.outputs(x), rtol=0, atol=0)
+        for each in (run, again):
+            each.pruner.compact()
+        torch.testing.assert_close(again.outputs(x), run.outputs(x), rtol=0, atol=0)
+        path = tmp_path_factory.mktemp("stages") / "pruned.safetensors"
+        tk.save_pruned(path, run.pruner)
+        loaded = tk.load_pruned(copy.deepcopy(whole), path)
+        torch.testing.assert_close(loaded.eval()(x), run.outputs(x), rtol=0, atol=0)
+
+
+def kinds_by_running(blocks: int, half: int) -> dict[tuple[int, int], int]:
+    """(maker, reader) -> channels, of a stage that PyTorch itself moves the numbers of."""
+    found: dict[tuple[int, int], int] = {}
+    stream = torch.cat([torch.full((half,), -2), torch.full((half,), -1)])
+    for block in range(blocks + 1):
+        stream = nn.functional.channel_shuffle(stream.view(1, -1, 1, 1), 2).flatten()
+        rest, read = stream.chunk(2) if block < blocks else (stream[:0], stream)
+        for maker in read.tolist():
+            found[maker, block] = found.get((maker, block), 0) + 1
+        stream = torch.cat([rest, torch.full((half,), block)])
+    return found
+
+
+@pytest.mark.parametrize(("blocks", "half"), [(2, 9), (3, 14), (5, 21), (7, 12)])
+def test_a_stage_knows_narrower_networks_as_they_are(blocks, half):
+    model = nn.Sequential(
+        First(3, half, 1), *(Block(half, 1) for _ in range(blocks)), nn.Conv2d(2 * half, 2, 1)
+    )
+    inputs = torch.randn(1, 3, 3, 3)
+    channels = trace(model, inputs).rearranged(model)
+    assert channels is not None
+    whole = kinds_by_running(blocks, half)
+    (stage,) = {group.stage for group in channels.groups} - {None}
+    groups = [group for group in channels.groups if group.stage is stage]
+    assert sum(group.size for group in groups) == sum(whole.values())
+    for width in range(1, half + 1):
+        narrow = kinds_by_running(blocks, width)
+        if narrow.keys() - whole.keys():
+            assert stage.counts[width].max() == -1
+        else:
+            assert sorted(stage.counts[width].tolist()) == sorted(
+                [*narrow.values(), *[0] * (len(whole) - len(narrow))]
+            )
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=7),
+    allowed=st.lists(st.booleans(), min_size=8, max_size=8),
+)
+def test_a_schedule_goes_through_as_many_widths_as_can_be(rows, allowed):
+    counts = np.array([[-1, -1, -1], *rows, [4, 4, 4]])
+    counts = np.column_stack([counts, np.where(counts[:, 0] < 0, -1, np.arange(len(counts)))])
+    may = np.array([*allowed, *[True] * 8])[: len(counts)]
+
+    def longest(row: int) -> int:
+        return 1 + max(
+            (
+                longest(other)
+                for other in range(1, row)
+                if may[other] and counts[other].min() >= 0 and (counts[other] <= counts[row]).all()
+            ),
+            default=0,
+        )
+
+    schedule = Schedule(counts, may)
+    steps = schedule.steps()
+    assert len(steps) == longest(len(counts) - 1)
+    assert (np.diff(steps, axis=0) <= 0).all()
+    assert steps[-1].tolist() == schedule.least.tolist()
+    for step in range(len(steps)):
+        assert schedule.steps(steps[step].tolist(), range(4))[-1].tolist() == steps[-1].tolist()
+
+
+SEEN = {
+    "its place": lambda x: x * torch.linspace(0.5, 2.0, x.size(1)).view(-1, 1, 1).to(x),
+    "neighbours": lambda x: x.cumsum(1),
+    "pairs": lambda x: x.unflatten(1, (x.size(1) // 2, 2)).amax(2).repeat_interleave(2, 1),
+    "a constant cut": lambda x: torch.cat([x[:, :8].tanh(), x[:, 8:]], 1),
+    "a flip": lambda x: x.flip(1),
+}
+
+
+class Seen(nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SEEN[self.what](x)
+
+
+@pytest.mark.parametrize("what", [*SEEN, "the output", "a norm of groups"])
+def test_where_the_order_is_seen_masking_is_removing_all_the_same(what):
+    torch.manual_seed(len(what))
+    half = 8
+    see = nn.GroupNorm(4, 2 * half) if what == "a norm of groups" else nn.Identity()
+    inside = Seen(what) if what in SEEN else see
+    last = nn.Conv2d(2 * half, 2, 1) if what != "the output" else nn.ReLU()
+    model = nn.Sequential(
+        First(3, half, 2), Block(half, 2), inside, Block(half, 2), Block(half, 1), last
+    ).double()
+    run = Run(model, filters=0.8)
+    assert not staged(run.pruner)
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    for _ in range(4):
+        run.step(x)
+    before = run.outputs(x)
+    run.pruner.compact()
+    torch.testing.assert_close(run.outputs(x), before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("round_to", "min_filters"), [(2, 3), (4, 2), (8, 1)])
+def test_widths_are_multiples(round_to, min_filters):
+    torch.manual_seed(round_to)
+    model = nn.Sequential(
+        First(3, 24, 1), *(Block(24, 1) for _ in range(4)), Added(48), nn.Conv2d(48, 2, 1)
+    ).double()
+    run = Run(model, params=0.6, round_to=round_to, min_filters=min_filters)
+    assert staged(run.pruner)
+    whole = run.pruner.widths
+    while not run.pruner.done:
+        run.step(torch.randn(3, 3, 4, 4, dtype=torch.float64))
+        widths = run.pruner.widths
+        assert all(width % round_to == 0 and width >= min_filters for width in widths.values())
+    assert widths["0.one.0"] < whole["0.one.0"]
+
+
+@pytest.mark.parametrize("ignored", ["0.one.0", "2.body.5"])
+def test_a_stage_stays_with_a_layer_that_has_to(ignored):
+    """And the stage behind it goes."""
+    stages = [First(3, 8, 1), *(Block(8, 2) for _ in range(3)), First(16, 8, 1), Block(8, 1)]
+    model = nn.Sequential(*stages, Block(8, 1), nn.Conv2d(16, 2, 1)).double()
+    run = Run(model, filters=0.9, ignore=[ignored])
+    in_step = {
+        slot.owner
+        for group in run.pruner._prunable.groups
+        for slot in group.producers
+        if group.schedule is not None
+    }
+    assert in_step == {"4.one.0", "4.other.0", "5.body.0", "6.body.0"}
+    assert all("ignored" in run.pruner.skipped[name] for name in ("0.one.0", "3.body.4"))
+
+
+def test_the_proof_runs_what_is_put_in_order(monkeypatch):
+    """Without the new order a cut model is another, and the stage is not offered."""
+    monkeypatch.setattr("taylor_kernels.pruning.trial.reorder", lambda *_: None)
+    model = nn.Sequential(First(3, 9, 1), *(Block(9, 2) for _ in range(4)), nn.Conv2d(18, 2, 1))
+    assert not staged(Run(model.double(), filters=0.9).pruner)
+    monkeypatch.undo()
+    assert staged(Run(model.double(), filters=0.9).pruner)
+
+
+def test_units_that_do_not_go_in_step_are_an_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(First(3, 9, 1), *(Block(9, 1) for _ in range(4)), nn.Conv2d(18, 2, 1))
+    run = Run(copy.deepcopy(model).double())
+    run.step(torch.randn(3, 3, 4, 4, dtype=torch.float64))
+    state = run.pruner.state_dict()
+    groups = run.pruner._prunable.groups
+    number = next(n for n, group in enumerate(groups) if group.schedule is not None)
+    off = state["removed"][number].clone()
+    off[off.int().argmin()] = True
+    state["removed"][number] = off
+    again = Run(copy.deepcopy(model).double())
+    with pytest.raises(ValueError, match="in step"):
+        again.pruner.load_state_dict(state)
+    channels = trace(model, torch.randn(1, 3, 3, 3)).rearranged(model)
+    assert channels is not None
+    dead = [torch.zeros(group.size, dtype=torch.bool) for group in channels.groups]
+    number = next(n for n, group in enumerate(channels.groups) if group.stage is not None)
+    dead[number][0] = True
+    with pytest.raises(ValueError, match=r"as `Group\.stage` says"):
+        channels.without(dead)
