@@ -45,9 +45,11 @@ class Stage:
         )
         self.counts = np.full((chain.width + 1, self.kinds.size), -1)
         for width in range(1, chain.width + 1):
-            _, of_width = self._ordered(width)
-            if np.isin(of_width, self.kinds).all():
-                place = np.searchsorted(self.kinds, of_width)
+            places = chain.channels(width)
+            firsts = places == np.arange(places.size)
+            of_width = chain.kinds(places, width)[firsts]
+            place = np.minimum(np.searchsorted(self.kinds, of_width), self.kinds.size - 1)
+            if (self.kinds[place] == of_width).all():
                 self.counts[width] = np.bincount(place, minlength=self.kinds.size)
 
     def _ordered(self, width: int) -> tuple[Vector, npt.NDArray[np.uint64]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -64,20 +65,35 @@ class Chain:
 
     def channels(self, width: int) -> Vector:
         """The channel at each place of all segments, one after the other, at a width; a channel
-        goes by its first place."""
+        goes by one of its places, of the same segment at all widths."""
         sizes = self.sizes(width)
-        ends = np.cumsum(sizes)
-        forest = Forest(int(ends[-1]))
-        places = [np.arange(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        pairs = []
+        ends = np.cumsum(sizes).tolist()
+        every = np.arange(ends[-1])
+        places = [every[end - size : end] for end, size in zip(ends, sizes.tolist(), strict=True)]
+        turned = []
         for turn in self.turns:
             shape = list(turn.shape)
             shape[turn.live] = shape[turn.live] * width // self.width
             before = np.concatenate([places[number] for number in turn.before])
             after = np.concatenate([places[number] for number in turn.after])
-            pairs.append((before.reshape(shape).T.ravel(), after))
-        forest.unite(pairs)
-        return forest.label
+            turned.append((before.reshape(shape).T.ravel(), after))
+        if not self._in_order:
+            forest = Forest(every.size)
+            forest.unite(turned)
+            return forest.label
+        for before, after in turned:
+            every[after] = every[before]
+        return every
+
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether each shuffle makes segments that none before it has to do with."""
+        known: set[int] = set()
+        for turn in self.turns:
+            if len(set(turn.after)) < len(turn.after) or not known.isdisjoint(turn.after):
+                return False
+            known.update(turn.before, turn.after)
+        return True
 
     def kinds(self, channels: Vector, width: int) -> npt.NDArray[np.uint64]:
         """A number for the kind of the channel at each place: for the segments it goes through.
@@ -85,28 +101,72 @@ class Chain:
         Args:
             channels: what `channels` says of that width.
         """
-        # A kind is a multiset of segments: sums of random 64-bit numbers tell kinds apart.
-        draw = np.random.default_rng(0).integers(1, 2**63, len(self.segments), np.uint64)
         sums = np.zeros(channels.size, np.uint64)
-        np.add.at(sums, channels, np.repeat(draw, self.sizes(width)))
+        np.add.at(sums, channels, np.repeat(self._draw, self.sizes(width)))
         return sums[channels]
 
+    @cached_property
+    def _draw(self) -> npt.NDArray[np.uint64]:
+        """A random number for each segment: a kind is a multiset of segments, and sums of these
+        tell kinds apart."""
+        return np.random.default_rng(0).integers(1, 2**63, len(self.segments), np.uint64)
 
-def with_chains(record: Record, label: Vector) -> Record | None:
+
+class _Shuffle(NamedTuple):
+    """The numbers of the tables before and behind a shuffle, and the dimension of the grid that can
+    shrink."""
+
+    before: int
+    after: int
+    live: int
+
+
+def find_shuffles(record: Record) -> list[_Shuffle]:
+    """The shuffles along a dimension of whose grid nothing else depends; none if there is but
+    one."""
+    axes: dict[tuple[bytes, ...], int] = {}
+    pairs = []
+    for number, table in enumerate(record.tables):
+        if table.kind == "reshape" and len(table.axes) == 2:
+            key = tuple(axis.tobytes() for axis in table.axes)
+            if (before := axes.get(key[::-1])) is not None:
+                pairs.append((before, number))
+            axes[key] = number
+    if len(pairs) < 2:
+        return []
+    uses = np.zeros(record.count, np.int64)
+    for vector in _of_axes(record):
+        uses[np.unique(vector)] += 1
+    uses[list(record.seen)] += 3
+    found = []
+    for before, after in pairs:
+        first, last = record.tables[before], record.tables[after]
+        free = [
+            dim
+            for dim in first.allowed
+            if 1 - dim in last.allowed and (uses[first.axes[dim]] == 2).all()
+        ]
+        if free:
+            live = max(free, key=lambda dim: first.axes[dim].size)
+            found.append(_Shuffle(before, after, live))
+    return found
+
+
+def with_chains(record: Record, shuffles: Sequence[_Shuffle], label: Vector) -> Record | None:
     """The record where the channels of chains go one by one, and may change places.
 
     Args:
+        shuffles: of `find_shuffles`.
         label: for each atom the one that it goes by, after all that has met.
 
     Returns:
         None where there are no chains.
     """
-    pairs = list(_shuffles(record))
     chains = []
     tables: set[int] = set()
     joins: list[Join] = []
     chained = np.zeros(record.count, bool)
-    for numbers in _connected(record, pairs, label):
+    for numbers in _connected(record, shuffles, label):
         mine = [
             (record.tables[before], record.tables[after], live) for before, after, live in numbers
         ]
@@ -137,32 +197,6 @@ def with_chains(record: Record, label: Vector) -> Record | None:
     )
 
 
-def _shuffles(record: Record) -> Iterator[tuple[int, int, int]]:
-    """The tables before and behind each shuffle, and the dimension of the grid that can shrink:
-    one that nothing else depends on."""
-    axes: dict[tuple[bytes, ...], int] = {}
-    uses = np.zeros(record.count, np.int64)
-    for vector in _of_axes(record):
-        uses[np.unique(vector)] += 1
-    uses[list(record.seen)] += 3
-    for number, table in enumerate(record.tables):
-        if table.kind != "reshape" or len(table.axes) != 2:
-            continue
-        key = tuple(axis.tobytes() for axis in table.axes)
-        before = axes.get(key[::-1])
-        axes[key] = number
-        if before is None:
-            continue
-        first = record.tables[before]
-        free = [
-            dim
-            for dim in first.allowed
-            if 1 - dim in table.allowed and (uses[first.axes[dim]] == 2).all()
-        ]
-        if free:
-            yield before, number, max(free, key=lambda dim: first.axes[dim].size)
-
-
 def _of_axes(record: Record) -> Iterator[Vector]:
     """Everything that says something of atoms and may speak of the axes of a grid."""
     for join in record.joins:
@@ -175,19 +209,17 @@ def _of_axes(record: Record) -> Iterator[Vector]:
     yield from record.heads
 
 
-def _connected(
-    record: Record, pairs: Sequence[tuple[int, int, int]], label: Vector
-) -> list[list[tuple[int, int, int]]]:
+def _connected(record: Record, shuffles: Sequence[_Shuffle], label: Vector) -> list[list[_Shuffle]]:
     """The shuffles in sets of those that channels go through one after the other."""
-    forest = Forest(label.size + len(pairs))
+    forest = Forest(label.size + len(shuffles))
     links = []
-    for number, (before, after, _) in enumerate(pairs):
+    for number, (before, after, _) in enumerate(shuffles):
         atoms = np.concatenate([record.tables[n].cells for n in (before, after)])
         links.append((label[atoms[atoms != 0]], np.array([label.size + number])))
     forest.unite([(atoms, np.broadcast_to(one, atoms.shape)) for atoms, one in links])
-    found: dict[int, list[tuple[int, int, int]]] = {}
-    for pair, root in zip(pairs, forest.label[label.size :].tolist(), strict=True):
-        found.setdefault(root, []).append(pair)
+    found: dict[int, list[_Shuffle]] = {}
+    for shuffle, root in zip(shuffles, forest.label[label.size :].tolist(), strict=True):
+        found.setdefault(root, []).append(shuffle)
     return list(found.values())
 
 

@@ -9,7 +9,7 @@ from functools import reduce
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted, mixing
-from taylor_kernels.tracing.chains import with_chains
+from taylor_kernels.tracing.chains import find_shuffles, with_chains
 from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
 from taylor_kernels.tracing.forest import Forest
@@ -75,7 +75,8 @@ def resolve(record: Record) -> Resolved:
 def one_by_one(record: Record) -> Record | None:
     """The record where channels that shuffles couple go one by one, as long as what is left may
     change places; None where there are none."""
-    return with_chains(record, _joined(record)[0].label)
+    shuffles = find_shuffles(record)
+    return with_chains(record, shuffles, _joined(record)[0].label) if shuffles else None
 
 
 def _joined(record: Record) -> tuple[Forest, list[tuple[int, int, Vector, Reason]]]:

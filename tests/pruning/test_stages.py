@@ -26,10 +26,9 @@ class Run:
     def __init__(self, model: nn.Module, **options: object) -> None:
         self.model = model
         self.optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
-        self.pruner = tk.Pruner(
-            model, torch.randn(1, 3, 4, 4, dtype=torch.float64), "taylor_fo", every=1,
-            per_step=0.1, optimizer=self.optimizer, **(options or {"params": 0.5}),
-        )  # fmt: skip
+        options = {"criterion": "taylor_fo", "every": 1, "per_step": 0.1, **options}
+        inputs = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+        self.pruner = tk.Pruner(model, inputs, optimizer=self.optimizer, **options)
 
     def step(self, x: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -49,13 +48,17 @@ def staged(pruner: tk.Pruner) -> int:
 
 
 @SEEDS
-@given(seed=st.integers(0, 2**20), residual=st.booleans())
-def test_compacting_in_between_changes_nothing_but_the_shapes(seed, residual):
+@given(
+    seed=st.integers(0, 2**20),
+    residual=st.booleans(),
+    criterion=st.sampled_from(["taylor_fo", "taylor_fo_bn"]),
+)
+def test_compacting_in_between_changes_nothing_but_the_shapes(seed, residual, criterion):
     """Training goes on as that of the masked network, the optimizer's state included."""
     with torch.random.fork_rng():
         model = drawn_network(seed, residual=residual)
-        target = 0.8 if residual else 0.5
-        one, other = Run(model, params=target), Run(copy.deepcopy(model), params=target)
+        options = {"criterion": criterion, "params": 0.8 if residual else 0.5}
+        one, other = Run(model, **options), Run(copy.deepcopy(model), **options)
         # As many residual shuffles as bring all channels back leave the stage as it is.
         assert staged(one.pruner) or residual
         draw = random.Random(seed)
@@ -85,13 +88,13 @@ def test_a_file_and_a_state_say_in_which_order_channels_lie(tmp_path_factory, se
     with torch.random.fork_rng():
         model = drawn_network(seed, scaled=True)
         whole = copy.deepcopy(model)
-        run = Run(model)
+        run = Run(model, params=0.5)
         x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
         for number in range(5):
             run.step(x)
             if number == 2:
                 run.pruner.compact()
-        again = Run(copy.deepcopy(whole))
+        again = Run(copy.deepcopy(whole), params=0.5)
         again.pruner.load_state_dict(run.pruner.state_dict())
         again.model.load_state_dict(run.model.state_dict())
         torch.testing.assert_close(again.outputs(x), run.outputs(x), rtol=0, atol=0)
@@ -249,7 +252,7 @@ def test_the_proof_runs_what_is_put_in_order(monkeypatch):
 def test_units_that_do_not_go_in_step_are_an_error():
     torch.manual_seed(0)
     model = nn.Sequential(First(3, 9, 1), *(Block(9, 1) for _ in range(4)), nn.Conv2d(18, 2, 1))
-    run = Run(copy.deepcopy(model).double())
+    run = Run(copy.deepcopy(model).double(), params=0.5)
     run.step(torch.randn(3, 3, 4, 4, dtype=torch.float64))
     state = run.pruner.state_dict()
     groups = run.pruner._prunable.groups
@@ -257,7 +260,7 @@ def test_units_that_do_not_go_in_step_are_an_error():
     off = state["removed"][number].clone()
     off[off.int().argmin()] = True
     state["removed"][number] = off
-    again = Run(copy.deepcopy(model).double())
+    again = Run(copy.deepcopy(model).double(), params=0.5)
     with pytest.raises(ValueError, match="in step"):
         again.pruner.load_state_dict(state)
     channels = trace(model, torch.randn(1, 3, 3, 3)).rearranged(model)

@@ -69,8 +69,7 @@ NETWORKS: dict[str, Network] = {
     "resnext50_32x4d": _cv("resnext50_32x4d", 53),
     "ghostnet": _cv("ghostnet", 95),
     "igcv3_w1": _cv("igcv3_w1", 98),
-    # What chains of shuffles couple is, block by block, the whole stage.
-    "shufflenetv2_w1": _cv("shufflenetv2_w1", 46),
+    "shufflenetv2_w1": _cv("shufflenetv2_w1", 56),
     "shufflenet_g3_w1": _cv("shufflenet_g3_w1", 49),
     "pyramidnet110_a48_cifar10": _cv("pyramidnet110_a48_cifar10", 109, CIFAR),
     "resnesta18": _cv("resnesta18", 38),
