@@ -52,6 +52,11 @@ class Proof:
         alone = self._without_unsound(whole, offer, fault)
         return max(found, alone, key=sound_in)
 
+    def holds(self, channels: Channels) -> bool:
+        """Whether all groups of these channels are sound together."""
+        self.trial.channels = channels
+        return not first_fault(self.trial, self.blocks).reason
+
     def _without_unsound(self, whole: Channels, offer: Offer, fault: Fault) -> Proven:
         """`prove`, once sizes that code has from other tensors do or do not follow these.
 

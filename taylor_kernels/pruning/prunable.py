@@ -11,12 +11,12 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import first_fault, sound_blocks
+from taylor_kernels.pruning.check import sound_blocks
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.pruning.proof import Proof
-from taylor_kernels.pruning.second_choice import best_choice, offer_in_stages
+from taylor_kernels.pruning.second_choice import best_choice, best_in_stages, offer_in_stages
 from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
@@ -143,10 +143,12 @@ def find_prunable(
             chosen, found_blocks = sound_blocks(trial, chosen)
             others |= found_blocks
             found: dict[int, str] = {}
-            if staged is None or first_fault(trial, chosen).reason:
-                prove = Proof(trial, plain, chosen, choose).prove
-                offer, found = best_choice(prove, whole, offer, plain, choose)
-                channels, groups, skipped = offer
+            proof = Proof(trial, plain, chosen, choose)
+            if staged is None or not proof.holds(channels):
+                proven = best_choice(proof.prove, whole, offer, plain, choose)
+                if staged is not None:
+                    proven = best_in_stages(staged, proven, proof.holds)
+                (channels, groups, skipped), found = proven
             for number, reason in found.items():
                 skipped |= {slot.owner: reason for slot in groups[number].producers}
             groups = [group for number, group in enumerate(groups) if number not in found]

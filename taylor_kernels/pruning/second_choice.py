@@ -80,6 +80,27 @@ def offer_in_stages(
     return other.offering(groups), groups, skipped
 
 
+def best_in_stages(staged: Offer, proven: Proven, holds: Callable[[Channels], bool]) -> Proven:
+    """What is left of an offer in stages without the groups in whose layers a proof of another
+    offer has found faults, if it holds and is more; else what was proven.
+
+    Args:
+        holds: whether all groups of channels are sound together.
+    """
+    (_, groups, _), found = proven
+    wrong = {slot.owner: why for n, why in found.items() for slot in groups[n].producers}
+    channels, more, skipped = staged
+    kept = [
+        group
+        for group in more
+        if group.schedule is not None or not any(slot.owner in wrong for slot in group.producers)
+    ]
+    if len(kept) == len(more) or sound_filters(kept, {}) <= sound_in(proven):
+        return proven
+    left = channels.offering(kept)
+    return ((left, kept, skipped | wrong), {}) if holds(left) else proven
+
+
 def sound_in(proven: Proven) -> int:
     """The filters that are left to prune."""
     (_, groups, _), found = proven

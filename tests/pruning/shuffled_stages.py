@@ -7,6 +7,7 @@ import random
 import torch
 from torch import Tensor, nn
 
+import taylor_kernels as tk
 from tests.tracing.parts import shuffle
 
 
@@ -121,3 +122,30 @@ def drawn_network(seed: int, *, residual: bool = False, scaled: bool = False) ->
             ):  # fmt: skip
                 tensor.data.uniform_(low, low + 1)
     return model.double()
+
+
+class Run:
+    """A network in training, with its pruner and optimizer."""
+
+    def __init__(self, model: nn.Module, **options: object) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
+        options = {"criterion": "taylor_fo", "every": 1, "per_step": 0.1, **options}
+        inputs = torch.randn(1, 3, 4, 4, dtype=torch.float64)
+        self.pruner = tk.Pruner(model, inputs, optimizer=self.optimizer, **options)
+
+    def step(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.model.train()(x).square().sum().backward()
+        if not self.pruner.done:
+            self.pruner.step()
+        self.optimizer.step()
+
+    def outputs(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.eval()(x)
+
+
+def staged(pruner: tk.Pruner) -> int:
+    """How many groups go in step with others."""
+    return sum(group.schedule is not None for group in pruner._prunable.groups)

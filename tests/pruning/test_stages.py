@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,38 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.schedules import Schedule
 from taylor_kernels.tracing import trace
-from tests.pruning.shuffled_stages import Added, Block, First, drawn_network
+from tests.pruning.shuffled_stages import Block, First, Run, drawn_network, staged
+from tests.tracing.parts import Apply
 
 SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-class Run:
-    """A network in training, with its pruner and optimizer."""
-
-    def __init__(self, model: nn.Module, **options: object) -> None:
-        self.model = model
-        self.optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
-        options = {"criterion": "taylor_fo", "every": 1, "per_step": 0.1, **options}
-        inputs = torch.randn(1, 3, 4, 4, dtype=torch.float64)
-        self.pruner = tk.Pruner(model, inputs, optimizer=self.optimizer, **options)
-
-    def step(self, x: Tensor) -> None:
-        self.optimizer.zero_grad()
-        self.model.train()(x).square().sum().backward()
-        if not self.pruner.done:
-            self.pruner.step()
-        self.optimizer.step()
-
-    def outputs(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model.eval()(x)
-
-
-def staged(pruner: tk.Pruner) -> int:
-    """How many groups go in step with others."""
-    return sum(group.schedule is not None for group in pruner._prunable.groups)
 
 
 @SEEDS
@@ -142,34 +114,6 @@ def test_a_stage_knows_narrower_networks_as_they_are(blocks, half):
             )
 
 
-@given(
-    rows=st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=7),
-    allowed=st.lists(st.booleans(), min_size=8, max_size=8),
-)
-def test_a_schedule_goes_through_as_many_widths_as_can_be(rows, allowed):
-    counts = np.array([[-1, -1, -1], *rows, [4, 4, 4]])
-    counts = np.column_stack([counts, np.where(counts[:, 0] < 0, -1, np.arange(len(counts)))])
-    may = np.array([*allowed, *[True] * 8])[: len(counts)]
-
-    def longest(row: int) -> int:
-        return 1 + max(
-            (
-                longest(other)
-                for other in range(1, row)
-                if may[other] and counts[other].min() >= 0 and (counts[other] <= counts[row]).all()
-            ),
-            default=0,
-        )
-
-    schedule = Schedule(counts, may)
-    steps = schedule.steps()
-    assert len(steps) == longest(len(counts) - 1)
-    assert (np.diff(steps, axis=0) <= 0).all()
-    assert steps[-1].tolist() == schedule.least.tolist()
-    for step in range(len(steps)):
-        assert schedule.steps(steps[step].tolist(), range(4))[-1].tolist() == steps[-1].tolist()
-
-
 SEEN = {
     "its place": lambda x: x * torch.linspace(0.5, 2.0, x.size(1)).view(-1, 1, 1).to(x),
     "neighbours": lambda x: x.cumsum(1),
@@ -208,22 +152,6 @@ def test_where_the_order_is_seen_masking_is_removing_all_the_same(what):
     torch.testing.assert_close(run.outputs(x), before, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("round_to", "min_filters"), [(2, 3), (4, 2), (8, 1)])
-def test_widths_are_multiples(round_to, min_filters):
-    torch.manual_seed(round_to)
-    model = nn.Sequential(
-        First(3, 24, 1), *(Block(24, 1) for _ in range(4)), Added(48), nn.Conv2d(48, 2, 1)
-    ).double()
-    run = Run(model, params=0.6, round_to=round_to, min_filters=min_filters)
-    assert staged(run.pruner)
-    whole = run.pruner.widths
-    while not run.pruner.done:
-        run.step(torch.randn(3, 3, 4, 4, dtype=torch.float64))
-        widths = run.pruner.widths
-        assert all(width % round_to == 0 and width >= min_filters for width in widths.values())
-    assert widths["0.one.0"] < whole["0.one.0"]
-
-
 @pytest.mark.parametrize("ignored", ["0.one.0", "2.body.5"])
 def test_a_stage_stays_with_a_layer_that_has_to(ignored):
     """And the stage behind it goes."""
@@ -238,6 +166,16 @@ def test_a_stage_stays_with_a_layer_that_has_to(ignored):
     }
     assert in_step == {"4.one.0", "4.other.0", "5.body.0", "6.body.0"}
     assert all("ignored" in run.pruner.skipped[name] for name in ("0.one.0", "3.body.4"))
+
+
+def test_a_fault_elsewhere_leaves_a_stage_as_it_is():
+    """A head whose code has a width written down keeps its own channels only."""
+    written = Apply(lambda self, x: x.view(len(x), 6, 4, 4).tanh())
+    stage = [First(3, 9, 1), *(Block(9, 2) for _ in range(4))]
+    head = [nn.Conv2d(18, 6, 1), written, nn.Conv2d(6, 2, 1)]
+    run = Run(nn.Sequential(*stage, *head).double(), params=0.6)
+    assert staged(run.pruner)
+    assert run.pruner.skipped.keys() == {"5", "7"}
 
 
 def test_the_proof_runs_what_is_put_in_order(monkeypatch):
