@@ -42,15 +42,17 @@ def cut_down(example_inputs: Any) -> Any:
         value = value[:2] if images else value
         for dim in range(2, value.dim() if value.dim() > 3 else 0):
             size = value.size(dim)
-            step = 32 if size >= 128 else 16  # networks halve images up to five times
+            # Networks halve images up to five times, and small ones three times or so.
+            step = 32 if size >= 128 else 8 if 16 < size <= 32 and value.dim() == 4 else 16
             value = value.narrow(dim, 0, min(size, -(-size // (4 * step)) * step))
         return value
 
     return tree_map(cut, example_inputs)
 
 
-#: Numbers of a channel that show what code does to it, and so many numbers in an example at most.
-_ROWS, _FEW = 16, 2**12
+#: Numbers of a channel that show what code does to it, or so many images; and so many numbers in an
+#: example at most.
+_ROWS, _IMAGES, _FEW = 16, 7, 2**12
 #: Of a prime number of rows no reshape(-1, width, ...) makes as many others of a wrong width: it
 #: fails where it stands, which says what to look at.
 _TIMES = (2, 3, 5, 7, 11, 13, 17)
@@ -71,11 +73,12 @@ def repeated(example_inputs: Any) -> Any:
     if len(sizes) != 1 or not floating or not numbers or not floating[0].dim():
         return example_inputs
     first = floating[0]
-    rows = first.size(0) if first.dim() == 4 else prod(first.shape[:-1])
+    images = first.dim() == 4
+    rows, enough = (len(first), _IMAGES) if images else (prod(first.shape[:-1]), _ROWS)
     fitting = [times for times in _TIMES if times * numbers <= _FEW]
-    if rows >= _ROWS or not fitting:
+    if rows >= enough or not fitting:
         return example_inputs
-    times = next((times for times in fitting if times * rows >= _ROWS), fitting[-1])
+    times = next((times for times in fitting if times * rows >= enough), fitting[-1])
 
     def repeat(value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -46,7 +46,12 @@ class MaskedRuns:
     """Finds out how a model runs, with units of all groups masked, and runs it so.
 
     Args:
-        model, original, example_inputs, channels, train_too, outputs: as of `Trial`.
+        model: a copy in eval mode; its values are changed.
+        original: what it is a copy of, whose values are read.
+        train_too: it does more in train mode than in eval mode, or has layers or parameters that
+            eval mode does not reach (heads for training alone), so that outputs are also compared
+            in train mode, if it runs there: where chance leads it one way, and another.
+        outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
         channels: whose units are masked.
@@ -59,7 +64,7 @@ class MaskedRuns:
         example_inputs: Any,
         channels: Channels,
         train_too: bool,
-        outputs: Read,
+        outputs: Read = None,
     ) -> None:
         self._model, self.channels = model, channels
         self._modules = dict(model.named_modules())

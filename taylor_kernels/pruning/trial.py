@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from taylor_kernels.pruning.errors import innermost_module, short
 from taylor_kernels.pruning.masked_runs import Masked, MaskedRuns
@@ -17,19 +17,10 @@ from taylor_kernels.pruning.removal_steps import all_have_lost
 from taylor_kernels.pruning.same_outputs import Ran, difference
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
-from taylor_kernels.tracing.returned import Read
 
 
 class Trial(MaskedRuns):
     """Tries on a model whether masking is removing.
-
-    Args:
-        model: a copy in eval mode; its values are changed.
-        original: what it is a copy of, whose values are read.
-        train_too: it does more in train mode than in eval mode, or has layers or parameters that
-            eval mode does not reach (heads for training alone), so that outputs are also compared
-            in train mode, if it runs there: where chance leads it one way, and another.
-        outputs: names or places of those that are compared, None for all that others read.
 
     Attributes:
         channels: whose groups are tried; a caller may put others of the model in their place.
@@ -37,18 +28,8 @@ class Trial(MaskedRuns):
         layer: the first one that showed a difference in the last trial, if one did.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        original: nn.Module,
-        example_inputs: Any,
-        channels: Channels,
-        train_too: bool,
-        outputs: Read = None,
-    ) -> None:
-        super().__init__(model, original, example_inputs, channels, train_too, outputs)
-        self.place: str | None = None
-        self.layer: str | None = None
+    place: str | None = None
+    layer: str | None = None
 
     def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.
