@@ -24,6 +24,7 @@ from taylor_kernels.pruning.removal_steps import STEPS, units_by_step
 from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
+from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import tensors_in
 
@@ -67,7 +68,7 @@ class MaskedRuns:
         outputs: Read = None,
     ) -> None:
         self._model, self.channels = model, channels
-        self._modules = dict(model.named_modules())
+        self._modules = modules_by_name(model)
         self._noise = Noise()
         self._values = Values(self._modules, original, self._noise)
         self._run = Exchanged(model, self._modules, channels, outputs)
