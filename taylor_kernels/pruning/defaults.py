@@ -99,6 +99,10 @@ def _read_in_double(func: Any, args: tuple) -> Iterator[Any]:
 class InDoubleBelow(TorchDispatchMode):
     """All operations make double precision, those too that Python does not call."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `SteadyNoise`
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from itertools import cycle
 from math import prod
 from typing import Any
@@ -41,15 +42,17 @@ def cut_down(example_inputs: Any) -> Any:
         value = value[:2] if images else value
         for dim in range(2, value.dim() if value.dim() > 3 else 0):
             size = value.size(dim)
-            step = 32 if size >= 128 else 16  # networks halve images up to five times
+            # Networks halve images up to five times, and small ones three times or so.
+            step = 32 if size >= 128 else 8 if 16 < size <= 32 and value.dim() == 4 else 16
             value = value.narrow(dim, 0, min(size, -(-size // (4 * step)) * step))
         return value
 
     return tree_map(cut, example_inputs)
 
 
-#: Numbers of a channel that show what code does to it, and so many numbers in an example at most.
-_ROWS, _FEW = 16, 2**12
+#: Numbers of a channel that show what code does to it, or so many images; and so many numbers in an
+#: example at most.
+_ROWS, _IMAGES, _FEW = 16, 7, 2**12
 #: Of a prime number of rows no reshape(-1, width, ...) makes as many others of a wrong width: it
 #: fails where it stands, which says what to look at.
 _TIMES = (2, 3, 5, 7, 11, 13, 17)
@@ -70,11 +73,12 @@ def repeated(example_inputs: Any) -> Any:
     if len(sizes) != 1 or not floating or not numbers or not floating[0].dim():
         return example_inputs
     first = floating[0]
-    rows = first.size(0) if first.dim() == 4 else prod(first.shape[:-1])
+    images = first.dim() == 4
+    rows, enough = (len(first), _IMAGES) if images else (prod(first.shape[:-1]), _ROWS)
     fitting = [times for times in _TIMES if times * numbers <= _FEW]
-    if rows >= _ROWS or not fitting:
+    if rows >= enough or not fitting:
         return example_inputs
-    times = next((times for times in fitting if times * rows >= _ROWS), fitting[-1])
+    times = next((times for times in fitting if times * rows >= enough), fitting[-1])
 
     def repeat(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -171,9 +175,10 @@ class InDouble(SmallPools):
         return found
 
 
-#: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB.
+#: Whose groups are run at once, if what they read is no more than so many numbers: 128 MiB. PyTorch
+#: runs as few as these in no more time.
 _GROUPED = {F.conv1d, F.conv2d, F.conv3d}
-_MOST = 2**24
+_MOST, _FEW_GROUPS = 2**24, 4
 #: Functions that are not run as they are.
 _SPECIAL = {*_CASTS, *_GROUPED, *_POOLS, *HIDING, torch.result_type}
 
@@ -187,14 +192,14 @@ def _grouped(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """A convolution of several groups, as a product of matrices for each; None for others.
+    """A convolution of many groups, as a product of matrices for each; None for others.
 
     In double precision PyTorch runs them group after group, a thousand calls for a depthwise layer.
     What does not fit together is left to PyTorch, which says so.
     """
     n = weight.dim() - 2
     fits = (
-        groups > 1
+        groups > _FEW_GROUPS
         and input.numel() > 0
         and not isinstance(padding, str)
         and input.dim() == n + 2
@@ -252,15 +257,19 @@ class SteadyNoise(TorchDispatchMode):
         super().__init__()
         self._uniform = 2.0**-24 if lowest else 1 - 2.0**-8
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # False: PyTorch need not wrap each call so that no compiler looks into it.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
     ) -> Any:
-        name = func._schema.name.rpartition("::")[2]
-        kind = name.strip("_").removesuffix("_like")
-        if name == "native_dropout":
+        name = func._schema.name
+        if (kind := _kind_of_draw(name)) is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if kind == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if kind not in _DRAWS:
-            return func(*args, **(kwargs or {}))
         if not name.endswith("_"):
             generators = _generators((kwargs or {}).get("generator"))
             before = [generator.get_state() for generator in generators]
@@ -270,6 +279,14 @@ class SteadyNoise(TorchDispatchMode):
         else:
             out = args[0]
         return out.fill_(self._uniform if kind in ("rand", "uniform") else 1.0)
+
+
+@cache
+def _kind_of_draw(name: str) -> str | None:
+    """What an operation of this name fills tensors with, or "native_dropout"; None for others."""
+    own = name.rpartition("::")[2]
+    kind = own.strip("_").removesuffix("_like")
+    return own if own == "native_dropout" else kind if kind in _DRAWS else None
 
 
 def _generators(given: torch.Generator | None) -> list[torch.Generator]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from taylor_kernels.pruning.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.caches import keeping, renew
+from taylor_kernels.tracing.caches import held_tensors, keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time
+from taylor_kernels.tracing.operations import address_of
 from taylor_kernels.tracing.returned import Read, returned_tensors
 from taylor_kernels.tracing.running import call, copied, quiet
 from taylor_kernels.tracing.training import set_training
 from taylor_kernels.tracing.untouched import Untouched
+
+#: Of tensors with more numbers some tell whether they have changed.
+_MANY = 2**14
 
 
 class Exchanged:
@@ -40,10 +45,10 @@ class Exchanged:
         exact: it runs in double precision.
         below: also where only a mode for operations sees what code makes.
         alone: in some run so far a softmax or the like was given single numbers, which it hides.
-        steady: it draws random numbers, in place of which runs have the same number everywhere.
         idle: the last run in a mode was what it is without; so are those after it, which go the
             same way with fewer channels, and which a mode for functions makes twice as long where
             the model is small. Where one of them fails, the mode is in use from then on.
+        kept: modules that make anew what they keep of their parameters as their mode changes.
         written: names of the tensors that runs write into, which get a copy for each.
     """
 
@@ -60,8 +65,9 @@ class Exchanged:
         self.inputs: Any = None
         self.exact, self.below, self.alone = True, False, False
         self.idle, self._never_idle = False, False
-        self.steady = False
-        self._keeping = keeping(modules.values())
+        #: Whether it trains in the runs that draw random numbers, in place of which these have the
+        #: same number everywhere.
+        self._steady: set[bool] = set()
         self._layers = LayerOutputs(modules, channels)
         self._by_itself = [name for name in self._layers.by_itself if name in self.tensors]
         self._changed: set[str] = set()
@@ -69,9 +75,37 @@ class Exchanged:
         self.expect_all_written()
         self.remember()
 
+    def forget(self) -> None:
+        """What was seen of runs says nothing of those on other inputs."""
+        self.idle = self.alone = False
+
+    @property
+    def draws_in_training(self) -> bool:
+        """Some run in train mode has drawn random numbers."""
+        return True in self._steady
+
     def remember(self) -> None:
         """What modules hold now is what they hold again after each run."""
         self._untouched = Untouched(list(self.modules.values()), [])
+        self.kept = keeping(self.modules.values())
+        with suppress(Exception):  # quantised tensors do not add up, and runs say what else fails
+            if self.kept and not self._renewing_changes():
+                self.kept = []
+
+    def _renewing_changes(self) -> bool:
+        """Whether modules make anything anew of what they hold, as most that say so do not."""
+        try:
+            before = self._marks()
+            renew(self.kept)
+            same = before == self._marks()
+        finally:
+            changed = self._untouched.restore()
+        return changed or not same
+
+    def _marks(self) -> list[tuple[int, int, float]]:
+        """What tells whether code has written into a tensor of the model, also by its `data`."""
+        tensors = chain(self.tensors.values(), held_tensors(self.modules.values()))
+        return [(t._version, address_of(t), _some_of(t.detach()).sum().item()) for t in tensors]
 
     def expect_all_written(self) -> None:
         """Any buffer may be written into, as in the first run of its kind."""
@@ -132,14 +166,17 @@ class Exchanged:
             raise
         return found
 
-    def all_outputs(self, train_runs: Sequence[bool]) -> Ran:
+    def all_outputs(self, train_runs: Sequence[bool], known: Ran | None = None) -> Ran:
         """What it returns in eval mode, and behind that in these runs in train mode.
 
         Args:
-            train_runs: what `lowest` is in each.
+            train_runs: what `lowest` is in each; nothing is lowest where nothing is drawn.
+            known: what it returns in eval mode.
         """
-        found = self.outputs()
+        found = self.outputs() if known is None else Ran([*known.outputs], [*known.norms])
         for lowest in train_runs:
+            if lowest and not self.draws_in_training:
+                continue
             more = self.outputs(train=True, lowest=lowest)
             found.outputs += more.outputs
             found.norms += more.norms
@@ -150,21 +187,21 @@ class Exchanged:
             stack.enter_context(one_expert_at_a_time(self.modules.values()))
             # Every run starts from the caller's random state.
             stack.enter_context(quiet(self.modules.values(), mode))
-            before = _random_state()
-            if self.steady:
+            before, training = _random_state(), self._model.training
+            if training in self._steady:
                 stack.enter_context(SteadyNoise(lowest=lowest))
-            renew(self._keeping)
+            renew(self.kept)
             weights = {name: self.held[name] for name in self._by_itself}
             with self._layers.heard(weights) as norms:
                 found = call(self._model, copied(self.inputs))
             if mode is not None:
                 self.alone |= mode.alone
             outputs = list(returned_tensors(self._model, self.inputs, found, self._read))
-            if self.steady or _same(before, _random_state()):
+            if training in self._steady or _same(before, _random_state()):
                 if self._read is not None:  # other layers make what nobody reads
                     norms.calls.clear()
                 return Ran(outputs, [norms])
-        self.steady = True
+        self._steady.add(training)
         return self._outputs(mode, lowest)
 
 
@@ -172,6 +209,11 @@ def clone(tensor: Tensor) -> Tensor:
     """A copy that needs no gradient; of a parameter, a parameter."""
     new = tensor.detach().clone()
     return nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
+
+
+def _some_of(tensor: Tensor) -> Tensor:
+    """Rows from all over a tensor, as many as are added up in next to no time."""
+    return tensor[:: tensor.numel() // _MANY] if tensor.dim() and tensor.numel() > _MANY else tensor
 
 
 def _random_state() -> list[Tensor]:

@@ -21,7 +21,7 @@ from taylor_kernels.pruning.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels
-from taylor_kernels.tracing.caches import held_tensors
+from taylor_kernels.tracing.caches import held_tensors, modules_by_name
 from taylor_kernels.tracing.returned import Read
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.shared_memory import find_shared
@@ -97,7 +97,7 @@ def find_prunable(
         TimeoutError, MemoryError: tracing the model takes too long, or too much.
     """
     ignored = ignored_modules(model, ignore)
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     layers: Layers = {n: m for n, m in modules.items() if is_layer(m)}
     nothing = (
         "model: has nothing to prune (no convolution or linear layer, and no product with a "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.defaults import widened
 from taylor_kernels.pruning.noise import Noise
+from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.running import tensors_of_modules
 
 #: Tensors of fewer numbers are copied, which takes less time than to make them anew.
@@ -37,7 +38,7 @@ class Values:
         parameters, buffers = tensors_of_modules(modules)
         self._tensors = parameters | buffers
         theirs: dict[str, Tensor] = {}
-        for table in tensors_of_modules(dict(model.named_modules())):
+        for table in tensors_of_modules(modules_by_name(model)):
             theirs |= table
         self._sources = {name: _source(t, theirs.get(name)) for name, t in self._tensors.items()}
         self._noise, self._exact = noise, True

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from taylor_kernels.tracing.operations import operation, tensors_of
@@ -48,14 +48,21 @@ class Draws:
         self._others = _other_states()
 
     def cross(self) -> None:
-        """The run goes into a module, leaves one, or is over."""
+        """The run goes into a module with code of others, leaves one, or is over."""
         if (others := _other_states()) != self._others:
             self._others = others
             self.drew = True  # in Python, where nothing else can be seen of it
             self.asked.add(self.module())
 
-    def leave(self, outer: str, output: Any) -> None:
+    def enter(self, module: nn.Module) -> None:
+        """The run goes into a module."""
+        if not _draws_nothing(module):
+            self.cross()
+
+    def leave(self, module: nn.Module, outer: str, output: Any) -> None:
         """The run leaves a module for the one around it."""
+        if _draws_nothing(module):
+            return
         self.cross()
         # What it returns beside tensors may say what it has drawn, or that it is nothing.
         says = not all(isinstance(leaf, (Tensor, type(None))) for leaf in tree_leaves(output))
@@ -84,6 +91,18 @@ class Draws:
         elif known.name == "_local_scalar_dense" and self.drew:
             self.asked.add(self.module())
         return out
+
+
+def _draws_nothing(module: nn.Module) -> bool:
+    """Whether it is a layer of PyTorch's own and runs no code of others: it draws nothing that
+    PyTorch does not, and what was drawn before it is seen as well behind it."""
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not module._modules
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 def _other_states() -> tuple[Any, ...]:

@@ -108,6 +108,8 @@ class Consequences:
             Module -> what it is run on: the channels' dimension in its input, from the end, the
             indices [n] of those that stay and more; only modules of which some go.
         """
+        if not self._vectors.across:
+            return {}
         staying = self._staying(dead, before)
         return {
             name: Kept(call.dim, kept, staying.count(vector), call.rank, call.returned, call.cut)
@@ -130,6 +132,8 @@ class Consequences:
             in the order of a run. Only modules of which some go.
         """
         found: dict[str, tuple[tuple[Place, tuple[int, Tensor] | None], ...]] = {}
+        if not self._vectors.called:
+            return found
         staying = self._staying(dead, before)
         for name, calls in self._vectors.called.items():
             kept = tuple(
@@ -155,6 +159,8 @@ class Consequences:
             Router -> the numbers [n] of the experts that stay, and what the router returns; only
             routers some of whose experts go.
         """
+        if not self._vectors.mixtures:
+            return {}
         staying = self._staying(dead, before)
         return {
             name: (kept, mixture.results)

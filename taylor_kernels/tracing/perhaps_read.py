@@ -7,9 +7,15 @@ in a module decides what that module's code does, and the modules in it.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+import types
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Set
 from contextlib import suppress
+from inspect import Parameter, Signature
+from itertools import chain
+from logging import Logger
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -27,6 +33,14 @@ _BY_STRINGS = {
 _PARTS = ("__func__", "__wrapped__", "func", "args", "keywords", "fget")
 _PLAIN = {str, bytes, int, float, complex, bool, type(None)}
 _NO_CODE = (Tensor, nn.Module, *_PLAIN)
+_LISTS, _DICTS = {list, tuple, set, frozenset}, {dict, OrderedDict}
+#: What is written in C, or only describes code.
+_INERT = {
+    *_PLAIN, Signature, Parameter, Logger, re.Pattern, types.UnionType,
+    types.BuiltinFunctionType, types.MethodWrapperType, types.WrapperDescriptorType,
+    types.MethodDescriptorType, types.ClassMethodDescriptorType, types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+}  # fmt: skip
 #: So much code is looked at; more may speak of anything.
 _MOST = 2**15
 _FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
@@ -83,7 +97,7 @@ class _Spoken:
                 for name, value in vars(parent).items():
                     self._methods.setdefault(name, []).append(value)
         self._names = {"__init__"}  # which has run
-        self._codes: set[CodeType] = set()
+        self._codes: set[int] = set()  # ids: to hash code takes long
         self._seen: dict[int, Any] = {}  # the values, so that their numbers stay theirs
         self._waiting: list[Any] = []
         for module in self._modules.values():
@@ -105,25 +119,37 @@ class _Spoken:
         return True
 
     def _speak(self, names: Set[str]) -> None:
-        new = names - self._names
+        if not (new := names - self._names):
+            return
         self._names |= new
         for name in new & self._methods.keys():
             self._waiting += self._methods[name]
 
     def _wait_for(self, values: Iterable[Any]) -> None:
-        """These are to be followed. Most are numbers, words or known already."""
+        """These are to be followed. Most are numbers, words or known already, or hold nothing."""
         seen = self._seen
         self._waiting += [
-            value for value in values if id(value) not in seen and type(value) not in _PLAIN
+            value
+            for value in values
+            if (kind := type(value)) not in _INERT
+            and id(value) not in seen
+            and ((kind not in _LISTS and kind not in _DICTS) or value)
         ]
 
     def _follow(self, value: Any) -> None:
-        if id(value) in self._seen or isinstance(value, _NO_CODE):
+        if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, FunctionType):
+        kind = type(value)
+        if kind is FunctionType:
             if not _is_foreign(value):
                 self._read(value)
+        elif kind in _LISTS:
+            self._wait_for(value)
+        elif kind in _DICTS:
+            self._wait_for(value.values())
+        elif isinstance(value, _NO_CODE):
+            pass
         elif isinstance(value, (list, tuple, set, frozenset)):
             self._wait_for(value)
         elif isinstance(value, Mapping):
@@ -137,10 +163,10 @@ class _Spoken:
             self._wait_for([type(value), *getattr(value, "__dict__", {}).values(), *parts])
 
     def _read(self, function: FunctionType) -> None:
-        codes = list(_codes(function.__code__))
-        self._codes.update(codes)
+        codes = _codes(function.__code__)
+        self._codes.update(map(id, codes))
         self._unnamed |= len(self._codes) > _MOST
-        names = {name for code in codes for name in code.co_names}
+        names = set(chain.from_iterable(code.co_names for code in codes))
         if function.__module__ in self._own:
             self._unnamed |= not names.isdisjoint(_UNNAMED)
         self._speak(names)
@@ -159,7 +185,7 @@ class _Spoken:
     def _asks_by_strings(self, own: type) -> bool:
         """Whether code of this class asks for attributes by names that it does not speak of."""
         return any(
-            code in self._codes and not _BY_STRINGS.isdisjoint(code.co_names)
+            id(code) in self._codes and not _BY_STRINGS.isdisjoint(code.co_names)
             for parent in own.__mro__
             if not _is_foreign(parent)
             for method in vars(parent).values()
@@ -173,10 +199,9 @@ def _is_foreign(value: Any) -> bool:
     return (name or "").partition(".")[0] in _FOREIGN
 
 
-def _codes(code: CodeType | None) -> Iterator[CodeType]:
+def _codes(code: CodeType | None) -> list[CodeType]:
     """Code, and that of what is defined in it."""
-    if code is not None:
-        yield code
-        for value in code.co_consts:
-            if isinstance(value, CodeType):
-                yield from _codes(value)
+    found = [] if code is None else [code]
+    for each in found:
+        found += [value for value in each.co_consts if type(value) is CodeType]
+    return found

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,7 +104,7 @@ class Recorder(TorchDispatchMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.draws is not None:
-            self.draws.cross()
+            self.draws.enter(module)
         name, record = self._names.get(module, ""), self.record
         if self.blind:
             self._outer.append(self.frame)
@@ -129,7 +128,7 @@ class Recorder(TorchDispatchMode):
         if self.record.values is not None:
             self.record.values.leave(module, kwargs, output)
         if self.draws is not None and self._outer:
-            self.draws.leave(self._outer[-1].name, output)
+            self.draws.leave(module, self._outer[-1].name, output)
         while self._outer:
             frame, self.frame = self.frame, self._outer.pop()
             if frame.module is module:
@@ -226,15 +225,17 @@ class Recorder(TorchDispatchMode):
             first: none where this one itself was met before all of them.
         """
         found: list[Vector] = []
+        mine = vector.tobytes()  # to compare arrays this short takes NumPy ten times as long
+        known = {mine}
         for labels in self.frame.met:
             for other in labels.dims:
                 if other is None or other.size != vector.size:
                     continue
-                if first and not found and np.array_equal(other, vector):
+                atoms = other.tobytes()
+                if first and not found and atoms == mine:
                     return []
-                if other is not vector and not any(
-                    np.array_equal(other, one) for one in (vector, *found)
-                ):
+                if atoms not in known:
+                    known.add(atoms)
                     found.append(other.copy())
         return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
-from taylor_kernels.tracing.caches import keeping, renew
+from taylor_kernels.tracing.caches import keeping, modules_by_name, renew
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
 from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
@@ -268,7 +268,7 @@ def _run(
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    return dict(model.named_modules())
+    return modules_by_name(model)
 
 
 def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:

@@ -103,8 +103,13 @@ class Untouched:
         if key in self._watched and key not in self._saved:
             self._saved[key] = [(mine, mine.clone()) for mine in self._watched[key]]
 
-    def restore(self) -> None:
-        """The model is as it was; this can be done again after another run."""
+    def restore(self) -> bool:
+        """The model is as it was; this can be done again after another run.
+
+        Returns:
+            Whether its modules, or what these hold, had other parts than now.
+        """
+        changed = False
         with torch.no_grad():
             for tensor, values, needs_grad in self._tensors:
                 if address_of(tensor) != address_of(values) or tensor.shape != values.shape:
@@ -116,34 +121,37 @@ class Untouched:
                     values.copy_(before)
         for (module, attributes), own in zip(self._modules, self._classes, strict=True):
             if type(module) is not own:
-                module.__class__ = own
-            _put_back(module.__dict__, attributes)
+                module.__class__, changed = own, True
+            changed |= _put_back(module.__dict__, attributes)
         for module, training in self._modes:
             if module.training != training:  # a ScriptModule keeps it elsewhere
                 module.training = training
         for table, entries in self._tables:
-            _put_back(table, entries)
+            changed |= _put_back(table, entries)
         for table in filter(None, self._empty):
             table.clear()
+            changed = True
         for value, before in self._containers:
-            _put_back(value, before)
+            changed |= _put_back(value, before)
         for put_back, state in self._sources:
             put_back(state)
+        return changed
 
 
 def _has_memory(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
 
 
-def _put_back(value: Any, before: Any) -> None:
+def _put_back(value: Any, before: Any) -> bool:
     """Give a container its entries again, if it has others or another order of them."""
     if _same(value, before):
-        return
+        return False
     value.clear()
     if isinstance(value, (list, deque)):
         value.extend(before)
     else:
         value.update(before)
+    return True
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
+from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.tracing import trace
 from tests.zoo.judging import batch, distance, in_double, loss
 
@@ -96,6 +99,46 @@ def test_heads_go_and_what_is_kept_follows(how, trained):
     with torch.no_grad():
         torch.testing.assert_close(model(fresh).double(), masked[0], rtol=1e-4, atol=1e-5)
     assert distance(masked, in_double(model, fresh)) < 1e-12
+
+
+class Silent(Attention):
+    """Writes what it keeps into the memory of another tensor, of which PyTorch does not tell."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__("not at all")
+        self.write, self.table = write, torch.zeros(HEADS, TOKENS, TOKENS)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        nn.Module.train(self, mode)
+        if not mode:
+            self.write(self.table, self.look_up().detach())
+        return self
+
+
+SILENT = [
+    lambda table, values: table.data.copy_(values),
+    lambda table, values: setattr(table, "data", values),
+    lambda table, values: table.numpy().__setitem__(slice(None), values),
+]
+
+
+def nothing(table: Tensor, values: Tensor) -> None:
+    """What most modules do that say that they do something as their mode changes."""
+
+
+@pytest.mark.parametrize("how", [*HOW, *SILENT, nothing])
+def test_the_proof_renews_what_is_made_anew_and_nothing_else(how):
+    """To renew is a walk through the model before each run."""
+    model = Model(HOW[0])
+    model.attention = Attention(how) if how in HOW else Silent(how)
+    model.eval()(X)
+    channels = trace(model, X)
+    with torch.no_grad():
+        model.attention.biases += torch.rand(HEADS, TOKENS)  # as the noise of a proof
+    before = dict(vars(model.attention))
+    run = Exchanged(model, dict(model.named_modules()), channels)
+    assert run.kept == ([] if how is nothing else [model.attention])
+    assert all(value is before[name] for name, value in vars(model.attention).items())
 
 
 @pytest.mark.parametrize("how", HOW)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from taylor_kernels.pruning import Pruner, check
+from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.trial import Trial
 from tests.tracing.pieces import Apply
 
@@ -235,6 +238,44 @@ def test_buffers_that_a_forward_pass_changes():
     before = copy.deepcopy(model.state_dict())
     assert set(pruned(model).skipped) == {"2"}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Square(nn.Module):
+    """Takes images of one size only, and counts what it is given."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        self.size, self.given = size, {"right": 0, "wrong": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given["right" if x.size(-1) == self.size else "wrong"] += 1
+        if x.size(-1) != self.size:
+            raise ValueError(f"images must be {self.size} wide")
+        return self.layers(x)
+
+
+def test_an_example_that_cannot_be_cut_down_is_refused_in_few_runs(monkeypatch):
+    """Of those that are smaller, no other one is run without masks once that was no help; the whole
+    one is run with masks at once: those and three removals."""
+    model = Square(random.randrange(24, 48))
+    counts = []
+    restored = Exchanged.restored
+
+    @contextmanager
+    def counted(run):
+        with restored(run):
+            given = run._model.given
+            before = dict(given)
+            try:
+                yield
+            finally:
+                counts.append({kind: given[kind] - before[kind] for kind in given})
+
+    monkeypatch.setattr(Exchanged, "restored", counted)
+    assert pruned(model, torch.randn(1, 3, model.size, model.size)).widths == {"layers.0": 8}
+    assert sum(count["wrong"] for count in counts) <= 3
+    assert sum(count["right"] for count in counts) == 4
 
 
 def test_time_is_bounded(monkeypatch):
