@@ -115,3 +115,9 @@ NETWORKS: dict[str, Network] = {
     "mamba2": _hf("mamba2", 6),
     "torch_transformer": Network("torch", partial(_configured, "torch_transformer"), least=10),
 }
+
+#: Networks that are in no table; each has shown what those above do not.
+OTHERS: dict[str, Network] = {
+    # Its windows have as many places as there are heads; no token is looked at from everywhere.
+    "led": _hf("led", 32, outputs=("logits",)),
+}
