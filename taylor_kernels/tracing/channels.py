@@ -52,6 +52,7 @@ class Channels(Consequences, Alternatives):
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         unread: parameters and buffers that the run in eval mode did not compute with.
+        written: parameters and buffers that the model's code writes into as it runs.
         trained: train mode does more than eval mode, and was looked at too.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
@@ -95,6 +96,7 @@ class Channels(Consequences, Alternatives):
                 entry = (reason, index(np.unique(label[atoms])))
                 self.mixers.setdefault(reason.mixer, []).append(entry)
         self.unread, self.trained = set(record.unread), record.trained
+        self.written = set(record.written)
         self.groups = find_groups(layers, dims, vectors.norms, self.fills, self._why == FREE)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {

@@ -220,6 +220,7 @@ def _traced(
             each.memories.release()
         untouched.restore()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
+    recorder.record.written = [n for n, tensor in tensors if untouched.was_written(tensor)]
     with prunable_attention(names):
         return Channels(recorder.record, modules)
 
