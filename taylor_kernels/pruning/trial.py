@@ -23,7 +23,7 @@ from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.noise import Noise, choose_noise
 from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.removal import set_attributes, smaller
-from taylor_kernels.pruning.removal_steps import STEPS, all_have_lost, units_by_step
+from taylor_kernels.pruning.removal_steps import all_have_lost, steps_of_groups
 from taylor_kernels.pruning.same_outputs import Ran, difference
 from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
@@ -187,11 +187,10 @@ class Trial:
         Args:
             numbers: of the groups that lose any; None for all.
         """
+        every = steps_of_groups(cast("Sequence[Group]", self.channels.groups))
         return [
-            units_by_step(cast(Group, group), number)
-            if numbers is None or number in numbers
-            else torch.zeros(STEPS, group.size, dtype=torch.bool)
-            for number, group in enumerate(self.channels.groups)
+            units if numbers is None or number in numbers else torch.zeros_like(units)
+            for number, units in enumerate(every)
         ]
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
