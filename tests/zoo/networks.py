@@ -120,4 +120,7 @@ NETWORKS: dict[str, Network] = {
 OTHERS: dict[str, Network] = {
     # Its windows have as many places as there are heads; no token is looked at from everywhere.
     "led": _hf("led", 32, outputs=("logits",)),
+    # Experts in a dictionary, of which some see no token; the heads of one attention give all
+    # others' their number by a bias.
+    "switch": _hf("switch", 44, outputs=("logits",)),
 }
