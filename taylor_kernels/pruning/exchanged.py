@@ -70,6 +70,8 @@ class Exchanged:
         self._steady: set[bool] = set()
         self._layers = LayerOutputs(modules, channels)
         self._by_itself = [name for name in self._layers.by_itself if name in self.tensors]
+        # A write through `.data`, as into a codebook or an average of weights, leaves no version.
+        self._always = [name for name in self.tensors if name in channels.written]
         self._changed: set[str] = set()
         self._run_wrote: list[str] = []
         self.expect_all_written()
@@ -108,8 +110,10 @@ class Exchanged:
         return [(t._version, address_of(t), _some_of(t.detach()).sum().item()) for t in tensors]
 
     def expect_all_written(self) -> None:
-        """Any buffer may be written into, as in the first run of its kind."""
-        self.written = [n for n, t in self.tensors.items() if not isinstance(t, nn.Parameter)]
+        """Any buffer may be written into, as in the first run of its kind; and of parameters those
+        that the trace has seen code write into."""
+        buffers = [n for n, t in self.tensors.items() if not isinstance(t, nn.Parameter)]
+        self.written = list(dict.fromkeys((*buffers, *self._always)))
 
     def learn_written(self) -> None:
         """Later runs write into what the last one has written into, and nothing else."""
@@ -132,7 +136,7 @@ class Exchanged:
             yield
         finally:
             # Copies that were made here begin at version 0.
-            self._run_wrote = [name for name in self.written if self._was_written(name)]
+            self._run_wrote = [n for n in self.written if n in self._always or self._was_written(n)]
             self.held.put({name: self.tensors[name] for name in self._changed})
             self._untouched.restore()
 

@@ -20,7 +20,7 @@ from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.held_entries import fill_once, fills
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.noise import Noise, choose_noise
-from taylor_kernels.pruning.removal_steps import steps_of
+from taylor_kernels.pruning.removal_steps import steps_of_groups
 from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
@@ -183,7 +183,7 @@ class MaskedRuns:
             numbers: of the groups that lose any; None for all.
         """
         groups = cast(list[Group], self.channels.groups)
-        steps = steps_of(groups)
+        steps = steps_of_groups(groups)
         return [
             units if numbers is None or number in numbers else torch.zeros_like(units)
             for number, units in enumerate(steps)

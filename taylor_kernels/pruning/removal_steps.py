@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -16,6 +18,28 @@ STEPS = 3
 #: So many channels are masked in no group, as far as it has them: a norm over two only tells which
 #: is greater, and over one nothing.
 _AT_WORK = 3
+#: Of so many counts or fewer, all ways to go from one to the next are known.
+_FEW = 16
+
+
+def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
+    """For each group the units of it that are removed in each step: [steps, U] bool. Those of a
+    stage go in step with each other."""
+    ranks: Counter[tuple[int, int]] = Counter()
+    found = []
+    for group in groups:
+        found.append(units_by_step(group, ranks[group.size, group.multiple]))
+        ranks[group.size, group.multiple] += 1
+    for schedule, numbers in members(groups):
+        steps = schedule.steps()
+        sizes = steps.sum(1)
+        last = max(int((3 * sizes >= sizes[0]).sum()) - 1, min(1, len(sizes) - 1))
+        drawn = random.Random(numbers[0])
+        lost = steps[0] - steps[[*sorted(drawn.choices(range(1, last + 1), k=STEPS - 1)), last]]
+        for number in numbers:
+            counts = lost[:, groups[number].kind].tolist()
+            found[number] = _in_ways(groups[number].size, number, counts, drawn)
+    return found
 
 
 def units_by_step(group: Group, number: int) -> Tensor:
@@ -25,6 +49,9 @@ def units_by_step(group: Group, number: int) -> Tensor:
     moved from their places. An odd number is gone after one step at least and an even one after
     another, as far as there are such. How many go in a step differs between groups of one size,
     since code may take the width of one for another's.
+
+    Args:
+        number: of the group among those of its size.
     """
     drawn = random.Random(number)
     if not (first := group.next_to_go(group.size)):
@@ -32,10 +59,7 @@ def units_by_step(group: Group, number: int) -> Tensor:
     most = min(group.size * 2 // 3, group.size - -(-_AT_WORK // group.filters_per_unit))
     most = min(max(most, first), group.most_removable(group.size))
     counts = [0, *range(first, most + 1, group.multiple)]
-    begin = (number + 1) % max(len(counts) - 1, 1)
-    later = counts[begin:]
-    middle = drawn.choice([n for n in later if n and (n - later[-1]) % 2] or later)
-    return _in_ways(group.size, number, (later[0], middle, later[-1]), drawn)
+    return _in_ways(group.size, number, _counts(counts, number, drawn), drawn)
 
 
 def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random) -> Tensor:
@@ -57,19 +81,22 @@ def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random
     return gone
 
 
-def steps_of(groups: Sequence[Group]) -> list[Tensor]:
-    """`units_by_step` of each group; those of a stage go in step with each other."""
-    found = [units_by_step(group, number) for number, group in enumerate(groups)]
-    for schedule, numbers in members(groups):
-        steps = schedule.steps()
-        sizes = steps.sum(1)
-        last = max(int((3 * sizes >= sizes[0]).sum()) - 1, min(1, len(sizes) - 1))
-        drawn = random.Random(numbers[0])
-        lost = steps[0] - steps[[*sorted(drawn.choices(range(1, last + 1), k=STEPS - 1)), last]]
-        for number in numbers:
-            counts = lost[:, groups[number].kind].tolist()
-            found[number] = _in_ways(groups[number].size, number, counts, drawn)
-    return found
+def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[int, int, int]:
+    """How many units have gone after each step, of so many as may have gone."""
+    if len(counts) > _FEW:
+        later = counts[(number + 1) % (len(counts) - 1) :]
+        middle = drawn.choice([n for n in later if n and (n - later[-1]) % 2] or later)
+        return later[0], middle, later[-1]
+    # Of a few heads there are few ways, and layers take turns: they are dealt out one by one, and
+    # not in step with any number of groups in a block for long.
+    last = counts[-1]
+    odd = any(n and (n - last) % 2 for n in counts)
+    ways = [
+        (one, two)
+        for one, two in combinations_with_replacement(counts, 2)
+        if not odd or any(n and (n - last) % 2 for n in (one, two))
+    ]
+    return (*ways[(number + number // len(ways) ** 2) % len(ways)], last)
 
 
 def all_have_lost(gone: Sequence[Tensor], masked: Sequence[Tensor]) -> bool:

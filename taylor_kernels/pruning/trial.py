@@ -47,8 +47,6 @@ class Trial(MaskedRuns):
             steps = [units.any(0, keepdim=True) for units in steps]
         return self._fault(steps, blocks, "its channels", until)
 
-from taylor_kernels.pruning.removal_steps import all_have_lost
-from taylor_kernels.pruning.reordering import reorder
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if
         nothing."""

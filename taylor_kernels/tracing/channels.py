@@ -53,6 +53,7 @@ class Channels(Consequences, Alternatives):
             place of atoms.
         mixers: kind -> [(reason, classes)] of everything that mixes channels with each other.
         unread: parameters and buffers that the run in eval mode did not compute with.
+        written: parameters and buffers that the model's code writes into as it runs.
         trained: train mode does more than eval mode, and was looked at too.
         choices: how each reshape that cuts channels was resolved.
         fills: tensor -> dimension -> what entries masked along it hold, where that is not zero;
@@ -103,6 +104,7 @@ class Channels(Consequences, Alternatives):
         stages = arrangement.stages
         self.groups = find_groups(layers, dims, vectors.norms, self.fills, free, stages)
         self.unread, self.trained = set(record.unread), record.trained
+        self.written = set(record.written)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {
             name: self._why_not(layers.sides[name][1])

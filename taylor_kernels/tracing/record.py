@@ -181,6 +181,7 @@ class Record:
             move elements.
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.
         trained: further runs were in train mode, which does more than eval mode.
+        written: parameters and buffers that code has written into in some run.
     """
 
     count: int = 1
@@ -206,6 +207,7 @@ class Record:
     seen: set[int] = field(default_factory=set)
     unread: list[str] = field(default_factory=list)
     trained: bool = False
+    written: list[str] = field(default_factory=list)
     values: Values | None = None
     step: int = 0
     size: int = 0

@@ -39,6 +39,7 @@ from taylor_kernels.tracing.running import (
     tensors_of_modules,
 )
 from taylor_kernels.tracing.shared_memory import Shared, find_shared, go_together
+from taylor_kernels.tracing.siblings import Siblings
 from taylor_kernels.tracing.training import learn_from_training, set_training
 from taylor_kernels.tracing.untouched import Untouched
 
@@ -220,6 +221,7 @@ def _traced(
             each.memories.release()
         untouched.restore()
     recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
+    recorder.record.written = [n for n, tensor in tensors if untouched.was_written(tensor)]
     with prunable_attention(names):
         return Channels(recorder.record, modules)
 
@@ -228,6 +230,7 @@ def _run(
     recorder: Recorder, model: nn.Module, names: Mapping[nn.Module, str], example_inputs: Any
 ) -> Any:
     """Run the model on the example inputs; the recorder hears of operations and modules."""
+    siblings = Siblings(() if recorder.blind else names)
     mine = threading.get_ident()  # PyTorch calls these hooks for modules of all threads
 
     def entered(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -239,6 +242,7 @@ def _run(
         if threading.get_ident() != mine:
             return
         kwargs, output = rest if len(rest) > 1 else ({}, *rest)  # without them after an error
+        siblings.ran(module, args, kwargs, output)
         if output is not None and not recorder.blind and checks_widths(module):
             keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
         with torch._C.DisableTorchFunction():
@@ -257,7 +261,9 @@ def _run(
             inputs = copied(example_inputs)
             if recorder.hollow is not None:
                 recorder.hollow.given(tensors_in(inputs))
-            return call(model, inputs)
+            outputs = call(model, inputs)
+            siblings.run_others(recorder)
+            return outputs
     finally:
         for handle in handles:
             handle.remove()

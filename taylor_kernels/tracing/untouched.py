@@ -67,6 +67,7 @@ class Untouched:
         for _, values, _ in self._tensors:
             self._watched.setdefault(values.untyped_storage()._cdata, []).append(values)
         self._saved: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._replaced: set[int] = set()
 
     def _hold(self, value: Any, *, objects: bool) -> None:
         """Remember what is in a container or an object, and in what that holds.
@@ -103,6 +104,12 @@ class Untouched:
         if key in self._watched and key not in self._saved:
             self._saved[key] = [(mine, mine.clone()) for mine in self._watched[key]]
 
+    def was_written(self, tensor: Tensor) -> bool:
+        """Whether code has written into one of these tensors so far, or given it other memory."""
+        if id(tensor) in self._replaced:
+            return True
+        return _has_memory(tensor) and tensor.untyped_storage()._cdata in self._saved
+
     def restore(self) -> bool:
         """The model is as it was; this can be done again after another run.
 
@@ -114,6 +121,7 @@ class Untouched:
             for tensor, values, needs_grad in self._tensors:
                 if address_of(tensor) != address_of(values) or tensor.shape != values.shape:
                     tensor.data = values  # code has put another one in its place
+                    self._replaced.add(id(tensor))
                 if tensor.requires_grad is not needs_grad and tensor.is_leaf:
                     tensor.requires_grad_(needs_grad)
             for saved in self._saved.values():

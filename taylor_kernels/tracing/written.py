@@ -56,7 +56,8 @@ def with_written_sizes(
         if at is not None and (echo.where[0] not in at or (joins and least > doubt)):
             continue
         mine = label[echo.vector]
-        others = (o for o in echo.others if not np.array_equal(label[o], mine))
+        # What is of no parameter says nothing: a size that is its is a constant.
+        others = (o for o in echo.others if o.any() and not np.array_equal(label[o], mine))
         other = next(others, None)
         if other is not None and (asked[mine].any() or asked[label[other]].any()):
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))

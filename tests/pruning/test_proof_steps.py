@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import taylor_kernels as tk
 from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.removal_steps import units_by_step
+from taylor_kernels.pruning.removal_steps import steps_of_groups, units_by_step
 from taylor_kernels.tracing import trace
 from tests.tracing.pieces import Apply
 
@@ -34,10 +34,23 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
         for count in steps.sum(1).cumsum(0).tolist():
             assert count == 0 or (count - first) % multiple == 0
         ways.add(tuple(steps.sum(1).tolist()))
-        if first < total:
-            neighbour = units_by_step(group, number + 1)
-            assert int(neighbour[0].sum()) != int(steps[0].sum())
+        for other in (1, 2, 4) if first else ():
+            later = units_by_step(group, number + other)
+            same = torch.equal(later.sum(1), steps.sum(1))
+            # Of long ways middles are drawn; short ones are dealt out.
+            assert not same or (other > 1 and total // multiple > 2) or number % 9 >= 9 - other
     assert len(ways) > 1 or not first
+
+
+@pytest.mark.parametrize("apart", range(1, 5))
+@pytest.mark.parametrize("heads", [3, 4, 6, 8])
+def test_as_many_heads_as_another_layer_has_left_are_no_chance(apart, heads):
+    """Of layers that lie so far apart among those with as many heads, some lose other numbers."""
+    group = Group((), (), torch.arange(heads), ())
+    object.__setattr__(group, "filters_per_unit", 8)
+    every = [units.sum(1).tolist() for units in steps_of_groups([group] * 24)]
+    for begin in range(apart):
+        assert len({tuple(steps) for steps in every[begin::apart]}) > 1
 
 
 FAULTS = {

@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.zoo.networks import NETWORKS, Network
+from tests.zoo.networks import NETWORKS, OTHERS, Network
 from tests.zoo.packages import missing
 
 
@@ -23,7 +23,7 @@ def _as_in_the_zoo(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def network(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Network:
     """A network of the zoo by its name."""
-    found = NETWORKS[request.param]
+    found = {**NETWORKS, **OTHERS}[request.param]
     if reason := missing(found.package):
         if pytestconfig.getoption("--zoo") or os.environ.get("CI"):
             pytest.fail(reason)

@@ -260,6 +260,30 @@ def mamba2() -> Built:
     return _causal(hf.Mamba2ForCausalLM(config))
 
 
+def led() -> Built:
+    import transformers as hf
+
+    config = hf.LEDConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, attention_window=[6, 6],
+        vocab_size=50, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64,
+    )  # fmt: skip
+    inputs = {"input_ids": _tokens(18), "decoder_input_ids": _tokens(6), "use_cache": False}
+    return hf.LEDForConditionalGeneration(config), inputs
+
+
+def switch() -> Built:
+    import transformers as hf
+
+    config = hf.SwitchTransformersConfig(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4,
+        num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, vocab_size=50,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    inputs = {"input_ids": _tokens(), "decoder_input_ids": _tokens(6), "use_cache": False}
+    return hf.SwitchTransformersForConditionalGeneration(config), inputs
+
+
 class Translation(nn.Module):
     """PyTorch's own transformer between an embedding and a head."""
 
@@ -281,7 +305,7 @@ BUILDERS: dict[str, Callable[[], Built]] = {
     "albert": albert, "deberta_v2": deberta_v2, "mamba": mamba, "swinv2": swinv2,
     "wav2vec2": wav2vec2, "wav2vec2_conformer": lambda: wav2vec2("Wav2Vec2Conformer"),
     "gpt_bigcode": gpt_bigcode, "olmo2": olmo2, "stablelm": stablelm,
-    "roformer": roformer, "phi3": phi3, "mamba2": mamba2,
+    "roformer": roformer, "phi3": phi3, "mamba2": mamba2, "led": led, "switch": switch,
     "mixtral": mixtral, "clip": clip, "whisper_encoder": whisper_encoder,
     "torch_transformer": lambda: (Translation(), _tokens()),
 }  # fmt: skip

@@ -114,3 +114,12 @@ NETWORKS: dict[str, Network] = {
     "mamba2": _hf("mamba2", 6),
     "torch_transformer": Network("torch", partial(_configured, "torch_transformer"), least=10),
 }
+
+#: Networks that are in no table; each has shown what those above do not.
+OTHERS: dict[str, Network] = {
+    # Its windows have as many places as there are heads; no token is looked at from everywhere.
+    "led": _hf("led", 32, outputs=("logits",)),
+    # Experts in a dictionary, of which some see no token; the heads of one attention give all
+    # others' their number by a bias.
+    "switch": _hf("switch", 44, outputs=("logits",)),
+}
