@@ -39,6 +39,15 @@ def test_each_value_is_drawn_and_so_many_cases(sizes: list[int], least: int, dra
     assert len(kept) <= max(least, sum(sizes))
 
 
+@given(st.randoms(use_true_random=False))
+def test_values_that_are_equal_and_not_the_same_are_all_drawn(draw: Any) -> None:
+    mixed = [0, False, 1, True, 1.0, (0, 1), (False, True), None]
+    every = cases([len(mixed)])
+    for case, value in zip(every, mixed, strict=True):
+        case.callspec.params = {"value": value}
+    assert len(samples.drawn(every, draw=draw)) == len(mixed)
+
+
 def test_a_number_draws_the_same_again_and_another_others(monkeypatch: pytest.MonkeyPatch) -> None:
     every = cases([6, 5]) + cases([6, 5], "f.py::test_more")
     draws = set()

@@ -80,8 +80,9 @@ def _values(case: pytest.Item) -> set[tuple[str, object]]:
 
 
 def _key(value: object) -> object:
+    shown = repr(value)  # beside it, as 0 is False for Python
     try:
         hash(value)
     except TypeError:
-        return repr(value)
-    return value
+        return shown
+    return shown, value

@@ -63,7 +63,6 @@ def test_outputs_are_the_same(name, mode):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.sample(12)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "unet_grouped", "odd", "resnext"])
 def test_training_goes_on_without_a_jump(name, optimizer):
