@@ -18,7 +18,7 @@ SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
 
 def cases(sizes: list[int], function: str = "f.py::test") -> list[Any]:
     """Those of a test with so many values of each of its parameters."""
-    mark = SimpleNamespace(args=())
+    mark = SimpleNamespace(args=(), kwargs={})
     return [
         SimpleNamespace(
             nodeid=f"{function}[{values}]",
@@ -37,6 +37,22 @@ def test_each_value_is_drawn_and_so_many_cases(sizes: list[int], least: int, dra
         assert {case.callspec.params[str(i)][0] for case in kept} == set(range(count))
     assert len({id(case) for case in kept}) == len(kept) >= min(least, len(every))
     assert len(kept) <= max(least, sum(sizes))
+
+
+@given(SIZES, st.integers(0, 60), st.randoms(use_true_random=False))
+def test_just_so_many_are_drawn_where_values_need_not_all_be(sizes, least, draw) -> None:
+    every = cases(sizes)
+    kept = samples.drawn(every, least, covering=False, draw=draw)
+    assert len({id(case) for case in kept}) == len(kept) == min(least, len(every))
+
+
+@given(st.randoms(use_true_random=False))
+def test_values_that_are_equal_and_not_the_same_are_all_drawn(draw: Any) -> None:
+    mixed = [0, False, 1, True, 1.0, (0, 1), (False, True), None]
+    every = cases([len(mixed)])
+    for case, value in zip(every, mixed, strict=True):
+        case.callspec.params = {"value": value}
+    assert len(samples.drawn(every, draw=draw)) == len(mixed)
 
 
 def test_a_number_draws_the_same_again_and_another_others(monkeypatch: pytest.MonkeyPatch) -> None:

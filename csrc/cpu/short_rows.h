@@ -32,6 +32,19 @@ class RowWriter {
   static constexpr int kRows = Sum<S>::kWidth / 4;
   static constexpr int kColumns = columns<Op>();
 
+  // A sum alone is in every lane of its quad, where any column finds it. Of several, and of tables
+  // of fewer than five columns, in which all are wanted, sum m has to be column m.
+  static constexpr bool fits() {
+    if (Op::kSums != kColumns) return Op::kSums == 1 && kColumns == 5;
+    if constexpr (requires { Op::kColumn; }) {
+      for (int m = 0; m < kColumns; ++m) {
+        if (Op::kColumn[m] != m) return false;
+      }
+    }
+    return kColumns <= 5;
+  }
+  static_assert(fits());
+
   I first_four_{}, fifth_{};  // of all bits where a column is wanted
 
  public:

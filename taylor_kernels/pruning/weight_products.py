@@ -4,6 +4,11 @@ Code may multiply by a parameter of its own, as nn.MultiheadAttention does, by s
 mixture of experts does, or by the weight of a layer that it does not call. There is no module then
 whose output could be heard. Operations below functions show these, whatever wrote them
 (`x @ w`, einsum, `F.linear`, `F.conv2d`): a weight and its views have one memory.
+
+Not heard are products that add up what they multiply in one step (`torch.addbmm`, and `addmm` or
+`baddbmm` to more than a bias), `F.bilinear`, `torch._grouped_mm`, and products with tensors that a
+weight is put into beside others (`cat`, `stack`). What is wrong in front of those shows behind them
+or not at all.
 """
 
 from __future__ import annotations
@@ -14,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from taylor_kernels.tracing.memories import Memories
+from taylor_kernels.tracing.operations import memory_of
 
 _ATEN = torch.ops.aten
 
@@ -53,11 +61,14 @@ class WeightProducts(TorchDispatchMode):
     def __init__(self, weights: Mapping[str, Tensor], hear: Hear) -> None:
         super().__init__()
         self._hear = hear
-        self._names: dict[int, str] = {}
-        self._copies: list[Tensor] = []  # as long as they are there, no other has their memory
+        self._names: dict[int, str] = {}  # by the memory of weights and of their copies
+        self._memories = Memories()
         for name, weight in weights.items():
-            self._names.setdefault(_memory(weight), name)
-        self._names.pop(0, None)
+            self._know(weight, name)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._memories.release()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None
@@ -66,18 +77,21 @@ class WeightProducts(TorchDispatchMode):
         if func in _PRODUCTS:
             self._product(_PRODUCTS[func], args, out)
         elif func in _COPIES and isinstance(args[0], Tensor):
-            name = self._names.get(_memory(args[0]))
-            same = func in _TAKES or out.shape == args[0].shape
-            if name is not None and same and (memory := _memory(out)):
-                self._names.setdefault(memory, name)
-                self._copies.append(out)
+            name = self._names.get(memory_of(args[0]))
+            if name is not None and (func in _TAKES or out.shape == args[0].shape):
+                self._know(out, name)
         return out
+
+    def _know(self, tensor: Tensor, name: str) -> None:
+        memory = self._memories.hold(tensor)
+        if memory >= 0:  # others have none of their own to know them by
+            self._names.setdefault(memory, name)
 
     def _product(self, packet: Any, args: tuple, out: Tensor) -> None:
         if packet in _ADDING and args[0].dim() > 1:  # what is added need not be zero where masked
             return
         left, right = (args[place] for place in _OPERANDS[packet])
-        row, column = self._names.get(_memory(left)), self._names.get(_memory(right))
+        row, column = self._names.get(memory_of(left)), self._names.get(memory_of(right))
         if packet is _ATEN.convolution:
             if column is not None:
                 self._hear(column, out, (1 - right.dim(),))
@@ -87,8 +101,3 @@ class WeightProducts(TorchDispatchMode):
             self._hear(column, out, (-1,) if row is None else (-1, -2))
         elif row is not None:
             self._hear(row, out, (-2,))
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where a tensor's numbers lie; 0 where it has none of its own."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0

@@ -18,7 +18,7 @@ import numpy as np
 from taylor_kernels.tracing.cuts import Matched, Parts, Sets, match
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, settle
-from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Vector
 from taylor_kernels.tracing.shuffles import runs, shuffles
 
 
@@ -102,7 +102,7 @@ class Chooser:
         self.keeping: dict[tuple[int, int | None], int] = {}
         self._matched: dict[tuple[int, bytes], Sets] = {}
         self._known: dict[tuple[int, bytes, bytes], Matched] = {}
-        self._shrunk: dict[tuple[int, int], tuple[Vector, Vector]] = {}
+        self._shrunk: dict[tuple[int, int], tuple[Vector, Vector, Vector]] = {}
         settled = settle(grids, forest, why)
         self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
         self.family = self._families()
@@ -222,7 +222,10 @@ class Chooser:
                 bounds = tuple(range(0, table.cells.size + 1, table.axes[1].size))
                 rows.append(Parts(table.cells, bounds, self.reasons[kept]))
             elif number not in moved:
-                pairs.append(self._cells_of(number, live))
+                places, cells, alone = self._cells_of(number, live)
+                pairs.append((places, cells))
+                if alone.size:
+                    fixed.append((alone, self._number(Reason(MEETS_FIXED, *table.where))))
         if fixed:
             sizes = [atoms.size for atoms, _ in fixed]
             numbers = np.repeat([kept for _, kept in fixed], sizes)
@@ -242,15 +245,18 @@ class Chooser:
                 why = _spread(forest, why)
         return forest, why
 
-    def _cells_of(self, number: int, live: int) -> tuple[Vector, Vector]:
-        """What a table's cells are one with, and they, where it shrinks along this axis."""
+    def _cells_of(self, number: int, live: int) -> tuple[Vector, Vector, Vector]:
+        """What a table's cells are one with, and they, where it shrinks along this axis; and what
+        meets no atom there, as beside channels of the model's input, and so has to stay."""
         if (number, live) not in self._shrunk:
             table = self.tables[number]
             after = math.prod(axis.size for axis in table.axes[live + 1 :])
             axis = table.axes[live]
             cells = np.tile(axis.repeat(after), table.cells.size // (after * axis.size))
-            both = (cells != 0) & (table.cells != 0)
-            self._shrunk[number, live] = cells[both], table.cells[both]
+            one, other = cells != 0, table.cells != 0
+            both = one & other
+            alone = np.maximum(cells, table.cells)[one != other]
+            self._shrunk[number, live] = cells[both], table.cells[both], alone
         return self._shrunk[number, live]
 
     def _match(self, parts: Parts, forest: Forest, why: Vector) -> Vector:

@@ -142,6 +142,8 @@ def _runs_otherwise(recorder: Recorder, run: Run, new_recorder: Callable[..., Re
         run(other)
     except Exception:  # other code asks for values, or it does not run
         return True
+    if other.hollow is not None and (other.hollow.asked or other.hollow.kept):
+        return True  # it has gone on without values, or has kept what gets them in a run as it is
     more = other.kinds - recorder.kinds
     drawn = sum(more[name] for name in _DRAWS_OF_BRANCHES)
     return any(

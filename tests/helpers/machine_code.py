@@ -17,8 +17,11 @@ from typing import NamedTuple
 
 from tests.helpers import ROOT
 from tests.helpers.kept import included, kept
+from tests.helpers.samples import some
 
 SOURCES = ("filter_moments", "second_order_moments", "hutchinson_moments", "gate_gradients")
+#: Two parts of them that take about as long to compile.
+PARTS = (SOURCES[:1], SOURCES[1:])
 X86 = platform.machine() in ("x86_64", "AMD64")
 #: Where an editable install compiles (setup.py).
 BUILD = ROOT / "build" / "cmake"
@@ -72,6 +75,19 @@ class Loop(NamedTuple):
         return "\n".join(f"{i.name} {i.operands}" for i in self.instructions)
 
 
+def crossed(isa: str) -> bool:
+    """Whether it takes a cross compiler, and an emulator to run."""
+    return isa == "neon" and X86
+
+
+def sources_of(isa: str) -> tuple[str, ...]:
+    """Those that this run reads the code of, for a set: the package's own build has compiled all
+    of them, but a cross compiler takes a minute, and has one part to do."""
+    if not crossed(isa):
+        return SOURCES
+    return tuple(stem for part in some(PARTS, 1) for stem in part)
+
+
 def compile_commands(isa: str) -> dict[str, tuple[Path, list[str]]]:
     """The stem of a source -> the object that CMake makes of it for a set, and how."""
     found = json.loads((BUILD / "compile_commands.json").read_text())
@@ -107,10 +123,10 @@ def _cmake(*arguments: object) -> None:
     _run([cmake, *arguments], PATH=path)
 
 
-def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
-    """Objects of these sources: those of the package's own build, compiled if they are not up to
-    date, or what a cross compiler made of them (`kept`)."""
-    cross = isa == "neon" and X86
+def compiled(isa: str) -> dict[str, Path]:
+    """Objects of `sources_of` a set: those of the package's own build, compiled if they are not up
+    to date, or what a cross compiler made of them (`kept`)."""
+    stems, cross = sources_of(isa), crossed(isa)
     jobs = compile_commands("baseline" if cross else isa)
     if not cross:
         objects = {stem: jobs[stem][0] for stem in stems}
@@ -133,7 +149,7 @@ def compiled(isa: str, stems: Sequence[str] = SOURCES) -> dict[str, Path]:
     version = _run([compiler, "--version"])
     all_words = (version, *(word for words in commands.values() for word in words))
     files = included(*(Path(words[-1]) for words in commands.values()))
-    folder = kept(f"kernels-{isa}", files, all_words, build)
+    folder = kept("-".join(("kernels", isa, *stems)), files, all_words, build)
     return {stem: folder / f"{stem}.o" for stem in stems}
 
 
@@ -152,11 +168,12 @@ def program(
     objects: Mapping[str, Path], isa: str, main: Path, instructions: Sequence[str] = ()
 ) -> Path:
     """A program of these kernels and a main(), which may use these instructions (`flags`); `kept`
-    while all of it is the same."""
-    cross = isa == "neon" and X86
+    while all of it is the same. The macro TK_HAS_... says of each kernel that it is there."""
+    cross = crossed(isa)
     compiler = f"{ARM64}g++" if cross else "g++"
     options = ["-std=c++20", "-O1", "-Wno-psabi", "-pthread", *(["-static"] if cross else [])]
-    words = [compiler, *options, *instructions, f"-DTK_ISA={isa}", "-I", ROOT / "csrc"]
+    defines = (f"-DTK_ISA={isa}", *(f"-DTK_HAS_{stem}" for stem in objects))
+    words = [compiler, *options, *instructions, *defines, "-I", ROOT / "csrc"]
     sources = [main, ROOT / "csrc/cpu/parallel.cpp"]
 
     def link(folder: Path) -> None:
@@ -164,12 +181,12 @@ def program(
 
     files = included(*sources).union(objects.values())
     all_words = (_run([compiler, "--version"]), *words)
-    return kept(f"{main.stem}-{isa}", files, all_words, link) / main.stem
+    return kept("-".join((main.stem, isa, *objects)), files, all_words, link) / main.stem
 
 
 def inner_loops(object_file: Path, isa: str) -> Iterator[Loop]:
     """The inner loops of the functions of LOOPS."""
-    tool = f"{ARM64}objdump" if isa == "neon" and X86 else "objdump"
+    tool = f"{ARM64}objdump" if crossed(isa) else "objdump"
     text = _run([tool, "-dC", "--no-show-raw-insn", object_file])
     for function, body in _functions(text):
         if not re.search(rf"\b({'|'.join(LOOPS)})<", function):

@@ -3,7 +3,9 @@
 `@pytest.mark.sample` stands on tests of which a whole product of parameters is too long to run each
 time, and whose code takes the parameters' values apart from each other. Of its cases a run draws
 some, so that each value of each parameter is among them; with `@pytest.mark.sample(20)` it draws
-twenty at least. Another run draws others.
+twenty at least, and with `@pytest.mark.sample(20, covering=False)` twenty, whatever their values:
+where each takes long, and what differs between them is tested elsewhere too. Another run draws
+others. The mark may stand on some of a test's cases alone: the others always run.
 
 The environment variable TAYLOR_KERNELS_SAMPLE is the number that a run says it drew by, to draw the
 same again, or `all`, to run every case. A case that is named on the command line runs.
@@ -50,17 +52,18 @@ def left_out(items: Iterable[pytest.Item], arguments: Iterable[str]) -> list[pyt
         mark = cases[0].get_closest_marker("sample")
         assert mark is not None
         draw = random.Random(f"{choose()} {function}")
-        kept = {id(case) for case in drawn(cases, *mark.args, draw=draw)}
+        kept = {id(case) for case in drawn(cases, *mark.args, **mark.kwargs, draw=draw)}
         out += [case for case in cases if id(case) not in kept]
     return out
 
 
 def drawn(
-    cases: Sequence[pytest.Item], least: int = 0, *, draw: random.Random
+    cases: Sequence[pytest.Item], least: int = 0, *, covering: bool = True, draw: random.Random
 ) -> list[pytest.Item]:
-    """Cases with each value that is among them, `least` of them at least if there are so many."""
+    """`least` cases at least if there are so many, and if `covering` each value that is among
+    them."""
     ahead = draw.sample(cases, len(cases))
-    values = {id(case): _values(case) for case in ahead}
+    values = {id(case): _values(case) if covering else set() for case in ahead}
     missing = set().union(*values.values())
     kept: list[pytest.Item] = []
     while ahead and (missing or len(kept) < least):
@@ -80,8 +83,9 @@ def _values(case: pytest.Item) -> set[tuple[str, object]]:
 
 
 def _key(value: object) -> object:
+    shown = repr(value)  # beside it, as 0 is False for Python
     try:
         hash(value)
     except TypeError:
-        return repr(value)
-    return value
+        return shown
+    return shown, value

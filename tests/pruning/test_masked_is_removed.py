@@ -63,7 +63,6 @@ def test_outputs_are_the_same(name, mode):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.sample(12)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["resnet", "vgg", "mobilenet", "unet_grouped", "odd", "resnext"])
 def test_training_goes_on_without_a_jump(name, optimizer):
@@ -148,6 +147,30 @@ def test_masks_stay_off_whatever_the_optimizer_does(known):
         for parameter in optim.state:
             kept = (parameter != 0) | (optim.state[parameter]["momentum_buffer"] == 0)
             assert kept.all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_that_nobody_zeroes_moves_nothing_behind_a_step(nesterov):
+    """The pruner is not told of the optimizer, whose momentum pushes masked entries on."""
+    model, inputs = zoo.build("resnet", torch.float64)
+    optim = torch.optim.SGD(model.parameters(), 0.1, momentum=0.95, nesterov=nesterov)
+    pruner = Pruner(model, inputs, params=0.5, every=4, per_step=0.9)
+    while not pruner.done:
+        train(model, optim, zoo.fresh(inputs), pruner)
+    parameters = dict(model.named_parameters())
+    entries = [
+        (parameters[name], dim, index)
+        for name, dim, index, _ in masked_entries(pruner)
+        if name in parameters
+    ]
+    pushing = 0
+    for _ in range(3):
+        train(model, optim, zoo.fresh(inputs), pruner)
+        for parameter, dim, index in entries:  # right behind the step, with no pass between
+            assert not parameter.index_select(dim, index).any()
+            momentum = optim.state[parameter]["momentum_buffer"]
+            pushing += bool(momentum.index_select(dim, index).any())
+    assert pushing > len(entries)
 
 
 def test_masked_gradients_are_zero_though_activations_are_not():

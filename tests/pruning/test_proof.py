@@ -55,7 +55,6 @@ BOUNDARIES = {
 }
 
 
-@pytest.mark.sample(12)
 @pytest.mark.parametrize("width", [8, 9, 12, 15])
 @pytest.mark.parametrize("name", BOUNDARIES)
 def test_code_that_parts_channels_by_their_number(name, width):

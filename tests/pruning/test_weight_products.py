@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
+from taylor_kernels.pruning.weight_products import WeightProducts
 
 #: Products of rows [n, width] with a weight [outputs, width].
 PRODUCTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -37,7 +39,7 @@ class Behind(nn.Module):
         self.first, self.middle, self.product = nn.Linear(5, width), middle, product
         self.weight, self.bias = nn.Parameter(torch.randn(6, width)), nn.Parameter(torch.randn(6))
         self.layer = nn.Linear(width, 6)
-        self.out = nn.Parameter(torch.randn(6 if product in PRODUCTS.values() else width, 3))
+        self.out = nn.Parameter(torch.randn(width if isinstance(product, nn.Module) else 6, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.middle(self.first(x))
@@ -75,3 +77,33 @@ def test_a_product_shows_what_is_wrong_in_front_of_it(name, wrong):
             assert "has nothing to prune" in str(error)  # noqa: PT017 - attention has no other group
             offered = set()
         assert ("first" in offered) == sound
+
+
+def test_copies_of_weights_are_given_up_as_code_does():
+    """A proof's run takes no more memory than the model's own, and heard copies are told from what
+    comes into their memory."""
+    copies: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def steps(self: nn.Module, h: Tensor) -> Tensor:
+        for scale in (0.5, 0.25, 2.0, 3.0):
+            scaled = self.weight * scale
+            copies.append(weakref.ref(scaled))
+            y = h @ scaled.T
+            alive.append(sum(ref() is not None for ref in copies))
+            del scaled
+        return y
+
+    tk.Pruner(Behind(8, torch.tanh, steps), torch.randn(4, 5), "magnitude_l2", filters=0.8)
+    assert len(alive) > 4
+    assert set(alive) == {1}
+
+    heard: list[str] = []
+    weight, x = torch.randn(300, 300), torch.randn(2, 300)
+    with WeightProducts({"weight": weight}, lambda name, *_: heard.append(name)):
+        for count in range(1, 6):
+            x @ (weight * 0.5)
+            assert len(heard) == count
+            for _ in range(3):
+                x @ torch.ones(300, 300).mul_(2)
+            assert len(heard) == count

@@ -197,6 +197,28 @@ def test_a_pass_after_one_that_was_stopped_inside(error, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def test_another_scored_model_that_runs_inside_takes_nothing_away():
+    """What its pass finds running is no pass of its own that was stopped."""
+    model, (x, target) = Net("self", True, False).double(), data()
+    other, (x_other, _) = Net("self", True, False).double(), data()
+    name = first_weight(model)
+    imp = tk.Importance(model, "taylor_fo_bn", layers=[name], example_inputs=x[:2])
+    inner = tk.Importance(other, "taylor_fo_bn", layers=[name], example_inputs=x[:2])
+
+    def run_other(*_: object) -> None:
+        other(x_other)
+
+    attention = model.get_submodule(name.rpartition(".")[0])
+    handle = attention.register_forward_pre_hook(run_other)
+    loss(model, x, target).backward()
+    handle.remove()
+    imp.update()
+    inner.skip()
+    assert not _get_current_function_mode_stack()
+    expected = slopes(model, x, target).sum(0).square().float()
+    torch.testing.assert_close(of_heads(imp.compute()[name]), expected, rtol=1e-5, atol=0)
+
+
 def test_another_thread_in_the_same_attention_takes_nothing_away(monkeypatch):
     """It runs without a graph while the pass that is scored is inside."""
     model, (x, target) = Net("self", True, False).double(), data()

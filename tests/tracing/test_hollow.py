@@ -257,6 +257,33 @@ def test_what_code_keeps_of_a_run_holds_values(where):
             torch.testing.assert_close(table["last"], model[:3].eval()(x))
 
 
+class Remembering(nn.Module):
+    """In train mode it keeps what it is given, or its mean, out of a trace's sight; the same
+    operations run as in eval mode."""
+
+    def __init__(self, keep) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean()
+        if self.training:
+            self.keep(x, mean)
+        return x + mean
+
+
+@pytest.mark.parametrize("what", ["input", "mean"])
+def test_what_code_keeps_in_train_mode_alone_holds_values(what):
+    table: dict[str, Tensor] = {}
+    middle = Remembering(lambda x, mean: table.update(last=x if what == "input" else mean))
+    model, x = network(middle), torch.randn(2, 3, SIDE, SIDE)
+    assert hollow.can_be_hollow(model.modules())
+    trace(model, x)
+    with torch.no_grad():
+        expected = model[:3].eval()(x)
+    torch.testing.assert_close(table["last"], expected if what == "input" else expected.mean())
+
+
 def test_hooks_see_values():
     model, seen = network(nn.Identity()), []
     x = torch.randn(2, 3, SIDE, SIDE)

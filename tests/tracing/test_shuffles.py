@@ -104,6 +104,24 @@ def test_a_grid_that_is_used_keeps_its_rows(kind, groups):
     assert not faults(model, inputs, trace(model, inputs))
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_shuffle_with_channels_of_the_input_moves_those_too(groups, first):
+    """They cannot go, wherever they lie behind it, nor can what is as wide as the grid of them."""
+    width = groups * random.randint(3, 6)
+
+    def beside(self: nn.Module, x: Tensor) -> Tensor:
+        y = torch.cat([x, self.layer(x)] if first else [self.layer(x), x], 1)
+        return shuffle(groups)(self, y)
+
+    model = nn.Sequential(
+        Apply(beside, layer=nn.Conv2d(3, width - 3, 1)),
+        nn.Conv2d(width, width, 3, padding=1, groups=width), nn.Conv2d(width, 2, 1),
+    )  # fmt: skip
+    inputs = torch.randn(1, 3, 4, 4)
+    assert not faults(model, inputs, trace(model, inputs))
+
+
 def test_rows_of_groups_go_in_equal_numbers():
     """Groups of 9 rows beside 3 channels of another layer, read in groups of 10.
 

@@ -13,8 +13,16 @@ from tests.zoo.networks import NETWORKS, OTHERS
 
 pytestmark = pytest.mark.long
 
+#: Language models are small here. Of the others, which take seconds each, a run draws half.
+LARGE = [name for name, network in NETWORKS.items() if network.package != "transformers"]
+HALF = pytest.mark.sample(len(LARGE) // 2, covering=False)
 
-@pytest.mark.parametrize("network", [*NETWORKS, *OTHERS], indirect=True)
+
+@pytest.mark.parametrize(
+    "network",
+    [pytest.param(name, marks=[HALF] if name in LARGE else []) for name in [*NETWORKS, *OTHERS]],
+    indirect=True,
+)
 def test_it_is_pruned_to_the_target_and_trains_on(network):
     model, inputs = network.built()
     pruner, optimizer = judging.new_pruner(model, inputs, network.params, read=network.outputs)

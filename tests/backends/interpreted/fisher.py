@@ -65,9 +65,11 @@ def test_long_sums_of_one_sign_keep_their_precision(dtype: torch.dtype, width: i
     assert ((got.double() - reference) / (EPS32 * bound)).square().mean() < 6**2
 
 
+@pytest.mark.sample(len(FISHER_CASES) // 2, covering=False)
 @pytest.mark.parametrize("at", range(len(FISHER_CASES)), ids=lambda i: FISHER_CASES[i].name)
 def test_fisher(at: int) -> None:
-    """With a weight or without in turns: what is read does not depend on it."""
+    """With a weight or without in turns: what is read does not depend on it. The emulated kernels
+    in CUDA take the same shapes, and test_fisher_of_any_geometry takes others."""
     case = FISHER_CASES[at]
     x, dy, weight = random_fisher_inputs(case, DTYPES[at % len(DTYPES)])
     scaled = weight if at // 2 % 2 else None

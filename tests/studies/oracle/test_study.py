@@ -158,7 +158,8 @@ def test_what_is_kept_reaches_the_targets():
         assert imread(ROOT / study.KEPT / name)[..., :3].std() > 0.02
 
 
-#: Curves of fewer points, of which each takes a training per criterion, and per draw of `random`.
+#: Fewer points of curves, at each of which every criterion scores and trains once more, and fewer
+#: draws of `random`, whose curve in one shot is the mean of theirs.
 FEWER_POINTS = """
 from dataclasses import replace
 from taylor_kernels.studies.oracle import pruning_curves, settings
