@@ -140,3 +140,8 @@ class Criterion:
                 f"a table of shape {tuple(table.shape)}; expected one number per filter"
             )
         return scores if per_example else scores[:, None]
+
+    def minibatch_scores(self, table: Tensor) -> Tensor:
+        """[F] the mean of its observations; 0 of a minibatch without an example."""
+        scores = self.observations(table)
+        return scores.mean(1) if scores.size(1) else scores.sum(1)

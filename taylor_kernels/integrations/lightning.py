@@ -140,6 +140,9 @@ class PruningCallback(Callback):
         assert pruner is not None
         if not any(optimizer is one for one in as_list(pruner.optimizer)):
             return
+        if all(parameter.grad is None for parameter in pruner.model.parameters()):
+            pruner.skip()  # training_step() has left all batches of this step out
+            return
         if record := self._trained.step():
             for logger in trainer.loggers:
                 logger.log_metrics(scalars(record), step=trainer.global_step)

@@ -150,7 +150,7 @@ class BlockScores:
         scores: dict[int, Tensor] = {}
         if self.at_gates:
             for number, table in gates.items():
-                scores[number] = self._criterion.observations(table).mean()
+                scores[number] = self._criterion.minibatch_scores(table)[0]
         else:
             of_layers = self._of_filters(tables)
             for number in self.left:
@@ -185,7 +185,7 @@ class BlockScores:
         for width in sorted({table.size(1) for table in tables.values()}):
             same = {name: table for name, table in tables.items() if table.size(1) == width}
             rows = torch.cat(list(same.values()))
-            scores = self._criterion.observations(rows).mean(1)
+            scores = self._criterion.minibatch_scores(rows)
             found |= zip(same, scores.split([len(t) for t in same.values()]), strict=True)
         return {name: found[name] for name in tables}
 

@@ -230,6 +230,20 @@ class Network(Inventory):
                     "the model since; close() this pruner and make a new one"
                 )
 
+    def check_held(self, layers: Layers) -> None:
+        """The layers that are scored are those that the model has.
+
+        Raises:
+            RuntimeError: another module has taken the place of one.
+        """
+        now, bare = modules_by_name(self.model), self._whole.bare
+        moved = [n for n, layer in layers.items() if n not in bare and now.get(n) is not layer]
+        if moved:
+            raise RuntimeError(
+                f"model: {', '.join(moved)}: other modules have been put there since this pruner "
+                "was made, and the old ones are scored; close() it and make a new one after that"
+            )
+
     def close(self) -> None:
         """Take the hooks off the model, for good; masked blocks go on to add zeros."""
         self.in_use = False

@@ -18,10 +18,12 @@ def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: floa
         momentum: weight of the past in the moving average of scores.
 
     Raises:
-        RuntimeError: a score is not finite, and these minibatches are forgotten; or the targets are
-            out of reach. Nothing has been masked.
+        RuntimeError: a score is not finite, and these minibatches are forgotten; the targets are
+            out of reach; or layers of the model have been replaced. Nothing has been masked.
     """
     net.check_optimizer()
+    if minibatches.statistic is not None:
+        net.check_held(minibatches.statistic.layers)
     running, of_blocks = minibatches.scores, minibatches.blocks
     left = [net.blocks[number] for number in net.left]
     budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)

@@ -27,6 +27,7 @@ from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.resuming import Resumable
+from taylor_kernels.pruning.uninterrupted import uninterrupted
 from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted
@@ -252,7 +253,7 @@ class Pruner(Resumable):
 
         Training goes on as it would have masked, and so does pruning. Not between backward() and
         step(): what the backward pass left for scoring would be lost (between step() and
-        optimizer.step() it is fine).
+        optimizer.step() it is fine). Ctrl-C waits until all is cut.
 
         Returns:
             The model.
@@ -260,6 +261,7 @@ class Pruner(Resumable):
         with outside_inference_mode():
             self.sync()
             self.check_masks()
+        with outside_inference_mode(), uninterrupted():
             gone = self._network.compact()
             self._minibatches.scores.drop(gone, self._network.groups)
             self._minibatches.scores.regroup(self._network.groups, self._scored)

@@ -274,7 +274,7 @@ class UnitScores:
         padding = chosen[0].new_zeros(1, chosen[0].size(1))
         rows = torch.cat([*(table.to(device) for table in chosen), padding])
         index = run.rows.to(device)
-        return self._criterion.observations(self._coupled_rows(rows, index)).mean(1)
+        return self._criterion.minibatch_scores(self._coupled_rows(rows, index))
 
     def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:
         """[U, K] from the rows of each unit; the padding's are zero and come last."""

@@ -123,6 +123,7 @@ class Gates(_Gates):
         self._in_backward = self._in_backward or self._count() != self._seen
 
     def _begin_pass(self) -> None:
+        self._note_backward()
         super()._begin_pass()
         self._of_norms.add_up()
         self._add_packed(self._of_small())

@@ -179,6 +179,22 @@ def test_a_second_trainer_of_lightnings_goes_on_with_its_own_optimizer(tmp_path)
     assert set(second.optimizers[0].state) == set(module.parameters())
 
 
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])
+def test_steps_whose_batches_lightning_leaves_out_do_not_count(criterion, tmp_path, monkeypatch):
+    """training_step() returns None for a batch, or for all of a step."""
+    library("lightning")
+    kept = cross_entropy
+    counts = iter(range(1000))
+
+    def some(output: Tensor, labels: Tensor) -> Tensor | None:
+        return None if next(counts) in left_out else kept(output, labels)
+
+    monkeypatch.setattr(runs, "cross_entropy", some)
+    left_out = {0, 1, 3}  # the first step, and half of the second
+    _, _, callback = runs.lightning(tmp_path, max_epochs=1, pruning={"criterion": criterion})
+    assert callback.pruner.state_dict()["steps"] == 2  # of three in an epoch
+
+
 def test_a_model_that_accelerate_compiles(tmp_path):
     plain = trained("accelerate", tmp_path)
     forget_accelerator()

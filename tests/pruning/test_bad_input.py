@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 
 import pytest
@@ -142,6 +143,30 @@ def test_step_without_backward():
     with pytest.raises(RuntimeError, match=r"backward\(\)"):
         pruner.step()
     assert not pruner.history
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "obd_fisher", "magnitude_l2"])
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.filterwarnings("ignore:.*not called in any pass")
+def test_a_layer_that_is_replaced_is_an_error_at_the_next_pruning(criterion, late):
+    """Else the old one would be scored, without a gradient, and the new one lose its filters."""
+    model, inputs = zoo.build("mlp")
+    pruner = Pruner(model, inputs, criterion, params=0.5, every=1, per_step=1)
+
+    def step():
+        model.zero_grad()
+        zoo.loss(model, inputs).backward()
+        pruner.step()
+
+    if late:
+        step()
+    prunings = len(pruner.history)
+    name = random.choice(list(pruner.widths))
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, copy.deepcopy(model.get_submodule(name)))
+    with pytest.raises(RuntimeError, match=f"{name}: other modules have been put there"):
+        step()
+    assert len(pruner.history) == prunings
 
 
 def test_lbfgs_is_refused():

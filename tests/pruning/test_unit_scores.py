@@ -120,6 +120,40 @@ def test_per_example_scores_and_layers_with_other_batches():
     assert set(pruner.widths) == {"a", "b", "c"}
 
 
+class Residual(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.inside = torch.nn.Sequential(
+            torch.nn.Linear(width, 2 * width), torch.nn.ReLU(), torch.nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x):
+        return x + self.inside(x)
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate", "obd_fisher"])
+def test_a_minibatch_without_an_example_counts_as_zeros(criterion):
+    """Of filters, and of blocks."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 6), Residual(6), torch.nn.Linear(6, 2)).double()
+    batch = torch.randn(5, 3, dtype=torch.float64)
+    found = []
+    for sizes in ([5, 5], [5, 0], [0, 5]):
+        blocks = criterion != "obd_fisher"
+        made = copy.deepcopy(model)
+        pruner = Pruner(made, batch, criterion, params=0.9, every=2, per_step=1, blocks=blocks)
+        for size in sizes:
+            made.zero_grad()
+            made(batch[:size]).square().sum().backward()
+            pruner.step()
+        assert pruner.history
+        found.append(pruner.scores())
+        pruner.close()
+    for scores in found[1:]:
+        for name, expected in found[0].items():
+            torch.testing.assert_close(scores[name], expected / 2, equal_nan=True)
+
+
 def test_one_group_of_many_layers_does_not_widen_what_is_gathered_of_all():
     """Twenty layers make eight units of a stream, one has 4096 units of a filter each."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.shards import local_part
 from taylor_kernels.statistics.base import Closure, Statistic
+from taylor_kernels.statistics.hooks.cleared import Cleared
 from taylor_kernels.statistics.hooks.products import leave_interrupted
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, AT_PRODUCT, ELSEWHERE
 from taylor_kernels.statistics.layers import held_weight
@@ -50,6 +51,8 @@ class WatchesPasses(Statistic):
         self._close = weakref.finalize(self, remove_all, self._handles)
         self._pass = 0
         self._in_backward = False
+        self._forgotten = True  # what the last backward pass has left, if there was one
+        self._cleared = Cleared(self.model)
         self._unreached: set[str] = set()
         self._called: set[str] = set()
         self._warned = False
@@ -59,6 +62,7 @@ class WatchesPasses(Statistic):
         try:
             tables = self._tables(closure)
             self.unread = self._unread_layers()
+            self._cleared.check()
         finally:
             self.discard()
         self.updates += 1
@@ -91,6 +95,8 @@ class WatchesPasses(Statistic):
 
     def discard(self) -> None:
         self._unreached.clear()
+        self._forgotten = True
+        self._cleared.forget()
 
     def close(self) -> None:
         self._close()
@@ -178,8 +184,10 @@ class WatchesPasses(Statistic):
         self._begin_pass()
 
     def _begin_pass(self) -> None:
+        if self._in_backward and not self._forgotten and self.reads != "closure":
+            self._cleared.note()
         self._pass += 1
-        self._in_backward = False
+        self._in_backward = self._forgotten = False
 
     def _on_call(self) -> None:
         """To be called first when a layer has run."""
