@@ -56,8 +56,8 @@ def providers(count: int) -> list[Provider]:
         Provider(TOUCH, lambda: [*map(Tensor.is_neg, weights), *map(Tensor.is_neg, grads)]),
     ]
     if _native is not None and plans_calls:
-        _, plan = _native.call_filter_moments(
-            weights, grads, None, 1, None, True, False, len(tk.MOMENTS), 0, 2**32 - 1, 1
+        plan, *_ = _native.call_filter_moments(  # on no threads: it is left to run
+            weights, grads, None, 1, None, True, False, len(tk.MOMENTS), 0, 2**32 - 1, 0, True
         )
         plan.set_tables(packed, None, packed[0].nbytes)
         kernel: Callable[[], None] = lambda: _native.filter_moments_cpu(plan, 1)  # noqa: E731

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
+#include <utility>
 
 #include "bindings/records.h"
 
@@ -65,8 +66,13 @@ bool LibTorch::find(const std::string& module) {
   set_code(dtypes_[static_cast<int>(DType::f16)], "aoti_torch_dtype_float16");
   set_code(dtypes_[static_cast<int>(DType::bf16)], "aoti_torch_dtype_bfloat16");
   set_code(dtypes_[static_cast<int>(DType::f64)], "aoti_torch_dtype_float64");
+  const bool enough = found;
+  set(torch_.as_strided,  // at::native::as_strided_tensorimpl
+      "_ZN2at6native21as_strided_tensorimplERKNS_6TensorEN3c108ArrayRefIlEES6_St8optionalIlE");
+  set(torch_.take, "_Z16THPVariable_WrapON2at10TensorBaseE");  // THPVariable_Wrap of a temporary
+  takes_ = found;
   dlclose(library);  // as it was found: torch._C stays loaded
-  return found;
+  return enough;
 }
 
 // An at::Tensor is one word, the address of the TensorImpl that Tensor._cdata is told as a number.
@@ -105,9 +111,17 @@ bool LibTorch::makes() const {
       !same(made.tensor.attr("shape"), tuple_of(sizes, 2))) {
     return false;
   }
-  const py::object last = rows(made.tensor, seen->dims, 2, 1);
+  return splits(made);
+}
+
+// Whether the parts of a table of three rows are what they should be, and nothing but Python holds
+// them.
+bool LibTorch::splits(const Made& table) const {
+  const py::list parts = split(table.tensor, view(table.tensor)->dims, {2, 1});
+  const py::object last = parts[1];
   return sees(last) && same(last.attr("shape"), py::make_tuple(1, 2)) &&
-         data_of(last) == static_cast<double*>(made.data) + 4;
+         data_of(last) == static_cast<double*>(table.data) + 4 &&
+         same(last.attr("_use_count")(), table.tensor.attr("_use_count")());
 }
 
 bool LibTorch::connect(const std::string& module, const Python& python, const py::list& samples,
@@ -118,7 +132,12 @@ bool LibTorch::connect(const std::string& module, const Python& python, const py
   connected_ = true;
   for (const py::handle sample : samples) connected_ = connected_ && sees(sample);
   for (const py::handle sample : negated) connected_ = connected_ && !view(sample);
-  return connected_ = connected_ && makes();
+  // Both ways to split are tried, and the slower one is there for where the other gives less.
+  const bool takes = std::exchange(takes_, false);
+  connected_ = connected_ && makes();
+  takes_ = connected_ && takes;
+  takes_ = takes_ && makes();
+  return connected_;
 }
 
 bool LibTorch::read(PyObject* object, TensorView& found) const {
@@ -131,10 +150,12 @@ bool LibTorch::read(PyObject* object, TensorView& found) const {
   int32_t layout, device_type, dtype;
   if (torch_.layout(tensor, &layout) || layout != strided_ ||
       torch_.device_type(tensor, &device_type) || (device_type != cpu_ && device_type != cuda_) ||
-      torch_.device_index(tensor, &found.device_index) || torch_.dtype(tensor, &dtype) ||
-      torch_.is_neg(tensor)) {
+      torch_.dtype(tensor, &dtype) || torch_.is_neg(tensor)) {
     return false;
   }
+  found.on_gpu = device_type == cuda_;
+  found.device_index = 0;
+  if (found.on_gpu && torch_.device_index(tensor, &found.device_index)) return false;
   int known = 0;
   while (known < 4 && dtypes_[known] != dtype) ++known;
   int64_t count;
@@ -146,8 +167,6 @@ bool LibTorch::read(PyObject* object, TensorView& found) const {
   }
   dims.count = static_cast<int>(count);
   found.dtype = static_cast<DType>(known);
-  found.on_gpu = device_type == cuda_;
-  if (!found.on_gpu) found.device_index = 0;
   return dims.elements() > 0;
 }
 
@@ -175,16 +194,37 @@ Made LibTorch::empty(int count, const int64_t* sizes, DType dtype) const {
   return {std::move(filled), data};
 }
 
-py::object LibTorch::rows(py::handle tensor, const Dims& dims, int64_t first, int64_t count) const {
+py::object LibTorch::part(Handle table, Sizes sizes, Sizes strides, int64_t offset) const {
+  if (takes_) {
+    Returned made = torch_.as_strided(table, sizes, strides, offset);
+    PyObject* const taken = torch_.take(&made);
+    if (!taken) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(taken);
+  }
   Handle made;
-  int64_t sizes[kMostDims];
-  std::copy_n(dims.size, dims.count, sizes);
-  sizes[0] = count;
-  if (torch_.alias(handle_of(tensor.ptr()), dims.count, sizes, dims.stride, first * dims.stride[0],
+  if (torch_.alias(table, static_cast<int64_t>(sizes.count), sizes.first, strides.first, offset,
                    &made) != 0) {
     throw std::runtime_error("PyTorch could not make a view of a table");
   }
   return to_python(made);
+}
+
+py::list LibTorch::split(py::handle table, const Dims& dims,
+                         const std::vector<int64_t>& rows) const {
+  py::list parts(rows.size());
+  const auto count = static_cast<size_t>(dims.count);
+  int64_t sizes[kMostDims];
+  std::copy_n(dims.size, count, sizes);
+  int64_t offset = 0;
+  Py_ssize_t place = 0;
+  for (const int64_t of_part : rows) {
+    sizes[0] = of_part;
+    PyList_SET_ITEM(
+        parts.ptr(), place++,
+        part(handle_of(table.ptr()), {sizes, count}, {dims.stride, count}, offset).release().ptr());
+    offset += of_part * dims.stride[0];
+  }
+  return parts;
 }
 
 void define_libtorch(py::module_& m) {

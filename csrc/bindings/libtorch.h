@@ -11,9 +11,11 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/tensor_view.h"
 
@@ -58,11 +60,22 @@ class LibTorch {
   // A new tensor of `count` dimensions on the CPU, without values.
   Made empty(int count, const int64_t* sizes, DType dtype) const;
 
-  // Rows [first, first + count) of a tensor, in its memory. Autograd knows nothing of the two.
-  py::object rows(py::handle tensor, const Dims& dims, int64_t first, int64_t count) const;
+  // The rows of a table, cut into parts of so many rows one after the other: tensors in its memory.
+  // Autograd knows nothing of the table and its parts.
+  py::list split(py::handle table, const Dims& dims, const std::vector<int64_t>& rows) const;
 
  private:
   using Handle = void*;  // the address of an at::Tensor
+  // An at::Tensor as functions return it. Its word is returned as that of a class with a destructor
+  // is, which is empty here: what holds a tensor is left to `take`.
+  struct Returned {
+    void* word;
+    ~Returned() {}
+  };
+  struct Sizes {  // an at::IntArrayRef
+    const int64_t* first;
+    size_t count;
+  };
   template <typename T>
   using Get = int (*)(Handle, T*);  // all of these return 0, or else the tensor has no such thing
 
@@ -78,16 +91,23 @@ class LibTorch {
     int (*destroy)(Handle);
     bool (*is_neg)(Handle);     // of C++, which passes a reference as an address
     PyObject* (*wrap)(Handle);  // likewise
+    // Of C++ too, and not there in every PyTorch: what `alias` and `wrap` do without memory for a
+    // handle. The second takes the tensor out of its place.
+    Returned (*as_strided)(Handle, Sizes sizes, Sizes strides, std::optional<int64_t> offset);
+    PyObject* (*take)(Returned*);
   };
 
   bool find(const std::string& module);
   bool find_handles(const py::list& samples);
   bool sees(py::handle sample) const;
   bool makes() const;
+  bool splits(const Made& table) const;
   Handle handle_of(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + handle_at_; }
   py::object to_python(Handle made) const;
+  py::object part(Handle table, Sizes sizes, Sizes strides, int64_t offset) const;
 
   bool connected_ = false;
+  bool takes_ = false;  // parts of tables are made by `as_strided` and `take`
   Functions torch_{};
   int32_t strided_, cpu_, cuda_, dtypes_[4];  // codes of PyTorch's; the dtypes as DType has them
   Python python_;

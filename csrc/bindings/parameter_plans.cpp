@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "bindings/plans.h"
 #include "common/ops.h"
@@ -47,21 +48,17 @@ void set_tables(ParameterList& call, void* row_table, void* col_table, int64_t b
 }
 
 // A table's parts along an axis, 0 by rows and 1 by columns: one for each parameter.
-py::list split(const Plan<ParameterList>& plan, py::object table, int axis) {
-  const auto& items = plan.call.items;
-  py::list parts(items.size());
-  const auto whole = items.size() > 1 ? libtorch.view(table) : std::nullopt;
-  if (!whole) {
-    parts[0] = std::move(table);
-    return parts;
+py::list split(const ParameterList& call, py::object table, int axis) {
+  if (call.items.size() > 1) {
+    if (const auto whole = libtorch.view(table)) {
+      std::vector<int64_t> rows;
+      rows.reserve(call.items.size());
+      for (const auto& item : call.items) rows.push_back(axis ? columns_of(item) : item.rows);
+      return libtorch.split(table, whole->dims, rows);
+    }
   }
-  int64_t first = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const int64_t count = axis ? columns_of(items[i]) : items[i].rows;
-    PyList_SET_ITEM(parts.ptr(), i,
-                    libtorch.rows(table, whole->dims, first, count).release().ptr());
-    first += count;
-  }
+  py::list parts(1);
+  parts[0] = std::move(table);
   return parts;
 }
 
@@ -155,29 +152,36 @@ struct Given {
   }
 };
 
+// Of a call with fewer elements Python's lock is not given up: to take it again costs as much as
+// the kernels do.
+constexpr int64_t kFewElements = 1 << 14;
+
 // The call of an op whose tables have `sums` columns, 0 for tables of one dimension. `chosen` are
-// the sums that are wanted, a bit each. It gives the table of each axis, in a list, and the plan,
-// which splits them; or the plan alone, whose sizes are how many filters all parameters have by
-// rows and by columns.
+// the sums that are wanted, a bit each. It gives the table of each axis, in a list, and, unless it
+// is to stay whole, the list of its parts, in another list; or a plan, which splits them, whose
+// sizes are how many filters all parameters have by rows and by columns.
 py::object call_parameters(void (*run)(const ParameterList&, int), py::handle weights,
                            py::handle grads, py::handle hvps, py::handle groups, py::handle streams,
                            bool rows, bool cols, int64_t sums, py::int_ seed, uint32_t chosen,
-                           int threads) {
+                           int threads, bool whole) {
   const Given given{own(weights),     own(grads),        own(hvps), Ints(groups, 1),
                     Ints(streams, 0), streams.is_none(), cols};
   if (!given.fits()) return py::none();
-  Plan<ParameterList> plan{{}, py::make_tuple(given.weights, given.grads, given.hvps)};
-  plan.call.items.resize(given.count());
-  int64_t filters[] = {0, 0};
+  ParameterList call;
+  call.items.resize(given.count());
+  int64_t filters[] = {0, 0}, elements = 0;
   TensorView first{};
   for (Py_ssize_t i = 0; i < given.count(); ++i) {
-    ParameterItem& item = plan.call.items[i];
+    ParameterItem& item = call.items[i];
     if (!given.read(i, first, item)) return py::none();
     filters[0] += item.rows;
     filters[1] += columns_of(item);
+    elements += item.rows * item.channels * item.kernel;
   }
   if (first.on_gpu || threads == 0) {
-    return handed_over(std::move(plan), first, py::make_tuple(filters[0], filters[1]));
+    py::tuple held = py::make_tuple(given.weights, given.grads, given.hvps);
+    return handed_over(Plan<ParameterList>{std::move(call), std::move(held)}, first,
+                       py::make_tuple(filters[0], filters[1]));
   }
   py::list found(rows + cols);
   void* tables[] = {nullptr, nullptr};
@@ -189,14 +193,18 @@ py::object call_parameters(void (*run)(const ParameterList&, int), py::handle we
     found[axis && rows] = std::move(table.tensor);
   }
   const int64_t bytes = std::max<int64_t>(sums, 1) * size_of(sums_of(first));
-  set_tables(plan.call, tables[0], tables[1], bytes);
-  plan.call.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());  // as a number of 64 bits
-  plan.call.sums = chosen;
+  set_tables(call, tables[0], tables[1], bytes);
+  call.seed = PyLong_AsUnsignedLongLongMask(seed.ptr());  // as a number of 64 bits
+  call.sums = chosen;
   {
-    const py::gil_scoped_release no_gil;
-    run(plan.call, threads);
+    std::optional<py::gil_scoped_release> no_gil;
+    if (elements >= kFewElements) no_gil.emplace();
+    run(call, threads);
   }
-  return py::make_tuple(std::move(found), py::cast(std::move(plan)));
+  if (whole) return py::make_tuple(std::move(found), py::none());
+  py::list parts(found.size());
+  for (size_t i = 0; i < found.size(); ++i) parts[i] = split(call, found[i], i || !rows);
+  return py::make_tuple(std::move(found), std::move(parts));
 }
 
 }  // namespace
@@ -208,13 +216,15 @@ void define_parameter_plans(py::module_& m) {
              const auto data = [](py::handle t) { return t.is_none() ? nullptr : data_of(t); };
              set_tables(plan.call, data(rows), data(cols), bytes);
            })
-      .def("split", &split);
+      .def("split", [](const Plan<ParameterList>& plan, py::object table, int axis) {
+        return split(plan.call, std::move(table), axis);
+      });
   const auto define = [&](const char* name, void (*run)(const ParameterList&, int)) {
     m.def(name, [run](py::handle weights, py::handle grads, py::handle hvps, py::handle groups,
                       py::handle streams, bool rows, bool cols, int64_t sums, py::int_ seed,
-                      uint32_t chosen, int threads) {
+                      uint32_t chosen, int threads, bool whole) {
       return call_parameters(run, weights, grads, hvps, groups, streams, rows, cols, sums, seed,
-                             chosen, threads);
+                             chosen, threads, whole);
     });
   };
   define("call_filter_moments", &filter_moments_cpu);

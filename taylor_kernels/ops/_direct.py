@@ -66,9 +66,10 @@ def packed_tables(
     draw: tuple[int, Sequence[int] | None] | None,
     chosen: int | None,
     backend: str | None,
-) -> tuple[list[Tensor], Any] | None:
-    """For each axis its packed table [filters, *sums]; and the plan of the call, which splits the
-    table of an axis into those of the parameters: split(table, axis).
+    whole: bool,
+) -> tuple[list[Tensor], list[list[Tensor]] | None] | None:
+    """For each axis its packed table [filters, *sums]; and, unless these are to stay whole, the
+    tables of the parameters, which are its parts.
 
     `others` are what belongs to the weights, by name. `draw` is the seed of an op that draws signs,
     and the tensors' streams. `chosen` are the sums that are wanted, a bit each, if not all.
@@ -94,10 +95,9 @@ def packed_tables(
         seed,
         _ALL if chosen is None else chosen,
         cpu_threads(backend),
+        whole,
     )
-    if called is None:
-        return None
-    if len(called) == 2:  # it ran, on the CPU
+    if called is None or len(called) == 2:  # it ran, on the CPU
         return called
     plan, on_gpu, index, wide, filters = called
     device, dtype = _place(on_gpu, index), _KINDS[wide]
@@ -112,7 +112,9 @@ def packed_tables(
     tables = [found[axis] for axis in axes]
     if chosen is not None:
         leave_out(tables, chosen)
-    return tables, plan
+    if whole:
+        return tables, None
+    return tables, [plan.split(table, axis) for axis, table in zip(axes, tables, strict=True)]
 
 
 def leave_out(tables: Sequence[Tensor], chosen: int) -> None:

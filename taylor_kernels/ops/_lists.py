@@ -101,19 +101,20 @@ def tables(
     if packed is not True and packed is not False:
         raise TypeError(f"packed: expected True or False, got {packed!r}")
     whole = packed or isinstance(weights, Tensor)
-    direct = packed_tables(op.name, op.sums, weights, others, groups, axes, draw, sums, backend)
+    direct = packed_tables(
+        op.name, op.sums, weights, others, groups, axes, draw, sums, backend, whole
+    )
     found: Sequence[Any]
     if direct is None:
         found = _through_the_dispatcher(
             op, weights, others, groups, axes, draw, sums, backend, finish, whole
         )
     else:
-        found, plan = direct
+        packed_ones, parts = direct
         if finish is not None:
-            for table in found:
+            for table in packed_ones:
                 finish(table)
-        if not whole:
-            found = [plan.split(table, axis) for axis, table in zip(axes, found, strict=True)]
+        found = packed_ones if parts is None else parts
     return found[0] if len(axes) == 1 else tuple(found)
 
 
