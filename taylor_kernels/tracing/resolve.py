@@ -9,9 +9,9 @@ from functools import reduce
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted, mixing
-from taylor_kernels.tracing.chains import find_shuffles, with_chains
 from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
+from taylor_kernels.tracing.find_chains import find_shuffles, with_chains
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, grids_of
 from taylor_kernels.tracing.norm_calls import CalledNorms, accepted_calls
@@ -41,7 +41,19 @@ class Resolved:
 
 def resolve(record: Record) -> Resolved:
     """Work out the classes."""
-    forest, lone = _joined(record)
+    forest = Forest(record.count)
+    lone = _join(record, forest)
+    # One attribute counts the same number wherever it is used.
+    firsts: dict[tuple[str, str], Size] = {}
+    pairs = []
+    sides = _Sides(record.tables, forest.label)
+    for size in counted(record.sizes, forest.label):
+        first = firsts.setdefault((size.module, size.attribute), size)
+        if sides.cross(first.atoms, size.atoms):
+            continue
+        both = (first.atoms != 0) & (size.atoms != 0)
+        pairs.append((first.atoms[both], size.atoms[both]))
+    forest.unite(pairs)
     grids = grids_of(record.tables)
     _close(record.tables, grids, forest)
     across = accepted(record.across, record.fixed, forest.label)
@@ -76,25 +88,11 @@ def one_by_one(record: Record) -> Record | None:
     """The record where channels that shuffles couple go one by one, as long as what is left may
     change places; None where there are none."""
     shuffles = find_shuffles(record)
-    return with_chains(record, shuffles, _joined(record)[0].label) if shuffles else None
-
-
-def _joined(record: Record) -> tuple[Forest, list[tuple[int, int, Vector, Reason]]]:
-    """What is one whatever becomes of reshapes; what met nothing, as of `_join`."""
+    if not shuffles:
+        return None
     forest = Forest(record.count)
-    lone = _join(record, forest)
-    # One attribute counts the same number wherever it is used.
-    firsts: dict[tuple[str, str], Size] = {}
-    pairs = []
-    sides = _Sides(record.tables, forest.label)
-    for size in counted(record.sizes, forest.label):
-        first = firsts.setdefault((size.module, size.attribute), size)
-        if sides.cross(first.atoms, size.atoms):
-            continue
-        both = (first.atoms != 0) & (size.atoms != 0)
-        pairs.append((first.atoms[both], size.atoms[both]))
-    forest.unite(pairs)
-    return forest, lone
+    _join(record, forest)
+    return with_chains(record, shuffles, forest.label, counted(record.sizes, forest.label))
 
 
 def _chosen(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from tests.tracing.parts import shuffle
 
 
 def branch(width: int, out: int, depth: int) -> nn.Sequential:
@@ -24,31 +24,64 @@ def branch(width: int, out: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+def _by_view(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+def _by_pairs(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, c // 2, 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+
+
+#: Ways to write a shuffle of two groups, or its inverse.
+SHUFFLES: list[Callable[[Tensor], Tensor]] = [
+    _by_view, _by_pairs, lambda x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2),
+    lambda x: nn.functional.channel_shuffle(x, 2), nn.ChannelShuffle(2),
+]  # fmt: skip
+#: Ways to write a cut in halves.
+CUTS: list[Callable[[Block, Tensor], Sequence[Tensor]]] = [
+    lambda self, x: x.chunk(2, 1),
+    lambda self, x: x.split(x.size(1) // 2, 1),
+    lambda self, x: (x[:, : x.size(1) // 2], x[:, x.size(1) // 2 :]),
+    lambda self, x: x.split([self.half, self.half], 1),
+    lambda self, x: (x[:, : self.half], x[:, self.half :]),
+]
+
+
 class Block(nn.Module):
     """One half passes, the other goes through a branch, and both are shuffled.
 
     Args:
         half: the width of a half.
+        way: how the cut and the shuffle are written.
         residual: the branch is added to what it reads.
         scaled: the branch's output is scaled, channel by channel, by a table that no state has.
     """
 
     def __init__(
-        self, half: int, depth: int, *, residual: bool = False, scaled: bool = False
+        self,
+        half: int,
+        depth: int,
+        way: tuple[int, int] = (0, 0),
+        *,
+        residual: bool = False,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
+        self.half, self.cut, self.shuffle = half, CUTS[way[0]], SHUFFLES[way[1]]
         self.body, self.residual = branch(half, half, depth), residual
         scale = torch.linspace(0.5, 1.5, half).view(-1, 1, 1) if scaled else None
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rest, mine = x.chunk(2, 1)
+        rest, mine = self.cut(self, x)
         made = self.body(mine)
         if self.scale is not None:
             made = made * self.scale
         if self.residual:
             made = made + mine
-        return shuffle(2)(self, torch.cat([rest, made.relu()], 1))
+        return self.shuffle(torch.cat([rest, made.relu()], 1))
 
 
 class First(nn.Module):
@@ -59,7 +92,7 @@ class First(nn.Module):
         self.one, self.other = branch(width, half, 1), branch(width, half, depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return shuffle(2)(self, torch.cat([self.one(x), self.other(x)], 1).relu())
+        return _by_view(torch.cat([self.one(x), self.other(x)], 1).relu())
 
 
 class Added(nn.Module):
@@ -102,7 +135,9 @@ def drawn_network(seed: int, *, residual: bool = False, scaled: bool = False) ->
         add = residual and stage == stages - 1
         for number in range(draw.randint(2, 8)):
             depth = draw.randint(1, 2)
-            parts.append(Block(half, depth, residual=add, scaled=scaled and number == 0))
+            way = draw.randrange(len(CUTS)), draw.randrange(len(SHUFFLES))
+            extra = scaled and number == 0
+            parts.append(Block(half, depth, way, residual=add, scaled=extra))
         width = 2 * half
         if between:
             parts.append(Added(width))
