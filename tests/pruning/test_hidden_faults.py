@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -79,6 +80,46 @@ def test_what_comes_behind_hides_no_fault(hiding, wrong):
             nn.ReLU(), nn.Linear(8, 6), Apply(lambda s, x: HIDING[hiding](x)),
         )  # fmt: skip
         assert offered(model, torch.randn(4, 5)) == layers
+
+
+def ramp(h: Tensor) -> Tensor:
+    """Numbers that follow each channel's place from behind, unseen by a trace."""
+    return torch.tensor([*range(h.size(1), 0, -1)]).view(-1, 1, 1).to(h)
+
+
+#: Wrong at few places of an image only.
+WRONG_IN_PLACES: dict[str, Callable[[Tensor], Tensor]] = {
+    "in a corner": lambda h: h + ramp(h) * (torch.arange(h[0, 0].numel()) < 1).view(h[0, 0].shape),
+    "in the middle row": lambda h: h * (
+        1 + ramp(h) * (torch.arange(h.size(2)) == h.size(2) // 2).view(-1, 1)
+    ),
+    "where it is great": lambda h: h + 0.1 * ramp(h) * (h > 2.5 * h.std()),
+    "by a thousandth": lambda h: h * (1 + 1e-3 * ramp(h)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+@pytest.mark.parametrize("wrong", WRONG_IN_PLACES)
+def test_what_is_left_of_an_image_shows_a_fault_at_few_of_its_places(wrong, size):
+    """Behind it most of what comes is cut off, and an average is taken."""
+    torch.manual_seed(random.randrange(2**31))
+    widths = [3, *(random.randint(6, 12) for _ in range(3))]
+    at, shift = random.randrange(3), random.uniform(0, 2.5)
+    layers: list[nn.Module] = []
+    for number, (one, other) in enumerate(pairwise(widths)):
+        layers.append(nn.Conv2d(one, other, 3, random.choice([1, 2, 2]), 1))
+        if number == at:
+            layers += [
+                Apply(lambda s, h: WRONG_IN_PLACES[wrong](h)),
+                Apply(lambda s, h: (h - shift * h.detach().std()).relu()),
+            ]
+        else:
+            layers.append(nn.ReLU())
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3)]
+    model = nn.Sequential(*layers)
+    convolutions = [name for name, layer in model.named_children() if type(layer) is nn.Conv2d]
+    right = {name for number, name in enumerate(convolutions) if number != at}
+    assert offered(model, torch.randn(1, 3, size, size)) == right
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -194,7 +235,7 @@ def test_few_rows_hide_no_literal_place(place):
             offered(model, torch.randn(2, 5))
 
 
-@pytest.mark.parametrize("shape", [(1, 7), (3, 5), (2, 4, 6), (2, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1, 7), (3, 5), (2, 4, 6), (2, 3, 8, 8), (1, 1, 8, 7)])
 def test_small_examples_are_repeated_with_all_that_goes_with_them(shape):
     x, names = torch.randn(shape), torch.arange(shape[0])
     more = repeated({"x": x, "names": names, "n": 3})
