@@ -22,12 +22,16 @@ _FEW = 16
 
 
 def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
-    """For each group the units of it that are removed in each step: [steps, U] bool."""
-    ranks: Counter[tuple[int, int]] = Counter()
+    """For each group the units of it that are removed in each step: [steps, U] bool.
+
+    Groups of one size are counted through; those of others begin elsewhere, since of a width and a
+    number of heads that become smaller in step code may work out the same quotient.
+    """
+    counted: Counter[int] = Counter()
     found = []
     for group in groups:
-        found.append(units_by_step(group, ranks[group.size, group.multiple]))
-        ranks[group.size, group.multiple] += 1
+        found.append(units_by_step(group, group.size + counted[group.size]))
+        counted[group.size] += 1
     return found
 
 
@@ -40,7 +44,7 @@ def units_by_step(group: Group, number: int) -> Tensor:
     since code may take the width of one for another's.
 
     Args:
-        number: of the group among those of its size.
+        number: another one for each group of its size.
     """
     drawn = random.Random(number)
     gone = torch.zeros(STEPS, group.size, dtype=torch.bool)
@@ -79,6 +83,7 @@ def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[i
         for one, two in combinations_with_replacement(counts, 2)
         if not odd or any(n and (n - last) % 2 for n in (one, two))
     ]
+    random.Random(last).shuffle(ways)
     return (*ways[(number + number // len(ways) ** 2) % len(ways)], last)
 
 
