@@ -83,7 +83,7 @@ def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[i
         for one, two in combinations_with_replacement(counts, 2)
         if not odd or any(n and (n - last) % 2 for n in (one, two))
     ]
-    random.Random(last).shuffle(ways)
+    random.Random(7 * last).shuffle(ways)  # one order of many
     return (*ways[(number + number // len(ways) ** 2) % len(ways)], last)
 
 
