@@ -18,19 +18,23 @@ STEPS = 3
 #: is greater, and over one nothing.
 _AT_WORK = 3
 #: Of so many counts or fewer, all ways to go from one to the next are known.
-_FEW = 16
+_FEW = 4
+#: Groups of as many units or fewer have so few counts.
+_HEADS = 5
 
 
 def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
     """For each group the units of it that are removed in each step: [steps, U] bool.
 
-    Groups of one size are counted through; those of others begin elsewhere, since of a width and a
-    number of heads that become smaller in step code may work out the same quotient.
+    Of few units those of one size are counted through; those of others begin elsewhere, since of a
+    width and a number of heads that become smaller in step code may work out the same quotient.
     """
     counted: Counter[int] = Counter()
     found = []
-    for group in groups:
-        found.append(units_by_step(group, group.size + counted[group.size]))
+    for number, group in enumerate(groups):
+        few = group.size <= _HEADS
+        own = group.size + counted[group.size] if few else number
+        found.append(units_by_step(group, own))
         counted[group.size] += 1
     return found
 
