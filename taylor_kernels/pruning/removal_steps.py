@@ -19,17 +19,25 @@ STEPS = 3
 #: is greater, and over one nothing.
 _AT_WORK = 3
 #: Of so many counts or fewer, all ways to go from one to the next are known.
-_FEW = 16
+_FEW = 4
+#: Groups of as many units or fewer have so few counts.
+_HEADS = 5
 
 
 def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
     """For each group the units of it that are removed in each step: [steps, U] bool. Those of a
-    stage go in step with each other."""
-    ranks: Counter[tuple[int, int]] = Counter()
+    stage go in step with each other.
+
+    Of few units those of one size are counted through; those of others begin elsewhere, since of a
+    width and a number of heads that become smaller in step code may work out the same quotient.
+    """
+    counted: Counter[int] = Counter()
     found = []
-    for group in groups:
-        found.append(units_by_step(group, ranks[group.size, group.multiple]))
-        ranks[group.size, group.multiple] += 1
+    for number, group in enumerate(groups):
+        few = group.size <= _HEADS
+        own = group.size + counted[group.size] if few else number
+        found.append(units_by_step(group, own))
+        counted[group.size] += 1
     for schedule, numbers in members(groups):
         steps = schedule.steps()
         sizes = steps.sum(1)
@@ -51,7 +59,7 @@ def units_by_step(group: Group, number: int) -> Tensor:
     since code may take the width of one for another's.
 
     Args:
-        number: of the group among those of its size.
+        number: another one for each group of its size.
     """
     drawn = random.Random(number)
     if not (first := group.next_to_go(group.size)):
@@ -96,6 +104,7 @@ def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[i
         for one, two in combinations_with_replacement(counts, 2)
         if not odd or any(n and (n - last) % 2 for n in (one, two))
     ]
+    random.Random(7 * last).shuffle(ways)  # one order of many
     return (*ways[(number + number // len(ways) ** 2) % len(ways)], last)
 
 

@@ -77,6 +77,7 @@ class Trial(MaskedRuns):
         try:
             _, tensors, expected = begun or self._run_masked(channels, steps, blocks)
         except Exception as error:
+            self.place = innermost_module(error, self._modules)
             return f"the model does not run with {some} at zero ({short(error)})"
         for step in range(len(steps[0]) if steps else 1):
             try:

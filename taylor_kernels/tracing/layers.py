@@ -94,7 +94,8 @@ def _fits(
     label: Vector,
 ) -> bool:
     """Whether a product that belongs to a layer is by its weight, or by one beside it, and not of
-    two parts of an update of low rank (LoRA) that the layer adds to its weight."""
+    two parts of an update of low rank (LoRA) that the layer adds to its weight, nor one by which a
+    parametrization works the weight out (`orthogonal`)."""
     if not isinstance(module, (nn.Linear, _ConvNd)):
         return True
     if bare is not None:
@@ -102,9 +103,18 @@ def _fits(
         return read is None or not np.array_equal(label[product.outputs], read)
     own = product.weight.removeprefix(f"{product.module}.").removeprefix("parametrizations.")
     sizes = product.inputs.size, product.outputs.size
+    if own in ("weight", "weight_v", "weight_orig"):  # the last two are those of old hooks
+        return True
     if isinstance(module, nn.Linear):
-        return own.startswith("weight") or sizes == (module.in_features, module.out_features)
-    return own.startswith("weight") or sizes == (module.in_channels, module.out_channels)
+        return sizes == (module.in_features, module.out_features)
+    return sizes in _sizes_of(module)
+
+
+def _sizes_of(module: _ConvNd) -> set[tuple[int, int]]:
+    """How many inputs and outputs a convolution's product may be of: of all groups, or of each."""
+    whole, groups = (module.in_channels, module.out_channels), module.groups
+    each = module.in_channels // groups, module.out_channels // groups
+    return {whole, (each[0], whole[1]), (whole[0], each[1])}
 
 
 def _input_dims(

@@ -106,7 +106,7 @@ def _doubt(echo: Echo, label: Vector, counting: Collection[tuple[str, bytes]]) -
 
 def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[str]) -> list[Size]:
     """Attributes of these modules that hold the width that a layer of theirs reads, or the first
-    layer in a module of theirs."""
+    layer in a module of theirs, or that they normalise."""
     known = {(size.module, size.attribute) for size in record.sizes if not size.weak}
     found: dict[tuple[str, str], Size] = {}
     begun: set[str] = set()
@@ -122,4 +122,10 @@ def _compared(record: Record, modules: Mapping[str, nn.Module], at: Collection[s
                 if (module, attribute) not in known and _INPUTS.search(attribute):
                     size = Size(module, attribute, product.inputs, False)
                     found.setdefault((module, attribute), size)
+    for call in record.across:
+        channels = call.vectors[0]
+        for attribute in holding(modules[call.module], channels.size) if call.module in at else ():
+            if (call.module, attribute) not in known and _INPUTS.search(attribute):
+                size = Size(call.module, attribute, channels, False)
+                found.setdefault((call.module, attribute), size)
     return list(found.values())

@@ -43,7 +43,7 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
 
 
 @pytest.mark.parametrize("apart", range(1, 5))
-@pytest.mark.parametrize("heads", [3, 4, 6, 8])
+@pytest.mark.parametrize("heads", [3, 4, 5])
 def test_as_many_heads_as_another_layer_has_left_are_no_chance(apart, heads):
     """Of layers that lie so far apart among those with as many heads, some lose other numbers."""
     group = Group((), (), torch.arange(heads), ())

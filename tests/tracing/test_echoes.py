@@ -245,6 +245,32 @@ def test_an_attribute_that_the_input_is_compared_with_follows_it(name, seed):
     judging.check_all_but(["2"], nn.Sequential(*parts), torch.randn(1, 3, 4, 4))
 
 
+class CheckedNorm(nn.Module):
+    """A norm across channels that refuses other widths, with or without a gain."""
+
+    def __init__(self, name, width, gain):
+        super().__init__()
+        self.name, self.gain = name, nn.Parameter(torch.ones(width)) if gain else 1.0
+        setattr(self, name, width)
+
+    def forward(self, x):
+        assert x.size(-1) == getattr(self, self.name)
+        return x * x.square().mean(-1, keepdim=True).add(1e-5).rsqrt() * self.gain
+
+
+@pytest.mark.parametrize("name", ["dim_norm", "num_features", "hidden_size"])
+@pytest.mark.parametrize("gain", [True, False])
+def test_a_norm_that_checks_its_width_is_told_of_it(name, gain):
+    draw = random.Random(f"{name} {gain}")
+    torch.manual_seed(0)
+    first, second = draw.sample(range(5, 12), 2)
+    model = nn.Sequential(
+        *(nn.Linear(4, first), CheckedNorm(name, first, gain), nn.Linear(first, second)),
+        *(CheckedNorm(name, second, gain), nn.Linear(second, 3)),
+    )
+    judging.check_all_but(["4"], model, torch.randn(3, 4))
+
+
 class ByChance(Reduce):
     """An attribute has the size that the code takes from its input, and counts nothing."""
 
