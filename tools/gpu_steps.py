@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,17 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 #: Seconds that an interrupted command has to end by itself.
 GRACE = 6.0
+#: Runs a command that hears interrupts: it would be born deaf to them where gpu-check runs in the
+#: background of a shell.
+HEARING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    os.execvp(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    print(error)
+    sys.exit(127)
+"""
 
 
 class Step(NamedTuple):
@@ -112,20 +124,16 @@ def _finish(
 ) -> tuple[int, str]:
     started = time.monotonic()
     log.write(f"$ {' '.join(command)}")
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        log.write(str(error))
-        return 127, str(error)
+    process = subprocess.Popen(
+        [sys.executable, "-SEc", HEARING, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     running.append(process)
     lines: list[str] = []
 

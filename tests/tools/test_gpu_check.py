@@ -87,6 +87,15 @@ def test_an_interrupted_step_leaves_nothing_running(tmp_path):
     held.wait_until_nobody_holds_it()
 
 
+@pytest.fixture
+def in_the_background():
+    """As a shell begins what is followed by `&`: deaf to interrupts."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
 def test_a_step_cut_short_keeps_what_it_had(tmp_path, monkeypatch):
     """Of tests the failures so far, of benches the results so far, and every line in the log."""
     for name in [name for name in os.environ if "XDIST" in name]:
