@@ -108,7 +108,7 @@ def choose_groups(
         if name in channels.skipped:
             skipped[name] = channels.skipped[name]
         elif name not in channels.layers:
-            skipped[name] = "is not reached on the example inputs in eval mode"
+            skipped[name] = channels.why_no_layer(name)
     return groups, skipped
 
 

@@ -107,7 +107,7 @@ class Channels(Consequences, Alternatives):
         self.written = set(record.written)
         offered = {slot.owner for group in self.groups for slot in group.producers}
         self.skipped = {
-            name: self._why_not(layers.sides[name][1])
+            name: self._why_not(name, layers.sides[name][1])
             for name in sorted(layers.sides, key=layers.place)
             if name not in offered
         }
@@ -128,9 +128,10 @@ class Channels(Consequences, Alternatives):
         self.norms = [(name, index(vector)) for name, vector in vectors.norms]
         self.steps = vectors.steps
 
-    def _why_not(self, classes: Vector) -> str:
+    def _why_not(self, layer: str, classes: Vector) -> str:
         if not classes.size:
-            return "its weight is computed in a way that cannot be followed"
+            stopped = self._stopped(layer)
+            return str(stopped or "its weight is computed in a way that cannot be followed")
         kept = self._why[classes]
         first = int(kept.min())
         if first == FREE:
@@ -141,6 +142,21 @@ class Channels(Consequences, Alternatives):
         """Why the channels of a class cannot go; None if they can."""
         why = int(self._why[number])
         return None if why == FREE else self._reasons[why]
+
+    def why_no_layer(self, name: str) -> str:
+        """Why a layer's module is none of `layers`."""
+        return str(self._stopped(name) or "is not reached on the example inputs in eval mode")
+
+    def _stopped(self, layer: str) -> Reason | None:
+        """What the weight of a layer met that keeps it, on its way to a product."""
+        numbers = (
+            int(number)
+            for name, _ in self.weights_of(layer)
+            if name not in self.unread
+            for classes in self.classes.get(name, ())
+            for number in classes
+        )
+        return next(filter(None, map(self.reason, numbers)), None)
 
     def weights_of(self, layer: str) -> tuple[tuple[str, int], ...]:
         """The parameters that a layer multiplies by, and the dimension of each along which its

@@ -163,3 +163,48 @@ def test_an_update_that_runs_first_is_not_the_layer(criterion):
         warnings.simplefilter("ignore")  # there is no optimizer
         pruner.compact()
     torch.testing.assert_close(model(x).detach(), masked)
+
+
+class Computed(nn.Linear):
+    """Another function of its weight is what it multiplies by."""
+
+    def __init__(self, function, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.function, self.unused = function, nn.Linear(outputs, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.function(self.weight), self.bias)
+
+
+class Around(nn.Module):
+    """The same around a layer that is not called."""
+
+    def __init__(self, *given) -> None:
+        super().__init__()
+        self.function, *sizes = given
+        self.inner = nn.Linear(*sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.function(self.inner.weight), self.inner.bias)
+
+
+@pytest.mark.parametrize("kind", [Computed, Around])
+@pytest.mark.parametrize(
+    ("operation", "function"),
+    [
+        ("bucketize", lambda w: torch.bucketize(w, torch.linspace(-1, 1, 9)).to(w)),
+        ("linalg_matrix_exp", torch.linalg.matrix_exp),
+        ("linalg_qr", lambda w: torch.linalg.qr(w)[0]),
+    ],
+)
+def test_a_layer_says_what_stops_its_weight(kind, operation, function):
+    """And one that is not run says that."""
+    model = nn.Sequential(nn.Linear(4, 6), kind(function, 6, 6), nn.ReLU(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match="nothing to prune") as told:
+        tk.Pruner(model, torch.randn(3, 4), filters=0.9)
+    name = "1" if kind is Computed else "1.inner"
+    assert f"{name}: goes through an operation that is not known ({operation} in '1')" in str(
+        told.value
+    )
+    unused = "1.unused: is not reached on the example inputs in eval mode" in str(told.value)
+    assert unused == (kind is Computed)

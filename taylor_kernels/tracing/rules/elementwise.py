@@ -184,6 +184,19 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
     return False
 
 
+@rule("fake_quantize_per_channel_affine", "fake_quantize_per_channel_affine_cachemask")
+def rounded_by_channel(call: Call) -> list[Labels | None]:
+    """Each channel by a step and a zero point of its own, which are no operands place by place."""
+    old = call.of(call.args["self"])
+    axis = call.args["axis"] % len(old.shape)
+    for name in ("scale", "zero_point"):
+        by_channel = call.of(call.args[name])
+        call.join(old.dims[axis], by_channel.dims[0])
+        if name == "scale" and by_channel.name:
+            call.record.fills[by_channel.name] = {0: 1.0}  # it is divided by
+    return [Labels(old.shape, list(old.dims), list(old.zero)) for _ in call.outs]
+
+
 @rule(OTHER)
 def other(call: Call) -> Labels | list[Labels | None] | None:
     """An operation without a rule: elementwise by its tag, else its channels stay."""

@@ -60,6 +60,12 @@ def reduction(call: Call) -> Any:
     return result
 
 
+@rule("_is_all_true", "_is_any_true")
+def argument_check(call: Call) -> list[Labels | None]:
+    """Of torch.distributions, which asks whether what it is given is valid, place by place."""
+    return [Labels.fixed(out.shape) for out in call.outs]
+
+
 @rule(
     "_softmax", "softmax", "_log_softmax", "log_softmax", "cumsum", "cumprod", "logcumsumexp",
     "sort", "argsort", "topk", "cummax", "cummin", "_safe_softmax", "_fft_r2c", "_fft_c2r",
