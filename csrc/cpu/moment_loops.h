@@ -125,15 +125,15 @@ template <class Op, typename T, class Multiplier, typename V, int registers>
       });
     }
     if (tail < end)
-      unrolled<kEach>([&](auto k) __attribute__((always_inline)) {
+      unrolled<kEach>([&](auto k) {
         const int64_t i = tail + first + k * kWidth;
         add_terms<Op>(terms_at<Op>(w, multiplier, i, First{end - i, readable - i}), part, k);
       });
     for (int m = 0; m < Op::kSums; ++m)
       for (int k = 0; k < kEach; ++k) sums[m][pass * kEach + k] = part[m][k];
   };
-  if constexpr (kPasses ==
-                1)  // unrolled() of the same body in two functions is called, not inlined
+  // unrolled() of one body in two functions is called, not inlined.
+  if constexpr (kPasses == 1)
     add_up(std::integral_constant<int, 0>());
   else
     unrolled<kPasses>(add_up);
