@@ -16,7 +16,10 @@ struct Gradient {
   [[gnu::always_inline]] V of(V, int64_t i, const Load& load) const {
     return load(grad + i);
   }
-  void prefetch(int64_t i) const { __builtin_prefetch(grad + i); }
+  template <class Ask>
+  void prefetch(int64_t i, const Ask& ask) const {
+    ask(grad + i);
+  }
   Gradient from(int64_t i) const { return {grad + i}; }
 };
 

@@ -20,7 +20,10 @@ struct WeightedHvp {  // w z (Hz)
       const auto at = [&](int64_t element) { return signs->at(first + element); };
       return w * negate(load(hvp + i), load.bits(i, at));
     }
-    void prefetch(int64_t i) const { __builtin_prefetch(hvp + i); }
+    template <class Ask>
+    void prefetch(int64_t i, const Ask& ask) const {
+      ask(hvp + i);
+    }
   };
 
   const T* hvp;
@@ -33,7 +36,10 @@ struct WeightedHvp {  // w z (Hz)
   [[gnu::always_inline]] V of(V w, int64_t i, const Load& load) const {
     return from(0).of(w, i, load);
   }
-  void prefetch(int64_t i) const { from(0).prefetch(i); }
+  template <class Ask>
+  void prefetch(int64_t i, const Ask& ask) const {
+    from(0).prefetch(i, ask);
+  }
 };
 
 struct HutchinsonMoments {

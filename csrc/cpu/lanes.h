@@ -79,6 +79,32 @@ inline QuadOf<V> fold(const V (&v)[kRegistersOf<typename SumOf<V>::Scalar>]) {
   }
 }
 
+// Quads of two registers, as they are named: 0 on are the first's, and after its last the second's.
+template <int... quads, typename V>
+[[gnu::always_inline]] inline V pick_quads(V first, V second) {
+  constexpr int kQuad[] = {quads...};
+  return [&]<int... i>(std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(first, second, (4 * kQuad[i / 4] + i % 4)...);
+  }(std::make_integer_sequence<int, 4 * sizeof...(quads)>());
+}
+
+// fold() of as many rows as a register has quads, side by side: row(r) is a register of the sixteen
+// lanes of row r, of two registers already lane i with i + 8. One of two operands is a blend, which
+// more ports take than a shuffle: it has the lower lanes of one row and the upper ones of another.
+template <class Row>
+[[gnu::always_inline]] inline auto fold_together(const Row& row) {
+  constexpr int kQuads = sizeof(row(0)) / sizeof(row(0)[0]) / 4;
+  if constexpr (kQuads == 2) {
+    return pick_quads<0, 3>(row(0), row(1)) + pick_quads<1, 2>(row(0), row(1));
+  } else {
+    const auto eight = [&](int a, int b) __attribute__((always_inline)) {
+      return pick_quads<0, 1, 6, 7>(row(a), row(b)) + pick_quads<2, 3, 4, 5>(row(a), row(b));
+    };
+    const auto even = eight(0, 2), odd = eight(1, 3);
+    return pick_quads<0, 5, 2, 7>(even, odd) + pick_quads<1, 4, 3, 6>(even, odd);
+  }
+}
+
 // Of every quad of two registers, the lanes that are named: 0 to 3 are the first's, 4 to 7 the
 // second's.
 template <int... lanes, typename V>

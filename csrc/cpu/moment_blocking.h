@@ -16,7 +16,7 @@ constexpr int64_t kTile = 16 * kStrip;        // most positions of a task with c
 constexpr int64_t kTaskElements = 131072;     // 1 MB of w and g: 20 µs, many times a merge
 constexpr int64_t kMinRows = 128;             // spreads the folding of a strip over enough rows
 constexpr int64_t kMaxRows = 256;             // bounds the float sum down a column
-constexpr int64_t kMaxRowSums = 4096;         // bounds the scratch of a task that sums rows only
+constexpr int64_t kMaxRowSums = 4096;         // of a task without columns: short ones take longer
 constexpr int64_t kThreadElements = 1 << 18;  // under 100 µs of work a second thread costs more
 
 // How one item is cut into tasks: groups, then blocks of rows, then tiles. It depends on the

@@ -12,7 +12,7 @@
 //   multiplier<T>(item, at)  reads what the weights from element `at` on are multiplied by:
 //     expect(begin, end)       the elements that are read next
 //     of(w, i, load)           a register of multipliers from i on; w are their weights, load(p)
-//     prefetch(i)              reads
+//     prefetch(i, ask)         calls ask(p) for each p that is read from there
 //     from(start)              the same reader with `start` as element 0, in a few words: several
 //                              of them stay in registers
 #pragma once
@@ -98,20 +98,31 @@ class MomentWorker {
     if (!item.col_out) {
       S* out = static_cast<S*>(item.row_out) + block.row * columns<Op>();
       if (run_short_rows(op_, w, multiplier, readable, block.rows, blocking.positions, out)) return;
+      sum_rows_alone(blocking, block, w, multiplier, readable);
+      return;
     }
     if (item.row_out) rows_.clear(block.rows);
-    if (item.col_out) {
-      std::tie(first_col_, col_count_) = columns_of(blocking, block);
-      cols_.clear(col_count_);
-    }
-    if (!item.col_out) {
-      sum_rows<Op>(w, multiplier, readable, blocking.positions, block.rows, block.end - block.begin,
-                   rows_.get());
-      if (!blocking.merges()) write<S>(rows_, block.rows, item.row_out, block.row);
-    } else if (item.row_out)
+    std::tie(first_col_, col_count_) = columns_of(blocking, block);
+    cols_.clear(col_count_);
+    if (item.row_out)
       sum_columns<T, true>(blocking, block);
     else
       sum_columns<T, false>(blocking, block);
+  }
+
+  // Some rows after another: a task of short ones has so many that to clear the sums of them all,
+  // and to be given memory for them, would take longer than to sum them.
+  template <typename T, class Multiplier>
+  void sum_rows_alone(const MomentBlocking& blocking, const Block& block, const T* w,
+                      Multiplier& multiplier, int64_t readable) {
+    for (int64_t row = 0; row < block.rows; row += kMaxRows) {
+      const int64_t rows = std::min(kMaxRows, block.rows - row);
+      rows_.clear(rows);
+      sum_rows<Op>(w, multiplier, readable, blocking.positions, row, rows, block.end - block.begin,
+                   rows_.get());
+      if (!blocking.merges())
+        write<typename Sum<T>::Scalar>(rows_, rows, blocking.item.row_out, block.row + row);
+    }
   }
 
   template <typename T, bool kRows>
@@ -243,7 +254,8 @@ void sum_moments(const Op& op, const std::vector<ParameterItem>& items, int thre
     tasks = blocking.end_task();
     merges = blocking.end_merge();
     elements += blocking.item.rows * blocking.positions;
-    if (blocking.item.row_out) sizes.rows = std::max(sizes.rows, blocking.block_rows);
+    if (blocking.item.row_out)
+      sizes.rows = std::max(sizes.rows, std::min(blocking.block_rows, kMaxRows));
     if (blocking.item.col_out) {
       sizes.cols = std::max(sizes.cols, blocking.item.channels);
       const int64_t in_tile = blocking.item.channels_last ? blocking.item.channels : kTile;

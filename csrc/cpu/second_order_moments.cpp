@@ -16,9 +16,10 @@ struct ShiftedGradient {  // g − ½h
   [[gnu::always_inline]] V of(V, int64_t i, const Load& load) const {
     return multiply_add(splat<V>(-0.5), load(hvp + i), load(grad + i));  // half of it is exact
   }
-  void prefetch(int64_t i) const {
-    __builtin_prefetch(grad + i);
-    __builtin_prefetch(hvp + i);
+  template <class Ask>
+  void prefetch(int64_t i, const Ask& ask) const {
+    ask(grad + i);
+    ask(hvp + i);
   }
   ShiftedGradient from(int64_t i) const { return {grad + i, hvp + i}; }
 };

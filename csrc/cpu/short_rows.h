@@ -1,95 +1,24 @@
-// Rows of at most sixteen elements, several of them in one register: of so short a row, to add up
-// its lanes and to write its sums takes most of the time, and rows that lie in one register share
-// both. The order of a row's sums is that of sum_rows (moment_loops.h), to the bit.
+// Rows of at most one run, several at once: of a short row, to add up its lanes and to write its
+// sums takes most of the time, and rows that lie in one register share both. The order of a row's
+// sums is that of sum_rows (moment_loops.h), to the bit.
 //
-// A row is one to four quads of elements. Registers hold the same quad of several rows; the last
-// one of a row may be a part.
+// A row of at most sixteen elements is one to four quads. Registers hold the same quad of several
+// rows; the last one of a row may be a part. A longer row is summed along memory, and its quads
+// come together with those of other rows where its lanes are added up.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 
 #include "cpu/lanes.h"
 #include "cpu/moment_loops.h"
+#include "cpu/row_writer.h"
 #include "cpu/simd.h"
 
 namespace tk {
 inline namespace TK_ISA {
-
-// Whether registers hold the quads of several rows, and are turned so that they do.
-template <typename S>
-constexpr bool kSeveralRows = kRegisterBytes >= 32 && std::is_same_v<S, float>;
-
-// Writes rows of a table, of which registers hold the sums. A column that was not wanted is NaN.
-template <class Op, typename S>
-class RowWriter {
-  using V = typename Sum<S>::Vector;
-  using I = typename Sum<S>::Integers;
-  using Lane = decltype(I{}[0] + I{}[0]);
-  static constexpr int kRows = Sum<S>::kWidth / 4;
-  static constexpr int kColumns = columns<Op>();
-
-  // A sum alone is in every lane of its quad, where any column finds it. Of several, and of tables
-  // of fewer than five columns, in which all are wanted, sum m has to be column m.
-  static constexpr bool fits() {
-    if (Op::kSums != kColumns) return Op::kSums == 1 && kColumns == 5;
-    if constexpr (requires { Op::kColumn; }) {
-      for (int m = 0; m < kColumns; ++m) {
-        if (Op::kColumn[m] != m) return false;
-      }
-    }
-    return kColumns <= 5;
-  }
-  static_assert(fits());
-
-  I first_four_{}, fifth_{};  // of all bits where a column is wanted
-
- public:
-  explicit RowWriter(const Op& op) {
-    if constexpr (kColumns == 5) {
-      uint32_t summed = 0;
-      for (const int column : Op::kColumn) summed |= 1u << column;
-      // In registers alone: what is stored lane by lane is waited for when it is loaded.
-      const I wanted = static_cast<Lane>(op.wanted & summed) - I{};
-      const I column = (I{} + 1) << (lane_numbers<S>() & 3);
-      first_four_ = (wanted & column) == column;
-      fifth_ = (wanted & 16) == 16;
-    }
-  }
-
-  // kRows rows, `apart` rows from one to the next. Each has a quad in two registers: its first four
-  // sums, or fewer and then as many as there are again, and the fifth, if there is one.
-  void operator()(V four, V fifth, S* out, int64_t apart) const {
-    if constexpr (kColumns == 5) {
-      const V nan = splat<V>(std::numeric_limits<double>::quiet_NaN());
-      four = first_four_ ? four : nan;
-      fifth = fifth_ ? fifth : nan;
-    }
-    S each[2][Sum<S>::kWidth];
-    std::memcpy(each[0], &four, sizeof(four));
-    std::memcpy(each[1], &fifth, sizeof(fifth));
-    for (int row = 0; row < kRows; ++row) {
-      S* to = out + row * apart * kColumns;
-      std::memcpy(to, each[0] + 4 * row, std::min(4, kColumns) * sizeof(S));
-      if (kColumns == 5) to[4] = each[1][4 * row];
-    }
-  }
-};
-
-// The same of rows of which each has a lane: those of a quad are turned to a row each.
-template <class Op, typename S, typename V>
-[[gnu::always_inline]] inline void write_turned(const RowWriter<Op, S>& write,
-                                                const V (&sums)[Op::kSums][1], S* out) {
-  const auto sum = [&](int m) { return sums[m < Op::kSums ? m : 0][0]; };
-  const V fours[] = {sum(0), sum(1), sum(2), sum(3)};
-  turn(fours, [&](auto row, V four) {
-    const V fifth = shuffle_quads<row, row, row, row>(sum(4), sum(4));
-    write(four, fifth, out + row * columns<Op>(), 4);
-  });
-}
 
 #if defined(__AVX2__)
 // A register from as many parts, in their order.
@@ -191,10 +120,35 @@ template <class Op, int kQuads, bool kPart, typename T, class Multiplier>
         sums[m] = half == 0 ? sum : sums[m] + sum;
       });
     });
-    constexpr int kFour = std::min(4, Op::kSums);
-    const V four = add_quads<kFour>([&](auto i) { return sums[i]; });
-    const V fifth = Op::kSums == 5 ? add_quads<1>([&](auto) { return sums[4]; }) : four;
-    write(four, fifth, out + first * columns<Op>(), 1);
+    write_quads<Op>(write, [&](auto m) { return sums[m]; }, out + first * columns<Op>());
+  }
+}
+
+// Rows of more than sixteen elements: each is summed along memory, as many as a register has quads
+// are added up and written together. There are at least so many rows.
+template <class Op, typename T, class Multiplier>
+[[gnu::noinline]] void sum_rows_together(const Op& op, const T* w, Multiplier& multiplier,
+                                         int64_t readable, int64_t rows, int64_t width,
+                                         typename Sum<T>::Scalar* out) {
+  using S = typename Sum<T>::Scalar;
+  using V = typename Sum<T>::Vector;
+  constexpr int kRows = Sum<T>::kWidth / 4;
+  const RowWriter<Op, S> write(op);
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t first = std::min(row, rows - kRows);  // some rows twice rather than a few apart
+    V lanes[Op::kSums][kRows];
+    for (int r = 0; r < kRows; ++r) {
+      V sums[Op::kSums][kRegistersOf<S>];
+      const int64_t begin = (first + r) * width;
+      sum_run<Op>(w, multiplier, readable, begin, begin + width, sums);
+      for (int m = 0; m < Op::kSums; ++m) {
+        lanes[m][r] = sums[m][0];
+        if constexpr (kRegistersOf<S> == 2) lanes[m][r] += sums[m][1];
+      }
+    }
+    write_quads<Op>(
+        write, [&](auto m) { return fold_together([&](int r) { return lanes[m][r]; }); },
+        out + first * columns<Op>());
   }
 }
 #endif
@@ -227,7 +181,7 @@ void run_vector(const Op& op, const T* w, Multiplier multiplier, int64_t readabl
   }
 }
 
-// Sums rows of `width` elements each where it has a way for so short ones, and says whether.
+// Sums rows of `width` elements each where it has a way to sum several at once, and says whether.
 template <class Op, typename T, class Multiplier>
 bool run_short_rows(const Op& op, const T* w, Multiplier& multiplier, int64_t readable,
                     int64_t rows, int64_t width, typename Sum<T>::Scalar* out) {
@@ -237,7 +191,11 @@ bool run_short_rows(const Op& op, const T* w, Multiplier& multiplier, int64_t re
   }
 #if defined(__AVX2__)
   if constexpr (kSeveralRows<typename Sum<T>::Scalar>) {
-    if (width < 1 || width > kLanes || rows < Sum<T>::kWidth / 4) return false;
+    if (width < 1 || width > kRowRun || rows < Sum<T>::kWidth / 4) return false;
+    if (width > kLanes) {
+      sum_rows_together(op, w, multiplier, readable, rows, width, out);
+      return true;
+    }
     const auto sum = [&](auto quads, auto part) {
       sum_short_rows<Op, quads, part>(op, w, multiplier, rows, width, out);
     };

@@ -30,7 +30,14 @@ SETS = ("baseline", "avx2", "avx512", "neon")
 #: Prefix of the tools that make code for arm64 elsewhere.
 ARM64 = "aarch64-linux-gnu-"
 #: Functions that hold inner loops; csrc/cpu keeps the compiler from inlining them.
-LOOPS = ("sum_rows", "sum_short_rows", "sum_strip", "sum_runs", "sum_channels")
+LOOPS = (
+    "sum_rows",
+    "sum_rows_together",
+    "sum_short_rows",
+    "sum_strip",
+    "sum_runs",
+    "sum_channels",
+)
 
 _JUMP = re.compile(r"j[a-z]+$|b(\.[a-z]+)?$|cbn?z$|tbn?z$")
 _LEAVES = re.compile(r"j[a-z]+|b|b\.[a-z]+|cbn?z|tbn?z|call[a-z]*|blr?|ret[a-z]*")

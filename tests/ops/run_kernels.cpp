@@ -144,7 +144,7 @@ int main() {
     run_filter_moments(dtype, 3, 5003, 1, false);
     run_filter_moments(dtype, 700, 24, 1, false);
     // Rows alone, of which several are read at once, and the last of them before the end.
-    for (const int64_t width : {1, 2, 3, 4, 7, 9, 14, 16, 17})
+    for (const int64_t width : {1, 2, 3, 4, 7, 9, 14, 16, 17, 25, 64})
       run_filter_moments(dtype, 21, 1, width, false, false);
   }
 #endif

@@ -31,12 +31,17 @@ BOUNDS = {
     "filter_moments rows": (
         f"sum_rows<.*{FIVE}, float",
         (4, 4),
-        (16, 11, 13, 12),
+        (16, 11, 13, 13),
+    ),
+    "filter_moments rows together": (
+        f"sum_rows_together<.*{FIVE}, float",
+        (4, 4),
+        (0, 11, 13, 0),
     ),
     "filter_moments both": (
         f"sum_strip<.*{FIVE}, true, 2, float",
         (4, 7),
-        (38, 23, 23, 27),
+        (33, 23, 23, 26),
     ),
     "filter_moments columns": (
         f"sum_strip<.*{FIVE}, false, 2, float",
@@ -139,8 +144,8 @@ def test_loops_along_memory_ask_for_each_line_once(loops):
             found = of_one_kernel(every, rf"sum_runs<(true|false), (\w+::)*{dtype}>")
             assert {len(loop.prefetches) for loop in found} | {0} == {0, 2 * lines}
     operands_of = {
-        "filter_moments": ("sum_rows<.*FilterMoments", 2),
-        "second_order_moments": ("sum_rows<.*SecondOrder", 3),
+        "filter_moments": ("sum_rows(_together)?<.*FilterMoments", 2),
+        "second_order_moments": ("sum_rows(_together)?<.*SecondOrder", 3),
     }
     for kernel, operands in (operands_of[stem] for stem in sources if stem in operands_of):
         found = of_one_kernel([loop for loop in every if "float" in loop.function], kernel)
@@ -171,7 +176,7 @@ def test_sums_stay_in_registers(loops):
 
 
 #: So many cases of each kernel that is run.
-CASES = {"filter_moments": 60, "gate_gradients": 48}
+CASES = {"filter_moments": 68, "gate_gradients": 48}
 #: Of the sets that fuse, case by case: the first that ran says what bits the others give.
 BITS: dict[tuple[str, int], str] = {}
 

@@ -1,4 +1,4 @@
-"""Rows of few elements, of which the CPU kernels sum several at once: the bits of one order."""
+"""Rows of which the CPU kernels sum several at once: the bits of one order."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import taylor_kernels as tk
 from taylor_kernels.backends.native import _native
 from tests.helpers import probes
 from tests.helpers.cases import DTYPES, same_bits
 from tests.helpers.parameter_ops import EVERY_OP, SEED, ParameterOp
 
 LANES = 16
+#: Elements of a row that are summed in float32 before float64, without columns and with them.
+RUN, STRIP = 2048, 512
 
 
 def products(op: ParameterOp, tensors: list[Tensor]) -> list[Tensor]:
@@ -50,6 +53,19 @@ def on_every_set(run: Callable[[], Tensor]) -> list[Tensor]:
     return found
 
 
+def amid_nan(
+    count: int, rows: int, width: int, dtype: torch.dtype, at: int, seed: int
+) -> list[Tensor]:
+    """Random matrices from element `at` of buffers on, beside numbers that no sum may see."""
+    torch.manual_seed(seed)
+    tensors = []
+    for _ in range(count):
+        flat = torch.full((at + rows * width + LANES,), torch.nan, dtype=dtype)
+        tensor = flat[at : at + rows * width].view(rows, width)
+        tensors.append(tensor.copy_(torch.randn(rows, width)))
+    return tensors
+
+
 @pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
 @given(
     rows=st.integers(1, 70),
@@ -59,13 +75,40 @@ def on_every_set(run: Callable[[], Tensor]) -> list[Tensor]:
     seed=st.integers(0, 2**32),
 )
 def test_every_set_adds_them_in_one_order(op, rows, width, dtype, at, seed):
-    """From an element on at which no register begins, and beside numbers that no sum may see."""
-    torch.manual_seed(seed)
-    tensors = []
-    for _ in range(op.lists):
-        flat = torch.full((at + rows * width + LANES,), torch.nan, dtype=dtype)
-        tensor = flat[at : at + rows * width].view(rows, width)
-        tensors.append(tensor.copy_(torch.randn(rows, width)))
+    """From an element on at which no register begins."""
+    tensors = amid_nan(op.lists, rows, width, dtype, at, seed)
     expected = torch.stack([in_order(terms) for terms in products(op, tensors)], 1)
     for table in on_every_set(lambda: op.run(tensors, 0, 1, "cpu")[0]):
         assert same_bits(table, expected)
+
+
+@pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
+@given(
+    rows=st.integers(1, 300),
+    width=st.integers(LANES + 1, 4 * LANES) | st.integers(LANES + 1, STRIP),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    at=st.integers(0, 3),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=30)
+def test_longer_rows_have_the_bits_that_they_have_with_columns(op, rows, width, dtype, at, seed):
+    """Where columns are asked for too, each row is added up by other code."""
+    tensors = amid_nan(op.lists, rows, width, dtype, at, seed)
+    alone = on_every_set(lambda: op.run(tensors, 0, 1, "cpu")[0])
+    with_columns = on_every_set(lambda: op.run(tensors, (0, 1), 1, "cpu")[0])
+    assert all(map(same_bits, alone, with_columns))
+
+
+@pytest.mark.parametrize("width", [RUN - 1, RUN, RUN + 1])
+def test_rows_of_about_a_run_have_the_bits_of_each_by_itself(width):
+    w, g = amid_nan(2, 7, width, torch.float32, 1, seed=width)
+    for together, apart in zip(
+        on_every_set(lambda: tk.filter_moments(w, g)),
+        on_every_set(
+            lambda: torch.cat(
+                [tk.filter_moments(a[None], b[None]) for a, b in zip(w, g, strict=True)]
+            )
+        ),
+        strict=True,
+    ):
+        assert same_bits(together, apart)
