@@ -12,6 +12,14 @@
 #include "cpu/moment_blocking.h"
 #include "cpu/simd.h"
 
+// A run's tail in line, or as the compiler likes: each keeps sums in registers where the other puts
+// some of them on the stack.
+#if defined(__aarch64__)
+#define TK_TAIL __attribute__((always_inline))
+#else
+#define TK_TAIL
+#endif
+
 namespace tk {
 inline namespace TK_ISA {
 
@@ -125,7 +133,7 @@ template <class Op, typename T, class Multiplier, typename V, int registers>
       });
     }
     if (tail < end)
-      unrolled<kEach>([&](auto k) {
+      unrolled<kEach>([&](auto k) TK_TAIL {
         const int64_t i = tail + first + k * kWidth;
         add_terms<Op>(terms_at<Op>(w, multiplier, i, First{end - i, readable - i}), part, k);
       });

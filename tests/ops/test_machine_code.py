@@ -31,7 +31,7 @@ BOUNDS = {
     "filter_moments rows": (
         f"sum_rows<.*{FIVE}, float",
         (4, 4),
-        (16, 11, 13, 13),
+        (16, 11, 13, 12),
     ),
     "filter_moments rows together": (
         f"sum_rows_together<.*{FIVE}, float",
