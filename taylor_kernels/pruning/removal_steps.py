@@ -18,9 +18,9 @@ STEPS = 3
 #: So many channels are masked in no group, as far as it has them: a norm over two only tells which
 #: is greater, and over one nothing.
 _AT_WORK = 3
-#: Of so many counts or fewer, all ways to go from one to the next are known.
+#: Of more counts, a step can take some in each way and groups of one size still differ.
 _FEW = 4
-#: Groups of as many units or fewer have so few counts.
+#: Groups of as many units or fewer are mostly heads, and layers with as many of them take turns.
 _HEADS = 5
 
 
@@ -54,9 +54,10 @@ def units_by_step(group: Group, number: int) -> Tensor:
     """The units of a group that are removed in each step: [steps, U] bool.
 
     Two thirds of them in all: the fewer are left of what was masked, the further have the others
-    moved from their places. An odd number is gone after one step at least and an even one after
-    another, as far as there are such. How many go in a step differs between groups of one size,
-    since code may take the width of one for another's.
+    moved from their places. Of more than a few, an odd number of bundles is left: code that halves
+    a width, or takes a third of it, rounds it otherwise then. An odd number is gone after one step
+    at least and an even one after another, as far as there are such. How many go in a step differs
+    between groups of one size, since code may take the width of one for another's.
 
     Args:
         number: another one for each group of its size.
@@ -67,7 +68,10 @@ def units_by_step(group: Group, number: int) -> Tensor:
     most = min(group.size * 2 // 3, group.size - -(-_AT_WORK // group.filters_per_unit))
     most = min(max(most, first), group.most_removable(group.size))
     counts = [0, *range(first, most + 1, group.multiple)]
-    return _in_ways(group.size, number, _counts(counts, number, drawn), drawn)
+    if len(counts) > _FEW + 1 and (group.size - counts[-1]) // group.multiple % 2 == 0:
+        del counts[-1]
+    counts_of = _dealt_out if group.size <= _HEADS else _counts
+    return _in_ways(group.size, number, counts_of(counts, number, drawn), drawn)
 
 
 def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random) -> Tensor:
@@ -92,11 +96,21 @@ def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random
 def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[int, int, int]:
     """How many units have gone after each step, of so many as may have gone."""
     if len(counts) > _FEW:
-        later = counts[(number + 1) % (len(counts) - 1) :]
-        middle = drawn.choice([n for n in later if n and (n - later[-1]) % 2] or later)
-        return later[0], middle, later[-1]
-    # Of a few heads there are few ways, and layers take turns: they are dealt out one by one, and
-    # not in step with any number of groups in a block for long.
+        *every, last = counts[1:]
+        place = number % (len(every) - 1)
+        later = every[place + 1 :]
+    else:
+        every, last = [*counts], counts[-1]
+        place = (number + 1) % max(len(every) - 1, 1)
+        later = every[place:]
+    first = every[place]
+    other = [n for n in later if n and (n - last) % 2]
+    return first, drawn.choice(other or later), last
+
+
+def _dealt_out(counts: Sequence[int], number: int, _: random.Random) -> tuple[int, int, int]:
+    """The same of so few that all ways are known: one after the other, so that groups that lie any
+    distance apart in their row do not have the same one for long."""
     last = counts[-1]
     odd = any(n and (n - last) % 2 for n in counts)
     ways = [

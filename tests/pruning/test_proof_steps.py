@@ -34,12 +34,51 @@ def test_units_go_once_and_what_stays_may_stay(size, multiple, minimum):
         for count in steps.sum(1).cumsum(0).tolist():
             assert count == 0 or (count - first) % multiple == 0
         ways.add(tuple(steps.sum(1).tolist()))
-        for other in (1, 2, 4) if first else ():
+        # Few units are dealt out; of more, middles are drawn.
+        for other in (1, 2, 4) if first > 0 and size <= 5 else (1,) if first < total else ():
             later = units_by_step(group, number + other)
             same = torch.equal(later.sum(1), steps.sum(1))
-            # Of long ways middles are drawn; short ones are dealt out.
-            assert not same or (other > 1 and total // multiple > 2) or number % 9 >= 9 - other
+            assert not same or (size <= 5 and number % 9 >= 9 - other)
     assert len(ways) > 1 or not first
+
+
+#: Where code parts channels, by how many there are.
+BOUNDARIES = [
+    lambda c: c // 2,
+    lambda c: c // 3,
+    lambda c: 2 * c // 3,
+    lambda c: c // 4,
+    lambda c: c // 4 * 2,
+    lambda c: c // 3 * 2,
+    lambda c: (c // 2 + 1) // 2 * 2,
+    lambda c: 1,
+    lambda c: 2,
+    lambda c: 4,
+    lambda c: c - 1,
+    lambda c: c - 2,
+    lambda c: c - 3,
+]
+
+
+@pytest.mark.parametrize("size", range(7, 25))
+def test_channels_that_pass_a_boundary_of_their_number_are_seen(size):
+    """Whatever the group's number, channels that are left and not masked come to lie on the other
+    side of most boundaries after some step."""
+    group = Group((), (), torch.arange(size), ())
+    object.__setattr__(group, "filters_per_unit", 1)
+    seen = 0
+    for number in range(24):
+        steps = units_by_step(group, number)
+        gone, stays = steps.cumsum(0).bool(), ~steps.any(0)
+        assert int(stays.sum()) % 2 == 1 or size == 7
+        assert steps.any(1).all()
+        for boundary in BOUNDARIES:
+            before = torch.arange(size) < boundary(size)
+            seen += any(
+                (((~off).cumsum(0) - 1 < boundary(int((~off).sum()))) != before)[stays].any()
+                for off in gone
+            )
+    assert seen >= 0.9 * 24 * len(BOUNDARIES)
 
 
 @pytest.mark.parametrize("apart", range(1, 5))
