@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 
 import torch
 from torch import Tensor
@@ -68,10 +68,18 @@ def units_by_step(group: Group, number: int) -> Tensor:
     most = min(group.size * 2 // 3, group.size - -(-_AT_WORK // group.filters_per_unit))
     most = min(max(most, first), group.most_removable(group.size))
     counts = [0, *range(first, most + 1, group.multiple)]
-    if len(counts) > _FEW + 1 and (group.size - counts[-1]) // group.multiple % 2 == 0:
+    while len(counts) > _FEW and not _is_telling(group.size - counts[-1], group):
         del counts[-1]
     counts_of = _dealt_out if group.size <= _HEADS else _counts
     return _in_ways(group.size, number, counts_of(counts, number, drawn), drawn)
+
+
+def _is_telling(left: int, group: Group) -> bool:
+    """Whether few fractions that code may take are what they were with so many units left: no even
+    number of bundles; and of heads no third, as about a third is left of wide groups, and a width
+    by a number of heads should be another one."""
+    heads = group.filters_per_unit > 1
+    return left // group.multiple % 2 == 1 and not (heads and 3 * left == group.size)
 
 
 def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random) -> Tensor:
@@ -105,7 +113,16 @@ def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[i
         later = every[place:]
     first = every[place]
     other = [n for n in later if n and (n - last) % 2]
+    if len(counts) > _FEW:  # as many from either end would leave the middle where it was
+        uneven = [n for n in other or later if _from_either_end((first, n, last), number)]
+        other = uneven or other
     return first, drawn.choice(other or later), last
+
+
+def _from_either_end(counts: tuple[int, int, int], number: int) -> int:
+    """How many more of the first units than of the last ones `_in_ways` takes."""
+    going = [after - before for before, after in pairwise((0, *counts))]
+    return going[-number % STEPS] - going[(1 - number) % STEPS]
 
 
 def _dealt_out(counts: Sequence[int], number: int, _: random.Random) -> tuple[int, int, int]:
