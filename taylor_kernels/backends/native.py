@@ -44,7 +44,7 @@ def _connect() -> bool:
             Tensor,
             torch.nn.Parameter,
             torch.empty,
-            torch._C._get_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled,
             samples,
             [torch._neg_view(sample) for sample in samples],
         )

@@ -1,7 +1,7 @@
 """Every GPU kernel compiles, spills nothing and loads 16 bytes at a time.
 
 No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped. CUDA
-sources take turns with the architectures, half of them as far as PTX, and other ones in each run.
+sources take turns with the architectures, and other ones in each run.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from tests.helpers.gpu_compile import (
     SOURCES,
     TYPE_NAMES,
     architectures_of,
-    assembled,
     compile_triton,
     cuobjdump,
     kept_cuda,
-    ptx_of,
     sass_of_functions,
     turns,
     uses_local_memory,
@@ -39,9 +37,6 @@ VECTOR_LOADS = {"second_order_moments.cu": 9}
 MIN_VECTOR_LOADS = 6
 #: Either side of conv2d_fisher's tiles, where its vectors are aligned.
 TILE_VECTOR_LOADS = 2
-
-#: In PTX, what it is for.
-TARGET = re.compile(r"^\.target sm_(\d+)", re.MULTILINE)
 
 #: Types of elements and architectures, in turns.
 TURNS = turns(TYPE_NAMES)
@@ -59,19 +54,11 @@ not_interpreted = pytest.mark.skipif(
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_cuda(source: Path) -> None:
     binary, kernels = kept_cuda(source)
-    architectures, tool = architectures_of(source), cuobjdump()
-    if source not in assembled():
-        if tool is None:
-            pytest.skip("compiled; no cuobjdump to look for local memory with")
-        texts = ptx_of(binary, tool)
-        assert {int(n) for text in texts for n in TARGET.findall(text)} == set(architectures)
-        for text in texts:
-            assert ".entry" in text
-            assert "__local_depot" not in text
-        return
+    architectures = architectures_of(source)
     assert {kernel.arch for kernel in kernels} == set(architectures)
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
+    tool = cuobjdump()
     if tool is None:
         pytest.skip("compiled without spills; no cuobjdump to look for vector loads with")
     for arch in architectures:

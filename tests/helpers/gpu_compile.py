@@ -15,7 +15,6 @@ import torch
 
 from tests.helpers import ROOT, samples
 from tests.helpers.kept import KEPT, included, kept
-from tests.helpers.samples import some
 
 ARCHITECTURES = (80, 90, 100)
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
@@ -53,25 +52,19 @@ def architectures_of(source: Path) -> tuple[int, ...]:
     return tuple(arch for each, arch in turns(SOURCES) if each == source)
 
 
-def assembled() -> list[Path]:
-    """The sources that are compiled to machine code in this run: half of them, as that takes nearly
-    as long again. The others are compiled as far as PTX."""
-    return some(SOURCES, len(SOURCES) // 2)
-
-
 def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:
     """`compile_cuda` for the architectures of this run, once for as long as its source, what it
     includes and the compiler stay the same."""
     nvcc = nvcc_path()
     version = subprocess.check_output([nvcc, "--version"], text=True)
-    architectures, ptx = architectures_of(source), source not in assembled()
+    architectures = architectures_of(source)
 
     def build(folder: Path) -> None:
-        _, resources = compile_cuda(source, folder, architectures, ptx=ptx)
+        _, resources = compile_cuda(source, folder, architectures)
         (folder / "resources.json").write_text(json.dumps(resources))
 
-    words = (version, *command(source, architectures, ptx=ptx))
-    name = "-".join(map(str, ("cuda", source.stem, *architectures, *(["ptx"] if ptx else []))))
+    words = (version, *command(source, architectures))
+    name = "-".join(map(str, ("cuda", source.stem, *architectures)))
     folder = kept(name, included(source), words, build)
     resources = json.loads((folder / "resources.json").read_text())
     return folder / f"{source.stem}.o", [Resources(*each) for each in resources]
@@ -83,26 +76,19 @@ def nvcc_path() -> str:
     return nvcc
 
 
-def command(source: Path, architectures: Sequence[int], *, ptx: bool = False) -> list[str]:
-    """How a source is compiled for these architectures, or to PTX for them; what follows says where
-    to."""
-    kind = "compute" if ptx else "sm"
-    codes = [f"-gencode=arch=compute_{arch},code={kind}_{arch}" for arch in architectures]
+def command(source: Path, architectures: Sequence[int]) -> list[str]:
+    """How a source is compiled for these architectures; what follows says where to."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     flags = [f"-I{ROOT / 'csrc'}", "-std=c++17", "-O3", "-Xptxas", "-v", "-t", "2", *codes]
     return [nvcc_path(), *flags, "-c", str(source)]
 
 
 def compile_cuda(
-    source: Path,
-    folder: Path,
-    architectures: Sequence[int] = ARCHITECTURES,
-    *,
-    ptx: bool = False,
+    source: Path, folder: Path, architectures: Sequence[int] = ARCHITECTURES
 ) -> tuple[Path, list[Resources]]:
-    """The object file with machine code for these architectures, and each kernel's resources; of
-    `ptx` none are known."""
+    """The object file with machine code for these architectures, and each kernel's resources."""
     target = folder / f"{source.stem}.o"
-    words = [*command(source, architectures, ptx=ptx), "-o", str(target)]
+    words = [*command(source, architectures), "-o", str(target)]
     done = subprocess.run(words, capture_output=True, text=True)
     log = done.stdout + done.stderr
     assert done.returncode == 0, f"{source.name} does not compile:\n{log[-4000:]}"
@@ -147,12 +133,6 @@ def sass_of_functions(binary: Path, arch: int, tool: str) -> dict[str, str]:
     )
     parts = re.split(r"Function : (\w+)", done.stdout)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def ptx_of(binary: Path, tool: str) -> list[str]:
-    """The PTX that an object file has, one text an architecture."""
-    done = subprocess.run([tool, "-ptx", str(binary)], capture_output=True, text=True, check=True)
-    return re.split(r"^Fatbin ptx code:\n", done.stdout, flags=re.MULTILINE)[1:]
 
 
 class TritonKernel(NamedTuple):
