@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     os.execvp(sys.argv[1], sys.argv[1:])
 except OSError as error:
-    print(error)
+    print(f"{sys.argv[1]}: {error}")
     sys.exit(127)
 """
 
