@@ -24,9 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.kernel_resources import RESULTS, demangled
+from bench.kernel_resources import demangled
 from bench.markdown import table
-from tests.helpers.gpu_compile import ROOT, compile_cuda, cuobjdump, sass_of_functions
+from tests.helpers.gpu_compile import RECORD, ROOT, compile_cuda, cuobjdump, sass_of_functions
 
 SOURCE = ROOT / "csrc" / "cuda" / "conv2d_fisher" / "conv2d_fisher.cu"
 
@@ -198,11 +198,11 @@ def main() -> None:
         objects = options.objects or [compile_cuda(SOURCE, Path(folder))[0]]
         loops = [loop for binary in objects for loop in loops_in(binary, tool)]
     loops.sort(key=lambda loop: (loop.kernel, loop.loads, loop.arch))
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
     rows = [loop._asdict() for loop in loops]
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / f"{options.name}.md").write_text(markdown(loops))
-    print(RESULTS / f"{options.name}.md")
+    (RECORD.parent / f"{options.name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (RECORD.parent / f"{options.name}.md").write_text(markdown(loops))
+    print(RECORD.parent / f"{options.name}.md")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
 Compiles csrc/*.cu for every architecture and reads ptxas and the machine code. Occupancy is the
 share of a multiprocessor's warps that registers and static shared memory allow; shared memory that
 a launch asks for comes on top. It says what a kernel could do, not how fast it is.
+
+The tests compile a source for each architecture too where it is not the one that is recorded here.
 """
 
 from __future__ import annotations
@@ -24,9 +26,16 @@ from bench.markdown import table
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tests.helpers.gpu_compile import ARCHITECTURES, compile_cuda, cuobjdump, sass_of_functions  # noqa: E402
+from tests.helpers.gpu_compile import (  # noqa: E402
+    ARCHITECTURES,
+    RECORD,
+    SOURCES,
+    compile_cuda,
+    cuobjdump,
+    sass_of_functions,
+    text_digest,
+)
 
-RESULTS = ROOT / "bench" / "results" / "static"
 #: Of a multiprocessor, by architecture: warps, bytes of shared memory. All have 64 K registers.
 MULTIPROCESSOR = {80: (64, 164 << 10), 90: (64, 228 << 10), 100: (64, 228 << 10)}
 REGISTERS = 1 << 16
@@ -122,7 +131,7 @@ def markdown(kernels: list[Kernel]) -> str:
     per_arch = "Figures by architecture, where they differ: " + ", ".join(
         f"sm_{arch}" for arch in ARCHITECTURES
     )
-    lines = ["# CUDA kernels as compiled", "", *(__doc__ or "").strip().splitlines()[4:]]
+    lines = ["# CUDA kernels as compiled", "", *(__doc__ or "").strip().splitlines()[4:7]]
     lines += [f"{per_arch}.", ""]
     for source in dict.fromkeys(k.source for k in kernels):
         rows = []
@@ -144,14 +153,18 @@ def main() -> None:
         sys.exit("error: nvcc is not on PATH")
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder:
-        for source in sorted((ROOT / "csrc").rglob("*.cu")):
+        for source in SOURCES:
             print(f"compiling {source.name}", file=sys.stderr)
             kernels += kernels_of(source, Path(folder))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = [k._asdict() for k in kernels]
-    (RESULTS / "cuda.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "cuda.md").write_text(markdown(kernels))
-    print(RESULTS / "cuda.md")
+    RECORD.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "sources": {source.stem: text_digest(source) for source in SOURCES},
+        "kernels": [kernel._asdict() for kernel in kernels],
+    }
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    page = RECORD.with_suffix(".md")
+    page.write_text(markdown(kernels))
+    print(page)
 
 
 if __name__ == "__main__":

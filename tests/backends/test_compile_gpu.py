@@ -1,7 +1,8 @@
 """Every GPU kernel compiles, spills nothing and loads 16 bytes at a time.
 
-No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped. CUDA
-sources take turns with the architectures, and other ones in each run.
+No GPU is needed: nvcc and Triton compile ahead of time. Without them these tests are skipped. A
+CUDA source is compiled for every architecture where it is not the one on record. What has not
+changed takes turns with the architectures, other ones in each run.
 """
 
 from __future__ import annotations

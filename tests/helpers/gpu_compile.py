@@ -14,10 +14,13 @@ from typing import NamedTuple
 import torch
 
 from tests.helpers import ROOT, samples
-from tests.helpers.kept import KEPT, included, kept
+from tests.helpers.kept import KEPT, digest, included, kept
 
 ARCHITECTURES = (80, 90, 100)
 SOURCES = sorted((ROOT / "csrc").rglob("*.cu"))
+#: What became of the sources as they were compiled last for every architecture: written by
+#: `python -m bench.kernel_resources`.
+RECORD = ROOT / "bench" / "results" / "static" / "cuda.json"
 #: Loads and stores of it in machine code: registers that were spilled.
 LOCAL_MEMORY = re.compile(r"\b(?:LDL|STL)\b")
 TYPE_NAMES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -36,7 +39,7 @@ class Resources(NamedTuple):
 def turns(values: Iterable[object]) -> list[tuple[object, int]]:
     """Values with the architecture that each is compiled for in this run: all architectures in
     turns, which each run deals anew (tests/helpers/samples.py), as to compile everything for each
-    takes minutes. Sources in CUDA tell them apart in csrc/cuda/ptx.cuh alone."""
+    takes minutes."""
     every = list(values)
     if samples.choose() == samples.ALL:
         return [(value, arch) for value in every for arch in ARCHITECTURES]
@@ -48,8 +51,16 @@ def turns(values: Iterable[object]) -> list[tuple[object, int]]:
 
 
 def architectures_of(source: Path) -> tuple[int, ...]:
-    """Those that a source is compiled for in this run."""
+    """Those that a source is compiled for in this run: all where it, or a file that it includes, is
+    not what it was when the record was made of it."""
+    if json.loads(RECORD.read_text())["sources"].get(source.stem) != text_digest(source):
+        return ARCHITECTURES
     return tuple(arch for each, arch in turns(SOURCES) if each == source)
+
+
+def text_digest(source: Path) -> str:
+    """Of a source and all that it includes."""
+    return digest(included(source))
 
 
 def kept_cuda(source: Path) -> tuple[Path, list[Resources]]:

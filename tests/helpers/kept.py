@@ -31,7 +31,7 @@ def kept(
     else that it depends on: commands, flags, versions of compilers. An earlier folder of this name
     is removed.
     """
-    key = _digest(files, words)
+    key = digest(files, words)
     KEPT.mkdir(parents=True, exist_ok=True)
     target = KEPT / f"{name}-{key}"
     with FileLock(KEPT / f"{name}.lock", timeout=PATIENCE):
@@ -62,7 +62,8 @@ def included(*sources: Path) -> set[Path]:
     return found
 
 
-def _digest(files: Iterable[Path], words: Iterable[object]) -> str:
+def digest(files: Iterable[Path], words: Iterable[object] = ()) -> str:
+    """A name for what is in these files, and these words."""
     hasher = hashlib.sha256()
     for word in words:
         hasher.update(f"{word}\0".encode())
