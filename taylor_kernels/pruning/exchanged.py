@@ -24,8 +24,14 @@ from taylor_kernels.tracing.running import call, copied, quiet
 from taylor_kernels.tracing.training import set_training
 from taylor_kernels.tracing.untouched import Untouched
 
-#: Of tensors with more numbers some tell whether they have changed.
+#: Of tensors with more numbers so many tell whether they have changed: one from each of as many
+#: equal parts, at random places, since equal steps may stay in one column.
 _MANY = 2**14
+_RANDOM = torch.Generator().manual_seed(0)
+_PLACES = (torch.arange(_MANY) + torch.rand(_MANY, generator=_RANDOM, dtype=torch.float64)) / _MANY
+#: What their bits are multiplied by: odd, so that a change of one number alone is never lost.
+_FACTORS = torch.randint(-(2**62), 2**62, (_MANY,), generator=_RANDOM) * 2 + 1
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Exchanged:
@@ -90,7 +96,7 @@ class Exchanged:
         """What modules hold now is what they hold again after each run."""
         self._untouched = Untouched(list(self.modules.values()), [])
         self.kept = keeping(self.modules.values())
-        with suppress(Exception):  # quantised tensors do not add up, and runs say what else fails
+        with suppress(Exception):  # quantised tensors have no view, and runs say what else fails
             if self.kept and not self._renewing_changes():
                 self.kept = []
 
@@ -104,10 +110,10 @@ class Exchanged:
             changed = self._untouched.restore()
         return changed or not same
 
-    def _marks(self) -> list[tuple[int, int, float]]:
+    def _marks(self) -> list[tuple[int, int, int]]:
         """What tells whether code has written into a tensor of the model, also by its `data`."""
         tensors = chain(self.tensors.values(), held_tensors(self.modules.values()))
-        return [(t._version, address_of(t), _some_of(t.detach()).sum().item()) for t in tensors]
+        return [(t._version, address_of(t), _checksum(t.detach())) for t in tensors]
 
     def expect_all_written(self) -> None:
         """Any buffer may be written into, as in the first run of its kind; and of parameters those
@@ -215,9 +221,18 @@ def clone(tensor: Tensor) -> Tensor:
     return nn.Parameter(new, False) if isinstance(tensor, nn.Parameter) else new
 
 
-def _some_of(tensor: Tensor) -> Tensor:
-    """Rows from all over a tensor, as many as are added up in next to no time."""
-    return tensor[:: tensor.numel() // _MANY] if tensor.dim() and tensor.numel() > _MANY else tensor
+def _checksum(tensor: Tensor) -> int:
+    """Of numbers from all over a tensor, no more than are added up in next to no time.
+
+    sum over i of factor_i * bits_i (mod 2^64): it changes also as numbers change places, and where
+    a sum of the numbers would be inf or nan, or lose the small ones.
+    """
+    parts = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = parts.view(_BITS[parts.element_size()])
+    if (numel := bits.numel()) > _MANY:
+        bits = bits.take((_PLACES * numel).long().to(bits.device))  # no copy, whatever its strides
+    factors = _FACTORS[: bits.numel()].to(bits.device)
+    return int((bits.flatten().long() * factors).sum())
 
 
 def _random_state() -> list[Tensor]:

@@ -13,17 +13,32 @@ from types import FrameType
 def uninterrupted() -> Iterator[None]:
     """Inside, Ctrl-C waits for the end, so that what is written in many places is written in all.
 
-    Python hands signals to the main thread alone: others are not interrupted anyway.
+    Python hands signals to the main thread alone: others are not interrupted anyway. Nor is work
+    where SIGINT is ignored, as by jobs in the background of a shell. What the system or C code does
+    with it is left as it is: Python could not put a handler of C code back.
+
+    A handler that is set inside stays. It may call the one that it found, or put that back later,
+    so the one of this block hands on what comes after its end.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
     came: list[FrameType | None] = []
-    signal.signal(signal.SIGINT, lambda _, frame: came.append(frame))
+    over = False
+
+    def wait(number: int, frame: FrameType | None) -> None:
+        if over:
+            handler(number, frame)
+        else:
+            came.append(frame)
+
+    signal.signal(signal.SIGINT, wait)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if signal.getsignal(signal.SIGINT) is wait:
+            signal.signal(signal.SIGINT, handler)
+        over = True
         if came:
             handler(signal.SIGINT, came[0])

@@ -5,14 +5,28 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from taylor_kernels.pruning import Pruner, network
+from taylor_kernels.pruning.uninterrupted import uninterrupted
 from tests.helpers import zoo
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "python_handles")
+
+
+@pytest.fixture
+def python_handles() -> Iterator[None]:
+    """Python's handler; a job in the background of a shell has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_model_is_cut_as_a_whole_before_an_interrupt_comes(monkeypatch):
@@ -32,7 +46,7 @@ def test_a_model_is_cut_as_a_whole_before_an_interrupt_comes(monkeypatch):
     remove, handler = network.remove, signal.getsignal(signal.SIGINT)
 
     def interrupted(*given):
-        os.kill(os.getpid(), signal.SIGINT)
+        interrupt()
         remove(*given)
 
     monkeypatch.setattr(network, "remove", interrupted)
@@ -46,3 +60,42 @@ def test_a_model_is_cut_as_a_whole_before_an_interrupt_comes(monkeypatch):
     monkeypatch.undo()
     while not pruner.done:
         step()
+
+
+@pytest.mark.parametrize("interrupts", [0, 1, 3])
+def test_a_handler_that_is_set_inside_stays_and_reaches_the_one_before(interrupts):
+    """The one before is told once of what came before the end, and of each that comes after it."""
+    told, own = [], []
+    signal.signal(signal.SIGINT, lambda *given: told.append(given))
+    with uninterrupted():
+        for _ in range(interrupts):
+            interrupt()
+        inner = signal.getsignal(signal.SIGINT)
+
+        def chained(number, frame):
+            own.append(number)
+            inner(number, frame)
+
+        signal.signal(signal.SIGINT, chained)
+        assert not told
+    assert signal.getsignal(signal.SIGINT) is chained
+    assert (len(told), len(own)) == (min(interrupts, 1), 0)
+    interrupt()
+    signal.signal(signal.SIGINT, inner)
+    interrupt()
+    assert (len(told), len(own)) == (min(interrupts, 1) + 2, 1)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL, None])
+def test_what_python_does_not_handle_is_left_as_it_is(handler, monkeypatch):
+    """`getsignal` returns None where C code has set a handler, which nothing in Python restores."""
+    if handler is None:
+        monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    else:
+        signal.signal(signal.SIGINT, handler)
+    with monkeypatch.context() as inside:
+        inside.setattr(signal, "signal", lambda *given: pytest.fail(f"sets {given}"))
+        with uninterrupted():
+            if handler is signal.SIG_IGN:
+                interrupt()
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -141,6 +141,38 @@ def test_the_proof_renews_what_is_made_anew_and_nothing_else(how):
     assert all(value is before[name] for name, value in vars(model.attention).items())
 
 
+PARTS = {
+    "rows behind the first": lambda table, rows: table[1:].add_(1),
+    "columns behind the first": lambda table, rows: table[:, 1:].add_(1),
+    "numbers that change places": lambda table, rows: table.copy_(table.flip(0)),
+    "beside a mask": lambda table, rows: table[rows // 2 :].add_(1),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "transposed"),
+    [
+        ((6, 20000), torch.float32, False),
+        ((20000, 16), torch.bfloat16, False),
+        ((20000, 16), torch.float64, True),
+        ((6, 20000), torch.complex64, True),
+        ((3, 17), torch.uint8, False),
+    ],
+)
+def test_parts_of_a_large_tensor_that_are_made_anew_are_noticed(shape, dtype, transposed, part):
+    table = torch.empty(shape).uniform_(0, 50).to(dtype)
+    if part == "beside a mask" and dtype.is_floating_point:
+        table[0] = -torch.inf
+    table = table.t() if transposed else table
+    model = Model(HOW[0])
+    model.attention = Silent(lambda held, _: PARTS[part](held.data, len(held)))
+    model.attention.table = table
+    model.eval()
+    run = Exchanged(model, dict(model.named_modules()), trace(model, X))
+    assert run.kept == [model.attention]
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("training", [False, True])
 def test_a_trace_leaves_what_is_kept_as_it_was(how, training):
