@@ -47,6 +47,8 @@ class Group(tracing.Group):
 
     def most_removable(self, alive: int) -> int:
         """How many of the `alive` units go at most."""
+        if not self.filters_per_unit:
+            return 0
         if self.schedule is not None:
             return max(alive - int(self.schedule.least[self.kind]), 0)
         first = self.next_to_go(alive)

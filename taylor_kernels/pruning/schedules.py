@@ -15,7 +15,7 @@ _Counts = npt.NDArray[np.int64]
 
 
 class Schedule:
-    """The widths that a stage may have.
+    """The widths that a stage goes through: to the least that it may have, as many as can be.
 
     Args:
         counts: [widths, kinds] int64, as of `Stage`: from one width to the next that it has, there
@@ -28,16 +28,16 @@ class Schedule:
 
     def __init__(self, counts: _Counts, allowed: npt.NDArray[np.bool_]) -> None:
         self._counts = counts
-        usable = allowed & (counts >= 0).all(1)
-        self._next = _longest_ways(counts, usable)
-        self._next = _longest_ways(counts, usable & (counts >= counts[self._way()[-1]]).all(1))
-        self.least = counts[self._way()[-1]]
+        usable = allowed & (counts >= 0).all(1) & (counts <= counts[-1]).all(1)
+        # The way through most widths might end above the least one, and targets out of reach.
+        self.least = counts[usable.argmax() if usable.any() else -1]
+        self._next = _longest_ways(counts, usable & (counts >= self.least).all(1))
 
     def steps(
         self, alive: Sequence[int] | None = None, kinds: Sequence[int] | None = None
     ) -> _Counts:
         """How many channels of these kinds there are at the present width and at each that the
-        stage then goes through, as many as there can be: [steps, kinds].
+        stage then goes through: [steps, kinds].
 
         Args:
             alive: how many there are now of each; None at first.

@@ -201,16 +201,25 @@ class _Bundles:
     def _add_stage(
         self, numbers: list[int], gone: np.ndarray, ranked: np.ndarray, per_unit: np.ndarray
     ) -> None:
-        """The bundles of a stage."""
+        """The bundles of a stage.
+
+        There are none whose units have no filters: their layers have gone with their blocks.
+        """
+        filters = gone @ per_unit[numbers]
+        fewer = np.append(True, np.diff(filters) > 0)
+        gone, filters = gone[fewer], filters[fewer]
         self.stages.append((numbers, gone))
         steps = len(gone) - 1
         total = np.zeros(len(gone))
         for begin, units in zip(self._begins[numbers].tolist(), gone.T, strict=True):
             total += np.append(0.0, ranked[begin : begin + units[-1]].cumsum())[units]
-        worth = np.diff(total) / np.diff(gone.sum(1))
+        # From the first bundle on that has a unit at infinity none goes.
+        known = np.count_nonzero(np.isfinite(total)) - 1
+        worth = np.full(steps, np.inf)
+        worth[:known] = np.diff(total[: known + 1]) / np.diff(gone[: known + 1].sum(1))
         owner = len(self._begins) + len(self.stages) - 1
         self.owner = np.append(self.owner, np.full(steps, owner))
-        self.filters = np.append(self.filters, np.diff(gone @ per_unit[numbers]))
+        self.filters = np.append(self.filters, np.diff(filters))
         self.worth = np.append(self.worth, np.maximum.accumulate(worth))
 
     def units_in(self, number: np.ndarray) -> np.ndarray:

@@ -79,8 +79,9 @@ def check_pruner_state(
         )
     if state.get("structure") != structure:
         raise ValueError(
-            "state: it is of another model, or of other prunable layers; build the pruner of the "
-            "same model, as it was at first, with the same arguments"
+            "state: it is of another model, or of other prunable layers (or of a release that "
+            "found other groups of filters); build the pruner of the same model, as it was at "
+            "first, with the same arguments, or go on in the release that began the run"
         )
     saved = state.get("blocks")
     if (saved is None) != (blocks is None):

@@ -117,6 +117,18 @@ class Beside(nn.Module):
         return torch.cat([x, self.make(x), x.sin()], 1)
 
 
+def with_drawn_norms(model: nn.Sequential) -> nn.Sequential:
+    """The model in float64, its BatchNorms with values that do not leave things as they are."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low in (
+                (module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
+                (module.running_var, 0.5),
+            ):  # fmt: skip
+                tensor.data.uniform_(low, low + 1)
+    return model.double()
+
+
 def drawn_network(seed: int, *, residual: bool = False, scaled: bool = False) -> nn.Sequential:
     """Some stages in a row with a classifier, all values drawn.
 
@@ -149,14 +161,7 @@ def drawn_network(seed: int, *, residual: bool = False, scaled: bool = False) ->
         *parts, nn.Conv2d(width, 7, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         nn.Linear(7, 2),
     )  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low in (
-                (module.weight, 0.5), (module.bias, -0.5), (module.running_mean, -0.5),
-                (module.running_var, 0.5),
-            ):  # fmt: skip
-                tensor.data.uniform_(low, low + 1)
-    return model.double()
+    return with_drawn_norms(model)
 
 
 class Run:

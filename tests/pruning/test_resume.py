@@ -180,7 +180,9 @@ FOREIGN = {
     "newer": (newer_file, {}, "version 99"),
     "another criterion": (None, {"importance": "taylor_fo"}, "by 'taylor_fo_bn'.* by 'taylor_fo'"),
     "another model": (None, {"name": "mobilenet"}, "another model"),
-    "other layers": (None, {"ignore": ["stem"]}, "other prunable layers"),
+    "other layers": (
+        None, {"ignore": ["stem"]}, "other prunable layers .*release that found other groups",
+    ),
     "broken mask": (
         lambda p: edit(p, lambda c: c["pruner"]["removed"].pop()), {}, "damaged.*'removed'",
     ),

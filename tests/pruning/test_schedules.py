@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from taylor_kernels.pruning.schedules import Schedule
 from taylor_kernels.pruning.selection import select
+from taylor_kernels.tracing import IN
 from tests.pruning.shuffled_stages import Added, Block, First, Run, drawn_network, staged
 
 SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -23,24 +26,25 @@ SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(Healt
     rows=st.lists(st.lists(st.integers(-1, 4), min_size=3, max_size=3), min_size=1, max_size=7),
     allowed=st.lists(st.booleans(), min_size=8, max_size=8),
 )
-def test_a_schedule_goes_through_as_many_widths_as_can_be(rows, allowed):
+def test_a_schedule_goes_to_the_least_width_through_as_many_as_can_be(rows, allowed):
     counts = np.array([[-1, -1, -1], *rows, [4, 4, 4]])
     counts = np.column_stack([counts, np.where(counts[:, 0] < 0, -1, np.arange(len(counts)))])
     may = np.array([*allowed, *[True] * 8])[: len(counts)]
 
-    def longest(row: int) -> int:
-        return 1 + max(
-            (
-                longest(other)
-                for other in range(1, row)
-                if may[other] and counts[other].min() >= 0 and (counts[other] <= counts[row]).all()
-            ),
-            default=0,
-        )
+    def ways(row: int) -> list[list[int]]:
+        """All of them, from a width on."""
+        found = [[row]]
+        for other in range(1, row):
+            if may[other] and counts[other].min() >= 0 and (counts[other] <= counts[row]).all():
+                found += [[row, *way] for way in ways(other)]
+        return found
 
+    found = ways(len(counts) - 1)
+    least = min(way[-1] for way in found)
     schedule = Schedule(counts, may)
     steps = schedule.steps()
-    assert len(steps) == longest(len(counts) - 1)
+    assert schedule.least.tolist() == counts[least].tolist()
+    assert len(steps) == max(len(way) for way in found if way[-1] == least)
     assert (np.diff(steps, axis=0) <= 0).all()
     assert steps[-1].tolist() == schedule.least.tolist()
     for step in range(len(steps)):
@@ -86,6 +90,53 @@ def test_the_cheapest_bundles_go_and_of_each_kind_the_cheapest(seed, most):
                     behind.append(worth)
     assert total >= wanted
     assert max(last) <= min(behind, default=2.0) + 1e-12
+
+
+@SEEDS
+@given(seed=st.integers(0, 2**20), share=st.sampled_from([0.1, 1.0]))
+@pytest.mark.filterwarnings("error")
+def test_units_that_no_layer_makes_any_more_stay(seed, share):
+    """Those of all groups of stages, or of some."""
+    with torch.random.fork_rng():
+        network = Run(drawn_network(seed), params=0.5).pruner._network
+        left = [g.schedule is None or torch.rand(()).item() > share for g in network.groups]
+        scores = [torch.rand(g.size) for g in network.groups]
+    groups = [
+        group if stays else replace(group, slots=tuple(s for s in group.slots if s.side == IN))
+        for group, stays in zip(network.groups, left, strict=True)
+    ]
+    scores = [s if stays else s + torch.inf for s, stays in zip(scores, left, strict=True)]
+    budget = SimpleNamespace(filters=network.meter.cost.filters, met=lambda meter: False)
+    taken = select(groups, network.dead, scores, network.meter, budget)
+    assert all(stays or not units.numel() for units, stays in zip(taken, left, strict=True))
+    for group, units in zip(groups, taken, strict=True):
+        if group.schedule is None:
+            assert units.numel() == group.most_removable(group.size)
+
+
+@pytest.mark.parametrize(("half", "least"), [(7, 4), (10, 4), (13, 3), (16, 5)])
+def test_every_layer_gets_as_narrow_as_min_filters_says(half, least):
+    """Though more widths lie on a way that ends above it."""
+    model = nn.Sequential(
+        First(3, half, 2), *(Block(half, 2) for _ in range(3)), nn.Conv2d(2 * half, 5, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2),
+    ).double()  # fmt: skip
+    network = Run(model, filters=0.9, min_filters=least).pruner._network
+    groups = network.groups
+    left = sum((g.size - g.most_removable(g.size)) * g.filters_per_unit for g in groups)
+    whole = network.meter.cost.filters
+    ends = {
+        owner: sum(
+            (g.size - g.most_removable(g.size)) * slot.index.size(1)
+            for g in groups
+            for slot in g.producers
+            if slot.owner == owner
+        )
+        for owner in ("0.one.0", "1.body.4", "3.body.4")
+    }
+    assert set(ends.values()) == {least}
+    pruner = Run(copy.deepcopy(model), filters=left / whole, min_filters=least).pruner
+    assert staged(pruner)
 
 
 @pytest.mark.parametrize(("round_to", "min_filters"), [(2, 3), (4, 2), (8, 1)])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
-from tests.pruning.shuffled_stages import Block, First, Run, drawn_network, staged
+from tests.pruning.shuffled_stages import Block, First, Run, drawn_network, staged, with_drawn_norms
 from tests.tracing.parts import Apply
 
 SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -185,6 +185,53 @@ def test_the_proof_runs_what_is_put_in_order(monkeypatch):
     assert not staged(Run(model.double(), filters=0.9).pruner)
     monkeypatch.undo()
     assert staged(Run(model.double(), filters=0.9).pruner)
+
+
+class Inside(nn.Module):
+    """A stage in the branch of a residual block."""
+
+    def __init__(self, width: int, half: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            First(width, half, 1),
+            *(Block(half, 1) for _ in range(3)),
+            nn.Conv2d(2 * half, width, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("per_step", [0.1, 0.3])
+def test_a_stage_goes_with_the_block_that_it_is_in(per_step):
+    torch.manual_seed(0)
+    tail = [nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 2)]
+    blocks = [Inside(6, 10) for _ in range(3)]
+    model = with_drawn_norms(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), *blocks, *tail))
+    options = {"blocks": True, "per_step": per_step, "criterion": "taylor_fo_bn"}
+    run = Run(model, params=0.25, **options)
+    assert staged(run.pruner)
+    behind = 0  # prunings once a stage that could lose channels has gone with its block
+    for _ in range(20):
+        network = run.pruner._network
+        gone = [
+            (group, int((~off).sum()))
+            for group, off in zip(network.groups, network.dead, strict=True)
+            if group.schedule is not None and not group.producers
+        ]
+        assert all(group.most_removable(alive) == 0 for group, alive in gone)
+        behind += any(len(g.schedule.steps([alive], [g.kind])) > 1 for g, alive in gone)
+        x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+        run.step(x)
+        if run.pruner.done:
+            break
+    assert run.pruner.done
+    assert behind
+    before = run.outputs(x)
+    run.pruner.compact()
+    torch.testing.assert_close(run.outputs(x), before, rtol=1e-9, atol=1e-9)
+    assert run.pruner._network.meter.cost.params == sum(p.numel() for p in model.parameters())
 
 
 def test_units_that_do_not_go_in_step_are_an_error():
