@@ -73,6 +73,7 @@ class MaskedRuns:
         self._values = Values(self._modules, original, self._noise)
         self._run = Exchanged(model, self._modules, channels, outputs)
         self._begun: Masked | None = None
+        self._planned: tuple[Channels, list[Tensor]] | None = None  # the steps of all their groups
         self._train_runs: list[bool] = []  # what `lowest` is in each
         self._refusal = ""  # what was wrong with the last inputs that the model did not run on
         if not self._runs_in_double(example_inputs):
@@ -182,11 +183,12 @@ class MaskedRuns:
         Args:
             numbers: of the groups that lose any; None for all.
         """
-        groups = cast(list[Group], self.channels.groups)
-        steps = steps_of_groups(groups)
+        if self._planned is None or self._planned[0] is not self.channels:
+            groups = cast(list[Group], self.channels.groups)
+            self._planned = self.channels, steps_of_groups(groups)
         return [
             units if numbers is None or number in numbers else torch.zeros_like(units)
-            for number, units in enumerate(steps)
+            for number, units in enumerate(self._planned[1])
         ]
 
     def _run_masked(

@@ -70,8 +70,9 @@ def units_by_step(group: Group, number: int) -> Tensor:
     counts = [0, *range(first, most + 1, group.multiple)]
     while len(counts) > _FEW and not _is_telling(group.size - counts[-1], group):
         del counts[-1]
-    counts_of = _dealt_out if group.size <= _HEADS else _counts
-    return _in_ways(group.size, number, counts_of(counts, number, drawn), drawn)
+    few = group.size <= _HEADS
+    chosen = _dealt_out(counts, number) if few else _drawn(counts, number, drawn)
+    return _in_ways(group.size, number, chosen, drawn)
 
 
 def _is_telling(left: int, group: Group) -> bool:
@@ -101,7 +102,7 @@ def _in_ways(size: int, number: int, counts: Sequence[int], drawn: random.Random
     return gone
 
 
-def _counts(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[int, int, int]:
+def _drawn(counts: Sequence[int], number: int, drawn: random.Random) -> tuple[int, int, int]:
     """How many units have gone after each step, of so many as may have gone."""
     if len(counts) > _FEW:
         *every, last = counts[1:]
@@ -125,7 +126,7 @@ def _from_either_end(counts: tuple[int, int, int], number: int) -> int:
     return going[-number % STEPS] - going[(1 - number) % STEPS]
 
 
-def _dealt_out(counts: Sequence[int], number: int, _: random.Random) -> tuple[int, int, int]:
+def _dealt_out(counts: Sequence[int], number: int) -> tuple[int, int, int]:
     """The same of so few that all ways are known: one after the other, so that groups that lie any
     distance apart in their row do not have the same one for long."""
     last = counts[-1]
