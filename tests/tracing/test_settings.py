@@ -36,6 +36,13 @@ class Attention(nn.Module):
         stream, heads, head_dim = self.sizes()
         self.query, self.key, self.value = (nn.Linear(stream, heads * head_dim) for _ in range(3))
         self.leave = nn.Linear(heads * head_dim, stream)
+        # A target takes what contributes least, and that may be the stream alone: the last head,
+        # and the last place of every head, contribute next to nothing, so that they go first.
+        with torch.no_grad():
+            for layer in (self.query, self.key, self.value):
+                parts = layer.weight.view(heads, head_dim, stream)
+                parts[-1] *= 1e-2
+                parts[:, -1] *= 1e-2
 
     def sizes(self) -> tuple[int, int, int]:
         s = self.settings
