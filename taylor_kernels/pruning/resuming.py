@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_kernels.pruning.groups import by_schedule
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import Removal
-from taylor_kernels.pruning.schedules import members
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.watching import Watching
 from taylor_kernels.tracing.running import outside_inference_mode
@@ -147,7 +147,7 @@ class Resumable(Watching):
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
         names = None if self._minibatches.blocks is None else self._network.block_state()["names"]
-        staged = {number for _, numbers in members(self._network.first) for number in numbers}
+        staged = {number for _, numbers in by_schedule(self._network.first) for number in numbers}
         structure, criterion = self._prunable.structure, self.criterion.name
         state = check_pruner_state(state, structure, criterion, names, staged)
         self._network.check_in_step(state)
