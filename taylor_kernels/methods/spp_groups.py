@@ -63,6 +63,7 @@ class Columns(Switched):
         return [self.layer.weight]
 
     def scores(self) -> Tensor:
+        """[C] float: Σ|w| of each column."""
         # One pass over the weight, and nothing of its size is made.
         weight = self._columns(self.layer.weight.detach())
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -107,6 +108,7 @@ class Units(Switched):
         return list({id(layer.weight): layer.weight for layer, _ in self._readers}.values())
 
     def scores(self) -> Tensor:
+        """[U] float: Σ|w| of the filters of each unit."""
         return torch.stack([_filter_norms(*each) for each in self._producers]).sum(0)
 
     def scale(self, factors: Tensor) -> None:
@@ -197,6 +199,7 @@ def readers(group: Group, model: nn.Module) -> list[Slot]:
 
 
 def channels_in(layer: Layer) -> int:
+    """How many input channels a layer reads, over all its groups."""
     return layer.weight.size(1) * _groups(layer)
 
 
@@ -219,6 +222,7 @@ def _groups(layer: Layer) -> int:
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:
+    """The layer of that name, which has columns or is linear."""
     module = model.get_submodule(name)
     assert _has_columns(module)
     return module

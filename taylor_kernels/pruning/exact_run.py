@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.alone import HIDING, is_alone
 from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, wider
+from taylor_kernels.tracing.operations import OperationMode
 from taylor_kernels.tracing.running import tensors_in
 
 _CASTS: dict[Any, Any] = {
@@ -240,7 +240,7 @@ def _each(value: Any, dims: int) -> list[int]:
 _DRAWS = ("bernoulli", "rand", "randn", "normal", "uniform", "exponential", "log_normal", "cauchy")
 
 
-class SteadyNoise(TorchDispatchMode):
+class SteadyNoise(OperationMode):
     """Whatever is drawn at random is one number everywhere, and dropout drops nothing.
 
     Random numbers are drawn place after place, so that a place without its neighbours would get
@@ -256,11 +256,6 @@ class SteadyNoise(TorchDispatchMode):
     def __init__(self, *, lowest: bool = False) -> None:
         super().__init__()
         self._uniform = 2.0**-24 if lowest else 1 - 2.0**-8
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # False: PyTorch need not wrap each call so that no compiler looks into it.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None

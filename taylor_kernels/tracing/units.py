@@ -199,4 +199,5 @@ def in_step(groups: Sequence[Group], stages: Sequence[Stage]) -> list[Group]:
 
 
 def index(values: Vector) -> Tensor:
+    """A vector as a tensor with memory in a row."""
     return torch.from_numpy(np.ascontiguousarray(values))
