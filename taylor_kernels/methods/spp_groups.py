@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from taylor_kernels.statistics.layers import filter_groups
 from taylor_kernels.tracing import IN, Channels
 from taylor_kernels.tracing.units import Group, Slot
 
@@ -54,7 +55,7 @@ class Columns(Switched):
     """
 
     def __init__(self, name: str, layer: Layer) -> None:
-        self.name, self.layer, self.groups = name, layer, _groups(layer)
+        self.name, self.layer, self.groups = name, layer, filter_groups(layer)
         weight = layer.weight
         self.count = weight.numel() // (weight.size(0) // self.groups)
 
@@ -200,25 +201,23 @@ def readers(group: Group, model: nn.Module) -> list[Slot]:
 
 def channels_in(layer: Layer) -> int:
     """How many input channels a layer reads, over all its groups."""
-    return layer.weight.size(1) * _groups(layer)
+    return layer.weight.size(1) * filter_groups(layer)
 
 
 def _of_inputs(layer: Layer, values: Tensor) -> Tensor:
     """[I] of a layer's input channels -> what broadcasts against its weight [O, I/g, *k]."""
     weight = layer.weight
-    rows = values.view(-1, 1, weight.size(1)).expand(-1, weight.size(0) // _groups(layer), -1)
+    rows = values.view(-1, 1, weight.size(1)).expand(-1, weight.size(0) // filter_groups(layer), -1)
     return rows.reshape(weight.size(0), weight.size(1), *[1] * (weight.dim() - 2))
 
 
 def read_channels(layer: Layer) -> Tensor:
     """[I] bool: the input channels that some weight of the layer reads."""
     weight = layer.weight.detach()
-    by_group = weight.reshape(_groups(layer), -1, weight.size(1), max(weight[0, 0].numel(), 1))
+    by_group = weight.reshape(
+        filter_groups(layer), -1, weight.size(1), max(weight[0, 0].numel(), 1)
+    )
     return (by_group != 0).any(3).any(1).flatten()
-
-
-def _groups(layer: Layer) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
 def layer_of(model: nn.Module, name: str) -> Layer:

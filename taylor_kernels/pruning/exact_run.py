@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.alone import HIDING, is_alone
 from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, wider
-from taylor_kernels.tracing.operations import OperationMode
+from taylor_kernels.tracing.operations import OperationMode, per_dimension
 from taylor_kernels.tracing.running import tensors_in
 
 _CASTS: dict[Any, Any] = {
@@ -201,16 +201,17 @@ def _grouped(
     fits = (
         groups > _FEW_GROUPS
         and input.numel() > 0
-        and not isinstance(padding, str)
         and input.dim() == n + 2
         and input.size(1) == weight.size(1) * groups
         and weight.size(0) % groups == 0
         and input.dtype == weight.dtype == torch.float64
         and (bias is None or bias.shape == weight.shape[:1])
     )
-    if not fits:
+    if not fits or isinstance(padding, str):
         return None
-    strides, paddings, dilations = _each(stride, n), _each(padding, n), _each(dilation, n)
+    strides, paddings, dilations = (
+        per_dimension(value, n) for value in (stride, padding, dilation)
+    )
     padded = F.pad(input, [pad for pad in reversed(paddings) for _ in range(2)])
     kernel = weight.shape[2:]
     sizes = [
@@ -229,11 +230,6 @@ def _grouped(
     out = weight.reshape(groups, -1, columns.size(2)) @ columns
     out = out.reshape(len(input), len(weight), *sizes)
     return out if bias is None else out + bias.view(-1, *[1] * n)
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
-    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
 
 
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.

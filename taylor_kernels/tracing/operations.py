@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -89,6 +89,11 @@ def address_of(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
+
+
+def per_dimension(value: int | Sequence[int], dims: int) -> list[int]:
+    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
 
 
 class OperationMode(TorchDispatchMode):
