@@ -6,7 +6,7 @@ Both stand on the ops `filter_moments` and `gate_gradients`.
 
 from taylor_kernels import distributed as distributed
 from taylor_kernels import methods as methods
-from taylor_kernels._scoring import scoring
+from taylor_kernels.activation_gradients import scoring
 from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from taylor_kernels._scoring import scoring
+from taylor_kernels.activation_gradients import scoring
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.statistics import Statistic, get_statistic

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from taylor_kernels._scoring import scoring
+from taylor_kernels.activation_gradients import scoring
 from taylor_kernels.files import write_atomically
 from taylor_kernels.importance import Importance
 from taylor_kernels.pruning import save_checkpoint
