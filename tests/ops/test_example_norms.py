@@ -232,7 +232,7 @@ def test_the_shorter_way_is_taken_where_no_backend_is_named():
 
 @pytest.mark.parametrize(("capability", "taken"), [((9, 0), True), ((8, 6), False)])
 def test_gpus_without_float64_units_compute_gradients(capability, taken):
-    sides = (4, 4), (4, 4), (64, 64, 3, 3), (1, 1), (1, 1), 1
+    sides = (4, 4), (4, 4), (64, 64, 3, 3), (1, 1), 1
     with patch("torch.cuda.get_device_capability", lambda _: capability):
         assert gram.is_shorter(*sides, torch.device("cuda"), torch.float32) is taken
 

@@ -62,14 +62,13 @@ def view(call: Call) -> list[Labels | None]:
         if axes is None or vector.size < 2:
             _follow(call, source, old, dim, vector, outs)
         else:
-            _place(call, source, old, dim, vector, outs, axes)
+            _place(call, old, dim, vector, outs, axes)
     return list(outs)
 
 
 def _place(
-    call: Call, source: Tensor, old: Labels, dim: int, vector: Vector, outs: list[Labels],
-    axes: Axes,
-) -> None:  # fmt: skip
+    call: Call, old: Labels, dim: int, vector: Vector, outs: list[Labels], axes: Axes
+) -> None:
     """Carry the labels of one dimension to where the arguments say that it goes."""
     place, parts = axes.order[dim], []
     for number, new in enumerate(outs):
