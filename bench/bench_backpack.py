@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.harness import MIB, Provider
+from bench.harness import Provider, mib_of
 from bench.models import ConvNet, resnet18
 
 pytest.importorskip("backpack", reason="BackPACK is not installed")
@@ -120,10 +120,6 @@ def _norm(tensors: Any) -> float:
     return float(torch.stack(parts).norm())
 
 
-def _mib(model: nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-
-
 @pytest.mark.quick(network=["convnet"])
 @pytest.mark.parametrize("provider", [THEIRS, OURS])
 @pytest.mark.parametrize("network", list(MODELS))
@@ -133,4 +129,4 @@ def bench_backpack(field, network, provider, device, images, measured, record, r
     results = measured.get(
         case, lambda: providers(field, network, images(BATCH), device), rounds(ROUNDS)
     )
-    record(case, results, provider, parameters_mib=_mib(MODELS[network]()))
+    record(case, results, provider, parameters_mib=mib_of(MODELS[network]()))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.harness import MIB, Provider, or_reason
+from bench.harness import Provider, mib_of, or_reason
 from bench.models import resnet18
 
 pytest.importorskip("laplace", reason="laplace-torch is not installed")
@@ -168,10 +168,6 @@ CASES = [
 ]
 
 
-def _mib(model: nn.Module) -> float:
-    return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
-
-
 @pytest.mark.quick(kind=["ef"], network=["vit"])
 @pytest.mark.parametrize(("kind", "network", "provider"), CASES)
 def bench_laplace(kind, network, provider, device, images, measured, record, rounds) -> None:
@@ -179,4 +175,4 @@ def bench_laplace(kind, network, provider, device, images, measured, record, rou
     results = measured.get(
         case, lambda: providers(kind, network, images(BATCH[kind]), device), rounds(ROUNDS)
     )
-    record(case, results, provider, parameters_mib=_mib(MODELS[network]()))
+    record(case, results, provider, parameters_mib=mib_of(MODELS[network]()))

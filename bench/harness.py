@@ -14,13 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from bench.timing import timer
 
 MIB = 2**20
 T = TypeVar("T")
+
+
+def mib_of(model: nn.Module) -> float:
+    """The memory of a model's parameters, in MiB."""
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / MIB
 
 
 @dataclass

@@ -6,7 +6,6 @@ Both stand on the ops `filter_moments` and `gate_gradients`.
 
 from taylor_kernels import distributed as distributed
 from taylor_kernels import methods as methods
-from taylor_kernels._scoring import scoring
 from taylor_kernels.backends import available_backends
 from taylor_kernels.criteria import Criterion, criterion_names, register_criterion
 from taylor_kernels.importance import Importance
@@ -37,6 +36,7 @@ from taylor_kernels.pruning import (
     update_config,
 )
 from taylor_kernels.statistics import Statistic, register_statistic, statistic_names
+from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.tracing import Channels, trace
 
 __version__ = "0.1.0"

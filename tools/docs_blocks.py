@@ -24,7 +24,7 @@ from typing import Any
 
 from bench import report
 from bench.figures import Results, load
-from bench.markdown import ms, table
+from bench.markdown import table
 from taylor_kernels import criteria
 from taylor_kernels.statistics import statistics_table
 from taylor_kernels.studies.oracle import findings
@@ -48,7 +48,14 @@ from tools.language_block import (
 )
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
-from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
+from tools.result_blocks import (
+    SAMPLING,
+    bench_block,
+    demo_block,
+    headline_block,
+    sampling_block,
+    study_block,
+)
 from tools.step_block import STEP, step_block
 from tools.stream_block import STREAM, stream_block
 from tools.zoo_block import ZOO, zoo_block
@@ -170,38 +177,10 @@ def _rows() -> Iterator[tuple[str, str, str, Path]]:
         "ResNet on digits, 3 seeds",
         DEMO,
     )
-    both = next(c for c in cpu().of("filter_moments") if c.name[1:] == ("resnet50-fp32", "both"))
-    ours = both.ours
-    assert ours is not None
-    peers = [
-        f"{label} {peer.median / ours.median:.1f}×"
-        for family, label in _PEERS.items()
-        if (peer := both.fastest(family=family, role="peer"))
-    ]
-    yield (
-        "Moments of all ResNet-50 filters, rows and columns; time of others over ours",
-        f"{ms(ours.median)} ms; {', '.join(peers)}",
-        "CPU, 2 threads, float32",
-        CPU,
-    )
-    step = cpu().of("scoring_step")[0]
-    ratios = [
-        f"{words} {entry.info['ratio_to_plain']:.2f}×"
-        for label, words in _STEPS.items()
-        if (entry := step.get(label))
-    ]
-    yield (
-        "Scoring step of ResNet-18 under `taylor_fo_bn`, over forward + backward",
-        ", ".join(ratios),
-        "CPU, 2 threads, 32 images of 32²",
-        CPU,
-    )
     yield language_row(language())
 
 
 _TWO = ("taylor_fo_bn", "taylor_so_diag")
-_PEERS = {"eager": "eager", "compile": "torch.compile", "torch-pruning": "Torch-Pruning"}
-_STEPS = {"with taylor_fo_bn": "in training", "scoring, taylor_fo_bn": "in `tk.scoring`"}
 
 
 def _as_pruned(result: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
@@ -221,6 +200,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "example": example,
     "findings": study_findings,
     "five-criteria": five_criteria,
+    "headline": lambda: headline_block(cpu()),
     "issue-slots": lambda: issue_slots_block(
         *(json.loads((ROOT / path).read_text()) for path in (BEFORE, NOW))
     ),

@@ -69,6 +69,33 @@ def sampling_block(result: Json) -> str:
     )
 
 
+def headline_block(results: Results) -> str:
+    """How fast, in two sentences."""
+    (both,) = (c for c in results.of("filter_moments") if c.name[1:] == ("resnet50-fp32", "both"))
+    ours, step = both.ours, results.of("scoring_step")[0]
+    assert ours is not None
+    peers = ", ".join(
+        f"{label} {peer.median / ours.median:.1f}×"
+        for family, label in _PEERS.items()
+        if (peer := both.fastest(family=family, role="peer"))
+    )
+    ratios = ", ".join(
+        f"{entry.info['ratio_to_plain']:.2f}× {words}"
+        for label, words in _STEPS.items()
+        if (entry := step.get(label))
+    )
+    return (
+        f"Sums over every filter of ResNet-50, rows and columns, take {ms(ours.median)} ms on two "
+        f"CPU threads; others take longer: {peers}. Scoring ResNet-18 under `taylor_fo_bn` takes, "
+        f"over a forward and a backward pass: {ratios} (`{results.path.as_posix()}`)."
+    )
+
+
+#: Peers and steps of the headline, with the words for them.
+_PEERS = {"eager": "eager PyTorch", "compile": "torch.compile", "torch-pruning": "Torch-Pruning"}
+_STEPS = {"with taylor_fo_bn": "in training", "scoring, taylor_fo_bn": "inside `tk.scoring`"}
+
+
 def bench_block(results: Results) -> str:
     """Ours against each kind of peer, and the steps."""
     rows = []

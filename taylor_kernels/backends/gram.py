@@ -47,7 +47,6 @@ def is_shorter(
     image: Pair,
     out_image: Pair,
     weight_size: Sequence[int],
-    stride: Pair,
     padding: Pair,
     groups: int,
     device: torch.device,
@@ -56,7 +55,7 @@ def is_shorter(
     """Whether Gram matrices take less time than the kernels, which compute gradients."""
     positions = math.prod(out_image)
     gradients = positions * math.prod(weight_size)
-    costs = _costs(image, out_image, weight_size, stride, padding, groups)
+    costs = _costs(image, out_image, weight_size, padding, groups)
     if positions == 1 and _is_pointwise(weight_size, padding):
         return min(costs) < gradients
     return _slower(device, dtype) * min(costs) < gradients
@@ -87,7 +86,7 @@ def conv2d_example_norms(
         step_h, step_w = stride
         input = input[:, :, ::step_h, ::step_w][:, :, : out_image[0], : out_image[1]]
         image, stride = out_image, (1, 1)
-    pixels, patches = _costs(image, out_image, size, stride, padding, groups)
+    pixels, patches = _costs(image, out_image, size, padding, groups)
     by_pixels = pixels <= patches
     side = math.prod(image) if by_pixels else size[1] * math.prod(size[2:])
     positions = math.prod(out_image)
@@ -168,7 +167,6 @@ def _costs(
     image: Pair,
     out_image: Pair,
     size: Sequence[int],
-    stride: Pair,
     padding: Pair,
     groups: int,
 ) -> tuple[int, int]:

@@ -129,6 +129,7 @@ def is_gradient_hook(hook: object) -> bool:
 
 @cache
 def cpu_status() -> tuple[bool, str]:
+    """Whether the CPU kernels are there: compiler and instruction set, or why they are not."""
     if _native is None:
         return False, f"taylor_kernels._native did not load ({_import_error}); pip install ."
     return True, f"{_native.compiler}, {_native.cpu_isa()}"

@@ -27,6 +27,7 @@ from taylor_kernels.statistics import (
     held_weight,
 )
 from taylor_kernels.statistics.counting import Mask, counted
+from taylor_kernels.statistics.layers import check_module
 
 
 class Importance(Readout):
@@ -142,8 +143,7 @@ class Importance(Readout):
         scaler: GradScaler | None = None,
         stream: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         self.criterion = get_criterion(criterion)
         statistic = get_statistic(self.criterion.statistic)
         if stream:

@@ -90,6 +90,11 @@ class GSM(Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; the options are checked.
+
+        Raises:
+            ValueError: an option is out of range, or the compression is not that of the others.
+        """
         group = {**self.defaults, **param_group}
         for name, fits, range_ in (
             ("lr", lambda x: x >= 0, "not negative"),

@@ -41,6 +41,7 @@ _NUMBERS = {
 
 
 def is_quantized(group: Mapping[str, Any], param: Tensor) -> bool:
+    """Whether a parameter of this group becomes ±1, as its `quantize` says."""
     wanted = group["quantize"]
     return bool(wanted) and param.numel() > 0 and (wanted == "all" or param.dim() > 1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from taylor_kernels.statistics.layers import filter_groups
 from taylor_kernels.tracing import IN, Channels
 from taylor_kernels.tracing.units import Group, Slot
 
@@ -54,7 +55,7 @@ class Columns(Switched):
     """
 
     def __init__(self, name: str, layer: Layer) -> None:
-        self.name, self.layer, self.groups = name, layer, _groups(layer)
+        self.name, self.layer, self.groups = name, layer, filter_groups(layer)
         weight = layer.weight
         self.count = weight.numel() // (weight.size(0) // self.groups)
 
@@ -63,6 +64,7 @@ class Columns(Switched):
         return [self.layer.weight]
 
     def scores(self) -> Tensor:
+        """[C] float: Σ|w| of each column."""
         # One pass over the weight, and nothing of its size is made.
         weight = self._columns(self.layer.weight.detach())
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -107,6 +109,7 @@ class Units(Switched):
         return list({id(layer.weight): layer.weight for layer, _ in self._readers}.values())
 
     def scores(self) -> Tensor:
+        """[U] float: Σ|w| of the filters of each unit."""
         return torch.stack([_filter_norms(*each) for each in self._producers]).sum(0)
 
     def scale(self, factors: Tensor) -> None:
@@ -197,28 +200,28 @@ def readers(group: Group, model: nn.Module) -> list[Slot]:
 
 
 def channels_in(layer: Layer) -> int:
-    return layer.weight.size(1) * _groups(layer)
+    """How many input channels a layer reads, over all its groups."""
+    return layer.weight.size(1) * filter_groups(layer)
 
 
 def _of_inputs(layer: Layer, values: Tensor) -> Tensor:
     """[I] of a layer's input channels -> what broadcasts against its weight [O, I/g, *k]."""
     weight = layer.weight
-    rows = values.view(-1, 1, weight.size(1)).expand(-1, weight.size(0) // _groups(layer), -1)
+    rows = values.view(-1, 1, weight.size(1)).expand(-1, weight.size(0) // filter_groups(layer), -1)
     return rows.reshape(weight.size(0), weight.size(1), *[1] * (weight.dim() - 2))
 
 
 def read_channels(layer: Layer) -> Tensor:
     """[I] bool: the input channels that some weight of the layer reads."""
     weight = layer.weight.detach()
-    by_group = weight.reshape(_groups(layer), -1, weight.size(1), max(weight[0, 0].numel(), 1))
+    by_group = weight.reshape(
+        filter_groups(layer), -1, weight.size(1), max(weight[0, 0].numel(), 1)
+    )
     return (by_group != 0).any(3).any(1).flatten()
 
 
-def _groups(layer: Layer) -> int:
-    return layer.groups if isinstance(layer, _ConvNd) else 1
-
-
 def layer_of(model: nn.Module, name: str) -> Layer:
+    """The layer of that name, which has columns or is linear."""
     module = model.get_submodule(name)
     assert _has_columns(module)
     return module

@@ -243,8 +243,8 @@ def _run(
         input.split(share), grad_output.split(share), out.split(share), strict=True
     ):
         x, dy, plane = as_2d(x, dy, *geometry)
-        extents = x.shape[2:], dy.shape[2:]
-        if backend is None and gram.is_shorter(*extents, *plane[:3], groups, x.device, x.dtype):
+        shapes = x.shape[2:], dy.shape[2:], plane[0]
+        if backend is None and gram.is_shorter(*shapes, plane[2], groups, x.device, x.dtype):
             with torch.autocast(x.device.type, enabled=False):
                 gram.conv2d_example_norms(x, dy, *plane, norms)
         else:

@@ -17,6 +17,7 @@ from taylor_kernels.parameter_fisher.watch import Watch
 from taylor_kernels.parameter_fisher.ways import find_parameters
 from taylor_kernels.statistics import check_loss_scale
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN
+from taylor_kernels.statistics.layers import check_module
 
 Reduction = Literal["mean", "sum"]
 _STATE_VERSION = 1
@@ -102,8 +103,7 @@ class ParameterFisher(OnModel):
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        check_module(model)
         check_name(backend)
         for name, value, known in (
             ("reduction", reduction, get_args(Reduction)),

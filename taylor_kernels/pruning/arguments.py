@@ -13,9 +13,10 @@ from torch.optim import LBFGS, Optimizer
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masking import check_unmasked
-from taylor_kernels.pruning.optimizer_state import as_list, optimizers_in
+from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types, optimizers_in
 from taylor_kernels.shards import is_fsdp
 from taylor_kernels.statistics import get_statistic
+from taylor_kernels.statistics.layers import check_module
 
 
 def one_criterion(
@@ -37,7 +38,7 @@ def one_criterion(
 
 
 def check_arguments(
-    model: object,
+    model: nn.Module,
     criterion: Criterion,
     targets: Mapping[str, object],
     *,
@@ -50,8 +51,7 @@ def check_arguments(
     backend: Any,
 ) -> dict[str, float]:
     """The targets that were given, or an error that names the argument."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
@@ -152,13 +152,14 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
 
 
 def check_optimizer(optimizer: object, model: nn.Module) -> None:
+    """The optimizers train the model, and their state can be cut with it.
+
+    Raises:
+        TypeError: one is no optimizer.
+        ValueError: one holds no parameter of the model, or a history that cannot be cut.
+    """
     given = as_list(optimizer)
-    for one in given:
-        if not isinstance(one, Optimizer):
-            raise TypeError(
-                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
-                f"{type(one).__name__}"
-            )
+    check_optimizer_types(optimizer)
     own = set(model.parameters())
 
     def holds(one: Optimizer) -> bool:

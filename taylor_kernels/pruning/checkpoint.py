@@ -19,7 +19,7 @@ from taylor_kernels.pruning.optimizer_saving import (
     load_optimizer_states,
     optimizer_states,
 )
-from taylor_kernels.pruning.optimizer_state import as_list
+from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types
 from taylor_kernels.pruning.plain import as_plain
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.state import (
@@ -29,6 +29,7 @@ from taylor_kernels.pruning.state import (
     first_line,
 )
 from taylor_kernels.shards import in_parts, whole_state
+from taylor_kernels.statistics.layers import check_module
 from taylor_kernels.tracing.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
@@ -86,6 +87,7 @@ def save_checkpoint(
 
 
 def bare(model: nn.Module) -> nn.Module:
+    """The model that DistributedDataParallel wraps, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -94,6 +96,7 @@ def parts_of(
     optimizer: Optimizer | Sequence[Optimizer] | None,
     pruner: Pruner | None,
 ) -> dict[str, Any]:
+    """The states of those of a run that are given; None for each of the others."""
     return {
         "model": model.state_dict(),
         "optimizer": None if optimizer is None else optimizer_states(optimizer),
@@ -286,11 +289,10 @@ def read_checkpoint(path: str | bytes | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_given(model: object, optimizer: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for one in as_list(optimizer):
-        if not isinstance(one, Optimizer):
-            raise TypeError(
-                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
-                f"{type(one).__name__}"
-            )
+    """They are a module, and optimizers.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    check_module(model)
+    check_optimizer_types(optimizer)

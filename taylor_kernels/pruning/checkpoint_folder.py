@@ -34,6 +34,7 @@ _Path = str | os.PathLike[str]
 
 
 def named(folder: _Path, number: int) -> Path:
+    """The folder of the checkpoint of this number."""
     return Path(folder) / f"checkpoint-{number:08d}"
 
 
@@ -43,6 +44,11 @@ def _numbers(folder: _Path) -> list[int]:
 
 
 def latest(folder: _Path) -> Path:
+    """The folder of the latest whole checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     root = Path(folder)
     known = _numbers(root) if root.is_dir() else []
     whole = [n for n in known if (named(root, n) / _INDEX).exists()]
@@ -96,6 +102,7 @@ def write(target: Path, entries: dict[str, Tensor], ranks: Ranks | None) -> None
 
 
 def packed(content: dict[str, Any]) -> Tensor:
+    """Plain Python as the bytes of a file, [n] uint8, which can be an entry of a checkpoint."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)

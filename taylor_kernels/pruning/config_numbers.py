@@ -13,6 +13,7 @@ _WIDTH = re.compile(r"(dim|size|inner|width|channels|features)$")
 
 
 def is_config(value: object) -> bool:
+    """Whether this is a config of transformers, or made like one."""
     return hasattr(value, "to_dict")
 
 
@@ -45,11 +46,13 @@ def _at(config: Any, path: Path) -> Any:
 
 
 def get_number(config: Any, path: Path) -> int | None:
+    """The number at a place of a config; None where it is left to the class."""
     found: int | None = _at(config, path)
     return found
 
 
 def set_number(config: Any, path: Path, value: int) -> None:
+    """Put a number in a place of a config."""
     holder = _at(config, path[:-1])
     if isinstance(last := path[-1], int):
         holder[last] = value
@@ -65,4 +68,5 @@ def set_numbers(config: Any, other: Any) -> None:
 
 
 def shown(path: Path) -> str:
+    """A place as code would write it: "text.widths[1]"."""
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from taylor_kernels.tracing.operations import OperationMode
 
 #: Lower precision -> what stands for it in a run in double precision.
 WIDER = {
@@ -96,12 +97,8 @@ def _read_in_double(func: Any, args: tuple) -> Iterator[Any]:
         yield value if written else tree_map(widened, value)
 
 
-class InDoubleBelow(TorchDispatchMode):
+class InDoubleBelow(OperationMode):
     """All operations make double precision, those too that Python does not call."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in `SteadyNoise`
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.alone import HIDING, is_alone
 from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, wider
+from taylor_kernels.tracing.operations import OperationMode, per_dimension
 from taylor_kernels.tracing.running import tensors_in
 
 _CASTS: dict[Any, Any] = {
@@ -201,16 +201,17 @@ def _grouped(
     fits = (
         groups > _FEW_GROUPS
         and input.numel() > 0
-        and not isinstance(padding, str)
         and input.dim() == n + 2
         and input.size(1) == weight.size(1) * groups
         and weight.size(0) % groups == 0
         and input.dtype == weight.dtype == torch.float64
         and (bias is None or bias.shape == weight.shape[:1])
     )
-    if not fits:
+    if not fits or isinstance(padding, str):
         return None
-    strides, paddings, dilations = _each(stride, n), _each(padding, n), _each(dilation, n)
+    strides, paddings, dilations = (
+        per_dimension(value, n) for value in (stride, padding, dilation)
+    )
     padded = F.pad(input, [pad for pad in reversed(paddings) for _ in range(2)])
     kernel = weight.shape[2:]
     sizes = [
@@ -231,16 +232,11 @@ def _grouped(
     return out if bias is None else out + bias.view(-1, *[1] * n)
 
 
-def _each(value: Any, dims: int) -> list[int]:
-    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
-    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
-
-
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.
 _DRAWS = ("bernoulli", "rand", "randn", "normal", "uniform", "exponential", "log_normal", "cauchy")
 
 
-class SteadyNoise(TorchDispatchMode):
+class SteadyNoise(OperationMode):
     """Whatever is drawn at random is one number everywhere, and dropout drops nothing.
 
     Random numbers are drawn place after place, so that a place without its neighbours would get
@@ -256,11 +252,6 @@ class SteadyNoise(TorchDispatchMode):
     def __init__(self, *, lowest: bool = False) -> None:
         super().__init__()
         self._uniform = 2.0**-24 if lowest else 1 - 2.0**-8
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # False: PyTorch need not wrap each call so that no compiler looks into it.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None

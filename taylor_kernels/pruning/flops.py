@@ -15,11 +15,10 @@ from math import prod
 from typing import Any
 
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.tracing import Block
-from taylor_kernels.tracing.operations import operation
+from taylor_kernels.tracing.operations import OperationMode, operation
 
 #: Layers whose multiply-adds for an entry of the output are the entries of a row of the weight.
 #: To take a composite operation apart, so as to count it, takes longer than a small one runs.
@@ -168,7 +167,7 @@ class Meter:
         return {name: tuple(e) for name, e in self._extents.items() if name not in self._gone}
 
 
-class FlopCount(TorchDispatchMode):
+class FlopCount(OperationMode):
     """Counts the FLOPs of operations, with the formulas of `torch.utils.flop_counter`.
 
     Attributes:
@@ -214,10 +213,6 @@ class FlopCount(TorchDispatchMode):
         formula = self._formulas.get(func.overloadpacket)
         self.total += formula(*args, **kwargs, out_val=out) if formula else 0
         return out
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # as in the tracer's own mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None

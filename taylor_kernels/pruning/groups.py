@@ -114,6 +114,15 @@ def choose_groups(
     return groups, skipped
 
 
+def by_schedule(groups: Sequence[Group]) -> list[tuple[Schedule, list[int]]]:
+    """The schedules of groups, each with the numbers of those that follow it."""
+    found: dict[int, tuple[Schedule, list[int]]] = {}
+    for number, group in enumerate(groups):
+        if group.schedule is not None:
+            found.setdefault(id(group.schedule), (group.schedule, []))[1].append(number)
+    return list(found.values())
+
+
 def _group(
     traced: tracing.Group,
     slots: list[tracing.Slot],

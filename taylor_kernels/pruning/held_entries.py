@@ -37,6 +37,7 @@ def fills(
 
 
 def fill(tensor: Tensor, parts: Fills) -> None:
+    """Write into the entries of a tensor what masks them, on whatever device it is now."""
     for dim, index, value in parts:
         fill_part(tensor, dim, index.to(tensor.device), value)  # a trainer may have moved the model
 

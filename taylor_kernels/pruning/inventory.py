@@ -8,9 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.groups import Group, by_schedule
 from taylor_kernels.pruning.prunable import Prunable
-from taylor_kernels.pruning.schedules import members
 from taylor_kernels.tracing import Block, Channels
 
 
@@ -105,7 +104,7 @@ class Inventory:
         Raises:
             ValueError: they are not.
         """
-        for schedule, numbers in members(self.first):
+        for schedule, numbers in by_schedule(self.first):
             kinds = [self.first[number].kind for number in numbers]
             for name in ("removed", "compacted"):
                 alive = [int((~state[name][number]).sum()) for number in numbers]

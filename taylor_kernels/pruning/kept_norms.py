@@ -122,6 +122,7 @@ class KeptAgain(OnKept):
         self._before: dict[int, dict[str, tuple[Tensor, int, Tensor]]] = {}
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook: what the first run writes into buffers can be taken back."""
         self._before[threading.get_ident()] = {
             name: (buffer, buffer._version, buffer.clone())
             for name, buffer in module._buffers.items()

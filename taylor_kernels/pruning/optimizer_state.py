@@ -35,6 +35,20 @@ def as_list(optimizer: object) -> list[Any]:
     return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
 
 
+def check_optimizer_types(optimizer: object) -> None:
+    """The argument `optimizer` is an optimizer, a list of them, or None.
+
+    Raises:
+        TypeError: one is something else.
+    """
+    for one in as_list(optimizer):
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                "optimizer: expected a torch.optim.Optimizer or a list of them, got "
+                f"{type(one).__name__}"
+            )
+
+
 def optimizers_in(optimizer: object) -> list[Optimizer]:
     """An optimizer, or several, and those that they wrap and that may hold the state.
 

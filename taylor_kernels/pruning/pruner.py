@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.mixed_precision import Scaling
-from taylor_kernels.pruning.arguments import check_arguments, check_optimizer, one_criterion
+from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.minibatches import Minibatches
@@ -28,7 +28,6 @@ from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.resuming import Resumable
 from taylor_kernels.pruning.uninterrupted import uninterrupted
-from taylor_kernels.pruning.unit_scores import UnitScores
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted
 from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
@@ -140,8 +139,7 @@ class Pruner(Resumable):
         self.model = model
         self.optimizer = optimizer
         self.targets = targets
-        self._reads = get_statistic(self.criterion.statistic).reads
-        self._at_gates = get_statistic(self.criterion.statistic).at_gates
+        self._kind = get_statistic(self.criterion.statistic)
         self._momentum, self._backend = momentum, backend
         with outside_inference_mode(), new_garbage_only():
             prunable = find_prunable(
@@ -150,7 +148,7 @@ class Pruner(Resumable):
                 ignore,
                 round_to=round_to,
                 min_filters=min_filters,
-                statistic=get_statistic(self.criterion.statistic),
+                statistic=self._kind,
                 verify=verify,
                 blocks=blocks,
                 outputs=outputs,
@@ -267,45 +265,3 @@ class Pruner(Resumable):
             self._minibatches.scores.regroup(self._network.groups, self._scored)
             self._watch()
         return self.model
-
-    def use_optimizer(
-        self, optimizer: Optimizer | Sequence[Optimizer], *, scaler: GradScaler | None = None
-    ) -> None:
-        """Let the state of these optimizers follow the masks and compact(), from now on.
-
-        For those that can only be made later, as after fully_shard(). What is masked already is
-        masked in their state at the next pruning.
-
-        Args:
-            scaler: the GradScaler that they step by; None leaves the one that there is.
-
-        Raises:
-            TypeError, ValueError: as those of the argument `optimizer`.
-            RuntimeError: the pruner is closed.
-        """
-        self._check_open()
-        check_optimizer(optimizer, self.model)
-        self._minibatches.use(optimizers_in(optimizer), scaler)
-        self.optimizer = optimizer
-        self._network.use(optimizer)
-        if self._minibatches.resharded:
-            self._watch()  # behind the hooks that a plan has put on the layers
-
-    def _new_scores(self) -> UnitScores:
-        return UnitScores(self.criterion, self._network.groups, self._scored, whole=self._at_gates)
-
-    @property
-    def _scored(self) -> list[str]:
-        net = self._network
-        return self._prunable.scored_at(net.groups, net.blocks_off, gates=self._at_gates)
-
-    def _watch(self) -> None:
-        """Put the meter on the model's layers as they are, or take it off when all is done."""
-        self._minibatches.watch(None, self._network.groups)
-        self._network.in_use = not self.done and not self._closed
-        if not self._network.in_use:
-            return
-        kind = get_statistic(self.criterion.statistic)
-        statistic = self._network.statistic(kind, self._scored, self._backend)
-        statistic.moments = self.criterion.moments
-        self._minibatches.watch(statistic, self._network.groups, self._network.left)

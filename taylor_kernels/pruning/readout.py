@@ -12,7 +12,7 @@ from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.statistics import Reads
+from taylor_kernels.statistics import Statistic
 
 
 class Progress(OnModel):
@@ -58,8 +58,8 @@ class Readout(Progress):
     """What can be read off a pruner at any time; `Pruner` holds what it is read off."""
 
     model: nn.Module
+    _kind: type[Statistic]
     _minibatches: Minibatches
-    _reads: Reads
 
     @property
     def overflowed(self) -> int:
@@ -88,7 +88,7 @@ class Readout(Progress):
     @property
     def needs_closure(self) -> bool:
         """Whether step() is to be called with a closure; otherwise it takes none."""
-        return self._reads == "closure"
+        return self._kind.reads == "closure"
 
     @property
     def skipped(self) -> dict[str, str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taylor_kernels.pruning.pruned_file import PrunedFile
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, cut_model
+from taylor_kernels.statistics.layers import check_module
 from taylor_kernels.tracing.caches import renew
 from taylor_kernels.tracing.settings import get_attribute
 
@@ -92,8 +93,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
         ...     tk.load_pruned(make(), path)[1]
         Linear(in_features=4, out_features=2, bias=True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     _check_path(path)
     path = os.fsdecode(path)
     file = PrunedFile.read(path)

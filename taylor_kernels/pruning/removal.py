@@ -157,6 +157,11 @@ class Tensors:
 def set_attributes(
     modules: Mapping[str, nn.Module], values: Mapping[str, Mapping[str, object]]
 ) -> None:
+    """Set attributes that count channels.
+
+    Args:
+        values: module -> attribute -> its new value.
+    """
     for name, own in values.items():
         follow_attention(modules, name)
         for attribute, value in own.items():

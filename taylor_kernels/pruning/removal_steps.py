@@ -10,8 +10,7 @@ from itertools import combinations_with_replacement, pairwise
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.schedules import members
+from taylor_kernels.pruning.groups import Group, by_schedule
 
 #: One for each way to choose units.
 STEPS = 3
@@ -38,7 +37,7 @@ def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
         own = group.size + counted[group.size] if few else number
         found.append(units_by_step(group, own))
         counted[group.size] += 1
-    for schedule, numbers in members(groups):
+    for schedule, numbers in by_schedule(groups):
         steps = schedule.steps()
         sizes = steps.sum(1)
         last = max(int((3 * sizes >= sizes[0]).sum()) - 1, min(1, len(sizes) - 1))

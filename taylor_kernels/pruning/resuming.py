@@ -8,35 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.criteria import Criterion
-from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.pruning.readout import Readout
+from taylor_kernels.pruning.groups import by_schedule
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import Removal
-from taylor_kernels.pruning.schedules import members
 from taylor_kernels.pruning.state import check_pruner_state, pruner_state
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.watching import Watching
 from taylor_kernels.tracing.running import outside_inference_mode
 
 
-class Resumable(Readout):
+class Resumable(Watching):
     """What a pruner gives of itself to others: its state, and to ranks their agreement."""
-
-    criterion: Criterion
-    ranks: Ranks | None
-    _closed: bool
-
-    @abstractmethod
-    def _new_scores(self) -> UnitScores:
-        """Scores of nothing yet, for the model as it is."""
 
     @abstractmethod
     def _prune(self) -> PruneRecord:
         """Mask what the minibatches since the last pruning say is to go."""
-
-    @abstractmethod
-    def _watch(self) -> None:
-        """Put the meter on the model's layers as they are, or take it off when all is done."""
 
     def absent(self) -> PruneRecord | None:
         """In place of step() on a rank that has no part of the minibatch: it counts for nothing.
@@ -162,23 +147,9 @@ class Resumable(Readout):
     def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
         self._check_open()
         names = None if self._minibatches.blocks is None else self._network.block_state()["names"]
-        staged = {number for _, numbers in members(self._network.first) for number in numbers}
+        staged = {number for _, numbers in by_schedule(self._network.first) for number in numbers}
         structure, criterion = self._prunable.structure, self.criterion.name
         state = check_pruner_state(state, structure, criterion, names, staged)
         self._network.check_in_step(state)
         self._network.stale(state["compacted"], self._of_blocks(state)[1])
         return state
-
-    def close(self) -> None:
-        """Take every hook off the model, for good; masked filters are no longer held at zero, while
-        masked blocks go on to add zeros.
-
-        compact() can still remove them.
-        """
-        self._closed = True
-        self._network.close()
-        self._watch()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RuntimeError("the pruner is closed; build a new one to go on pruning")

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from taylor_kernels.pruning.groups import Group
 
 _Counts = npt.NDArray[np.int64]
 
@@ -76,12 +72,3 @@ def _longest_ways(counts: _Counts, usable: npt.NDArray[np.bool_]) -> npt.NDArray
             after[width] = width - 1 - found.argmax()
             longest[width] = longest[after[width]] + 1
     return after
-
-
-def members(groups: Sequence[Group]) -> list[tuple[Schedule, list[int]]]:
-    """The schedules of groups, each with the numbers of those that follow it."""
-    found: dict[int, tuple[Schedule, list[int]]] = {}
-    for number, group in enumerate(groups):
-        if group.schedule is not None:
-            found.setdefault(id(group.schedule), (group.schedule, []))[1].append(number)
-    return list(found.values())

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.schedules import members
+from taylor_kernels.pruning.groups import Group, by_schedule
 from taylor_kernels.tracing import Block
 
 
@@ -193,7 +192,7 @@ class _Bundles:
             mine = self.worth[start[at] : start[at] + held[at]]
             np.maximum.accumulate(mine, out=mine)
         self.stages: list[tuple[list[int], np.ndarray]] = []
-        for schedule, numbers in members(groups):
+        for schedule, numbers in by_schedule(groups):
             kinds = [groups[number].kind for number in numbers]
             steps = schedule.steps(counts[numbers].tolist(), kinds)
             self._add_stage(numbers, steps[0] - steps, ranked, per_unit)

@@ -20,6 +20,14 @@ VERSION = 2
 
 
 def check_version(content: Mapping[str, Any], what: str) -> None:
+    """The format of what was saved is of this release.
+
+    Args:
+        what: begins the message: the argument, and the file if there is one.
+
+    Raises:
+        ValueError: it is not.
+    """
     if content.get("version") == 1:
         raise ValueError(
             f"{what}: has version 1 of the format, from a release that found other groups of "
@@ -158,6 +166,14 @@ def _damage_of_blocks(saved: Any, names: list[str]) -> str:
 
 
 def check_model_state(state: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """A saved state has the names and shapes of a model's.
+
+    Args:
+        shapes: name -> shape; None for what is no tensor.
+
+    Raises:
+        ValueError: it has not, or is no mapping.
+    """
     if not isinstance(state, Mapping):
         raise ValueError("model: its state in the file is damaged")
     differing = sorted(state.keys() ^ shapes.keys())
@@ -207,4 +223,5 @@ def _is_removed(value: object) -> bool:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says first, of at most 160 characters; its type if it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

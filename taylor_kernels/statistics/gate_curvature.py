@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.statistics.gates import _Gates
+from taylor_kernels.statistics.gates import GateStatistic
 from taylor_kernels.statistics.hooks.closure import FromOutput, check_examples
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction
 from taylor_kernels.statistics.layers import held_weight
@@ -22,7 +22,7 @@ from taylor_kernels.statistics.registry import register_statistic
 
 
 @register_statistic
-class GateCurvature(FromOutput, _Gates):
+class GateCurvature(FromOutput, GateStatistic):
     """[F, 1 + 2n] per layer: s = ∂L/∂gate, then slopes a_1..a_n and ±a_1..±a_n with Σ ± a² = h.
 
     The gate multiplies the whole output, behind the channel's norms if it has any, so that 0

@@ -37,7 +37,7 @@ from taylor_kernels.statistics.layers import channel_dim, is_layer
 from taylor_kernels.statistics.registry import register_statistic
 
 
-class _Gates(WatchesPasses):
+class GateStatistic(WatchesPasses):
     """What all statistics of gates share: when outputs are captured, and what becomes of tables."""
 
     at_gates = True
@@ -148,7 +148,7 @@ class _Gates(WatchesPasses):
 
 
 @register_statistic
-class ExampleGates(_Gates):
+class ExampleGates(GateStatistic):
     """[F, N] per layer: s[n, c] = Σ_positions (y − b)·dy for every example since the last update.
 
     Behind a BatchNorm y is its whole output. Where there is none, b is the layer's own bias, and

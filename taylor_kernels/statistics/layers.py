@@ -22,6 +22,16 @@ Layers = dict[str, Layer]
 _LINEAR_TOO = frozenset({"transformers.pytorch_utils.Conv1D"})
 
 
+def check_module(model: object) -> None:
+    """The argument `model` is a module.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def is_layer(module: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:
     """Whether a module is a convolution or a linear layer."""
     if isinstance(module, (_ConvNd, nn.Linear)):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.shards import in_parts, is_fsdp
 from taylor_kernels.statistics.base import Closure
-from taylor_kernels.statistics.gates import _Gates
+from taylor_kernels.statistics.gates import GateStatistic
 from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
@@ -30,7 +30,7 @@ from taylor_kernels.statistics.registry import register_statistic
 
 
 @register_statistic
-class Gates(_Gates):
+class Gates(GateStatistic):
     """[F, 1] per layer: the gate's gradient over everything since the last update.
 
     The gradients of γ and β are read in backward() itself, like those of outputs, so what is done

@@ -130,8 +130,8 @@ def sampled_columns(
     if softmax := softmax_rows(loss):
         one = len(softmax) == 1 and len(softmax[0].p) == loss.examples
         if one and apart and leading:
-            return _leading_of_softmax(loss, softmax[0], passes, seed)
-        return Columns(_combined_softmax(loss, softmax, passes, seed), apart)
+            return _leading_of_softmax(softmax[0], passes, seed)
+        return Columns(_combined_softmax(softmax, passes, seed), apart)
     apart = apart and not _examples_meet(loss)
     if apart and _outputs(loss) <= FEW_OUTPUTS:
         roots = _roots(_hessian(loss))
@@ -139,7 +139,7 @@ def sampled_columns(
     return Columns(_balanced(loss, passes, seed), apart)
 
 
-def _leading_of_softmax(loss: LossFunction, rows: SoftmaxRows, passes: int, seed: int) -> Columns:
+def _leading_of_softmax(rows: SoftmaxRows, passes: int, seed: int) -> Columns:
     label, factor = rows.label()
     free = bool((factor > 0).any())
     first = label.where(factor > 0, -1) if free else None
@@ -148,9 +148,7 @@ def _leading_of_softmax(loss: LossFunction, rows: SoftmaxRows, passes: int, seed
     return Columns(columns, of_slope=factor if free else None)
 
 
-def _combined_softmax(
-    loss: LossFunction, softmax: Sequence[SoftmaxRows], passes: int, seed: int
-) -> Iterator[Column]:
+def _combined_softmax(softmax: Sequence[SoftmaxRows], passes: int, seed: int) -> Iterator[Column]:
     for draw in range(passes):
         signs = _signs([rows.p for rows in softmax], seed, draw)
         yield Column(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from taylor_kernels.tracing.chains import Chain
 from taylor_kernels.tracing.record import Record, Vector
-from taylor_kernels.tracing.units import Group
 
 #: What a vector is made of.
 _Pieces = tuple[tuple[int, int] | slice, ...]
@@ -203,27 +201,3 @@ class _Cutter:
                 found.append(name)
             place = end
         return tuple(found)
-
-
-def in_step(groups: Sequence[Group], stages: Sequence[Stage]) -> list[Group]:
-    """The groups, those of chains with what says how they go in step; without those of chains of
-    which some channels are in no group, or some of a group of another kind."""
-    found = list(groups)
-    for stage in stages:
-        kinds: dict[int, set[int]] = {}
-        for number, group in enumerate(found):
-            mine = {stage.kind_of.get(n, -1) for n in group.classes.tolist()}
-            if mine != {-1}:
-                kinds[number] = mine
-        held = sum(found[number].size for number in kinds)
-        sound = (
-            held == len(stage.kind_of)
-            and all(len(mine) == 1 for mine in kinds.values())
-            and len(kinds) == stage.kinds.size
-        )
-        found = [
-            replace(group, stage=stage, kind=kinds[number].pop()) if number in kinds else group
-            for number, group in enumerate(found)
-            if sound or number not in kinds
-        ]
-    return found

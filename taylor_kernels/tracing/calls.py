@@ -70,6 +70,14 @@ class Call:
         """The first of these arguments that the operation has."""
         return next((self.args[name] for name in names if name in self.args), None)
 
+    def again(self, values: Mapping[str, Any]) -> Any:
+        """What the operation makes of other arguments; those by position have to be among them."""
+        known = self.operation
+        return self.func(
+            *(values[name] for name in known.arguments if name not in known.keywords),
+            **{name: values[name] for name in known.keywords if name in values},
+        )
+
     def atoms(self, labels: Labels, dim: int) -> Vector | None:
         """The atoms of a dimension; of zeros that code made (the first state of a recurrence), new
         ones: they are as wide as what they are used with."""

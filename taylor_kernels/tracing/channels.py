@@ -264,7 +264,7 @@ class Channels(Consequences, Alternatives):
 
     def table(self) -> str:
         """The groups and the layers that they run through, then the layers that are left out."""
-        return table(self)
+        return table(self.groups, self.skipped)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -283,7 +283,7 @@ class Channels(Consequences, Alternatives):
             >>> trace(model, torch.randn(1, 4)).show(f"{folder}/channels.html").name
             'channels.html'
         """
-        return write_page(self, Path(path))
+        return write_page(Path(path), self.layers, self.groups, self.skipped)
 
     def __str__(self) -> str:
         return self.table()

@@ -59,6 +59,7 @@ def keep_what_it_read(
 
 
 def checks_widths(module: nn.Module) -> bool:
+    """Whether a module is an nn.MultiheadAttention whose own code runs, which checks its widths."""
     inherits = isinstance(module, nn.MultiheadAttention)
     return inherits and type(module) is not PrunedMultiheadAttention
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from taylor_kernels.tracing.channels import Channels
+from taylor_kernels.tracing.units import Group
 
 _ROW, _LEFT, _GAP = 22, 330, 44
 _COLOURS = ("#1b7fa6", "#b3541e", "#4b8b3b", "#7a4fa3", "#a3324b", "#7d6b18")
@@ -25,42 +24,48 @@ _LEGEND = (
 )
 
 
-def table(channels: Channels) -> str:
+def table(groups: Sequence[Group], skipped: Mapping[str, str]) -> str:
     """The groups and the layers that they run through, then the layers that are left out."""
     lines = []
-    for group in channels.groups:
+    for group in groups:
         per = sum(slot.index.size(1) for slot in group.producers)
         through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
         lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
-    lines += [f"{name or 'model':<32} stays: {why}" for name, why in channels.skipped.items()]
+    lines += [f"{name or 'model':<32} stays: {why}" for name, why in skipped.items()]
     wrap = textwrap.TextWrapper(
         100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
     )
     return "\n".join(wrap.fill(line) for line in lines)
 
 
-def write_page(channels: Channels, path: Path) -> Path:
-    """Write the picture: a row for each layer, a line for each group."""
-    rows = {name: number for number, name in enumerate(channels.layers)}
-    columns = _columns(channels, rows)
+def write_page(
+    path: Path, layers: Iterable[str], groups: Sequence[Group], skipped: Mapping[str, str]
+) -> Path:
+    """Write the picture: a row for each layer, a line for each group.
+
+    Args:
+        skipped: layers that stay -> why.
+    """
+    rows = {name: number for number, name in enumerate(layers)}
+    columns = _columns(groups, rows)
     right = _LEFT + _GAP * (max(columns, default=0) + 2)
-    longest = max((len(why) for why in channels.skipped.values()), default=0)
+    longest = max((len(why) for why in skipped.values()), default=0)
     width, height = right + 8 * longest, _ROW * (len(rows) + 1)
-    lines = _lines(channels, rows, columns)
+    lines = _lines(groups, rows, columns)
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>Channels</title><style>{_STYLE}</style>"
         f"<h1>Channels that go together</h1><p>{_LEGEND}</p>"
         f"<svg xmlns='http://www.w3.org/2000/svg' width='{width}' height='{height}'>"
-        f"{_names(channels, rows, right)}{''.join(lines)}</svg>",
+        f"{_names(skipped, rows, right)}{''.join(lines)}</svg>",
         encoding="utf-8",
     )
     return path
 
 
-def _names(channels: Channels, rows: dict[str, int], right: int) -> str:
+def _names(skipped: Mapping[str, str], rows: dict[str, int], right: int) -> str:
     parts = []
     for name, row in rows.items():
-        why = channels.skipped.get(name)
+        why = skipped.get(name)
         kind = "" if why is None else " class='stays'"
         shown = name if len(name) <= 44 else f"…{name[-43:]}"
         parts.append(
@@ -72,11 +77,11 @@ def _names(channels: Channels, rows: dict[str, int], right: int) -> str:
     return "".join(parts)
 
 
-def _columns(channels: Channels, rows: dict[str, int]) -> list[int]:
+def _columns(groups: Sequence[Group], rows: dict[str, int]) -> list[int]:
     """For each group a column in which its line meets no other."""
     ends: list[int] = []
-    columns = [0] * len(channels.groups)
-    spans = [sorted(rows[slot.owner] for slot in group.slots) for group in channels.groups]
+    columns = [0] * len(groups)
+    spans = [sorted(rows[slot.owner] for slot in group.slots) for group in groups]
     for number in sorted(range(len(spans)), key=spans.__getitem__):
         first, last = spans[number][0], spans[number][-1]
         column = next((i for i, end in enumerate(ends) if end < first), len(ends))
@@ -85,9 +90,9 @@ def _columns(channels: Channels, rows: dict[str, int]) -> list[int]:
     return columns
 
 
-def _lines(channels: Channels, rows: dict[str, int], columns: list[int]) -> list[str]:
+def _lines(groups: Sequence[Group], rows: dict[str, int], columns: list[int]) -> list[str]:
     lines = []
-    for number, (group, column) in enumerate(zip(channels.groups, columns, strict=True)):
+    for number, (group, column) in enumerate(zip(groups, columns, strict=True)):
         x, colour = _LEFT + _GAP * (column + 1), _COLOURS[number % len(_COLOURS)]
         # Where channels go out and in, as in a depthwise convolution, the filled dot is on top.
         places = sorted((_y(rows[slot.owner]), slot.side) for slot in group.slots)

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from taylor_kernels.tracing.arrangement import Stage, in_step
+from taylor_kernels.tracing.arrangement import Stage
 from taylor_kernels.tracing.layers import Layers
 from taylor_kernels.tracing.record import Vector
-from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect
+from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, in_step
 
 
 def find_groups(

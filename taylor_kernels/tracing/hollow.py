@@ -26,7 +26,7 @@ from torch.nn.modules import module as nn_module
 from taylor_kernels.tracing.calls import MOVES, RULES
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.memories import Memories
-from taylor_kernels.tracing.operations import memory_of
+from taylor_kernels.tracing.operations import memory_of, per_dimension
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.calls import Call
@@ -170,7 +170,7 @@ def _convolution(call: Call) -> Tensor | None:
     if x.dim() != weight.dim() or isinstance(args["padding"], str):
         return None
     strides, pads, dilations = (
-        _each(args[name], dims) for name in ("stride", "padding", "dilation")
+        per_dimension(args[name], dims) for name in ("stride", "padding", "dilation")
     )
     if min(*strides, *dilations, groups) < 1 or min(pads) < 0 or not weight.numel():
         return None
@@ -189,11 +189,6 @@ def _convolution(call: Call) -> Tensor | None:
         and _dense(x, weight, bias)
     )
     return x.new_empty((x.size(0), weight.size(0), *sizes)) if fits else None
-
-
-def _each(value: Sequence[int], dims: int) -> Sequence[int]:
-    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
-    return value if len(value) == dims else list(value) * (dims // len(value))
 
 
 def _batch_norm(call: Call) -> Tensor | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Operation:
 
 @cache
 def operation(func: Any) -> Operation:
+    """What the schema and the tags of an operation (an OpOverload) say of it."""
     name = func._schema.name.rpartition("::")[2]
     if name.endswith("_") and not name.endswith("__"):
         name = name.rstrip("_")
@@ -87,3 +89,17 @@ def address_of(tensor: Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:
         return 0
+
+
+def per_dimension(value: int | Sequence[int], dims: int) -> list[int]:
+    """What PyTorch makes of an argument that is one for all dimensions, or one for each."""
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
+
+
+class OperationMode(TorchDispatchMode):
+    """A mode that is handed operations, around each of which PyTorch keeps compilers off unless it
+    is told that it need not: that takes longer than many an operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.applying import apply
@@ -23,7 +22,7 @@ from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.hollow import Hollow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.memories import Memories
-from taylor_kernels.tracing.operations import operation, tensors_of
+from taylor_kernels.tracing.operations import OperationMode, operation, tensors_of
 from taylor_kernels.tracing.record import Echo, Record, Vector
 from taylor_kernels.tracing.values import Values
 
@@ -49,7 +48,7 @@ def _execute(func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
     return func(*args, **kwargs) if made is None else made
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(OperationMode):
     """Runs operations and writes down what they do with labels.
 
     Attributes:
@@ -240,11 +239,6 @@ class Recorder(TorchDispatchMode):
         return found
 
     # Operations
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # False: PyTorch need not wrap each call so that no compiler looks into it.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Mapping | None = None

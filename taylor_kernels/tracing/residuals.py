@@ -103,7 +103,7 @@ class _Finder:
             raise _NoBlock("no module holds the layers of its branch")
         open_places = tuple(self._place(name, output, branch) for name in whole)
         places, name = open_places, output.module
-        container = self._container(total, stream, branch, modules)
+        container = self._container(total, stream, branch)
         if container:
             places, name = (Place(container, None),), container
             modules = self._with_children([container])
@@ -209,9 +209,7 @@ class _Finder:
             return Place(name, None)  # what is zero already is handed on
         return Place(name, self._like(name), next(iter(call.returned), ()))
 
-    def _container(
-        self, total: int, stream: int, branch: frozenset[int], modules: Collection[str]
-    ) -> str:
+    def _container(self, total: int, stream: int, branch: frozenset[int]) -> str:
         """The innermost module that is x without the branch; "" if there is none."""
         found = [
             call

@@ -85,6 +85,7 @@ def tensors_of_modules(
 
 
 def is_lazy(tensor: Tensor) -> bool:
+    """Whether this is a parameter or buffer of a lazy module that has not run yet."""
     return torch.nn.parameter.is_lazy(tensor)
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from taylor_kernels.tracing.arrangement import Stage
 from taylor_kernels.tracing.record import Vector
-
-if TYPE_CHECKING:
-    from taylor_kernels.tracing.arrangement import Stage
 
 OUT, IN = "out", "in"
 
@@ -177,5 +174,30 @@ def _pieces(values: Vector, starts: Vector) -> tuple[Tensor, ...]:
     return torch.from_numpy(values).split(sizes)
 
 
+def in_step(groups: Sequence[Group], stages: Sequence[Stage]) -> list[Group]:
+    """The groups, those of chains with what says how they go in step; without those of chains of
+    which some channels are in no group, or some of a group of another kind."""
+    found = list(groups)
+    for stage in stages:
+        kinds: dict[int, set[int]] = {}
+        for number, group in enumerate(found):
+            mine = {stage.kind_of.get(n, -1) for n in group.classes.tolist()}
+            if mine != {-1}:
+                kinds[number] = mine
+        held = sum(found[number].size for number in kinds)
+        sound = (
+            held == len(stage.kind_of)
+            and all(len(mine) == 1 for mine in kinds.values())
+            and len(kinds) == stage.kinds.size
+        )
+        found = [
+            replace(group, stage=stage, kind=kinds[number].pop()) if number in kinds else group
+            for number, group in enumerate(found)
+            if sound or number not in kinds
+        ]
+    return found
+
+
 def index(values: Vector) -> Tensor:
+    """A vector as a tensor with memory in a row."""
     return torch.from_numpy(np.ascontiguousarray(values))

@@ -89,12 +89,14 @@ class Values:
     # Modules
 
     def enter(self, module: nn.Module, name: str, args: Sequence[Any]) -> None:
+        """A module begins to run on these arguments."""
         given: dict[int | str, Passed] = dict(self._passed(enumerate(args)))
         plain = len(args) == len(given) == 1
         number = len(self.values)
         self._open.append((module, ModuleCall(name, number, number, given, plain)))
 
     def leave(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        """It has returned, and with it those inside that an error has stopped."""
         while self._open:
             known, call = self._open.pop()
             if known is module:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from taylor_kernels.layout import Conv2dFisherArgs, conv2d_fisher_args
-from tests.helpers.cases import FisherCase
+from tests.helpers.fisher_cases import FisherCase
 from tests.helpers.gpu_compile import (
     ARCHITECTURES,
     TYPE_NAMES,

@@ -6,18 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.cases import (
-    DTYPES,
+from tests.helpers.cases import DTYPES, assert_close, same_bits
+from tests.helpers.emulated import kernels
+from tests.helpers.emulated_fisher import ROOM, fisher, nearest_tf32, plan
+from tests.helpers.fisher_cases import (
     TF32_C,
     FisherCase,
-    assert_close,
     fisher_cases,
     fisher_reference64,
     random_fisher_inputs,
-    same_bits,
 )
-from tests.helpers.emulated import kernels
-from tests.helpers.emulated_fisher import ROOM, fisher, nearest_tf32, plan
 from tests.helpers.fisher_limits import (
     LAYERS,
     LIMIT_CASES,

@@ -8,16 +8,9 @@ from torch import Tensor
 
 from taylor_kernels.layout import conv2d_fisher_args
 from tests.helpers import emulated
-from tests.helpers.cases import (
-    DTYPES,
-    TF32_C,
-    FisherCase,
-    assert_close,
-    fisher_cases,
-    random_fisher_inputs,
-    same_bits,
-)
+from tests.helpers.cases import DTYPES, assert_close, same_bits
 from tests.helpers.example_norms import norms_reference64
+from tests.helpers.fisher_cases import TF32_C, FisherCase, fisher_cases, random_fisher_inputs
 from tests.helpers.fisher_limits import LIMIT_CASES
 
 #: The op answers for the empty. Half of the limits, whose loads conv2d_fisher's tests see.

@@ -9,16 +9,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from tests.helpers.cases import (
-    DTYPES,
-    EPS32,
-    FisherCase,
-    assert_close,
-    fisher_reference64,
-    random_fisher_inputs,
-)
+from tests.helpers.cases import DTYPES, EPS32, assert_close
 from tests.helpers.emulated import kernels
 from tests.helpers.emulated_fisher import fisher, nearest_tf32
+from tests.helpers.fisher_cases import FisherCase, fisher_reference64, random_fisher_inputs
 
 #: Bits below the largest that a tensor core keeps, and the groups in which it takes a step.
 TENSOR_CORES = {"a100": (24, 2), "h100": (25, 1)}

@@ -15,13 +15,8 @@ from taylor_kernels.backends import native, reference, select
 from taylor_kernels.layout import conv2d_fisher_args
 from taylor_kernels.ops._direct import one_output
 from tests.helpers import emulated
-from tests.helpers.cases import (
-    FisherCase,
-    MomentsCase,
-    random_fisher_inputs,
-    random_like_case,
-    same_bits,
-)
+from tests.helpers.cases import MomentsCase, random_like_case, same_bits
+from tests.helpers.fisher_cases import FisherCase, random_fisher_inputs
 from tests.helpers.programs import run_program
 
 #: Errors of cudaFuncGetAttributes and what they mean for the user.

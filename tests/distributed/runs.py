@@ -18,6 +18,8 @@ from tests.distributed.threads import Averaged, Meeting, ThreadRanks
 Batch = tuple[Tensor, Tensor]
 #: The examples of each rank in a minibatch.
 Cuts = Sequence[int]
+#: Three minibatches of two ranks.
+EVEN = [[4, 4]] * 3
 #: Of `network`.
 FILTERS, LAYERS = 6 + 8 + 10 + 4, 4
 

@@ -28,7 +28,7 @@ from tests.distributed.prunings import (
     step_of,
 )
 from tests.distributed.threads import Averaged, Meeting, ThreadRanks, in_threads
-from tests.pruning.test_experts import WIDTH, Mixture
+from tests.pruning.mixtures import WIDTH, Mixture
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers import ROOT
 from tests.integrations.conftest import library
 
-#: These have tests of their own: the README's example, one that needs Avalanche, one of processes,
+#: These have tests of their own: the front page's, one that needs Avalanche, one of processes,
 #: and one that trains a language model.
 ELSEWHERE = (
     "prune_digits.py",

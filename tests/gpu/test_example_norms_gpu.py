@@ -9,22 +9,23 @@ from torch import Tensor
 from taylor_kernels.ops.example_norms import conv2d_example_norms, linear_example_norms
 from tests.helpers import cases
 from tests.helpers.example_norms import norms_reference64
+from tests.helpers.fisher_cases import FisherCase, fisher_cases, random_fisher_inputs
 from tests.helpers.fisher_limits import LIMIT_CASES
 from tests.helpers.graphs import NEEDS_GPU, check_replay
 
 pytestmark = NEEDS_GPU
 
-CASES = [*cases.fisher_cases(), *LIMIT_CASES]
+CASES = [*fisher_cases(), *LIMIT_CASES]
 
 
-def norms(x: Tensor, dy: Tensor, case: cases.FisherCase, backend: str | None) -> Tensor:
+def norms(x: Tensor, dy: Tensor, case: FisherCase, backend: str | None) -> Tensor:
     return conv2d_example_norms(x, case.size, dy, *case.geometry, backend=backend)
 
 
 @pytest.mark.parametrize("at", range(len(CASES)), ids=lambda at: CASES[at].name)
 def test_matches_float64_and_repeats(at: int, backend: str) -> None:
     case, dtype = CASES[at], cases.DTYPES[at % len(cases.DTYPES)]
-    x, dy, _ = cases.random_fisher_inputs(case, dtype, "cuda")
+    x, dy, _ = random_fisher_inputs(case, dtype, "cuda")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for way in (backend, None):
             got = norms(x, dy, case, way)

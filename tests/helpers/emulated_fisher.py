@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.layout import Conv2dFisherArgs, conv2d_fisher_args
-from tests.helpers.cases import FisherCase
 from tests.helpers.emulated import kernels, poisoned
+from tests.helpers.fisher_cases import FisherCase
 from tests.helpers.fisher_limits import Kernel
 
 ROOM = 64 << 20  # bytes of workspace

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.cases import FisherCase
+from tests.helpers.fisher_cases import FisherCase
 
 
 def norms_reference64(x: Tensor, dy: Tensor, case: FisherCase) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from tests.helpers.cases import FisherCase
+from tests.helpers.fisher_cases import FisherCase
 
 
 class Kernel(IntEnum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import assume
 
-from tests.helpers.cases import FisherCase
+from tests.helpers.fisher_cases import FisherCase
 
 Pair = tuple[int, int]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,88 +17,19 @@ from laplace import Laplace  # noqa: E402
 from laplace import curvature as theirs  # noqa: E402
 
 from taylor_kernels.integrations.laplace import TKEF, TKGGN  # noqa: E402
+from tests.integrations.laplace_references import (  # noqa: E402
+    C,
+    N,
+    by_loop,
+    images,
+    loss_of,
+    network,
+    reference,
+    same,
+    targets,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-N, C = 11, 4
-
-
-def network(outputs: int = C, norm: bool = True) -> nn.Module:
-    norms = [nn.BatchNorm2d(4)] if norm else []
-    model = nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1),
-        *norms,
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(64, 6),
-        nn.Tanh(),
-        nn.Linear(6, outputs),
-    ).double()
-    model(images())  # running statistics
-    return model.eval()
-
-
-def images(n: int = N) -> Tensor:
-    return torch.randn(n, 2, 4, 4, dtype=torch.float64)
-
-
-def targets(likelihood: str, *shape: int) -> Tensor:
-    if likelihood == "classification":
-        return torch.randint(0, C, shape)
-    return torch.randn(*shape, C, dtype=torch.float64)
-
-
-def same(found: Tensor, expected: Tensor, rtol: float = 1e-9) -> None:
-    assert found.shape == expected.shape
-    assert expected.abs().max() > 0
-    assert (found - expected).abs().max() <= rtol * expected.abs().max()
-
-
-def loss_of(likelihood: str, f: Tensor, y: Tensor) -> Tensor:
-    if likelihood == "regression":
-        return F.mse_loss(f, y, reduction="sum")
-    return F.cross_entropy(f.reshape(-1, f.size(-1)), y.reshape(-1), reduction="sum")
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def by_loop(model: nn.Module, likelihood: str, ones: Iterator[tuple[object, Tensor]]) -> Tensor:
-    """factor · Σ_n g_n², every example alone."""
-    total = torch.zeros(())
-    for x, y in ones:
-        grads = torch.autograd.grad(
-            loss_of(likelihood, model(x), y), trained(model), materialize_grads=True
-        )
-        total = total + torch.cat([g.flatten() for g in grads]).square()
-    return total * (0.5 if likelihood == "regression" else 1)
-
-
-def by_jacobians(model: nn.Module, likelihood: str, xs: Iterator[object]) -> Tensor:
-    """Σ_n diag(J_nᵀ H_n J_n) by whole Jacobians and Hessians."""
-    total = torch.zeros(())
-    for x in xs:
-        f = model(x)[0]
-        J = torch.stack(
-            [
-                torch.cat(
-                    [
-                        g.flatten()
-                        for g in torch.autograd.grad(
-                            out, trained(model), retain_graph=True, materialize_grads=True
-                        )
-                    ]
-                )
-                for out in f.flatten()
-            ]
-        ).unflatten(0, (-1, f.size(-1)))
-        if likelihood == "regression":
-            total = total + J.square().sum((0, 1))
-        else:
-            p = f.detach().reshape(-1, f.size(-1)).softmax(1)
-            H = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-            total = total + torch.einsum("tcp,tcd,tdp->p", J, H, J)
-    return total
 
 
 OWN = {
@@ -171,12 +99,6 @@ def test_frozen_parameters_are_left_out(ours):
     assert not model[0].weight.requires_grad
 
 
-def reference(ours: type, model: nn.Module, likelihood: str, x: Tensor, y: Tensor) -> Tensor:
-    if ours is TKEF:
-        return by_loop(model, likelihood, zip(x.split(1), y.split(1), strict=True))
-    return by_jacobians(model, likelihood, iter(x.split(1)))
-
-
 @pytest.mark.parametrize("ours", [TKEF, TKGGN])
 def test_a_subnetwork(ours):
     model, x, y = network(), images(), targets("classification", N)
@@ -201,113 +123,6 @@ def test_a_subnetwork(ours):
     backend = ours(model, "classification", subnetwork_indices=torch.tensor([len(whole)]))
     with pytest.raises(IndexError, match="subnetwork_indices"):
         backend.diag(x, y)
-
-
-class Tokens(nn.Module):
-    """[N, T] tokens to [N, T, C], whose positions see each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 6)
-        self.norm = nn.LayerNorm(6)
-        self.out = nn.Linear(6, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x).tanh()
-        return self.out(self.norm(h + h.mean(1, keepdim=True)))
-
-
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-@pytest.mark.parametrize("ours", [TKEF, TKGGN])
-def test_its_fault_is_mended_outputs_of_several_tokens(ours, likelihood):
-    model, x, y = Tokens().double(), torch.randint(0, 9, (5, 3)), targets(likelihood, 5, 3)
-    expected = reference(ours, model, likelihood, x, y)
-    loss, found = ours(model, likelihood).diag(x, y, N=5)
-    same(found, expected)
-    same(loss, {"regression": 0.5}.get(likelihood, 1) * loss_of(likelihood, model(x), y).detach())
-    if (ours, likelihood) != (TKEF, "regression"):
-        own = {TKEF: theirs.CurvlinopsEF, TKGGN: theirs.CurvlinopsGGN}[ours]
-        with pytest.raises(RuntimeError):
-            own(model, likelihood).diag(x, y)
-
-
-def test_tokens_of_an_example_add_up_where_asdl_takes_them_apart():
-    model, x, y = Tokens().double(), torch.randint(0, 9, (5, 3)), torch.randint(0, C, (5, 3))
-    ones = zip(x.split(1), y.split(1), strict=True)
-    expected = by_loop(model, "classification", ones)
-    _, own = theirs.AsdlEF(copy.deepcopy(model), "classification").diag(x, y)
-    assert (own - expected).norm() > 0.05 * expected.norm()
-    same(TKEF(model, "classification").diag(x, y)[1], expected)
-
-
-@pytest.mark.parametrize("ours", [TKEF, TKGGN])
-def test_its_fault_is_mended_inputs_of_transformers_models(ours):
-    """A BatchEncoding, and a dict, whose model is called as it stands."""
-    library("transformers")
-    from transformers import BatchEncoding, BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=17,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=12,
-        max_position_embeddings=8,
-        num_labels=3,
-    )
-
-    class Classifier(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bert = BertForSequenceClassification(config)
-
-        def forward(self, data) -> Tensor:
-            return self.bert(
-                input_ids=data["input_ids"], attention_mask=data["attention_mask"]
-            ).logits
-
-    model = Classifier().double().eval()
-    mask = torch.ones(6, 5, dtype=torch.int64)
-    mask[::2, 3:] = 0
-    batch = {
-        "input_ids": torch.randint(0, 17, (6, 5)),
-        "attention_mask": mask,
-        "labels": torch.randint(0, 3, (6,)),
-    }
-    rows = [{k: v[n : n + 1] for k, v in batch.items()} for n in range(6)]
-    if ours is TKEF:
-        expected = by_loop(model, "classification", ((row, row["labels"]) for row in rows))
-    else:
-        expected = by_jacobians(model, "classification", iter(rows))
-    for kind in (dict, BatchEncoding):
-        loader = DataLoader(
-            [{k: v[n] for k, v in batch.items()} for n in range(6)],
-            batch_size=4,
-            collate_fn=lambda rows, kind=kind: kind(
-                {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
-            ),
-        )
-        la = Laplace(model, "classification", "all", "diag", backend=ours)
-        la.fit(loader)
-        same(la.H, expected, 1e-8)
-    if ours is TKEF:
-        own = Laplace(model, "classification", "all", "diag", backend=theirs.CurvlinopsEF)
-        with pytest.raises(ValueError, match="not supported"):
-            own.fit(loader)
-
-
-def test_a_mapping_whose_first_tensor_does_not_count_examples():
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.out = nn.Linear(3, C)
-
-        def forward(self, data) -> Tensor:
-            return self.out(data["input_ids"] + data["shift"])
-
-    x = {"shift": torch.randn(1, 3), "input_ids": torch.randn(5, 3)}
-    with pytest.raises(ValueError, match=r"first tensor has 1 along dim 0, x\['input_ids'\] 5"):
-        TKEF(Net(), "classification").diag(x, torch.randint(0, C, (5,)))
 
 
 @pytest.mark.parametrize("ours", [TKEF, TKGGN])
@@ -365,15 +180,3 @@ def test_its_names_pass_the_checks_that_laplace_makes_on_names():
         assert not any(word in ours.__name__.lower() for word in ("backpack", "asdl", "asdfghjkl"))
     assert issubclass(TKEF, theirs.EFInterface)
     assert issubclass(TKGGN, theirs.GGNInterface)
-
-
-@pytest.mark.parametrize("classes", [2, 5])
-def test_images_with_a_class_for_each_pixel(classes):
-    model = nn.Conv2d(2, classes, 3, padding=1).double()
-    x, y = images(3), torch.randint(0, classes, (3, 4, 4))
-    loss: Callable[[Tensor, Tensor], Tensor] = lambda f, y: F.cross_entropy(f, y, reduction="sum")  # noqa: E731
-    total = torch.zeros(())
-    for one, label in zip(x.split(1), y.split(1), strict=True):
-        grads = torch.autograd.grad(loss(model(one), label), [*model.parameters()])
-        total = total + torch.cat([g.flatten() for g in grads]).square()
-    same(TKEF(model, "classification").diag(x, y)[1], total)

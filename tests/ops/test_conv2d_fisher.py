@@ -10,21 +10,27 @@ from hypothesis import strategies as st
 
 import taylor_kernels as tk
 from tests.helpers import cases
+from tests.helpers.fisher_cases import (
+    FisherCase,
+    fisher_cases,
+    fisher_reference64,
+    random_fisher_inputs,
+)
 from tests.helpers.geometries import drawn_fisher_case
 from tests.helpers.programs import run_program
 
 BACKENDS = ("cpu", "reference")
-EVERY_CASE = pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+EVERY_CASE = pytest.mark.parametrize("case", fisher_cases(), ids=lambda case: case.name)
 
 
 def check(
-    case: cases.FisherCase, dtype: torch.dtype, backend: str | None, seed: int | None = None
+    case: FisherCase, dtype: torch.dtype, backend: str | None, seed: int | None = None
 ) -> None:
-    x, dy, weight = cases.random_fisher_inputs(case, dtype, seed=seed)
+    x, dy, weight = random_fisher_inputs(case, dtype, seed=seed)
     for scaled in (None, weight):
         got = tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend=backend)
         assert got.dtype == torch.float32
-        cases.assert_close(got, *cases.fisher_reference64(x, dy, case, scaled))
+        cases.assert_close(got, *fisher_reference64(x, dy, case, scaled))
 
 
 @pytest.mark.sample(110)
@@ -41,12 +47,12 @@ def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
         check(case, dtype, "cpu")
 
 
-def check_float64(case: cases.FisherCase, backend: str) -> None:
-    x, dy, weight = (t.double() for t in cases.random_fisher_inputs(case, torch.float64))
+def check_float64(case: FisherCase, backend: str) -> None:
+    x, dy, weight = (t.double() for t in random_fisher_inputs(case, torch.float64))
     for scaled in (None, weight):
         got = tk.conv2d_fisher(x, case.size, dy, *case.geometry, weight=scaled, backend=backend)
         assert got.dtype == torch.float64
-        torch.testing.assert_close(got, cases.fisher_reference64(x, dy, case, scaled)[0])
+        torch.testing.assert_close(got, fisher_reference64(x, dy, case, scaled)[0])
 
 
 @EVERY_CASE
@@ -61,12 +67,12 @@ def test_every_instruction_set_keeps_float64(case, each_isa):
 
 # Shapes past the CPU kernel's limits, in both directions where there are two.
 BEYOND = [
-    cases.FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
-    cases.FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
-    cases.FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
-    cases.FisherCase("channels", (3, 600, 2, 2), (9, 600, 1, 1)),
-    cases.FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
-    cases.FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
+    FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
+    FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
+    FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
+    FisherCase("channels", (3, 600, 2, 2), (9, 600, 1, 1)),
+    FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
+    FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
 ]
 
 
@@ -77,10 +83,10 @@ def test_every_instruction_set_beyond_its_limits(case, each_isa, poisoned_memory
 
 @pytest.mark.parametrize("image", [(150, 170), (1, 20000), (20000, 1), (1000, 1100)], ids=str)
 def test_long_sums_of_one_sign_keep_their_precision(image, each_isa):
-    case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
-    x, dy, _ = (t.abs() for t in cases.random_fisher_inputs(case, torch.float32))
+    case = FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
+    x, dy, _ = (t.abs() for t in random_fisher_inputs(case, torch.float32))
     got = tk.conv2d_fisher(x, case.size, dy, backend="cpu")
-    cases.assert_close(got, *cases.fisher_reference64(x, dy, case))
+    cases.assert_close(got, *fisher_reference64(x, dy, case))
 
 
 def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
@@ -158,8 +164,8 @@ def test_of_a_linear_softmax_model_is_its_closed_form():
 
 
 def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
-    for case in (*BEYOND, *cases.fisher_cases()):
-        x, dy, weight = cases.random_fisher_inputs(case, torch.float32)
+    for case in (*BEYOND, *fisher_cases()):
+        x, dy, weight = random_fisher_inputs(case, torch.float32)
         for scaled in (None, weight):
             runs = []
             for threads in (1, 2, 5, 2):

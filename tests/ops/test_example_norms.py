@@ -15,23 +15,24 @@ import taylor_kernels as tk
 from taylor_kernels.backends import gram
 from tests.helpers import cases
 from tests.helpers.example_norms import norms_reference64
+from tests.helpers.fisher_cases import FisherCase, fisher_cases, random_fisher_inputs
 from tests.helpers.geometries import drawn_fisher_case
 from tests.helpers.programs import run_program
 
 WAYS = ("cpu", "reference", "pixels", "patches")
-EVERY_CASE = pytest.mark.parametrize("case", cases.fisher_cases(), ids=lambda case: case.name)
+EVERY_CASE = pytest.mark.parametrize("case", fisher_cases(), ids=lambda case: case.name)
 #: Beyond the CPU kernel's limits: chunks of examples, bands of positions, tiles, tasks.
 BEYOND = [
-    cases.FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
-    cases.FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
-    cases.FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
-    cases.FisherCase("channels", (3, 600, 2, 2), (90, 600, 1, 1)),
-    cases.FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
-    cases.FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
+    FisherCase("chunks", (100, 20, 33, 25), (34, 20, 1, 1)),
+    FisherCase("wide", (2, 3, 4, 601), (20, 3, 3, 3), padding=(1, 1)),
+    FisherCase("high_depthwise", (2, 37, 61, 20), (37, 1, 3, 3), padding=(1, 1), groups=37),
+    FisherCase("channels", (3, 600, 2, 2), (90, 600, 1, 1)),
+    FisherCase("taps", (2, 20, 9, 31), (34, 20, 3, 29), padding=(1, 14)),
+    FisherCase("examples", (300, 33, 1, 1), (40, 33, 1, 1)),
 ]
 
 
-def norms(case: cases.FisherCase, x: Tensor, dy: Tensor, way: str | None) -> Tensor:
+def norms(case: FisherCase, x: Tensor, dy: Tensor, way: str | None) -> Tensor:
     """By the kernels of a backend, by either kind of Gram matrices, or by the shorter way."""
     if way in ("pixels", "patches"):
         first = [0, 1] if way == "pixels" else [1, 0]
@@ -43,8 +44,8 @@ def norms(case: cases.FisherCase, x: Tensor, dy: Tensor, way: str | None) -> Ten
     return tk.conv2d_example_norms(x, case.size, dy, *case.geometry, backend=way)
 
 
-def check(case: cases.FisherCase, dtype: torch.dtype, way: str | None, seed: int | None = None):
-    x, dy, _ = cases.random_fisher_inputs(case, dtype, seed=seed)
+def check(case: FisherCase, dtype: torch.dtype, way: str | None, seed: int | None = None):
+    x, dy, _ = random_fisher_inputs(case, dtype, seed=seed)
     got = norms(case, x, dy, way)
     assert got.dtype == torch.float32
     assert (got >= 0).all()
@@ -60,14 +61,14 @@ def test_matches_float64(way, case, dtype, poisoned_memory):
 
 
 @pytest.mark.sample(65)
-@pytest.mark.parametrize("case", [*cases.fisher_cases(), *BEYOND], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*fisher_cases(), *BEYOND], ids=lambda case: case.name)
 def test_every_instruction_set_matches_float64(case, each_isa, poisoned_memory):
     check(case, torch.float32, "cpu")
 
 
 @EVERY_CASE
 def test_float64_stays_float64(case):
-    x, dy, _ = (t.double() for t in cases.random_fisher_inputs(case, torch.float64))
+    x, dy, _ = (t.double() for t in random_fisher_inputs(case, torch.float64))
     for way in WAYS:
         got = norms(case, x, dy, way)
         assert got.dtype == torch.float64
@@ -151,8 +152,8 @@ def test_linear_sums_tokens_inside_the_example(way, shape):
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_that_cancel_leave_no_more_than_their_rounding(way):
     """All positions of an example have one pixel, and their output gradients add up to nothing."""
-    case = cases.FisherCase("cancels", (4, 30, 5, 6), (40, 30, 1, 1))
-    x, dy, _ = cases.random_fisher_inputs(case, torch.float32)
+    case = FisherCase("cancels", (4, 30, 5, 6), (40, 30, 1, 1))
+    x, dy, _ = random_fisher_inputs(case, torch.float32)
     x = x[:, :, :1, :1].expand_as(x).contiguous()
     dy -= dy.mean((2, 3), keepdim=True)
     got = norms(case, x, dy, way)
@@ -186,14 +187,14 @@ def test_small_gradients_of_inputs_far_from_zero_keep_their_norms(kernel, spread
 
 @pytest.mark.parametrize("image", [(150, 170), (1, 20000), (1000, 1100)], ids=str)
 def test_long_sums_of_one_sign_keep_their_precision(image):
-    case = cases.FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
-    x, dy, _ = (t.abs() for t in cases.random_fisher_inputs(case, torch.float32))
+    case = FisherCase("long", (2, 2, *image), (3, 2, 1, 1))
+    x, dy, _ = (t.abs() for t in random_fisher_inputs(case, torch.float32))
     cases.assert_close(norms(case, x, dy, "cpu"), *norms_reference64(x, dy, case))
 
 
 def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
-    for case in (*BEYOND, *cases.fisher_cases()):
-        x, dy, _ = cases.random_fisher_inputs(case, torch.float32)
+    for case in (*BEYOND, *fisher_cases()):
+        x, dy, _ = random_fisher_inputs(case, torch.float32)
         runs = []
         for threads in (1, 2, 5, 2):
             torch.set_num_threads(threads)
@@ -203,7 +204,7 @@ def test_bits_do_not_depend_on_threads_or_repeats(keep_threads):
 
 def test_the_bits_of_gram_matrices_repeat():
     for case in BEYOND:
-        x, dy, _ = cases.random_fisher_inputs(case, torch.float32)
+        x, dy, _ = random_fisher_inputs(case, torch.float32)
         if case.grad_shape[2] * case.grad_shape[3] < 500:
             assert norms(case, x, dy, "patches").equal(norms(case, x, dy, "patches")), case.name
 
@@ -211,10 +212,8 @@ def test_the_bits_of_gram_matrices_repeat():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("groups", [1, 2, 12])
 def test_non_finite_values_reach_their_example_and_no_other(way, groups):
-    case = cases.FisherCase(
-        "bad", (4, 12, 6, 6), (12, 12 // groups, 3, 3), padding=(1, 1), groups=groups
-    )
-    x, dy, _ = cases.random_fisher_inputs(case, torch.float32)
+    case = FisherCase("bad", (4, 12, 6, 6), (12, 12 // groups, 3, 3), padding=(1, 1), groups=groups)
+    x, dy, _ = random_fisher_inputs(case, torch.float32)
     dy[1, 3, 2, 3] = float("inf")
     x[3, 7, 3, 2] = float("nan")
     assert norms(case, x, dy, way).isfinite().tolist() == [True, False, True, False]
@@ -233,7 +232,7 @@ def test_the_shorter_way_is_taken_where_no_backend_is_named():
 
 @pytest.mark.parametrize(("capability", "taken"), [((9, 0), True), ((8, 6), False)])
 def test_gpus_without_float64_units_compute_gradients(capability, taken):
-    sides = (4, 4), (4, 4), (64, 64, 3, 3), (1, 1), (1, 1), 1
+    sides = (4, 4), (4, 4), (64, 64, 3, 3), (1, 1), 1
     with patch("torch.cuda.get_device_capability", lambda _: capability):
         assert gram.is_shorter(*sides, torch.device("cuda"), torch.float32) is taken
 

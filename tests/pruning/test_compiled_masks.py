@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from tests.pruning.test_experts import Model
+from tests.pruning.mixtures import Model
 
 
 class Branch(nn.Module):

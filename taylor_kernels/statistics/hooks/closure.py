@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels._scoring import scoring
+from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.statistics.base import Closure
 from taylor_kernels.statistics.hooks.loss_inputs import LossFunction, LossInputs, Place
 from taylor_kernels.statistics.hooks.passes import WatchesPasses, inside_backward

@@ -51,9 +51,7 @@ class Measurement:
             found = piece.load()
         return dict(found)
 
-    def curve(
-        self, frame: Frame, sparsities: Sequence[float], controls: Sequence[str] = tuple(CONTROLS)
-    ) -> list[Json]:
+    def curve(self, frame: Frame, sparsities: Sequence[float]) -> list[Json]:
         """The figures of a method's networks at each sparsity, under each control.
 
         Returns:
@@ -63,7 +61,7 @@ class Measurement:
         Raises:
             Mistake: the method cannot score the model, or a training fails.
         """
-        every = [(s, label) for s in sparsities for label in controls]
+        every = [(s, label) for s in sparsities for label in CONTROLS]
         pieces = {each: self._finished(frame, *each) for each in every}
         todo = [each for each, piece in pieces.items() if piece.load() is None]
         if todo:

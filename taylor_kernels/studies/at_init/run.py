@@ -10,8 +10,9 @@ import torch
 from taylor_kernels.studies.at_init.findings import findings_table
 from taylor_kernels.studies.at_init.measure import Measurement
 from taylor_kernels.studies.at_init.pages import build_report, collapse_table, figures_table
-from taylor_kernels.studies.at_init.problem import cnn_on_digits, users_problem
+from taylor_kernels.studies.at_init.problem import cnn_on_digits
 from taylor_kernels.studies.at_init.settings import AtInitSettings
+from taylor_kernels.studies.at_init.users_problem import users_problem
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import circumstances, rounded, write_results
 

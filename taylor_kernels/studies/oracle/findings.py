@@ -43,11 +43,11 @@ def groups(result: Json) -> dict[str, list[Json]]:
     return found
 
 
-def criteria(networks: Sequence[Json], statistic: str = "spearman") -> list[str]:
-    """The criteria that all networks have figures of, the best first."""
+def criteria(networks: Sequence[Json]) -> list[str]:
+    """The criteria that all networks have figures of, the best by rank correlation first."""
     names = [name for name, one in networks[0]["criteria"].items() if "all" in one]
-    known = [name for name in names if values(networks, name, statistic)]
-    known.sort(key=lambda name: -mean(values(networks, name, statistic)))
+    known = [name for name in names if values(networks, name, "spearman")]
+    known.sort(key=lambda name: -mean(values(networks, name, "spearman")))
     return known + [name for name in names if name not in known]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels._scoring import scoring
+from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.statistics.layers import Layers, filter_count, find_layers
 from taylor_kernels.statistics.loss_change import Filter
 from taylor_kernels.tracing.running import call, example_count, tensors_in

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from taylor_kernels._scoring import scoring
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.importance import Importance
 from taylor_kernels.statistics import Statistic, get_statistic
+from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.studies.digest import digest
 from taylor_kernels.studies.oracle.problem import Batch, Problem
 

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from taylor_kernels._scoring import scoring
 from taylor_kernels.files import write_atomically
 from taylor_kernels.importance import Importance
 from taylor_kernels.pruning import save_checkpoint
 from taylor_kernels.pruning.checkpoint import read_checkpoint
 from taylor_kernels.statistics import Reads
+from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.settings import OwnSettings
 from taylor_kernels.studies.own.stopping import Keeper

@@ -5,6 +5,7 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     convolutions,
     elementwise,
     joining,
+    moves,
     norms,
     products,
     reductions,

@@ -40,6 +40,7 @@ _SAME_VALUES = {"_to_copy", "to", "type_as", "clone", "contiguous"}
 
 
 def is_elementwise(call: Call) -> bool:
+    """Whether an operation computes each element from those at its place."""
     return call.operation.pointwise or call.name in _UNTAGGED
 
 

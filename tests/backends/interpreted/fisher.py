@@ -13,17 +13,14 @@ from torch import Tensor
 from taylor_kernels.backends.triton import conv2d_fisher_plan
 from taylor_kernels.ops.conv2d_fisher import conv2d_fisher, linear_fisher
 from taylor_kernels.ops.example_norms import conv2d_example_norms
-from tests.helpers.cases import (
-    DTYPES,
-    EPS32,
+from tests.helpers.cases import DTYPES, EPS32, assert_close, same_bits
+from tests.helpers.example_norms import norms_reference64
+from tests.helpers.fisher_cases import (
     FisherCase,
-    assert_close,
     fisher_cases,
     fisher_reference64,
     random_fisher_inputs,
-    same_bits,
 )
-from tests.helpers.example_norms import norms_reference64
 from tests.helpers.geometries import drawn_fisher_case
 from tests.helpers.samples import some
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import taylor_kernels as tk
-from tests.test_loaders import CLASSES, CRITERIA, PER_EXAMPLE, WIDTH, close
+from tests.importance.test_loaders import CLASSES, CRITERIA, PER_EXAMPLE, WIDTH, close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taylor_kernels.statistics.layers import is_layer
+
 
 class _StartGraph(torch.autograd.Function):
     """The tensor itself, as a non-leaf that requires a gradient: in-place ops may follow."""
@@ -45,8 +47,8 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
     for them nor their memory. Gradients of activations flow from the loss back to the output of
     the first convolution or linear layer, or into the first nn.MultiheadAttention, which is all
     that they need. (The gates of experts are read off gradients of their weights: train to score
-    those, or use `taylor_fo`.) On leaving, every
-    parameter's `requires_grad` is as it was; `.grad` is never touched.
+    those, or use `taylor_fo`.) On leaving, every parameter's `requires_grad` is as it was; `.grad`
+    is never touched.
 
     An nn.TransformerEncoder does not pack padded examples inside, as it does in eval mode where
     nothing requires a gradient: its layers would run on nested tensors, which have none.
@@ -87,8 +89,6 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
             tuple(new.get(id(value), value) for value in args),
             {name: new.get(id(value), value) for name, value in kwargs.items()},
         )
-
-    from taylor_kernels.statistics.layers import is_layer  # statistics import this module
 
     # Before other hooks: those of Importance must see an output that requires a gradient.
     handles = [
