@@ -182,6 +182,7 @@ class Record:
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.
         trained: further runs were in train mode, which does more than eval mode.
         written: parameters and buffers that code has written into in some run.
+        squeezed: dimensions that code drops where they are of one place.
     """
 
     count: int = 1
@@ -208,6 +209,7 @@ class Record:
     unread: list[str] = field(default_factory=list)
     trained: bool = False
     written: list[str] = field(default_factory=list)
+    squeezed: list[Vector] = field(default_factory=list)
     values: Values | None = None
     step: int = 0
     size: int = 0
