@@ -7,8 +7,10 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,6 +216,24 @@ class Record:
     step: int = 0
     size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is written down inside is crossed out again after an error."""
+        lists = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
+        lengths = {name: len(value) for name, value in lists.items()}
+        ran, seen, fills = self.ran, self.seen, copy.deepcopy(self.fills)
+        self.ran, self.seen = set(), set()  # to copy those that there are takes long
+        try:
+            yield
+        except BaseException:
+            for name, length in lengths.items():
+                del lists[name][length:]
+            self.ran, self.seen, self.fills = ran, seen, fills
+            raise
+        ran |= self.ran
+        seen |= self.seen
+        self.ran, self.seen = ran, seen
 
     def fresh(self, size: int) -> Vector:
         """New atoms."""
