@@ -4,8 +4,8 @@ Which experts of a mixture see the tokens of an example is chance, and others wi
 another day. A list of modules that are made alike is run in full therefore: what the run has passed
 by is given what the first of its siblings was given, and returns what goes with what that one has
 returned. So its channels go with those of the streams around it, and it is no dead end in which
-they are missing later. What this run does costs the model nothing: what it never uses saves no FLOPs
-as it shrinks.
+they are missing later. It costs the model nothing: what a run never uses saves no FLOPs as it
+shrinks.
 """
 
 from __future__ import annotations
