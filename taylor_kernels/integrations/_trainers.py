@@ -64,9 +64,8 @@ class TrainedPruner:
         """
         if self.pruner is not None and self.pruner.model is model:
             self.pruner.use_optimizer(optimizers, scaler=scaler)
-            self.pruner.skip()  # what a training that ended early has left
+            self.skip()  # what a training that ended early has left
             self.pruner.sync()  # ranks have kept that for one another, and a state would lack it
-            self._masks = []
             return self.pruner
         if in_parts(model):
             raise not_whole("its strategy")
@@ -112,6 +111,12 @@ class TrainedPruner:
         assert self.pruner is not None
         masks, self._masks = self._masks, []
         return self.pruner.step(mask=masks or None)
+
+    def skip(self) -> None:
+        """Forget what came since the last step."""
+        assert self.pruner is not None
+        self._masks = []
+        self.pruner.skip()
 
 
 def not_whole(strategy: object) -> ValueError:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -85,6 +85,7 @@ class PruningCallback(Callback):
         self._name, self._stop, self._compact = model, stop, compact
         self._saved: dict[str, Any] | None = None
         self._batch: Any = None
+        self._passed = False  # a backward pass has, since the last step
         self._handles: list[RemovableHandle] = []
 
     @property
@@ -130,6 +131,7 @@ class PruningCallback(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Not called where training_step() has left a batch out."""
+        self._passed = True
         self._trained.note(self._batch)
 
     def on_before_optimizer_step(
@@ -138,10 +140,15 @@ class PruningCallback(Callback):
         """After the last backward pass of an accumulation and unscale_(), before clipping."""
         pruner = self.pruner
         assert pruner is not None
-        if not any(optimizer is one for one in as_list(pruner.optimizer)):
+        mine = any(optimizer is one for one in as_list(pruner.optimizer))
+        found = [p.grad for p in pruner.model.parameters() if p.grad is not None]
+        passed, self._passed = self._passed, self._passed and not mine
+        if not found or (mine and not passed and not any(map(Tensor.any, found))):
+            # training_step() has left all batches of this step out, or toggle_optimizer() the model
+            # out of a pass that was for another optimizer.
+            self._trained.skip()
             return
-        if all(parameter.grad is None for parameter in pruner.model.parameters()):
-            pruner.skip()  # training_step() has left all batches of this step out
+        if not mine:
             return
         if record := self._trained.step():
             for logger in trainer.loggers:

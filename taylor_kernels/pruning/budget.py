@@ -80,7 +80,7 @@ class Budget:
             met = self.met(meter)
         if not met:
             without = [group for group, absent in zip(groups, unscored, strict=True) if absent]
-            names = [slot.owner for group in without for slot in group.producers]
+            names = dict.fromkeys(slot.owner for group in without for slot in group.producers)
             targets = ", ".join(self._limits)
             if names:
                 raise RuntimeError(

@@ -81,8 +81,9 @@ def choose_groups(
         if all(slot.side == IN for slot in slots):
             continue
         experts = channels.experts_needed(traced)
-        # A norm of one channel gives the same whatever it reads.
-        least = max(2 if channels.least_normalised(traced.classes) == 1 else 1, experts)
+        # A norm of one channel gives the same whatever it reads; a squeeze() drops its dimension.
+        lonely = channels.least_normalised(traced.classes) == 1
+        least = max(2 if lonely or channels.is_squeezed(traced.classes) else 1, experts)
         # How many experts there are is no width of a layer.
         group = _group(traced, slots, 1 if experts else round_to, min_filters, least_units=least)
         if traced.stage is not None:

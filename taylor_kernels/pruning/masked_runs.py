@@ -20,7 +20,7 @@ from taylor_kernels.pruning.groups import Group
 from taylor_kernels.pruning.held_entries import fill_once, fills
 from taylor_kernels.pruning.kept_norms import keep_only
 from taylor_kernels.pruning.noise import Noise, choose_noise
-from taylor_kernels.pruning.removal_steps import steps_of_groups
+from taylor_kernels.pruning.removal_steps import steps_of_groups, steps_to_the_least
 from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.pruning.values import Values
 from taylor_kernels.tracing import Block, Channels
@@ -186,10 +186,12 @@ class MaskedRuns:
         if self._planned is None or self._planned[0] is not self.channels:
             groups = cast(list[Group], self.channels.groups)
             self._planned = self.channels, steps_of_groups(groups)
-        return [
-            units if numbers is None or number in numbers else torch.zeros_like(units)
-            for number, units in enumerate(self._planned[1])
-        ]
+        return _of_groups(self._planned[1], numbers)
+
+    def _steps_to_the_least(self, numbers: Collection[int]) -> list[Tensor]:
+        """The same of a second trial; without units where the first one says all."""
+        groups = cast(list[Group], self.channels.groups)
+        return _of_groups(steps_to_the_least(groups, self.channels.cut_beside_kept), numbers)
 
     def _run_masked(
         self,
@@ -236,3 +238,11 @@ class MaskedRuns:
             return self._run.all_outputs(self._train_runs, known)
         finally:
             remove_all(hooks)
+
+
+def _of_groups(steps: Sequence[Tensor], numbers: Collection[int] | None) -> list[Tensor]:
+    """These steps of some groups, in which the others lose nothing; None for all groups."""
+    return [
+        units if numbers is None or number in numbers else torch.zeros_like(units)
+        for number, units in enumerate(steps)
+    ]

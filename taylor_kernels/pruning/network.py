@@ -18,8 +18,10 @@ from taylor_kernels.pruning.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove
+from taylor_kernels.pruning.ties import Ties
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
+from taylor_kernels.statistics.hooks.sites import AT_MODULE
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.caches import modules_by_name, renew
 
@@ -79,6 +81,8 @@ class Network(Inventory):
         self._tensors = NamedTensors(names)
         _check_apart(self)
         self._shapes = self._found_shapes()
+        self._ties = Ties(model, self._tensors.names, self._tensors.of(model))
+        self._gated: dict[str, nn.Module] = {}  # modules at which gates are read
         # Of the channels as they are now, what would go with all units.
         self._all_cuts: tuple[Channels | None, Mapping[str, Cuts]] = None, {}
         self.in_use = True
@@ -184,6 +188,8 @@ class Network(Inventory):
         if not kind.at_gates:
             return kind(self.model, layers, backend)
         sites = find_gate_sites(self.channels, self.model, layers, gradients=kind.gradient_sites)
+        modules = modules_by_name(self.model)
+        self._gated = {s.module: modules[s.module] for s in sites.sites if s.how == AT_MODULE}
         return kind(self.model, layers, backend, sites)
 
     def use(self, optimizer: object) -> None:
@@ -220,6 +226,7 @@ class Network(Inventory):
         """
         found_shapes = self._found_shapes()
         if found_shapes == self._shapes:
+            self._ties.check(self.model, self._tensors.of(self.model))
             return
         for name, shape, left in zip(self._tensors.names, found_shapes, self._shapes, strict=True):
             if shape != left:
@@ -231,13 +238,14 @@ class Network(Inventory):
                 )
 
     def check_held(self, layers: Layers) -> None:
-        """The layers that are scored are those that the model has.
+        """The layers that are scored, and the modules at which they are, are the model's.
 
         Raises:
             RuntimeError: another module has taken the place of one.
         """
         now, bare = modules_by_name(self.model), self._whole.bare
-        moved = [n for n, layer in layers.items() if n not in bare and now.get(n) is not layer]
+        held = {n: layer for n, layer in layers.items() if n not in bare} | self._gated
+        moved = [name for name, module in held.items() if now.get(name) is not module]
         if moved:
             raise RuntimeError(
                 f"model: {', '.join(moved)}: other modules have been put there since this pruner "

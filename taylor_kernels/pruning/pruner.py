@@ -219,6 +219,7 @@ class Pruner(Resumable):
                     due = minibatches.add(found, scale, weight)
             except Exception:
                 self._network.check_unchanged()  # else of no interest before a pruning
+                self._network.check_held(minibatches.statistic.layers)
                 raise
             return self._prune() if due else None
 

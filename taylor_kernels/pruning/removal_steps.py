@@ -49,6 +49,21 @@ def steps_of_groups(groups: Sequence[Group]) -> list[Tensor]:
     return found
 
 
+def steps_to_the_least(groups: Sequence[Group], cut: Tensor) -> list[Tensor]:
+    """The same for a trial of its own, that of groups whose channels lie beside such that stay:
+    all units that may go, in one step. None of other groups.
+
+    Args:
+        cut: [classes] bool, as `Channels.cut_beside_kept`.
+    """
+    found = []
+    for number, group in enumerate(groups):
+        beside = group.schedule is None and bool(cut[group.classes].any())
+        most = group.most_removable(group.size) if beside else 0
+        found.append(_in_ways(group.size, number, [most], random.Random(number)))
+    return found
+
+
 def units_by_step(group: Group, number: int) -> Tensor:
     """The units of a group that are removed in each step: [steps, U] bool.
 

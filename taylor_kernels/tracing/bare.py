@@ -49,13 +49,13 @@ def bare_weight(
         product.direct and product.weight != own and own in known
     ):
         return None
-    outputs, inputs = (_dimension(record, product, v) for v in (product.outputs, product.inputs))
+    outputs, inputs = (dimension_of(record, product, v) for v in (product.outputs, product.inputs))
     if outputs is None or inputs is None:
         return None
     return BareWeight(product.module if product.weight == own else product.weight, inputs, outputs)
 
 
-def _dimension(record: Record, product: Product, atoms: Vector) -> int | None:
+def dimension_of(record: Record, product: Product, atoms: Vector) -> int | None:
     """The dimension of a product's weight that these atoms are of."""
     if not atoms.size or not atoms[0]:
         return None

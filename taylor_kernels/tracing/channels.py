@@ -191,6 +191,30 @@ class Channels(Consequences, Alternatives):
         ]
         return min((int(count[count > 0].min()) for count in counts if count.any()), default=0)
 
+    @property
+    def cut_beside_kept(self) -> Tensor:
+        """[classes] bool: those that can go, of dimensions that code cuts and others cannot leave.
+
+        A part that stays has a constant number of channels, or one that is worked out of the whole
+        width and has not changed yet.
+        """
+        found = np.zeros(self._why.size, bool)
+        for cut in self._record.cuts:
+            classes = self._label[cut.vector]
+            free = self._why[classes] == FREE
+            if not free.all():
+                found[classes[free]] = True
+        return torch.from_numpy(found)
+
+    def is_squeezed(self, classes: Tensor) -> bool:
+        """Whether code drops a dimension that is of these classes alone, once each, as soon as one
+        of them is left: it would go on with tensors of fewer dimensions."""
+        vectors = (self._label[vector] for vector in self._record.squeezed)
+        return any(
+            np.isin(vector, classes.numpy()).all() and np.unique(vector).size == vector.size
+            for vector in vectors
+        )
+
     def gone_at_zero(self) -> Channels:
         """The same channels with the groups only whose units are as good as gone at zero.
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.tracing.bare import BareWeight, bare_weight
+from taylor_kernels.tracing.bare import BareWeight, bare_weight, dimension_of
 from taylor_kernels.tracing.record import Record, Vector
 from taylor_kernels.tracing.steps import Product
 
@@ -66,7 +66,10 @@ def find_layers(
         if name in layers.sides:
             pass
         elif bare is None:
-            layers.sides[name] = label[product.inputs], label[product.outputs]
+            layers.sides[name] = (
+                _whole(record, product, product.inputs, dims, label),
+                _whole(record, product, product.outputs, dims, label),
+            )
         else:
             layers.sides[name] = (
                 dims[product.weight, bare.inputs],
@@ -108,6 +111,20 @@ def _fits(
     if isinstance(module, nn.Linear):
         return sizes == (module.in_features, module.out_features)
     return sizes in _sizes_of(module)
+
+
+def _whole(
+    record: Record,
+    product: Product,
+    atoms: Vector,
+    dims: Mapping[tuple[str, int], Vector],
+    label: Vector,
+) -> Vector:
+    """The classes of one side of a layer: those of the whole weight where a product is by a slice
+    of it, as in networks that run at several widths."""
+    dim = dimension_of(record, product, atoms)
+    whole = None if dim is None else dims.get((product.weight, dim))
+    return label[atoms] if whole is None or whole.size <= atoms.size else whole
 
 
 def _sizes_of(module: _ConvNd) -> set[tuple[int, int]]:

@@ -7,8 +7,10 @@ channel of the input). Vectors of atoms are numpy arrays: they are short, and th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -182,6 +184,7 @@ class Record:
         unread: tensors that the run in eval mode has not seen, and that may lie along channels.
         trained: further runs were in train mode, which does more than eval mode.
         written: parameters and buffers that code has written into in some run.
+        squeezed: dimensions that code drops where they are of one place.
     """
 
     count: int = 1
@@ -208,10 +211,29 @@ class Record:
     unread: list[str] = field(default_factory=list)
     trained: bool = False
     written: list[str] = field(default_factory=list)
+    squeezed: list[Vector] = field(default_factory=list)
     values: Values | None = None
     step: int = 0
     size: int = 0
     _reasons: dict[tuple[str, tuple[str, str], bool], Reason] = field(default_factory=dict)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """What is written down inside is crossed out again after an error."""
+        lists = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
+        lengths = {name: len(value) for name, value in lists.items()}
+        ran, seen, fills = self.ran, self.seen, copy.deepcopy(self.fills)
+        self.ran, self.seen = set(), set()  # to copy those that there are takes long
+        try:
+            yield
+        except BaseException:
+            for name, length in lengths.items():
+                del lists[name][length:]
+            self.ran, self.seen, self.fills = ran, seen, fills
+            raise
+        ran |= self.ran
+        seen |= self.seen
+        self.ran, self.seen = ran, seen
 
     def fresh(self, size: int) -> Vector:
         """New atoms."""

@@ -4,12 +4,15 @@ Which experts of a mixture see the tokens of an example is chance, and others wi
 another day. A list of modules that are made alike is run in full therefore: what the run has passed
 by is given what the first of its siblings was given, and returns what goes with what that one has
 returned. So its channels go with those of the streams around it, and it is no dead end in which
-they are missing later.
+they are missing later. It costs the model nothing: what a run never uses saves no FLOPs as it
+shrinks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -65,16 +68,24 @@ class Siblings:
         """The run has come to its end: run what it has passed by."""
         for number, called in list(self._first.items()):
             for module in [m for m in self._family[called.module] if m in self._waiting[number]]:
-                ran = set(recorder.record.ran)
+                products = len(recorder.record.products)
                 try:
-                    output = module(*called.args, **called.kwargs)
+                    with recorder.record.all_or_nothing(), _beside_the_count(recorder):
+                        output = module(*called.args, **called.kwargs)
                 except (TimeoutError, MemoryError):
                     raise
                 except Exception:  # it wants other inputs, and is as unknown as before
-                    recorder.record.ran &= ran
                     continue
+                more = recorder.record.products[products:]
+                recorder.record.products[products:] = [replace(p, macs=0) for p in more]
                 _join(recorder, called.output, output)
         self._first.clear()
+
+
+def _beside_the_count(recorder: Recorder) -> AbstractContextManager[None]:
+    """Inside, no operation counts as the model's; in train mode they are not counted anyway, and
+    those that draw numbers are to be seen."""
+    return recorder.uncounted() if recorder.draws is None else nullcontext()
 
 
 def _made(module: nn.Module) -> object:

@@ -179,10 +179,21 @@ def test_a_second_trainer_of_lightnings_goes_on_with_its_own_optimizer(tmp_path)
     assert set(second.optimizers[0].state) == set(module.parameters())
 
 
-@pytest.mark.parametrize("criterion", ["taylor_fo", "taylor_fo_bn", "taylor_fo_gate"])
-def test_steps_whose_batches_lightning_leaves_out_do_not_count(criterion, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("criterion", "to_none"),
+    [("taylor_fo", False), ("taylor_fo_bn", False), ("taylor_fo_gate", True)],
+)
+def test_steps_whose_batches_lightning_leaves_out_do_not_count(
+    criterion, to_none, tmp_path, monkeypatch
+):
     """training_step() returns None for a batch, or for all of a step."""
     library("lightning")
+    from lightning import pytorch
+
+    def clear(self, epoch, batch, optimizer) -> None:
+        optimizer.zero_grad(set_to_none=to_none)
+
+    monkeypatch.setattr(pytorch.LightningModule, "optimizer_zero_grad", clear)
     kept = cross_entropy
     counts = iter(range(1000))
 
@@ -190,9 +201,60 @@ def test_steps_whose_batches_lightning_leaves_out_do_not_count(criterion, tmp_pa
         return None if next(counts) in left_out else kept(output, labels)
 
     monkeypatch.setattr(runs, "cross_entropy", some)
-    left_out = {0, 1, 3}  # the first step, and half of the second
+    left_out = {1, 2, 3}  # half of the first step, and the second
     _, _, callback = runs.lightning(tmp_path, max_epochs=1, pruning={"criterion": criterion})
     assert callback.pruner.state_dict()["steps"] == 2  # of three in an epoch
+
+
+def test_passes_that_toggle_optimizer_leaves_the_model_out_of_do_not_count(tmp_path):
+    """Of a critic those that train the generator, in manual optimization."""
+    library("lightning")
+    from lightning import pytorch
+
+    from taylor_kernels.integrations.lightning import PruningCallback
+
+    class Adversaries(pytorch.LightningModule):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.automatic_optimization, self.weight = False, weight
+            self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).double()
+            self.generator = nn.Linear(4, 6).double()
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> None:
+            of_generator, of_critic = self.optimizers()
+            self.toggle_optimizer(of_generator)
+            loss = -self.net(self.generator(batch["x"])).mean() * self.weight
+            self.manual_backward(loss)
+            of_generator.step()
+            of_generator.zero_grad()
+            self.untoggle_optimizer(of_generator)
+            self.manual_backward(self.net(batch["y"]).mean())
+            of_critic.step()
+            of_critic.zero_grad()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(m.parameters(), lr=0.0) for m in (self.generator, self.net)]
+
+    torch.manual_seed(5)
+    rows = [{name: torch.randn(n).double() for name, n in {"x": 4, "y": 6}.items()} for _ in "1234"]
+    for row in rows:
+        row["mask"] = torch.tensor(True)
+    found = []
+    for weight in (0.0, 1.0):
+        example = torch.randn(1, 6, dtype=torch.float64)
+        callback = PruningCallback(
+            example, "taylor_fo_gate", model="net", padding="mask", compact=False,
+            filters=0.5, every=2, per_step=2,
+        )  # fmt: skip
+        trainer = pytorch.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+        )  # fmt: skip
+        trainer.fit(Adversaries(weight), torch.utils.data.DataLoader(rows, 2))
+        found.append(callback.pruner.scores()["0"])
+    torch.testing.assert_close(*found, equal_nan=True)
+    assert found[0].nansum() > 0
 
 
 def test_a_model_that_accelerate_compiles(tmp_path):

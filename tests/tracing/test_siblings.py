@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
@@ -108,3 +109,74 @@ def test_one_that_does_not_run_on_its_siblings_input_is_left():
 
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Choosing([Picky(8, 6), Picky(8, 6)]))
     assert trace(model, torch.randn(2, 4)).layers.keys() == {"0", "2.branches.0"}
+
+
+class Gated(nn.Module):
+    """A branch, of which some want more than others."""
+
+    def __init__(self, width: int, *, more: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.more = nn.Linear(width, 9), nn.Linear(9, width), more
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        hidden = self.up(x).tanh()
+        if self.more:
+            assert gate is not None
+            hidden = hidden * gate
+        return self.down(hidden)
+
+
+class Optional(nn.Module):
+    """Its second branch runs where a caller asks for it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(3, width), nn.Linear(width, 2)
+        self.branches = nn.ModuleList([Gated(width, more=more) for more in (False, True)])
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = self.branches[0](self.enter(x))
+        return self.leave(y if gate is None else self.branches[1](y, gate))
+
+
+def test_one_that_fails_half_way_is_left_as_a_whole():
+    model = Optional(7)
+    pruner = tk.Pruner(model, torch.randn(2, 3), "random", params=0.85, every=1, per_step=2)
+    assert set(pruner.widths).isdisjoint(["branches.1.up", "branches.1.down"])
+    assert "not reached" in pruner.skipped["branches.1.up"]
+    while not pruner.done:
+        pruner.step()
+    pruner.compact()
+    other = model.branches[1]
+    assert len(other.up.weight) == other.down.weight.shape[1] == 9
+
+
+class First(nn.Module):
+    """A network of some of its layers alone, or of residual ones."""
+
+    def __init__(self, width: int, used: int) -> None:
+        super().__init__()
+        self.enter, self.leave, self.used = nn.Linear(3, width), nn.Linear(width, 2), used
+        self.layers = nn.ModuleList(Expert(width, 2 * width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        for layer in self.layers[: self.used]:
+            y = y + layer(y)
+        return self.leave(y)
+
+
+@pytest.mark.parametrize("used", [1, 3, 4])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_the_example_does_not_reach_costs_nothing(used, blocks):
+    model, x = First(6, used), torch.randn(5, 3)
+    with FlopCounterMode(display=False) as counted:
+        model(x)
+    pruner = tk.Pruner(model, x, "magnitude_l2", flops=0.5, every=1, per_step=3, blocks=blocks)
+    assert pruner.whole.flops == counted.get_total_flops()
+    while not pruner.done:
+        pruner.step()
+    pruner.compact()
+    with FlopCounterMode(display=False) as left:
+        model(x)
+    assert pruner.cost.flops == left.get_total_flops()

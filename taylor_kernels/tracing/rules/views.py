@@ -63,7 +63,18 @@ def view(call: Call) -> list[Labels | None]:
             _follow(call, source, old, dim, vector, outs)
         else:
             _place(call, old, dim, vector, outs, axes)
+        if call.name == "squeeze" and vector.size > 1 and _squeezes(call, dim, len(old.shape)):
+            call.record.squeezed.append(vector.copy())
     return list(outs)
+
+
+def _squeezes(call: Call, dim: int, dims: int) -> bool:
+    """Whether a squeeze would drop this dimension if it were of one place."""
+    named = call.args.get("dim")
+    if named is None:
+        return True
+    places = named if isinstance(named, (list, tuple)) else [named]
+    return any(type(place) is int and place % dims == dim for place in places)
 
 
 def _place(
