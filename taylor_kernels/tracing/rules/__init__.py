@@ -3,10 +3,12 @@
 from taylor_kernels.tracing.rules import (  # noqa: F401
     constants,
     convolutions,
+    divisors,
     elementwise,
     joining,
     norms,
     products,
+    quantization,
     reductions,
     reshapes,
     scatters,
