@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+#: Recurrent layers, all steps and stacked layers in one operation.
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
 
 @dataclass(frozen=True)
 class Operation:

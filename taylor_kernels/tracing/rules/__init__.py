@@ -9,6 +9,7 @@ from taylor_kernels.tracing.rules import (  # noqa: F401
     norms,
     products,
     quantization,
+    recurrent,
     reductions,
     reshapes,
     scatters,
