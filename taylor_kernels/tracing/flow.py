@@ -158,8 +158,8 @@ class Flow:
             reads = none if each.weight == below else each.inputs
             self._steps.append(
                 Step(
-                    PRODUCT, self._recorder.module, reads, each.outputs, inside, each.module,
-                    each.weight,
+                    PRODUCT, self._recorder.module, reads, each.outputs, inside | sources,
+                    each.module, each.weight,
                 )
             )  # fmt: skip
 

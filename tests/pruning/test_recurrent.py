@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -46,11 +47,25 @@ def test_masked_is_removed(kind, layers, both):
     assert pruner.cost.flops == 20 * sum(p.numel() for p in model.parameters() if p.dim() == 2)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_gates_of_hidden_units_stand_wherever_they_are_read(kind, layers):
+class Told(Reader):
+    """One whose first state another layer has made."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GRU, 1, False)
+        self.tell = nn.Linear(4, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.rnn(self.enter(x), self.tell(x[:, 0])[None].tanh())[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [*(Reader(k, n, True) for k in (nn.LSTM, nn.GRU) for n in (1, 2)), Told()],
+    ids=["lstm", "two lstms", "gru", "two grus", "told"],
+)
+def test_gates_of_hidden_units_stand_wherever_they_are_read(model):
     """The slope in a factor on the columns of all weights that read them."""
-    model, x = Reader(kind, layers, True).double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    model, x = copy.deepcopy(model).double(), torch.randn(3, 5, 4, dtype=torch.float64)
     gate = torch.ones(7, dtype=torch.float64, requires_grad=True)
 
     def read(name: str, parameter: Tensor) -> Tensor:
@@ -66,7 +81,7 @@ def test_gates_of_hidden_units_stand_wherever_they_are_read(kind, layers):
     pruner.step()
     found = pruner.scores()
     names = {name for name in found if name.startswith("rnn.")}
-    assert len(names) == 4 * layers
+    assert len(names) == 2 * len(model.rnn.all_weights)
     for name in names:
         times = model.get_parameter(name).size(0) // 7
         expected = slopes.square().float().repeat(times)
@@ -96,7 +111,7 @@ def test_first_states_of_a_size_that_the_module_holds(first):
 
     model, x = Begun(nn.LSTM, 2, False), torch.randn(2, 5, 4)
     model.layers, model.hidden = 2, 7
-    pruner = tk.Pruner(model, x, "magnitude_l2", filters=0.5, every=1)
+    pruner, _ = judging.new_pruner(model, x, 0.6, "magnitude_l2")
     assert list(pruner.skipped) == ["leave"]
     while not pruner.done:
         pruner.step()

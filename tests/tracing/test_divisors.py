@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,7 +52,7 @@ class Divided(nn.Module):
         return self.leave(x)
 
 
-@settings(max_examples=40)
+@settings(max_examples=12)
 @given(
     st.integers(2, 9), st.lists(st.sampled_from(list(DONE)), min_size=1, max_size=3), st.booleans()
 )
@@ -62,19 +60,20 @@ def test_all_channels_go_with_what_they_are_divided_by(width, kinds, learnt):
     model, x = Divided(width, kinds, learnt), torch.randn(3, 4)
     channels = trace(model, x)
     assert [group.size for group in channels.groups] == [width]
-    assert not faults(model, x, channels, draws=1)
+    assert not faults(model, x, channels, draws=1, every=False)
 
 
 @pytest.mark.parametrize("kind", DONE)
 def test_a_pruner_offers_them(kind):
     model, x = Divided(8, [kind], False), torch.randn(3, 4)
-    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1, optimizer=optimizer)
     assert list(pruner.skipped) == ["leave"]
     while not pruner.done:
         pruner.step()
     before = model.eval()(x)
+    assert before.isfinite().all()
     torch.testing.assert_close(pruner.compact()(x), before, rtol=1e-4, atol=1e-5)
-    assert math.isfinite(float(before.detach().sum()))
 
 
 def test_what_keeps_its_zeros_is_masked_with_zeros():

@@ -10,6 +10,7 @@ from torch.distributions import Gamma, Independent, Laplace, LogNormal, Normal, 
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.exact_run import SteadyNoise
 from tests.tracing.parts import Apply
+from tests.zoo import judging
 
 #: Of the module, means and deviations, a draw.
 DRAWN = {
@@ -49,7 +50,7 @@ def autoencoder(draw, width: int) -> nn.Module:
 def test_a_latent_goes_with_its_noise(name):
     model = autoencoder(DRAWN[name], 7).eval()
     x = torch.randn(3, 5)
-    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1)
+    pruner, _ = judging.new_pruner(model, x, 0.6, "magnitude_l2")
     assert list(pruner.skipped) == ["leave"]
     while not pruner.done:
         pruner.step()

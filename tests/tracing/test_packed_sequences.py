@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import (
     unpack_sequence,
 )
 
-from taylor_kernels.pruning import Pruner
 from taylor_kernels.tracing import trace
 from tests.tracing.removal import faults
+from tests.zoo import judging
 
 
 class Packed(nn.Module):
@@ -63,7 +63,7 @@ def test_a_pruner_offers_it(ordered):
     model = Packed(draw)
     model.ordered = ordered
     inputs = torch.randn(3, 6, 4), torch.tensor([6, 3, 1])
-    pruner = Pruner(model, inputs, "magnitude_l2", filters=0.5, every=1)
+    pruner, _ = judging.new_pruner(model, inputs, 0.7, "magnitude_l2")
     assert list(pruner.skipped) == ["leave"]
     while not pruner.done:
         pruner.step()
