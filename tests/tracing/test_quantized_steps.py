@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn import functional as F
 
+from taylor_kernels.pruning import Pruner
 from taylor_kernels.tracing import trace
 from tests.tracing.removal import faults
 
@@ -51,9 +54,11 @@ def test_each_channel_has_a_step_of_its_own(learnt):
     assert not faults(model, x, channels)
 
 
-def prepared(*layers: nn.Module) -> nn.Module:
+def prepared(*layers: nn.Module, folded: Sequence[list[str]] = ()) -> nn.Module:
     """A network of layers as PyTorch makes it ready to train for integers."""
     model = nn.Sequential(quantization.QuantStub(), *layers).train()
+    if folded:
+        model = quantization.fuse_modules_qat(model, folded)
     model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
     return quantization.prepare_qat(model)
 
@@ -71,3 +76,29 @@ def test_ranges_are_taken_until_the_observers_are_disabled():
     channels = trace(model, x)
     assert [group.size for group in channels.groups] == [8, 6]
     assert list(channels.skipped) == ["5"]
+
+
+def test_a_norm_that_is_folded_into_a_rounded_convolution():
+    """What comes of it is divided by the norm's scale again, which may be no zero then."""
+    model = prepared(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7),
+        nn.Flatten(), nn.Linear(7, 2), folded=[["1", "2", "3"], ["4", "5"]],
+    )  # fmt: skip
+    x = torch.randn(4, 3, 5, 5)
+    model(x)
+    model.apply(quantization.disable_observer)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    pruner = Pruner(model, x, "taylor_fo", filters=0.5, every=1, optimizer=optimizer)
+    assert list(pruner.skipped) == ["7"]
+    made: list[Tensor] = []
+    for part in model.modules():
+        part.register_forward_hook(lambda module, given, out: made.append(out))
+    while not pruner.done:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        pruner.step()
+        optimizer.step()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        assert all(tensor.isfinite().all() for tensor in made)
+    before = model.eval()(x)
+    torch.testing.assert_close(pruner.compact()(x), before)

@@ -139,7 +139,8 @@ def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> N
 
 def _named(call: Call, parts: Sequence[Labels], result: Labels) -> Labels:
     """The result, with the name of what it is computed of place by place."""
-    if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
+    quotient = call.name in QUOTIENTS and all(part.name for part in parts)
+    if len(parts) == 1 or ((quotient or call.name in _KEEP_ZERO) and parts):
         result.name, result.computed = parts[0].name, True
     return result
 
