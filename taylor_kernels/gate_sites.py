@@ -283,7 +283,7 @@ def _sites(
             places.add((n, IN))
             continue
         seen = {m for m in made_by[n] if nodes[m].met(OUT)}
-        if not seen and nodes[n].reach(IN)[0]:
+        if not made_by[n] <= seen and nodes[n].reach(IN)[0]:
             places.add((n, IN))
             continue
         places |= {(m, OUT) for m in seen}

@@ -233,7 +233,10 @@ def _grouped(
 
 
 #: Operations that fill a tensor with draws of one kind, and the part of the name that says so.
-_DRAWS = ("bernoulli", "rand", "randn", "normal", "uniform", "exponential", "log_normal", "cauchy")
+_DRAWS = (
+    "bernoulli", "rand", "randn", "normal", "uniform", "exponential", "log_normal", "cauchy",
+    "geometric", "poisson", "standard_gamma",
+)  # fmt: skip
 
 
 class SteadyNoise(OperationMode):
@@ -269,7 +272,19 @@ class SteadyNoise(OperationMode):
                 generator.set_state(state)
         else:
             out = args[0]
+        middle = _middle(kind, args, out)
+        if middle is not None:
+            return out.copy_(middle)
         return out.fill_(self._uniform if kind in ("rand", "uniform") else 1.0)
+
+
+def _middle(kind: str, args: tuple, out: Tensor) -> Tensor | None:
+    """What depends on channels that draws are made for, of those that take tensors of such."""
+    if out is args[0] or not any(isinstance(value, Tensor) for value in args[:2]):
+        return None  # written into a tensor, whose values are gone
+    if kind == "normal":
+        return args[0] + (args[1] if len(args) > 1 else 1.0)
+    return args[0] if kind in ("poisson", "standard_gamma") else None
 
 
 @cache

@@ -18,7 +18,7 @@ from torch import nn
 
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.tracing import Block
-from taylor_kernels.tracing.operations import OperationMode, operation
+from taylor_kernels.tracing.operations import RECURRENT, OperationMode, operation
 
 #: Layers whose multiply-adds for an entry of the output are the entries of a row of the weight.
 #: To take a composite operation apart, so as to count it, takes longer than a small one runs.
@@ -206,6 +206,12 @@ class FlopCount(OperationMode):
             out = func(*args, **kwargs) if made is None else made
             self.total += 2 * out.numel() * prod(args[1].shape[1:])
             return out
+        if known.name in RECURRENT:
+            # Kernels of a whole layer, which processors and devices have, are in no table.
+            weights = [t for value in args if isinstance(value, (list, tuple)) for t in value]
+            entries = sum(weight.numel() for weight in weights if weight.dim() == 2)
+            self.total += 2 * prod(args[0].shape[:-1]) * entries
+            return func(*args, **kwargs) if made is None else made
         if known.composite and known.name not in _PRODUCTLESS:
             with self:
                 return func.decompose(*args, **kwargs)

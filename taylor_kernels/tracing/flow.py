@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import memory_of
+from taylor_kernels.tracing.operations import RECURRENT, memory_of
 from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.steps import END, NORM, PRODUCT, Norm, Product, Step
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from taylor_kernels.tracing.calls import Call
     from taylor_kernels.tracing.recorder import Recorder
 
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 #: Products of two activations, or with a weight that cannot be followed.
 CONTRACTIONS = {
     "mm", "bmm", "matmul", "mv", "dot", "vdot", "inner", "addmm", "baddbmm", "addmv", "linear",
@@ -67,11 +66,12 @@ class Flow:
         for norm in norms:
             step = Step(NORM, self._recorder.module, norm.atoms, norm.atoms, sources)
             self._add(step, outs, 1 - outs[0].dim())
-        for product in products:
+        recurrent = call.name in RECURRENT
+        if recurrent:
+            self._recurrent(call, outs, products, sources)
+        for product in () if recurrent else products:
             self._product(call, outs, product, sources)
-        if call.name in _RECURRENT:
-            self._recurrent(call, outs, sources)
-        elif call.name in CONTRACTIONS and not products:
+        if call.name in CONTRACTIONS and not products:
             vectors = [vector for tensor in call.tensors for vector in call.of(tensor).vectors()]
             passing = [v for out in outs for v in self._recorder.labels(out).vectors()]
             self._end(vectors, sources, passing)
@@ -136,10 +136,14 @@ class Flow:
             step.input_dim = self._given(call, product.inputs, -1 - space)
         self._add(step, outs, -1 - space)
 
-    def _recurrent(self, call: Call, outs: Sequence[Tensor], sources: frozenset[int]) -> None:
+    def _recurrent(
+        self, call: Call, outs: Sequence[Tensor], products: list[Product], sources: frozenset[int]
+    ) -> None:
+        """What it takes and gives is one step; inside, each weight gives what all of them read."""
         inputs = call.of(call.arg("input", "data")).dims[-1]
         outputs = self._recorder.labels(outs[0]).dims[-1]
         none = np.zeros(0, np.int64)
+        inside = frozenset(range(len(self._steps), len(self._steps) + 1 + len(products)))
         step = Step(
             PRODUCT,
             self._recorder.module,
@@ -149,6 +153,15 @@ class Flow:
         )
         step.input_dim = self._given(call, step.inputs, -1)
         self._add(step, (), -1)
+        below = products[0].weight if products else ""
+        for each in products:
+            reads = none if each.weight == below else each.inputs
+            self._steps.append(
+                Step(
+                    PRODUCT, self._recorder.module, reads, each.outputs, inside | sources,
+                    each.module, each.weight,
+                )
+            )  # fmt: skip
 
     def _given(self, call: Call, inputs: Vector, dim: int) -> int | None:
         """`dim`, if the module's only argument is what the operation is given."""

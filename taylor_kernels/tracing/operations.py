@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: Recurrent layers, all steps and stacked layers in one operation.
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+
 
 @dataclass(frozen=True)
 class Operation:

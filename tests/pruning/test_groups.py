@@ -156,7 +156,7 @@ TRICKY = {
         lambda: Model(lambda m, x: m.c(F.relu(m.b(m.rnn(m.a(x))[0]))),
                       a=nn.Linear(6, 5), rnn=nn.GRU(5, 4, batch_first=True),
                       b=nn.Linear(4, 7), c=nn.Linear(7, 2)),
-        TOKENS, {"a", "b"}, {},
+        TOKENS, {"a", "b", "rnn.weight_ih_l0", "rnn.weight_hh_l0"}, {},
     ),
     "embedding in the residual": (
         lambda: Model(lambda m, x: m.out(F.relu(m.table(x.long().abs()) + m.pos(x[..., None]))),

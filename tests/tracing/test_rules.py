@@ -104,21 +104,6 @@ def written_apart(self, x):
     return rows.sum(2)[:3]
 
 
-def rounded_by_channel(self, x):
-    """As in training for integers: the weight of a layer, and channels, each with its own step."""
-    rounded = torch.fake_quantize_per_channel_affine
-    steps = self.inner.steps.float(), self.inner.zeros
-    weight = rounded(self.inner.weight.float(), *steps, 0, -8, 7).to(x)
-    return rounded(F.linear(x, weight).float(), *steps, 1, -8, 7).to(x)
-
-
-class Rounded(nn.Linear):
-    def __init__(self):
-        super().__init__(8, 8)
-        self.register_buffer("steps", torch.rand(8) / 20 + 0.02)
-        self.register_buffer("zeros", torch.randint(-2, 3, (8,), dtype=torch.int32))
-
-
 def drawn_and_rated(self, x):
     given = torch.distributions.Normal(x, x.exp())
     return given.log_prob(given.stddev.detach()) * given.mean
@@ -156,7 +141,6 @@ GO = {
         8,
     ),
     "depthwise_by_function": (depthwise_by_function, 8),
-    "rounded_by_channel": (rounded_by_channel, 8),
     "distribution": (drawn_and_rated, 8),
     "dtype": (lambda s, x: x.float().to(x.dtype), 8),
     "custom_function": (lambda s, x: Doubled.apply(x), 8),
@@ -189,7 +173,6 @@ EXTRA = {
     "bilinear": {"form": nn.Bilinear(8, 8, 6)},
     "bilinear_of_a_parameter": {"table": nn.Parameter(torch.randn(6, 8, 8))},
     "depthwise_by_function": {"inner": nn.Conv1d(8, 8, 3, groups=8)},
-    "rounded_by_channel": {"inner": Rounded()},
     "distances": {"table": nn.Parameter(torch.randn(40, 8))},
     "distances_of_many": {"table": nn.Parameter(torch.randn(3, 8))},
 }

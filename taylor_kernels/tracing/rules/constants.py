@@ -1,4 +1,4 @@
-"""Tensors that code makes: of one value they fit any width, of several they are fixed."""
+"""Tensors that code makes: of one value, or of noise, they fit any width; others are fixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from taylor_kernels.tracing.labels import Labels
 
 @rule(
     "zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided",
-    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided",
+    "new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "rand", "randn",
 )  # fmt: skip
 def uniform(call: Call) -> Labels:
     shape = tuple(call.out.shape)
@@ -25,7 +25,7 @@ def uniform(call: Call) -> Labels:
     return Labels(shape, list(vectors), [zero] * len(shape), uniform=True, counted=counted)
 
 
-@rule("arange", "linspace", "logspace", "rand", "randn", "randint", "randperm", "eye", "normal")
+@rule("arange", "linspace", "logspace", "randint", "randperm", "eye")
 def positional(call: Call) -> None:
     """Its values depend on the place, and its width may be a constant."""
 

@@ -16,9 +16,9 @@ _UNTAGGED = {
     "_prelu_kernel", "_to_copy", "clone", "copy", "fill", "zero", "where", "masked_fill",
     "native_dropout", "bernoulli", "uniform", "contiguous", "to", "lift_fresh",
     "rrelu_with_noise", "hardswish", "_fused_dropout", "celu", "selu", "threshold", "rrelu",
-    "fake_quantize_per_tensor_affine", "dropout", "alpha_dropout", "feature_dropout", "exponential",
+    "dropout", "alpha_dropout", "feature_dropout", "exponential",
     "random", "_conj", "conj", "resolve_conj", "resolve_neg", "type_as", "nan_to_num",
-    "complex", "polar",
+    "complex", "polar", "normal", "poisson", "_standard_gamma", "geometric", "cauchy", "log_normal",
 }  # fmt: skip
 #: f(0) = 0, whatever the other arguments are.
 _KEEP_ZERO = {
@@ -35,6 +35,8 @@ PRODUCTS = {"mul", "logical_and", "bitwise_and"}
 _SUMS = {"add", "sub", "rsub", "maximum", "minimum", "where", "lerp", "logical_or", "hypot"}
 #: The operands after the first do not matter where the first is zero.
 QUOTIENTS = {"div", "true_divide", "floor_divide", "divide"}
+#: Operations of which only the first operand says where its channels are.
+_FIRST = {"zero", "type_as", "bernoulli", "uniform"}
 #: Operations that give every value back, but for its type.
 _SAME_VALUES = {"_to_copy", "to", "type_as", "clone", "contiguous"}
 
@@ -48,7 +50,7 @@ def is_elementwise(call: Call) -> bool:
 def elementwise(call: Call) -> Labels | list[Labels | None]:
     shapes = [out.shape for out in call.outs] or [call.tensors[0].shape]
     operands = call.tensors
-    if call.name in ("zero", "type_as", "bernoulli", "uniform"):
+    if call.name in _FIRST:
         operands = operands[:1]
     if call.name == "copy":
         operands = [call.args["src"]]  # what was there before is gone
@@ -74,6 +76,8 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     result.uniform = bool(parts) and not fixed
     if result.uniform:
         result.dims = [np.zeros(size, np.int64) for size in shape]
+        same = (part.counted for part in parts if part.shape == result.shape)
+        result.counted = tuple(dict.fromkeys(counted for of_part in same for counted in of_part))
         if call.name in _KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
@@ -82,6 +86,7 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
             result.dims[dim] = merged_vector(call, [part.dims[dim] for part in fixed])
             if result.dims[dim] is not None:
                 result.zero[dim] = _zero(call, parts, fixed, dim)
+        _size_made(call, parts, result)
         return _named(call, parts, result)
     loose: set[int] = set()
     for dim in range(-len(shape), 0):
@@ -110,7 +115,18 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
         if place + len(shape) - len(part.shape) in loose
     )
     result.memory.repeated = bool(loose)
+    _size_made(call, parts, result)
     return _named(call, parts, result)
+
+
+def _size_made(call: Call, parts: Sequence[Labels], result: Labels) -> None:
+    """What attributes say of the sizes of tensors of one value, or of noise, that code has made."""
+    for part in parts:
+        if part.is_uniform and part.counted:
+            more = len(result.shape) - len(part.shape)
+            for dim in {place for place, _, _ in part.counted}:
+                if part.shape[dim] == result.shape[dim + more]:
+                    repeated_as(call, result.dims[dim + more], part, dim)
 
 
 def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> None:
@@ -124,7 +140,8 @@ def repeated_as(call: Call, vector: Vector | None, other: Labels, dim: int) -> N
 
 def _named(call: Call, parts: Sequence[Labels], result: Labels) -> Labels:
     """The result, with the name of what it is computed of place by place."""
-    if len(parts) == 1 or (call.name in _KEEP_ZERO and parts):
+    quotient = call.name in QUOTIENTS and all(part.name for part in parts)
+    if len(parts) == 1 or ((quotient or call.name in _KEEP_ZERO) and parts):
         result.name, result.computed = parts[0].name, True
     return result
 
@@ -183,19 +200,6 @@ def _zero(call: Call, parts: Sequence[Labels], wide: Sequence[Labels], dim: int)
     if call.name == "addcmul":
         return all(zero) and len(wide) == len(parts)
     return False
-
-
-@rule("fake_quantize_per_channel_affine", "fake_quantize_per_channel_affine_cachemask")
-def rounded_by_channel(call: Call) -> list[Labels | None]:
-    """Each channel by a step and a zero point of its own, which are no operands place by place."""
-    old = call.of(call.args["self"])
-    axis = call.args["axis"] % len(old.shape)
-    for name in ("scale", "zero_point"):
-        by_channel = call.of(call.args[name])
-        call.join(old.dims[axis], by_channel.dims[0])
-        if name == "scale" and by_channel.name:
-            call.record.fills[by_channel.name] = {0: 1.0}  # it is divided by
-    return [Labels(old.shape, list(old.dims), list(old.zero)) for _ in call.outs]
 
 
 @rule(OTHER)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from taylor_kernels.tracing.calls import MIXED, Call, rule
@@ -157,53 +156,3 @@ def max_unpool(call: Call) -> list[Labels | None]:
     for vector in indices.dims[lead:]:
         call.mix(vector)
     return _spatial(call, old, trailing)
-
-
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
-def recurrent(call: Call) -> list[Labels | None]:
-    """Stacked layers of one hidden width: a hidden unit is the same in every gate and layer."""
-    source, states = call.arg("input", "data"), call.args["hx"]
-    parameters: list[Tensor] = call.args["params"]
-    biases = bool(call.args["has_biases"])
-    both = 2 if call.args["bidirectional"] else 1
-    each = len(parameters) // (call.args["num_layers"] * both)
-    below = call.of(source).dims[-1]
-    hidden = call.of(parameters[1]).dims[1]
-    for vector in call.of(source).dims[:-1]:
-        call.mix(vector)
-    if each > (4 if biases else 2):
-        # A projected state has a width of its own, and its weights another order.
-        for tensor in parameters:
-            for vector in call.of(tensor).vectors():
-                call.refuse(vector, "belongs to a projected recurrent layer")
-        call.refuse(below, "is read by a projected recurrent layer")
-        return [None, None, None]
-    width = 0 if hidden is None else hidden.size
-    for number in range(call.args["num_layers"] * both):
-        tensors = [call.of(t) for t in parameters[number * each : (number + 1) * each]]
-        if number == both:
-            below = hidden if hidden is None else np.tile(hidden, both)
-        call.join(below, tensors[0].dims[1])
-        call.join(hidden, tensors[1].dims[1])
-        for labels in tensors:
-            gates = labels.dims[0]
-            for row in gates.reshape(-1, width) if gates is not None else []:
-                call.join(hidden, row)
-    zero = True
-    for state in states if isinstance(states, (list, tuple)) else [states]:
-        labels = call.of(state)
-        zero &= labels.is_zero(-1)
-        if not labels.is_uniform:
-            call.join(hidden, labels.dims[-1])
-            for vector in labels.dims[:-1]:
-                call.mix(vector)  # the layers that they are for, and the batch
-    outs = call.outs
-    result: list[Labels | None] = []
-    for number, out in enumerate(outs):
-        new = Labels.fixed(out.shape)
-        if hidden is not None:
-            new.dims[-1] = np.tile(hidden, both) if number == 0 else hidden
-            # A unit without weights keeps a part of what its state was.
-            new.zero[-1] = zero
-        result.append(new)
-    return result

@@ -1,0 +1,94 @@
+"""What a model divides by, or takes a logarithm or a root of, is masked with ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from taylor_kernels.pruning import Pruner
+from taylor_kernels.tracing import trace
+from tests.tracing.removal import faults
+
+#: What is done to [N, C] features with a vector of positive numbers that the model holds.
+DONE = {
+    "divided": lambda x, s: x / s,
+    "divided in place": lambda x, s: x.clone().div_(s),
+    "times its inverse": lambda x, s: x * (1 / s),
+    "its reciprocal": lambda x, s: x + s.reciprocal(),
+    "its root": lambda x, s: x / s.sqrt(),
+    "its inverse root": lambda x, s: x * (2 * s).rsqrt(),
+    "its logarithm": lambda x, s: x.tanh() + s.log(),
+    "a negative power": lambda x, s: x * s[None].pow(-2),
+    "a positive power": lambda x, s: x * s**2,
+    "standardised and back": lambda x, s: (x / s).relu() * s,
+    "of [N, C, 1]": lambda x, s: (x[..., None] / s[:, None]).squeeze(2),
+    "added": lambda x, s: torch.addcdiv(x, x.sigmoid(), s),
+    "a rest": lambda x, s: x.fmod(s),
+    "a likelihood": lambda x, s: torch.distributions.Normal(x, s).log_prob(x.detach() + 1),
+}
+
+
+class Divided(nn.Module):
+    """Features between two layers, and what is done to them."""
+
+    def __init__(self, width: int, kinds: list[str], learnt: bool) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.enter, self.leave = nn.Linear(4, width), nn.Linear(width, 3)
+        for number in range(len(kinds)):
+            scale = torch.rand(width) + 1.0
+            if learnt:
+                self.register_parameter(f"scale{number}", nn.Parameter(scale))
+            else:
+                self.register_buffer(f"scale{number}", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for number, kind in enumerate(self.kinds):
+            x = DONE[kind](x, getattr(self, f"scale{number}"))
+        return self.leave(x)
+
+
+@settings(max_examples=12)
+@given(
+    st.integers(2, 9), st.lists(st.sampled_from(list(DONE)), min_size=1, max_size=3), st.booleans()
+)
+def test_all_channels_go_with_what_they_are_divided_by(width, kinds, learnt):
+    model, x = Divided(width, kinds, learnt), torch.randn(3, 4)
+    channels = trace(model, x)
+    assert [group.size for group in channels.groups] == [width]
+    assert not faults(model, x, channels, draws=1, every=False)
+
+
+@pytest.mark.parametrize("kind", DONE)
+def test_a_pruner_offers_them(kind):
+    model, x = Divided(8, [kind], False), torch.randn(3, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    pruner = Pruner(model, x, "magnitude_l2", filters=0.5, every=1, optimizer=optimizer)
+    assert list(pruner.skipped) == ["leave"]
+    while not pruner.done:
+        pruner.step()
+    before = model.eval()(x)
+    assert before.isfinite().all()
+    torch.testing.assert_close(pruner.compact()(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_what_keeps_its_zeros_is_masked_with_zeros():
+    """Far from zero with a constant, or a power of a number: such an operand may be zero."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.register_buffer("scale", torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x) / (self.scale + 1e-5)
+            return self.leave(x * (self.scale + 0.5).rsqrt() / self.scale.exp())
+
+    channels = trace(Shifted(), torch.randn(2, 4))
+    assert channels.fills == {}
+    assert not faults(Shifted(), torch.randn(2, 4), channels)
