@@ -9,6 +9,9 @@ others. The mark may stand on some of a test's cases alone: the others always ru
 
 The environment variable TAYLOR_KERNELS_SAMPLE is the number that a run says it drew by, to draw the
 same again, or `all`, to run every case. A case that is named on the command line runs.
+
+Of properties of random networks each run draws some examples as well; TAYLOR_KERNELS_DRAWS is the
+number of them, where others are wanted.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ Value = TypeVar("Value")
 
 VARIABLE = "TAYLOR_KERNELS_SAMPLE"
 ALL = "all"
+DRAWS = "TAYLOR_KERNELS_DRAWS"
+
+
+def draws(few: int) -> int:
+    """How many examples of a property are drawn: `few`, but where the environment says more."""
+    return int(os.environ.get(DRAWS, few))
 
 
 def choose() -> str:

@@ -277,7 +277,7 @@ def _tokens() -> Tensor:
     return torch.randn(1, 5, 4)
 
 
-#: A stream that a norm normalises across channels stays whole, with all that writes into it.
+#: Of each, what has to stay is what gives the output its width.
 STRUCTURES: dict[str, Structure] = {
     "c2f": _of(c2f, "leave"),
     "split": _of(split, "leave"),
@@ -288,8 +288,7 @@ STRUCTURES: dict[str, Structure] = {
     "partial_convolution": _of(partial_convolution, "leave"),
     "conv_lstm": _of(conv_lstm, "leave"),
     "adaptive_norm": _of(
-        adaptive_norm, "enter", "condition", "project", "down", "leave",
-        inputs=lambda: (_tokens(), torch.randn(1, 5)), params=0.8,
+        adaptive_norm, "leave", inputs=lambda: (_tokens(), torch.randn(1, 5)), params=0.8,
     ),
     "reduced_attention": _of(
         reduced_attention, "leave", inputs=lambda: torch.randn(1, 16, 4)
@@ -300,10 +299,7 @@ STRUCTURES: dict[str, Structure] = {
     "split_attention": _of(split_attention, "leave"),
     "weight_norm": _of(weight_norm, "3", criterion="taylor_fo_gate"),
     "spectral_norm": _of(spectral_norm, "3", criterion="taylor_fo_gate"),
-    "group_norm": _of(group_norm, "enter", "two", "leave"),
-    "transformer_encoder": _of(
-        transformer_encoder, "0", "2", "1.layers.0.linear2", "1.layers.1.linear2",
-        "1.layers.0.self_attn.out_proj", "1.layers.1.self_attn.out_proj", inputs=_tokens,
-    ),
+    "group_norm": _of(group_norm, "leave"),
+    "transformer_encoder": _of(transformer_encoder, "2", inputs=_tokens),
     "functional_weight": _of(functional_weight, "leave", inputs=_tokens),
 }  # fmt: skip
