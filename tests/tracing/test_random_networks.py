@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,10 @@ from taylor_kernels.tracing import trace
 from tests.tracing.pieces import HEADS, KINDS, network
 from tests.tracing.removal import faults
 
+pytestmark = pytest.mark.long
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+
+@settings(max_examples=14, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(KINDS), max_size=4),
     last=st.sampled_from(HEADS),
@@ -32,7 +35,7 @@ MOVES = (
 )  # fmt: skip
 
 
-@settings(max_examples=20, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, suppress_health_check=list(HealthCheck))
 @given(kinds=st.lists(st.sampled_from(MOVES), max_size=4), seed=st.integers(0, 2**20))
 def test_what_moves_with_a_channel_goes_with_it(kinds, seed):
     model = network(kinds, "conv", seed, widest=1000).double().eval()
