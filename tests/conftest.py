@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +116,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_by_the_number_of_the_run(request: pytest.FixtureRequest) -> None:
+    """A test that draws from global generators draws the same in a run of the same number."""
+    if (seed := samples.seed_of(request.node.nodeid)) is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow where no GPU is used
 
 
 @pytest.fixture(autouse=True)
