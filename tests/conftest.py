@@ -106,6 +106,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{by_chance} cases were left to other runs: {samples.VARIABLE}={samples.choose()} "
             f"draws the same again, {samples.VARIABLE}={samples.ALL} runs every case"
         )
+    elif terminalreporter.stats.get("failed") and samples.choose() != samples.ALL:
+        terminalreporter.write_line(
+            f"{samples.VARIABLE}={samples.choose()} draws the same numbers again"
+        )
 
 
 @pytest.fixture
