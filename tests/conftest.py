@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -104,6 +106,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{by_chance} cases were left to other runs: {samples.VARIABLE}={samples.choose()} "
             f"draws the same again, {samples.VARIABLE}={samples.ALL} runs every case"
         )
+    elif terminalreporter.stats.get("failed") and samples.choose() != samples.ALL:
+        terminalreporter.write_line(
+            f"{samples.VARIABLE}={samples.choose()} draws the same numbers again"
+        )
 
 
 @pytest.fixture
@@ -114,6 +120,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _drawn_by_the_number_of_the_run(request: pytest.FixtureRequest) -> None:
+    """A test that draws from global generators draws the same in a run of the same number."""
+    if (seed := samples.seed_of(request.node.nodeid)) is not None:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow where no GPU is used
 
 
 @pytest.fixture(autouse=True)

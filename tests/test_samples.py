@@ -7,7 +7,9 @@ from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +70,26 @@ def test_a_number_draws_the_same_again_and_another_others(monkeypatch: pytest.Mo
         assert len(set(chosen)) == 3
         draws.add((*out, *chosen))
     assert len(draws) > 1
+
+
+def test_numbers_that_a_test_draws_follow_the_run_and_its_name(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    seed = samples.seed_of(request.node.nodeid)
+    if samples.choose() != samples.ALL:
+        generator = torch.Generator().manual_seed(seed)
+        assert drawn == (
+            random.Random(seed).random(),
+            np.random.RandomState(seed).rand(),
+            torch.rand((), generator=generator).item(),
+        )
+    monkeypatch.setenv(samples.VARIABLE, "7")
+    seeds = {samples.seed_of(name) for name in ("one", "another", "one")}
+    monkeypatch.setenv(samples.VARIABLE, "8")
+    assert len(seeds | {samples.seed_of("one")}) == 3
+    monkeypatch.setenv(samples.VARIABLE, samples.ALL)
+    assert samples.seed_of("one") is None
 
 
 def test_every_case_runs_where_that_is_asked_or_a_case_is_named(

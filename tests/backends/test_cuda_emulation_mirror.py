@@ -21,6 +21,7 @@ def _kernels_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "kernel", lambda *_: partial(emulated.run, "mirror_step"))
 
 
+@pytest.mark.sample(len(RULES) // 2, covering=False)
 @pytest.mark.parametrize("at", range(len(RULES)), ids=lambda at: mirror.label(RULES[at]))
 def test_a_step_is_that_of_float64(at: int) -> None:
     rule, dtype = RULES[at], DTYPES[at % len(DTYPES)]

@@ -8,7 +8,9 @@ where each takes long, and what differs between them is tested elsewhere too. An
 others. The mark may stand on some of a test's cases alone: the others always run.
 
 The environment variable TAYLOR_KERNELS_SAMPLE is the number that a run says it drew by, to draw the
-same again, or `all`, to run every case. A case that is named on the command line runs.
+same again, or `all`, to run every case. A case that is named on the command line runs. The numbers
+that tests draw from the global generators follow it too (tests/conftest.py): what one has failed on
+comes again, whichever tests ran before it.
 
 Of properties of random networks each run draws some examples as well; TAYLOR_KERNELS_DRAWS is the
 number of them, where others are wanted.
@@ -39,6 +41,12 @@ def draws(few: int) -> int:
 def choose() -> str:
     """What this run and the processes that it starts draw by."""
     return os.environ.setdefault(VARIABLE, str(random.SystemRandom().randrange(10**6)))
+
+
+def seed_of(test: str) -> int | None:
+    """What a test of this name draws its numbers by in this run; none where every case runs, whose
+    name draws nothing."""
+    return None if choose() == ALL else random.Random(f"{choose()} {test}").getrandbits(32)
 
 
 def some(values: Sequence[Value], count: int) -> list[Value]:

@@ -37,9 +37,10 @@ class Remembering(nn.Module):
 
 
 def model_of(width: int, shared: bool = False) -> tuple[nn.Sequential, Tensor]:
-    table = torch.randn(1, 9, width)
-    first, second = Positions(table), Positions(table if shared else torch.randn(1, 9, width))
-    body = (first, nn.Linear(width, width), second, Remembering(), nn.Linear(width, 2))
+    # Without the channels of the first table, too few can go for the targets of these tests.
+    table, inner = torch.randn(1, 9, width), width if shared else 3
+    first, second = Positions(table), Positions(table if shared else torch.randn(1, 9, inner))
+    body = (first, nn.Linear(width, inner), second, Remembering(), nn.Linear(inner, 2))
     return nn.Sequential(nn.Linear(3, width), *body), torch.randn(1, 6, 3)
 
 

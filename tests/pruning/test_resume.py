@@ -14,6 +14,7 @@ import torch
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from tests.helpers import zoo
 from tests.helpers.programs import run_program
+from tests.helpers.samples import some
 from tests.pruning import killable
 
 
@@ -37,7 +38,8 @@ def everything(model, optimizer, pruner):
 
 
 @pytest.mark.parametrize(
-    ("name", "criterion"), [("resnet", "taylor_fo_bn"), ("mobilenet", "taylor_fo_gate")]
+    ("name", "criterion"),
+    some([("resnet", "taylor_fo_bn"), ("mobilenet", "taylor_fo_gate")], 1),
 )
 def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
     whole = tmp_path / "whole"

@@ -19,7 +19,7 @@ from taylor_kernels.pruning.selection import select
 from taylor_kernels.tracing import IN
 from tests.pruning.shuffled_stages import Added, Block, First, Run, drawn_network, staged
 
-SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+SEEDS = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @given(

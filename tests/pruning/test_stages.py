@@ -16,7 +16,7 @@ from taylor_kernels.tracing import trace
 from tests.pruning.shuffled_stages import Block, First, Run, drawn_network, staged, with_drawn_norms
 from tests.tracing.parts import Apply
 
-SEEDS = settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+SEEDS = settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @SEEDS

@@ -36,7 +36,7 @@ def run(model, inputs, pruner, limit=400):
 
 
 @settings(
-    max_examples=25, derandomize=False,
+    max_examples=18, derandomize=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(

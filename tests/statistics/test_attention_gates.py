@@ -60,7 +60,7 @@ def scored(model: Net, criterion: str, x: Tensor, target: Tensor, **options) -> 
     return of_heads(found)
 
 
-@pytest.mark.sample(14)
+@pytest.mark.sample(10)
 @pytest.mark.parametrize("in_scoring", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,11 +20,13 @@ import pytest
 import taylor_kernels as tk
 from tests.conftest import pytest_collection_modifyitems
 from tests.helpers import ROOT
-from tests.helpers.programs import run_pytest
+from tests.helpers.programs import run_module, run_program, run_pytest
 from tools import gpu_check
 from tools.gpu_check import BENCHES, ON_DEMAND, SANITIZERS, TOTAL, gather, measured, steps
 from tools.gpu_steps import Step, run, run_together
 from tools.gpu_summary import LENGTH, summary
+
+pytestmark = pytest.mark.long
 
 #: What the machine that these steps are for may lack.
 OPTIONAL = (
@@ -144,41 +145,35 @@ def test_tests_of_a_backend_that_was_not_built_fail_where_it_is_asked_for(tmp_pa
     assert ("backend 'cuda' is asked for, but not available" in done.stdout) == fails
 
 
-@pytest.fixture
-def bare(tmp_path):
-    """Runs a command where packages that may be missing are out of reach; returns its output."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "from importlib.machinery import PathFinder\n"
-        "find = PathFinder.find_spec\n"
-        "class Find:\n"
-        "    def __call__(self, name, *args):\n"
-        f"        missing = name.partition('.')[0] in {OPTIONAL!r}\n"
-        "        return None if missing else find(name, *args)\n"
-        "PathFinder.find_spec = Find()\n"
-    )
-
-    def run(command, **environment):
-        there = os.environ | environment | {"PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(command, cwd=ROOT, env=there, capture_output=True, text=True)
-        # Without a GPU no test is left, which is an end of its own.
-        fine = (0, pytest.ExitCode.NO_TESTS_COLLECTED)
-        assert done.returncode in fine, done.stdout + done.stderr
-        return done.stdout
-
-    return run
+#: Puts packages that may be missing out of reach.
+BARE = f"""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+class Find:
+    def __call__(self, name, *args):
+        missing = name.partition(".")[0] in {OPTIONAL!r}
+        return None if missing else find(name, *args)
+PathFinder.find_spec = Find()
+"""
 
 
-def test_tests_on_a_gpu_need_none_of_what_may_be_missing(bare, tmp_path):
+def test_tests_on_a_gpu_need_none_of_what_may_be_missing(tmp_path):
     """The steps' own commands collect all that the files hold."""
     for step in steps(["tests", "pruning"], tmp_path):
-        command = [part for part in step.commands[0] if not part.startswith("--share")]
-        found = bare([*command, "--collect-only", "-q"], **step.environment)
-        counted = re.search(r"(\d+) (?:tests collected|deselected)", found)  # with a GPU, without
-        assert counted, found
+        python, m, module, *words = step.commands[0]
+        assert (python, m) == (sys.executable, "-m")
+        words = [word for word in words if not word.startswith("--share")]
+        asked = (*words, "--collect-only", "-q")
+        done = run_module(module, *asked, before=BARE, **step.environment)
+        # Without a GPU no test is left, which is an end of its own.
+        assert done.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED), done
+        # With a GPU, and without one.
+        counted = re.search(r"(\d+) (?:tests collected|deselected)", done.stdout)
+        assert counted, done.stdout
         assert int(counted[1]) > 10
 
 
-def test_the_pruner_needs_none_of_what_may_be_missing(bare):
+def test_the_pruner_needs_none_of_what_may_be_missing():
     program = (
         "import importlib.util\n"
         "from taylor_kernels.pruning import Pruner\n"
@@ -192,7 +187,8 @@ def test_the_pruner_needs_none_of_what_may_be_missing(bare):
         "pruner.compact()\n"
         "print([importlib.util.find_spec(name) for name in ('rich', 'torch_pruning')])\n"
     )
-    assert bare([sys.executable, "-c", program]) == "[None, None]\n"
+    done = run_program(BARE + program)
+    assert (done.returncode, done.stdout) == (0, "[None, None]\n"), done.stderr
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

@@ -11,10 +11,14 @@ import torch
 from tests.helpers.programs import Run, run_module
 from tests.helpers.samples import some
 
+pytestmark = pytest.mark.long
+
 
 def tune(*arguments: str, **environment: str) -> Run:
     pytest.importorskip("triton", reason="Triton is not installed")
-    return run_module("tools.tune_fisher", *arguments, **environment)
+    # The interpreter is to be chosen before Triton is imported.
+    ahead = "TRITON_INTERPRET" not in environment
+    return run_module("tools.tune_fisher", *arguments, optimizers=ahead, **environment)
 
 
 def test_dry_run_names_every_layer_and_choice() -> None:

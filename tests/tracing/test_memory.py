@@ -22,7 +22,7 @@ from taylor_kernels.tracing import trace
 assert ctypes.CDLL(None).mallopt(-3, 1_000_000)  # M_MMAP_THRESHOLD
 torch.set_num_threads(1)
 layers = [nn.Conv2d(3, 16, 1)]
-for _ in range(12):
+for _ in range(6):
     layers += [nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.ReLU()]
 model, small = nn.Sequential(*layers).eval(), torch.randn(1, 3, 8, 8)
 trace(model, small)  # what is loaded at the first use counts for neither

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from tests.tracing.moving import faults_of_labels
 from tests.tracing.pieces import ACROSS, HEADS, KINDS, network
 from tests.tracing.removal import faults
 
+pytestmark = pytest.mark.long
+
 EVERY = list(HealthCheck)
 SEEDS = st.integers(0, 2**20)
 
@@ -26,7 +29,7 @@ def pieces(kinds: Sequence[str]) -> st.SearchStrategy[list[str]]:
     return st.lists(st.sampled_from(kinds), max_size=4)
 
 
-@settings(max_examples=draws(16), suppress_health_check=EVERY)
+@settings(max_examples=draws(14), suppress_health_check=EVERY)
 @given(kinds=pieces(KINDS), last=st.sampled_from(HEADS), seed=SEEDS)
 def test_masking_a_unit_is_removing_it(kinds, last, seed):
     model = network(kinds, last, seed)

@@ -18,6 +18,7 @@ BLOCKS = {
 
 
 @pytest.mark.slow
+@pytest.mark.sample(4, covering=False)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_of_transformers_models(name):
     pytest.importorskip("transformers", reason="its models are what is pruned here")

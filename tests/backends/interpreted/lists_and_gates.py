@@ -74,6 +74,7 @@ def test_rademacher(seed: int) -> None:
         assert signs.double().equal(probes.signs(tensor, seed, i)), i
 
 
+@pytest.mark.sample(len(mirror.RULES_OF_TESTS) // 2, covering=False)
 @pytest.mark.parametrize("at", range(len(mirror.RULES_OF_TESTS)))
 def test_mirror_steps(at: int) -> None:
     """Aligned whole tiles, tails, misaligned views; with and without a gradient."""
@@ -115,6 +116,7 @@ def test_ranking_and_a_step(ties: bool) -> None:
             torch.testing.assert_close(found, expected, rtol=bits * 2**-7, atol=0)
 
 
+@pytest.mark.sample(len(GATE_CASES) // 2, covering=False)
 @pytest.mark.parametrize("at", range(len(GATE_CASES)), ids=lambda i: GATE_CASES[i].name)
 def test_gates(at: int) -> None:
     case = GATE_CASES[at]
