@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -51,8 +51,16 @@ class Cost:
         }
 
 
-#: Of a tensor: its name and extents, the FLOPs of an entry, (dimension, channels there) of a unit.
-_Shrinking = tuple[str, list[int], int, list[tuple[int, int]]]
+class _Shrinking(NamedTuple):
+    """What a unit of a group takes.
+
+    Attributes:
+        filters: (layer, filters there) of each layer that makes its channels.
+        tensors: name and extents, the FLOPs of an entry, (dimension, channels there).
+    """
+
+    filters: list[tuple[str, int]]
+    tensors: list[tuple[str, list[int], int, list[tuple[int, int]]]]
 
 
 class Meter:
@@ -83,7 +91,7 @@ class Meter:
             for name, extents in self._extents.items()
             if macs.get(name)
         }
-        self._shrinking: dict[int, tuple[Group, list[_Shrinking]]] = {}
+        self._shrinking: dict[int, tuple[Group, _Shrinking]] = {}
         self._flops = flops
         self._params = sum(prod(extents) for extents in self._extents.values())
         self._filters = sum(group.size * group.filters_per_unit for group in groups)
@@ -130,29 +138,35 @@ class Meter:
 
     def take(self, group: Group, units: int) -> None:
         """Count `units` of the group as gone (back again if negative)."""
-        for slot in group.producers:
-            filters = units * slot.index.size(1)
-            self._widths[slot.owner] -= filters
-            self._filters -= 0 if slot.owner in self._gone else filters
-        for name, extents, per_entry, shrinking in self._tensors_of(group):
-            before, worked = prod(extents), self._worked(name)
-            for dim, channels in shrinking:
+        if not units:
+            return
+        shrinking = self._of_unit(group)
+        for owner, filters in shrinking.filters:
+            self._widths[owner] -= units * filters
+            self._filters -= 0 if owner in self._gone else units * filters
+        for name, extents, per_entry, dims in shrinking.tensors:
+            before = prod(extents)
+            worked = self._worked(name) if per_entry else 0
+            for dim, channels in dims:
                 extents[dim] -= units * channels
             if name not in self._gone:
                 self._params += prod(extents) - before
-                self._flops += per_entry * (self._worked(name) - worked)
+                self._flops += per_entry * (self._worked(name) - worked) if per_entry else 0
 
-    def _tensors_of(self, group: Group) -> list[_Shrinking]:
+    def _of_unit(self, group: Group) -> _Shrinking:
         known = self._shrinking.get(id(group))
         if known is None or known[0] is not group:
             found: dict[str, list[tuple[int, int]]] = {}
             for entry in group.entries:
                 if entry.tensor in self._extents:
                     found.setdefault(entry.tensor, []).append((entry.dim, entry.index.size(1)))
-            shrinking = [
-                (name, self._extents[name], self._per_entry.get(name, 0), dims)
-                for name, dims in found.items()
-            ]
+            shrinking = _Shrinking(
+                [(slot.owner, slot.index.size(1)) for slot in group.producers],
+                [
+                    (name, self._extents[name], self._per_entry.get(name, 0), dims)
+                    for name, dims in found.items()
+                ],
+            )
             # With the group, because another one may have its id in a copy of this meter.
             known = self._shrinking[id(group)] = group, shrinking
         return known[1]

@@ -124,6 +124,34 @@ def _cheapest(values: np.ndarray, number: int) -> np.ndarray:
     return found[_stable_order(values[found])[:number]]
 
 
+def _could_go(
+    groups: Sequence[Group], counts: np.ndarray, owner: np.ndarray, values: np.ndarray, most: int
+) -> np.ndarray | None:
+    """Which units a pruning of `most` filters may take, so that few are to be sorted: their places,
+    or None for all.
+
+    Left out are only units that go one by one, and are dearer than as many others as can go.
+
+    Args:
+        counts: per group, its units.
+        owner, values: of each unit, its group and score.
+    """
+    single = np.array([g.schedule is None and g.multiple == 1 for g in groups], bool)
+    stay = [
+        count - group.most_removable(count) if alone else 0
+        for group, count, alone in zip(groups, counts.tolist(), single.tolist(), strict=True)
+    ]
+    number = most + sum(stay)  # as some of the cheapest may have to stay
+    if not 0 < 4 * number < counts[single].sum():
+        return None
+    if single.all():
+        bound = np.partition(values, number - 1)[number - 1]
+        return (~(values > bound)).nonzero()[0]
+    alone = single[owner]
+    bound = np.partition(values[alone], number - 1)[number - 1]
+    return (~(alone & (values > bound))).nonzero()[0]
+
+
 class _Bundles:
     """The units that could go at a pruning of `most` filters, as bundles, a group's in a row.
 
@@ -149,24 +177,29 @@ class _Bundles:
         of_alive = of_all[alive]
         counts = np.bincount(of_alive, minlength=len(groups))
         values = np.concatenate([none, *(score.double().numpy() for score in scores)])[alive]
+        held_units = counts
+        looked_at = _could_go(groups, counts, of_alive, values, most)
+        if looked_at is not None:
+            alive, of_alive, values = alive[looked_at], of_alive[looked_at], values[looked_at]
+            held_units = np.bincount(of_alive, minlength=len(groups))
         order = _stable_order(values)
         # Few different numbers in few bits, which numpy sorts without comparing any.
         small = np.min_scalar_type(len(groups))
         order = order[of_alive[order].astype(small).argsort(kind="stable")]
         ranked = values[order]
-        self._begins = counts.cumsum() - counts
+        self._begins = held_units.cumsum() - held_units
         self._units = (alive - (sizes.cumsum() - sizes)[of_alive])[order]
 
         numbers = []
         firsts = []
-        for group, count in zip(groups, counts.tolist(), strict=True):
+        for group, count, held in zip(groups, counts.tolist(), held_units.tolist(), strict=True):
             first = group.next_to_go(count)
             number = 0
             if first:
                 number = 1 + (count - first - group.minimum) // group.multiple
                 # Bundles behind `most` filters of one group cannot go at this pruning.
                 enough = max(-(-most // group.filters_per_unit) - first, 0)
-                number = min(number, 1 + -(-enough // group.multiple))
+                number = min(number, 1 + -(-enough // group.multiple), held)
             numbers.append(number)
             firsts.append(first)
         self._first = np.array(firsts, np.int64)

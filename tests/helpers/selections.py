@@ -33,7 +33,9 @@ def chain(sizes: Sequence[int], makes: Sequence[tuple[int, int, int]]) -> tuple[
             Entry(f"{number}.bias", 0, index),
             Entry(f"{number + 1}.weight", 1, index),
         )
-        groups.append(Group(slots, entries, torch.arange(n), (), multiple, minimum))
+        groups.append(
+            Group(slots, entries, torch.arange(n), (), multiple=multiple, minimum=minimum)
+        )
     macs = {name: weight.numel() for name, weight in weights.items()}
     return groups, Meter(model, macs, 2 * sum(macs.values()), groups)
 

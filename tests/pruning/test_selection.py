@@ -30,6 +30,31 @@ from tests.helpers.selections import chain, plain_select
     seed=st.integers(0, 2**20),
 )
 def test_it_is_the_plain_loop(sizes, makes, levels, kinds, fraction, per_step, seed):
+    check(sizes, makes, levels, kinds, fraction, per_step, seed)
+
+
+@given(
+    sizes=st.lists(st.integers(20, 60), min_size=2, max_size=5),
+    makes=st.lists(
+        st.tuples(st.just(1), st.sampled_from([1, 1, 1, 3]), st.integers(1, 30)),
+        min_size=5,
+        max_size=5,
+    ),
+    levels=st.sampled_from([3, 50, 2**40]),
+    per_step=st.integers(1, 3),
+    apart=st.sampled_from([0, 2**40]),
+    seed=st.integers(0, 2**20),
+)
+def test_it_is_the_plain_loop_where_few_of_many_units_go(
+    sizes, makes, levels, per_step, apart, seed
+):
+    """Also where units that have to stay are the cheapest."""
+    check(sizes, makes, levels, {"filters"}, 0.9, per_step, seed, apart)
+
+
+def check(sizes, makes, levels, kinds, fraction, per_step, seed, apart=0):
+    """Prunings one after the other are those of the plain loop; the scores of one group lie `apart`
+    from those of the next."""
     torch.manual_seed(seed)
     makes = makes[: len(sizes)]
     groups, meter = chain(sizes, makes)
@@ -47,7 +72,8 @@ def test_it_is_the_plain_loop(sizes, makes, levels, kinds, fraction, per_step, s
     for _ in range(6):  # until all is met, and once more
         # Few levels make ties; scores of other signs and sizes make rounding.
         scores = [
-            torch.randint(levels, (group.size,)).double() / 7 - levels / 21 for group in groups
+            torch.randint(levels, (group.size,)).double() / 7 - levels / 21 + apart * number
+            for number, group in enumerate(groups)
         ]
         expected = plain_select(groups, dead, scores, other, budget)
         found = select(groups, dead, scores, meter, budget)
