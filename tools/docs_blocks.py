@@ -48,7 +48,14 @@ from tools.language_block import (
 )
 from tools.method_blocks import method_blocks, methods_table
 from tools.ranks_block import RANKS, ranks_block
-from tools.result_blocks import SAMPLING, bench_block, demo_block, sampling_block, study_block
+from tools.result_blocks import (
+    SAMPLING,
+    bench_block,
+    demo_block,
+    late_norms_block,
+    sampling_block,
+    study_block,
+)
 from tools.step_block import STEP, step_block
 from tools.stream_block import STREAM, stream_block
 from tools.zoo_block import ZOO, zoo_block
@@ -228,6 +235,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "language-findings": lambda: language_findings(language(), study()),
     "language-method": lambda: language_method_block(language()),
     "language-speed": lambda: language_speed_block(language()),
+    "late-norms": lambda: late_norms_block(study()),
     "methods": methods_table,
     "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,
