@@ -48,13 +48,15 @@ def main(arguments: list[str]) -> int:
 
 
 def keep_others(latest: Path, part: Path) -> None:
-    """Add to a partial run's results the last ones of all cases that it did not measure."""
+    """Add to a partial run's results the last ones of all cases that it did not measure, and the
+    seconds that benches took then, which tell how long the next whole run will take."""
     old, new = (json.loads(path.read_text()) for path in (latest, part))
     measured = [bench["extra_info"]["case"] for bench in new["benchmarks"]]
     others = [b for b in old["benchmarks"] if b["extra_info"]["case"] not in measured]
     for bench in others:
         bench["extra_info"].setdefault("run", run_of(old))
     new["benchmarks"] = others + new["benchmarks"]
+    new["finished"] = old.get("finished", {}) | new.get("finished", {})
     part.write_text(json.dumps(new, indent=4))
 
 

@@ -129,7 +129,7 @@ def result(labels: Sequence[str], rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=NETWORKS, help="measure this one, and keep the others")
     given = parser.parse_args()
     found = result([given.only] if given.only else list(NETWORKS), given.rounds)

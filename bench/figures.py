@@ -48,6 +48,11 @@ class Case:
         return min(found, key=lambda e: e.median, default=None)
 
     @property
+    def run(self) -> str:
+        """Commit, day and processor of its figures."""
+        return self.entries[0].info["run"]
+
+    @property
     def ours(self) -> Entry | None:
         return self.fastest(role="ours")
 
@@ -60,6 +65,10 @@ class Results:
     machine: dict[str, Any]
     runs: list[str]  # commits, days and processors that the figures are of
     cases: list[Case]
+
+    def number_of(self, case: Case) -> int:
+        """Which of the runs a case is of, from 1."""
+        return self.runs.index(case.run) + 1
 
     def of(self, bench: str) -> list[Case]:
         return [case for case in self.cases if case.name[0] == bench]
@@ -78,9 +87,10 @@ def load(path: Path) -> Results:
     raw = json.loads(path.read_text())
     cases: dict[tuple[str, ...], list[Entry]] = {}
     for bench in raw["benchmarks"]:
+        bench["extra_info"].setdefault("run", run_of(raw))
         entry = Entry(bench["stats"], bench["extra_info"])
         cases.setdefault(tuple(entry.info["case"]), []).append(entry)
-    runs = dict.fromkeys(b["extra_info"].get("run", run_of(raw)) for b in raw["benchmarks"])
+    runs = dict.fromkeys(b["extra_info"]["run"] for b in raw["benchmarks"])
     return Results(
         path,
         raw["machine_info"],

@@ -37,6 +37,7 @@ MET = {
     "vectors": r"(?:LDG|LDGSTS)\b.*\.128\b",
     "words": r"(?:LDG|LDGSTS)\b(?!.*\.(?:128|64)\b)",
     "ends": r"FADD\b",
+    "arithmetic": r"(?:FFMA|FADD|FMUL)\b",
 }
 #: An A100 and an H100: multiprocessors of four schedulers, GHz, a tensor core's cycles for a
 #: product by mma.sync. On Hopper that has about 0.62 of what wgmma reaches.
@@ -84,12 +85,12 @@ def blocks_of(sass: str) -> dict[int, Block]:
 
 
 def cheapest_round(blocks: dict[int, Block], wanted: dict[str, int]) -> int | None:
-    """Instructions of the cheapest way from a block with products back to it that meets as
-    many of each as are wanted, or more; None if there is none."""
+    """Instructions of the cheapest way from a block that has the first of what is wanted back to it
+    that meets as many of each as are wanted, or more; None if there is none."""
     names = list(wanted)
     limit = tuple(wanted.values())
     best: int | None = None
-    for start in (at for at, block in blocks.items() if block.met["mma"]):
+    for start in (at for at, block in blocks.items() if block.met[names[0]]):
         queue = [(0, start, (0,) * len(names))]
         seen = set()
         while queue:

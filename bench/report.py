@@ -60,6 +60,11 @@ def _call_table(case: Case) -> str:
     return table(["what", *TIMING, "× kernel alone", "error"], rows)
 
 
+def _selection_table(case: Case) -> str:
+    rows = [[*timing(e), number(e.info["ratio_to_floor"])] for e in case.entries]
+    return table(["what", *TIMING, "× sort"], rows)
+
+
 def _sequence_table(case: Case) -> str:
     rows = [
         [
@@ -98,9 +103,13 @@ def all_targets(results: Results) -> list[PerformanceTarget]:
 def machine_line(results: Results) -> str:
     m = results.machine
     processor = m.get("gpu") or f"{m['cpu']['brand_raw']}, {m['isa']}, {m['threads']} threads"
+    runs = results.runs
+    if len(runs) > 1:  # the machine is that of the last, and tables say which is whose
+        processor = f"The last run on {processor}"
+        runs = [f"run {number}: {run}" for number, run in enumerate(runs, 1)]
     return (
         f"{processor}; PyTorch {m['torch']}, Python {m['python_version']}, {m['compiler']}; "
-        f"{'; '.join(results.runs)}"
+        f"{'; '.join(runs)}"
     )
 
 
@@ -116,12 +125,14 @@ def report(results: Results) -> str:
         **dict.fromkeys(OPS, lambda case: _op_table(case, on_gpu)),
         "in_cache": _in_cache_table,
         "call": _call_table,
+        "selection": _selection_table,
         "pruning_sequence": _sequence_table,
         "scoring_step": _step_table,
     }
     for bench, make in how.items():
         for case in results.of(bench):
-            parts += [f"## {' · '.join(case.name)}", make(case)]
+            run = f"Run {results.number_of(case)}: {case.run}."
+            parts += [f"## {' · '.join(case.name)}", run, make(case)]
     parts += fisher_report.parts(results)
     parts += doors_report.parts(results)
     return "\n\n".join(parts) + "\n"

@@ -18,15 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.markdown import table
-from taylor_kernels.studies.oracle.findings import Target, targets
+from taylor_kernels.studies.oracle.findings import LATE_NORM_NETWORKS, Target, targets
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import readable
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = Path("bench/results/study")
-#: Of the criteria that have targets, for both architectures.
-TARGETS = 10
+#: Of the criteria that have targets, for both architectures, and of the networks with late norms.
+TARGETS = 10 + len(LATE_NORM_NETWORKS)
 
 
 def without_scores(result: dict) -> dict:

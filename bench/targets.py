@@ -16,6 +16,8 @@ IN_CACHE = {
 }
 #: What a call may take beside its sums, in µs, by the number of parameters.
 CALL = {"54 parameters": 20.0, "2000 parameters": 300.0}
+#: What choosing among 10⁵ units may take, in ms.
+SELECTION = 20.0
 #: The sets of the CPU that others than `ours` may run in the same rounds.
 LOWER = ("avx2",)
 
@@ -30,6 +32,10 @@ def targets(results: Results) -> list[PerformanceTarget]:
         found += _in_cache(case)
     for case in results.of("call"):
         found += _of_call(case)
+    for case in results.of("selection"):
+        if case.ours:
+            what = f"selection among 100 000 units, {case.name[1]}"
+            found.append(PerformanceTarget(what, SELECTION, 1e3 * case.ours.median, unit=" ms"))
     found += _peaks(results)
     for case in results.of("scoring_step"):
         if case.ours:
@@ -73,7 +79,7 @@ def _of_moments(case: Case) -> Iterator[PerformanceTarget]:
 
 def _in_cache(case: Case) -> Iterator[PerformanceTarget]:
     limit = IN_CACHE.get((case.name[1], case.name[2], case.name[3]))
-    compiled = case.get("torch.compile")
+    compiled = case.fastest(family="torch.compile")
     if limit is None or case.ours is None:
         return
     for isa, median in _sets(case):

@@ -53,6 +53,7 @@ from tools.result_blocks import (
     bench_block,
     demo_block,
     headline_block,
+    late_norms_block,
     sampling_block,
     study_block,
 )
@@ -208,6 +209,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "language-findings": lambda: language_findings(language(), study()),
     "language-method": lambda: language_method_block(language()),
     "language-speed": lambda: language_speed_block(language()),
+    "late-norms": lambda: late_norms_block(study()),
     "methods": methods_table,
     "ranks": lambda: ranks_block(json.loads((ROOT / RANKS).read_text())),
     "results": results,

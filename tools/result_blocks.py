@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.figures import OPS, Entry, Results
 from bench.markdown import ms, number, table
 from bench.report import machine_line
+from taylor_kernels.studies.oracle.late_norms import section as late_norms_section
 from taylor_kernels.studies.oracle.tables import half_table, summary_table
 from taylor_kernels.studies.pruning.pages import result_table
 from taylor_kernels.studies.results import Json
@@ -37,6 +38,12 @@ def study_block(result: Json) -> str:
         "`python -m bench.study`."
     )
     return "\n\n".join(parts)
+
+
+def late_norms_block(result: Json) -> str:
+    """The study's table of networks whose norms come late, and how to read it."""
+    said, shown = late_norms_section(result["late_norms"]).blocks
+    return f"{table(shown.columns, shown.rows)}\n\n{said.text}"
 
 
 def sampling_block(result: Json) -> str:
@@ -112,12 +119,13 @@ def bench_block(results: Results) -> str:
                 number(ours.median / floor.median),
                 *(number(p and p.median / ours.median, "{:.1f}×") for p in peers),
                 number(ours.info["peak_mib"], "{:.2f}"),
+                str(results.number_of(case)),
             ]
         )
     head = ["", "ours, ms", "× one read", "eager", "`_foreach`", "torch.compile", "one graph"]
     parts = [
         "How many times as long each peer takes, measured in turns in one process:",
-        table([*head, "Torch-Pruning", "peak MiB"], rows),
+        table([*head, "Torch-Pruning", "peak MiB", "run"], rows),
     ]
     for case in results.of("pruning_sequence"):
         steps = [
@@ -130,7 +138,8 @@ def bench_block(results: Results) -> str:
             for e in case.entries
         ]
         parts += [
-            "Scoring ResNet-50 while pruning changes its shapes every step, compilation included:",
+            "Scoring ResNet-50 while pruning changes its shapes every step, compilation included "
+            f"(run {results.number_of(case)}):",
             table(["", "steps", "ms a step", "graphs compiled"], steps),
         ]
     cases = results.of("scoring_step")
@@ -138,7 +147,8 @@ def bench_block(results: Results) -> str:
         labels = [e.label for e in cases[0].entries]
         found = [[case.get(label) for case in cases] for label in labels]
         parts += [
-            "A scoring step of ResNet-18, relative to forward + backward alone:",
+            "A scoring step of ResNet-18, relative to forward + backward alone (run "
+            f"{results.number_of(cases[0])}):",
             table(
                 ["", *(case.name[2].replace("x", "×") for case in cases)],
                 [
@@ -168,6 +178,7 @@ def _fisher_step_parts(results: Results) -> list[str]:
     rows = [[label, *(cell(case.get(label)) for case in cases)] for label in labels]
     return [
         "A step that gives every filter Σ w² · mean g² over examples (`obd_fisher`), 32 images of "
-        "32², relative to forward + backward alone, and its peak memory in MiB:",
+        "32², relative to forward + backward alone, and its peak memory in MiB (run "
+        f"{results.number_of(cases[0])}):",
         table(["", *(", ".join(case.name[1:]) for case in cases)], rows),
     ]

@@ -14,6 +14,11 @@ HEAD = (
     "network", "layers that can be pruned", "of the FLOPs", "forward + backward, ms",
     "building a pruner", "an empty mode", "tracing", "parameters left", "masked − removed",
 )  # fmt: skip
+#: What building a pruner may take of a forward and backward pass, and a trace of a forward pass.
+BUILD, TRACE = 5.0, 3.0
+#: Networks whose passes take less, in seconds, are small ones: what operations take of Python
+#: decides.
+SMALL = 0.01
 #: Why the last layer of nearly every network stays.
 OUTPUT = "reaches the output of the model"
 
@@ -26,6 +31,7 @@ def zoo_block(result: dict[str, Any]) -> str:
         parts += [f"### {package} {result['versions'][package]}", table(HEAD, rows)]
     machine = result["machine"]
     parts += [
+        _limits(result["networks"]),
         "What stays beside the layers that reach the output, and why:",
         "\n".join(_staying(result["networks"])),
         f"{machine['processor']}, {machine['threads']} thread; PyTorch "
@@ -33,6 +39,39 @@ def zoo_block(result: dict[str, Any]) -> str:
         "`python -m tools.zoo_table`.",
     ]
     return "\n\n".join(parts)
+
+
+def build_ratio(one: dict[str, Any]) -> float:
+    return one["seconds"]["build"] / one["seconds"]["forward_backward"]
+
+
+def trace_ratio(one: dict[str, Any]) -> float:
+    return one["seconds"]["trace"] / one["seconds"]["forward"]
+
+
+def _cost(ratio: float, limit: float, seconds: float) -> str:
+    """How many passes it took, bold where these are more than the limit, and how long."""
+    mark = "**" if ratio > limit else ""
+    return f"{mark}{ratio:.1f}×{mark}, {ms(seconds)} ms"
+
+
+def _limits(networks: dict[str, dict[str, Any]]) -> str:
+    """How many networks keep to the limits, the small ones apart."""
+    done = [one for one in networks.values() if "seconds" in one]
+    small = [one for one in done if one["seconds"]["forward_backward"] < SMALL]
+    large = [one for one in done if one["seconds"]["forward_backward"] >= SMALL]
+
+    def kept(of: list[dict[str, Any]]) -> str:
+        build = sum(build_ratio(one) <= BUILD for one in of)
+        trace = sum(trace_ratio(one) <= TRACE for one in of)
+        return f"{build} and {trace} of {len(of)}"
+
+    return (
+        f"The aim is a build of at most {BUILD:g}× a forward and backward pass and a trace of at "
+        f"most {TRACE:g}× a forward pass; bold figures are over it. Of networks whose passes take "
+        f"{SMALL * 1e3:g} ms and more {kept(large)} keep to it, of smaller ones {kept(small)}: "
+        f"there a build takes {max(one['seconds']['build'] for one in small) * 1e3:.0f} ms at most."
+    )
 
 
 def _row(name: str, one: dict[str, Any]) -> list[str]:
@@ -45,9 +84,9 @@ def _row(name: str, one: dict[str, Any]) -> list[str]:
         f"{one['prunable']} of {one['layers']}",
         f"{100 * one['flops']:.1f}%" if "flops" in one else "–",  # not measured in older runs
         ms(seconds["forward_backward"]),
-        f"{seconds['build'] / seconds['forward_backward']:.1f}×",
+        _cost(build_ratio(one), BUILD, seconds["build"]),
         f"{seconds['empty_mode'] / forward:.1f}×" if "empty_mode" in seconds else "–",
-        f"{seconds['trace'] / forward:.1f}×",
+        _cost(trace_ratio(one), TRACE, seconds["trace"]),
         f"{100 * one['left']:.1f}%" + ("" if one["reached"] else ", target not reached"),
         "0" if one["error"] == 0 else f"{one['error']:.0e}",
     ]

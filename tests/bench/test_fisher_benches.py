@@ -219,8 +219,11 @@ def test_partial_run_keeps_the_results_of_other_cases(tmp_path):
     for bench in new["benchmarks"]:
         bench["stats"]["median"] = 5.0
         bench["extra_info"]["run"] = "commit 0123456789+, 2026-02-02"
-    part.write_text(json.dumps(new))
+    old = json.loads(latest.read_text()) | {"finished": {"a": 60.0, "b": 30.0}}
+    latest.write_text(json.dumps(old))
+    part.write_text(json.dumps(new | {"finished": {"b": 20.0}}))
     keep_others(latest, part)
+    assert json.loads(part.read_text())["finished"] == {"a": 60.0, "b": 20.0}
     before, after = load(latest), load(part)
     assert sorted(case.name for case in after.cases) == sorted(case.name for case in before.cases)
     assert {e.median for case in after.cases for e in case.entries if case.name[2] == "conv"} == {5}

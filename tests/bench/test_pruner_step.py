@@ -35,4 +35,4 @@ def test_the_ratio_is_of_rounds_beside_each_other():
             "versions": {"torch": "2", "pytorchcv": "0"},
         }
     )  # fmt: skip
-    assert "| net | 100 | 150 | 1.020 (1.010–1.500) | ok |" in block
+    assert "| net | 100 | 150 | 1.020 (1.010–1.500) | 3 | ok |" in block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 #: (criterion, least Spearman over all layers), a mean over seeds, for each architecture.
 SPEARMAN_TARGETS = (("taylor_fo_bn", 0.95), ("taylor_so_diag", 0.98))
+#: (criterion, least Spearman) in train mode, of these networks of `late_norms.NETWORKS`.
+LATE_NORM_TARGET = ("taylor_fo_bn", 0.9)
+LATE_NORM_NETWORKS = ("convolution, ReLU, norm", "pre-activation")
 MOST_RANDOM = 0.1
 #: A norm as it is, beside the norm relative to its layer's mean, which goes by its plain name.
 UNSCALED = "{}, unscaled"
@@ -123,6 +127,25 @@ def targets(result: Json) -> list[Target]:
                         mean(seen) > mean(floor),
                     )
                 )
+    return found + _late_norm_targets(result.get("late_norms", ()))
+
+
+def _late_norm_targets(networks: Sequence[Json]) -> list[Target]:
+    criterion, least = LATE_NORM_TARGET
+    found = []
+    for network in networks:
+        if network["network"] not in LATE_NORM_NETWORKS:
+            continue
+        rho = network["criteria"][criterion]["train"]
+        known = rho is not None and not math.isnan(rho)
+        found.append(
+            Target(
+                f"{network['network']}, train mode: Spearman of {criterion}",
+                f"≥ {least}",
+                f"{rho:.3f}" if known else "no score",
+                known and rho >= least,
+            )
+        )
     return found
 
 

@@ -17,6 +17,7 @@ from matplotlib.image import imread
 
 from bench import study
 from taylor_kernels.studies.oracle import findings
+from taylor_kernels.studies.oracle.late_norms import NETWORKS as LATE_NORM_NETWORKS
 from taylor_kernels.studies.oracle.remarks import remarks
 from taylor_kernels.studies.oracle.settings import OracleSettings
 from tests.helpers import ROOT
@@ -42,10 +43,14 @@ def a_result(**spearman: float) -> dict:
         "oracle": {"top_share": 0.9},
     }
     names = [(name, seed) for name in ("cnn", "resnet") for seed in range(3)]
+    late = {"taylor_fo_bn": {"train": 0.93}, "taylor_so_diag": {"train": 0.5}}
     return {
         "networks": [
             {**copy.deepcopy(network), "architecture": name, "seed": seed} for name, seed in names
-        ]
+        ],
+        "late_norms": [
+            {"network": name, "criteria": copy.deepcopy(late)} for name in LATE_NORM_NETWORKS
+        ],
     }
 
 
@@ -72,6 +77,11 @@ def test_targets_are_reached_and_missed_by_their_figures():
         assert [target.what for target in study.missed(worse)] == [
             f"{net}: accuracy at half, re-scored, {name}" for net in ("cnn", "resnet")
         ]
+    for rho in (0.89, None, float("nan")):  # a figure too low, and none at all
+        worse = copy.deepcopy(result)
+        worse["late_norms"][1]["criteria"]["taylor_fo_bn"]["train"] = rho
+        (missed,) = study.missed(worse)
+        assert missed.what.startswith(worse["late_norms"][1]["network"])
 
 
 def test_magnitudes_are_the_bar_as_they_rank_best():
@@ -89,8 +99,12 @@ def test_a_study_that_is_not_whole_is_no_pass():
         study.missed(partial)
     one = a_result(**GOOD)
     one["networks"] = one["networks"][:3]
-    with pytest.raises(ValueError, match="figures for 5 of 10 targets"):
+    with pytest.raises(ValueError, match="figures for 7 of 12 targets"):
         study.missed(one)
+    without = a_result(**GOOD)
+    del without["late_norms"]
+    with pytest.raises(ValueError, match="figures for 10 of 12 targets"):
+        study.missed(without)
 
 
 def said(result: dict) -> str:
