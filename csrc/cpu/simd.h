@@ -1,8 +1,7 @@
-// Vectors as wide as the registers of the instruction set that this file is compiled for, in GCC's
-// and Clang's vector extensions. Of wider ones the compiler keeps nothing in registers.
+// Loads and arithmetic of registers (element_types.h).
 //
 // Sums have sixteen lanes on every set: element i of a run goes to lane i % 16, whatever the number
-// of registers that sixteen lanes take (sums.h). So the order of a sum depends on the shape alone,
+// of registers that sixteen lanes take (lanes.h). So the order of a sum depends on the shape alone,
 // and sets that fuse a multiplication and an addition give the same bits: AVX2, AVX-512 and NEON.
 // The baseline of x86-64 rounds the product too. CMakeLists.txt forbids the compiler to fuse on its
 // own; multiply_add() does.
@@ -17,83 +16,15 @@
 #include <immintrin.h>
 #endif
 
-#include "common/dtype.h"
+#include "cpu/element_types.h"
 
 namespace tk {
 inline namespace TK_ISA {
-
-#if defined(__AVX512F__)
-constexpr int kRegisterBytes = 64;
-constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kRegisterBytes = 32;
-constexpr int kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kRegisterBytes = 16;
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisterBytes = 16;
-constexpr int kRegisters = 16;
-#endif
-constexpr int kLanes = 16;
 
 // Elements ahead that loops along memory ask for: with AVX-512 the processor's own prefetching
 // leaves a sixth to a quarter of the time of a read to be waited for. What lies behind the end of a
 // tensor may be asked for: a prefetch reads nothing that the program sees, and cannot fail.
 constexpr int64_t kAhead = 512;
-
-// Storage types of the half formats; a kernel only ever sees them widened.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <typename T>
-struct ElementType {
-  using type = T;
-};
-
-// Calls use(ElementType<T>()) for the type T that elements of this dtype are stored as.
-template <class Use>
-void with_element_type(DType dtype, const Use& use) {
-  switch (dtype) {
-    case DType::f32:
-      return use(ElementType<float>());
-    case DType::f16:
-      return use(ElementType<Half>());
-    case DType::bf16:
-      return use(ElementType<BFloat16>());
-    case DType::f64:
-      return use(ElementType<double>());
-  }
-}
-
-// What a storage type is summed in: the scalar, a register of it, integers of the same size.
-template <typename T>
-struct Sum {
-  using Scalar = float;
-  static constexpr int kWidth = kRegisterBytes / sizeof(float);
-  typedef float Vector __attribute__((vector_size(kRegisterBytes)));
-  typedef int32_t Integers __attribute__((vector_size(kRegisterBytes)));
-  static constexpr int32_t kSign = INT32_MIN;
-};
-template <>
-struct Sum<double> {
-  using Scalar = double;
-  static constexpr int kWidth = kRegisterBytes / sizeof(double);
-  typedef double Vector __attribute__((vector_size(kRegisterBytes)));
-  typedef int64_t Integers __attribute__((vector_size(kRegisterBytes)));
-  static constexpr int64_t kSign = INT64_MIN;
-};
-
-using Floats = Sum<float>::Vector;
-using Doubles = Sum<double>::Vector;
-
-// Sum<> of the scalar that a vector holds.
-template <typename V>
-using SumOf = Sum<decltype(V{}[0] + V{}[0])>;
 
 inline Floats load(const float* p) {
   Floats v;
@@ -106,9 +37,6 @@ inline Doubles load(const double* p) {
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
-
-typedef uint16_t HalfBits __attribute__((vector_size(kRegisterBytes / 2)));
-typedef uint32_t Words __attribute__((vector_size(kRegisterBytes)));
 
 // A register's worth of a half type.
 #if defined(__AVX512F__)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.axis_kinds import families_of, kinds_of
 from taylor_kernels.tracing.cuts import Matched, Parts, Sets, match
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, settle
@@ -62,19 +63,6 @@ def _spread(forest: Forest, why: Vector) -> Vector:
     return by_class[forest.label]
 
 
-def _sharing(vectors: Sequence[Vector]) -> Vector:
-    """For each vector the number of the first one that it shares atoms with, by any detour."""
-    groups = Forest(len(vectors))
-    if vectors:
-        atoms = np.concatenate(vectors)
-        owner = np.repeat(np.arange(len(vectors)), [vector.size for vector in vectors])
-        owner, atoms = owner[atoms != 0], atoms[atoms != 0]
-        first = np.zeros(int(atoms.max(initial=0)) + 1, np.int64)
-        first[atoms[::-1]] = owner[::-1]
-        groups.unite([(first[atoms], owner)])
-    return groups.label
-
-
 class Chooser:
     """Chooses the axes along which tables shrink.
 
@@ -104,9 +92,9 @@ class Chooser:
         self._known: dict[tuple[int, bytes, bytes], Matched] = {}
         self._shrunk: dict[tuple[int, int], tuple[Vector, Vector, Vector]] = {}
         settled = settle(grids, forest, why)
-        self.kinds = self._kinds()  # per table and axis the set of axes that it is one with
-        self.family = self._families()
         label = forest.label
+        self.kinds = kinds_of(self.tables, label)
+        self.family, self.owner = families_of(self.tables, label)
         heads = {int(a) for vector in record.heads for a in label[vector]}
         self.uses: dict[int, list[tuple[int, int]]] = {}
         self.width: dict[int, int] = {}
@@ -126,27 +114,8 @@ class Chooser:
                     dead.add(kind)
         self.candidates = [kind for kind in self.uses if kind not in dead]
 
-    def _kinds(self) -> list[list[int]]:
-        """Axes that share an atom are of one kind."""
-        names = [(n, d) for n, table in enumerate(self.tables) for d in range(len(table.axes))]
-        number = {name: i for i, name in enumerate(names)}
-        groups = _sharing([self.forest.label[self.tables[n].axes[d]] for n, d in names])
-        return [
-            [int(groups[number[n, d]]) for d in range(len(table.axes))]
-            for n, table in enumerate(self.tables)
-        ]
-
-    def _families(self) -> list[int]:
-        """Tables that share an atom, of cells or axes, are of one family."""
-        label = self.forest.label
-        every = [label[np.concatenate([table.cells, *table.axes])] for table in self.tables]
-        self.owner = np.full(label.size, -1)
-        for number, atoms in enumerate(every):
-            self.owner[atoms] = number
-        self.owner[0] = -1
-        return _sharing(every).tolist()
-
     def resolution(self) -> Resolution:
+        """The classes with the axes shrinking that leave most free."""
         orders: list[Callable[[int], tuple]] = [
             lambda kind: (-self.head[kind], -len(self.uses[kind]), -self.width[kind], kind),
             lambda kind: (-self.width[kind], kind),

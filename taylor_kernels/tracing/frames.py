@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import NormCall
+from taylor_kernels.tracing.record import NormCall, Vector
 from taylor_kernels.tracing.steps import Step
 
 
@@ -43,3 +43,29 @@ class Frame:
         self.leaf, self.mixed = True, mixed
         self.made: list[tuple[Step, Tensor, int]] = []
         self.norms: list[NormCall] = []
+
+    def meets(self, width: int) -> bool:
+        """Whether a tensor that its own code had at hand is as wide, in channels."""
+        every = (dim for labels in self.met for dim in labels.dims)
+        return any(dim is not None and dim.size == width for dim in every)
+
+    def as_wide(self, vector: Vector, *, first: bool = False) -> list[Vector]:
+        """Other vectors of this size, of tensors that its own code had at hand.
+
+        Args:
+            first: none where this one itself was met before all of them.
+        """
+        found: list[Vector] = []
+        mine = vector.tobytes()  # to compare arrays this short takes NumPy ten times as long
+        known = {mine}
+        for labels in self.met:
+            for other in labels.dims:
+                if other is None or other.size != vector.size:
+                    continue
+                atoms = other.tobytes()
+                if first and not found and atoms == mine:
+                    return []
+                if atoms not in known:
+                    known.add(atoms)
+                    found.append(other.copy())
+        return found

@@ -1,9 +1,4 @@
-"""What a run wrote down about atoms: which are one, which are fixed and why, how reshapes cut them.
-
-An atom is an int64 number: one index of one dimension of a parameter or buffer, or a place that a
-reshape made. Atom 0 stands for what is no parameter's and can never go (a batch entry, a pixel, a
-channel of the input). Vectors of atoms are numpy arrays: they are short, and there are many.
-"""
+"""The record of a run: everything that it says about its atoms."""
 
 from __future__ import annotations
 
@@ -12,12 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from taylor_kernels.tracing.code import Place
+from taylor_kernels.tracing.atoms import MEETS_FIXED, Reason, Vector
+from taylor_kernels.tracing.entries import Cut, Echo, Join, NormCall, Size, Table
 from taylor_kernels.tracing.steps import Norm, Product, Step
 from taylor_kernels.tracing.values import Values
 
@@ -26,144 +22,8 @@ if TYPE_CHECKING:
     from taylor_kernels.tracing.chains import Chain
     from taylor_kernels.tracing.experts import Mixture
 
-Vector = npt.NDArray[np.int64]
-
 #: So many numbers a trace writes down at most: 2 GiB.
 MOST = 2**28
-#: Why an atom that met no other stays.
-MEETS_FIXED = "meets a tensor of fixed width, which follows no parameter or buffer"
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why atoms cannot go.
-
-    Attributes:
-        text: one clause that completes "this channel ...".
-        module: the module that ran, "" for the model itself.
-        operation: the operation's name, "" where no operation is to blame.
-        mixer: the kind of normalisation or reduction that mixes these atoms ("native_layer_norm",
-            "softmax", ...), "" where nothing is mixed.
-    """
-
-    text: str
-    module: str = ""
-    operation: str = ""
-    mixer: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class Join(NamedTuple):
-    """Two vectors whose atoms are one, place by place; an atom that meets none is fixed.
-
-    Attributes:
-        where: module and operation.
-        after: so many vectors had been fixed before.
-    """
-
-    one: Vector
-    other: Vector
-    where: tuple[str, str]
-    after: int
-
-
-@dataclass(frozen=True)
-class Table:
-    """A dimension that was cut into a grid, or a grid that was made one dimension.
-
-    Cell (i, j, ...) of the grid goes where i of the first axis, or j of the second, ... goes.
-
-    Attributes:
-        cells: the atoms of the grid, row by row.
-        axes: one vector of atoms for each dimension of the grid.
-        kind: "reshape", "groups" of a convolution, or "rows" of its weight: of those each group
-            has to lose as many as the others, and not the same ones.
-        allowed: the axes that the code may let shrink; the sizes of the others are constants.
-        where: module and operation.
-    """
-
-    cells: Vector
-    axes: tuple[Vector, ...]
-    kind: str
-    allowed: tuple[int, ...]
-    where: tuple[str, str]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A dimension of which parts were taken: vector[start:stop] for each part.
-
-    Attributes:
-        source: says which tensor it was, so that several slices of one tensor are one cut.
-        equal: the operation itself makes equal parts (chunk).
-        tied: every part's size is an attribute of a module, which can follow.
-        others: of parts of unlike sizes, and of a slice, for each what it may be as wide as:
-            another tensor that the code had at hand, itself where an attribute says its size,
-            or if it is what other slices leave and another tensor is as wide, nothing ([0]) if
-            none is, None where it has to stay.
-        sizes: what attributes then say of the last part, which otherwise is what the others leave.
-    """
-
-    vector: Vector
-    parts: tuple[tuple[int, int], ...]
-    source: tuple[int, int]
-    equal: bool
-    tied: bool
-    where: tuple[str, str]
-    others: tuple[Vector | None, ...] = ()
-    sizes: tuple[Size, ...] = ()
-
-
-@dataclass(frozen=True)
-class Size:
-    """An attribute of a module that counts these atoms.
-
-    Attributes:
-        weak: it may be another's size by chance; others for this attribute come before.
-    """
-
-    module: str
-    attribute: str
-    atoms: Vector
-    weak: bool
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A size that code wrote down, where tensors that it had at hand are as wide.
-
-    `y.reshape(n, c, -1)` may have c from y or from another tensor, which has to stay as wide then.
-
-    Attributes:
-        vector: what is given the size.
-        others: what else has it, in the order in which it was met.
-        where: module and operation.
-        doubt: greater where an attribute has this size too, more so where it counts these, and
-            most where the size is a product of several.
-    """
-
-    vector: Vector
-    others: tuple[Vector, ...]
-    where: tuple[str, str]
-    doubt: int = 0
-
-
-class NormCall(NamedTuple):
-    """A call of a norm across channels as a function.
-
-    Attributes:
-        place: where in the code it is.
-        channels: what it normalises over; None if that has no atoms, or is several dimensions.
-        parameters: what its parameters have along them.
-        fixed: where the record's `fixed` begins and ends to speak of this call.
-    """
-
-    place: Place
-    channels: Vector | None
-    parameters: tuple[Vector | None, ...]
-    fixed: range
 
 
 @dataclass
@@ -171,6 +31,21 @@ class Record:
     """Everything that a run says about its atoms.
 
     Attributes:
+        count: the number of the next new atom.
+        starts: (first atom, name, dimension, size) of the dimensions of parameters and buffers,
+            ascending.
+        joins: which atoms are one.
+        fixed: atoms that cannot go, and why.
+        across: calls of modules that may be norms across channels.
+        mixtures: routers and their experts.
+        tables: how dimensions were cut into grids, and grids made one dimension.
+        cuts: of which dimensions parts were taken.
+        norms, products, steps: what channels go through.
+        sizes: which attributes count which atoms.
+        echoes: sizes that code wrote down, and that other tensors have too.
+        heads: of attentions.
+        fills: tensor -> dimension -> what masked entries hold, where that is not zero.
+        step: how many operations have run.
         failures: operations whose rule did not foresee their arguments; their channels stay.
         size: how many numbers joins, fixed vectors and new atoms are; no more than `MOST`.
         ran: names of the modules that ran.

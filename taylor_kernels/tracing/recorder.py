@@ -208,35 +208,9 @@ class Recorder(OperationMode):
 
     def echo(self, vector: Vector, where: tuple[str, str], doubt: int = 0) -> None:
         """The running module's code has given these the size that they have, as a number."""
-        found = self.as_wide(vector, first=True)
+        found = self.frame.as_wide(vector, first=True)
         if found:
             self.record.echoes.append(Echo(vector.copy(), tuple(found), where, doubt))
-
-    def meets(self, width: int) -> bool:
-        """Whether the running module's code has met a tensor that is as wide, in channels."""
-        every = (dim for labels in self.frame.met for dim in labels.dims)
-        return any(dim is not None and dim.size == width for dim in every)
-
-    def as_wide(self, vector: Vector, *, first: bool = False) -> list[Vector]:
-        """Other vectors of this size, of tensors that the running module's code has met.
-
-        Args:
-            first: none where this one itself was met before all of them.
-        """
-        found: list[Vector] = []
-        mine = vector.tobytes()  # to compare arrays this short takes NumPy ten times as long
-        known = {mine}
-        for labels in self.frame.met:
-            for other in labels.dims:
-                if other is None or other.size != vector.size:
-                    continue
-                atoms = other.tobytes()
-                if first and not found and atoms == mine:
-                    return []
-                if atoms not in known:
-                    known.add(atoms)
-                    found.append(other.copy())
-        return found
 
     # Operations
 

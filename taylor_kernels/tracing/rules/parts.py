@@ -69,7 +69,7 @@ def _others(
     for start, stop in spans:
         part = vector[start:stop]
         counts = part.size > 1 and bool(counting(call, part.size))
-        wide = [part] if counts else call.recorder.as_wide(part)
+        wide = [part] if counts else call.recorder.frame.as_wide(part)
         if _is_rest(call) and not counts:
             # What goes of it goes by what it meets; that it is as wide says that the code knows so.
             found.append(part if wide else part[:0])

@@ -141,7 +141,7 @@ def _echo_parts(
     """
     call.recorder.echo(flat, call.where, 3)
     for begin in range(1, len(sizes) - 1):
-        if call.recorder.meets(prod(sizes[begin:])):
+        if call.recorder.frame.meets(prod(sizes[begin:])):
             part = call.record.merge(sizes[begin:], axes[begin:], call.where)
             if part is not None:
                 call.recorder.echo(part, call.where, 3)
