@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taylor_kernels.pruning.flops import Cost, Meter
 from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.schedules import members
 from taylor_kernels.tracing import Block
 
 #: Why a layer has no score though its criterion is one of it.
@@ -72,10 +73,20 @@ class Budget:
         """
         if not any(unscored):
             return
+        alive = [int((~gone).sum()) for gone in dead]
         most = [
-            0 if absent else group.most_removable(int((~gone).sum()))
-            for group, gone, absent in zip(groups, dead, unscored, strict=True)
+            0 if absent else group.most_removable(count)
+            for group, count, absent in zip(groups, alive, unscored, strict=True)
         ]
+        for schedule, numbers in members(groups):
+            kinds = [groups[number].kind for number in numbers]
+            lost = schedule.steps([alive[number] for number in numbers], kinds)
+            lost = lost[0] - lost
+            stays = [unscored[number] for number in numbers]
+            # It goes through its widths as long as none takes a channel that has no score.
+            furthest = lost[~lost[:, stays].any(1)][-1]
+            for number, count in zip(numbers, furthest.tolist(), strict=True):
+                most[number] = count
         with _without(meter, groups, most, blocks):
             met = self.met(meter)
         if not met:

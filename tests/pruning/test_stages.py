@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -255,3 +256,28 @@ def test_units_that_do_not_go_in_step_are_an_error():
     dead[number][0] = True
     with pytest.raises(ValueError, match=r"as `Group\.stage` says"):
         channels.without(dead)
+
+
+@pytest.mark.filterwarnings("ignore:.*no gradient reaches")
+@pytest.mark.parametrize("seed", [0, 4, 5])
+@pytest.mark.parametrize("kept", [0.3, 0.6])
+def test_a_target_out_of_reach_of_a_stage_half_of_which_is_frozen_is_said_at_once(seed, kept):
+    """None of its widths comes without channels that have no score."""
+    refusals = []
+    for frozen in (4, 5, 7):
+        run = Run(drawn_network(seed), criterion="taylor_fo_gate", filters=kept)
+        assert staged(run.pruner)
+        run.model[:frozen].requires_grad_(False)
+        x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+        try:
+            while not run.pruner.done:
+                run.step(x)
+        except RuntimeError as error:
+            refusals.append((str(error), len(run.pruner.history)))
+        run.pruner.close()
+    assert refusals or kept > 0.5
+    for message, prunings in refusals:
+        assert re.match("filters: cannot be reached without filters of 0, 3", message)
+        names = message.partition(" of ")[2].partition(", which")[0].split(", ")
+        assert len(set(names)) == len(names)
+        assert not prunings
