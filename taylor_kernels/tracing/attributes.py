@@ -58,7 +58,7 @@ _FOUND: dict[type[nn.Module], Mapping[str, Counted]] = {}
 _NO_COUNT = re.compile(
     r"(stride|kernel|padding|dilation|axis|layers?|depth|eps|id|idx|index|count|calls|step)s?$"
     r"|^dim$|kernel_size|^start_|^end_|^max_|(window|patch|image|img|crop|tile|shift)_?size"
-    r"|resolution"
+    r"|resolution|ratio|factor|_rate$"
 )
 #: Of two attributes with one value, this one is the width of a part and not how many there are.
 _WIDTH = re.compile(r"dim|size|width|channels|planes|features|hidden")

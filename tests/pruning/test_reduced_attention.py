@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, step: int, scaled: str, own: bool) -> None:
         super().__init__()
         self.hidden_size, self.heads, self.scaled, self.own = width, heads, scaled, own
-        self.head_size = width // heads
+        self.head_size, self.reduction_ratio = width // heads, step
         self.all_head_size = heads * self.head_size
         self.query, self.key, self.value, self.project = (nn.Linear(width, width) for _ in range(4))
         self.reduce, self.norm = nn.Conv2d(width, width, step, step), nn.LayerNorm(width)
@@ -37,7 +37,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, height: int) -> Tensor:
         batch, length, width = x.shape
         image = x.transpose(1, 2).reshape(batch, width, height, -1)
-        small = self.norm(self.reduce(image).reshape(batch, width, -1).transpose(1, 2))
+        small = x
+        if self.reduction_ratio > 1:
+            small = self.norm(self.reduce(image).reshape(batch, width, -1).transpose(1, 2))
         query, key, value = self.cut(self.query(x)), self.cut(self.key(small)), self.value(small)
         value = self.cut(value)
         if self.scaled == "by a function":
@@ -93,6 +95,7 @@ def test_a_single_key_of_a_cut_down_image_does_not_hide_how_scores_are_scaled(sc
     ("heads", "own", "left"),
     [
         (1, True, ["attention.key", "attention.query", "attention.value"]),
+        (2, True, []),  # as many as the image is reduced by
         (3, True, []),
         (3, False, []),
     ],

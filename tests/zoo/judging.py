@@ -71,9 +71,15 @@ def flops_share(pruner: tk.Pruner) -> float:
     can = sum(
         count
         for name, count in macs.items()
-        if not {name, name.rpartition(".")[0]}.isdisjoint(pruner.widths)
+        if not {name, *_holders(name)}.isdisjoint(pruner.widths)
     )
     return can / sum(macs.values())
+
+
+def _holders(name: str) -> tuple[str, str]:
+    """The module that holds a parameter, and the layer whose weight it is if a parametrization
+    (`weight_norm`, `orthogonal`) works that out."""
+    return name.rpartition(".")[0], name.partition(".parametrizations.")[0]
 
 
 #: Names of what a model returns that others read; None for all.
