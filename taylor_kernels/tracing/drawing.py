@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from taylor_kernels.tracing.wording import unit_in_words
+
 if TYPE_CHECKING:
     from taylor_kernels.tracing.channels import Channels
 
@@ -21,7 +23,7 @@ svg { display: block } text { font: 12px ui-monospace, monospace; fill: #222 }
 _LEGEND = (
     "A row is a layer, a line is a group of channels that go together: filled where they come out "
     "of a layer, hollow where they go in, with the number of units at its upper end. Point at a "
-    "line for more. Layers in grey stay, for the reason given."
+    "line for more, as what a unit is. Layers in grey stay, for the reason given."
 )
 
 
@@ -31,7 +33,8 @@ def table(channels: Channels) -> str:
     for group in channels.groups:
         per = sum(slot.index.size(1) for slot in group.producers)
         through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
-        lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
+        unit = unit_in_words(channels, group)
+        lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4} ({unit})  {through}")
     lines += [f"{name or 'model':<32} stays: {why}" for name, why in channels.skipped.items()]
     wrap = textwrap.TextWrapper(
         100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
@@ -93,7 +96,8 @@ def _lines(channels: Channels, rows: dict[str, int], columns: list[int]) -> list
         places = sorted((_y(rows[slot.owner]), slot.side) for slot in group.slots)
         ys = [y for y, _ in places]
         norms = f", normalised by {', '.join(group.norms)}" if group.norms else ""
-        title = escape(f"{group.name}: {group.size} units{norms}")
+        unit = unit_in_words(channels, group)
+        title = escape(f"{group.name}: {group.size} units, each {unit}{norms}")
         dots = "".join(
             f"<circle cx='{x}' cy='{y}' r='5' stroke='{colour}' "
             f"fill='{colour if side == 'out' else 'white'}'/>"
