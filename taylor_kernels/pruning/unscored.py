@@ -6,11 +6,16 @@ from torch import nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import BareLayer, Layers, Statistic, is_computed, is_frozen
+from taylor_kernels.statistics.layers import Layer
 from taylor_kernels.tracing import Channels
 
 _BARE = (
     "it is a weight that no layer holds, so this criterion cannot see what it makes; taylor_fo "
     "reads weights alone"
+)
+_COMPLEX = (
+    "its weights are complex, and this criterion is of real ones; magnitude_l2 reads how large "
+    "complex ones are"
 )
 _OUTSIDE = (
     "its weight is used by {!r}, which does not call it, so this criterion cannot see its output; "
@@ -38,6 +43,8 @@ def unscored_layers(
             found[name] = "its weight is computed from other parameters and holds no gradient"
         elif reads == "weight gradients" and is_frozen(layer):
             found[name] = "its weights are frozen and this criterion reads their gradients"
+        elif reads != "weights" and _is_complex(layer, statistic):
+            found[name] = _COMPLEX
         elif statistic.at_gates:
             if name in hidden:
                 found[name] = hidden[name]
@@ -47,6 +54,14 @@ def unscored_layers(
         elif name in channels.outside and reads not in ("weights", "weight gradients"):
             found[name] = _OUTSIDE.format(channels.outside[name] or "the model")
     return found
+
+
+def _is_complex(layer: Layer, statistic: type[Statistic]) -> bool:
+    """Whether what the statistic reads of a layer is complex; what code makes of a weight that no
+    layer holds may be real behind it."""
+    if isinstance(layer, BareLayer):
+        return not statistic.at_gates and any(p.parameter.is_complex() for p in layer.parts)
+    return layer.weight.is_complex()
 
 
 def _hidden(

@@ -27,6 +27,7 @@ from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
+from taylor_kernels.tracing.wording import unit_in_words
 
 
 class Channels(Consequences, Alternatives):
@@ -288,7 +289,7 @@ class Channels(Consequences, Alternatives):
 
     def table(self) -> str:
         """The groups and the layers that they run through, then the layers that are left out."""
-        return table(self.groups, self.skipped)
+        return table(self.groups, self._words(), self.skipped)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -307,7 +308,10 @@ class Channels(Consequences, Alternatives):
             >>> trace(model, torch.randn(1, 4)).show(f"{folder}/channels.html").name
             'channels.html'
         """
-        return write_page(Path(path), self.layers, self.groups, self.skipped)
+        return write_page(Path(path), self.layers, self.groups, self._words(), self.skipped)
+
+    def _words(self) -> list[str]:
+        return [unit_in_words(self, group) for group in self.groups]
 
     def __str__(self) -> str:
         return self.table()

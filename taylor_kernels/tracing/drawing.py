@@ -20,17 +20,22 @@ svg { display: block } text { font: 12px ui-monospace, monospace; fill: #222 }
 _LEGEND = (
     "A row is a layer, a line is a group of channels that go together: filled where they come out "
     "of a layer, hollow where they go in, with the number of units at its upper end. Point at a "
-    "line for more. Layers in grey stay, for the reason given."
+    "line for more, as what a unit is. Layers in grey stay, for the reason given."
 )
 
 
-def table(groups: Sequence[Group], skipped: Mapping[str, str]) -> str:
-    """The groups and the layers that they run through, then the layers that are left out."""
+def table(groups: Sequence[Group], words: Sequence[str], skipped: Mapping[str, str]) -> str:
+    """The groups and the layers that they run through, then the layers that are left out.
+
+    Args:
+        words: what a unit is, for each group.
+        skipped: layers that stay -> why.
+    """
     lines = []
-    for group in groups:
+    for group, unit in zip(groups, words, strict=True):
         per = sum(slot.index.size(1) for slot in group.producers)
         through = ", ".join(f"{slot.owner or 'model'}.{slot.side}" for slot in group.slots)
-        lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4}  {through}")
+        lines.append(f"{group.name:<32} {group.size:>6} units of {per:>4} ({unit})  {through}")
     lines += [f"{name or 'model':<32} stays: {why}" for name, why in skipped.items()]
     wrap = textwrap.TextWrapper(
         100, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False
@@ -39,11 +44,16 @@ def table(groups: Sequence[Group], skipped: Mapping[str, str]) -> str:
 
 
 def write_page(
-    path: Path, layers: Iterable[str], groups: Sequence[Group], skipped: Mapping[str, str]
+    path: Path,
+    layers: Iterable[str],
+    groups: Sequence[Group],
+    words: Sequence[str],
+    skipped: Mapping[str, str],
 ) -> Path:
     """Write the picture: a row for each layer, a line for each group.
 
     Args:
+        words: what a unit is, for each group.
         skipped: layers that stay -> why.
     """
     rows = {name: number for number, name in enumerate(layers)}
@@ -51,7 +61,7 @@ def write_page(
     right = _LEFT + _GAP * (max(columns, default=0) + 2)
     longest = max((len(why) for why in skipped.values()), default=0)
     width, height = right + 8 * longest, _ROW * (len(rows) + 1)
-    lines = _lines(groups, rows, columns)
+    lines = _lines(groups, words, rows, columns)
     path.write_text(
         f"<!doctype html><meta charset='utf-8'><title>Channels</title><style>{_STYLE}</style>"
         f"<h1>Channels that go together</h1><p>{_LEGEND}</p>"
@@ -90,15 +100,17 @@ def _columns(groups: Sequence[Group], rows: dict[str, int]) -> list[int]:
     return columns
 
 
-def _lines(groups: Sequence[Group], rows: dict[str, int], columns: list[int]) -> list[str]:
+def _lines(
+    groups: Sequence[Group], words: Sequence[str], rows: dict[str, int], columns: list[int]
+) -> list[str]:
     lines = []
-    for number, (group, column) in enumerate(zip(groups, columns, strict=True)):
+    for number, (group, unit, column) in enumerate(zip(groups, words, columns, strict=True)):
         x, colour = _LEFT + _GAP * (column + 1), _COLOURS[number % len(_COLOURS)]
         # Where channels go out and in, as in a depthwise convolution, the filled dot is on top.
         places = sorted((_y(rows[slot.owner]), slot.side) for slot in group.slots)
         ys = [y for y, _ in places]
         norms = f", normalised by {', '.join(group.norms)}" if group.norms else ""
-        title = escape(f"{group.name}: {group.size} units{norms}")
+        title = escape(f"{group.name}: {group.size} units, each {unit}{norms}")
         dots = "".join(
             f"<circle cx='{x}' cy='{y}' r='5' stroke='{colour}' "
             f"fill='{colour if side == 'out' else 'white'}'/>"

@@ -54,8 +54,14 @@ class Captures:
         alias: Tensor | None = output.detach()
         version = output._version
 
-        def on_gradient(dy: Tensor) -> None:
+        def on_gradient(dy: Tensor | None) -> None:
             nonlocal alias, kept
+            if dy is None:
+                raise RuntimeError(
+                    f"{name}: what reads its output passes no gradient back, as a quantised layer; "
+                    "use a criterion that reads weights alone, such as magnitude_l2, or leave the "
+                    "layer out (ignore= of a pruner, layers= of an importance)"
+                )
             if alias is None:
                 raise RuntimeError(f"{name}: backward() ran twice over a graph it had freed")
             changed = alias._version != version
