@@ -14,8 +14,10 @@ demo: $(VENV)/demo
 # Two processes: a file's tests stay together, since some share what takes long to make, and files
 # are taken in the order of tests/conftest.py, long ones first. Each has one thread, but where a test
 # asks for more: second threads that wait for a core which the other process holds make small layers
-# tens of times slower. Threads that wait give their core away.
+# tens of times slower. Threads that wait give their core away. Dozens of programs that tests start
+# import the package: from bytecode, also where the environment forbids to write it.
 test: $(VENV)/zoo $(VENV)/peers
+	$(BIN)/python -m compileall -q taylor_kernels
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --zoo -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/built

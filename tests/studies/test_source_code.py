@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +68,27 @@ def copy_of_sources(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def keys_before(copy_of_sources) -> dict[str, str]:
+    """The keys of the copy as it is, which takes a second."""
+    with read_from(copy_of_sources):
+        return keys()
+
+
 @pytest.fixture
-def copied(copy_of_sources, monkeypatch) -> Iterator[Path]:
+def copied(copy_of_sources) -> Iterator[Path]:
     """A copy of the package's sources, which the keys are made of."""
-    monkeypatch.setattr(source_code, "ROOT", copy_of_sources)
-    imported_files.cache_clear()
-    yield copy_of_sources
-    imported_files.cache_clear()
+    with read_from(copy_of_sources):
+        yield copy_of_sources
+
+
+@contextmanager
+def read_from(root: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source_code, "ROOT", root)
+        imported_files.cache_clear()
+        yield
+        imported_files.cache_clear()
 
 
 def keys() -> dict[str, str]:
@@ -106,23 +121,23 @@ def keys_with(*changed: Path) -> dict[str, str]:
         ("_native.*.so", ["scores", "one_shot", "rescored", "finetuned", "runtimes"]),
     ],
 )
-def test_a_byte_of_what_decides_a_figure_is_another_key(copied, module, changed):
+def test_a_byte_of_what_decides_a_figure_is_another_key(copied, keys_before, module, changed):
     if module.startswith("_native") and not list(copied.glob(module)):
         pytest.skip("the native module is not built")
     files = sorted(copied.glob(module))
     assert files
-    before, after = keys(), keys_with(*files)
-    assert [kind for kind in BY if before[kind] != after[kind]] == changed
+    after = keys_with(*files)
+    assert [kind for kind in BY if keys_before[kind] != after[kind]] == changed
 
 
-def test_no_byte_of_a_page_a_plot_or_a_command_is_another_key(copied):
+def test_no_byte_of_a_page_a_plot_or_a_command_is_another_key(copied, keys_before):
     files = []
     for name in BESIDE:
         path = copied / name
         found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         assert found
         files += found
-    assert keys_with(*files) == keys()
+    assert keys_with(*files) == keys_before
 
 
 def code_that_runs(function) -> set[str]:

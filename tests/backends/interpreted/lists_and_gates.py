@@ -48,7 +48,7 @@ GATE_CASES = [
 ]
 
 
-@pytest.mark.sample
+@pytest.mark.sample(len(MOMENTS_CASES) // 2, covering=False)
 @pytest.mark.parametrize("op", EVERY_OP, ids=lambda op: op.name)
 @pytest.mark.parametrize("at", range(len(MOMENTS_CASES)), ids=lambda i: MOMENTS_CASES[i].name)
 def test_moments(op: ParameterOp, at: int) -> None:
