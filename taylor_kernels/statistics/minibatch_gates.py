@@ -103,8 +103,9 @@ class Gates(GateStatistic):
 
     def _on_output(self, name: str, output: Tensor) -> None:
         layer = self._watched[name]
-        if self._watches() and self._small.may_be_read(name, layer, output):
-            self._on_call()
+        self._on_call()
+        may_be_read = self._watches() and self._small.may_be_read(name, layer, output)
+        if may_be_read and not self._frees_parameters():
             self._of_norms.watch(layer)
             if self._small.is_read(layer) and not self._gate_tables.noise.watches:
                 self._read[layer] = self._quiet[layer] = name
