@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from taylor_kernels.pruning.flops import Cost, Meter
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.schedules import members
+from taylor_kernels.pruning.groups import Group, by_schedule
 from taylor_kernels.tracing import Block
 
 #: Why a layer has no score though its criterion is one of it.
@@ -78,7 +77,7 @@ class Budget:
             0 if absent else group.most_removable(count)
             for group, count, absent in zip(groups, alive, unscored, strict=True)
         ]
-        for schedule, numbers in members(groups):
+        for schedule, numbers in by_schedule(groups):
             kinds = [groups[number].kind for number in numbers]
             lost = schedule.steps([alive[number] for number in numbers], kinds)
             lost = lost[0] - lost
