@@ -146,6 +146,7 @@ class PruningCallback(Callback):
         if not found or (mine and not passed and not any(map(Tensor.any, found))):
             # training_step() has left all batches of this step out, or toggle_optimizer() the model
             # out of a pass that was for another optimizer.
+            self._passed = False
             self._trained.skip()
             return
         if not mine:

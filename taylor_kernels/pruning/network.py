@@ -233,8 +233,8 @@ class Network(Inventory):
                 found = "is gone" if shape is None else f"has shape {tuple(shape)}"
                 raise RuntimeError(
                     f"model: {name} {found}, where this pruner left one of "
-                    f"{tuple(left or ())}: another Pruner, or other code, has cut "
-                    "the model since; close() this pruner and make a new one"
+                    f"{tuple(left or ())}: another Pruner, or other code, has cut the model or put "
+                    "other modules into it since; close() this pruner and make a new one"
                 )
 
     def check_held(self, layers: Layers) -> None:
