@@ -3,9 +3,9 @@
 A router sends each token to its `top_k` best experts, by a softmax over all. An expert whose row of
 the router is zero is chosen still, so masking it is not removing it. What being without it means is
 a definition, as it is for norms: **the router's choice is among the experts that are kept**. The
-router has a module of its own here, as the models of transformers have it: its `weight` has a row
-for each expert, and it returns numbers of experts. The experts are the slices along dimension 0 of
-all parameters of another module beside it.
+router has a module of its own here, as the models of transformers have it: its `weight`, and `bias`
+if there is one, has a row for each expert, and it returns numbers of experts. The experts are the
+slices along dimension 0 of all parameters of another module beside it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def find_mixtures(
             continue
         experts = beside[0]
         parts = tuple(f"{experts}.{leaf}" for leaf, _ in modules[experts]._parameters.items())
-        keys = [(f"{name}.weight", 0), *((part, 0) for part in parts)]
+        own = (f"{name}.{leaf}" for leaf, _ in router.named_parameters(recurse=False))
+        keys = [*((leaf, 0) for leaf in own), *((part, 0) for part in parts)]
         if not all(key in places for key in keys):
             continue  # a parameter that is another's too
         rows = [np.arange(start, start + size) for start, size in (places[key] for key in keys)]
@@ -169,8 +170,10 @@ def is_router(module: nn.Module) -> bool:
     count, top_k = _counts(module)
     if top_k <= 0 or list(module.children()):
         return False
-    own = list(module.named_parameters(recurse=False))
-    return len(own) == 1 and own[0][0] == "weight" and own[0][1].shape[:-1] == (count,)
+    own = dict(module.named_parameters(recurse=False))
+    if own.keys() - {"bias"} != {"weight"} or own["weight"].shape[:-1] != (count,):
+        return False
+    return "bias" not in own or own["bias"].shape == (count,)
 
 
 def _are_experts(module: nn.Module, count: int) -> bool:

@@ -19,6 +19,9 @@ from taylor_kernels.tracing.caches import COMMON
 #: What is code, or holds channels itself.
 _OTHERS = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType)
 
+#: Where `Rearrange` and `Reduce` of einops keep sizes: what they run with is made of it once.
+_OF_EINOPS = "axes_lengths"
+
 
 def held_numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The integers in a module's objects of settings, and in lists of these, by their names."""
@@ -52,6 +55,8 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
         table[key] = value  # past checks of a frozen class
         value = new
     setattr(module, holder, value)
+    if holder == _OF_EINOPS and hasattr(module, f"_{holder}"):
+        setattr(module, f"_{holder}", tuple(new.items()))
 
 
 def _table(value: object) -> dict[Any, Any] | None:

@@ -12,13 +12,14 @@ WIDTH, NEURONS = 8, 6
 class Router(nn.Module):
     """Sends each token to its best experts."""
 
-    def __init__(self, experts: int, top_k: int, normalised: bool) -> None:
+    def __init__(self, experts: int, top_k: int, normalised: bool, biased: bool = False) -> None:
         super().__init__()
         self.num_experts, self.top_k, self.normalised = experts, top_k, normalised
         self.weight = nn.Parameter(torch.randn(experts, WIDTH))
+        self.bias = nn.Parameter(torch.randn(experts)) if biased else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = functional.linear(x, self.weight)
+        logits = functional.linear(x, self.weight, self.bias)
         values, chosen = torch.topk(logits.softmax(-1), self.top_k, dim=-1)
         if self.normalised:
             values = values / values.sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
-from tests.pruning.mixtures import NEURONS, WIDTH, Model
+from tests.pruning.mixtures import NEURONS, WIDTH, Model, Router
 from tests.zoo import judging
 
 
@@ -32,7 +32,10 @@ def cut(model: nn.Module, inputs, criterion: str, params: float, **options):
 @pytest.mark.parametrize(("experts", "top_k", "normalised"), [(5, 2, True), (4, 1, False)])
 def test_masked_is_compacted(experts, top_k, normalised, criterion, tmp_path):
     torch.manual_seed(experts)
-    model = Model(experts, top_k, normalised).double()
+    model = Model(experts, top_k, normalised)
+    model.mixture.gate = Router(experts, top_k, normalised, biased=normalised)
+    empty = copy.deepcopy(model)
+    model.double()
     inputs = torch.randn(6, 7, 4, dtype=torch.float64)
     pruner, optimizer = cut(model, inputs, criterion, 0.3)
     assert set(pruner.skipped) == {"head"}
@@ -51,7 +54,7 @@ def test_masked_is_compacted(experts, top_k, normalised, criterion, tmp_path):
     optimizer.step()
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
     tk.save_pruned(tmp_path / "pruned", pruner)
-    again = tk.load_pruned(Model(experts, top_k, normalised).double(), tmp_path / "pruned")
+    again = tk.load_pruned(empty.double(), tmp_path / "pruned")
     assert torch.equal(again(fresh), model(fresh))
 
 

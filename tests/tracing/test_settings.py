@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from taylor_kernels.pruning import Pruner
 from taylor_kernels.tracing.settings import get_attribute, set_attribute
-from tests.zoo.judging import check_all_but, check_file
+from tests.tracing.parts import Apply
+from tests.zoo.judging import check_all_but, check_file, distance, in_double
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,40 @@ def test_setting_a_number_leaves_others_alone():
     assert (one.config.heads, other.config.heads) == (3, 4)
     assert get_attribute(one, "config.heads") == 3
     assert get_attribute(one, "config.width") is get_attribute(one, "nothing.heads") is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_heads_that_a_layer_of_einops_counts(packed):
+    """It runs with what it made of the sizes that it was given at first."""
+    einops = pytest.importorskip("einops.layers.torch", reason="its layers are what is cut here")
+    if packed:
+        cut = einops.Rearrange("n t (three h d) -> three n h t d", three=3, h=4)
+        make = [nn.Linear(10, 60)]
+    else:
+        cut, make = (
+            einops.Rearrange("n t (h d) -> n h t d", h=4),
+            [nn.Linear(10, 20) for _ in range(3)],
+        )
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        cut = [self.cut(layer(x)) for layer in self.make]
+        y = F.scaled_dot_product_attention(*(cut[0] if packed else cut))
+        return self.leave(self.join(y))
+
+    model = Apply(
+        forward, enter=nn.Linear(5, 10), make=nn.ModuleList(make), cut=cut,
+        join=einops.Rearrange("n h t d -> n t (h d)"), leave=nn.Linear(20, 3),
+    )  # fmt: skip
+    inputs = torch.randn(2, 6, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    options = {"filters": 0.6, "every": 1, "ignore": ["enter"], "optimizer": optimizer}
+    pruner = Pruner(model, inputs, "magnitude_l2", **options)
+    assert set(pruner.skipped) == {"enter", "leave"}
+    while not pruner.done:
+        pruner.step()
+    masked = in_double(model, inputs)
+    pruner.compact()
+    assert distance(masked, in_double(model, inputs)) < 1e-12
+    assert model.cut.axes_lengths["h"] == 2
+    assert model.make[0].out_features == 5 * (6 if packed else 2)

@@ -76,8 +76,8 @@ def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels
     result.uniform = bool(parts) and not fixed
     if result.uniform:
         result.dims = [np.zeros(size, np.int64) for size in shape]
-        sizes = (part.counted for part in parts if part.shape == result.shape)
-        result.counted = tuple(dict.fromkeys(counted for of_part in sizes for counted in of_part))
+        sizes = (size for p in parts if p.shape == result.shape for size in p.counted)
+        result.counted = tuple(dict.fromkeys(sizes))
         if call.name in _KEEP_ZERO or call.name in PRODUCTS or call.name in _SUMS:
             result.zero = [all(all(p.zero) for p in parts)] * len(shape)
         return result
