@@ -267,7 +267,7 @@ def _image() -> Tensor:
     return torch.randn(1, 3, 8, 8)
 
 
-def _of(
+def structure(
     build: Callable[[], nn.Module], *stays: str, inputs: Callable[[], Any] = _image, **more: Any
 ) -> Structure:
     return Structure(build, inputs, frozenset(stays), **more)
@@ -279,27 +279,27 @@ def _tokens() -> Tensor:
 
 #: Of each, what has to stay is what gives the output its width.
 STRUCTURES: dict[str, Structure] = {
-    "c2f": _of(c2f, "leave"),
-    "split": _of(split, "leave"),
-    "channel_shuffle": _of(channel_shuffle, "leave"),
-    "pixel_shuffle": _of(pixel_shuffle, "4"),
-    "pixel_unshuffle": _of(pixel_unshuffle, "3"),
-    "maxout": _of(maxout, "leave"),
-    "partial_convolution": _of(partial_convolution, "leave"),
-    "conv_lstm": _of(conv_lstm, "leave"),
-    "adaptive_norm": _of(
+    "c2f": structure(c2f, "leave"),
+    "split": structure(split, "leave"),
+    "channel_shuffle": structure(channel_shuffle, "leave"),
+    "pixel_shuffle": structure(pixel_shuffle, "4"),
+    "pixel_unshuffle": structure(pixel_unshuffle, "3"),
+    "maxout": structure(maxout, "leave"),
+    "partial_convolution": structure(partial_convolution, "leave"),
+    "conv_lstm": structure(conv_lstm, "leave"),
+    "adaptive_norm": structure(
         adaptive_norm, "leave", inputs=lambda: (_tokens(), torch.randn(1, 5)), params=0.8,
     ),
-    "reduced_attention": _of(
+    "reduced_attention": structure(
         reduced_attention, "leave", inputs=lambda: torch.randn(1, 16, 4)
     ),
-    "same_twice": _of(same_twice, "leave"),
-    "padded_shortcut": _of(padded_shortcut, "leave"),
-    "dual_path": _of(dual_path, "leave"),
-    "split_attention": _of(split_attention, "leave"),
-    "weight_norm": _of(weight_norm, "3", criterion="taylor_fo_gate"),
-    "spectral_norm": _of(spectral_norm, "3", criterion="taylor_fo_gate"),
-    "group_norm": _of(group_norm, "leave"),
-    "transformer_encoder": _of(transformer_encoder, "2", inputs=_tokens),
-    "functional_weight": _of(functional_weight, "leave", inputs=_tokens),
+    "same_twice": structure(same_twice, "leave"),
+    "padded_shortcut": structure(padded_shortcut, "leave"),
+    "dual_path": structure(dual_path, "leave"),
+    "split_attention": structure(split_attention, "leave"),
+    "weight_norm": structure(weight_norm, "3", criterion="taylor_fo_gate"),
+    "spectral_norm": structure(spectral_norm, "3", criterion="taylor_fo_gate"),
+    "group_norm": structure(group_norm, "leave"),
+    "transformer_encoder": structure(transformer_encoder, "2", inputs=_tokens),
+    "functional_weight": structure(functional_weight, "leave", inputs=_tokens),
 }  # fmt: skip

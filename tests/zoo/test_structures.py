@@ -7,11 +7,15 @@ import torch
 
 from tests.zoo import judging
 from tests.zoo.structures import STRUCTURES
+from tests.zoo.structures_of_images import IMAGES
+from tests.zoo.structures_of_tokens import TOKENS
+
+EVERY = {**STRUCTURES, **IMAGES, **TOKENS}
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_only_the_layers_named_stay(name):
-    structure = STRUCTURES[name]
+    structure = EVERY[name]
     torch.manual_seed(0)
     model, inputs = structure.build(), structure.inputs()
     pruner, optimizer = judging.new_pruner(model, inputs, structure.params, structure.criterion)
