@@ -169,6 +169,8 @@ def _goes_in_step(group: Group) -> bool:
 
 def _obstacle(channels: Channels, group: tracing.Group, ignored: Collection[str]) -> str:
     """The module to ignore whose filters these are, or whose vectors go with them."""
+    if not ignored:
+        return ""
 
     def holders(slots: Sequence[tracing.Slot]) -> set[str]:
         weights = [channels.weights_of(slot.owner) for slot in slots]

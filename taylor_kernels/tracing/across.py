@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.attributes import rules_of
@@ -209,12 +210,14 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
     first = label[call.vectors[0]]
     if not all(np.array_equal(label[other], first) for other in call.vectors[1:]):
         return False
-    if any(np.isin(label[other], first[first != 0]).any() for other in call.beside):
+    mine = _marked(first[first != 0], label)
+    if any(mine[label[other]].any() for other in call.beside):
         return False
+    mine[0] = not first.all()
     return all(
         fixed[n][1].mixer in STATISTICS
         and fixed[n][1].module == call.module
-        and np.isin(label[fixed[n][0][fixed[n][0] != 0]], first).all()
+        and mine[label[fixed[n][0][fixed[n][0] != 0]]].all()
         for n in mixing(call, fixed, label)
     )
 
@@ -222,8 +225,15 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
 def mixing(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector) -> Iterator[int]:
     """The places in `fixed` that say that the channels of this call are mixed."""
     channels = label[call.vectors[0]]
-    channels = channels[channels != 0]
+    mine = _marked(channels[channels != 0], label)
     for number in call.fixed:
         vector, reason = fixed[number]
-        if reason.mixer and np.isin(label[vector], channels).any():
+        if reason.mixer and mine[label[vector]].any():
             yield number
+
+
+def _marked(classes: Vector, label: Vector) -> npt.NDArray[np.bool_]:
+    """[atoms] bool: these classes, in which vectors are looked up sooner than by `np.isin`."""
+    found = np.zeros(label.size, bool)
+    found[classes] = True
+    return found

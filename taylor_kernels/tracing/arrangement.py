@@ -38,6 +38,8 @@ class Stage:
         self.kinds, numbers = np.unique(kinds, return_inverse=True)
         #: [classes of the chain] int64, the kind of each.
         self.kind_of = dict(zip(self._classes.tolist(), numbers.tolist(), strict=True))
+        # Of a class that is there twice, which makes the stage unsound, the last one counts.
+        self._numbers = np.array([self.kind_of[n] for n in self._classes.tolist()], np.int64)
         self.sound = len(self.kind_of) == len(channels) and np.array_equal(
             np.unique(classes), np.unique(self._classes)
         )
@@ -90,10 +92,6 @@ class Stage:
         every = of_channel[self._chain.channels(width)]
         return np.split(every, np.cumsum(self._chain.sizes(width))[:-1])
 
-    @property
-    def _numbers(self) -> Vector:
-        return np.array([self.kind_of[n] for n in self._classes.tolist()], np.int64)
-
 
 class Arrangement:
     """In which order what is left of vectors of classes lies.
@@ -107,6 +105,10 @@ class Arrangement:
     def __init__(self, stages: Sequence[Stage], pieces: Mapping[bytes, _Pieces]) -> None:
         self.stages = tuple(stages)
         self._pieces = pieces
+
+    def moves(self, vector: Vector) -> bool:
+        """Whether what is left of a vector, which is one of the whole model, may change places."""
+        return vector.tobytes() in self._pieces
 
     def left(self, vector: Vector, gone: npt.NDArray[np.bool_]) -> Vector:
         """What is left of a vector, which is one of the whole model.

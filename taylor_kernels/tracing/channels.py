@@ -116,6 +116,7 @@ class Channels(Consequences, Alternatives):
     def _publish(self, vectors: Vectors) -> None:
         """Work on these vectors, and give them out as tensors."""
         self._vectors = vectors
+        self._least_normed: Vector | None = None  # of each class, as `least_normalised` says
         self.classes: dict[str, tuple[Tensor, ...]] = {}
         known: dict[int, Tensor] = {}
         for (name, _), vector in vectors.dims.items():
@@ -186,11 +187,15 @@ class Channels(Consequences, Alternatives):
     def least_normalised(self, classes: Tensor) -> int:
         """How many channels of one norm across channels each of these classes has at least; 0 if
         no such norm reads any of them."""
-        counts = [
-            np.bincount(vector, minlength=self._why.size)[classes.numpy()]
-            for vector in self._vectors.normed_together
-        ]
-        return min((int(count[count > 0].min()) for count in counts if count.any()), default=0)
+        if self._least_normed is None:
+            self._least_normed = np.zeros(self._why.size, np.int64)
+            for vector in self._vectors.normed_together:
+                own, counts = np.unique(vector, return_counts=True)
+                before = self._least_normed[own]
+                self._least_normed[own] = np.where(before, np.minimum(before, counts), counts)
+        least = self._least_normed[classes.numpy()]
+        least = least[least > 0]
+        return int(least.min()) if least.size else 0
 
     @property
     def cut_beside_kept(self) -> Tensor:

@@ -56,13 +56,6 @@ class Resolution:
     choices: list[Choice]
 
 
-def _spread(forest: Forest, why: Vector) -> Vector:
-    """A reason for one atom of a class is a reason for all."""
-    by_class = np.full(why.size, FREE)
-    np.minimum.at(by_class, forest.label, why)
-    return by_class[forest.label]
-
-
 class Chooser:
     """Chooses the axes along which tables shrink.
 
@@ -105,12 +98,11 @@ class Chooser:
                 kind = self.kinds[number][dim]
                 self.uses.setdefault(kind, []).append((number, dim))
                 classes = label[axis]
-                free = set(classes[settled[axis] == FREE].tolist())
-                self.width[kind] = max(self.width.get(kind, 0), len(free))
-                every = classes.tolist()
-                here = not heads.isdisjoint(every)
+                free = np.unique(classes[settled[axis] == FREE]).size
+                self.width[kind] = max(self.width.get(kind, 0), free)
+                here = bool(heads) and not heads.isdisjoint(classes.tolist())
                 self.head[kind] = self.head.get(kind, False) or here
-                if dim not in table.allowed or not free or every.count(every[0]) == len(every):
+                if dim not in table.allowed or not free or (classes == classes[0]).all():
                     dead.add(kind)
         self.candidates = [kind for kind in self.uses if kind not in dead]
 
@@ -204,15 +196,13 @@ class Chooser:
             left = runs(shuffle, forest)
             if left.size:
                 np.minimum.at(why, left, self._number(shuffle.reason))
-        why = _spread(forest, why)
+        of_class = np.full(why.size, FREE)
+        np.minimum.at(of_class, forest.label, why)  # a reason for one atom is one for its class
         for parts in (*self.parts, *rows):
-            before = forest.label
-            alone = self._match(parts, forest, why)
+            alone = self._match(parts, forest, of_class)
             if alone.size:
-                np.minimum.at(why, alone, self._number(parts.reason))
-            if alone.size or forest.label is not before:
-                why = _spread(forest, why)
-        return forest, why
+                of_class[alone] = self._number(parts.reason)
+        return forest, of_class[forest.label]
 
     def _cells_of(self, number: int, live: int) -> tuple[Vector, Vector, Vector]:
         """What a table's cells are one with, and they, where it shrinks along this axis; and what
@@ -228,10 +218,19 @@ class Chooser:
             self._shrunk[number, live] = cells[both], table.cells[both], alone
         return self._shrunk[number, live]
 
-    def _match(self, parts: Parts, forest: Forest, why: Vector) -> Vector:
-        """`match`, which finds the same where another choice has left these classes the same."""
-        chosen = (parts.vector != 0) & (why[parts.vector] == FREE)
-        label = forest.label[parts.vector[chosen]]
+    def _match(self, parts: Parts, forest: Forest, of_class: Vector) -> Vector:
+        """`match`, which finds the same where another choice has left these classes the same.
+
+        Args:
+            of_class: for each class the number of the reason that keeps it, or FREE. Only free
+                classes are made one, so that it stays right.
+
+        Returns:
+            The classes that find no match.
+        """
+        label = forest.label[parts.vector]
+        chosen = (parts.vector != 0) & (of_class[label] == FREE)
+        label = label[chosen]
         key = id(parts.vector), chosen.tobytes(), label.tobytes()
         if key not in self._known:
             self._known[key] = match(parts, chosen, label, self._matched)

@@ -89,6 +89,8 @@ class Consequences:
         Raises:
             ValueError: units of a stage do not go in step.
         """
+        if not self._whole.arrangement.stages:
+            return {}
         earlier = self._before if before is None else self._before | self._gone(before)
         return self._whole.orders(self._gone(dead), earlier)
 
@@ -206,12 +208,15 @@ class Consequences:
             raise ValueError(
                 f"dead: expected {len(self.groups)} masks, one a group, got {len(dead)}"
             )
-        gone = np.zeros(self._why.size, bool)
         for group, mask in zip(self.groups, dead, strict=True):
             if mask.shape != group.classes.shape or mask.dtype != torch.bool:
                 raise ValueError(
                     f"dead: the mask of group {group.name!r} must be {group.size} bools, got "
                     f"{mask.dtype} of shape {tuple(mask.shape)}"
                 )
-            gone[group.classes.numpy()[mask.cpu().numpy()]] = True
+        gone = np.zeros(self._why.size, bool)
+        if dead:
+            # All groups at once: a proof asks this several times for each of its runs.
+            classes = torch.cat([group.classes for group in self.groups])
+            gone[classes[torch.cat([mask.cpu() for mask in dead])].numpy()] = True
         return gone

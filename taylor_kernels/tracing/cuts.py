@@ -136,9 +136,9 @@ def match(
     none = parts.vector[:0]
     if not label.size:
         return none, none, none
-    classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+    classes, first, inverse = _different(label)
     counts = np.zeros((classes.size, sizes.size), np.int64)
-    np.add.at(counts, (inverse.ravel(), part[chosen]), 1)
+    np.add.at(counts, (inverse, part[chosen]), 1)
     # In proportion, each part lost the same multiple of its ratio; in whole numbers.
     shares = counts * (np.lcm.reduce(ratio) // ratio)
     open_ = np.flatnonzero((shares != shares[:, :1]).any(axis=1))
@@ -159,6 +159,24 @@ def match(
     return (
         classes[order[np.repeat(firsts, sizes_of)]], classes[order[rows]], classes[order[left]]
     )  # fmt: skip
+
+
+def _different(label: Vector) -> tuple[Vector, Vector, Vector]:
+    """The classes of a vector in ascending order, the first place of each, and for each place which
+    of them it has.
+
+    A table of positions has thousands of places, which are not sorted for that.
+    """
+    span = int(label.max()) + 1
+    if span > 4 * label.size:
+        classes, first, inverse = np.unique(label, return_index=True, return_inverse=True)
+        return classes, first, inverse.ravel()
+    places = np.full(span, label.size)
+    places[label[::-1]] = np.arange(label.size)[::-1]  # of several the first is written last
+    classes = np.flatnonzero(places < label.size)
+    number = np.empty(span, np.int64)
+    number[classes] = np.arange(classes.size)
+    return classes, places[classes], number[label]
 
 
 def _together(shares: Vector) -> tuple[list[list[int]], list[int]]:

@@ -40,10 +40,7 @@ def find_shuffles(record: Record) -> list[_Shuffle]:
             axes[key] = number
     if len(pairs) < 2:
         return []
-    uses = np.zeros(record.count, np.int64)
-    for vector in _of_axes(record):
-        uses[np.unique(vector)] += 1
-    uses[list(record.seen)] += 3
+    uses = _uses(record, [axis for before, _ in pairs for axis in record.tables[before].axes])
     found = []
     for before, after in pairs:
         first, last = record.tables[before], record.tables[after]
@@ -110,6 +107,23 @@ def with_chains(
         ],
         chains=chains,
     )
+
+
+def _uses(record: Record, axes: Sequence[Vector]) -> Vector:
+    """[atoms] int64: how many vectors of a run have each atom of these axes, and 3 more for those
+    that something else has seen. Of other atoms it says nothing."""
+    asked = np.zeros(record.count, bool)
+    for axis in axes:
+        asked[axis] = True
+    vectors = list(_of_axes(record))
+    every = np.concatenate(vectors)
+    places = np.flatnonzero(asked[every])
+    owner = np.searchsorted(np.cumsum([vector.size for vector in vectors]), places, "right")
+    # One that a vector has several times counts once.
+    once = np.unique(owner * record.count + every[places]) % record.count
+    uses = np.bincount(once, minlength=record.count)
+    uses[list(record.seen)] += 3
+    return uses
 
 
 def _of_axes(record: Record) -> Iterator[Vector]:

@@ -35,34 +35,41 @@ class Shared(NamedTuple):
     partly: dict[str, str]
 
 
-def find_shared(modules: Mapping[str, nn.Module]) -> Shared:
+def find_shared(
+    modules: Mapping[str, nn.Module], found_tensors: Mapping[str, Tensor] | None = None
+) -> Shared:
     """The parameters and buffers of a model that share memory.
 
     What modules keep of their parameters in eval mode, and make anew there, does not count.
 
     Args:
         modules: dict(model.named_modules()).
+        found_tensors: the parameters and buffers, where the caller has looked for them already.
     """
-    parameters, buffers = tensors_of_modules(modules)
-    tensors = list((parameters | buffers).items())
+    if found_tensors is None:
+        parameters, buffers = tensors_of_modules(modules)
+        found_tensors = parameters | buffers
+    tensors = list(found_tensors.items())
     known = {id(tensor) for _, tensor in tensors}
     for module in keeping(modules.values()):
         known.update(map(id, held_tensors(module.modules())))
     tensors += [("", t) for t in held_tensors(modules.values()) if id(t) not in known]
+    together: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in tensors:
+        if not is_lazy(tensor) and tensor.layout is torch.strided:
+            together.setdefault(memory_of(tensor), []).append((name, tensor))
+    found = Shared([], {})
+    sharing = [same for same in together.values() if len(same) > 1]
+    if not sharing:
+        return found
     # Plain tables get memory of their own as they are masked: they cannot be tied to others.
     registered = {
         f"{prefix}.{leaf}" if prefix else leaf
         for prefix, module in modules.items()
         for leaf in (*module._parameters.keys(), *module._buffers.keys())
     }
-    together: dict[int, list[tuple[str, Tensor]]] = {}
-    for name, tensor in tensors:
-        if not is_lazy(tensor) and tensor.layout is torch.strided:
-            together.setdefault(memory_of(tensor), []).append((name, tensor))
-    found = Shared([], {})
-    for same in together.values():
-        if len(same) > 1:
-            _compare(same, registered, found)
+    for same in sharing:
+        _compare(same, registered, found)
     return found
 
 

@@ -9,7 +9,7 @@ where G does not divide the width of a group, such runs begin anew with each gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,17 +37,7 @@ class Shuffle:
 
 def shuffles(record: Record, label: Vector) -> list[Shuffle]:
     """The shuffles of a run, along each axis that has no other use."""
-    # Most tables have other axes, which bytes tell at once.
-    axes = {
-        number: tuple(label[axis].tobytes() for axis in table.axes)
-        for number, table in enumerate(record.tables)
-        if len(table.axes) == 2 and table.kind == "reshape"
-    }
-    pairs = [
-        (before, after)
-        for after in axes
-        if (before := _cut_before(record.tables, axes, after, label)) is not None
-    ]
+    pairs = _pairs(record.tables, label)
     if not pairs:
         return []
     sides: dict[int, list[Shuffle]] = {}
@@ -79,22 +69,24 @@ def shuffles(record: Record, label: Vector) -> list[Shuffle]:
     return found
 
 
-def _cut_before(
-    tables: Sequence[Table], axes: Mapping[int, tuple[bytes, ...]], after: int, label: Vector
-) -> int | None:
-    """The table whose grid was transposed before this one made it one again.
-
-    Args:
-        axes: the classes along both axes of those tables that are grids of two, as bytes.
-    """
-    last = tables[after]
-    for before in range(after - 1, -1, -1):
-        if axes.get(before) == axes[after][::-1]:
+def _pairs(tables: Sequence[Table], label: Vector) -> list[tuple[int, int]]:
+    """The tables that make a grid one dimension again, each behind the last one whose grid was
+    transposed before that."""
+    found = []
+    # Most tables have other axes, which bytes tell at once.
+    by_axes: dict[tuple[bytes, ...], list[int]] = {}
+    for after, last in enumerate(tables):
+        if len(last.axes) != 2 or last.kind != "reshape":
+            continue
+        axes = tuple(label[axis].tobytes() for axis in last.axes)
+        for before in reversed(by_axes.get(axes[::-1], [])):
             first = tables[before]
             grid = label[first.cells].reshape([axis.size for axis in first.axes])
             if np.array_equal(grid.T.ravel(), label[last.cells]):
-                return before
-    return None
+                found.append((before, after))
+                break
+        by_axes.setdefault(axes, []).append(after)
+    return found
 
 
 def _axes(record: Record, label: Vector) -> tuple[list[tuple[int, int]], np.ndarray, np.ndarray]:

@@ -170,7 +170,8 @@ def _traced(
         with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
-            go_together(recorder, dict(tensors), shared or find_shared(modules))
+            by_name = dict(tensors)
+            go_together(recorder, by_name, shared or find_shared(modules, by_name))
             kept = keeping(names)
             with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
                 if any(module.training for module in names):

@@ -108,7 +108,12 @@ class Untouched:
         """Whether code has written into one of these tensors so far, or given it other memory."""
         if id(tensor) in self._replaced:
             return True
-        return _has_memory(tensor) and tensor.untyped_storage()._cdata in self._saved
+        # Most runs write into none.
+        return (
+            bool(self._saved)
+            and _has_memory(tensor)
+            and tensor.untyped_storage()._cdata in self._saved
+        )
 
     def restore(self) -> bool:
         """The model is as it was; this can be done again after another run.

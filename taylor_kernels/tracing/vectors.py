@@ -107,8 +107,10 @@ class Vectors:
         """
         found: dict[str, dict[int, Tensor]] = {}
         known: dict[int, Tensor | None] = {}
-        for (name, dim), vector in self.dims.items() if self.arrangement.stages else ():
-            if id(vector) not in known:
+        for (name, dim), vector in self.dims.items():
+            if id(vector) not in known and not self.arrangement.moves(vector):
+                known[id(vector)] = None
+            elif id(vector) not in known:
                 there = self.arrangement.left(vector, before)
                 stays = there[~gone[there]]
                 order = places_in(stays, self.arrangement.left(vector, gone | before))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import trace
-from taylor_kernels.tracing.cuts import _together
+from taylor_kernels.tracing.cuts import _different, _together
 from tests.tracing.parts import Apply, shuffle
 from tests.tracing.removal import faults
 
@@ -152,3 +152,12 @@ def test_sets_are_in_proportion_and_hold_each_row_once(rows):
     assert sorted([row for members in sets for row in members] + left) == list(range(len(rows)))
     for members in sets:
         assert len(set(np.sum([rows[row] for row in members], axis=0).tolist())) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 40) | st.integers(0, 4000), min_size=1, max_size=30))
+def test_classes_are_told_apart_however_far_apart_they_lie(label):
+    classes, first, number = _different(np.array(label, np.int64))
+    assert classes.tolist() == sorted(set(label))
+    assert first.tolist() == [label.index(each) for each in classes]
+    assert classes[number].tolist() == label
