@@ -196,13 +196,14 @@ class Chooser:
             left = runs(shuffle, forest)
             if left.size:
                 np.minimum.at(why, left, self._number(shuffle.reason))
-        of_class = np.full(why.size, FREE)
-        np.minimum.at(of_class, forest.label, why)  # a reason for one atom is one for its class
+        # A reason for one atom of a class is a reason for all.
+        by_class = np.full(why.size, FREE)
+        np.minimum.at(by_class, forest.label, why)
         for parts in (*self.parts, *rows):
-            alone = self._match(parts, forest, of_class)
+            alone = self._match(parts, forest, by_class)
             if alone.size:
-                of_class[alone] = self._number(parts.reason)
-        return forest, of_class[forest.label]
+                by_class[alone] = self._number(parts.reason)
+        return forest, by_class[forest.label]
 
     def _cells_of(self, number: int, live: int) -> tuple[Vector, Vector, Vector]:
         """What a table's cells are one with, and they, where it shrinks along this axis; and what
@@ -218,18 +219,18 @@ class Chooser:
             self._shrunk[number, live] = cells[both], table.cells[both], alone
         return self._shrunk[number, live]
 
-    def _match(self, parts: Parts, forest: Forest, of_class: Vector) -> Vector:
+    def _match(self, parts: Parts, forest: Forest, by_class: Vector) -> Vector:
         """`match`, which finds the same where another choice has left these classes the same.
 
         Args:
-            of_class: for each class the number of the reason that keeps it, or FREE. Only free
+            by_class: for each class the number of the reason that keeps it, or FREE. Only free
                 classes are made one, so that it stays right.
 
         Returns:
             The classes that find no match.
         """
         label = forest.label[parts.vector]
-        chosen = (parts.vector != 0) & (of_class[label] == FREE)
+        chosen = (parts.vector != 0) & (by_class[label] == FREE)
         label = label[chosen]
         key = id(parts.vector), chosen.tobytes(), label.tobytes()
         if key not in self._known:
