@@ -98,7 +98,8 @@ class Gates(_Gates):
 
     def _on_output(self, name: str, output: Tensor) -> None:
         super()._on_output(name, output)
-        if self._steady.on and name not in self._short:
+        # Not behind a pass without gradients alone: the short way does not note that it was called.
+        if self._steady.on and name not in self._short and name in self._called:
             self._short.add(name)
             if isinstance(self._norms, SiteHooks):
                 self._norms.shorten(name, keeps_small(self._steady, name))
