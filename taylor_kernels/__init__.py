@@ -26,6 +26,7 @@ from taylor_kernels.ops.second_order_moments import second_order_moments
 from taylor_kernels.parameter_fisher import ParameterFisher
 from taylor_kernels.pruning import (
     Pruner,
+    cut_copy,
     load_checkpoint,
     load_pruned,
     load_sharded_checkpoint,
@@ -55,6 +56,7 @@ __all__ = [
     "conv2d_fisher",
     "conv3d_example_norms",
     "criterion_names",
+    "cut_copy",
     "draw_labels",
     "filter_moments",
     "gate_gradients",

@@ -61,7 +61,7 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
             f"criterion: expected a name or a tk.Criterion, got {type(criterion).__name__}"
         )
     if criterion not in _CRITERIA:
-        near = difflib.get_close_matches(criterion, _CRITERIA, n=3, cutoff=0.4)
+        near = _near(criterion)
         hint = (
             f"did you mean {' or '.join(map(repr, near))}?"
             if near
@@ -69,3 +69,13 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
         )
         raise ValueError(f"criterion: {criterion!r} is not known; {hint}")
     return _CRITERIA[criterion]
+
+
+def _near(name: str) -> list[str]:
+    """At most three names that may have been meant: this one in other letters, those that have its
+    words, or those that are spelt alike."""
+    name = name.lower().replace("-", "_").replace(" ", "_")
+    if name in _CRITERIA:
+        return [name]
+    holding = [known for known in _CRITERIA if set(name.split("_")) <= set(known.split("_"))]
+    return holding[:3] or difflib.get_close_matches(name, _CRITERIA, n=3, cutoff=0.4)

@@ -228,3 +228,16 @@ class Ranks:
 def digest(content: bytes) -> int:
     """64 bits of a hash, the same in every process."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+
+
+def check_ranks(ranks: object) -> None:
+    """The argument `ranks` is None or a `Ranks`.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise TypeError(
+            "ranks: expected a tk.distributed.Ranks, or None where there is one process, got "
+            f"{type(ranks).__name__}"
+        )

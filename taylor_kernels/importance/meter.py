@@ -10,7 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from taylor_kernels.backends import select
 from taylor_kernels.criteria import Criterion, get_criterion
-from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.ranks import Ranks, check_ranks
 from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
 from taylor_kernels.importance.readout import Readout
 from taylor_kernels.importance.scored import placed, scored_layers
@@ -144,6 +144,7 @@ class Importance(Readout):
         stream: bool = False,
     ) -> None:
         check_module(model)
+        check_ranks(ranks)
         self.criterion = get_criterion(criterion)
         statistic = get_statistic(self.criterion.statistic)
         if stream:

@@ -28,7 +28,7 @@ from taylor_kernels.criteria import get_criterion
 from taylor_kernels.methods.block_gates import BlockGates
 from taylor_kernels.methods.channel_gates import ChannelGates, learning_rates, shares
 from taylor_kernels.pruning.arguments import check_arguments, check_number
-from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.budget import Budget, remedy_out_of_reach
 from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
@@ -144,8 +144,9 @@ class AdaptivePruner(Progress):
                     "optimizer trains, so there is nothing to penalise; use tk.Pruner"
                 )
             self._budget = Budget(
-                self._prunable.meter, self._prunable.groups, targets, _ALL, self._prunable.blocks
-            )
+                self._prunable.meter, self._prunable.groups, targets, _ALL, self._prunable.blocks,
+                remedy_out_of_reach(self._prunable.skipped, round_to, min_filters),
+            )  # fmt: skip
             self._network = Network(model, self._prunable, optimizer)
             self._block_gates = BlockGates(model, self._prunable.blocks)
         self._steps = 0

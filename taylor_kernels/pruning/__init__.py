@@ -4,7 +4,7 @@ from taylor_kernels.pruning.checkpoint import load_checkpoint, save_checkpoint
 from taylor_kernels.pruning.configs import update_config
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.recipe import load_pruned, save_pruned
+from taylor_kernels.pruning.recipe import cut_copy, load_pruned, save_pruned
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.sharded_checkpoint import (
     load_sharded_checkpoint,
@@ -16,6 +16,7 @@ __all__ = [
     "Cost",
     "PruneRecord",
     "Pruner",
+    "cut_copy",
     "load_checkpoint",
     "load_pruned",
     "load_sharded_checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -178,7 +179,9 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
 
 def _fraction(name: str, value: Any) -> float:
     if not _is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"{name}: expected the fraction to keep, in (0, 1], got {value!r}")
+        percent = _is_number(value) and 1 < value <= 100
+        hint = f"; for {value:g}% write {value / 100:g}" if percent else ""
+        raise ValueError(f"{name}: expected the fraction to keep, in (0, 1], got {value!r}{hint}")
     return float(value)
 
 
@@ -187,4 +190,4 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)  # numpy's float32 is one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from taylor_kernels.pruning.budget import Budget
@@ -9,6 +11,7 @@ from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select_with_blocks
+from taylor_kernels.pruning.unit_scores import UnitScores
 
 
 def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: float) -> PruneRecord:
@@ -27,10 +30,11 @@ def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: floa
     running, of_blocks = minibatches.scores, minibatches.blocks
     left = [net.blocks[number] for number in net.left]
     budget.check_in_reach(net.meter, net.groups, net.dead, running.unscored, left)
+    silent = _silent_to_keep(net, running, budget)
     try:
         if of_blocks is not None:
             of_blocks.check_finite()
-        scores = running.close_period(momentum, net.dead)
+        scores = running.close_period(momentum, net.dead, silent)
     except RuntimeError:
         running.forget()
         if of_blocks is not None:
@@ -57,3 +61,31 @@ def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: floa
         threshold=torch.cat(went).max().item(),
         done=budget.met(net.meter),
     )
+
+
+def _silent_to_keep(net: Network, running: UnitScores, budget: Budget) -> list[bool]:
+    """Of each group, whether it stays whole as nothing has been heard of it yet.
+
+    Zeros would let it go first, and its units in no order. Where the targets need them they go all
+    the same: the layer may be dead.
+    """
+    silent = running.silent(net.dead)
+    if not any(silent):
+        return silent
+    staying = [a or b for a, b in zip(silent, running.unscored, strict=True)]
+    blocks = [net.blocks[number] for number in net.left]
+    keep = budget.in_reach(net.meter, net.groups, net.dead, staying, blocks)
+    names = running.layers_of(silent)
+    if not running.unscored_layers.keys() >= set(names):
+        what = (
+            "so these filters stay until there are others"
+            if keep
+            else "but the targets need these filters, so they go, in no order; begin to prune when "
+            "losses depend on them"
+        )
+        warnings.warn(
+            f"{', '.join(names)}: all scores so far are 0, as where no loss has depended on a "
+            f"layer, {what}",
+            stacklevel=5,
+        )
+    return silent if keep else [False] * len(silent)

@@ -15,11 +15,11 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.distributed.ranks import Ranks
+from taylor_kernels.distributed.ranks import Ranks, check_ranks
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
 from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
-from taylor_kernels.pruning.budget import Budget
+from taylor_kernels.pruning.budget import Budget, remedy_out_of_reach
 from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network, check_free
 from taylor_kernels.pruning.one_pruning import prune
@@ -135,6 +135,7 @@ class Pruner(Resumable):
             backend=backend,
         )
         check_blocks(blocks, self.criterion)
+        check_ranks(ranks)
         check_free(model)
         self.model = model
         self.optimizer = optimizer
@@ -155,8 +156,9 @@ class Pruner(Resumable):
             )
             self._prunable = prunable
             self._budget = Budget(
-                prunable.meter, prunable.groups, targets, per_step, prunable.blocks
-            )
+                prunable.meter, prunable.groups, targets, per_step, prunable.blocks,
+                remedy_out_of_reach(prunable.skipped, round_to, min_filters),
+            )  # fmt: skip
             self._network = Network(model, prunable, optimizer)
             self.ranks = ranks
             scaling = None if scaler is None else Scaling(scaler, model, optimizers_in(optimizer))

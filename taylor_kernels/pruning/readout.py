@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.pruning.arguments import check_count
-from taylor_kernels.pruning.budget import UNREAD, Budget
+from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.minibatches import Minibatches
 from taylor_kernels.pruning.network import Network
@@ -93,9 +93,7 @@ class Readout(Progress):
     @property
     def skipped(self) -> dict[str, str]:
         """Layers whose filters are not removed -> the reason."""
-        return self._prunable.skipped | dict.fromkeys(
-            self._minibatches.scores.unread_layers, UNREAD
-        )
+        return self._prunable.skipped | self._minibatches.scores.unscored_layers
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
+from taylor_kernels.pruning.masking import check_unmasked
 from taylor_kernels.pruning.pruned_file import PrunedFile
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, cut_model
@@ -51,15 +52,8 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         (4, True)
     """
     _check_path(path)
-    if not isinstance(pruner, Pruner):
-        raise TypeError(
-            f"pruner: expected the tk.Pruner of the model, got {type(pruner).__name__}; call "
-            "save_pruned(path, pruner)"
-        )
-    model, removal = pruner.model, pruner.removal()
-    tensors = Tensors(dict(model.named_modules()))
-    shapes = {name: _resized(tensors[name], own, 1) for name, own in removal.cuts.items()}
-    PrunedFile(model.state_dict(keep_vars=True), shapes, removal).write(path)
+    _check_pruner(pruner, "save_pruned(path, pruner)")
+    _content(pruner).write(path)
 
 
 def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Module:
@@ -97,11 +91,69 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
     _check_path(path)
     path = os.fsdecode(path)
     file = PrunedFile.read(path)
-    _check_model(path, file, model)
+    _check_model(f"model: {path!r} was pruned from another model", file, model)
     cut_model(model, file.removal)
     model.load_state_dict(file.state)
     renew(model.modules())
     return model
+
+
+def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
+    """Remove from a whole copy of a model what `compact()` has removed from the model, in place.
+
+    For what goes beside the training with values of its own: an average of the weights (EMA, SWA),
+    weights of another epoch.
+
+    Args:
+        copy: of the model as it was before it was pruned; it keeps its values.
+        pruner: its model has been compacted.
+
+    Returns:
+        The copy. Its parameters are new ones.
+
+    Raises:
+        TypeError: `copy` is no module, or `pruner` no tk.Pruner.
+        ValueError: it is no whole copy of the model, or was made while norms ran on a part of their
+            channels; or filters are masked and not removed yet. Nothing has changed.
+
+    Example:
+        >>> import copy, torch, taylor_kernels as tk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
+        >>> average = torch.optim.swa_utils.AveragedModel(model)
+        >>> pruner = tk.Pruner(model, torch.randn(1, 3), "magnitude_l2", filters=0.5, every=1)
+        >>> while not pruner.done:
+        ...     _ = pruner.step()
+        ...     average.update_parameters(model)
+        >>> model = pruner.compact()
+        >>> average.module = tk.cut_copy(average.module, pruner)
+        >>> average.update_parameters(model)
+        >>> average.module[0].out_features
+        4
+    """
+    if not isinstance(copy, nn.Module):
+        raise TypeError(f"copy: expected a torch.nn.Module, got {type(copy).__name__}")
+    _check_pruner(pruner, "cut_copy(copy, pruner)")
+    content = _content(pruner)
+    check_unmasked(copy)
+    _check_model("copy: it is another model than the pruner's was at first", content, copy)
+    cut_model(copy, content.removal)
+    renew(copy.modules())
+    return copy
+
+
+def _content(pruner: Pruner) -> PrunedFile:
+    """The compacted model of a pruner, and what was cut."""
+    model, removal = pruner.model, pruner.removal()
+    tensors = Tensors(dict(model.named_modules()))
+    shapes = {name: _resized(tensors[name], own, 1) for name, own in removal.cuts.items()}
+    return PrunedFile(model.state_dict(keep_vars=True), shapes, removal)
+
+
+def _check_pruner(pruner: object, call: str) -> None:
+    if not isinstance(pruner, Pruner):
+        raise TypeError(
+            f"pruner: expected the tk.Pruner of the model, got {type(pruner).__name__}; call {call}"
+        )
 
 
 def _check_path(path: object) -> None:
@@ -109,8 +161,11 @@ def _check_path(path: object) -> None:
         raise TypeError(f"path: expected a path of a file, got {type(path).__name__}")
 
 
-def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
+def _check_model(otherwise: str, file: PrunedFile, model: nn.Module) -> None:
     """The model is as the original was before anything went, and what it loses are channels.
+
+    Args:
+        otherwise: what an error begins with if it is another.
 
     Raises:
         ValueError: it is another, or the file would set what is no number of channels.
@@ -118,8 +173,8 @@ def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
     modules = dict(model.named_modules())
     if differing := _differing(file, model, modules):
         raise ValueError(
-            f"model: {path!r} was pruned from another model; {len(differing)} entries "
-            f"differ, among them {', '.join(differing[:3])}; make it as it was made before pruning"
+            f"{otherwise}; {len(differing)} entries differ, among them "
+            f"{', '.join(differing[:3])}; make it as it was made before pruning"
         )
     # Only counts become others: an attribute could be a method or a whole module.
     for name, own in file.removal.attributes.items():
@@ -127,7 +182,7 @@ def _check_model(path: str, file: PrunedFile, model: nn.Module) -> None:
             old = get_attribute(modules[name], attribute)
             if not (_counts(old) and _counts(value) and _is_integer(old) == _is_integer(value)):
                 raise ValueError(
-                    f"path: {path!r} would set {f'{name}.{attribute}'.lstrip('.')} to "
+                    f"path: the file would set {f'{name}.{attribute}'.lstrip('.')} to "
                     f"{value!r:.80}; it may only set numbers of channels, which modules hold as "
                     "integers; take a file that save_pruned wrote"
                 )
@@ -162,7 +217,7 @@ def _differing(file: PrunedFile, model: nn.Module, modules: Mapping[str, nn.Modu
         for name, value in model.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor) and not name.startswith(gone)
     }
-    saved = {name: list(value.shape) for name, value in file.state.items()}
+    saved = {n: list(value.shape) for n, value in file.state.items() if isinstance(value, Tensor)}
     return differing + sorted(
         name
         for name in shapes.keys() | saved.keys()

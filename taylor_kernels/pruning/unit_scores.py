@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
+from taylor_kernels.pruning.budget import SILENT, UNREAD
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.statistics import Layers, filter_count, get_statistic
 from taylor_kernels.tracing import Slot
@@ -78,6 +80,7 @@ class UnitScores:
         self._sum: Tensor | None = None  # [U of all groups] float64
         self._average: Tensor | None = None
         self._unread: frozenset[str] = frozenset()
+        self._silent: list[str] = []  # layers that stay for it, as of the last pruning
         self.count = 0
 
     def add(self, tables: Sequence[Tensor], unread: frozenset[str] = frozenset()) -> None:
@@ -110,10 +113,12 @@ class UnitScores:
         self._sum = scores if self._sum is None else self._sum.to(scores) + scores
         self.count += count
 
-    def close_period(self, momentum: float, dead: Sequence[Tensor]) -> list[Tensor]:
+    def close_period(
+        self, momentum: float, dead: Sequence[Tensor], silent: Sequence[bool] = ()
+    ) -> list[Tensor]:
         """What to rank by, [U] on the CPU per group: the average since the last call, taken into
         the moving average; relative to its group's mean where the criterion says so. Groups that
-        are `unscored` come last, at infinity.
+        are `unscored`, or are to stay since they are `silent`, come last, at infinity.
 
         Raises:
             RuntimeError: a unit that is not dead has no finite score; the period is dropped.
@@ -121,7 +126,7 @@ class UnitScores:
         assert self._sum is not None
         mean = self._sum / self.count
         self._sum, self.count = None, 0
-        unscored = self.unscored
+        unscored = [a or b for a, b in zip_longest(self.unscored, silent, fillvalue=False)]
         if any(unscored):
             sizes = torch.tensor([group.size for group in self._groups])
             without = torch.tensor(unscored).repeat_interleave(sizes).to(mean.device)
@@ -135,8 +140,9 @@ class UnitScores:
         scores = list(on_cpu.split([group.size for group in self._groups]))
         wrong = ~on_cpu.isfinite() & ~torch.cat([torch.empty(0, dtype=torch.bool), *dead])
         if wrong.any():
-            self._check_finite(scores, dead)
+            self._check_finite(scores, dead, unscored)
         self._average = average
+        self._silent = self.layers_of(silent)
         if not self._criterion.across_layers:
             scores = [
                 score / score[~gone].mean() if (score[~gone] > 0).any() else score
@@ -147,11 +153,34 @@ class UnitScores:
             for score, absent in zip(scores, unscored, strict=True)
         ]
 
-    def _check_finite(self, scores: Sequence[Tensor], dead: Sequence[Tensor]) -> None:
+    def silent(self, dead: Sequence[Tensor]) -> list[bool]:
+        """Of each group that was read, whether all that is left of it scored 0 from the start.
+
+        Where no loss has depended on a layer yet (the head of a task whose turn comes later, a
+        branch that chance has passed over), zeros do not say that it matters less than others.
+        """
+        reads = get_statistic(self._criterion.statistic).reads
+        if self._sum is None or reads in ("weights", "forward"):  # zeros say all there is to say
+            return [False] * len(self._groups)
+        heard = self._sum != 0
+        if self._average is not None:
+            heard |= ~self._average.to(heard.device).isnan()
+        parts = heard.cpu().split([group.size for group in self._groups])
+        return [
+            not (absent or bool(part[~gone].any()) or bool(gone.all()))
+            for part, gone, absent in zip(parts, dead, self.unscored, strict=True)
+        ]
+
+    def layers_of(self, chosen: Sequence[bool]) -> list[str]:
+        """The layers of some groups."""
+        groups = [group for group, yes in zip(self._groups, chosen, strict=False) if yes]
+        return [slot.owner for group in groups for slot in group.producers]
+
+    def _check_finite(
+        self, scores: Sequence[Tensor], dead: Sequence[Tensor], unscored: Sequence[bool]
+    ) -> None:
         """Units that are not dead, of groups that were read, have finite scores, or an error."""
-        for group, score, gone, absent in zip(
-            self._groups, scores, dead, self.unscored, strict=True
-        ):
+        for group, score, gone, absent in zip(self._groups, scores, dead, unscored, strict=True):
             bad = ~score.isfinite() & ~gone
             if bad.any() and not absent:
                 layers = ", ".join(slot.owner for slot in group.producers)
@@ -164,14 +193,10 @@ class UnitScores:
         self._sum, self.count = None, 0
 
     @property
-    def unread_layers(self) -> list[str]:
-        """The layers of the groups that are `unscored`."""
-        return [
-            slot.owner
-            for group, absent in zip(self._groups, self.unscored, strict=True)
-            for slot in group.producers
-            if absent
-        ]
+    def unscored_layers(self) -> dict[str, str]:
+        """The layers of groups that have no score -> why."""
+        unread = self.layers_of(self.unscored)
+        return dict.fromkeys(self._silent, SILENT) | dict.fromkeys(unread, UNREAD)
 
     @property
     def unscored(self) -> list[bool]:

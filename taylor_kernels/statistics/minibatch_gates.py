@@ -113,7 +113,9 @@ class Gates(GateStatistic):
                 return
             self._compared[layer] = name, output.dtype
         super()._on_output(name, output)
-        if self._steady.on and name not in self._short and layer not in self._compared:
+        known = name in self._called and layer not in self._compared
+        # Not behind a pass without gradients alone: the short way does not note that it was called.
+        if self._steady.on and known and name not in self._short:
             self._short.add(name)
             if isinstance(self._norms, SiteHooks):
                 self._norms.shorten(name, keeps_small(self._steady, name))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -275,6 +278,19 @@ def test_scores_that_are_no_tensor():
 def test_an_unknown_criterion_names_the_nearest():
     with pytest.raises(ValueError, match=r"'taylor_bn' is not known; did you mean.*'taylor_fo_bn'"):
         tk.Importance(nets.mixed(), "taylor_bn")
+
+
+def test_a_criterion_in_other_letters_or_by_a_word_is_found():
+    names = tk.criterion_names()
+    for name in names:
+        other = name.upper().replace("_", random.choice("-_ "))
+        word = random.choice(name.split("_"))
+        having = [known for known in names if word in known.split("_")][:3]
+        for given, meant in ((other, [name]), (word, [word] if word in names else having)):
+            if given not in names:
+                with pytest.raises(ValueError, match="is not known; did you mean") as got:
+                    tk.Importance(nn.Linear(2, 2), given)
+                assert re.findall(r"'(\w+)'", str(got.value).split("did you")[1]) == meant
 
 
 def test_standard_error_over_updates_and_over_examples():

@@ -44,6 +44,8 @@ WRONG = {
     "ignore all": ({"ignore": ["*"]}, ValueError, "nothing to prune.*is ignored"),
     "backend": ({"backend": "cudnn"}, ValueError, "backend: 'cudnn' is not one of"),
     "backend elsewhere": ({"backend": "cuda"}, ValueError, "'cuda' does not run on cpu tensors"),
+    "ranks": ({"ranks": 2}, TypeError, "ranks: expected a tk.distributed.Ranks, or None.*got int"),
+    "percent": ({"params": 50}, ValueError, r"params: .*got 50; for 50% write 0\.5"),
     "optimizer": ({"optimizer": 3}, TypeError, "optimizer: expected a torch.optim.Optimizer"),
     "optimizer of others": (
         {"optimizer": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, ValueError,

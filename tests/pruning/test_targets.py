@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -161,9 +162,10 @@ def test_unreachable_target_says_the_least_fraction():
         Pruner(zoo.build("transformer")[0], inputs, params=least - 1e-3)
 
 
-def test_whole_model_is_a_target_met_at_once():
+@pytest.mark.parametrize("one", [1, 1.0, np.float32(1), np.float64(1)], ids=repr)
+def test_whole_model_is_a_target_met_at_once(one):
     model, inputs = zoo.build("mlp")
-    pruner = Pruner(model, inputs, flops=1.0)
+    pruner = Pruner(model, inputs, flops=one)
     assert pruner.done
     assert pruner.step() is None
     assert pruner.compact() is model
