@@ -14,12 +14,12 @@ or the k-th channel of every group): its atoms become one with their cells, the 
 Parts that are sliced off a dimension shrink in proportion, or with the attribute that counts them.
 """
 
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.attributes import register_attributes
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.channels import Channels
 from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention, follow_attention
-from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.tracing import trace
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Slot
 

@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Reason, Vector
 from taylor_kernels.tracing.attributes import rules_of
 from taylor_kernels.tracing.labels import has_atoms
-from taylor_kernels.tracing.record import Reason, Vector
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.frames import Frame

@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.choosing import Choice
+from taylor_kernels.tracing.entries import Table
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.record import Record, Table, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.resolve import one_by_one
 from taylor_kernels.tracing.running import one_at_a_time
 from taylor_kernels.tracing.units import Group

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.chains import Chain
-from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.record import Record
 
 #: What a vector is made of.
 _Pieces = tuple[tuple[int, int] | slice, ...]

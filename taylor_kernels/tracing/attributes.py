@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from taylor_kernels.tracing.atoms import Vector
+from taylor_kernels.tracing.entries import Size
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Size, Vector
 from taylor_kernels.tracing.settings import held_numbers
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.atoms import Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.steps import Product
 
 

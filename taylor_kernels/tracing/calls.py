@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Reason, Vector
 from taylor_kernels.tracing.code import own_module
+from taylor_kernels.tracing.entries import Size
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import Operation, memory_of
-from taylor_kernels.tracing.record import Reason, Size, Vector
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.recorder import Recorder

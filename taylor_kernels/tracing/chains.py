@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Vector
 
 
 @dataclass(frozen=True)

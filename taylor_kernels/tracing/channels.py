@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from taylor_kernels.tracing.alternatives import Alternatives
 from taylor_kernels.tracing.arrangement import arranged
+from taylor_kernels.tracing.atoms import Reason, Vector
 from taylor_kernels.tracing.blocks import Block
 from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.consequences import Consequences
@@ -21,7 +22,7 @@ from taylor_kernels.tracing.drawing import table, write_page
 from taylor_kernels.tracing.grids import FREE
 from taylor_kernels.tracing.grouping import find_groups
 from taylor_kernels.tracing.layers import find_layers
-from taylor_kernels.tracing.record import Reason, Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.residuals import find_blocks
 from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import tensors_of_modules

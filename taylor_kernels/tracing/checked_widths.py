@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.multihead import CHECKED, PrunedMultiheadAttention
-from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.recorder import Recorder
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.atoms import MEETS_FIXED, Reason, Vector
 from taylor_kernels.tracing.axis_kinds import families_of, kinds_of
 from taylor_kernels.tracing.cuts import Matched, Parts, Sets, match
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, settle
-from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.shuffles import runs, shuffles
 
 

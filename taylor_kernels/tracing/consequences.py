@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.across import Kept
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.counters import shrunk
 from taylor_kernels.tracing.experts import ExpertWeights, Result
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors
 

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import Across
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.attributes import rules_of
-from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.resolve import counted
 from taylor_kernels.tracing.settings import get_attribute
 from taylor_kernels.tracing.steps import NORM, Step

@@ -13,7 +13,9 @@ from itertools import chain
 
 import numpy as np
 
-from taylor_kernels.tracing.record import Cut, Join, Reason, Record, Vector
+from taylor_kernels.tracing.atoms import Reason, Vector
+from taylor_kernels.tracing.entries import Cut, Join
+from taylor_kernels.tracing.record import Record
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from taylor_kernels.tracing.record import Record, Size, Vector
+from taylor_kernels.tracing.atoms import Vector
+from taylor_kernels.tracing.entries import Size
+from taylor_kernels.tracing.record import Record
 
 
 class Result(Enum):

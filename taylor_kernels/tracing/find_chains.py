@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.chains import Chain, Turn
+from taylor_kernels.tracing.entries import Join, Size, Table
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Join, Record, Size, Table, Vector
+from taylor_kernels.tracing.record import Record
 
 
 class _Shuffle(NamedTuple):

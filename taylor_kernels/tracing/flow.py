@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.frames import Frame
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.operations import RECURRENT, memory_of
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.steps import END, NORM, PRODUCT, Norm, Product, Step
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.atoms import Vector
 
 
 class Forest:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Vector
+from taylor_kernels.tracing.entries import NormCall
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import NormCall, Vector
 from taylor_kernels.tracing.steps import Step
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.atoms import Vector
+from taylor_kernels.tracing.entries import Table
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Table, Vector
 
 #: More than the number of any reason: nothing keeps this atom.
 FREE = np.iinfo(np.int64).max

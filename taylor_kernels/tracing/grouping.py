@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from taylor_kernels.tracing.arrangement import Stage
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.layers import Layers
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Place, Slot, collect, in_step
 
 

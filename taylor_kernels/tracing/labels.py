@@ -13,8 +13,8 @@ from weakref import ref
 
 from torch import Tensor
 
+from taylor_kernels.tracing.atoms import Reason, Vector
 from taylor_kernels.tracing.operations import address_of
-from taylor_kernels.tracing.record import Reason, Vector
 
 
 def has_atoms(vector: Vector) -> bool:

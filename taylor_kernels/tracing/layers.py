@@ -9,8 +9,9 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.bare import BareWeight, bare_weight, dimension_of
-from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.steps import Product
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from taylor_kernels.tracing.record import Reason
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.recorder import Recorder
 
 _LEAKS = {"numpy": "numpy", "__array__": "numpy", "tolist": "tolist", "__dlpack__": "dlpack"}

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.atoms import Reason, Vector
 from taylor_kernels.tracing.code import Place
-from taylor_kernels.tracing.record import NormCall, Reason, Vector
+from taylor_kernels.tracing.entries import NormCall
 
 #: The functions by which code calls them, as operations.
 FUNCTIONS = {"layer_norm", "rms_norm"}

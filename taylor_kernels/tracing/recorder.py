@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import AcrossNorms
 from taylor_kernels.tracing.applying import apply
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
 from taylor_kernels.tracing.chance import Draws
+from taylor_kernels.tracing.entries import Echo
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.flow import Flow
 from taylor_kernels.tracing.frames import Frame
@@ -23,7 +25,7 @@ from taylor_kernels.tracing.hollow import Hollow
 from taylor_kernels.tracing.labels import Labels, Store
 from taylor_kernels.tracing.memories import Memories
 from taylor_kernels.tracing.operations import OperationMode, operation, tensors_of
-from taylor_kernels.tracing.record import Echo, Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.values import Values
 
 

@@ -9,13 +9,15 @@ from functools import reduce
 import numpy as np
 
 from taylor_kernels.tracing.across import Across, accepted, mixing
+from taylor_kernels.tracing.atoms import MEETS_FIXED, Reason, Vector
 from taylor_kernels.tracing.choosing import Chooser, Resolution
 from taylor_kernels.tracing.cuts import proportional, with_sizes_of_others
+from taylor_kernels.tracing.entries import Size, Table
 from taylor_kernels.tracing.find_chains import find_shuffles, with_chains
 from taylor_kernels.tracing.forest import Forest
 from taylor_kernels.tracing.grids import FREE, Grids, grids_of
 from taylor_kernels.tracing.norm_calls import CalledNorms, accepted_calls
-from taylor_kernels.tracing.record import MEETS_FIXED, Reason, Record, Size, Table, Vector
+from taylor_kernels.tracing.record import Record
 
 _ROUNDS = 8
 #: So many atoms of joins are united as soon one by one.

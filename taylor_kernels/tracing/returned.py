@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.record import Reason
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.running import tensors_in
 
 if TYPE_CHECKING:

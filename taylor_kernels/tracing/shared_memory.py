@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.caches import held_tensors, keeping
 from taylor_kernels.tracing.operations import memory_of
-from taylor_kernels.tracing.record import Reason
 from taylor_kernels.tracing.running import is_lazy, tensors_of_modules
 
 if TYPE_CHECKING:

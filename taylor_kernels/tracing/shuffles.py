@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from taylor_kernels.tracing.atoms import Reason, Vector
+from taylor_kernels.tracing.entries import Table
 from taylor_kernels.tracing.forest import Forest
-from taylor_kernels.tracing.record import Reason, Record, Table, Vector
+from taylor_kernels.tracing.record import Record
 
 
 @dataclass(frozen=True)

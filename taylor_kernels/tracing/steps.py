@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.record import Vector
+    from taylor_kernels.tracing.atoms import Vector
 
 #: Kinds of steps.
 NORM, PRODUCT, END = "norm", "product", "end"

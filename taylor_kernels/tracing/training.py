@@ -20,12 +20,13 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from taylor_kernels.tracing.atoms import Reason
 from taylor_kernels.tracing.caches import plain_tensors
 from taylor_kernels.tracing.chance import Draws
 from taylor_kernels.tracing.experts import is_router
 from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.perhaps_read import perhaps_read
-from taylor_kernels.tracing.record import Reason, Record
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.recorder import Recorder
 from taylor_kernels.tracing.running import tensors_of_modules
 

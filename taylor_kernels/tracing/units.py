@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.tracing.arrangement import Stage
-from taylor_kernels.tracing.record import Vector
+from taylor_kernels.tracing.atoms import Vector
 
 OUT, IN = "out", "in"
 

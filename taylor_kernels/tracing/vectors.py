@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from taylor_kernels.tracing.across import Across
 from taylor_kernels.tracing.arrangement import Arrangement, places_in
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.code import Place
 from taylor_kernels.tracing.counters import Counter, find_counters
 from taylor_kernels.tracing.experts import ExpertWeights, Mixture
-from taylor_kernels.tracing.record import Record, Vector
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.resolve import Resolved
 from taylor_kernels.tracing.steps import Step
 from taylor_kernels.tracing.units import IN, OUT, index

@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.attributes import holding
-from taylor_kernels.tracing.record import Echo, Join, Record, Size, Vector
+from taylor_kernels.tracing.entries import Echo, Join, Size
+from taylor_kernels.tracing.record import Record
 from taylor_kernels.tracing.resolve import ambiguous
 
 #: Names of attributes that say how wide an input is; others have its size by chance.

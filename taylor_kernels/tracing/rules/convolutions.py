@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.attributes import rules_of, tie
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.rules.elementwise import repeated_as
 from taylor_kernels.tracing.rules.products import add_bias, layer
 

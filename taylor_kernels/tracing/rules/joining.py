@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.rules.elementwise import merged_vector, repeated_as
 from taylor_kernels.tracing.rules.reshapes import reshaped
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.attributes import counting, tie, tie_parts
 from taylor_kernels.tracing.calls import Call
-from taylor_kernels.tracing.record import Cut, Size, Vector
+from taylor_kernels.tracing.entries import Cut, Size
 
 
 def note_parts(call: Call, vector: Vector, parts: Sequence[tuple[int, int, int]]) -> None:

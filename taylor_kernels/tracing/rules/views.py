@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from taylor_kernels.tracing.atoms import Vector
 from taylor_kernels.tracing.calls import Call, rule
 from taylor_kernels.tracing.labels import Labels, has_atoms
 from taylor_kernels.tracing.operations import tensors_of
-from taylor_kernels.tracing.record import Vector
 from taylor_kernels.tracing.rules.axes import Axes, find_axes
 from taylor_kernels.tracing.rules.moves import count_repeats
 from taylor_kernels.tracing.rules.parts import note_parts
