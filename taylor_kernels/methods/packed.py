@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.files import write_atomically
 from taylor_kernels.layout import FLOATS
-from taylor_kernels.pruning.pruned_file import by_first_name
+from taylor_kernels.pruning.saving.pruned_file import by_first_name
 
 _FORMAT = "taylor_kernels.packed.1"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}

@@ -1,12 +1,12 @@
 """Iterative pruning over Taylor scores."""
 
-from taylor_kernels.pruning.checkpoint import load_checkpoint, save_checkpoint
-from taylor_kernels.pruning.configs import update_config
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.recipe import cut_copy, load_pruned, save_pruned
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.sharded_checkpoint import (
+from taylor_kernels.pruning.saving.checkpoint import load_checkpoint, save_checkpoint
+from taylor_kernels.pruning.saving.configs import update_config
+from taylor_kernels.pruning.saving.recipe import cut_copy, load_pruned, save_pruned
+from taylor_kernels.pruning.saving.sharded_checkpoint import (
     load_sharded_checkpoint,
     read_sharded_checkpoint,
     save_sharded_checkpoint,

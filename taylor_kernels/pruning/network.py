@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
 from taylor_kernels.pruning.inventory import Inventory
-from taylor_kernels.pruning.masking import Masks
-from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.masks.masking import Masks
+from taylor_kernels.pruning.masks.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.removal import lookup, remove

@@ -11,13 +11,13 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
-from taylor_kernels.pruning.check import sound_blocks
 from taylor_kernels.pruning.copies import copied
 from taylor_kernels.pruning.flops import FlopCount, Meter
 from taylor_kernels.pruning.groups import Group, choose_groups
-from taylor_kernels.pruning.proof import Proof
-from taylor_kernels.pruning.second_choice import best_choice, best_in_stages, offer_in_stages
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.check import sound_blocks
+from taylor_kernels.pruning.proof.proof import Proof
+from taylor_kernels.pruning.proof.second_choice import best_choice, best_in_stages, offer_in_stages
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from taylor_kernels.pruning import check, second_choice
+from taylor_kernels.pruning.proof import check, second_choice
 from taylor_kernels.tracing import record, running, trace
 from tests.helpers import ROOT
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.culprits import culprits, made_alike
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.culprits import culprits, made_alike
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.tracing import trace
 from tests.tracing.pieces import Apply
 

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from taylor_kernels.pruning import Pruner, prunable
 from taylor_kernels.pruning.copies import copied
-from taylor_kernels.pruning.exact_run import InDouble, SmallPools
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.tracing import trace
 from tests.tracing.parts import Apply
 

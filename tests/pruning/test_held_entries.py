@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from taylor_kernels.backends import native
-from taylor_kernels.pruning.held_entries import HeldEntries, zeroes_gradients
+from taylor_kernels.pruning.masks.held_entries import HeldEntries, zeroes_gradients
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

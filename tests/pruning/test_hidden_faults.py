@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.exact_run import SteadyNoise, repeated
-from taylor_kernels.pruning.noise import Noise
-from taylor_kernels.pruning.same_outputs import Ran, difference
+from taylor_kernels.pruning.proof.exact_run import SteadyNoise, repeated
+from taylor_kernels.pruning.proof.noise import Noise
+from taylor_kernels.pruning.proof.same_outputs import Ran, difference
 from tests.tracing.pieces import Apply
 
 #: Makes nothing of numbers that show which channels there were.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.exchanged import Exchanged
+from taylor_kernels.pruning.proof.exchanged import Exchanged
 from taylor_kernels.tracing import trace
 from tests.zoo.judging import batch, distance, in_double, loss
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.masking import Masks
+from taylor_kernels.pruning.masks.masking import Masks
 from taylor_kernels.pruning.removal import lookup
 from tests.helpers import zoo
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from taylor_kernels.pruning import Pruner, check
-from taylor_kernels.pruning.exchanged import Exchanged
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning import Pruner
+from taylor_kernels.pruning.proof import check
+from taylor_kernels.pruning.proof.exchanged import Exchanged
+from taylor_kernels.pruning.proof.trial import Trial
 from tests.tracing.pieces import Apply
 
 MIXES = "an operation mixes its channels"

@@ -12,7 +12,7 @@ from taylor_kernels.tracing.blocks import Place
 
 pytest.importorskip("safetensors", reason="pruned models are files of safetensors")
 
-from taylor_kernels.pruning.pruned_file import PrunedFile, by_first_name
+from taylor_kernels.pruning.saving.pruned_file import PrunedFile, by_first_name
 
 NAMES = st.text("ab.0é", min_size=1, max_size=6)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool)

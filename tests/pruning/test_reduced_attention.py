@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.alone import HIDING
-from taylor_kernels.pruning.exact_run import InDouble, SmallPools
+from taylor_kernels.pruning.proof.alone import HIDING
+from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools
 from tests.zoo.judging import distance, in_double
 
 

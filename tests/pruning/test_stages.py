@@ -181,7 +181,7 @@ def test_a_fault_elsewhere_leaves_a_stage_as_it_is():
 
 def test_the_proof_runs_what_is_put_in_order(monkeypatch):
     """Without the new order a cut model is another, and the stage is not offered."""
-    monkeypatch.setattr("taylor_kernels.pruning.trial.reorder", lambda *_: None)
+    monkeypatch.setattr("taylor_kernels.pruning.proof.trial.reorder", lambda *_: None)
     model = nn.Sequential(First(3, 9, 1), *(Block(9, 2) for _ in range(4)), nn.Conv2d(18, 2, 1))
     assert not staged(Run(model.double(), filters=0.9).pruner)
     monkeypatch.undo()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning import Pruner, prunable, values
+from taylor_kernels.pruning import Pruner, prunable
 from taylor_kernels.pruning.copies import copied
-from taylor_kernels.pruning.noise import Noise
-from taylor_kernels.pruning.trial import Trial
-from taylor_kernels.pruning.values import Values
+from taylor_kernels.pruning.proof import values
+from taylor_kernels.pruning.proof.noise import Noise
+from taylor_kernels.pruning.proof.trial import Trial
+from taylor_kernels.pruning.proof.values import Values
 from tests.tracing.pieces import Apply
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import taylor_kernels as tk
 from taylor_kernels import shards
-from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.masks.named_tensors import NamedTensors
 
 
 def random_net(draw: random.Random, depth: int, shared: list[nn.Module]) -> nn.Module:

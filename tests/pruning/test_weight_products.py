@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.weight_products import WeightProducts
+from taylor_kernels.pruning.proof.weight_products import WeightProducts
 
 #: Products of rows [n, width] with a weight [outputs, width].
 PRODUCTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {

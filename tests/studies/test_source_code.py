@@ -53,7 +53,7 @@ BESIDE = (
     "studies/progress.py", "studies/options.py", "studies/settings.py", "studies/export.py",
     "studies/pruning", "studies/oracle/pages.py", "studies/oracle/plots.py",
     "studies/oracle/tables.py", "studies/oracle/findings.py", "studies/oracle/remarks.py",
-    "studies/oracle/settings.py", "pruning/pruner.py", "pruning/checkpoint.py",
+    "studies/oracle/settings.py", "pruning/pruner.py", "pruning/saving/checkpoint.py",
 )  # fmt: skip
 
 

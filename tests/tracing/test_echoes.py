@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.tracing import trace
 from tests.zoo import judging
 

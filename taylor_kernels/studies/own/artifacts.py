@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning import Pruner, load_pruned, save_pruned
-from taylor_kernels.pruning.state import first_line
+from taylor_kernels.pruning.saving.state import first_line
 from taylor_kernels.studies.own.exporting import exported, has_batch
 from taylor_kernels.studies.own.task import first_examples
 from taylor_kernels.tracing.running import call, tensors_in

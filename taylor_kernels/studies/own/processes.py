@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.pruning.state import first_line
+from taylor_kernels.pruning.saving.state import first_line
 from taylor_kernels.studies.options import Mistake
 
 #: Seconds that one waits for the others. One that was killed is noticed at once.

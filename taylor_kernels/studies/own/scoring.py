@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from taylor_kernels.files import write_atomically
 from taylor_kernels.importance import Importance
 from taylor_kernels.pruning import save_checkpoint
-from taylor_kernels.pruning.checkpoint import read_checkpoint
+from taylor_kernels.pruning.saving.checkpoint import read_checkpoint
 from taylor_kernels.statistics import Reads
 from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.studies.options import Mistake

@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from taylor_kernels.files import write_atomically
-from taylor_kernels.pruning.optimizer_saving import (
+from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types
+from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.saving.optimizer_saving import (
     check_optimizer_states,
     load_optimizer_states,
     optimizer_states,
 )
-from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types
-from taylor_kernels.pruning.plain import as_plain
-from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.state import (
+from taylor_kernels.pruning.saving.plain import as_plain
+from taylor_kernels.pruning.saving.state import (
     VERSION,
     check_model_state,
     check_version,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from taylor_kernels.pruning.check import Fault, first_fault, unsound
 from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.second_choice import Offer, Proven, sound_filters, sound_in
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.check import Fault, first_fault, unsound
+from taylor_kernels.pruning.proof.second_choice import Offer, Proven, sound_filters, sound_in
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.tracing import Block, Channels
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from taylor_kernels.hooks import remove_all
-from taylor_kernels.pruning.weight_products import WeightProducts
+from taylor_kernels.pruning.proof.weight_products import WeightProducts
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.experts import is_router
 

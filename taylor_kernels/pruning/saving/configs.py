@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.config_numbers import (
+from taylor_kernels.pruning.saving.config_numbers import (
     Path,
     get_number,
     integers,

@@ -12,17 +12,17 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
-from taylor_kernels.pruning.defaults import widened
-from taylor_kernels.pruning.errors import short
-from taylor_kernels.pruning.exact_run import cut_down, repeated
-from taylor_kernels.pruning.exchanged import Exchanged
 from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.held_entries import fill_once, fills
-from taylor_kernels.pruning.kept_norms import keep_only
-from taylor_kernels.pruning.noise import Noise, choose_noise
-from taylor_kernels.pruning.removal_steps import steps_of_groups, steps_to_the_least
-from taylor_kernels.pruning.same_outputs import Ran
-from taylor_kernels.pruning.values import Values
+from taylor_kernels.pruning.masks.held_entries import fill_once, fills
+from taylor_kernels.pruning.masks.kept_norms import keep_only
+from taylor_kernels.pruning.proof.defaults import widened
+from taylor_kernels.pruning.proof.errors import short
+from taylor_kernels.pruning.proof.exact_run import cut_down, repeated
+from taylor_kernels.pruning.proof.exchanged import Exchanged
+from taylor_kernels.pruning.proof.noise import Noise, choose_noise
+from taylor_kernels.pruning.proof.removal_steps import steps_of_groups, steps_to_the_least
+from taylor_kernels.pruning.proof.same_outputs import Ran
+from taylor_kernels.pruning.proof.values import Values
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.returned import Read

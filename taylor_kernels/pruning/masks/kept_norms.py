@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from taylor_kernels.pruning.called_norms import KeptCalls
-from taylor_kernels.pruning.kept_experts import KeptExperts
+from taylor_kernels.pruning.masks.called_norms import KeptCalls
+from taylor_kernels.pruning.masks.kept_experts import KeptExperts
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.across import Kept
 from taylor_kernels.tracing.settings import set_attribute

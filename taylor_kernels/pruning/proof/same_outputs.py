@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.layer_outputs import Norms, first_other
+from taylor_kernels.pruning.proof.layer_outputs import Norms, first_other
 
 #: Relative to what there is to compare with, in float64; of a float32 tensor that code made for
 #: itself in a run in float64; and in lower precision. Rounding stays far below; half of a group's

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.defaults import widened
-from taylor_kernels.pruning.noise import Noise
+from taylor_kernels.pruning.proof.defaults import widened
+from taylor_kernels.pruning.proof.noise import Noise
 from taylor_kernels.tracing.caches import modules_by_name
 from taylor_kernels.tracing.running import tensors_of_modules
 

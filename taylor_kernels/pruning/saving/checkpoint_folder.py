@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.pruning.state import check_version, first_line
+from taylor_kernels.pruning.saving.state import check_version, first_line
 
 FORMAT = "taylor_kernels.sharded_checkpoint"
 PLAIN, _INDEX = "plain", ".metadata"

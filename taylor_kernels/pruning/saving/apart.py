@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.optimizer_saving import concerned
+from taylor_kernels.pruning.saving.optimizer_saving import concerned
 from taylor_kernels.shards import is_sharded
 
 

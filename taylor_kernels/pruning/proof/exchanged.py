@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.defaults import WIDER
-from taylor_kernels.pruning.exact_run import InDouble, SmallPools, SteadyNoise
-from taylor_kernels.pruning.layer_outputs import LayerOutputs
+from taylor_kernels.pruning.proof.defaults import WIDER
+from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools, SteadyNoise
+from taylor_kernels.pruning.proof.layer_outputs import LayerOutputs
+from taylor_kernels.pruning.proof.same_outputs import Ran
 from taylor_kernels.pruning.removal import Tensors
-from taylor_kernels.pruning.same_outputs import Ran
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.caches import held_tensors, keeping, renew
 from taylor_kernels.tracing.experts import one_expert_at_a_time

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from taylor_kernels.files import write_atomically
 from taylor_kernels.pruning.removal import Removal
-from taylor_kernels.pruning.state import first_line
+from taylor_kernels.pruning.saving.state import first_line
 from taylor_kernels.tracing.blocks import Place
 
 _KEY, _VERSION = "taylor_kernels.pruned", "1"

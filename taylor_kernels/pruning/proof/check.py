@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from taylor_kernels.pruning.culprits import culprits, made_alike, suspects
-from taylor_kernels.pruning.trial import Trial
+from taylor_kernels.pruning.proof.culprits import culprits, made_alike, suspects
+from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.tracing import Block
 
 #: After so much time no further step is tried, and groups that have passed none are left out.

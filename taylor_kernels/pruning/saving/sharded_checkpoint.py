@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from taylor_kernels.distributed.ranks import Ranks
-from taylor_kernels.pruning.apart import followed_by, with_memory, without_memory
-from taylor_kernels.pruning.checkpoint import (
+from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.saving.apart import followed_by, with_memory, without_memory
+from taylor_kernels.pruning.saving.checkpoint import (
     bare,
     check_belongs,
     check_content,
@@ -22,7 +23,7 @@ from taylor_kernels.pruning.checkpoint import (
     parts_of,
     restored,
 )
-from taylor_kernels.pruning.checkpoint_folder import (
+from taylor_kernels.pruning.saving.checkpoint_folder import (
     FORMAT,
     PLAIN,
     latest,
@@ -34,9 +35,8 @@ from taylor_kernels.pruning.checkpoint_folder import (
     remove_older,
     write,
 )
-from taylor_kernels.pruning.plain import as_plain
-from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.state import VERSION
+from taylor_kernels.pruning.saving.plain import as_plain
+from taylor_kernels.pruning.saving.state import VERSION
 from taylor_kernels.shards import in_parts, is_sharded
 from taylor_kernels.tracing.running import outside_inference_mode
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from taylor_kernels.pruning.alone import HIDING, is_alone
-from taylor_kernels.pruning.defaults import WIDER, InDoubleBelow, made_in_double, wider
+from taylor_kernels.pruning.proof.alone import HIDING, is_alone
+from taylor_kernels.pruning.proof.defaults import WIDER, InDoubleBelow, made_in_double, wider
 from taylor_kernels.tracing.operations import OperationMode, per_dimension
 from taylor_kernels.tracing.running import tensors_in
 

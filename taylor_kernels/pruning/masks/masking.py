@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from taylor_kernels.hooks import Hook, forget_compiled, remove_all
-from taylor_kernels.pruning.called_norms import KeptCalls
-from taylor_kernels.pruning.held_entries import HeldEntries, fill_once, fills, zeroes_gradients
-from taylor_kernels.pruning.kept_experts import KeptExperts
-from taylor_kernels.pruning.kept_norms import OnKept, keep_only
-from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.masks.called_norms import KeptCalls
+from taylor_kernels.pruning.masks.held_entries import (
+    HeldEntries,
+    fill_once,
+    fills,
+    zeroes_gradients,
+)
+from taylor_kernels.pruning.masks.kept_experts import KeptExperts
+from taylor_kernels.pruning.masks.kept_norms import OnKept, keep_only
+from taylor_kernels.pruning.masks.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.backends import native
 from taylor_kernels.hooks import Hook
-from taylor_kernels.pruning.named_tensors import NamedTensors
+from taylor_kernels.pruning.masks.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import Cuts
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.shards import fill_part

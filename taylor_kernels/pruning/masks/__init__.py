@@ -1,0 +1,1 @@
+"""What holds masked channels, experts and blocks at zero while a model is trained."""
