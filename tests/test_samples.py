@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import samples
+from tests.helpers import gpu_compile, samples
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
 
@@ -101,3 +103,15 @@ def test_every_case_runs_where_that_is_asked_or_a_case_is_named(
     monkeypatch.setenv(samples.VARIABLE, samples.ALL)
     assert not samples.left_out(every, [])
     assert samples.some(range(9), 3) == list(range(9))
+
+
+def test_every_cuda_source_is_compiled_for_every_architecture_in_some_run(monkeypatch):
+    record = json.loads(gpu_compile.RECORD.read_text())["sources"]
+    monkeypatch.setattr(gpu_compile, "text_digest", lambda source: record[source.stem])
+    seen = Counter()
+    for number in range(400):
+        monkeypatch.setenv(samples.VARIABLE, str(number))
+        for source in gpu_compile.SOURCES:
+            seen.update((source.stem, arch) for arch in gpu_compile.architectures_of(source))
+    assert len(seen) == len(gpu_compile.SOURCES) * len(gpu_compile.ARCHITECTURES)
+    assert min(seen.values()) > 30  # of 67 that are expected

@@ -38,9 +38,15 @@ PROPERTIES = {
 
 
 def _commit() -> str:
-    """The commit, with a + where files that it holds have been changed since."""
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
-    number = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+    """The commit, with a + where files that it holds have been changed since; "unknown" where git
+    does not say."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    try:
+        number = git(["git", "rev-parse", "--short=10", "HEAD"]).stdout.strip()
+    except OSError:
+        return "unknown"
+    if not number:
+        return "unknown"
     # The record itself is of no draw.
     changed = git(["git", "status", "--porcelain", "-uno", "--", ".", f":!{RESULT}"]).stdout
     return str(number) + "+" * bool(changed.strip())

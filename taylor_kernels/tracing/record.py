@@ -60,6 +60,8 @@ class Record:
         trained: further runs were in train mode, which does more than eval mode.
         written: parameters and buffers that code has written into in some run.
         squeezed: dimensions that code drops where they are of one place.
+        divisors: tensors that operations have met which are not finite at zero.
+        ones: those of them that are known from a run before: they are masked with ones.
     """
 
     count: int = 1
@@ -87,6 +89,8 @@ class Record:
     trained: bool = False
     written: list[str] = field(default_factory=list)
     squeezed: list[Vector] = field(default_factory=list)
+    divisors: set[str] = field(default_factory=set)
+    ones: frozenset[str] = frozenset()
     values: Values | None = None
     step: int = 0
     size: int = 0

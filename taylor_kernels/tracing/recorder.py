@@ -186,7 +186,10 @@ class Recorder(OperationMode):
         """Give a parameter or buffer its atoms."""
         if tensor not in self.store:
             vectors = self.record.tensor(name, tensor.shape)
-            labels = Labels(tuple(tensor.shape), list(vectors), [True] * tensor.dim(), name=name)
+            zero = name not in self.record.ones
+            labels = Labels(tuple(tensor.shape), list(vectors), [zero] * tensor.dim(), name=name)
+            if not zero:
+                self.record.fills[name] = dict.fromkeys(range(tensor.dim()), 1.0)
             self.store.set(tensor, labels)
 
     def origin(self, vector: Vector | None) -> str:

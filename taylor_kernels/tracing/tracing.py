@@ -156,6 +156,7 @@ def _traced(
     def new_recorder(execute: Execute | None = None, **options: bool) -> Recorder:
         left = max(until - time.monotonic(), 0.0)
         recorders.append(Recorder(names, untouched.touch, left, execute, **options))
+        recorders[-1].record.ones = ones
         return recorders[-1]
 
     def run(recorder: Recorder) -> Iterator[Tensor]:
@@ -205,18 +206,29 @@ def _traced(
         finally:
             untouched.restore()
 
-    recorder = None
+    def recorded() -> Recorder:
+        """The record of the runs that it takes to see all that the model does."""
+        recorder = None
+        if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
+            recorder = attempt(hollow=True)
+            if recorder is None or kept_hollow(recorder):
+                untouched.restore()
+                if recorder is not None and kept_hollow(recorder):
+                    recorder = None  # what code has kept elsewhere, as in a table, gets values
+        recorder = recorder or attempt(hollow=False)
+        assert recorder is not None
+        learn_from_training(recorder, modules, train, new_recorder)
+        return recorder
+
+    ones: frozenset[str] = frozenset()
     try:
         with new_garbage_only(), quiet(names):
-            if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
-                recorder = attempt(hollow=True)
-                if recorder is None or kept_hollow(recorder):
-                    untouched.restore()
-                    if recorder is not None and kept_hollow(recorder):
-                        recorder = None  # what code has kept elsewhere, as in a table, gets values
-            recorder = recorder or attempt(hollow=False)
-            assert recorder is not None
-            learn_from_training(recorder, modules, train, new_recorder)
+            recorder = recorded()
+            # What is masked with ones is known by the end only, and was taken for zero until then.
+            while not recorder.record.divisors <= ones:
+                ones |= recorder.record.divisors
+                untouched.restore()
+                recorder = recorded()
     finally:
         for each in recorders:
             each.memories.release()

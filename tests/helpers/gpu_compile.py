@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 import subprocess
@@ -45,7 +44,7 @@ def turns(values: Iterable[object]) -> list[tuple[object, int]]:
     every = list(values)
     if samples.choose() == samples.ALL:
         return [(value, arch) for value in every for arch in ARCHITECTURES]
-    order = random.Random(samples.choose()).sample(range(len(every)), len(every))
+    order = samples.stream(f"{len(every)} turns").sample(range(len(every)), len(every))
     return [
         (value, ARCHITECTURES[at % len(ARCHITECTURES)])
         for value, at in zip(every, order, strict=True)

@@ -8,7 +8,8 @@ where each takes long, and what differs between them is tested elsewhere too. An
 others. The mark may stand on some of a test's cases alone: the others always run.
 
 The environment variable TAYLOR_KERNELS_SAMPLE is the number that a run says it drew by, to draw the
-same again, or `all`, to run every case. A case that is named on the command line runs. The numbers
+same again, or `all`, to run every case. A case that is named on the command line runs; those of
+`some` are there only in runs that draw them, so that the number belongs to their name. The numbers
 that tests draw from the global generators follow it too (tests/conftest.py): what one has failed on
 comes again, whichever tests ran before it.
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -46,14 +48,21 @@ def choose() -> str:
 def seed_of(test: str) -> int | None:
     """What a test of this name draws its numbers by in this run; none where every case runs, whose
     name draws nothing."""
-    return None if choose() == ALL else random.Random(f"{choose()} {test}").getrandbits(32)
+    return None if choose() == ALL else stream(test).getrandbits(32)
 
 
 def some(values: Sequence[Value], count: int) -> list[Value]:
     """So many of them as this run draws them, or all where it runs every case."""
     if choose() == ALL:
         return list(values)
-    return random.Random(choose()).sample(values, count)
+    caller = sys._getframe(1).f_globals["__name__"]
+    return stream(f"{caller} {count} of {len(values)}").sample(values, count)
+
+
+def stream(name: str) -> random.Random:
+    """Random numbers of this run, others for each name: what is drawn in two places does not move
+    together."""
+    return random.Random(f"{choose()} {name}")
 
 
 def left_out(items: Iterable[pytest.Item], arguments: Iterable[str]) -> list[pytest.Item]:
@@ -68,7 +77,7 @@ def left_out(items: Iterable[pytest.Item], arguments: Iterable[str]) -> list[pyt
     for function, cases in tests.items():
         mark = cases[0].get_closest_marker("sample")
         assert mark is not None
-        draw = random.Random(f"{choose()} {function}")
+        draw = stream(function)
         kept = {id(case) for case in drawn(cases, *mark.args, **mark.kwargs, draw=draw)}
         out += [case for case in cases if id(case) not in kept]
     return out

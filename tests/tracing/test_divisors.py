@@ -63,6 +63,37 @@ def test_all_channels_go_with_what_they_are_divided_by(width, kinds, learnt):
     assert not faults(model, x, channels, draws=1, every=False)
 
 
+#: One number [N, 1] of the features and of the vector that they are divided by, elsewhere: ones
+#: that stand in it where channels are masked would count.
+COUNTED = {
+    "their sum": lambda x, s: s.sum().expand(len(x), 1),
+    "their norm": lambda x, s: s.norm().expand(len(x), 1),
+    "a product of them": lambda x, s: (s @ (1 / s)).expand(len(x), 1),
+    "the sum of features and them": lambda x, s: (x + s).sum(1, keepdim=True),
+    "its square": lambda x, s: (x + s).square().sum(1, keepdim=True),
+    "a product": lambda x, s: (s * x).sum(1, keepdim=True),
+    "in rare rows": lambda x, s: torch.where(x[:, :1] > 9, x + s, x).sum(1, keepdim=True),
+    "a distance": lambda x, s: torch.cdist(x, s[None]),
+    "divided by its norm": lambda x, s: (x / (s / s.norm())).sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", COUNTED)
+def test_ones_do_not_count_elsewhere(kind, first):
+    """They are met before the division, which says that they are ones, or behind it."""
+
+    class Counted(Divided):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            one = COUNTED[kind](x, self.scale0) if first else None
+            y = self.leave(x / self.scale0)
+            return y + (COUNTED[kind](x, self.scale0) if one is None else one)
+
+    model, x = Counted(6, ["divided"], False), torch.randn(3, 4)
+    assert not faults(model, x, trace(model, x), draws=2, every=False)
+
+
 @pytest.mark.parametrize("kind", DONE)
 def test_a_pruner_offers_them(kind):
     model, x = Divided(8, [kind], False), torch.randn(3, 4)

@@ -36,9 +36,7 @@ def _is_negative(call: Call) -> bool:
 
 def mask_with_ones(call: Call, labels: Labels) -> None:
     """Let a parameter or buffer that is zero where it is masked, or that this is computed of place
-    by place, be one there."""
+    by place, be one there: the trace is made again, in which nothing takes it for zero."""
     zero = [labels.is_zero(dim) for dim, vector in enumerate(labels.dims) if vector is not None]
-    if not labels.name or not any(zero):
-        return
-    fills = call.record.fills.setdefault(labels.name, {})
-    fills.update((dim, 1.0) for _, name, dim, _ in call.record.starts if name == labels.name)
+    if labels.name and any(zero):
+        call.record.divisors.add(labels.name)
