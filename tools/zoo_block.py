@@ -61,6 +61,8 @@ def _limits(networks: dict[str, dict[str, Any]]) -> str:
     small = [one for one in done if one["seconds"]["forward_backward"] < SMALL]
     large = [one for one in done if one["seconds"]["forward_backward"] >= SMALL]
 
+    longest = max((one["seconds"]["build"] for one in small), default=0.0)
+
     def kept(of: list[dict[str, Any]]) -> str:
         build = sum(build_ratio(one) <= BUILD for one in of)
         trace = sum(trace_ratio(one) <= TRACE for one in of)
@@ -70,7 +72,7 @@ def _limits(networks: dict[str, dict[str, Any]]) -> str:
         f"The aim is a build of at most {BUILD:g}× a forward and backward pass and a trace of at "
         f"most {TRACE:g}× a forward pass; bold figures are over it. Of networks whose passes take "
         f"{SMALL * 1e3:g} ms and more {kept(large)} keep to it, of smaller ones {kept(small)}: "
-        f"there a build takes {max(one['seconds']['build'] for one in small) * 1e3:.0f} ms at most."
+        f"there a build takes {longest * 1e3:.0f} ms at most."
     )
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.statistics import BareLayer, Layers, Statistic, is_computed, is_frozen
-from taylor_kernels.statistics.layers import Layer
+from taylor_kernels.statistics.layers import Layer, held_weight
 from taylor_kernels.tracing import Channels
 
 _BARE = (
@@ -61,7 +61,7 @@ def _is_complex(layer: Layer, statistic: type[Statistic]) -> bool:
     layer holds may be real behind it."""
     if isinstance(layer, BareLayer):
         return not statistic.at_gates and any(p.parameter.is_complex() for p in layer.parts)
-    return layer.weight.is_complex()
+    return held_weight(layer).is_complex()
 
 
 def _hidden(
