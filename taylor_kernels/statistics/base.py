@@ -232,7 +232,7 @@ def checked_tables(statistic: Statistic, found: object) -> list[Tensor]:
             f"{given} {shape or type(table).__name__} for layer {name!r}; expected floating-point "
             f"numbers, [{filters} filters, columns]"
         )
-    return [table.detach() if table.requires_grad else table for table in found]
+    return [table.detach() for table in found]
 
 
 def check_loss_scale(loss_scale: object) -> None:

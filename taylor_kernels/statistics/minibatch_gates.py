@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -20,7 +19,6 @@ from taylor_kernels.statistics.hooks.gate_tables import Packed
 from taylor_kernels.statistics.hooks.norm_slopes import NormSlopes
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN, inside_backward
 from taylor_kernels.statistics.hooks.sites import AT_GRADIENT, SiteHooks
-from taylor_kernels.statistics.hooks.small_layers import SmallLayers
 from taylor_kernels.statistics.hooks.steady import (
     RestingNorms,
     Steady,
@@ -41,8 +39,7 @@ class Gates(GateStatistic):
     are captured instead. In the first passes both are done, since only their end tells which is
     right, and whether a gradient is rounding noise. At sites no hook stays behind the norms that
     are read after that. FSDP2 has freed γ and β by then: outputs it is. The gradients of weights at
-    sites are read there too, and in place of small outputs those of the layers that make them
-    (hooks/small_layers.py).
+    sites are read there too.
     """
 
     name = "gates"
@@ -61,13 +58,11 @@ class Gates(GateStatistic):
         self._received: dict[str, Tensor] = {}
         self._steady = Steady()
         self._last_run: dict[_NormBase, tuple[int, str | None]] = {}  # the pass, and behind what
-        self._shared: set[nn.Module] = set()  # run more than once in a pass, or behind two layers
-        self._read: dict[nn.Module, str] = {}  # in this update
-        self._quiet: dict[nn.Module, str] = {}  # of these the ones that need no look
+        self._shared: set[_NormBase] = set()  # run more than once in a pass, or behind two layers
+        self._read: dict[_NormBase, str] = {}  # in this update
+        self._quiet: dict[_NormBase, str] = {}  # of these the ones that need no look
         self._resting = RestingNorms(self._norms) if isinstance(self._norms, SiteHooks) else None
-        self._captured: dict[nn.Module, list[tuple[str, Tensor]]] = {}  # beside being read
-        self._small = SmallLayers(self._at)
-        self._compared: dict[nn.Module, tuple[str, torch.dtype]] = {}  # small layers of this update
+        self._captured: dict[_NormBase, list[tuple[str, Tensor]]] = {}  # beside being read
         self._spoiled: set[str] = set()
         self._of_norms = NormSlopes(self._handles, self.backend)
         self._short: set[str] = set()  # outputs that have a short way
@@ -102,20 +97,9 @@ class Gates(GateStatistic):
         return False
 
     def _on_output(self, name: str, output: Tensor) -> None:
-        layer = self._watched[name]
-        self._on_call()
-        may_be_read = self._watches() and self._small.may_be_read(name, layer, output)
-        if may_be_read and not self._frees_parameters():
-            self._of_norms.watch(layer)
-            if self._small.is_read(layer) and not self._gate_tables.noise.watches:
-                self._read[layer] = self._quiet[layer] = name
-                self._called.add(name)
-                return
-            self._compared[layer] = name, output.dtype
         super()._on_output(name, output)
-        known = name in self._called and layer not in self._compared
         # Not behind a pass without gradients alone: the short way does not note that it was called.
-        if self._steady.on and known and name not in self._short:
+        if self._steady.on and name in self._called and name not in self._short:
             self._short.add(name)
             if isinstance(self._norms, SiteHooks):
                 self._norms.shorten(name, keeps_small(self._steady, name))
@@ -190,7 +174,7 @@ class Gates(GateStatistic):
 
     def _receive(self, name: str, module: nn.Module, gates: Tensor, pass_: int) -> None:
         total = gates.sum(0)
-        if module in self._captured:
+        if isinstance(module, _NormBase) and module in self._captured:
             self._captured[module].append((name, total))
         else:
             self._add(name, total)
@@ -208,7 +192,6 @@ class Gates(GateStatistic):
         for norm, captured in self._captured.items():
             for name, total in captured if norm in self._shared else ():
                 self._add(name, total)
-        self._compare()
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
         packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
         names = [*self._received, *(key for some in packed for key in some.keys)]
@@ -222,19 +205,8 @@ class Gates(GateStatistic):
         tables = {name: total[:, None] for name, total in self._received.items()}
         return self._finished(tables, packed)
 
-    def _compare(self) -> None:
-        """Small layers of which both were seen in this update, outputs and gradients."""
-        names = {layer: name for layer, (name, _) in self._compared.items()}
-        layers = {name: layer for layer, name in names.items()}
-        for some in self._of_norms.take(names):
-            for name, slopes in some.each():
-                layer = layers[name]
-                seen, dtype = self._received.get(name), self._compared[layer][1]
-                if seen is not None and not self._small.compare(layer, slopes, seen, dtype):
-                    self._of_norms.leave(layer)
-
-    def _at_rest(self) -> dict[nn.Module, str]:
-        """Norms and layers that are read and not looked at, and the keys of their sites.
+    def _at_rest(self) -> dict[_NormBase, str]:
+        """Norms that are read and not looked at, and the keys of their sites.
 
         Raises:
             RuntimeError: one has other parameters than those whose gradients are put aside.
@@ -245,7 +217,7 @@ class Gates(GateStatistic):
         if replaced := [names[norm] for norm in self._resting.replaced()]:
             self._resting.wake_changed()
             raise RuntimeError(
-                f"{', '.join(replaced)}: other parameters were put into these modules since the "
+                f"{', '.join(replaced)}: other parameters were put into these norms since the "
                 "model itself was called, and their gradients were not seen; run the pass again"
             )
         return names
@@ -255,7 +227,6 @@ class Gates(GateStatistic):
         self._note_backward()
         self._steady.arrived.clear()
         self._read.clear()
-        self._compared.clear()
         self._received, self._captured, self._spoiled = {}, {}, set()
         self._seen = 0
         self._steady.on = not self._gate_tables.noise.watches

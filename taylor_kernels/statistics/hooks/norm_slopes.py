@@ -1,8 +1,4 @@
-"""Slopes of gates from the gradients of what made an output, in whatever way it is read later.
-
-Behind a norm γ g_γ + β g_β, from the gradients of scale and shift. An output that is linear in
-weight and bias has Σ y·dy = Σ W g_W + b g_b, the sums over a filter's part of the weight.
-"""
+"""Slopes of gates behind norms, from the gradients of scale and shift: γ g_γ + β g_β."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from operator import add
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from taylor_kernels.ops.filter_moments import needed_moments
@@ -19,7 +16,7 @@ from taylor_kernels.statistics.hooks.gate_tables import Packed
 
 
 class _Read(NamedTuple):
-    """The parameters of a norm or layer, and what has come for each."""
+    """The parameters of a norm, and what has come for each."""
 
     scale: nn.Parameter
     shift: nn.Parameter
@@ -27,7 +24,7 @@ class _Read(NamedTuple):
     of_shift: list[Tensor]
     channels: int
 
-    def is_held(self, norm: nn.Module) -> bool:
+    def is_held(self, norm: _NormBase) -> bool:
         """Whether these are the norm's parameters now."""
         held = norm._parameters
         return held.get("weight") is self.scale and held.get("bias") is self.shift
@@ -38,8 +35,7 @@ class _Read(NamedTuple):
 
 
 class NormSlopes:
-    """The gradients of norms' scales and shifts, and of small layers' weights and biases, as they
-    come in backward().
+    """The gradients of norms' scales and shifts as they come in backward().
 
     A gradient is put aside as autograd hands it over. As long as it is held here, autograd makes no
     `.grad` of it, but of a copy, so that what is done to `.grad` does not matter.
@@ -53,25 +49,24 @@ class NormSlopes:
         self._found: dict[nn.Parameter, list[Tensor]] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         # More than one of a norm that torch.func.functional_call lends others for a pass.
-        self._read: dict[nn.Module, list[_Read]] = {}
+        self._read: dict[_NormBase, list[_Read]] = {}
 
-    def watch(self, norm: nn.Module) -> None:
+    def watch(self, norm: _NormBase) -> None:
         """Put aside what comes for this norm, with the parameters that it has, from now on."""
         reads = self._read.setdefault(norm, [])
         if any(read.is_held(norm) for read in reads):
             return
-        pair: tuple[nn.Parameter, nn.Parameter] = norm.weight, norm.bias  # type: ignore[assignment]
-        for parameter in pair:
+        for parameter in (norm.weight, norm.bias):
             if parameter not in self._found:
                 # The hook is the list's own method: no line of Python runs between two layers.
                 found = self._found[parameter] = []
                 self._hooks[parameter] = parameter.register_hook(found.append)
                 self._handles.append(self._hooks[parameter])
-        scale, shift = pair
+        scale, shift = norm.weight, norm.bias
         of_scale, of_shift = self._found[scale], self._found[shift]
-        reads.append(_Read(scale, shift, of_scale, of_shift, scale.size(0)))
+        reads.append(_Read(scale, shift, of_scale, of_shift, scale.numel()))
 
-    def is_settled(self, norm: nn.Module) -> bool:
+    def is_settled(self, norm: _NormBase) -> bool:
         """Whether it has had no parameters but those that it has now, since the last update."""
         return all(read.is_held(norm) for read in self._read[norm])
 
@@ -85,7 +80,7 @@ class NormSlopes:
             if len(found) > 1:
                 found[:] = [reduce(add, (grad.detach() for grad in found))]
 
-    def take(self, norms: Mapping[nn.Module, str]) -> Iterator[Packed]:
+    def take(self, norms: Mapping[_NormBase, str]) -> Iterator[Packed]:
         """The slopes of these norms by their names, if gradients have come of both parameters."""
         self.add_up()
         alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table
@@ -107,17 +102,12 @@ class NormSlopes:
         of_scales, of_shifts = table[:, 0].chunk(2)
         return of_scales + of_shifts
 
-    def leave(self, norm: nn.Module) -> None:
-        """Put nothing aside for this norm from now on."""
-        if self._read.pop(norm, None) is not None:
-            self._drop_others()
-
     def forget(self) -> None:
         """Forget what has come, and parameters that norms had for a while."""
         for found in self._found.values():
             found.clear()
         for norm, reads in self._read.items():
-            if reads and (len(reads) > 1 or not reads[0].is_held(norm)):
+            if not all(read.is_held(norm) for read in reads):
                 reads[:] = [read for read in reads if read.is_held(norm)]
                 self._drop_others()
 

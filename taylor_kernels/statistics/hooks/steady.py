@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.hooks import forget_compiled
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -42,47 +43,39 @@ class Steady:
 
 
 class RestingNorms:
-    """Norms whose scale and shift are read, and whose outputs nothing looks at; small layers, whose
-    weight and bias are.
+    """Norms whose scale and shift are read, and whose outputs nothing looks at.
 
     With y = γ x̂ + β the sum of y·dy over all runs of a norm is γ g_γ + β g_β, however many there
-    are, and likewise of a layer. What is left to see is whether both are still the parameters that
-    gradients come of, which is asked when a pass begins.
+    are. What is left to see is whether both are still the parameters that gradients come of, which
+    is asked when a pass begins.
 
     Attributes:
         names: of each norm the key of its site.
     """
 
     def __init__(self, hooks: SiteHooks) -> None:
-        self.names: dict[nn.Module, str] = {}
+        self.names: dict[_NormBase, str] = {}
         self._hooks = hooks
-        self._read: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
-        self._restless: set[nn.Module] = set()
+        self._read: dict[_NormBase, tuple[nn.Parameter, nn.Parameter]] = {}
+        self._restless: set[_NormBase] = set()
 
-    def add(self, norms: Mapping[nn.Module, str]) -> None:
+    def add(self, norms: Mapping[_NormBase, str]) -> None:
         """Take the hooks behind these off; but not where they have been missed before."""
         for norm, key in norms.items():
             if norm not in self._restless and self._hooks.rest(key):
-                self.names[norm] = key
-                self._read[norm] = norm.weight, norm.bias  # type: ignore[assignment]
+                self.names[norm], self._read[norm] = key, (norm.weight, norm.bias)
 
-    def replaced(self) -> list[nn.Module]:
+    def replaced(self) -> list[_NormBase]:
         """Those whose scale or shift is another tensor now."""
-        return [
-            norm
-            for norm, (scale, shift) in self._read.items()
-            if (held := norm._parameters).get("weight") is not scale
-            or held.get("bias") is not shift
-        ]
+        return [norm for norm, read in self._read.items() if not _holds(norm, *read)]
 
     def wake_changed(self) -> None:
         """Let hooks see those again whose scale or shift is replaced or frozen, from now on."""
-        frozen = [
+        changed = [
             norm
-            for norm, (scale, shift) in self._read.items()
-            if not (scale.requires_grad and shift.requires_grad)
+            for norm, read in self._read.items()
+            if not (_holds(norm, *read) and read[0].requires_grad and read[1].requires_grad)
         ]
-        changed = {*frozen, *self.replaced()}
         self._restless.update(changed)
         self.wake(changed)
 
@@ -96,7 +89,7 @@ class RestingNorms:
         self._restless.update(silent)
         self.wake(silent)
 
-    def wake(self, norms: Iterable[nn.Module] | None = None) -> None:
+    def wake(self, norms: Iterable[_NormBase] | None = None) -> None:
         """Put the hooks behind these, or all of them, on again."""
         woken = list(self.names if norms is None else norms)
         for norm in woken:
@@ -104,6 +97,11 @@ class RestingNorms:
             del self._read[norm]
         if woken:
             forget_compiled()
+
+
+def _holds(norm: nn.Module, scale: nn.Parameter, shift: nn.Parameter) -> bool:
+    held = norm._parameters
+    return held.get("weight") is scale and held.get("bias") is shift
 
 
 def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tensor], bool]:
