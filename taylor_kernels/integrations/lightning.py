@@ -141,9 +141,10 @@ class PruningCallback(Callback):
         pruner = self.pruner
         assert pruner is not None
         mine = any(optimizer is one for one in as_list(pruner.optimizer))
-        found = [p.grad for p in pruner.model.parameters() if p.grad is not None]
+        found = (p.grad for p in pruner.model.parameters() if p.grad is not None)
         passed, self._passed = self._passed, self._passed and not mine
-        if not found or (mine and not passed and not any(map(Tensor.any, found))):
+        # Whether there is a gradient is known by the first one; their values are seldom looked at.
+        if not (any(map(Tensor.any, found)) if mine and not passed else any(True for _ in found)):
             # training_step() has left all batches of this step out, or toggle_optimizer() the model
             # out of a pass that was for another optimizer.
             self._passed = False

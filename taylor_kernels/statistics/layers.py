@@ -22,14 +22,14 @@ Layers = dict[str, Layer]
 _LINEAR_TOO = frozenset({"transformers.pytorch_utils.Conv1D"})
 
 
-def check_module(model: object) -> None:
-    """The argument `model` is a module.
+def check_module(model: object, argument: str = "model") -> None:
+    """The argument of this name is a module.
 
     Raises:
         TypeError: it is something else.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def is_layer(module: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:

@@ -28,7 +28,7 @@ from taylor_kernels.tracing.resolve import resolve
 from taylor_kernels.tracing.running import tensors_of_modules
 from taylor_kernels.tracing.units import Group, index
 from taylor_kernels.tracing.vectors import Vectors, find_dims, find_vectors, numbered
-from taylor_kernels.tracing.wording import unit_in_words
+from taylor_kernels.tracing.wording import units_in_words
 
 
 class Channels(Consequences, Alternatives):
@@ -295,7 +295,7 @@ class Channels(Consequences, Alternatives):
 
     def table(self) -> str:
         """The groups and the layers that they run through, then the layers that are left out."""
-        return table(self.groups, self._words(), self.skipped)
+        return table(self.groups, units_in_words(self), self.skipped)
 
     def show(self, path: str | Path) -> Path:
         """Draw the groups and the layers that they run through: one HTML file, nothing to load.
@@ -314,10 +314,7 @@ class Channels(Consequences, Alternatives):
             >>> trace(model, torch.randn(1, 4)).show(f"{folder}/channels.html").name
             'channels.html'
         """
-        return write_page(Path(path), self.layers, self.groups, self._words(), self.skipped)
-
-    def _words(self) -> list[str]:
-        return [unit_in_words(self, group) for group in self.groups]
+        return write_page(Path(path), self.layers, self.groups, units_in_words(self), self.skipped)
 
     def __str__(self) -> str:
         return self.table()

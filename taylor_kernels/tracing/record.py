@@ -102,13 +102,14 @@ class Record:
         lists = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), list)}
         lengths = {name: len(value) for name, value in lists.items()}
         ran, seen, fills = self.ran, self.seen, copy.deepcopy(self.fills)
+        divisors = self.divisors.copy()
         self.ran, self.seen = set(), set()  # to copy those that there are takes long
         try:
             yield
         except BaseException:
             for name, length in lengths.items():
                 del lists[name][length:]
-            self.ran, self.seen, self.fills = ran, seen, fills
+            self.ran, self.seen, self.fills, self.divisors = ran, seen, fills, divisors
             raise
         ran |= self.ran
         seen |= self.seen

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from taylor_kernels.tracing.units import Group
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.channels import Channels
 
 
-def unit_in_words(channels: Channels, group: Group) -> str:
-    """What each unit of a group is, of the layer that has most channels of it.
+def units_in_words(channels: Channels) -> list[str]:
+    """What each unit of each group is, of the layer that has most channels of it.
 
     A reshape that cuts channels lets whole parts go or the same places of all parts; which of both
     it is shows in the places of a unit's channels. Parts that attention keeps apart are heads.
     """
-    if not group.producers:
-        return ""
-    widest = max(group.producers, key=lambda slot: slot.index.size(1))
-    count = channels.layers[widest.owner][1].numel()
-    heads = {int(n) for atoms in channels._record.heads for n in channels._label[atoms]}
-    mine = set(group.classes.tolist())
-    if mine <= heads:
-        return f"a head: {_places(widest.index, count, 'parts')}"
-    return _places(widest.index, count, "heads" if _of_heads(channels, mine, heads) else "parts")
-
-
-def _of_heads(channels: Channels, mine: set[int], heads: set[int]) -> bool:
-    """Whether what a reshape cuts these units out of are heads."""
-    for table, choice in zip(channels._record.tables, channels.choices, strict=True):
-        axes = [set(channels._label[axis].tolist()) for axis in table.axes]
-        if choice.axis is None or mine.isdisjoint(axes.pop(choice.axis)):
+    record, label = channels._record, channels._label
+    heads, of_heads = np.zeros(label.size, bool), np.zeros(label.size, bool)
+    for atoms in record.heads:
+        heads[label[atoms]] = True
+    for table, choice in zip(record.tables, channels.choices, strict=True):
+        axes = [label[axis] for axis in table.axes]
+        if choice.axis is not None:
+            live = axes.pop(choice.axis)  # a place of each of the others
+            of_heads[live] |= any(heads[axis].all() for axis in axes)
+    found = []
+    for group in channels.groups:
+        if not group.producers:
+            found.append("")
             continue
-        if any(axis <= heads for axis in axes):
-            return True
-    return False
+        widest = max(group.producers, key=lambda slot: slot.index.size(1))
+        count = channels.layers[widest.owner][1].numel()
+        mine = group.classes.numpy()
+        if heads[mine].all():
+            found.append(f"a head: {_places(widest.index, count, 'parts')}")
+        else:
+            parts = "heads" if of_heads[mine].any() else "parts"
+            found.append(_places(widest.index, count, parts))
+    return found
 
 
 def _places(index: Tensor, count: int, parts: str) -> str:

@@ -40,18 +40,18 @@ class Trial(MaskedRuns):
             blocks: residual blocks that go with them, all in one step.
         """
         begun, self._begun = self._begun, None
-        steps = self._steps(numbers)
         if blocks:
-            steps = [units.any(0, keepdim=True) for units in steps]
-            return self._fault(steps, blocks, "its channels", until)
-        if begun is not None and len(numbers) == len(begun.steps):
-            reason = self._fault(begun.steps, (), "its channels", until, begun)
-        else:
-            reason = self._fault(steps, (), "its channels", until)
+            at_once = [units.any(0, keepdim=True) for units in self._steps(numbers)]
+            return self._fault(at_once, blocks, "its channels", until)
+        if begun is not None and len(numbers) != len(begun.steps):
+            begun = None
+        steps = self._steps(numbers) if begun is None else begun.steps
+        if reason := self._fault(steps, (), "its channels", until, begun):
+            return reason
         least = self._steps_to_the_least(numbers)
-        if not reason and any(units.any() for units in least):
-            reason = self._fault(least, (), "its channels", until)
-        return reason
+        if not any(units.any() for units in least):
+            return ""
+        return self._fault(least, (), "its channels", until)
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if

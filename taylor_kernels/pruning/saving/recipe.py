@@ -105,7 +105,8 @@ def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
     weights of another epoch.
 
     Args:
-        copy: of the model as it was before it was pruned; it keeps its values.
+        copy: of the model as it was before it was pruned; it keeps its values. It is cut once, so
+            that it waits for the last of several `compact()`s.
         pruner: its model has been compacted.
 
     Returns:
@@ -130,12 +131,22 @@ def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
         >>> average.module[0].out_features
         4
     """
-    if not isinstance(copy, nn.Module):
-        raise TypeError(f"copy: expected a torch.nn.Module, got {type(copy).__name__}")
+    check_module(copy, "copy")
     _check_pruner(pruner, "cut_copy(copy, pruner)")
     content = _content(pruner)
-    check_unmasked(copy)
-    _check_model("copy: it is another model than the pruner's was at first", content, copy)
+    try:
+        check_unmasked(copy)
+    except ValueError as error:
+        raise ValueError(
+            "copy: it was made while a pruner held filters, or norms beside them; make it before "
+            "the first pruning"
+        ) from error
+    _check_model(
+        "copy: it is another model than the pruner's was at first (of an AveragedModel give its "
+        ".module; what has been cut once is not cut again)",
+        content,
+        copy,
+    )
     cut_model(copy, content.removal)
     renew(copy.modules())
     return copy
