@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning.proof.defaults import WIDER
-from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools, SteadyNoise
+from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools
 from taylor_kernels.pruning.proof.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.proof.same_outputs import Ran
+from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.model.caches import held_tensors, keeping, renew
