@@ -15,10 +15,15 @@ from taylor_kernels.pruning.in_use import check_apart, take_over
 from taylor_kernels.pruning.inventory import Inventory
 from taylor_kernels.pruning.masks.masking import Masks
 from taylor_kernels.pruning.masks.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
-from taylor_kernels.pruning.removal import lookup, remove
-from taylor_kernels.pruning.ties import Ties
+from taylor_kernels.pruning.removing.optimizer_state import (
+    Cuts,
+    Steps,
+    check_follows,
+    optimizers_in,
+)
+from taylor_kernels.pruning.removing.removal import lookup, remove
+from taylor_kernels.pruning.removing.ties import Ties
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.statistics.hooks.sites import AT_MODULE

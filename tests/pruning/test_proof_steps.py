@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.proof.removal_steps import steps_of_groups, units_by_step
 from taylor_kernels.tracing import trace
 from tests.tracing.pieces import Apply

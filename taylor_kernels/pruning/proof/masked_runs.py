@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.masks.held_entries import fill_once, fills
 from taylor_kernels.pruning.masks.kept_norms import keep_only
 from taylor_kernels.pruning.proof.defaults import widened

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.tracing import Slot
 
 #: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows

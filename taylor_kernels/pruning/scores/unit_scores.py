@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.criteria import Criterion
-from taylor_kernels.pruning.budget import SILENT, UNREAD
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.unit_rows import UnitRows
+from taylor_kernels.pruning.choosing.budget import SILENT, UNREAD
+from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.pruning.scores.unit_rows import UnitRows
 from taylor_kernels.statistics import Layers, filter_count, get_statistic
 
 
