@@ -41,8 +41,8 @@ from taylor_kernels.statistics.hooks.sites import (
 )
 from taylor_kernels.statistics.layers import Layers, channel_dim, filter_count
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.steps import END, NORM, Step
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.steps import END, NORM, Step
 
 #: A place: the number of a node of the graph of norms and layers, and which side of it.
 _Place = tuple[int, str]

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taylor_kernels import Pruner, system
 from taylor_kernels.tracing import trace
-from taylor_kernels.tracing.running import call
+from taylor_kernels.tracing.run.running import call
 from tests.zoo import judging
 from tests.zoo.networks import NETWORKS
 

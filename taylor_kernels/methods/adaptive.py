@@ -36,7 +36,7 @@ from taylor_kernels.pruning.readout import Progress
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.selection import select_with_blocks
 from taylor_kernels.statistics.base import check_loss_scale
-from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
+from taylor_kernels.tracing.run.running import new_garbage_only, outside_inference_mode
 
 _VERSION = 1
 #: More filters than any model has: nothing but thresholds and targets ends a pruning.

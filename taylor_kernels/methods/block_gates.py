@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import branch_output, with_branch_output
 from taylor_kernels.tracing import Block
-from taylor_kernels.tracing.values import Path
+from taylor_kernels.tracing.notes.values import Path
 
 _MOMENTUM = 0.9
 

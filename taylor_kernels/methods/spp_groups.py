@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from taylor_kernels.statistics.layers import filter_groups
 from taylor_kernels.tracing import IN, Channels
-from taylor_kernels.tracing.units import Group, Slot
+from taylor_kernels.tracing.answer.units import Group, Slot
 
 #: What has columns: a convolution that is not transposed, or a linear layer.
 Layer: TypeAlias = nn.Linear | _ConvNd

@@ -23,7 +23,7 @@ from taylor_kernels.statistics import get_statistic
 from taylor_kernels.statistics.counting import Counting
 from taylor_kernels.statistics.hooks.captures import Captures
 from taylor_kernels.tracing import Block
-from taylor_kernels.tracing.values import Path
+from taylor_kernels.tracing.notes.values import Path
 
 #: Statistics of a gate's first-order gradient, which a block's gate has too.
 _OF_GATES = ("gates", "example_gates")

@@ -13,7 +13,7 @@ from taylor_kernels.hooks import forget_compiled, remove_all
 from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
-from taylor_kernels.tracing.values import Path
+from taylor_kernels.tracing.notes.values import Path
 
 
 def choose_blocks(

@@ -18,7 +18,7 @@ from torch import nn
 
 from taylor_kernels.pruning.groups import Group
 from taylor_kernels.tracing import Block
-from taylor_kernels.tracing.operations import RECURRENT, OperationMode, operation
+from taylor_kernels.tracing.notes.operations import RECURRENT, OperationMode, operation
 
 #: Layers whose multiply-adds for an entry of the output are the entries of a row of the weight.
 #: To take a composite operation apart, so as to count it, takes longer than a small one runs.

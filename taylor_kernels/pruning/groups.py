@@ -12,7 +12,7 @@ import numpy as np
 from taylor_kernels import tracing
 from taylor_kernels.pruning.schedules import Schedule
 from taylor_kernels.tracing import IN, OUT, Channels
-from taylor_kernels.tracing.arrangement import Stage
+from taylor_kernels.tracing.resolving.arrangement import Stage
 
 
 @dataclass(frozen=True)

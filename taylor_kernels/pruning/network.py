@@ -23,7 +23,7 @@ from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.statistics.hooks.sites import AT_MODULE
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.caches import modules_by_name, renew
+from taylor_kernels.tracing.model.caches import modules_by_name, renew
 
 #: Model -> the network of the last pruner that was made of it.
 _LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()

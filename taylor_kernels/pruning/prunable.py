@@ -21,10 +21,10 @@ from taylor_kernels.pruning.proof.trial import Trial
 from taylor_kernels.pruning.unscored import unscored_layers
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, filter_count, is_layer
 from taylor_kernels.tracing import Block, Channels
-from taylor_kernels.tracing.caches import held_tensors, modules_by_name
-from taylor_kernels.tracing.returned import Read
-from taylor_kernels.tracing.running import one_at_a_time
-from taylor_kernels.tracing.shared_memory import find_shared
+from taylor_kernels.tracing.model.caches import held_tensors, modules_by_name
+from taylor_kernels.tracing.run.returned import Read
+from taylor_kernels.tracing.run.running import one_at_a_time
+from taylor_kernels.tracing.run.shared_memory import find_shared
 from taylor_kernels.tracing.tracing import traced
 
 

@@ -30,7 +30,7 @@ from taylor_kernels.pruning.resuming import Resumable
 from taylor_kernels.pruning.uninterrupted import uninterrupted
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted
-from taylor_kernels.tracing.running import new_garbage_only, outside_inference_mode
+from taylor_kernels.tracing.run.running import new_garbage_only, outside_inference_mode
 
 
 class Pruner(Resumable):

@@ -21,10 +21,10 @@ from taylor_kernels.pruning.optimizer_state import (
 from taylor_kernels.pruning.reordering import reorder
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
-from taylor_kernels.tracing.caches import plain_tensors
+from taylor_kernels.tracing.model.caches import plain_tensors
+from taylor_kernels.tracing.model.settings import get_attribute, set_attribute
 from taylor_kernels.tracing.multihead import follow_attention
-from taylor_kernels.tracing.settings import get_attribute, set_attribute
-from taylor_kernels.tracing.shared_memory import place_of
+from taylor_kernels.tracing.run.shared_memory import place_of
 
 
 class Removal(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from taylor_kernels.pruning.optimizer_state import masked_state
-from taylor_kernels.tracing.shared_memory import place_of
+from taylor_kernels.tracing.run.shared_memory import place_of
 
 
 def reorder(

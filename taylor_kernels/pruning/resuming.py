@@ -13,7 +13,7 @@ from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.removal import Removal
 from taylor_kernels.pruning.saving.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.watching import Watching
-from taylor_kernels.tracing.running import outside_inference_mode
+from taylor_kernels.tracing.run.running import outside_inference_mode
 
 
 class Resumable(Watching):

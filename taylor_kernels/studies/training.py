@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylor_kernels.studies.data import Split, minibatches
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.run.running import call, tensors_in
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,21 @@ that cuts a dimension into a grid gives each axis atoms of its own and writes do
 goes where one of its axes goes. At the end one axis of each table is chosen to shrink (whole heads,
 or the k-th channel of every group): its atoms become one with their cells, the other axes stay.
 Parts that are sliced off a dimension shrink in proportion, or with the attribute that counts them.
+
+The rooms, none of which imports a later one: `model/` (what is read of a model that does not run),
+`notes/` (what a run writes down), `run/`, `rules/` (what operations do with labels), `resolving/`
+(from notes to classes of atoms), `answer/` (groups and units, what their removal asks, table and
+picture); `tracing.py` takes a model through all of them.
 """
 
-from taylor_kernels.tracing.atoms import Reason
-from taylor_kernels.tracing.attributes import register_attributes
+from taylor_kernels.tracing.answer.channels import Channels
+from taylor_kernels.tracing.answer.units import IN, OUT, Entry, Group, Slot
 from taylor_kernels.tracing.blocks import Block
-from taylor_kernels.tracing.channels import Channels
-from taylor_kernels.tracing.choosing import Choice
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention, follow_attention
+from taylor_kernels.tracing.notes.atoms import Reason
+from taylor_kernels.tracing.notes.attributes import register_attributes
+from taylor_kernels.tracing.resolving.choosing import Choice
 from taylor_kernels.tracing.tracing import trace
-from taylor_kernels.tracing.units import IN, OUT, Entry, Group, Slot
 
 __all__ = [
     "IN",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.values import Path
+from taylor_kernels.tracing.notes.values import Path
 
 
 @dataclass(frozen=True)

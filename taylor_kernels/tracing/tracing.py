@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
-from taylor_kernels.tracing.caches import keeping, modules_by_name, renew
-from taylor_kernels.tracing.channels import Channels
-from taylor_kernels.tracing.checked_widths import checks_widths, keep_what_it_read, keep_whole
-from taylor_kernels.tracing.experts import find_mixtures, one_expert_at_a_time
-from taylor_kernels.tracing.hollow import can_be_hollow, is_worth_it
-from taylor_kernels.tracing.leaks import leaks_seen
+from taylor_kernels.tracing.answer.channels import Channels
+from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.recorder import Execute, Recorder
-from taylor_kernels.tracing.refusals import refusal
-from taylor_kernels.tracing.returned import (
+from taylor_kernels.tracing.notes.experts import find_mixtures, one_expert_at_a_time
+from taylor_kernels.tracing.run.checked_widths import checks_widths, keep_what_it_read, keep_whole
+from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
+from taylor_kernels.tracing.run.leaks import leaks_seen
+from taylor_kernels.tracing.run.recorder import Execute, Recorder
+from taylor_kernels.tracing.run.refusals import refusal
+from taylor_kernels.tracing.run.returned import (
     Read,
     UnknownOutput,
     checked_outputs,
     reach_the_output,
     returned_tensors,
 )
-from taylor_kernels.tracing.running import (
+from taylor_kernels.tracing.run.running import (
     call,
     copied,
     is_lazy,
@@ -38,10 +38,10 @@ from taylor_kernels.tracing.running import (
     tensors_in,
     tensors_of_modules,
 )
-from taylor_kernels.tracing.shared_memory import Shared, find_shared, go_together
-from taylor_kernels.tracing.siblings import Siblings
-from taylor_kernels.tracing.training import learn_from_training, set_training
-from taylor_kernels.tracing.untouched import Untouched
+from taylor_kernels.tracing.run.shared_memory import Shared, find_shared, go_together
+from taylor_kernels.tracing.run.siblings import Siblings
+from taylor_kernels.tracing.run.training import learn_from_training, set_training
+from taylor_kernels.tracing.run.untouched import Untouched
 
 
 class Count(Protocol):

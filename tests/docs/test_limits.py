@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 
 from taylor_kernels.pruning.proof import check, second_choice
-from taylor_kernels.tracing import record, running, trace
+from taylor_kernels.tracing import trace
+from taylor_kernels.tracing.notes import record
+from taylor_kernels.tracing.run import running
 from tests.helpers import ROOT
 
 

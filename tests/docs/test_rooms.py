@@ -15,6 +15,8 @@ CLOSED = {
     "cpu": {"cuda", "bindings"},
     "cuda": {"cpu", "bindings"},
 }
+#: Rooms of tracing/: each may import those before it as it is loaded.
+TRACING = ("model", "notes", "run", "rules", "resolving", "answer")
 
 
 def test_the_map_is_that_of_the_imports():
@@ -37,3 +39,14 @@ def test_csrc_includes_keep_their_order(folder: str):
     for path in files:
         included = re.findall(r'^#include "(\w+)/', path.read_text(encoding="utf-8"), re.MULTILINE)
         assert not CLOSED[folder].intersection(included), path
+
+
+@pytest.mark.parametrize("room", TRACING)
+def test_rooms_of_tracing_keep_their_order(room: str):
+    later = TRACING[TRACING.index(room) + 1 :]
+    files = list((ROOT / "taylor_kernels" / "tracing" / room).glob("*.py"))
+    assert len(files) > 1
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        loaded = re.findall(r"^from taylor_kernels\.tracing\.(\w+)", text, re.MULTILINE)
+        assert not set(later).intersection(loaded), path

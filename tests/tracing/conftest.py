@@ -2,7 +2,7 @@
 
 import pytest
 
-from taylor_kernels.tracing import hollow
+from taylor_kernels.tracing.run import hollow
 
 
 @pytest.fixture(autouse=True)

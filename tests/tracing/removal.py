@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.tracing import Channels, follow_attention
-from taylor_kernels.tracing.across import Kept
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.notes.across import Kept
+from taylor_kernels.tracing.run.running import call, tensors_in
 
 
 def lookup(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taylor_kernels.tracing.forest import Forest
+from taylor_kernels.tracing.notes.forest import Forest
 
 
 def united(count: int, pairs: list[tuple[int, int]]) -> list[int]:

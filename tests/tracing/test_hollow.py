@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing import hollow, trace, tracing
-from taylor_kernels.tracing.chance import Draws
+from taylor_kernels.tracing import trace, tracing
+from taylor_kernels.tracing.run import hollow
+from taylor_kernels.tracing.run.chance import Draws
 from taylor_kernels.tracing.tracing import traced
 from tests.tracing.hollow_runs import SIDE, WIDTH, Counting, network, same
 from tests.tracing.parts import Apply

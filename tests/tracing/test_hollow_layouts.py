@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taylor_kernels.tracing import hollow, trace, tracing
+from taylor_kernels.tracing import trace, tracing
+from taylor_kernels.tracing.run import hollow
 from taylor_kernels.tracing.tracing import traced
 from tests.tracing.hollow_runs import WIDTH, Counting, same
 from tests.tracing.parts import Apply

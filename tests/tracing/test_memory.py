@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from taylor_kernels.tracing import record, trace
+from taylor_kernels.tracing import trace
+from taylor_kernels.tracing.notes import record
 from tests.helpers.programs import run_program
 
 # The peak is the process's own, so each is measured in a process of its own.

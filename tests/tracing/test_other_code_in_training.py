@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.tracing import training
+from taylor_kernels.tracing.run import training
 from tests.zoo import judging
 
 #: What is made of two streams [N, width] while training, and in eval mode.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.tracing import training
-from taylor_kernels.tracing.record import Record
-from taylor_kernels.tracing.recorder import Recorder
+from taylor_kernels.tracing.notes.record import Record
+from taylor_kernels.tracing.run import training
+from taylor_kernels.tracing.run.recorder import Recorder
 from tests.zoo import judging
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
-from taylor_kernels.tracing.returned import returned_tensors
+from taylor_kernels.tracing.run.returned import returned_tensors
 from tests.zoo import judging
 
 

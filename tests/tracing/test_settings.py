@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.tracing.settings import get_attribute, set_attribute
+from taylor_kernels.tracing.model.settings import get_attribute, set_attribute
 from tests.tracing.parts import Apply
 from tests.zoo.judging import check_all_but, check_file, distance, in_double
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from taylor_kernels.tracing import trace
-from taylor_kernels.tracing.cuts import _different, _together
+from taylor_kernels.tracing.resolving.cuts import _different, _together
 from tests.tracing.parts import Apply, shuffle
 from tests.tracing.removal import faults
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import taylor_kernels as tk
-from taylor_kernels.tracing import running, trace
-from taylor_kernels.tracing.running import quiet
+from taylor_kernels.tracing import trace
+from taylor_kernels.tracing.run import running
+from taylor_kernels.tracing.run.running import quiet
 
 
 class Attended(nn.Module):

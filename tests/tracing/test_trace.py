@@ -270,7 +270,7 @@ def test_wrong_masks_are_refused():
 
 @pytest.mark.parametrize(
     "module",
-    [tracing.tracing, tracing.channels, tracing.attributes],
+    [tracing.tracing, tracing.answer.channels, tracing.notes.attributes],
     ids=lambda module: module.__name__,
 )
 def test_examples_of_the_documentation(module):

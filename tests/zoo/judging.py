@@ -15,8 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 import taylor_kernels as tk
-from taylor_kernels.tracing.returned import returned_tensors
-from taylor_kernels.tracing.running import call
+from taylor_kernels.tracing.run.returned import returned_tensors
+from taylor_kernels.tracing.run.running import call
 
 
 @dataclass(frozen=True)

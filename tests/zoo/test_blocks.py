@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.run.running import call, tensors_in
 from tests.zoo import language
 
 #: How many attention and feed-forward branches, or blocks of convolutions, there are.

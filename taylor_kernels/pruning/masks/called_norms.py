@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from taylor_kernels.tracing.code import Place, running
+from taylor_kernels.tracing.model.code import Place, running
 
 #: Function -> the names of its arguments; those from the third on lie along the channels if they
 #: are tensors.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from taylor_kernels.tracing.experts import Result
+from taylor_kernels.tracing.notes.experts import Result
 
 
 class KeptExperts:

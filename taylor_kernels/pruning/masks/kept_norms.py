@@ -27,8 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from taylor_kernels.pruning.masks.called_norms import KeptCalls
 from taylor_kernels.pruning.masks.kept_experts import KeptExperts
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.across import Kept
-from taylor_kernels.tracing.settings import set_attribute
+from taylor_kernels.tracing.model.settings import set_attribute
+from taylor_kernels.tracing.notes.across import Kept
 
 
 class OnKept:

@@ -25,7 +25,7 @@ from taylor_kernels.pruning.masks.named_tensors import NamedTensors
 from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
 from taylor_kernels.pruning.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.caches import modules_by_name
+from taylor_kernels.tracing.model.caches import modules_by_name
 from taylor_kernels.tracing.multihead import unpack_examples
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from taylor_kernels.tracing.operations import OperationMode
+from taylor_kernels.tracing.notes.operations import OperationMode
 
 #: Lower precision -> what stands for it in a run in double precision.
 WIDER = {

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.pruning.proof.alone import HIDING, is_alone
 from taylor_kernels.pruning.proof.defaults import WIDER, InDoubleBelow, made_in_double, wider
-from taylor_kernels.tracing.operations import OperationMode, per_dimension
-from taylor_kernels.tracing.running import tensors_in
+from taylor_kernels.tracing.notes.operations import OperationMode, per_dimension
+from taylor_kernels.tracing.run.running import tensors_in
 
 _CASTS: dict[Any, Any] = {
     Tensor.half: Tensor.double,

@@ -16,13 +16,13 @@ from taylor_kernels.pruning.proof.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.proof.same_outputs import Ran
 from taylor_kernels.pruning.removal import Tensors
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.caches import held_tensors, keeping, renew
-from taylor_kernels.tracing.experts import one_expert_at_a_time
-from taylor_kernels.tracing.operations import address_of
-from taylor_kernels.tracing.returned import Read, returned_tensors
-from taylor_kernels.tracing.running import call, copied, quiet
-from taylor_kernels.tracing.training import set_training
-from taylor_kernels.tracing.untouched import Untouched
+from taylor_kernels.tracing.model.caches import held_tensors, keeping, renew
+from taylor_kernels.tracing.notes.experts import one_expert_at_a_time
+from taylor_kernels.tracing.notes.operations import address_of
+from taylor_kernels.tracing.run.returned import Read, returned_tensors
+from taylor_kernels.tracing.run.running import call, copied, quiet
+from taylor_kernels.tracing.run.training import set_training
+from taylor_kernels.tracing.run.untouched import Untouched
 
 #: Of tensors with more numbers so many tell whether they have changed: one from each of as many
 #: equal parts, at random places, since equal steps may stay in one column.

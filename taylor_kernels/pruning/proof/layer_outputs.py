@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.proof.weight_products import WeightProducts
 from taylor_kernels.tracing import Channels
-from taylor_kernels.tracing.experts import is_router
+from taylor_kernels.tracing.notes.experts import is_router
 
 
 class Norms:

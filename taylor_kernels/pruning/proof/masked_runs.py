@@ -24,9 +24,9 @@ from taylor_kernels.pruning.proof.removal_steps import steps_of_groups, steps_to
 from taylor_kernels.pruning.proof.same_outputs import Ran
 from taylor_kernels.pruning.proof.values import Values
 from taylor_kernels.tracing import Block, Channels
-from taylor_kernels.tracing.caches import modules_by_name
-from taylor_kernels.tracing.returned import Read
-from taylor_kernels.tracing.running import tensors_in
+from taylor_kernels.tracing.model.caches import modules_by_name
+from taylor_kernels.tracing.run.returned import Read
+from taylor_kernels.tracing.run.running import tensors_in
 
 
 class Masked(NamedTuple):

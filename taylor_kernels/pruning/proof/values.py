@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.proof.defaults import widened
 from taylor_kernels.pruning.proof.noise import Noise
-from taylor_kernels.tracing.caches import modules_by_name
-from taylor_kernels.tracing.running import tensors_of_modules
+from taylor_kernels.tracing.model.caches import modules_by_name
+from taylor_kernels.tracing.run.running import tensors_of_modules
 
 #: Tensors of fewer numbers are copied, which takes less time than to make them anew.
 _LARGE = 2**16

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taylor_kernels.tracing.memories import Memories
-from taylor_kernels.tracing.operations import memory_of
+from taylor_kernels.tracing.notes.memories import Memories
+from taylor_kernels.tracing.notes.operations import memory_of
 
 _ATEN = torch.ops.aten
 

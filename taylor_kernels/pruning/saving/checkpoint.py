@@ -30,7 +30,7 @@ from taylor_kernels.pruning.saving.state import (
 )
 from taylor_kernels.shards import in_parts, whole_state
 from taylor_kernels.statistics.layers import check_module
-from taylor_kernels.tracing.running import outside_inference_mode
+from taylor_kernels.tracing.run.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
 

@@ -26,7 +26,7 @@ from taylor_kernels.pruning.saving.config_numbers import (
     shown,
 )
 from taylor_kernels.statistics.layers import eval_mode
-from taylor_kernels.tracing.running import call, copied, quiet, tensors_in
+from taylor_kernels.tracing.run.running import call, copied, quiet, tensors_in
 
 #: How far outputs of the same network may lie apart, relative to the greatest.
 _CLOSE = 1e-5

@@ -13,8 +13,8 @@ from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removal import Tensors, cut_model
 from taylor_kernels.pruning.saving.pruned_file import PrunedFile
 from taylor_kernels.statistics.layers import check_module
-from taylor_kernels.tracing.caches import renew
-from taylor_kernels.tracing.settings import get_attribute
+from taylor_kernels.tracing.model.caches import renew
+from taylor_kernels.tracing.model.settings import get_attribute
 
 
 def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:

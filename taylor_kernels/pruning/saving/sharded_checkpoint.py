@@ -38,7 +38,7 @@ from taylor_kernels.pruning.saving.checkpoint_folder import (
 from taylor_kernels.pruning.saving.plain import as_plain
 from taylor_kernels.pruning.saving.state import VERSION
 from taylor_kernels.shards import in_parts, is_sharded
-from taylor_kernels.tracing.running import outside_inference_mode
+from taylor_kernels.tracing.run.running import outside_inference_mode
 
 
 def save_sharded_checkpoint(

@@ -23,7 +23,7 @@ from taylor_kernels.studies.oracle.settings import MeasurementPlan
 from taylor_kernels.studies.progress import ProgressLog
 from taylor_kernels.studies.results import Json, rounded
 from taylor_kernels.studies.source_code import code_digest
-from taylor_kernels.tracing.running import tensors_in
+from taylor_kernels.tracing.run.running import tensors_in
 
 ORACLE = "oracle"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from taylor_kernels.statistics.activation_gradients import scoring
 from taylor_kernels.statistics.layers import Layers, filter_count, find_layers
 from taylor_kernels.statistics.loss_change import Filter
-from taylor_kernels.tracing.running import call, example_count, tensors_in
+from taylor_kernels.tracing.run.running import call, example_count, tensors_in
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]

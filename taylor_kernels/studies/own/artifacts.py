@@ -24,7 +24,7 @@ from taylor_kernels.pruning import Pruner, load_pruned, save_pruned
 from taylor_kernels.pruning.saving.state import first_line
 from taylor_kernels.studies.own.exporting import exported, has_batch
 from taylor_kernels.studies.own.task import first_examples
-from taylor_kernels.tracing.running import call, tensors_in
+from taylor_kernels.tracing.run.running import call, tensors_in
 
 #: Relative to the greatest output: other kernels in another order, in float32.
 _CLOSE = 1e-3

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from taylor_kernels.tracing.running import tensors_in
+from taylor_kernels.tracing.run.running import tensors_in
 
 
 def exported(model: nn.Module, few: Any) -> tuple[Any, str]:

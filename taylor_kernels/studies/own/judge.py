@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.studies.options import Mistake
 from taylor_kernels.studies.own.paths import find_function, naming
-from taylor_kernels.tracing.running import call
+from taylor_kernels.tracing.run.running import call
 
 #: Under these names a minibatch that is a dict has its targets.
 TARGETS = ("labels", "label", "targets", "target")

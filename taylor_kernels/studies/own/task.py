@@ -18,7 +18,7 @@ from taylor_kernels.studies.own.judge import TARGETS, Judge, right_answers
 from taylor_kernels.studies.own.parts import Minibatches, seed_everything, users_model
 from taylor_kernels.studies.own.paths import describe
 from taylor_kernels.studies.own.settings import OwnSettings
-from taylor_kernels.tracing.running import call, example_count, quiet, tensors_in
+from taylor_kernels.tracing.run.running import call, example_count, quiet, tensors_in
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from taylor_kernels.tracing.calls import Call
+from taylor_kernels.tracing.run.calls import Call
 
 _SPLITS = {
     "split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes",

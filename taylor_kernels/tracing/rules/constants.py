@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from taylor_kernels.tracing.attributes import counting
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.attributes import counting
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule(

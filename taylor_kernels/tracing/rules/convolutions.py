@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.attributes import rules_of, tie
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.attributes import rules_of, tie
+from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.rules.elementwise import repeated_as
 from taylor_kernels.tracing.rules.products import add_bias, layer
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.calls import OTHER, Call, rule
-from taylor_kernels.tracing.entries import Size
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.entries import Size
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import OTHER, Call, rule
 
 #: Elementwise operations without PyTorch's tag for them.
 _UNTAGGED = {

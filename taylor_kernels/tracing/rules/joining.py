@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.rules.elementwise import merged_vector, repeated_as
 from taylor_kernels.tracing.rules.reshapes import reshaped
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule("cat", "concat", "concatenate")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from taylor_kernels.tracing.attributes import counting
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.attributes import counting
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 def spread(call: Call, labels: Labels, literal: bool = False) -> Labels:

@@ -7,14 +7,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.atoms import MEETS_FIXED, Vector
-from taylor_kernels.tracing.attributes import guess, rules_of, tie
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.code import running, says
-from taylor_kernels.tracing.entries import NormCall, Size
-from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.norm_calls import FUNCTIONS
-from taylor_kernels.tracing.steps import Norm
+from taylor_kernels.tracing.model.code import running, says
+from taylor_kernels.tracing.notes.atoms import MEETS_FIXED, Vector
+from taylor_kernels.tracing.notes.attributes import guess, rules_of, tie
+from taylor_kernels.tracing.notes.entries import NormCall, Size
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.notes.norm_calls import FUNCTIONS
+from taylor_kernels.tracing.notes.steps import Norm
+from taylor_kernels.tracing.run.calls import Call, rule
 
 #: Why the entry of a dimension of size one stays, among which nothing is mixed.
 ALONE = "is the only one of its dimension"

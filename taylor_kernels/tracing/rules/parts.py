@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.attributes import counting, tie, tie_parts
-from taylor_kernels.tracing.calls import Call
-from taylor_kernels.tracing.entries import Cut, Size
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.attributes import counting, tie, tie_parts
+from taylor_kernels.tracing.notes.entries import Cut, Size
+from taylor_kernels.tracing.run.calls import Call
 
 
 def note_parts(call: Call, vector: Vector, parts: Sequence[tuple[int, int, int]]) -> None:

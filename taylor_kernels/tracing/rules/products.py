@@ -8,12 +8,12 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
 from taylor_kernels.tracing.multihead import PrunedMultiheadAttention
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.notes.steps import Product
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector, repeated_as
-from taylor_kernels.tracing.steps import Product
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 def contract(call: Call, one: Labels, dim: int, other: Labels, other_dim: int) -> None:

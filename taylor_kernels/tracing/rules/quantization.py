@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.rules.divisors import mask_with_ones
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule(

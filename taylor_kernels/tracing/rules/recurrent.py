@@ -7,11 +7,11 @@ from math import prod
 import numpy as np
 from torch import Tensor
 
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
-from taylor_kernels.tracing.operations import RECURRENT
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.notes.operations import RECURRENT
 from taylor_kernels.tracing.rules.elementwise import merged_vector, repeated_as
 from taylor_kernels.tracing.rules.products import layer
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule(*RECURRENT)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from taylor_kernels.tracing.atoms import Reason, Vector
-from taylor_kernels.tracing.calls import MIXED, Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Reason, Vector
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import MIXED, Call, rule
 
 
 def dimensions(dims: Any, count: int) -> list[int]:

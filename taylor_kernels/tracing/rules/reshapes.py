@@ -8,10 +8,10 @@ from math import prod
 
 import numpy as np
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.attributes import counting, guess, tie, tie_shape
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.attributes import counting, guess, tie, tie_shape
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import Call, rule
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4

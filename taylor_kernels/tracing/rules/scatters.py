@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.rules.elementwise import meet, merged_vector, repeated_as
+from taylor_kernels.tracing.run.calls import Call, rule
 
 _INDEX = "is used as an index"
 _NUMBER = "is written by its number"

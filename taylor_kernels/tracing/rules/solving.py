@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.rules.elementwise import merged_vector
+from taylor_kernels.tracing.run.calls import Call, rule
 
 
 @rule("linalg_solve_triangular", "linalg_solve_ex")

@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels, has_atoms
-from taylor_kernels.tracing.operations import tensors_of
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.labels import Labels, has_atoms
+from taylor_kernels.tracing.notes.operations import tensors_of
 from taylor_kernels.tracing.rules.axes import Axes, find_axes
 from taylor_kernels.tracing.rules.moves import count_repeats
 from taylor_kernels.tracing.rules.parts import note_parts
 from taylor_kernels.tracing.rules.reshapes import reshaped
+from taylor_kernels.tracing.run.calls import Call, rule
 
 _SLICES = {
     "slice", "narrow", "split", "chunk", "split_with_sizes", "unsafe_split", "unsafe_chunk",

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_kernels.tracing.atoms import Vector
-from taylor_kernels.tracing.calls import Call, rule
-from taylor_kernels.tracing.labels import Labels
+from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.run.calls import Call, rule
 
 #: So many elements of a tensor are looked at one by one.
 _MOST = 2**22

@@ -1,0 +1,1 @@
+"""What a trace says: channels in groups and units, what their removal asks, table and picture."""

@@ -1,0 +1,1 @@
+"""From what was written down to classes of atoms that go together, and which axes shrink."""
