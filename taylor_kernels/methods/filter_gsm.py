@@ -18,7 +18,7 @@ from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.ops.global_threshold import global_threshold, greatest_masks
 from taylor_kernels.ops.sparse_momentum import sparse_momentum
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import trace
 
 

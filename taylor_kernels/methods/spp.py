@@ -22,7 +22,7 @@ from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, un
 from taylor_kernels.methods.spp_switches import Switches
 from taylor_kernels.methods.unread import remove_unread
 from taylor_kernels.pruning.arguments import check_number
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import trace
 
 _VERSION = 1

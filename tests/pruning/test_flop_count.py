@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from taylor_kernels.pruning.flops import FlopCount
+from taylor_kernels.pruning.choosing.flops import FlopCount
 from taylor_kernels.tracing.tracing import traced
 
 OTHERS = {

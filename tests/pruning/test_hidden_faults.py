@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.proof.exact_run import SteadyNoise, repeated
+from taylor_kernels.pruning.proof.examples import repeated
 from taylor_kernels.pruning.proof.noise import Noise
 from taylor_kernels.pruning.proof.same_outputs import Ran, difference
+from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
 from tests.tracing.pieces import Apply
 
 #: Makes nothing of numbers that show which channels there were.

@@ -220,23 +220,6 @@ def test_what_is_no_norm_stays(name):
     assert "0" in pruner.skipped
 
 
-def test_groups_of_one_size_lose_different_numbers_in_the_proof():
-    """Code that takes one layer's width for another's is seen, though both lose half at most."""
-
-    class Mistaken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.a(x).relu()
-            return self.c(self.b(h).reshape(len(x), h.shape[1]))
-
-    with pytest.raises(ValueError, match="nothing to prune") as found:
-        tk.Pruner(Mistaken(), torch.randn(2, 4), filters=0.5)
-    assert str(found.value).count("does not run without some of its channels") == 2
-
-
 def test_what_norms_compute_outlives_close():
     model, pruner = pruned_in_part()
     inputs = tokens()
@@ -273,30 +256,6 @@ def test_a_norm_keeps_two_channels():
             nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)),
             torch.randn(1, 4), filters=0.2,
         )  # fmt: skip
-
-
-class Shifted(nn.Module):
-    """A norm with a buffer along its channels, called by keyword."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.rand(width) + 0.5)
-        self.register_buffer("shift", torch.randn(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) * self.gain + self.shift
-
-
-def test_buffers_of_a_norm_are_cut_too():
-    model = nn.Sequential(nn.Linear(4, 8), Shifted(8), nn.Linear(8, 3))
-    pruner = tk.Pruner(model, torch.randn(1, 4), "random", filters=0.5, every=1, per_step=4)
-    model(torch.randn(6, 4)).square().sum().backward()
-    pruner.step()
-    x = torch.randn(6, 4)
-    masked = model(x)
-    pruner.compact()
-    torch.testing.assert_close(model(x), masked)
-    assert model[1].shift.numel() == 4
 
 
 class Mixer(nn.Module):

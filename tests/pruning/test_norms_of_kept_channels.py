@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
@@ -232,3 +233,27 @@ def test_norms_called_by_keyword_let_channels_go(norm):
     assert pruner.widths["enter"] < width
     masked = model(x)
     torch.testing.assert_close(pruner.compact()(x), masked, rtol=1e-11, atol=1e-12)
+
+
+class Shifted(nn.Module):
+    """A norm with a buffer along its channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(width) + 0.5)
+        self.register_buffer("shift", torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * self.gain + self.shift
+
+
+def test_buffers_of_a_norm_are_cut_too():
+    model = nn.Sequential(nn.Linear(4, 8), Shifted(8), nn.Linear(8, 3))
+    pruner = tk.Pruner(model, torch.randn(1, 4), "random", filters=0.5, every=1, per_step=4)
+    model(torch.randn(6, 4)).square().sum().backward()
+    pruner.step()
+    x = torch.randn(6, 4)
+    masked = model(x)
+    pruner.compact()
+    torch.testing.assert_close(model(x), masked)
+    assert model[1].shift.numel() == 4

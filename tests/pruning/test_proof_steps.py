@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.proof.removal_steps import steps_of_groups, units_by_step
 from taylor_kernels.tracing import trace
 from tests.tracing.pieces import Apply
@@ -182,3 +182,20 @@ def test_a_trace_leaves_no_mark_of_a_global_hook():
     """torch.compile would warn of it."""
     trace(Kept(0.0), torch.randn(4, 5))
     assert not torch.nn.modules.module._has_any_global_hook()
+
+
+def test_groups_of_one_size_lose_different_numbers_in_the_proof():
+    """Code that takes one layer's width for another's is seen, though both lose half at most."""
+
+    class Mistaken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).relu()
+            return self.c(self.b(h).reshape(len(x), h.shape[1]))
+
+    with pytest.raises(ValueError, match="nothing to prune") as found:
+        tk.Pruner(Mistaken(), torch.randn(2, 4), filters=0.5)
+    assert str(found.value).count("does not run without some of its channels") == 2

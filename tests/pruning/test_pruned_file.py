@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taylor_kernels.pruning.removal import Removal
+from taylor_kernels.pruning.removing.removal import Removal
 from taylor_kernels.tracing.blocks import Place
 
 pytest.importorskip("safetensors", reason="pruned models are files of safetensors")

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from taylor_kernels.pruning.schedules import Schedule
-from taylor_kernels.pruning.selection import select
+from taylor_kernels.pruning.choosing.schedules import Schedule
+from taylor_kernels.pruning.choosing.selection import select
 from taylor_kernels.tracing import IN
 from tests.pruning.shuffled_stages import Added, Block, First, Run, drawn_network, staged
 

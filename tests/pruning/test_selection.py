@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.selection import select
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.selection import select
 from tests.helpers.selections import chain, plain_select
 
 

@@ -10,8 +10,8 @@ import torch
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.pruning.scores.unit_scores import UnitScores
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.tracing import OUT, Slot
 from tests.helpers import zoo

@@ -9,7 +9,7 @@ import torch
 from torch.optim import SGD
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
-from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
 from tests.helpers import zoo
 from tests.pruning.test_optimizers import (
     InObject,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.proof.check import Fault, first_fault, unsound
 from taylor_kernels.pruning.proof.second_choice import Offer, Proven, sound_filters, sound_in
 from taylor_kernels.pruning.proof.trial import Trial

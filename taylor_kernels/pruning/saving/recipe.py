@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.pruning.masks.masking import check_unmasked
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.removal import Tensors, cut_model
+from taylor_kernels.pruning.removing.removal import Tensors, cut_model
 from taylor_kernels.pruning.saving.pruned_file import PrunedFile
 from taylor_kernels.statistics.layers import check_module
 from taylor_kernels.tracing.model.caches import renew

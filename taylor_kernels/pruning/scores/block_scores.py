@@ -16,8 +16,8 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.ops.gate_gradients import gate_gradients
 from taylor_kernels.pruning.blocks import branch_output
-from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.unit_scores import not_finite
+from taylor_kernels.pruning.choosing.flops import Meter
+from taylor_kernels.pruning.scores.unit_scores import not_finite
 from taylor_kernels.shards import plan_mesh
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.statistics.counting import Counting

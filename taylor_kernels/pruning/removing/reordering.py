@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from taylor_kernels.pruning.optimizer_state import masked_state
+from taylor_kernels.pruning.removing.optimizer_state import masked_state
 from taylor_kernels.tracing.run.shared_memory import place_of
 
 

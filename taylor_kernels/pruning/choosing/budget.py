@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from taylor_kernels.pruning.flops import Cost, Meter
-from taylor_kernels.pruning.groups import Group, by_schedule
+from taylor_kernels.pruning.choosing.flops import Cost, Meter
+from taylor_kernels.pruning.choosing.groups import Group, by_schedule
 from taylor_kernels.tracing import Block
 
 #: Why a layer has no score though its criterion is one of it.

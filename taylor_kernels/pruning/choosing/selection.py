@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.groups import Group, by_schedule
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.flops import Meter
+from taylor_kernels.pruning.choosing.groups import Group, by_schedule
 from taylor_kernels.tracing import Block
 
 

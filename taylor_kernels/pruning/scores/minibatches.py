@@ -13,10 +13,10 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.distributed.tables import check_parts
 from taylor_kernels.mixed_precision import Scaling
-from taylor_kernels.pruning.block_scores import BlockScores
-from taylor_kernels.pruning.gathering import Gathering
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.pruning.scores.block_scores import BlockScores
+from taylor_kernels.pruning.scores.gathering import Gathering
+from taylor_kernels.pruning.scores.unit_scores import UnitScores
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Closure, Statistic, checked_tables, filter_count
 from taylor_kernels.statistics.base import (

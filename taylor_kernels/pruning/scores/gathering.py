@@ -11,9 +11,9 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks, digest
 from taylor_kernels.distributed.scores import MeanRound
 from taylor_kernels.distributed.tables import TableRound, exchanges_tables
-from taylor_kernels.pruning.block_scores import BlockScores
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.pruning.scores.block_scores import BlockScores
+from taylor_kernels.pruning.scores.unit_scores import UnitScores
 from taylor_kernels.statistics import Statistic, get_statistic
 from taylor_kernels.statistics.base import check_no_noise
 

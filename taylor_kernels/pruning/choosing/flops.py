@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.tracing import Block
 from taylor_kernels.tracing.notes.operations import RECURRENT, OperationMode, operation
 

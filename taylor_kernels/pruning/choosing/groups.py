@@ -10,7 +10,7 @@ from math import gcd, lcm
 import numpy as np
 
 from taylor_kernels import tracing
-from taylor_kernels.pruning.schedules import Schedule
+from taylor_kernels.pruning.choosing.schedules import Schedule
 from taylor_kernels.tracing import IN, OUT, Channels
 from taylor_kernels.tracing.resolving.arrangement import Stage
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from taylor_kernels.pruning.optimizer_state import (
+from taylor_kernels.pruning.removing.optimizer_state import (
     Kept,
     check_complete,
     check_follows,
@@ -18,7 +18,7 @@ from taylor_kernels.pruning.optimizer_state import (
     follow,
     optimizers_in,
 )
-from taylor_kernels.pruning.reordering import reorder
+from taylor_kernels.pruning.removing.reordering import reorder
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.blocks import Place, replace_modules
 from taylor_kernels.tracing.model.caches import plain_tensors
