@@ -15,8 +15,8 @@ from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from tests.helpers import zoo
 from tests.helpers.programs import run_program
 from tests.helpers.samples import some
-from tests.pruning import killable
-from tests.pruning.resumable import everything, go_on, same, sgd, trained
+from tests.pruning.saving import killable
+from tests.pruning.saving.resumable import everything, go_on, same, sgd, trained
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, name, criterion):
     expected = everything(*killable.run(whole, name, criterion))
 
     program = (
-        "from tests.pruning.killable import run_until_killed\n"
+        "from tests.pruning.saving.killable import run_until_killed\n"
         f"run_until_killed({str(broken)!r}, {name!r}, {criterion!r})"
     )
     kills = 0

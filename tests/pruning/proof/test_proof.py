@@ -20,8 +20,6 @@ from taylor_kernels.pruning.proof.exchanged import Exchanged
 from taylor_kernels.pruning.proof.trial import Trial
 from tests.tracing.pieces import Apply
 
-MIXES = "an operation mixes its channels"
-
 
 def pictures(function, width: int, **modules: nn.Module | nn.Parameter) -> nn.Module:
     return nn.Sequential(

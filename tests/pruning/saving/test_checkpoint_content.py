@@ -13,7 +13,7 @@ from torch import nn
 
 from taylor_kernels.pruning import load_checkpoint, save_checkpoint
 from tests.helpers import zoo
-from tests.pruning.test_resume import same, sgd, trained
+from tests.pruning.saving.test_resume import same, sgd, trained
 
 
 def test_extras_that_can_be_read_back(tmp_path):

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
 from tests.helpers import zoo
-from tests.pruning.test_optimizers import (
+from tests.pruning.removing.test_optimizers import (
     InObject,
     Nested,
     OwnGroups,
@@ -19,7 +19,7 @@ from tests.pruning.test_optimizers import (
     SharesGroups,
     two,
 )
-from tests.pruning.test_resume import same
+from tests.pruning.saving.test_resume import same
 
 
 class Sam(SharesGroups):

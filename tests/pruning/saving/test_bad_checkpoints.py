@@ -9,7 +9,7 @@ import torch
 
 from taylor_kernels.pruning import Pruner, load_checkpoint, save_checkpoint
 from tests.helpers import zoo
-from tests.pruning.resumable import everything, go_on, same, trained
+from tests.pruning.saving.resumable import everything, go_on, same, trained
 
 
 @pytest.fixture(scope="module")
