@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_count
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.arguments import check_count
 from taylor_kernels.pruning.budget import Budget
 from taylor_kernels.pruning.flops import Cost
 from taylor_kernels.pruning.minibatches import Minibatches
