@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_number
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.answer.channels import Channels
 from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
@@ -134,6 +135,7 @@ def _traced(
     read: Read,
     shared: Shared | None,
 ) -> Channels:
+    check_number("seconds", seconds, lambda most: most > 0, "a number above 0")
     modules = _modules(model)
     tensors = _checked(modules)
     if read is not None:
