@@ -16,6 +16,7 @@ from taylor_kernels.tracing.answer.channels import Channels
 from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.notes.experts import find_mixtures, one_expert_at_a_time
+from taylor_kernels.tracing.rules.norms import running_variances
 from taylor_kernels.tracing.run.checked_widths import keep_whole
 from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.run.one_run import run_once
@@ -218,7 +219,7 @@ def _traced(
         learn_from_training(recorder, modules, train, new_recorder)
         return recorder
 
-    ones: frozenset[str] = frozenset()
+    ones = running_variances(modules)
     try:
         with new_garbage_only(), quiet(names):
             recorder = recorded()

@@ -186,20 +186,20 @@ class Recorder(OperationMode):
         """Give a parameter or buffer its atoms."""
         if tensor not in self.store:
             vectors = self.record.tensor(name, tensor.shape)
-            zero = name not in self.record.ones
-            labels = Labels(tuple(tensor.shape), list(vectors), [zero] * tensor.dim(), name=name)
-            if not zero:
-                self.record.fills[name] = dict.fromkeys(range(tensor.dim()), 1.0)
+            zero = self.record.zeros(name, tensor.dim())
+            labels = Labels(tuple(tensor.shape), list(vectors), zero, name=name)
+            if not all(zero):
+                self.record.fills[name] = {dim: 1.0 for dim in range(tensor.dim()) if not zero[dim]}
             self.store.set(tensor, labels)
 
-    def origin(self, vector: Vector | None) -> str:
-        """The name of the parameter or buffer that the first of these atoms belongs to."""
+    def origin(self, vector: Vector | None) -> tuple[str, int]:
+        """The parameter or buffer that the first of these atoms belongs to, and its dimension."""
         first = 0 if vector is None or not vector.size else int(vector[(vector != 0).argmax()])
         place = bisect_right(self.record.starts, first, key=lambda s: s[0]) if first else 0
         if not place:
-            return ""
-        start, name, _, size = self.record.starts[place - 1]
-        return name if first < start + size else ""
+            return "", 0
+        start, name, dim, size = self.record.starts[place - 1]
+        return (name, dim) if first < start + size else ("", 0)
 
     def owner(self, name: str) -> str:
         """The module to which a use of this parameter belongs: the running one if it holds it."""

@@ -202,7 +202,7 @@ def _learn(recorder: Recorder, tensors: Mapping[str, Tensor], run: Run, other: R
         spans = [places[name, dim] for dim in range(tensor.dim()) if (name, dim) in places]
         if len(spans) == tensor.dim():
             dims = [np.arange(start, start + size) for start, size in spans]
-            zero = [name not in record.ones] * tensor.dim()
+            zero = record.zeros(name, tensor.dim())
             known = Labels(tuple(tensor.shape), list(dims), zero, name=name)
             other.store.set(tensor, known)
     reason = Reason("reaches the output of the model in train mode")
