@@ -83,6 +83,11 @@ class FilterGSM(GSM):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of all parameters that have a gradient.
+
+        Returns:
+            What `closure` gives, which is called first.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -177,6 +177,9 @@ class SPP(OnModel):
         Args:
             mask: "expected" multiplies every group by 1 − p; "thresholded" masks those of p ≥ ½;
                 "drawn" masks at random, as the next iteration will.
+
+        Raises:
+            ValueError: `mask` is none of these.
         """
         if mask == "expected":
             factors = [1 - p for p in self._p]
