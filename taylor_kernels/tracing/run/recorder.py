@@ -23,7 +23,7 @@ from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.notes.values import Values
 from taylor_kernels.tracing.run.applying import apply
 from taylor_kernels.tracing.run.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
-from taylor_kernels.tracing.run.chance import Draws
+from taylor_kernels.tracing.run.chance import Draws, may_say
 from taylor_kernels.tracing.run.flow import Flow
 from taylor_kernels.tracing.run.frames import Frame
 from taylor_kernels.tracing.run.hollow import Hollow
@@ -138,6 +138,8 @@ class Recorder(OperationMode):
                     break
                 if frame.norms:
                     self.record.norm_calls.append((frame.name, frame.norms))
+                if frame.name in self.record.asked and may_say(output):
+                    self.record.asked.add(self.module)
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
@@ -271,6 +273,8 @@ class Recorder(OperationMode):
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
         record.step += 1
         name = call.name
+        if call.asks:
+            record.asked.add(self.module)
         if (
             _any_followed(call.labels.values())
             or not call.tensors
