@@ -23,10 +23,13 @@ def write_atomically(
 
     Raises:
         FileNotFoundError: there is no such folder.
+        IsADirectoryError: the path is that of a folder.
     """
     target = Path(os.fsdecode(path))
     if target.is_symlink():
         target = Path(os.path.realpath(target))
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {os.fspath(target)!r} is a folder; give the file a name")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {os.fspath(target.parent)!r}")
     # The draft lies in the same folder, so that the replacement is a rename.

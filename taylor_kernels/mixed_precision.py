@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
+from taylor_kernels.checks import check_module
 from taylor_kernels.statistics import Statistic, find_layers, held_weight
 from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import filter_axis
@@ -169,6 +170,7 @@ def gradient_underflow(model: nn.Module, layers: Sequence[str] | None = None) ->
         >>> {name: round(share, 3) for name, share in tk.gradient_underflow(layer).items()}
         {'': 0.333}
     """
+    check_module(model)
     found = {}
     for name, layer in find_layers(model, layers, trainable_only=False).items():
         weight = held_weight(layer)

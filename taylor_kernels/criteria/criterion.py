@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from taylor_kernels.checks import check_choice, check_flag
 from taylor_kernels.ops.filter_moments import MOMENTS, check_moments
 from taylor_kernels.statistics import Reads, get_statistic
 
@@ -85,12 +86,8 @@ class Criterion:
                 )
         if not callable(self.score):
             raise TypeError(f"score: expected a function, got {type(self.score).__name__}")
-        if self.coupled not in ("sum", "mean", "first"):
-            raise ValueError(f"coupled: {self.coupled!r} is not one of sum, mean, first")
-        if not isinstance(self.across_layers, bool):
-            raise TypeError(
-                f"across_layers: expected True or False, got {type(self.across_layers).__name__}"
-            )
+        check_choice("coupled", self.coupled, ("sum", "mean", "first"))
+        check_flag("across_layers", self.across_layers)
         if self.moments is not None:
             self._check_moments(self.moments)
 

@@ -58,6 +58,10 @@ class Joining(Joinable):
 
     def __init__(self, meter: _Absent) -> None:
         super().__init__()
+        if not hasattr(meter, "ranks"):
+            raise TypeError(
+                f"meter: expected a tk.Importance or a tk.Pruner, got {type(meter).__name__}"
+            )
         if meter.ranks is None:
             raise ValueError("meter: it has no ranks=, so there is no one to wait for it")
         self._meter, self._ranks = meter, meter.ranks

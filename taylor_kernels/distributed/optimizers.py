@@ -37,6 +37,9 @@ def carry_state(old: Optimizer, new: Optimizer) -> None:
         >>> new.param_groups[0]["lr"], [*new.state.values()][0]["momentum_buffer"]
         (0.1, tensor([1., 1., 1.]))
     """
+    for name, one in (("old", old), ("new", new)):
+        if not isinstance(one, Optimizer):
+            raise TypeError(f"{name}: expected a torch.optim.Optimizer, got {type(one).__name__}")
     shapes = [
         [[tuple(p.shape) for p in group["params"]] for group in one.param_groups]
         for one in (old, new)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from taylor_kernels.checks import check_choice, check_number
 from taylor_kernels.statistics import Statistic
 
 #: An older PyTorch has it under its old name alone, and one built without it not at all.
@@ -88,12 +89,11 @@ class Ranks:
             ("loss", loss, get_args(Loss)),
             ("minibatch", minibatch, get_args(Minibatch)),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+            check_choice(name, value, known)
         if not isinstance(window, int) or window < 1:
             raise ValueError(f"window: expected a number of minibatches from 1 on, got {window!r}")
-        if timeout is not None and not 0 < timeout < float("inf"):
-            raise ValueError(f"timeout: expected seconds, or None, got {timeout!r}")
+        if timeout is not None:
+            check_number("timeout", timeout, lambda s: 0 < s < float("inf"), "seconds, or None")
         self.gradients, self.loss, self.minibatch = gradients, loss, minibatch
         self.window, self._timeout = window, timeout
         self.collectives = self.bytes_sent = 0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from taylor_kernels.backends import select
+from taylor_kernels.checks import check_flag, check_module
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.distributed.ranks import Ranks, check_ranks
 from taylor_kernels.distributed.tables import check_parts, check_ranks_stream
@@ -27,7 +28,6 @@ from taylor_kernels.statistics import (
     held_weight,
 )
 from taylor_kernels.statistics.counting import Mask, counted
-from taylor_kernels.statistics.layers import check_module
 
 
 class Importance(Readout):
@@ -147,6 +147,7 @@ class Importance(Readout):
         check_ranks(ranks)
         self.criterion = get_criterion(criterion)
         statistic = get_statistic(self.criterion.statistic)
+        check_flag("stream", stream)
         if stream:
             check_streams(statistic, self.criterion.name)
         self._layers = scored_layers(model, statistic, layers, example_inputs)

@@ -24,10 +24,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from taylor_kernels.checks import check_flag, check_number
 from taylor_kernels.criteria import get_criterion
 from taylor_kernels.methods.block_gates import BlockGates
 from taylor_kernels.methods.channel_gates import ChannelGates, learning_rates, shares
-from taylor_kernels.pruning.arguments import check_arguments, check_number
+from taylor_kernels.pruning.arguments import check_arguments
 from taylor_kernels.pruning.choosing.budget import Budget, remedy_out_of_reach
 from taylor_kernels.pruning.choosing.selection import select_with_blocks
 from taylor_kernels.pruning.in_use import check_free
@@ -123,9 +124,11 @@ class AdaptivePruner(Progress):
             min_filters=min_filters,
             optimizer=optimizer,
             backend=None,
+            verify=verify,
         )
         if not optimizers_in(optimizer):
             raise ValueError("optimizer: the penalty follows its learning rates; give the one used")
+        check_flag("blocks", blocks)
         check_number("strength", strength, lambda v: 0 < v < inf, "a number above 0")
         check_number("growth", growth, lambda v: 1 <= v < inf, "1 or more")
         check_number("tolerance", tolerance, lambda v: 0 < v < 1, "a share above 0 and below 1")

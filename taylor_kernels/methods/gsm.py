@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taylor_kernels.backends import check_name
+from taylor_kernels.checks import is_number
 from taylor_kernels.ops.global_threshold import global_threshold, greatest_masks
 from taylor_kernels.ops.sparse_momentum import sparse_momentum
 
@@ -74,6 +76,7 @@ class GSM(Optimizer):
         *,
         backend: str | None = None,
     ) -> None:
+        check_name(backend)
         self._backend = backend
         self._told: list[tuple[Tensor, torch.cuda.Event, list[Any]]] = []  # oldest first
         defaults = {
@@ -102,9 +105,11 @@ class GSM(Optimizer):
             ("weight_decay", lambda x: x >= 0, "not negative"),
             ("compression", lambda x: x >= 1, "at least 1"),
         ):
-            value = float(group[name])
+            value = group[name]
+            if not is_number(value) and not (isinstance(value, Tensor) and value.numel() == 1):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
             if not (math.isfinite(value) and fits(value)):
-                raise ValueError(f"{name}: {group[name]} is out of range; it must be {range_}")
+                raise ValueError(f"{name}: {value} is out of range; it must be {range_}")
         if group["compression"] != self.defaults["compression"]:
             raise ValueError(
                 "compression: one for all groups, since all weights are ranked together; got "

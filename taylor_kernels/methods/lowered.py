@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_module, check_names
+
 
 class LoweredLinear(nn.Module):
     """y = x[..., kept] Wᵀ + b: a linear layer that reads some of its inputs.
@@ -149,6 +151,9 @@ def lower_columns(model: nn.Module, layers: Sequence[str] | None = None) -> dict
         >>> tk.methods.lower_columns(model)
         {'0': 0.6666666865348816}
     """
+    check_module(model)
+    if layers is not None:
+        layers = check_names("layers", layers)
     found: dict[str, float] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     if layers is not None and (unknown := sorted(set(layers) - modules.keys())):

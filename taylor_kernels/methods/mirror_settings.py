@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_flag, check_module, is_number
 from taylor_kernels.layout import FLOATS, accumulator
 
 #: Method -> its projection and how the stored value moves (ops/mirror_step.py).
@@ -50,19 +51,22 @@ def check_group(group: Mapping[str, Any], number: int) -> None:
     """The options of a parameter group are what they can be, or an error that names one."""
     where = f" (parameter group {number})" if number else ""
     for name, choices in _CHOICES.items():
-        if not any(group[name] is each or group[name] == each for each in choices):
+        word = group[name] if isinstance(group[name], str) else None
+        if not any(group[name] is each or word == each for each in choices):
             every = ", ".join(map(repr, choices))
             raise ValueError(f"{name}: {group[name]!r} is not one of {every}{where}")
     for name, (words, fits) in _NUMBERS.items():
         value = group[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        one = isinstance(value, Tensor) and value.numel() == 1
+        if isinstance(value, bool) or not (one or isinstance(value, (int, float))):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}{where}")
         if not math.isfinite(value) or not fits(float(value)):
             raise ValueError(f"{name}: {float(value):g} is not {words}{where}")
     if group["beta"] > group["beta_max"]:
         raise ValueError(f"beta: {group['beta']:g} is above beta_max, {group['beta_max']:g}{where}")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= each < 1 for each in betas):
+    pair = isinstance(betas, Sequence) and len(betas) == 2 and all(map(is_number, betas))
+    if not pair or not all(0 <= each < 1 for each in betas):
         raise ValueError(f"betas: {betas!r} are not two numbers from 0 to below 1{where}")
     interval = group["beta_interval"]
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
@@ -76,7 +80,7 @@ def check_group(group: Mapping[str, Any], number: int) -> None:
 
 
 def _check_scale(scale: object, where: str) -> None:
-    if scale is None or scale == "layer":
+    if scale is None or (isinstance(scale, str) and scale == "layer"):
         return
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ValueError(f"scale: {scale!r} is not None, 'layer' or a number{where}")
@@ -188,6 +192,9 @@ def parameter_groups(
         [('matrices', 4), (False, 2)]
         >>> optimizer = tk.methods.MirrorDescent(groups)
     """
+    check_module(model)
+    check_flag("first", first)
+    check_flag("last", last)
     layers = [
         module
         for module in model.modules()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_choice, check_count, check_module, check_number
 from taylor_kernels.methods.masks import Held, masks_of, ranked_weights
 
 Loss = Callable[[Any, Any], Tensor]
@@ -164,12 +165,16 @@ def at_init(
         >>> sum(int(mask.sum()) for mask in masks.values())
         48
     """
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: {criterion!r} is not one of {', '.join(CRITERIA)}")
+    check_module(model)
+    check_choice("criterion", criterion, CRITERIA)
+    check_number("keep", keep, lambda part: 0 < part <= 1, "the fraction to keep, in (0, 1]")
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+        raise TypeError(f"batches: expected (inputs, targets) pairs, got {type(batches).__name__}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss: expected a function, got {type(loss).__name__}")
     chosen, batches = CRITERIA[criterion], list(batches)
     rounds = chosen.rounds if rounds is None else rounds
-    if rounds < 1:
-        raise ValueError(f"rounds: {rounds} is below 1")
+    check_count("rounds", rounds)
     if chosen.needs_data and not batches:
         raise ValueError(f"batches: {criterion} reads data; pass at least one (inputs, targets)")
     if chosen.needs_data and loss is None and chosen.score is not synflow:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_choice, check_module, check_names, check_number
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.methods.probabilities import advanced, drawn
 from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, unit_groups
 from taylor_kernels.methods.spp_switches import Switches
 from taylor_kernels.methods.unread import remove_unread
-from taylor_kernels.pruning.arguments import check_number
 from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import trace
 
@@ -96,14 +96,18 @@ class SPP(OnModel):
         check_number("every", every, lambda n: n >= 1, "iterations, 1 or more")
         check_number("step", step, lambda a: 0 < a <= 1, "A, above 0 and at most 1")
         check_number("decay", decay, lambda u: 0 < u < 1, "u, above 0 and below 1")
-        if isinstance(layers, str):
-            raise TypeError(f"layers: expected names, got one string {layers!r}; pass [{layers!r}]")
+        check_module(model)
+        check_choice("groups", groups, ("columns", "filters"))
+        if layers is not None:
+            layers = check_names("layers", layers)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
         self._model, self._kind = model, groups
         self._channels = None
         self._groups: Sequence[Switched]
         if groups == "columns":
             self._groups = column_layers(model, layers)
-        elif groups == "filters":
+        else:
             if example_inputs is None:
                 raise ValueError(
                     "example_inputs: filters go with all that reads them, which a run of the model "
@@ -111,8 +115,6 @@ class SPP(OnModel):
                 )
             self._channels = trace(model, example_inputs).gone_at_zero()
             self._groups = unit_groups(model, self._channels, layers)
-        else:
-            raise ValueError(f"groups: expected 'columns' or 'filters', got {groups!r}")
         self._targets = self._counts(ratio)
         self._every, self._step, self._decay, self._seed = every, step, decay, seed
         self.iteration = self.recoveries = 0

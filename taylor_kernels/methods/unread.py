@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.methods.spp_groups import layer_of, read_channels, readers
+from taylor_kernels.pruning.removing.optimizer_state import check_optimizer_types
 from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import Channels, trace
 from taylor_kernels.tracing.run.running import call, copied, quiet, tensors_in
@@ -47,7 +48,7 @@ def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = Non
         How many units went.
 
     Raises:
-        ValueError: an optimizer that cannot be cut. Nothing is changed then.
+        TypeError, ValueError: no optimizer, or one that cannot be cut. Nothing is changed then.
 
     Example:
         >>> import torch
@@ -57,6 +58,7 @@ def remove_unread(model: nn.Module, example_inputs: Any, optimizer: object = Non
         >>> tk.methods.remove_unread(model, torch.randn(1, 4)), model[0].out_features
         (3, 5)
     """
+    check_optimizer_types(optimizer)
     channels = trace(model, example_inputs).gone_at_zero()
     dead = unread_units(model, channels)
     expected = _outputs(copy.deepcopy(model).eval(), example_inputs)

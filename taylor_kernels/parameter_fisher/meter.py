@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.backends import check_name
+from taylor_kernels.checks import check_choice, check_module
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.layout import accumulator
 from taylor_kernels.parameter_fisher.calls import Call
@@ -17,7 +18,6 @@ from taylor_kernels.parameter_fisher.watch import Watch
 from taylor_kernels.parameter_fisher.ways import find_parameters
 from taylor_kernels.statistics import check_loss_scale
 from taylor_kernels.statistics.hooks.passes import NOTHING_SEEN
-from taylor_kernels.statistics.layers import check_module
 
 Reduction = Literal["mean", "sum"]
 _STATE_VERSION = 1
@@ -109,8 +109,9 @@ class ParameterFisher(OnModel):
             ("reduction", reduction, get_args(Reduction)),
             ("matrix", matrix, get_args(Matrix)),
         ):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+            check_choice(name, value, known)
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
         if samples is not None and (matrix == "empirical" or samples < 1):
             raise ValueError(
                 f"samples: {samples!r} with matrix={matrix!r}; give a positive number, with "

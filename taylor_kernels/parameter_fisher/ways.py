@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from taylor_kernels.checks import check_names
 from taylor_kernels.parameter_fisher.kinds import Kind, kinds_of
 from taylor_kernels.parameter_fisher.rerun import differentiable
 
@@ -30,8 +31,8 @@ _NEVER_CALLED = (
 def find_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """The trained parameters of a model by name: all, or those that `names` match."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(names, str):
-        raise ValueError(f"parameters: expected a sequence of names, got the string {names!r}")
+    if names is not None:
+        names = check_names("parameters", names)
     for pattern in names or ():
         if not any(_matches(name, pattern) for name in trained):
             raise ValueError(

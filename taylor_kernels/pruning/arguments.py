@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from numbers import Real
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from taylor_kernels.backends import select
+from taylor_kernels.checks import check_count, check_flag, check_module, is_number
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masks.masking import check_unmasked
 from taylor_kernels.pruning.removing.optimizer_state import (
@@ -21,7 +21,6 @@ from taylor_kernels.pruning.removing.optimizer_state import (
 )
 from taylor_kernels.shards import is_fsdp
 from taylor_kernels.statistics import get_statistic
-from taylor_kernels.statistics.layers import check_module
 
 
 def one_criterion(
@@ -54,6 +53,7 @@ def check_arguments(
     min_filters: Any,
     optimizer: Any,
     backend: Any,
+    verify: Any = True,
 ) -> dict[str, float]:
     """The targets that were given, or an error that names the argument."""
     check_module(model)
@@ -82,41 +82,19 @@ def check_arguments(
         )
     for name, value in (("every", every), ("round_to", round_to), ("min_filters", min_filters)):
         check_count(name, value)
-    if not (per_step >= 1 if _is_int(per_step) else _is_number(per_step) and 0 < per_step < 1):
+    if not (per_step >= 1 if _is_int(per_step) else is_number(per_step) and 0 < per_step < 1):
         raise ValueError(
             f"per_step: expected a count of at least 1 or a fraction in (0, 1), got {per_step!r}"
         )
-    if not _is_number(momentum) or not 0 <= momentum < 1:
+    if not is_number(momentum) or not 0 <= momentum < 1:
         raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
+    check_flag("verify", verify)
     if optimizer is not None:
         check_optimizer(optimizer, model)
     kept = next((p for p in model.parameters() if p.is_floating_point()), None)
     if backend is not None and kept is not None:
         select(kept.device, kept.dtype, backend)
     return given
-
-
-def check_count(name: str, value: object) -> None:
-    """An argument is an integer of at least 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-
-
-def check_number(name: str, value: Any, fits: Callable[[float], bool], what: str) -> None:
-    """An argument is a number that fits.
-
-    Args:
-        what: what is expected, in words.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not _is_number(value) or not fits(value):
-        raise ValueError(f"{name}: expected {what}, got {value!r}")
 
 
 def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> set[str]:
@@ -128,7 +106,7 @@ def ignored_modules(model: nn.Module, patterns: Sequence[str | nn.Module]) -> se
     """
     if isinstance(patterns, (str, nn.Module)):
         patterns = (patterns,)
-    if not isinstance(patterns, Iterable):
+    if not isinstance(patterns, Iterable) or isinstance(patterns, Tensor):
         raise TypeError(
             "ignore: expected a sequence of module names, patterns or modules, () for none, got "
             f"{patterns!r}"
@@ -182,8 +160,8 @@ def check_optimizer(optimizer: object, model: nn.Module) -> None:
 
 
 def _fraction(name: str, value: Any) -> float:
-    if not _is_number(value) or not 0 < value <= 1:
-        percent = _is_number(value) and 1 < value <= 100
+    if not is_number(value) or not 0 < value <= 1:
+        percent = is_number(value) and 1 < value <= 100
         hint = f"; for {value:g}% write {value / 100:g}" if percent else ""
         raise ValueError(f"{name}: expected the fraction to keep, in (0, 1], got {value!r}{hint}")
     return float(value)
@@ -191,7 +169,3 @@ def _fraction(name: str, value: Any) -> float:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)  # numpy's float32 is one

@@ -134,6 +134,7 @@ class Pruner(Resumable):
             min_filters=min_filters,
             optimizer=optimizer,
             backend=backend,
+            verify=verify,
         )
         check_blocks(blocks, self.criterion)
         check_ranks(ranks)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_count
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.arguments import check_count
 from taylor_kernels.pruning.choosing.budget import Budget
 from taylor_kernels.pruning.choosing.flops import Cost
 from taylor_kernels.pruning.network import Network

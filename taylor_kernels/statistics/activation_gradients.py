@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from taylor_kernels.checks import check_module
 from taylor_kernels.statistics.layers import is_layer
 
 
@@ -69,6 +70,7 @@ def scoring(model: nn.Module) -> Iterator[nn.Module]:
         >>> model[0].weight.grad is None
         True
     """
+    check_module(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     root = torch.empty(0, requires_grad=True)
 

@@ -30,6 +30,8 @@ def counted(statistic: Statistic, mask: Mask | None) -> Iterator[None]:
 
 
 def _checked(statistic: Statistic, mask: Mask) -> list[Tensor]:
+    if not isinstance(mask, (Tensor, Sequence)):
+        raise TypeError(f"mask: expected tensors, one for each pass, got {type(mask).__name__}")
     masks = [mask] if isinstance(mask, Tensor) else list(mask)
     if statistic.reads == "closure":
         raise ValueError(

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from taylor_kernels.checks import check_names
 from taylor_kernels.statistics.parts import BareLayer, bare_layer
 
 #: A layer whose filters can be scored; a class of `_LINEAR_TOO` counts as a linear layer.
@@ -20,16 +21,6 @@ Layer = _ConvNd | nn.Linear | BareLayer
 Layers = dict[str, Layer]
 #: Linear layers with a class of their own, which hold their weight as [inputs, outputs].
 _LINEAR_TOO = frozenset({"transformers.pytorch_utils.Conv1D"})
-
-
-def check_module(model: object, argument: str = "model") -> None:
-    """The argument of this name is a module.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{argument}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def is_layer(module: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:
@@ -57,6 +48,7 @@ def find_layers(
     Raises:
         ValueError: a name matches no such layer; a named layer is frozen though
             `trainable_only`; nothing is left.
+        TypeError: `names` are no names.
     """
     candidates: Layers = {
         name: module for name, module in model.named_modules() if is_layer(module)
@@ -64,8 +56,7 @@ def find_layers(
     if names is None:
         chosen = candidates
     else:
-        if isinstance(names, str):
-            raise ValueError(f"layers: expected a sequence of names, got the string {names!r}")
+        names = check_names("layers", names)
         chosen = {}
         others: Mapping[str, Sequence[tuple[str, int]]] | None = None  # not asked for yet
         for pattern in names:

@@ -10,16 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_number
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.answer.channels import Channels
 from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.notes.experts import find_mixtures, one_expert_at_a_time
+from taylor_kernels.tracing.rules.norms import running_variances
 from taylor_kernels.tracing.run.checked_widths import keep_whole
 from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.run.one_run import run_once
 from taylor_kernels.tracing.run.recorder import Execute, Recorder
 from taylor_kernels.tracing.run.refusals import refusal
+from taylor_kernels.tracing.run.replaced import follow_replaced
 from taylor_kernels.tracing.run.returned import (
     Read,
     UnknownOutput,
@@ -134,6 +137,7 @@ def _traced(
     read: Read,
     shared: Shared | None,
 ) -> Channels:
+    check_number("seconds", seconds, lambda most: most > 0, "a number above 0")
     modules = _modules(model)
     tensors = _checked(modules)
     if read is not None:
@@ -146,7 +150,7 @@ def _traced(
         )
     names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    until = time.monotonic() + seconds
+    by_name, until = dict(tensors), time.monotonic() + seconds
     recorders: list[Recorder] = []
 
     def new_recorder(execute: Execute | None = None, **options: bool) -> Recorder:
@@ -157,6 +161,8 @@ def _traced(
 
     def run(recorder: Recorder) -> Iterator[Tensor]:
         outputs = run_once(recorder, model, names, example_inputs)
+        if not recorder.blind:
+            follow_replaced(recorder, names, by_name)
         return returned_tensors(model, example_inputs, outputs, read)
 
     def attempt(hollow: bool) -> Recorder | None:
@@ -167,7 +173,6 @@ def _traced(
         with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
-            by_name = dict(tensors)
             go_together(recorder, by_name, shared or find_shared(modules, by_name))
             kept = keeping(names)
             with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
@@ -213,10 +218,11 @@ def _traced(
                     recorder = None  # what code has kept elsewhere, as in a table, gets values
         recorder = recorder or attempt(hollow=False)
         assert recorder is not None
+        untouched.restore()  # the tensors that have atoms are in their places again
         learn_from_training(recorder, modules, train, new_recorder)
         return recorder
 
-    ones: frozenset[str] = frozenset()
+    ones = running_variances(modules)
     try:
         with new_garbage_only(), quiet(names):
             recorder = recorded()

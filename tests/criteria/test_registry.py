@@ -41,7 +41,7 @@ def test_a_criterion_of_the_users_own():
         ({"reference": 3}, TypeError, "reference: expected a string, got int"),
         ({"score": 3}, TypeError, "score: expected a function, got int"),
         ({"coupled": "max"}, ValueError, "coupled: 'max' is not one of sum, mean, first"),
-        ({"across_layers": "no"}, TypeError, "across_layers: expected True or False, got str"),
+        ({"across_layers": "no"}, TypeError, "across_layers: expected True or False, got 'no'"),
     ],
 )
 def test_what_a_criterion_is_made_of_is_checked(wrong, error, message):

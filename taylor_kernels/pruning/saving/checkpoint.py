@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from taylor_kernels.checks import check_module, check_path
 from taylor_kernels.files import write_atomically
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removing.optimizer_state import as_list, check_optimizer_types
@@ -29,7 +30,6 @@ from taylor_kernels.pruning.saving.state import (
     first_line,
 )
 from taylor_kernels.shards import in_parts, whole_state
-from taylor_kernels.statistics.layers import check_module
 from taylor_kernels.tracing.run.running import outside_inference_mode
 
 FILE_FORMAT = "taylor_kernels.checkpoint"
@@ -58,6 +58,7 @@ def save_checkpoint(
     Raises:
         TypeError: a part is something else, or it holds what `load_checkpoint` would refuse:
             objects other than tensors and plain Python. (numpy's numbers become Python's.)
+        ValueError: the pruner is of another model.
         FileNotFoundError: there is no such folder.
         RuntimeError: ranks have pruned other filters, or one could not write, or did not come.
 
@@ -69,8 +70,9 @@ def save_checkpoint(
         ...     os.listdir(folder)
         ['run.pt']
     """
+    check_path(path)
     model = bare(model)
-    check_given(model, optimizer)
+    check_given(model, optimizer, pruner)
     if pruner is None or pruner.ranks is None:
         _write(path, parts_of(model, optimizer, pruner), extra)
         return
@@ -157,31 +159,30 @@ def load_checkpoint(
         >>> its_pruner.done, torch.equal(again[0].weight, model[0].weight)
         (True, True)
     """
+    check_path(path)
     model = bare(model)
-    check_given(model, optimizer)
+    check_given(model, optimizer, pruner)
     if in_parts(model):
         raise ValueError(
             "model: its parameters are in parts on several ranks; load the checkpoint into the "
             "model as it was before fully_shard(), shard it then, and take the optimizer's state "
             "along with tk.distributed.carry_state"
         )
-    check_belongs(model, optimizer, pruner)
+    check_belongs(optimizer, pruner)
     content = read_checkpoint(path)
     check_content(content, model, optimizer, pruner)
     check_optimizers(content, model, optimizer, pruner)
     return restored(content, model, optimizer, pruner)
 
 
-def check_belongs(model: nn.Module, optimizer: object, pruner: Pruner | None) -> None:
-    """The pruner is of this model and these optimizers.
+def check_belongs(optimizer: object, pruner: Pruner | None) -> None:
+    """The pruner is of these optimizers.
 
     Raises:
         ValueError: it is not.
     """
     if pruner is None:
         return
-    if pruner.model is not model:
-        raise ValueError("pruner: it prunes another model than the one given")
     known = list(map(id, as_list(pruner.optimizer)))
     if optimizer is not None and known != list(map(id, as_list(optimizer))):
         raise ValueError(
@@ -288,11 +289,21 @@ def read_checkpoint(path: str | bytes | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_given(model: object, optimizer: object) -> None:
-    """They are a module, and optimizers.
+def check_given(model: object, optimizer: object, pruner: object) -> None:
+    """They are a module, optimizers, and the pruner of that module.
 
     Raises:
         TypeError: one is something else.
+        ValueError: the pruner is of another module.
     """
     check_module(model)
     check_optimizer_types(optimizer)
+    if pruner is None:
+        return
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"pruner: expected a tk.Pruner, got {type(pruner).__name__}")
+    if pruner.model is not model:
+        raise ValueError(
+            "pruner: it prunes another model than the one given; give the one that it was made of "
+            "(torch.compile's wrapper has it as ._orig_mod)"
+        )

@@ -8,11 +8,11 @@ from numbers import Integral
 
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_module, check_path
 from taylor_kernels.pruning.masks.masking import check_unmasked
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.removing.removal import Tensors, cut_model
 from taylor_kernels.pruning.saving.pruned_file import PrunedFile
-from taylor_kernels.statistics.layers import check_module
 from taylor_kernels.tracing.model.caches import renew
 from taylor_kernels.tracing.model.settings import get_attribute
 
@@ -51,7 +51,7 @@ def save_pruned(path: str | bytes | os.PathLike[str], pruner: Pruner) -> None:
         >>> again[0].out_features, torch.equal(again(x), model(x))
         (4, True)
     """
-    _check_path(path)
+    check_path(path)
     _check_pruner(pruner, "save_pruned(path, pruner)")
     _content(pruner).write(path)
 
@@ -88,7 +88,7 @@ def load_pruned(model: nn.Module, path: str | bytes | os.PathLike[str]) -> nn.Mo
         Linear(in_features=4, out_features=2, bias=True)
     """
     check_module(model)
-    _check_path(path)
+    check_path(path)
     path = os.fsdecode(path)
     file = PrunedFile.read(path)
     _check_model(f"model: {path!r} was pruned from another model", file, model)
@@ -165,11 +165,6 @@ def _check_pruner(pruner: object, call: str) -> None:
         raise TypeError(
             f"pruner: expected the tk.Pruner of the model, got {type(pruner).__name__}; call {call}"
         )
-
-
-def _check_path(path: object) -> None:
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        raise TypeError(f"path: expected a path of a file, got {type(path).__name__}")
 
 
 def _check_model(otherwise: str, file: PrunedFile, model: nn.Module) -> None:

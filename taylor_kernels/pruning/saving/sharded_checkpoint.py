@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from taylor_kernels.checks import check_path
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.saving.apart import followed_by, with_memory, without_memory
@@ -42,7 +43,7 @@ from taylor_kernels.tracing.run.running import outside_inference_mode
 
 
 def save_sharded_checkpoint(
-    folder: str | os.PathLike[str],
+    folder: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -77,8 +78,9 @@ def save_sharded_checkpoint(
         ...     tk.load_sharded_checkpoint(folder, model=model)
         {'epoch': 3}
     """
+    folder = _checked(folder)
     model = bare(model)
-    check_given(model, optimizer)
+    check_given(model, optimizer, pruner)
     ranks = _ranks(model, pruner)
     if pruner is not None:
         pruner.sync()
@@ -108,7 +110,7 @@ def save_sharded_checkpoint(
         remove_older(folder, number)
 
 
-def read_sharded_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def read_sharded_checkpoint(folder: str | bytes | os.PathLike[str]) -> dict[str, Any]:
     """What a checkpoint holds beside tensors of the model and the optimizer: "pruner" and "extra".
 
     `Pruner.load_state_dict` of the pruner's state cuts a model that is whole to the structure that
@@ -126,13 +128,14 @@ def read_sharded_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ...     tk.read_sharded_checkpoint(folder)
         {'pruner': None, 'extra': {'epoch': 3}}
     """
+    folder = _checked(folder)
     content = read_plain(latest(folder))
     return {"pruner": content["pruner"], "extra": content["extra"]}
 
 
 @outside_inference_mode()
 def load_sharded_checkpoint(
-    folder: str | os.PathLike[str],
+    folder: str | bytes | os.PathLike[str],
     *,
     model: nn.Module,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
@@ -166,9 +169,10 @@ def load_sharded_checkpoint(
         >>> torch.equal(again.weight, model.weight)
         True
     """
+    folder = _checked(folder)
     model = bare(model)
-    check_given(model, optimizer)
-    check_belongs(model, optimizer, pruner)
+    check_given(model, optimizer, pruner)
+    check_belongs(optimizer, pruner)
     ranks = _ranks(model, pruner)
     error: Exception | None = None
     content: dict[str, Any] = {}
@@ -189,6 +193,11 @@ def load_sharded_checkpoint(
         error = caught
     _agreed(ranks, error, "read the checkpoint")
     return restored(content, model, optimizer, pruner)
+
+
+def _checked(folder: str | bytes | os.PathLike[str]) -> str:
+    check_path(folder, "folder")
+    return os.fsdecode(folder)
 
 
 def _ranks(model: nn.Module, pruner: Pruner | None) -> Ranks | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylor_kernels.checks import check_flag
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.hooks import Hook, remove_all
 from taylor_kernels.ops.gate_gradients import gate_gradients
@@ -36,8 +37,7 @@ def check_blocks(blocks: object, criterion: Criterion) -> None:
         TypeError: it is no bool.
         ValueError: the criterion says nothing of a whole block.
     """
-    if not isinstance(blocks, bool):
-        raise TypeError(f"blocks: expected True or False, got {blocks!r}")
+    check_flag("blocks", blocks)
     if not blocks:
         return
     kind = get_statistic(criterion.statistic)

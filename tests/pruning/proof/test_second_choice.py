@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from taylor_kernels.pruning.proof.trial import Trial
 from tests.zoo import judging
 
 
@@ -76,3 +79,50 @@ def test_what_no_choice_makes_right_stays():
     model = Encoder(3, 4, by_number=True, scaled=True)
     pruner, _ = judging.new_pruner(model, torch.randn(1, 6, 3), 0.95)
     assert set(pruner.skipped) == {"layers.0.qkv", "layers.1.qkv", "leave"}
+
+
+class Setting:
+    """Numbers of heads that all layers read, and none holds."""
+
+    def __init__(self, queries: int, keys: int) -> None:
+        self.queries, self.keys = queries, keys
+
+
+class Packed(nn.Module):
+    """Its code cuts a packed layer by the setting: without a head, what it gives to `out` is not as
+    wide as `out` is."""
+
+    def __init__(self, width: int, dim: int, setting: Setting) -> None:
+        super().__init__()
+        self.setting, self.head_dim, self.groups = setting, dim, setting.queries // setting.keys
+        self.qkv = nn.Linear(width, (setting.queries + 2 * setting.keys) * dim)
+        self.out = nn.Linear(setting.queries * dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, qkv = (*x.shape[:-1], -1, self.head_dim), self.qkv(x)
+        end = self.setting.queries * self.head_dim
+        both = self.setting.keys * self.head_dim
+        parts = qkv[..., :end], qkv[..., end : end + both], qkv[..., end + both :]
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts)
+        k, v = (part.repeat_interleave(self.groups, 1) for part in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_what_a_layer_is_given_is_sized_by_the_code_around_it(layers: int, monkeypatch):
+    """The layer in which a trial fails has no code of its own, so that no other trial is needed."""
+    faults: list[str] = []
+    tried = Trial.fault
+
+    def listed(*args: Any) -> str:
+        faults.append(tried(*args))
+        return faults[-1]
+
+    monkeypatch.setattr(Trial, "fault", listed)
+    width, dim, keys = random.randint(7, 11), random.choice([4, 6]), random.choice([2, 3])
+    setting = Setting(2 * keys, keys)
+    stream = (Packed(width, dim, setting) for _ in range(layers))
+    model = nn.Sequential(nn.Linear(3, width), *stream, nn.Linear(width, 2))
+    judging.check_all_but([str(layers + 1)], model, torch.randn(1, 6, 3))
+    assert list(map(bool, faults)) == [True, False]

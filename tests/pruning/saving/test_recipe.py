@@ -117,11 +117,11 @@ def test_arguments_in_another_order_are_named(tmp_path):
     model, _, pruner = pruned("mlp")
     with pytest.raises(TypeError, match=r"^pruner: expected the tk.Pruner of the model, got Seq"):
         save_pruned(tmp_path / "it", model)
-    with pytest.raises(TypeError, match=r"^path: expected a path of a file, got Pruner"):
+    with pytest.raises(TypeError, match=r"^path: expected a path, got Pruner"):
         save_pruned(pruner, tmp_path / "it")
     with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module"):
         load_pruned(tmp_path / "it", model)
-    with pytest.raises(TypeError, match=r"^path: expected a path of a file, got Pruner"):
+    with pytest.raises(TypeError, match=r"^path: expected a path, got Pruner"):
         load_pruned(model, pruner)
     assert list(tmp_path.iterdir()) == []
 
