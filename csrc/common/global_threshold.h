@@ -1,13 +1,13 @@
 // global_threshold: which elements of many tensors are the `wanted` greatest of all, exactly.
 //
 // The score of an element is |a·b|, |a| without b, or a itself (is_signed), rounded to float32. Its
-// key is a number of 32 bits that is in the order of the scores. Scores that are equal go by their
+// key is a number of 32 bits; keys are ordered as scores are. Scores that are equal go by their
 // position: elements are numbered through all ranked items, each as it lies in memory. The table
 //   { key, last, broken }
 // says of an element that it is among the `wanted` if its key is greater than `key`, or equal and
 // its position at most `last`; `last` is INT64_MAX if all that are equal are among them. `broken`
-// is 0, or items − i for the first item i that has a score which is not finite; of an item that is
-// not ranked it is the elements of b, or of a without b, that are looked at.
+// is 0, or items − i for the first item i that has a score which is not finite. Items that are not
+// ranked are looked at for that alone: at the elements of b, or of a where there is no b.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ struct GlobalThresholdArgs {
 // A key is read in digits of 11, 11 and 10 bits, the highest first.
 constexpr int kDigits = 3;
 constexpr int kBins = 2048;
-constexpr uint32_t kInfinity = 0x7f800000;  // the bits of it, and of a NaN without its sign more
+constexpr uint32_t kInfinity = 0x7f800000;  // its bits; those of a NaN, without the sign, are more
 
 TK_HOST_DEVICE constexpr int digit_shift(int digit) {
   return digit == 0 ? 21 : digit == 1 ? 10 : 0;

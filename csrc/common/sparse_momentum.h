@@ -24,8 +24,8 @@ struct MomentumItem {
   DType dtype;
   bool ranked;
   double lr;
-  double decay;
-  double beta;
+  double decay;  // the formula's weight_decay
+  double beta;   // the formula's momentum, which z is multiplied by
 };
 
 struct SparseMomentumArgs {

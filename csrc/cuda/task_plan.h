@@ -88,8 +88,8 @@ inline void plan_matrix(Task& task) {
   const int64_t vector = 16 / size_of(static_cast<DType>(task.dtype));
   task.is_matrix = true;
   const int64_t period = task.columns * task.col_run();
+  // A row has to start where a vector does, or its vectors could not be loaded at once.
   task.vectors = period % vector == 0 && (!task.row_out || period >= kMinVectors * vector);
-  // A row's start must be a vector's start, or its vectors could not be loaded at once.
 
   const int64_t warp_span = 32 * vector_size(task);
   task.repeat = task.row_out ? 1 : std::max<int64_t>(1, warp_span / period);

@@ -2,9 +2,10 @@
 // copied to the device beforehand, and a CUDA graph keeps the table with the launch.
 //
 // A task sums terms of the element pairs (a, b) of one tensor pair, or of triples. Two shapes:
-//   rows    the sums of each of `rows` rows of `columns` contiguous elements; `tiles` segments a
-//   row matrix  `groups` matrices of `rows` rows with `columns * run` positions, summed along the
-//         rows (a block of them at a time), along the positions (a tile at a time), or both
+//   rows    the sums of each of `rows` rows of `columns` contiguous elements, each row in `tiles`
+//           segments
+//   matrix  `groups` matrices of `rows` rows with `columns * run` positions, summed along the rows
+//           (a block of them at a time), along the positions (a tile at a time), or both
 // A `run` is what one result covers on one of the two axes of a matrix: with run_in_rows, `run`
 // consecutive rows are one row of the result; without, `run` consecutive positions one column.
 #pragma once
