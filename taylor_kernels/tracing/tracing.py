@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from taylor_kernels.checks import check_number
 from taylor_kernels.tracing import rules  # noqa: F401 - importing registers them
 from taylor_kernels.tracing.answer.channels import Channels
-from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
+from taylor_kernels.tracing.model.caches import modules_by_name
 from taylor_kernels.tracing.multihead import prunable_attention
-from taylor_kernels.tracing.notes.experts import find_mixtures, one_expert_at_a_time
+from taylor_kernels.tracing.notes.experts import find_mixtures
 from taylor_kernels.tracing.rules.norms import running_variances
-from taylor_kernels.tracing.run.checked_widths import keep_whole
-from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
-from taylor_kernels.tracing.run.one_run import run_once
-from taylor_kernels.tracing.run.recorder import Execute, Recorder
-from taylor_kernels.tracing.run.refusals import refusal
-from taylor_kernels.tracing.run.replaced import follow_replaced
-from taylor_kernels.tracing.run.returned import (
-    Read,
-    UnknownOutput,
-    checked_outputs,
-    reach_the_output,
-    returned_tensors,
-)
+from taylor_kernels.tracing.run.returned import Read, checked_outputs
 from taylor_kernels.tracing.run.running import (
     is_lazy,
-    new_garbage_only,
     one_at_a_time,
-    quiet,
     tensors_in,
     tensors_of_modules,
 )
-from taylor_kernels.tracing.run.shared_memory import Shared, find_shared, go_together
-from taylor_kernels.tracing.run.training import learn_from_training, set_training
-from taylor_kernels.tracing.run.untouched import Untouched
-
-
-class Count(Protocol):
-    """Runs the operations of a run, and writes down what it wants of them."""
-
-    def restart(self) -> None:
-        """A run begins; there may have been another one, which did not come to its end."""
-
-    def run(self, func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
-        """Run an operation, unless this is `made`, which it would return."""
+from taylor_kernels.tracing.run.runs import Count, Runs
+from taylor_kernels.tracing.run.shared_memory import Shared
 
 
 def trace(
@@ -125,120 +97,34 @@ def traced(
         shared: what shares memory in the model that this one is a copy of.
     """
     with one_at_a_time():
-        return _traced(model, example_inputs, seconds, count, blocks, outputs, shared)
-
-
-def _traced(
-    model: nn.Module,
-    example_inputs: Any,
-    seconds: float,
-    count: Count | None,
-    blocks: bool,
-    read: Read,
-    shared: Shared | None,
-) -> Channels:
-    check_number("seconds", seconds, lambda most: most > 0, "a number above 0")
-    modules = _modules(model)
-    tensors = _checked(modules)
-    if read is not None:
-        checked_outputs(read)
-    given = list(tensors_in(example_inputs))
-    if given and not any(tensor.numel() for tensor in given):
-        raise ValueError(
-            f"example_inputs: nothing is in them (shape {tuple(given[0].shape)}), so "
-            "sizes cannot be told apart; pass at least one example"
+        check_number("seconds", seconds, lambda most: most > 0, "a number above 0")
+        modules = _modules(model)
+        tensors = _checked(modules)
+        if outputs is not None:
+            checked_outputs(outputs)
+        given = list(tensors_in(example_inputs))
+        if given and not any(tensor.numel() for tensor in given):
+            raise ValueError(
+                f"example_inputs: nothing is in them (shape {tuple(given[0].shape)}), so "
+                "sizes cannot be told apart; pass at least one example"
+            )
+        runs = Runs(
+            model,
+            example_inputs,
+            modules,
+            tensors,
+            seconds=seconds,
+            count=count,
+            blocks=blocks,
+            read=outputs,
+            shared=shared,
         )
-    names = {module: name for name, module in modules.items()}
-    untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    by_name, until = dict(tensors), time.monotonic() + seconds
-    recorders: list[Recorder] = []
-
-    def new_recorder(execute: Execute | None = None, **options: bool) -> Recorder:
-        left = max(until - time.monotonic(), 0.0)
-        recorders.append(Recorder(names, untouched.touch, left, execute, **options))
-        recorders[-1].record.ones = ones
-        return recorders[-1]
-
-    def run(recorder: Recorder) -> Iterator[Tensor]:
-        outputs = run_once(recorder, model, names, example_inputs)
-        if not recorder.blind:
-            follow_replaced(recorder, names, by_name)
-        return returned_tensors(model, example_inputs, outputs, read)
-
-    def attempt(hollow: bool) -> Recorder | None:
-        """Trace one run; None where it was to leave work out, and could not."""
-        if count is not None:
-            count.restart()
-        recorder = new_recorder(None if count is None else count.run, blocks=blocks, hollow=hollow)
-        with prunable_attention(names), one_expert_at_a_time(names):
-            for name, tensor in tensors:
-                recorder.add(name, tensor)
-            go_together(recorder, by_name, shared or find_shared(modules, by_name))
-            kept = keeping(names)
-            with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
-                if any(module.training for module in names):
-                    model.eval()  # which takes its time, as every module sets an attribute
-                renew(kept)
-            keep_whole(recorder, names)
-            try:
-                outputs = list(run(recorder))
-            except (TimeoutError, MemoryError, UnknownOutput):
-                raise
-            except Exception as error:
-                if hollow:
-                    return None
-                raise ValueError(refusal(error, recorder.module)) from error
-            if recorder.hollow is not None and recorder.hollow.asked:
-                return None
-            reach_the_output(recorder, outputs)
-        return recorder
-
-    def kept_hollow(recorder: Recorder) -> bool:
-        return recorder.hollow is not None and recorder.hollow.kept
-
-    def train(recorder: Recorder) -> list[Tensor]:
-        """Run the model in train mode, from the state that the caller has left it in."""
-        untouched.restore()
-        try:
-            with prunable_attention(names), one_expert_at_a_time(names):
-                with torch._C._AutoDispatchBelowAutograd(), recorder:
-                    set_training(model)
-                return list(run(recorder))
-        finally:
-            untouched.restore()
-
-    def recorded() -> Recorder:
-        """The record of the runs that it takes to see all that the model does."""
-        recorder = None
-        if is_worth_it((tensor for _, tensor in tensors), given) and can_be_hollow(names):
-            recorder = attempt(hollow=True)
-            if recorder is None or kept_hollow(recorder):
-                untouched.restore()
-                if recorder is not None and kept_hollow(recorder):
-                    recorder = None  # what code has kept elsewhere, as in a table, gets values
-        recorder = recorder or attempt(hollow=False)
-        assert recorder is not None
-        untouched.restore()  # the tensors that have atoms are in their places again
-        learn_from_training(recorder, modules, train, new_recorder)
-        return recorder
-
-    ones = running_variances(modules)
-    try:
-        with new_garbage_only(), quiet(names):
-            recorder = recorded()
-            # What is masked with ones is known by the end only, and was taken for zero until then.
-            while not recorder.record.divisors <= ones:
-                ones |= recorder.record.divisors
-                untouched.restore()
-                recorder = recorded()
-    finally:
-        for each in recorders:
-            each.memories.release()
-        untouched.restore()
-    recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
-    recorder.record.written = [n for n, tensor in tensors if untouched.was_written(tensor)]
-    with prunable_attention(names):
-        return Channels(recorder.record, modules)
+        recorder = runs.recorded(running_variances(modules))
+        recorder.record.mixtures += find_mixtures(recorder.record, modules, recorder.returned)
+        written = (n for n, tensor in tensors.items() if runs.untouched.was_written(tensor))
+        recorder.record.written = list(written)
+        with prunable_attention(runs.names):
+            return Channels(recorder.record, modules)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -247,13 +133,13 @@ def _modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules_by_name(model)
 
 
-def _checked(modules: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+def _checked(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The parameters and buffers of a model that can be traced."""
     parameters, buffers = tensors_of_modules(modules)
-    tensors = [*parameters.items(), *buffers.items()]
+    tensors = {**parameters, **buffers}
     if not tensors:
         raise ValueError("model: it has no parameters, so there are no channels to follow")
-    for name, tensor in tensors:
+    for name, tensor in tensors.items():
         if is_lazy(tensor):
             raise ValueError(
                 f"model: its parameter {name!r} is lazy; run the model once on the example inputs"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing import trace, tracing
-from taylor_kernels.tracing.run import hollow
+from taylor_kernels.tracing import trace
+from taylor_kernels.tracing.run import hollow, runs
 from taylor_kernels.tracing.run.chance import Draws
 from taylor_kernels.tracing.tracing import traced
 from tests.tracing.hollow_runs import SIDE, WIDTH, Counting, network, same
@@ -65,7 +65,7 @@ def test_code_that_reads_values_gets_them(read, monkeypatch):
     other = {"low": "high", "high": "low"}[ran]
     assert any(name.startswith(f"3.{ran}.") for name in set(channels.classes) - channels.unread)
     assert f"3.{other}.weight" in channels.unread
-    monkeypatch.setattr(tracing, "can_be_hollow", lambda modules: False)
+    monkeypatch.setattr(runs, "can_be_hollow", lambda modules: False)
     assert same(channels, trace(model, x))
 
 
@@ -77,7 +77,7 @@ def test_layers_are_left_out_where_nobody_reads(monkeypatch):
     ((ran, made),) = count.runs
     assert made == ["conv2d", "batch_norm", "relu", "conv2d"]
     assert not {"conv2d", "batch_norm"} & set(ran)
-    monkeypatch.setattr(tracing, "can_be_hollow", lambda modules: False)
+    monkeypatch.setattr(runs, "can_be_hollow", lambda modules: False)
     assert same(channels, trace(model, x))
 
 

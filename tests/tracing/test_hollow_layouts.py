@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from taylor_kernels.tracing import trace, tracing
-from taylor_kernels.tracing.run import hollow
+from taylor_kernels.tracing import trace
+from taylor_kernels.tracing.run import hollow, runs
 from taylor_kernels.tracing.tracing import traced
 from tests.tracing.hollow_runs import WIDTH, Counting, same
 from tests.tracing.parts import Apply
@@ -84,7 +84,7 @@ def test_what_is_made_in_place_of_a_result_is_laid_out_as_it_is(data):
     channels = traced(model, x, count=check)
     assert names[0].split(" ")[0] in check.made
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(tracing, "can_be_hollow", lambda modules: False)
+        patched.setattr(runs, "can_be_hollow", lambda modules: False)
         assert same(channels, trace(model, x))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import taylor_kernels.tracing.tracing as tracing
+from taylor_kernels.tracing.run import runs
 from tests.zoo import judging
 
 
@@ -134,14 +134,14 @@ class Centred(nn.Module):
 @pytest.mark.parametrize("mean", [False, True])
 def test_the_proof_compares_outputs_in_train_mode(mean, monkeypatch):
     """It does not take the trace's word: here only for what the layer beside lies along."""
-    learn = tracing.learn_from_training
+    learn = runs.learn_from_training
 
     def deaf(recorder, *rest):
         before = len(recorder.record.fixed)
         learn(recorder, *rest)
         del recorder.record.fixed[before:]
 
-    monkeypatch.setattr(tracing, "learn_from_training", deaf)
+    monkeypatch.setattr(runs, "learn_from_training", deaf)
     if mean:
         with pytest.raises(ValueError, match="mixes its channels"):
             judging.new_pruner(Centred(mean), torch.randn(4, 3), 0.5)
