@@ -37,8 +37,8 @@ _OTHERS = tuple(
     f"{folder}{os.sep}"
     for folder in (
         Path(torch.__file__).parent,
-        Path(__file__).parent,
-        Path(__file__).parents[1] / "pruning",
+        Path(__file__).parents[2] / "tracing",
+        Path(__file__).parents[2] / "pruning",
     )
 )
 #: How torch.compile names the second part of a function that it has cut; the first part calls it.
