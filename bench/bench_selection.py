@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.harness import Provider
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.selection import select
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.selection import select
 from tests.helpers.selections import chain, plain_select
 
 #: Name -> the units of each group, and the multiple that widths are kept at.

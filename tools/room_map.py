@@ -3,9 +3,9 @@
     python tools/room_map.py            # writes the map into CONTRIBUTING.md
     python tools/room_map.py --check    # exits 1 if the map there is out of date
 
-A room is a folder or a file of taylor_kernels. An arrow goes from a room to one that it imports
-when it is loaded; what a function imports as it runs is a dotted arrow. Arrows that other arrows
-imply are left out of the drawing, as in a transitive reduction.
+A room is a folder or a file of taylor_kernels; folders in it are listed with it. An arrow goes from
+a room to one that it imports when it is loaded; what a function imports as it runs is a dotted
+arrow. Arrows that other arrows imply are left out of the drawing, as in a transitive reduction.
 """
 
 from __future__ import annotations
@@ -135,6 +135,9 @@ def block() -> str:
     for room in sorted(on_loading, key=lambda room: (_height(room, on_loading), room)):
         shown = f"`{room}/`" if (ROOT / PACKAGE / room).is_dir() else f"`{room}.py`"
         lines.append(f"| {shown} | {purpose(room)} |")
+        for folder in sorted((ROOT / PACKAGE / room).glob("*/__init__.py")):
+            inner = f"{room}/{folder.parent.name}"
+            lines.append(f"| `{inner}/` | {purpose(inner)} |")
     names = ", ".join(sorted(face))
     return "\n".join([*lines, "", f"`taylor_kernels/__init__.py` hands on names of {names}."])
 

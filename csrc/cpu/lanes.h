@@ -149,23 +149,12 @@ template <int n, class Quads>
   return shuffle_quads<0, 2, 4, 6>(low, high) + shuffle_quads<1, 3, 5, 7>(low, high);
 }
 
-// Adds the lanes of each of `n` sums to its total; after fold(), + 2 and + 1. Four sums share their
-// additions, since a row may be no longer than this tree.
+// Adds the lanes of each of `n` sums to its total, as fold() and add_quads() do.
 template <int n, typename V>
 inline void add_lanes(const V (&sums)[n][kRegistersOf<typename SumOf<V>::Scalar>], double* totals) {
-  using Q = QuadOf<V>;
   unrolled<(n + 3) / 4>([&](auto group) {
     constexpr int at = 4 * group, left = n - at < 4 ? n - at : 4;
-    auto pair = [&](auto i) {  // lanes 0 + 2 and 1 + 3 of two sums
-      constexpr int a = i < left ? at + i : at, b = i + 1 < left ? at + i + 1 : a;
-      const Q first = fold(sums[a]), second = a == b ? first : fold(sums[b]);
-      return __builtin_shufflevector(first, second, 0, 1, 4, 5) +
-             __builtin_shufflevector(first, second, 2, 3, 6, 7);
-    };
-    const Q low = pair(std::integral_constant<int, 0>());
-    const Q high = left > 2 ? pair(std::integral_constant<int, 2>()) : low;
-    const Q sum = __builtin_shufflevector(low, high, 0, 2, 4, 6) +
-                  __builtin_shufflevector(low, high, 1, 3, 5, 7);
+    const QuadOf<V> sum = add_quads<left>([&](auto i) { return fold(sums[at + i]); });
     if constexpr (left == 4 && kRegisterBytes >= 32)  // one register of doubles
       add_four(__builtin_convertvector(sum, Four), totals + at);
     else

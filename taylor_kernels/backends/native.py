@@ -25,10 +25,8 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f
 try:
     _native: Any = import_module("taylor_kernels._native")
     _native.set_dtypes(**DTYPES)
-except (
-    ImportError,
-    AttributeError,
-) as error:  # AttributeError: built from other sources than these
+except (ImportError, AttributeError) as error:
+    # AttributeError: it was built from other sources than these.
     _native, _import_error = None, str(error)
 
 

@@ -52,6 +52,7 @@ def get_criterion(criterion: str | Criterion) -> Criterion:
     """The criterion of that name; a `Criterion` is returned as it is.
 
     Raises:
+        TypeError: it is neither a name nor a `Criterion`.
         ValueError: no such name; the message holds the nearest right ones.
     """
     if isinstance(criterion, Criterion):

@@ -79,7 +79,6 @@ class TotalRound(ScoreRound):
         self._layer_of = torch.arange(len(self._order)).repeat_interleave(sizes)
         starts = dict(zip(self._order, (sizes.cumsum(0) - sizes).tolist(), strict=True))
         self._at = {n: starts[n] + torch.arange(size) for n, size in self._sizes.items()}
-        self._observed: list[list[int]] = []
 
     def add_scores(
         self, statistic: Statistic, tables: Sequence[Tensor], weight: float,

@@ -40,6 +40,8 @@ class Readout(OnModel):
 
     @property
     def dropped(self) -> int:
+        """Minibatches that did not count on any of the `ranks`, since one of them had gradients
+        that were not finite, or called skip()."""
         return self._minibatches.dropped
 
     def compute(self) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from taylor_kernels.integrations._trainers import (
     scalars,
 )
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.optimizer_state import as_list
+from taylor_kernels.pruning.removing.optimizer_state import as_list
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -29,13 +29,14 @@ from taylor_kernels.criteria import get_criterion
 from taylor_kernels.methods.block_gates import BlockGates
 from taylor_kernels.methods.channel_gates import ChannelGates, learning_rates, shares
 from taylor_kernels.pruning.arguments import check_arguments
-from taylor_kernels.pruning.budget import Budget, remedy_out_of_reach
-from taylor_kernels.pruning.network import Network, check_free
-from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.choosing.budget import Budget, remedy_out_of_reach
+from taylor_kernels.pruning.choosing.selection import select_with_blocks
+from taylor_kernels.pruning.in_use import check_free
+from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.readout import Progress
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.selection import select_with_blocks
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
 from taylor_kernels.statistics.base import check_loss_scale
 from taylor_kernels.tracing.run.running import new_garbage_only, outside_inference_mode
 

@@ -7,9 +7,9 @@ from collections.abc import Container, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.groups import Group
-from taylor_kernels.pruning.optimizer_state import optimizers_in
-from taylor_kernels.pruning.removal import lookup
+from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
+from taylor_kernels.pruning.removing.removal import lookup
 
 
 class ChannelGates:

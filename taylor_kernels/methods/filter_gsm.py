@@ -18,7 +18,7 @@ from taylor_kernels.methods.gsm import GSM
 from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.ops.global_threshold import global_threshold, greatest_masks
 from taylor_kernels.ops.sparse_momentum import sparse_momentum
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import trace
 
 
@@ -83,6 +83,11 @@ class FilterGSM(GSM):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """A step of all parameters that have a gradient.
+
+        Returns:
+            What `closure` gives, which is called first.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -205,6 +205,7 @@ class GSM(Optimizer):
         self._say_if_broken(wait=True)
 
     def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer, once `check` has found that every step was done."""
         self.check()
         return super().state_dict()
 

@@ -101,7 +101,8 @@ class Held:
     Usable as a context; `close` lets them go.
 
     Raises:
-        ValueError: a mask of no parameter of the model, or of another shape.
+        ValueError: a mask of no parameter of the model, of another shape, on another device, or
+            that is not of torch.bool.
 
     Example:
         >>> import torch
@@ -136,6 +137,7 @@ class Held:
                 self._handles.append(hook)
 
     def close(self) -> None:
+        """Let the gradients through again; the weights stay as they are."""
         for handle in self._handles:
             handle.remove()
 

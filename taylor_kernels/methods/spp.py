@@ -22,7 +22,7 @@ from taylor_kernels.methods.probabilities import advanced, drawn
 from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, unit_groups
 from taylor_kernels.methods.spp_switches import Switches
 from taylor_kernels.methods.unread import remove_unread
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import trace
 
 _VERSION = 1
@@ -177,6 +177,9 @@ class SPP(OnModel):
         Args:
             mask: "expected" multiplies every group by 1 − p; "thresholded" masks those of p ≥ ½;
                 "drawn" masks at random, as the next iteration will.
+
+        Raises:
+            ValueError: `mask` is none of these.
         """
         if mask == "expected":
             factors = [1 - p for p in self._p]

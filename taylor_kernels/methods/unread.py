@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.methods.spp_groups import layer_of, read_channels, readers
-from taylor_kernels.pruning.optimizer_state import check_optimizer_types
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.optimizer_state import check_optimizer_types
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.tracing import Channels, trace
 from taylor_kernels.tracing.run.running import call, copied, quiet, tensors_in
 

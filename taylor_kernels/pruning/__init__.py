@@ -1,6 +1,6 @@
 """Iterative pruning over Taylor scores."""
 
-from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.choosing.flops import Cost
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.records import PruneRecord
 from taylor_kernels.pruning.saving.checkpoint import load_checkpoint, save_checkpoint

@@ -14,7 +14,11 @@ from taylor_kernels.backends import select
 from taylor_kernels.checks import check_count, check_flag, check_module, is_number
 from taylor_kernels.criteria import Criterion, get_criterion
 from taylor_kernels.pruning.masks.masking import check_unmasked
-from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types, optimizers_in
+from taylor_kernels.pruning.removing.optimizer_state import (
+    as_list,
+    check_optimizer_types,
+    optimizers_in,
+)
 from taylor_kernels.shards import is_fsdp
 from taylor_kernels.statistics import get_statistic
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.hooks import forget_compiled, remove_all
-from taylor_kernels.pruning.optimizer_state import optimizers_in
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 from taylor_kernels.tracing.notes.values import Path

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.groups import Group, by_schedule
+from taylor_kernels.pruning.choosing.groups import Group, by_schedule
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.tracing import Block, Channels
 

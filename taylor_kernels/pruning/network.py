@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -12,55 +11,24 @@ from torch import Tensor, nn
 
 from taylor_kernels.gate_sites import find_gate_sites
 from taylor_kernels.pruning.blocks import BlockMasks, remove_blocks
+from taylor_kernels.pruning.in_use import check_apart, take_over
 from taylor_kernels.pruning.inventory import Inventory
 from taylor_kernels.pruning.masks.masking import Masks
 from taylor_kernels.pruning.masks.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import Cuts, Steps, check_follows, optimizers_in
 from taylor_kernels.pruning.prunable import Prunable
-from taylor_kernels.pruning.removal import lookup, remove
-from taylor_kernels.pruning.ties import Ties
+from taylor_kernels.pruning.removing.optimizer_state import (
+    Cuts,
+    Steps,
+    check_follows,
+    optimizers_in,
+)
+from taylor_kernels.pruning.removing.removal import lookup, remove
+from taylor_kernels.pruning.removing.ties import Ties
 from taylor_kernels.shards import in_parts
 from taylor_kernels.statistics import Layers, Statistic, bare_layer, is_layer
 from taylor_kernels.statistics.hooks.sites import AT_MODULE
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.model.caches import modules_by_name, renew
-
-#: Model -> the network of the last pruner that was made of it.
-_LAST: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Network]] = weakref.WeakKeyDictionary()
-
-
-def check_free(model: nn.Module) -> None:
-    """No pruner of this model is in use.
-
-    Raises:
-        ValueError: one is.
-    """
-    last = _LAST.get(model)
-    network = None if last is None else last()
-    if network is not None and network.in_use:
-        raise ValueError(
-            "model: an earlier Pruner of it is open, whose filters this one would cut; close() "
-            "that one first (compact() before, to remove what it has masked)"
-        )
-
-
-def _check_apart(network: Network) -> None:
-    """No pruner in use cuts a tensor of another model that this one cuts too.
-
-    Raises:
-        ValueError: one does.
-    """
-    mine = {id(t): name for name, t in network.cut().items()}
-    for last in list(_LAST.values()):
-        other = last()
-        if other is None or other is network or not other.in_use:
-            continue
-        if both := [mine[id(t)] for t in other.cut().values() if id(t) in mine]:
-            raise ValueError(
-                f"model: {both[0]!r} is a part of another model too, of which a Pruner is open and "
-                "would cut it; close() that one first (compact() before, to remove what it has "
-                "masked), or make one Pruner of a module that holds both models"
-            )
 
 
 class Network(Inventory):
@@ -79,14 +47,14 @@ class Network(Inventory):
         self._steps = Steps()
         names = dict.fromkeys(entry.tensor for group in self.first for entry in group.entries)
         self._tensors = NamedTensors(names)
-        _check_apart(self)
+        check_apart(self)
         self._shapes = self._found_shapes()
         self._ties = Ties(model, self._tensors.names, self._tensors.of(model))
         self._gated: dict[str, nn.Module] = {}  # modules at which gates are read
         # Of the channels as they are now, what would go with all units.
         self._all_cuts: tuple[Channels | None, Mapping[str, Cuts]] = None, {}
         self.in_use = True
-        _LAST[model] = weakref.ref(self)
+        take_over(model, self)
 
     def cut(self) -> dict[str, Tensor]:
         """The tensors that units have entries in."""

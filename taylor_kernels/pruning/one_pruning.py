@@ -6,12 +6,12 @@ import warnings
 
 import torch
 
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.minibatches import Minibatches
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.selection import select_with_blocks
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.selection import select_with_blocks
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.scores.minibatches import Minibatches
+from taylor_kernels.pruning.scores.unit_scores import UnitScores
 
 
 def prune(net: Network, minibatches: Minibatches, budget: Budget, momentum: float) -> PruneRecord:

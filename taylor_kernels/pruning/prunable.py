@@ -11,9 +11,9 @@ from torch import nn
 
 from taylor_kernels.pruning.arguments import ignored_modules
 from taylor_kernels.pruning.blocks import choose_blocks
+from taylor_kernels.pruning.choosing.flops import FlopCount, Meter
+from taylor_kernels.pruning.choosing.groups import Group, choose_groups
 from taylor_kernels.pruning.copies import copied
-from taylor_kernels.pruning.flops import FlopCount, Meter
-from taylor_kernels.pruning.groups import Group, choose_groups
 from taylor_kernels.pruning.proof.check import sound_blocks
 from taylor_kernels.pruning.proof.proof import Proof
 from taylor_kernels.pruning.proof.second_choice import best_choice, best_in_stages, offer_in_stages

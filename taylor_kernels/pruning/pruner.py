@@ -18,15 +18,16 @@ from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks, check_ranks
 from taylor_kernels.mixed_precision import Scaling
 from taylor_kernels.pruning.arguments import check_arguments, one_criterion
-from taylor_kernels.pruning.block_scores import BlockScores, check_blocks
-from taylor_kernels.pruning.budget import Budget, remedy_out_of_reach
-from taylor_kernels.pruning.minibatches import Minibatches
-from taylor_kernels.pruning.network import Network, check_free
+from taylor_kernels.pruning.choosing.budget import Budget, remedy_out_of_reach
+from taylor_kernels.pruning.in_use import check_free
+from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.one_pruning import prune
-from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.prunable import find_prunable
 from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
 from taylor_kernels.pruning.resuming import Resumable
+from taylor_kernels.pruning.scores.block_scores import BlockScores, check_blocks
+from taylor_kernels.pruning.scores.minibatches import Minibatches
 from taylor_kernels.pruning.uninterrupted import uninterrupted
 from taylor_kernels.statistics import Closure, get_statistic
 from taylor_kernels.statistics.counting import Mask, counted

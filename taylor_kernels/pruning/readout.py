@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 from taylor_kernels.checks import check_count
 from taylor_kernels.hooks import OnModel
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.flops import Cost
-from taylor_kernels.pruning.minibatches import Minibatches
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.flops import Cost
 from taylor_kernels.pruning.network import Network
 from taylor_kernels.pruning.prunable import Prunable
 from taylor_kernels.pruning.records import PruneRecord
+from taylor_kernels.pruning.scores.minibatches import Minibatches
 from taylor_kernels.statistics import Statistic
 
 

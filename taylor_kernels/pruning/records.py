@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from taylor_kernels.pruning.flops import Cost
+from taylor_kernels.pruning.choosing.flops import Cost
 
 
 @dataclass(frozen=True)

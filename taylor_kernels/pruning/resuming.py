@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.groups import by_schedule
+from taylor_kernels.pruning.choosing.groups import by_schedule
 from taylor_kernels.pruning.records import PruneRecord
-from taylor_kernels.pruning.removal import Removal
+from taylor_kernels.pruning.removing.removal import Removal
 from taylor_kernels.pruning.saving.state import check_pruner_state, pruner_state
 from taylor_kernels.pruning.watching import Watching
 from taylor_kernels.tracing.run.running import outside_inference_mode

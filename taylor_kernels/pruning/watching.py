@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.arguments import check_optimizer
-from taylor_kernels.pruning.optimizer_state import optimizers_in
 from taylor_kernels.pruning.readout import Readout
-from taylor_kernels.pruning.unit_scores import UnitScores
+from taylor_kernels.pruning.removing.optimizer_state import optimizers_in
+from taylor_kernels.pruning.scores.unit_scores import UnitScores
 from taylor_kernels.statistics import Statistic
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -17,11 +16,13 @@ from taylor_kernels.tracing.answer.channels import Channels
 from taylor_kernels.tracing.model.caches import keeping, modules_by_name, renew
 from taylor_kernels.tracing.multihead import prunable_attention
 from taylor_kernels.tracing.notes.experts import find_mixtures, one_expert_at_a_time
-from taylor_kernels.tracing.run.checked_widths import checks_widths, keep_what_it_read, keep_whole
+from taylor_kernels.tracing.rules.norms import running_variances
+from taylor_kernels.tracing.run.checked_widths import keep_whole
 from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
-from taylor_kernels.tracing.run.leaks import leaks_seen
+from taylor_kernels.tracing.run.one_run import run_once
 from taylor_kernels.tracing.run.recorder import Execute, Recorder
 from taylor_kernels.tracing.run.refusals import refusal
+from taylor_kernels.tracing.run.replaced import follow_replaced
 from taylor_kernels.tracing.run.returned import (
     Read,
     UnknownOutput,
@@ -30,8 +31,6 @@ from taylor_kernels.tracing.run.returned import (
     returned_tensors,
 )
 from taylor_kernels.tracing.run.running import (
-    call,
-    copied,
     is_lazy,
     new_garbage_only,
     one_at_a_time,
@@ -40,7 +39,6 @@ from taylor_kernels.tracing.run.running import (
     tensors_of_modules,
 )
 from taylor_kernels.tracing.run.shared_memory import Shared, find_shared, go_together
-from taylor_kernels.tracing.run.siblings import Siblings
 from taylor_kernels.tracing.run.training import learn_from_training, set_training
 from taylor_kernels.tracing.run.untouched import Untouched
 
@@ -152,7 +150,7 @@ def _traced(
         )
     names = {module: name for name, module in modules.items()}
     untouched = Untouched(list(names), [tensor for _, tensor in tensors])
-    until = time.monotonic() + seconds
+    by_name, until = dict(tensors), time.monotonic() + seconds
     recorders: list[Recorder] = []
 
     def new_recorder(execute: Execute | None = None, **options: bool) -> Recorder:
@@ -162,7 +160,9 @@ def _traced(
         return recorders[-1]
 
     def run(recorder: Recorder) -> Iterator[Tensor]:
-        outputs = _run(recorder, model, names, example_inputs)
+        outputs = run_once(recorder, model, names, example_inputs)
+        if not recorder.blind:
+            follow_replaced(recorder, names, by_name)
         return returned_tensors(model, example_inputs, outputs, read)
 
     def attempt(hollow: bool) -> Recorder | None:
@@ -173,7 +173,6 @@ def _traced(
         with prunable_attention(names), one_expert_at_a_time(names):
             for name, tensor in tensors:
                 recorder.add(name, tensor)
-            by_name = dict(tensors)
             go_together(recorder, by_name, shared or find_shared(modules, by_name))
             kept = keeping(names)
             with torch._C._AutoDispatchBelowAutograd() if kept else nullcontext(), recorder:
@@ -219,10 +218,11 @@ def _traced(
                     recorder = None  # what code has kept elsewhere, as in a table, gets values
         recorder = recorder or attempt(hollow=False)
         assert recorder is not None
+        untouched.restore()  # the tensors that have atoms are in their places again
         learn_from_training(recorder, modules, train, new_recorder)
         return recorder
 
-    ones: frozenset[str] = frozenset()
+    ones = running_variances(modules)
     try:
         with new_garbage_only(), quiet(names):
             recorder = recorded()
@@ -239,51 +239,6 @@ def _traced(
     recorder.record.written = [n for n, tensor in tensors if untouched.was_written(tensor)]
     with prunable_attention(names):
         return Channels(recorder.record, modules)
-
-
-def _run(
-    recorder: Recorder, model: nn.Module, names: Mapping[nn.Module, str], example_inputs: Any
-) -> Any:
-    """Run the model on the example inputs; the recorder hears of operations and modules."""
-    siblings = Siblings(() if recorder.blind else names)
-    mine = threading.get_ident()  # PyTorch calls these hooks for modules of all threads
-
-    def entered(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == mine:
-            with torch._C.DisableTorchFunction():
-                recorder.enter(module, args)
-
-    def left(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() != mine:
-            return
-        kwargs, output = rest if len(rest) > 1 else ({}, *rest)  # without them after an error
-        siblings.ran(module, args, kwargs, output)
-        if output is not None and not recorder.blind and checks_widths(module):
-            keep_what_it_read(recorder, module, names.get(module, ""), args, kwargs)
-        with torch._C.DisableTorchFunction():
-            recorder.leave(module, kwargs, output)
-
-    handles = [
-        torch.nn.modules.module.register_module_forward_pre_hook(entered),
-        torch.nn.modules.module.register_module_forward_hook(
-            left,
-            with_kwargs=True,
-            always_call=True,
-        ),
-    ]
-    try:
-        with torch._C._AutoDispatchBelowAutograd(), recorder, leaks_seen(recorder):
-            inputs = copied(example_inputs)
-            if recorder.hollow is not None:
-                recorder.hollow.given(tensors_in(inputs))
-            outputs = call(model, inputs)
-            siblings.run_others(recorder)
-            return outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-            # PyTorch leaves this mark behind, and torch.compile warns of global hooks for it.
-            torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

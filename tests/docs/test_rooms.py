@@ -15,8 +15,11 @@ CLOSED = {
     "cpu": {"cuda", "bindings"},
     "cuda": {"cpu", "bindings"},
 }
-#: Rooms of tracing/: each may import those before it as it is loaded.
-TRACING = ("model", "notes", "run", "rules", "resolving", "answer")
+#: Folder of the package -> its rooms: each may import those before it as it is loaded.
+ORDER = {
+    "tracing": ("model", "notes", "run", "rules", "resolving", "answer"),
+    "pruning": ("choosing", "removing", "masks", "scores", "proof", "saving"),
+}
 
 
 def test_the_map_is_that_of_the_imports():
@@ -41,12 +44,20 @@ def test_csrc_includes_keep_their_order(folder: str):
         assert not CLOSED[folder].intersection(included), path
 
 
-@pytest.mark.parametrize("room", TRACING)
-def test_rooms_of_tracing_keep_their_order(room: str):
-    later = TRACING[TRACING.index(room) + 1 :]
-    files = list((ROOT / "taylor_kernels" / "tracing" / room).glob("*.py"))
+@pytest.mark.parametrize(
+    ("folder", "room"), [(folder, room) for folder, rooms in ORDER.items() for room in rooms]
+)
+def test_rooms_of_a_folder_keep_their_order(folder: str, room: str):
+    later = ORDER[folder][ORDER[folder].index(room) + 1 :]
+    files = list((ROOT / "taylor_kernels" / folder / room).glob("*.py"))
     assert len(files) > 1
     for path in files:
         text = path.read_text(encoding="utf-8")
-        loaded = re.findall(r"^from taylor_kernels\.tracing\.(\w+)", text, re.MULTILINE)
+        loaded = re.findall(rf"^from taylor_kernels\.{folder}\.(\w+)", text, re.MULTILINE)
         assert not set(later).intersection(loaded), path
+
+
+@pytest.mark.parametrize("folder", ORDER)
+def test_every_room_of_a_folder_has_its_place(folder: str):
+    rooms = {path.parent.name for path in (ROOT / "taylor_kernels" / folder).glob("*/__init__.py")}
+    assert rooms == set(ORDER[folder])

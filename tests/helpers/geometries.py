@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hypothesis import assume
+from hypothesis import strategies as st
 
 from tests.helpers.fisher_cases import FisherCase
 
@@ -33,3 +34,23 @@ def drawn_fisher_case(
         groups,
         *layouts,
     )
+
+
+def _pairs(most: int, least: int = 1) -> st.SearchStrategy[Pair]:
+    return st.tuples(st.integers(least, most), st.integers(least, most))
+
+
+#: Convolutions of any geometry and layout, small enough for a loop over examples.
+CONVOLUTIONS = st.builds(
+    drawn_fisher_case,
+    batch=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    channels=st.integers(1, 36),
+    filters=st.integers(1, 36),
+    image=_pairs(13),
+    kernel=_pairs(5),
+    stride=_pairs(6),
+    padding=_pairs(6, 0),
+    dilation=_pairs(3),
+    layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last", "strided"])]),
+)

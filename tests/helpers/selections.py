@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.pruning.budget import Budget
-from taylor_kernels.pruning.flops import Meter
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.budget import Budget
+from taylor_kernels.pruning.choosing.flops import Meter
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.tracing import IN, OUT, Entry, Slot
 
 

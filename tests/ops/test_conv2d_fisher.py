@@ -16,7 +16,7 @@ from tests.helpers.fisher_cases import (
     fisher_reference64,
     random_fisher_inputs,
 )
-from tests.helpers.geometries import drawn_fisher_case
+from tests.helpers.geometries import CONVOLUTIONS
 from tests.helpers.programs import run_program
 
 BACKENDS = ("cpu", "reference")
@@ -89,31 +89,13 @@ def test_long_sums_of_one_sign_keep_their_precision(image, each_isa):
     cases.assert_close(got, *fisher_reference64(x, dy, case))
 
 
-def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
-    return st.tuples(st.integers(least, most), st.integers(least, most))
-
-
 @given(
-    batch=st.integers(1, 5),
-    groups=st.integers(1, 4),
-    channels=st.integers(1, 36),
-    filters=st.integers(1, 36),
-    image=pairs(13),
-    kernel=pairs(5),
-    stride=pairs(6),
-    padding=pairs(6, 0),
-    dilation=pairs(3),
-    layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last", "strided"])]),
+    case=CONVOLUTIONS,
     dtype=st.sampled_from(cases.DTYPES),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=80)
-def test_any_geometry_matches_float64(
-    batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts, dtype, seed
-):
-    case = drawn_fisher_case(
-        batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts
-    )
+def test_any_geometry_matches_float64(case, dtype, seed):
     check(case, dtype, None, seed)
 
 

@@ -16,7 +16,7 @@ from taylor_kernels.backends import gram
 from tests.helpers import cases
 from tests.helpers.example_norms import norms_reference64
 from tests.helpers.fisher_cases import FisherCase, fisher_cases, random_fisher_inputs
-from tests.helpers.geometries import drawn_fisher_case
+from tests.helpers.geometries import CONVOLUTIONS
 from tests.helpers.programs import run_program
 
 WAYS = ("cpu", "reference", "pixels", "patches")
@@ -75,33 +75,14 @@ def test_float64_stays_float64(case):
         torch.testing.assert_close(got, norms_reference64(x, dy, case)[0])
 
 
-def pairs(most: int, least: int = 1) -> st.SearchStrategy[tuple[int, int]]:
-    return st.tuples(st.integers(least, most), st.integers(least, most))
-
-
 @given(
-    batch=st.integers(1, 5),
-    groups=st.integers(1, 4),
-    channels=st.integers(1, 36),
-    filters=st.integers(1, 36),
-    image=pairs(13),
-    kernel=pairs(5),
-    stride=pairs(6),
-    padding=pairs(6, 0),
-    dilation=pairs(3),
-    layouts=st.tuples(*2 * [st.sampled_from(["contiguous", "channels_last", "strided"])]),
+    case=CONVOLUTIONS,
     dtype=st.sampled_from(cases.DTYPES),
     way=st.sampled_from([None, *WAYS]),
     seed=st.integers(0, 2**31),
 )
 @settings(max_examples=60)
-def test_any_geometry_matches_float64(
-    batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts, dtype, way,
-    seed,
-):  # fmt: skip
-    case = drawn_fisher_case(
-        batch, groups, channels, filters, image, kernel, stride, padding, dilation, layouts
-    )
+def test_any_geometry_matches_float64(case, dtype, way, seed):
     check(case, dtype, way, seed)
 
 

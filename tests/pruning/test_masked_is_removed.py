@@ -10,7 +10,7 @@ from torch import nn
 
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.pruning.masks.masking import Masks
-from taylor_kernels.pruning.removal import lookup
+from taylor_kernels.pruning.removing.removal import lookup
 from tests.helpers import zoo
 
 OPTIMIZERS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import taylor_kernels as tk
-from taylor_kernels.pruning.proof.exact_run import SteadyNoise
+from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
 from tests.zoo import judging
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]

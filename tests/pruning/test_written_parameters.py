@@ -3,12 +3,14 @@ values."""
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 import torch
 from torch import nn
 
+import taylor_kernels as tk
 from tests.zoo import judging
 
 
@@ -68,6 +70,48 @@ def test_all_but_what_reaches_the_output_goes(kind, seed):
     width = draw.randint(5, 12)
     model = nn.Sequential(kind(width), nn.Linear(width, 3))
     judging.check_all_but(["1"], model, torch.randn(2, 6))
+
+
+class Kept(nn.Module):
+    """A buffer in whose place code puts what it has just worked out."""
+
+    def __init__(self, width, of, training_only):
+        super().__init__()
+        self.enter, self.of, self.training_only = nn.Linear(6, width), of, training_only
+        self.register_buffer("last", torch.zeros(width))
+
+    def forward(self, x):
+        y = self.enter(x).relu()
+        if self.training or not self.training_only:
+            with torch.no_grad():
+                self.last = self.enter.weight.square().sum(1) if self.of == "weight" else y.mean(0)
+        return y
+
+
+@pytest.mark.parametrize("training_only", [False, True])
+@pytest.mark.parametrize("of", ["weight", "features"])
+def test_a_buffer_is_cut_as_what_takes_its_place(of, training_only, tmp_path):
+    model = nn.Sequential(Kept(7, of, training_only), nn.Linear(7, 3))
+    other = copy.deepcopy(model)
+
+    def new_pruner(model):
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        return tk.Pruner(
+            model, torch.randn(2, 6), "random", filters=0.5, every=1, optimizer=optimizer
+        )
+
+    pruner = new_pruner(model)
+    while not pruner.done:
+        pruner.step()
+    pruner.compact()
+    left = model[0].enter.out_features
+    assert model[0].last.shape == (left,)
+    before = model.train()(torch.ones(2, 6))
+    assert model[0].last.shape == (left,)
+    tk.save_checkpoint(tmp_path / "file", model=model, pruner=pruner)
+    tk.load_checkpoint(tmp_path / "file", model=other, pruner=new_pruner(other))
+    assert torch.equal(other[0].last, model[0].last)
+    assert torch.equal(other(torch.ones(2, 6)), before)
 
 
 def test_they_are_afterwards_what_they_were():

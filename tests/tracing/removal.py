@@ -24,7 +24,7 @@ def lookup(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def on_kept(model: nn.Module, channels: Channels, dead: Sequence[Tensor]) -> None:
     """Run the norms across channels as they run once the dead units are removed, and add zeros."""
-    assert not channels.kept_by_called_norms(dead), "tests/pruning/test_called_norms.py has these"
+    assert not channels.kept_by_called_norms(dead), "test_called_norms.py has these"
     small = removed(model, channels, dead)
     for name, kept in channels.kept_by_norms(dead).items():
 

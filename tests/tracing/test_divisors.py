@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from taylor_kernels.pruning import Pruner
 from taylor_kernels.tracing import trace
@@ -92,6 +94,44 @@ def test_ones_do_not_count_elsewhere(kind, first):
 
     model, x = Counted(6, ["divided"], False), torch.randn(3, 4)
     assert not faults(model, x, trace(model, x), draws=2, every=False)
+
+
+class Normed(nn.Module):
+    """Features whose masked channels have ones in a vector or matrix that the sum of one in rare
+    examples reads."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.enter, self.leave = kind, nn.Linear(4, 7), nn.Linear(7, 3)
+        self.norm = nn.BatchNorm1d(7)
+        self.register_buffer("own", torch.rand(7) + 0.5)
+        if kind == "weight norm":
+            self.enter = weight_norm(self.enter)
+        elif kind == "weight norm of inputs":
+            self.leave = weight_norm(self.leave, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x)
+        if self.kind == "a norm's variances":
+            y, ones = self.norm(y), self.norm.running_var
+        elif self.kind == "variances of the model's own":
+            y, ones = F.batch_norm(y, torch.zeros_like(self.own), self.own), self.own
+        else:
+            layer = self.enter if self.kind == "weight norm" else self.leave
+            ones = layer.parametrizations.weight.original1
+        return torch.where(x[:, :1] > 1e3, ones.sum(), self.leave(y.relu()))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["a norm's variances", "variances of the model's own", "weight norm", "weight norm of inputs"],
+)
+def test_ones_of_norms_do_not_count_in_rare_examples(kind):
+    model, x = Normed(kind), torch.randn(3, 4)
+    rare = torch.cat([x, 2e3 * torch.ones(2, 4)])
+    channels = trace(model, x)
+    assert not faults(model, rare, channels, draws=2, every=False)
+    assert "enter" in channels.skipped
 
 
 @pytest.mark.parametrize("kind", DONE)

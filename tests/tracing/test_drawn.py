@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Gamma, Independent, Laplace, LogNormal, Normal, Poisson
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.proof.exact_run import SteadyNoise
+from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
 from tests.tracing.parts import Apply
 
 #: Of the module, means and deviations, a draw.

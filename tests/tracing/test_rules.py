@@ -60,6 +60,11 @@ def written_into_view(self, x):
     return out
 
 
+def rows(like):
+    """A table of four rows that no parameter has made."""
+    return torch.arange(24, dtype=like.dtype).view(4, 6)
+
+
 def filled_in_place(self, x):
     x = x * 1
     x[0] = 3.0
@@ -213,6 +218,14 @@ STAY = {
     "layer_norm": (lambda s, x: F.layer_norm(x, (8,)), "layer_norm"),
     "uneven_slice": (lambda s, x: torch.cat([x[:, :3].relu(), x[:, 3:]], 1), "slice"),
     "bilinear": (lambda s, x: F.bilinear(x, x, x.new_ones(3, 8, 8)), "bilinear"),
+    "rows_of_a_bag": (lambda s, x: F.embedding_bag((9 * x).long() % 4, rows(x)), "embedding_bag"),
+    "weights_of_a_bag": (
+        lambda s, x: F.embedding_bag(
+            torch.arange(8).expand(len(x), -1) % 4, rows(x), mode="sum",
+            per_sample_weights=x.sigmoid(),
+        ),
+        "embedding_bag",
+    ),
     "square": (lambda s, x: x.sigmoid() @ x.sigmoid().t() @ x, "matmul"),
 }  # fmt: skip
 

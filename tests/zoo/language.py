@@ -269,6 +269,8 @@ def led() -> Built:
         vocab_size=50, max_encoder_position_embeddings=64, max_decoder_position_embeddings=64,
     )  # fmt: skip
     inputs = {"input_ids": _tokens(18), "decoder_input_ids": _tokens(6), "use_cache": False}
+    # Without a token that all attend to, layers of its own for it are not reached.
+    inputs["global_attention_mask"] = (torch.arange(18) == 0).long()[None]
     return hf.LEDForConditionalGeneration(config), inputs
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from taylor_kernels.backends import native
 from taylor_kernels.hooks import Hook
 from taylor_kernels.pruning.masks.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import Cuts
-from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.pruning.removing.optimizer_state import Cuts
+from taylor_kernels.pruning.removing.removal import Tensors
 from taylor_kernels.shards import fill_part
 from taylor_kernels.tracing import Channels
 

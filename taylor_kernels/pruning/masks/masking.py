@@ -22,8 +22,8 @@ from taylor_kernels.pruning.masks.held_entries import (
 from taylor_kernels.pruning.masks.kept_experts import KeptExperts
 from taylor_kernels.pruning.masks.kept_norms import OnKept, keep_only
 from taylor_kernels.pruning.masks.named_tensors import NamedTensors
-from taylor_kernels.pruning.optimizer_state import masked_state, optimizers_in
-from taylor_kernels.pruning.removal import Tensors, lookup
+from taylor_kernels.pruning.removing.optimizer_state import masked_state, optimizers_in
+from taylor_kernels.pruning.removing.removal import Tensors, lookup
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.model.caches import modules_by_name
 from taylor_kernels.tracing.multihead import unpack_examples

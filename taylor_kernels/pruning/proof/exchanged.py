@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning.proof.defaults import WIDER
-from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools, SteadyNoise
+from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools
 from taylor_kernels.pruning.proof.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.proof.same_outputs import Ran
-from taylor_kernels.pruning.removal import Tensors
+from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
+from taylor_kernels.pruning.removing.removal import Tensors
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.model.caches import held_tensors, keeping, renew
 from taylor_kernels.tracing.notes.experts import one_expert_at_a_time

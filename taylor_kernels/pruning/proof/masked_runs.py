@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
 from taylor_kernels.pruning.blocks import mask_block
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.masks.held_entries import fill_once, fills
 from taylor_kernels.pruning.masks.kept_norms import keep_only
 from taylor_kernels.pruning.proof.defaults import widened
 from taylor_kernels.pruning.proof.errors import short
-from taylor_kernels.pruning.proof.exact_run import cut_down, repeated
+from taylor_kernels.pruning.proof.examples import cut_down, repeated
 from taylor_kernels.pruning.proof.exchanged import Exchanged
 from taylor_kernels.pruning.proof.noise import Noise, choose_noise
 from taylor_kernels.pruning.proof.removal_steps import steps_of_groups, steps_to_the_least

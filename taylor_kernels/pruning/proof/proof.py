@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.pruning.proof.check import Fault, first_fault, unsound
 from taylor_kernels.pruning.proof.second_choice import Offer, Proven, sound_filters, sound_in
 from taylor_kernels.pruning.proof.trial import Trial
@@ -96,9 +96,7 @@ class Proof:
         """
         trial = self.trial
         while fault.reason and fault.place is not None:
-            kind = type(self.model.get_submodule(fault.place))
-            at = {name for name, module in self.model.named_modules() if type(module) is kind}
-            other = whole.coupled(self.model, whole.layers, at=at)
+            other = self._written_at(fault.place, whole)
             if other is None:
                 break
             groups, skipped = self.choose(other)
@@ -108,3 +106,14 @@ class Proof:
             offer = trial.channels, groups, skipped
             fault = first_fault(trial, self.blocks)
         return offer, whole, fault
+
+    def _written_at(self, place: str, whole: Channels) -> Channels | None:
+        """The channels where sizes follow that the code of this module's class wrote down; of a
+        layer of PyTorch, which does not choose what it is given, that of the module around it."""
+        while True:
+            kind = type(self.model.get_submodule(place))
+            at = {name for name, module in self.model.named_modules() if type(module) is kind}
+            other = whole.coupled(self.model, whole.layers, at=at)
+            if other is not None or not place or not kind.__module__.startswith("torch.nn."):
+                return other
+            place = place.rpartition(".")[0]

@@ -10,7 +10,7 @@ from itertools import combinations_with_replacement, pairwise
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.groups import Group, by_schedule
+from taylor_kernels.pruning.choosing.groups import Group, by_schedule
 
 #: One for each way to choose units.
 STEPS = 3

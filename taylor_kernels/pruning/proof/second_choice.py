@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from taylor_kernels.pruning.groups import Group
+from taylor_kernels.pruning.choosing.groups import Group
 from taylor_kernels.tracing import Channels
 
 #: Channels, the groups of them that can be pruned, and the layers that cannot -> why.

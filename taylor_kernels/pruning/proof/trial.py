@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from taylor_kernels.pruning.optimizer_state import Kept
 from taylor_kernels.pruning.proof.errors import innermost_module, short
 from taylor_kernels.pruning.proof.masked_runs import Masked, MaskedRuns
 from taylor_kernels.pruning.proof.removal_steps import all_have_lost
 from taylor_kernels.pruning.proof.same_outputs import Ran, difference
-from taylor_kernels.pruning.removal import set_attributes, smaller
-from taylor_kernels.pruning.reordering import reorder
+from taylor_kernels.pruning.removing.optimizer_state import Kept
+from taylor_kernels.pruning.removing.removal import set_attributes, smaller
+from taylor_kernels.pruning.removing.reordering import reorder
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from taylor_kernels.checks import check_module, check_path
 from taylor_kernels.files import write_atomically
-from taylor_kernels.pruning.optimizer_state import as_list, check_optimizer_types
 from taylor_kernels.pruning.pruner import Pruner
+from taylor_kernels.pruning.removing.optimizer_state import as_list, check_optimizer_types
 from taylor_kernels.pruning.saving.optimizer_saving import (
     check_optimizer_states,
     load_optimizer_states,

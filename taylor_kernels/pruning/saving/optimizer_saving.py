@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from taylor_kernels.pruning.optimizer_state import as_list, optimizers_in
+from taylor_kernels.pruning.removing.optimizer_state import as_list, optimizers_in
 from taylor_kernels.pruning.saving.state import first_line
 
 #: Flags that optimizers of a newer PyTorch add to the groups of an older one's state themselves.

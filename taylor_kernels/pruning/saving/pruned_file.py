@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.files import write_atomically
-from taylor_kernels.pruning.removal import Removal
+from taylor_kernels.pruning.removing.removal import Removal
 from taylor_kernels.pruning.saving.state import first_line
 from taylor_kernels.tracing.blocks import Place
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from taylor_kernels.checks import check_module, check_path
 from taylor_kernels.pruning.masks.masking import check_unmasked
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.removal import Tensors, cut_model
+from taylor_kernels.pruning.removing.removal import Tensors, cut_model
 from taylor_kernels.pruning.saving.pruned_file import PrunedFile
 from taylor_kernels.tracing.model.caches import renew
 from taylor_kernels.tracing.model.settings import get_attribute

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from taylor_kernels.pruning.block_scores import check_blocks
+from taylor_kernels.pruning.scores.block_scores import check_blocks
 from taylor_kernels.statistics import get_statistic
 from taylor_kernels.studies.language.kinds import KINDS, Scoring
 from taylor_kernels.studies.language.measure import Cell, Recipe

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.methods.adaptive import AdaptivePruner
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.studies.data import minibatches
 from taylor_kernels.studies.methods.adaptive_plot import plot
 from taylor_kernels.studies.methods.pages import accuracy_table, means

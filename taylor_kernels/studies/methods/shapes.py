@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from taylor_kernels.pruning.blocks import remove_blocks
-from taylor_kernels.pruning.removal import remove
+from taylor_kernels.pruning.removing.removal import remove
 from taylor_kernels.studies.methods.problems import DATA, NETWORKS
 from taylor_kernels.studies.methods.study import Trial
 from taylor_kernels.studies.training import (

@@ -47,7 +47,7 @@ class Judge:
     def __init__(
         self, loss: str | None, forward: str | None, amp: torch.dtype | None = None
     ) -> None:
-        self._loss_path, self._forward_path, self._amp = loss, forward, amp
+        self._forward_path, self._amp = forward, amp
         self._loss = None if loss is None else find_function("--loss", loss)
         self._forward = None if forward is None else find_function("--forward", forward)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.pruning import Pruner
-from taylor_kernels.pruning.removal import cut_model
+from taylor_kernels.pruning.removing.removal import cut_model
 from taylor_kernels.studies.own.pace import Pace
 from taylor_kernels.studies.own.scoring import run_backward
 from taylor_kernels.studies.own.settings import PruneSettings

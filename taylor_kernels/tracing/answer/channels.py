@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
@@ -18,6 +17,7 @@ from taylor_kernels.tracing.answer.drawing import table, write_page
 from taylor_kernels.tracing.answer.grouping import find_groups
 from taylor_kernels.tracing.answer.layers import find_layers
 from taylor_kernels.tracing.answer.residuals import find_blocks
+from taylor_kernels.tracing.answer.surroundings import Surroundings
 from taylor_kernels.tracing.answer.units import Group, index
 from taylor_kernels.tracing.answer.vectors import Vectors, find_dims, find_vectors, numbered
 from taylor_kernels.tracing.answer.wording import units_in_words
@@ -31,7 +31,7 @@ from taylor_kernels.tracing.resolving.resolve import resolve
 from taylor_kernels.tracing.run.running import tensors_of_modules
 
 
-class Channels(Consequences, Alternatives):
+class Channels(Consequences, Alternatives, Surroundings):
     """Which channels of a model go together, and why the others stay.
 
     It speaks in names, so it holds for the model and its copies alike.
@@ -176,51 +176,6 @@ class Channels(Consequences, Alternatives):
         other = copy.copy(self)
         other.groups = list(groups)
         return other
-
-    @property
-    def normalised_together(self) -> Tensor:
-        """[classes] bool: those that a norm across channels reads."""
-        read = np.zeros(self._why.size, bool)
-        for vector in self._vectors.normed_together:
-            read[vector] = True
-        return torch.from_numpy(read)
-
-    def least_normalised(self, classes: Tensor) -> int:
-        """How many channels of one norm across channels each of these classes has at least; 0 if
-        no such norm reads any of them."""
-        if self._least_normed is None:
-            self._least_normed = np.zeros(self._why.size, np.int64)
-            for vector in self._vectors.normed_together:
-                own, counts = np.unique(vector, return_counts=True)
-                before = self._least_normed[own]
-                self._least_normed[own] = np.where(before, np.minimum(before, counts), counts)
-        least = self._least_normed[classes.numpy()]
-        least = least[least > 0]
-        return int(least.min()) if least.size else 0
-
-    @property
-    def cut_beside_kept(self) -> Tensor:
-        """[classes] bool: those that can go, of dimensions that code cuts and others cannot leave.
-
-        A part that stays has a constant number of channels, or one that is worked out of the whole
-        width and has not changed yet.
-        """
-        found = np.zeros(self._why.size, bool)
-        for cut in self._record.cuts:
-            classes = self._label[cut.vector]
-            free = self._why[classes] == FREE
-            if not free.all():
-                found[classes[free]] = True
-        return torch.from_numpy(found)
-
-    def is_squeezed(self, classes: Tensor) -> bool:
-        """Whether code drops a dimension that is of these classes alone, once each, as soon as one
-        of them is left: it would go on with tensors of fewer dimensions."""
-        vectors = (self._label[vector] for vector in self._record.squeezed)
-        return any(
-            np.isin(vector, classes.numpy()).all() and np.unique(vector).size == vector.size
-            for vector in vectors
-        )
 
     def gone_at_zero(self) -> Channels:
         """The same channels with the groups only whose units are as good as gone at zero.

@@ -43,7 +43,12 @@ _INERT = {
 }  # fmt: skip
 #: So much code is looked at; more may speak of anything.
 _MOST = 2**15
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy"}
+#: Packages whose code knows nothing of a model's own names: of numbers, and those of files and
+#: networks to which saving and loading a model leads, which are the most code by far.
+_FOREIGN = {
+    *sys.stdlib_module_names, "torch", "numpy", "huggingface_hub", "httpx", "httpx2", "httpcore",
+    "httpcore2", "requests", "urllib3", "filelock", "psutil", "tqdm", "packaging", "yaml",
+}  # fmt: skip
 
 
 def perhaps_read(
@@ -194,7 +199,7 @@ class _Spoken:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether code knows nothing of a model's own names: it is Python's, NumPy's or PyTorch's."""
+    """Whether code knows nothing of a model's own names: it is of Python, PyTorch or the like."""
     name = value.__name__ if isinstance(value, ModuleType) else value.__module__
     return (name or "").partition(".")[0] in _FOREIGN
 

@@ -14,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: Recurrent layers, all steps and stacked layers in one operation.
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
+#: Tags of operations whose results, or the number of these, are by values.
+_ASKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -27,6 +30,7 @@ class Operation:
         composite: it is made of other operations.
         pointwise: PyTorch says that it works element by element.
         moves: it makes its argument a view of other sizes, in place.
+        asks: PyTorch says that its result, or the shape of it, tells Python of values.
     """
 
     name: str
@@ -38,6 +42,7 @@ class Operation:
     composite: bool
     pointwise: bool
     moves: bool
+    asks: bool
 
 
 @cache
@@ -62,6 +67,8 @@ def operation(func: Any) -> Operation:
         ),
         torch.Tag.pointwise in func.tags,
         torch.Tag.inplace_view in func.tags,
+        # where(condition) is nonzero(), without its tag.
+        not _ASKING.isdisjoint(func.tags) or (name == "where" and len(arguments) == 1),
     )
 
 

@@ -60,8 +60,9 @@ class Record:
         trained: further runs were in train mode, which does more than eval mode.
         written: parameters and buffers that code has written into in some run.
         squeezed: dimensions that code drops where they are of one place.
-        divisors: tensors that operations have met which are not finite at zero.
-        ones: those of them that are known from a run before: they are masked with ones.
+        divisors: (tensor, dimension) that operations have met which are not finite at zero.
+        ones: those of them that were known before the run: they are masked with ones.
+        asked: modules whose code has asked for values: on other inputs it may go another way.
     """
 
     count: int = 1
@@ -89,8 +90,9 @@ class Record:
     trained: bool = False
     written: list[str] = field(default_factory=list)
     squeezed: list[Vector] = field(default_factory=list)
-    divisors: set[str] = field(default_factory=set)
-    ones: frozenset[str] = frozenset()
+    divisors: set[tuple[str, int]] = field(default_factory=set)
+    ones: frozenset[tuple[str, int]] = frozenset()
+    asked: set[str] = field(default_factory=set)
     values: Values | None = None
     step: int = 0
     size: int = 0
@@ -139,6 +141,10 @@ class Record:
             vectors.append(every[start - self.count : start - self.count + size or None])
             start += size
         return vectors
+
+    def zeros(self, name: str, dims: int) -> list[bool]:
+        """For each dimension of a parameter or buffer whether masking writes zeros there."""
+        return [(name, dim) not in self.ones for dim in range(dims)]
 
     def reason(self, text: str, where: tuple[str, str], *, mixer: bool = False) -> Reason:
         """A reason that names where this happens: module and operation."""

@@ -39,4 +39,5 @@ def mask_with_ones(call: Call, labels: Labels) -> None:
     by place, be one there: the trace is made again, in which nothing takes it for zero."""
     zero = [labels.is_zero(dim) for dim, vector in enumerate(labels.dims) if vector is not None]
     if labels.name and any(zero):
-        call.record.divisors.add(labels.name)
+        own = ((name, dim) for _, name, dim, _ in call.record.starts if name == labels.name)
+        call.record.divisors.update(own)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from taylor_kernels.tracing.model.code import running, says
 from taylor_kernels.tracing.notes.atoms import MEETS_FIXED, Vector
@@ -126,9 +127,7 @@ def batch_norm(call: Call) -> list[Labels | None]:
             continue
         call.join(vector, labels.dims[0])
         if name == "running_var":
-            own = labels.name or call.recorder.origin(labels.dims[0])
-            if own:
-                record.fills[own] = {0: 1.0}
+            _mask_with_ones(call, labels, 0)
         result.dims[1] = vector = labels.dims[0] if vector is None else vector
     for later in old.dims[2:]:
         call.mix(later)
@@ -138,6 +137,16 @@ def batch_norm(call: Call) -> list[Labels | None]:
     return [result]
 
 
+def running_variances(modules: Mapping[str, nn.Module]) -> frozenset[tuple[str, int]]:
+    """The running variances of PyTorch's norms, which are masked with ones."""
+    found = (
+        f"{prefix}.running_var" if prefix else "running_var"
+        for prefix, module in modules.items()
+        if isinstance(module, _NormBase) and module.running_var is not None
+    )
+    return frozenset((name, 0) for name in found)
+
+
 @rule("_weight_norm_interface", "_weight_norm")
 def weight_norm(call: Call) -> list[Labels | None]:
     """v · g / ‖v‖, the norm over all dimensions but one: what is zero does not count in it."""
@@ -145,6 +154,15 @@ def weight_norm(call: Call) -> list[Labels | None]:
     dim = call.args.get("dim", 0) % len(direction.shape)
     call.join(direction.dims[dim], scale.dims[dim])
     # A filter of zeros has no direction; its length is what masks it.
-    if direction.name:
-        call.record.fills[direction.name] = {dim: 1.0}
-    return [Labels(direction.shape, list(direction.dims), list(direction.zero))]
+    _mask_with_ones(call, direction, dim)
+    zero = list(direction.zero)
+    zero[dim] = scale.is_zero(dim)
+    return [Labels(direction.shape, list(direction.dims), zero)]
+
+
+def _mask_with_ones(call: Call, labels: Labels, dim: int) -> None:
+    """Let what masks these channels be one in the parameter or buffer that they are of: the trace
+    is made again, in which nothing takes it for zero."""
+    origin = call.recorder.origin(labels.dims[dim])
+    if origin[0] and labels.is_zero(dim):
+        call.record.divisors.add(origin)

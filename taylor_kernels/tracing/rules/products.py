@@ -32,7 +32,7 @@ def layer(
     groups: Vector | None = None, macs: int = 0,
 ) -> None:  # fmt: skip
     """Write down that a parameter was used as a layer's weight."""
-    name = weight.name or call.recorder.origin(outputs) or call.recorder.origin(inputs)
+    name = weight.name or call.recorder.origin(outputs)[0] or call.recorder.origin(inputs)[0]
     if not name:
         return
     owner = call.recorder.owner(name)
@@ -51,7 +51,7 @@ def is_weight(call: Call, labels: Labels) -> bool:
     if len(labels.shape) <= 2 or not labels.name:
         return len(labels.shape) == 2 and bool(labels.name)
     # A dimension of it may be several of the parameter's, put together.
-    return all(call.recorder.origin(vector) == labels.name for vector in labels.dims[-2:])
+    return all(call.recorder.origin(vector)[0] == labels.name for vector in labels.dims[-2:])
 
 
 def add_bias(call: Call, bias: Tensor | None, result: Labels, dim: int) -> None:
@@ -201,6 +201,10 @@ def embedding(call: Call) -> Labels:
 def embedding_bag(call: Call) -> list[Labels | None]:
     weight = call.of(call.args["weight"])
     call.refuse(weight.dims[0], "is a row of an embedding")
+    for tensor in call.tensors:
+        if tensor is not call.args["weight"]:
+            for vector in call.of(tensor).vectors():
+                call.refuse(vector, "says which rows of an embedding are added")
     layer(call, weight, None, weight.dims[1])
     first = call.outs[0]
     result = Labels.fixed(first.shape)

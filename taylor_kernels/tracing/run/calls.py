@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from taylor_kernels.tracing.model.code import own_module
@@ -70,6 +71,16 @@ class Call:
     def arg(self, *names: str) -> Any:
         """The first of these arguments that the operation has."""
         return next((self.args[name] for name in names if name in self.args), None)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it tells the code that runs of values, which may go another way by them. An index
+        of numbers does not: its result is as long as they are."""
+        indices = self.args.get("indices", ()) if self.name == "index" else None
+        return self.operation.asks and (
+            indices is None
+            or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        )
 
     def again(self, values: Mapping[str, Any]) -> Any:
         """What the operation makes of other arguments; those by position have to be among them."""

@@ -64,9 +64,7 @@ class Draws:
         if _draws_nothing(module):
             return
         self.cross()
-        # What it returns beside tensors may say what it has drawn, or that it is nothing.
-        says = not all(isinstance(leaf, (Tensor, type(None))) for leaf in tree_leaves(output))
-        if self.module() in self.asked and (says or output is None):
+        if self.module() in self.asked and may_say(output):
             self.asked.add(outer)
 
     def __call__(self, func: Any, args: tuple, kwargs: Mapping, made: Any) -> Any:
@@ -88,9 +86,15 @@ class Draws:
             if known.name in ("rand", "rand_like", "uniform"):
                 for tensor in drawn:
                     tensor.fill_(ends["from"] + (ends["to"] - ends["from"]) * self._place)
-        elif known.name == "_local_scalar_dense" and self.drew:
-            self.asked.add(self.module())
         return out
+
+
+def may_say(output: Any) -> bool:
+    """Whether what a module returns may say what it has drawn, or been told of values: by what is
+    beside tensors, or by nothing."""
+    return output is None or not all(
+        isinstance(leaf, (Tensor, type(None))) for leaf in tree_leaves(output)
+    )
 
 
 def _draws_nothing(module: nn.Module) -> bool:

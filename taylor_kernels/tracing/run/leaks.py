@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from taylor_kernels.tracing.notes.atoms import Reason
 from taylor_kernels.tracing.run.recorder import Recorder
@@ -32,6 +33,8 @@ def leaks_seen(recorder: Recorder) -> Iterator[None]:
                 if recorder.hollow is not None:
                     recorder.hollow.reads(tensor)
                 module = recorder.module
+                if recorder in _get_current_dispatch_mode_stack():  # else a rule looks at labels
+                    recorder.record.asked.add(module)
                 reason = Reason(f"leaves PyTorch by {name} in {module!r}", module, name)
                 for vector in recorder.labels(tensor).vectors():
                     recorder.record.fix(vector, reason)

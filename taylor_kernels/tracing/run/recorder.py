@@ -23,7 +23,7 @@ from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.notes.values import Values
 from taylor_kernels.tracing.run.applying import apply
 from taylor_kernels.tracing.run.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
-from taylor_kernels.tracing.run.chance import Draws
+from taylor_kernels.tracing.run.chance import Draws, may_say
 from taylor_kernels.tracing.run.flow import Flow
 from taylor_kernels.tracing.run.frames import Frame
 from taylor_kernels.tracing.run.hollow import Hollow
@@ -138,6 +138,8 @@ class Recorder(OperationMode):
                     break
                 if frame.norms:
                     self.record.norm_calls.append((frame.name, frame.norms))
+                if frame.name in self.record.asked and may_say(output):
+                    self.record.asked.add(self.module)
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
@@ -186,20 +188,20 @@ class Recorder(OperationMode):
         """Give a parameter or buffer its atoms."""
         if tensor not in self.store:
             vectors = self.record.tensor(name, tensor.shape)
-            zero = name not in self.record.ones
-            labels = Labels(tuple(tensor.shape), list(vectors), [zero] * tensor.dim(), name=name)
-            if not zero:
-                self.record.fills[name] = dict.fromkeys(range(tensor.dim()), 1.0)
+            zero = self.record.zeros(name, tensor.dim())
+            labels = Labels(tuple(tensor.shape), list(vectors), zero, name=name)
+            if not all(zero):
+                self.record.fills[name] = {dim: 1.0 for dim in range(tensor.dim()) if not zero[dim]}
             self.store.set(tensor, labels)
 
-    def origin(self, vector: Vector | None) -> str:
-        """The name of the parameter or buffer that the first of these atoms belongs to."""
+    def origin(self, vector: Vector | None) -> tuple[str, int]:
+        """The parameter or buffer that the first of these atoms belongs to, and its dimension."""
         first = 0 if vector is None or not vector.size else int(vector[(vector != 0).argmax()])
         place = bisect_right(self.record.starts, first, key=lambda s: s[0]) if first else 0
         if not place:
-            return ""
-        start, name, _, size = self.record.starts[place - 1]
-        return name if first < start + size else ""
+            return "", 0
+        start, name, dim, size = self.record.starts[place - 1]
+        return (name, dim) if first < start + size else ("", 0)
 
     def owner(self, name: str) -> str:
         """The module to which a use of this parameter belongs: the running one if it holds it."""
@@ -271,6 +273,8 @@ class Recorder(OperationMode):
             values.follow(call.name, call.tensors, call.outs, written, parents, record.step)
         record.step += 1
         name = call.name
+        if call.asks:
+            record.asked.add(self.module)
         if (
             _any_followed(call.labels.values())
             or not call.tensors

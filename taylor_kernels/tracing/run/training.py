@@ -178,12 +178,12 @@ def _learn_from_both_ends(
         finally:
             draws.cross()
         unread = find_unread(recorder.record, states)
-        asked |= draws.asked
+        asked |= draws.asked | recorder.record.asked
         if not unread or not draws.drew:
             break
     if why:
         asked = {""}  # what it does further on is not known
-    why = why or "and a run that chance leads another way may read it"
+    why = why or "and one that other values, or chance, lead another way may read it"
     keep_as_wide(recorder.record, perhaps_read(unread, modules, asked), why)
 
 
@@ -202,7 +202,7 @@ def _learn(recorder: Recorder, tensors: Mapping[str, Tensor], run: Run, other: R
         spans = [places[name, dim] for dim in range(tensor.dim()) if (name, dim) in places]
         if len(spans) == tensor.dim():
             dims = [np.arange(start, start + size) for start, size in spans]
-            zero = [name not in record.ones] * tensor.dim()
+            zero = record.zeros(name, tensor.dim())
             known = Labels(tuple(tensor.shape), list(dims), zero, name=name)
             other.store.set(tensor, known)
     reason = Reason("reaches the output of the model in train mode")
@@ -216,8 +216,8 @@ def keep_as_wide(record: Record, unread: Collection[str], why: str) -> None:
     """Channels along which one of these tensors may lie stay: all those of its widths."""
     for name in unread:
         reason = Reason(
-            f"is as wide as {name!r}, which no run has read, {why}; take it off the model if "
-            "nothing will"
+            f"is as wide as {name!r}, which no run has read, {why}; pass an example that reaches "
+            "it, or take it off the model if nothing will"
         )
         sizes = {size for _, own, _, size in record.starts if own == name and size > 1}
         for start, own, _, size in list(record.starts):

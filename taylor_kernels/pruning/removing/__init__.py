@@ -1,0 +1,1 @@
+"""What removal cuts out of a model's tensors and out of its optimizers' state."""

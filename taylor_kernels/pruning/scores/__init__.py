@@ -1,0 +1,1 @@
+"""What units and blocks are ranked by: minibatches from tables of statistics, over all ranks."""
