@@ -17,8 +17,8 @@ from torch import nn
 import taylor_kernels as tk
 from tests.helpers import ROOT
 from tests.helpers.programs import run_program
+from tests.pruning.masks.test_called_norms import Block, Network
 from tests.pruning.mixtures import Model
-from tests.pruning.test_called_norms import Block, Network
 from tests.pruning.test_pooled_channels import Net
 
 MASKS = "taylor_kernels.pruning.masks"
