@@ -62,6 +62,11 @@ def check_arguments(
             raise ValueError(
                 f"model: its parameter {name} is on the meta device; materialise it first"
             )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"model: {type(model).__name__} is around it, which does not follow compact(); make "
+            "the pruner of its .module"
+        )
     if is_fsdp(model):
         raise ValueError(
             "model: fully_shard() has its parameters in parts already, so that it cannot be "

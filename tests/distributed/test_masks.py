@@ -156,6 +156,17 @@ def test_a_rank_that_ends_early():
     assert sum(record is not None for record in found[0]["records"]) == STEPS // 3
 
 
+def wrapped_before(rank, size):
+    model, _, pruner = started("taylor_fo", None)
+    pruner.close()
+    with pytest.raises(ValueError, match=r"model: DistributedData.*make the pruner of its .module"):
+        tk.Pruner(DistributedDataParallel(model), torch.randn(1, 3), params=0.5)
+
+
+def test_a_wrapper_is_not_pruned():
+    ran(2, wrapped_before)
+
+
 def joining(rank, size):
     """Rank 1 has 7 minibatches of 12."""
     model, optimizer, pruner = started("taylor_fo_bn", tk.distributed.Ranks(timeout=60))

@@ -19,13 +19,15 @@ class KeptExperts:
     Of what it returns, the numbers of experts are put back to those among all experts, and what has
     a column for each expert holds minus infinity for the others, or zero if it is probabilities.
 
+    It is saved with a model that is saved whole, and so holds nothing but tensors and plain Python.
+
     Args:
         kept: the numbers of the experts that stay, [n] int64.
         results: of each leaf of what the router returns, as the trace has found it.
     """
 
     def __init__(self, kept: Tensor, results: Sequence[Result]) -> None:
-        self._kept, self._results = kept, tuple(results)
+        self._kept, self._results = kept, [result.name for result in results]
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -42,13 +44,13 @@ class KeptExperts:
         leaves = map(self._among_all, [module] * len(found), found, whole, self._results)
         return tree_unflatten(list(leaves), form)
 
-    def _among_all(self, module: nn.Module, leaf: Any, whole: Any, result: Result) -> Any:
+    def _among_all(self, module: nn.Module, leaf: Any, whole: Any, result: str) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if result is Result.NUMBERS:
+        if result == Result.NUMBERS.name:
             leaf = self._kept[leaf]
-        elif result in (Result.LOGITS, Result.PROBABILITIES):
-            fill = 0.0 if result is Result.PROBABILITIES else -torch.inf
+        elif result in (Result.LOGITS.name, Result.PROBABILITIES.name):
+            fill = 0.0 if result == Result.PROBABILITIES.name else -torch.inf
             leaf = torch.full_like(whole, fill).index_copy(-1, self._kept, leaf)
         if leaf.shape != whole.shape:
             raise self._another(module)

@@ -34,12 +34,14 @@ from taylor_kernels.tracing.notes.across import Kept
 class OnKept:
     """What a module is given, and what it returns, of the channels that are kept.
 
+    It is saved with a model that is saved whole, and so holds nothing but tensors and plain Python.
+
     Args:
         kept: which those are, and where.
     """
 
     def __init__(self, kept: Kept) -> None:
-        self._on, self._kept = kept, kept.places
+        self._dim, self._kept, self._width, self._rank, self._returned, self._cuts = kept
 
     def _of_kept(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -48,16 +50,16 @@ class OnKept:
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if len(inputs) != 1:
             raise _another(module, f"was given {len(inputs)} tensors", "gave it one")
-        whole, on = inputs[0], self._on
+        whole, dim, rank = inputs[0], self._dim, self._rank
         shape = tuple(whole.shape)
         # Behind a weight that lies along the last dimension it is the last at any number of these.
-        known = whole.dim() == on.rank or (on.cut and on.dim == -1 and whole.dim())
-        if not known or shape[on.dim] != on.width:
-            there = f"{on.rank} dimensions, of which number {on.rank + on.dim} is {on.width} long"
+        known = whole.dim() == rank or (self._cuts and dim == -1 and whole.dim())
+        if not known or shape[dim] != self._width:
+            there = f"{rank} dimensions, of which number {rank + dim} is {self._width} long"
             raise _another(module, f"was given a tensor of shape {shape}", f"gave it {there}")
         self._kept = self._kept.to(whole.device)
         order, back = _laid_out(whole)
-        kept = whole.permute(order).index_select(order.index(on.dim % whole.dim()), self._kept)
+        kept = whole.permute(order).index_select(order.index(dim % whole.dim()), self._kept)
         kept = kept.permute(back)
         return (
             tuple(kept if value is whole else value for value in args),
@@ -66,9 +68,9 @@ class OnKept:
 
     def _among_zeros(self, module: nn.Module, found: Any) -> Any:
         """What the module returns for the kept channels, with zeros for the others."""
-        if not self._on.returned:
+        if not self._returned:
             return found
-        dim, kept = self._on.dim, self._kept
+        dim, kept = self._dim, self._kept
         if not isinstance(found, Tensor):
             raise _another(module, f"returned a {type(found).__name__}", "had it return a tensor")
         if found.dim() < -dim or found.size(dim) != kept.numel():
@@ -77,7 +79,7 @@ class OnKept:
         order, back = _laid_out(found)
         found = found.permute(order)
         place, shape = order.index(dim % found.dim()), list(found.shape)
-        shape[place] = self._on.width
+        shape[place] = self._width
         kept = kept.to(found.device)
         return found.new_zeros(shape).index_copy(place, kept, found).permute(back)
 
@@ -136,7 +138,7 @@ class KeptAgain(OnKept):
         new = copy.copy(module)
         for name, value in self._attributes.items():
             set_attribute(new, name, value)
-        if self._on.cut:
+        if self._cuts:
             vars(new)["_parameters"] = self._cut(module._parameters)
         before = self._before.pop(threading.get_ident(), None)
         if before is None:
@@ -147,7 +149,7 @@ class KeptAgain(OnKept):
                 if buffer is not None and (buffer is not old or buffer._version != version):
                     buffer.copy_(value)
             whole = {name: b for name, b in module._buffers.items() if b is not None}
-            buffers = self._cut(whole) if self._on.cut else {n: b.clone() for n, b in whole.items()}
+            buffers = self._cut(whole) if self._cuts else {n: b.clone() for n, b in whole.items()}
         vars(new)["_buffers"] = {**dict.fromkeys(module._buffers), **buffers}
         versions = {name: buffer._version for name, buffer in buffers.items()}
         found = self._among_zeros(module, new.forward(*args, **kwargs))
@@ -156,7 +158,7 @@ class KeptAgain(OnKept):
                 now = new._buffers[name]
                 if now is None or (now is buffers[name] and now._version == version):
                     continue
-                if self._on.cut:
+                if self._cuts:
                     whole[name].index_copy_(_along(whole[name]), self._kept, now)
                 else:
                     whole[name].copy_(now)
