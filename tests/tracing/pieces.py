@@ -48,7 +48,7 @@ def normed(rng: random.Random, inputs: int, outputs: int) -> nn.Module:
 
 def activation(rng: random.Random) -> nn.Module:
     kinds = [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.ReLU(inplace=True), nn.Softplus()]
-    return rng.choice([*kinds, nn.Hardswish(), nn.LeakyReLU(0.1), nn.Identity()])
+    return rng.choice([*kinds, nn.LogSigmoid(), nn.Hardswish(), nn.LeakyReLU(0.1), nn.Identity()])
 
 
 def piece(kind: str, rng: random.Random, c: int) -> tuple[nn.Module, int]:

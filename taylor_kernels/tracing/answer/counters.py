@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from taylor_kernels.tracing.model.settings import get_attribute
 from taylor_kernels.tracing.notes.across import Across
@@ -63,6 +64,8 @@ def find_counters(
                     places = range(len(old))
                     found += [(name, f"{attribute}[{n}]", old, dims[first, n]) for n in places]
                     continue
+                if vector is not None and isinstance(old, int) and old != vector.size:
+                    vector = None  # it counts something else
             elif what == "groups":
                 vector = groups.get(name)
             elif what == "norm":
@@ -82,9 +85,15 @@ def find_counters(
 
 
 def _inside(module: nn.Module, name: str) -> object:
-    """An attribute of a module, or of modules in it; None if there is no such."""
+    """An attribute of a module, or of modules in it; None if there is no such.
+
+    Of one that a parametrization works out (`weight_norm`), the greatest tensor it is made of.
+    """
     found: object = module
     for part in name.split("."):
+        if isinstance(found, nn.Module) and parametrize.is_parametrized(found, part):
+            made_of = found.get_submodule(f"parametrizations.{part}").parameters()
+            return max(made_of, key=Tensor.numel, default=None)
         found = getattr(found, part, None)
     return found
 

@@ -49,7 +49,11 @@ _RULES: dict[type[nn.Module] | str, dict[str, Counted]] = {
     },
     nn.Transformer: {"d_model": ("encoder.norm.weight", 0)},
     nn.PReLU: {"num_parameters": ("weight", 0)},
-    nn.RNNBase: {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)},
+    nn.RNNBase: {
+        "input_size": ("weight_ih_l0", 1),
+        "hidden_size": ("weight_hh_l0", 1),  # of a projected one it is another number
+        "proj_size": ("weight_hr_l0", 0),
+    },
     nn.RNNCellBase: {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)},
     "transformers.pytorch_utils.Conv1D": {"nx": "inputs", "nf": "outputs"},
 }

@@ -61,6 +61,12 @@ def elementwise(call: Call) -> Labels | list[Labels | None]:
     return labels if len(shapes) == 1 else [labels] * len(shapes)
 
 
+@rule("log_sigmoid_forward")
+def log_sigmoid(call: Call) -> list[Labels | None]:
+    """It keeps something for its gradient beside what it returns."""
+    return [meet(call, call.tensors[:1], call.outs[0].shape), None]
+
+
 def meet(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Labels:
     """Unite the labels of operands that broadcast to a shape."""
     parts = [call.of(tensor) for tensor in operands]

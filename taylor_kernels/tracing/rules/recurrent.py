@@ -16,53 +16,63 @@ from taylor_kernels.tracing.run.calls import Call, rule
 
 @rule(*RECURRENT)
 def recurrent(call: Call) -> list[Labels | None]:
-    """Stacked layers of one hidden width: a hidden unit is the same in every gate and layer."""
+    """Stacked layers of one hidden width: a hidden unit is the same in every gate and layer.
+
+    Where an LSTM projects its state (`proj_size`), weights and the next layer read the projection.
+    """
     source, states = call.arg("input", "data"), call.args["hx"]
     parameters: list[Tensor] = call.args["params"]
     biases = bool(call.args["has_biases"])
     both = 2 if call.args["bidirectional"] else 1
     each = len(parameters) // (call.args["num_layers"] * both)
+    projects = each > (4 if biases else 2)
     below = call.of(source).dims[-1]
-    hidden = call.of(parameters[1]).dims[1]
+    hidden = state = call.of(parameters[1]).dims[1]
     for vector in call.of(source).dims[:-1]:
         call.mix(vector)
-    if each > (4 if biases else 2):
-        # A projected state has a width of its own, and its weights another order.
-        for tensor in parameters:
-            for vector in call.of(tensor).vectors():
-                call.refuse(vector, "belongs to a projected recurrent layer")
-        call.refuse(below, "is read by a projected recurrent layer")
-        return [None, None, None]
+    if projects:
+        hidden = call.of(parameters[each - 1]).dims[1]
+        # PyTorch tells by their widths that a state and its projection are two.
+        call.refuse(hidden, "has to stay wider than what it is projected to")
     width = 0 if hidden is None else hidden.size
     steps = prod(source.shape[:-1])
     for number in range(call.args["num_layers"] * both):
         tensors = [call.of(t) for t in parameters[number * each : (number + 1) * each]]
         if number == both:
-            below = hidden if hidden is None else np.tile(hidden, both)
+            below = state if state is None else np.tile(state, both)
         call.join(below, tensors[0].dims[1])
-        call.join(hidden, tensors[1].dims[1])
+        call.join(state, tensors[1].dims[1])
+        layers = tensors[:2]
+        if projects:
+            projection = tensors.pop()
+            layers.append(projection)
+            call.join(hidden, projection.dims[1])
+            call.join(state, projection.dims[0])
         for labels in tensors:
             gates = labels.dims[0]
             for row in gates.reshape(-1, width) if gates is not None else []:
                 call.join(hidden, row)
-        for labels in tensors[:2]:
+        for labels in layers:
             layer(call, labels, labels.dims[1], labels.dims[0], macs=steps * prod(labels.shape))
     zero = True
-    for state in states if isinstance(states, (list, tuple)) else [states]:
-        labels = call.of(state)
+    # Beside its state an LSTM keeps a cell, which is as wide as its gates.
+    for vector, first in zip(
+        (state, hidden), states if isinstance(states, (list, tuple)) else [states], strict=False
+    ):
+        labels = call.of(first)
         zero &= labels.is_zero(-1)
         if not labels.is_uniform:
-            call.join(hidden, labels.dims[-1])
-            for vector in labels.dims[:-1]:
-                call.mix(vector)  # the layers that they are for, and the batch
-        elif hidden is not None:
-            repeated_as(call, hidden, labels, -1)
-    outs = call.outs
+            call.join(vector, labels.dims[-1])
+            for other in labels.dims[:-1]:
+                call.mix(other)  # the layers that they are for, and the batch
+        elif vector is not None:
+            repeated_as(call, vector, labels, -1)
     result: list[Labels | None] = []
-    for number, out in enumerate(outs):
+    for number, out in enumerate(call.outs):
         new = Labels.fixed(out.shape)
-        if hidden is not None:
-            new.dims[-1] = np.tile(hidden, both) if number == 0 else hidden
+        vector = hidden if number == 2 else state
+        if vector is not None:
+            new.dims[-1] = np.tile(vector, both) if number == 0 else vector
             # A unit without weights keeps a part of what its state was.
             new.zero[-1] = zero
         result.append(new)

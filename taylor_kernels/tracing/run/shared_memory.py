@@ -53,6 +53,10 @@ def find_shared(
     known = {id(tensor) for _, tensor in tensors}
     for module in keeping(modules.values()):
         known.update(map(id, held_tensors(module.modules())))
+    for module in modules.values():
+        if isinstance(module, nn.RNNBase):
+            # Of weights that are worked out it makes this list anew with each run.
+            known.update(map(id, module._flat_weights))
     tensors += [("", t) for t in held_tensors(modules.values()) if id(t) not in known]
     together: dict[int, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors:
