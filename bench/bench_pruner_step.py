@@ -3,7 +3,9 @@
 ResNet-18, MobileNetV2 and EfficientNet-B0 of pytorchcv, 4 images of 224², one thread, SGD. Copies
 of a network with the same weights are trained in turns, one of them with a pruner (taylor_fo_bn,
 every=10), step by step: a machine that slows down slows both. A round is ten steps and holds one
-pruning. Into bench/results/step/result.json, which `python -m tools.docs_blocks` shows.
+pruning. At the end the pruner's network is compacted, and goes on being scored and pruned in a
+few rounds more, beside the plain one. Into bench/results/step/result.json, which
+`python -m tools.docs_blocks` shows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,8 @@ NETWORKS = {
 IMAGES, SIZE, EVERY = 4, 224, 10
 #: A step with a pruner over a plain one, prunings included.
 LIMIT = 1.02
+#: After `compact()`.
+ROUNDS_COMPACTED = 3
 #: Before the clock: the first passes find out where gates stand and what is rounding noise.
 WARM_UP = EVERY
 
@@ -51,8 +55,10 @@ def without_hooks() -> Iterator[None]:
     _global_optimizer_post_hooks.update(hooks)
 
 
-def trained(model: nn.Module, x: Tensor, y: Tensor, pruned: bool) -> Callable[[], None]:
-    """A step of training a network."""
+def trained(
+    model: nn.Module, x: Tensor, y: Tensor, pruned: bool
+) -> tuple[Callable[[], None], tk.Pruner | None]:
+    """A step of training a network, and its pruner."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     pruner = None
     if pruned:
@@ -74,19 +80,39 @@ def trained(model: nn.Module, x: Tensor, y: Tensor, pruned: bool) -> Callable[[]
         with nullcontext() if pruned else without_hooks():
             optimizer.step()
 
-    return step
+    return step, pruner
 
 
-def in_turns(model: nn.Module, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of a plain network and of one with a pruner."""
+class Found(NamedTuple):
+    """Seconds of each round of a plain network and of one with a pruner, by `ways`.
+
+    Attributes:
+        parameters: the share of them that `compact()` left.
+    """
+
+    masked: dict[str, list[float]]
+    compacted: dict[str, list[float]]
+    parameters: float
+
+
+def in_turns(model: nn.Module, rounds: int) -> Found:
+    """A plain copy of the network and one with a pruner, as its filters are masked and then cut."""
     x, y = torch.randn(IMAGES, 3, SIZE, SIZE), torch.randint(0, 10, (IMAGES,))
-    steps = {
-        "plain": trained(copy.deepcopy(model), x, y, False),
-        "with a pruner": trained(model, x, y, True),
-    }
+    plain = copy.deepcopy(model)
+    plain_step, _ = trained(plain, x, y, False)
+    pruned_step, pruner = trained(model, x, y, True)
+    assert pruner is not None
+    steps = {"plain": plain_step, "with a pruner": pruned_step}
     for _ in range(WARM_UP):
         for step in steps.values():
             step()
+    masked = _rounds(steps, rounds)
+    pruner.compact()
+    left, whole = (sum(p.numel() for p in one.parameters()) for one in (model, plain))
+    return Found(masked, _rounds(steps, ROUNDS_COMPACTED), left / whole)
+
+
+def _rounds(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     timer = CpuTimer()
     found: dict[str, list[float]] = {way: [] for way in steps}
     for _ in range(rounds):
@@ -123,7 +149,11 @@ def result(labels: Sequence[str], rounds: int) -> dict[str, Any]:
         "images": IMAGES,
         "size": SIZE,
         "every": EVERY,
-        "rounds": found,
+        "rounds": {label: one.masked for label, one in found.items()},
+        "compacted": {
+            label: {"parameters": one.parameters, "rounds": one.compacted}
+            for label, one in found.items()
+        },
     }
 
 
@@ -134,8 +164,10 @@ def main() -> None:
     given = parser.parse_args()
     found = result([given.only] if given.only else list(NETWORKS), given.rounds)
     if given.only and (ROOT / RESULT).exists():
-        known = json.loads((ROOT / RESULT).read_text())["rounds"] | found["rounds"]
-        found["rounds"] = {label: known[label] for label in NETWORKS if label in known}
+        kept = json.loads((ROOT / RESULT).read_text())
+        for part in ("rounds", "compacted"):
+            known = kept[part] | found[part]
+            found[part] = {label: known[label] for label in NETWORKS if label in known}
     (ROOT / RESULT).parent.mkdir(parents=True, exist_ok=True)
     (ROOT / RESULT).write_text(json.dumps(found, indent=1) + "\n")
     ratios = {label: over_plain(rounds) for label, rounds in found["rounds"].items()}

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.bench_pruner_step import LIMIT, over_plain
+from bench.bench_pruner_step import LIMIT, ROUNDS_COMPACTED, over_plain
 from bench.markdown import table
 
 #: Relative to the repository.
@@ -16,6 +16,7 @@ STEP = Path("bench/results/step/result.json")
 def step_block(result: dict[str, Any]) -> str:
     """Of each network a step without and with a pruner, and the ratio beside its limit."""
     head = ["", "plain step, ms", "with a pruner, ms", "over plain", "rounds", f"limit {LIMIT:.2f}"]
+    head += ["parameters after compact()", "over plain then"]
     rows = []
     for label, found in result["rounds"].items():
         ms = [1e3 * statistics.median(found[way]) / result["every"] for way in found]
@@ -29,6 +30,8 @@ def step_block(result: dict[str, Any]) -> str:
                 f"{ratio:.3f} ({min(each):.3f}–{max(each):.3f})",
                 str(len(each)),
                 "ok" if ratio <= LIMIT else "not reached",
+                f"{100 * result['compacted'][label]['parameters']:.0f}%",
+                f"{over_plain(result['compacted'][label]['rounds']):.2f}",
             ]
         )
     versions = result["versions"]
@@ -37,7 +40,8 @@ def step_block(result: dict[str, Any]) -> str:
             table(head, rows),
             f"{result['images']} images of {result['size']}², `taylor_fo_bn`, "
             f"`every={result['every']}`: median and range of rounds of {result['every']} "
-            f"steps, each with one pruning, in turns with plain steps. "
+            f"steps, each with one pruning, in turns with plain steps; then of "
+            f"{ROUNDS_COMPACTED} rounds after `compact()`. "
             f"{result['machine']['processor']}, {result['machine']['threads']} thread; PyTorch "
             f"{versions['torch']}, pytorchcv {versions['pytorchcv']}. Source: "
             f"`{STEP.as_posix()}`, written by `python -m bench.bench_pruner_step`.",

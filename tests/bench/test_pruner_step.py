@@ -19,8 +19,13 @@ def test_rounds_hold_both_and_a_pruning(monkeypatch):
     monkeypatch.setattr(bench_pruner_step, "SIZE", 16)
     model = small_net()
     found = in_turns(model, 2)
-    assert [len(seconds) for seconds in found.values()] == [2, 2]
-    assert (model[1].weight == 0).sum() == 3  # the warm-up's pruning and one of each round
+    assert [len(seconds) for seconds in found.masked.values()] == [2, 2]
+    rounds = bench_pruner_step.ROUNDS_COMPACTED
+    assert [len(seconds) for seconds in found.compacted.values()] == [rounds, rounds]
+    # The warm-up's pruning and one of each round are cut, those behind are masked.
+    assert len(model[1].weight) == 8 - 3
+    assert (model[1].weight == 0).sum() == rounds
+    assert found.parameters == (5 * 27 + 5 + 2 * 5 + 5 * 10 + 10) / (8 * 27 + 8 + 2 * 8 + 80 + 10)
     assert torch.isfinite(model[0].weight).all()
 
 
@@ -30,9 +35,11 @@ def test_the_ratio_is_of_rounds_beside_each_other():
     assert over_plain(found) == 1.02
     block = step_block(
         {
-            "rounds": {"net": found}, "every": 10, "images": 4, "size": 224,
+            "rounds": {"net": found},
+            "compacted": {"net": {"parameters": 0.51, "rounds": {w: [1.0] for w in found}}},
+            "every": 10, "images": 4, "size": 224,
             "machine": {"processor": "a processor", "threads": 1},
             "versions": {"torch": "2", "pytorchcv": "0"},
         }
     )  # fmt: skip
-    assert "| net | 100 | 150 | 1.020 (1.010–1.500) | 3 | ok |" in block
+    assert "| net | 100 | 150 | 1.020 (1.010–1.500) | 3 | ok | 51% | 1.00 |" in block
