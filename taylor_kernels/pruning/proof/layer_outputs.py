@@ -36,9 +36,17 @@ class Norms:
     def __init__(self) -> None:
         self.calls: dict[str, list[tuple[tuple[int, ...], torch.dtype, float]]] = {}
         self.broken: dict[str, bool] = {}
+        self._given: dict[str, bool] = {}  # whether it was given anything but zeros
 
-    def hear(self, name: str, layer: Any, _: Any, output: Any) -> None:
+    @property
+    def deaf(self) -> frozenset[str]:
+        """Layers that were given nothing but zeros, and say nothing of what is in front of them."""
+        return frozenset(name for name, anything in self._given.items() if not anything)
+
+    def hear(self, name: str, layer: Any, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook, but for the name of the layer."""
+        if not self._given.get(name) and args and isinstance(args[0], Tensor):
+            self._given[name] = _wrapped(args[0]) or bool(args[0].any())
         if isinstance(output, Tensor) and not _wrapped(output):
             along = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.dim()
             self.add(name, output, (along,))

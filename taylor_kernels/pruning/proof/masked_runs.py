@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from taylor_kernels.hooks import remove_all
@@ -69,6 +70,9 @@ class MaskedRuns:
     ) -> None:
         self._model, self.channels = model, channels
         self._modules = modules_by_name(model)
+        self._layers = [
+            name for name, one in self._modules.items() if isinstance(one, (nn.Linear, _ConvNd))
+        ]
         self._noise = Noise()
         self._values = Values(self._modules, original, self._noise)
         self._run = Exchanged(model, self._modules, channels, outputs)
@@ -157,6 +161,11 @@ class MaskedRuns:
             for handle in handles:
                 handle.remove()
         return called >= known and not self._run.alone
+
+    def _turn(self, number: int) -> None:
+        """See `Values.turn`: what let nothing of a layer through lets other numbers through."""
+        self._values.turn(self._layers, number)
+        self._begun = None
 
     def _learn_train_runs(self) -> None:
         """Find out how the model runs in train mode, with units of all groups masked as in the

@@ -19,6 +19,9 @@ from taylor_kernels.pruning.removing.reordering import reorder
 from taylor_kernels.tracing import Block, Channels
 from taylor_kernels.tracing.blocks import replace_modules
 
+#: How often filters are given other signs where layers are given nothing but zeros.
+_TURNS = 4
+
 
 class Trial(MaskedRuns):
     """Tries on a model whether masking is removing.
@@ -31,6 +34,7 @@ class Trial(MaskedRuns):
 
     place: str | None = None
     layer: str | None = None
+    _deaf: frozenset[str] = frozenset()
 
     def fault(self, numbers: Collection[int], until: float, blocks: Sequence[Block] = ()) -> str:
         """What is wrong with removing units of these groups; "" if nothing.
@@ -46,12 +50,36 @@ class Trial(MaskedRuns):
         if begun is not None and len(numbers) != len(begun.steps):
             begun = None
         steps = self._steps(numbers) if begun is None else begun.steps
-        if reason := self._fault(steps, (), "its channels", until, begun):
+        reason = self._fault(steps, (), "its channels", until, begun)
+        if reason or (reason := self._fault_of_others(steps, until)):
             return reason
         least = self._steps_to_the_least(numbers)
         if not any(units.any() for units in least):
             return ""
         return self._fault(least, (), "its channels", until)
+
+    def _fault_of_others(self, steps: Sequence[Tensor], until: float) -> str:
+        """What is wrong in front of layers that were given nothing but zeros in the last trial,
+        because all units of a narrow layer that were left put out less than a ReLU lets through:
+        the trial is made again with filters of other signs."""
+        deaf, number = self._deaf, 0
+        try:
+            while deaf and number < _TURNS and time.monotonic() < until:
+                number += 1
+                self._turn(number)
+                begun = self._run_masked(self.channels, steps)
+                if any(norms.broken for norms in begun.outputs.norms):
+                    break
+                heard = deaf - begun.outputs.norms[0].deaf
+                if heard and (reason := self._fault(steps, (), "its channels", until, begun)):
+                    return reason
+                deaf -= heard
+        except Exception:
+            return ""  # such signs do not suit the code
+        finally:
+            if number:
+                self._turn(0)
+        return ""
 
     def fault_of_blocks(self, blocks: Sequence[Block], numbers: Sequence[int]) -> str:
         """What is wrong with removing those of these blocks that have such numbers; "" if
@@ -85,6 +113,7 @@ class Trial(MaskedRuns):
         except Exception as error:
             self.place = innermost_module(error, self._modules)
             return f"the model does not run with {some} at zero ({short(error)})"
+        self._deaf = expected.norms[0].deaf
         for step in range(len(steps[0]) if steps else 1):
             try:
                 kept: Kept = {}

@@ -8,7 +8,7 @@ are made anew from the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import prod
 
 import torch
@@ -49,6 +49,8 @@ class Values:
                 parameters.items(), noise.places(len(parameters)), strict=True
             )
         }
+        self._signs: dict[str, Tensor] = {}
+        self._without: set[str] = set()
         self._spent: set[str] = set()
         known = {id(tensor) for tensor in self._tensors.values()}
         self._others = [
@@ -101,13 +103,33 @@ class Values:
         self._spent.update(self._tensors)
         self.make_anew()
 
+    def turn(self, layers: Collection[str], number: int) -> None:
+        """Give the filters of these layers random signs, and biases that are nothing but noise.
+
+        Args:
+            number: says which signs; 0 for the model's, and its biases.
+        """
+        generator = torch.Generator().manual_seed(number)
+        weights = (f"{name}.weight" for name in layers)
+        self._signs = {
+            name: torch.randint(2, self._tensors[name].shape[:1], generator=generator) * 2 - 1
+            for name in weights
+            if number and name in self._tensors
+        }
+        self._without = {f"{name}.bias" for name in layers} if number else set()
+        self.make_all_anew()
+
     def _make(self, name: str) -> None:
         source = self._sources[name]
         made = widened(source)
         if made is source:
             made = source.clone()
+        if name in self._without:
+            made.zero_()
         if name in self._noisy:
             self._noise.add_to(made, *self._noisy[name])
+        if name in self._signs:
+            made *= self._signs[name].to(made).view(-1, *[1] * (made.dim() - 1))
         self._tensors[name].data = made if self._exact else made.to(source.dtype)
 
 

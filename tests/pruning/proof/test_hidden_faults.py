@@ -83,6 +83,31 @@ def test_what_comes_behind_hides_no_fault(hiding, wrong):
         assert offered(model, torch.randn(4, 5)) == layers
 
 
+#: Let nothing through of what all units put out that are left of a narrow layer.
+DEAF: dict[str, Callable[[Tensor], Tensor]] = {
+    "a ReLU": torch.relu,
+    "a clamp": lambda h: h.clamp(0, 2),
+    "a threshold": lambda h: F.threshold(h, 0.0, 0.0),
+    "a choice": lambda h: torch.where(h > 0, h, 0.0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("deaf", DEAF)
+def test_a_layer_that_is_given_nothing_hides_no_fault(deaf, wrong):
+    """Its units are below zero on the example, and on everything that is like it."""
+    width = random.randint(3, 12)
+    torch.manual_seed(random.randrange(2**31))
+    for code, layers in ((WRONG[wrong], {"2"}), (torch.tanh, {"0", "2"})):
+        through = Apply(lambda s, x, code=code: DEAF[deaf](code(x)))
+        model = nn.Sequential(
+            nn.Linear(5, width), through, nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3)
+        )
+        nn.init.uniform_(model[0].bias, -40, -20)
+        assert not model[1](model[0](torch.randn(64, 5))).any()
+        assert offered(model, torch.randn(4, 5)) == layers
+
+
 def ramp(h: Tensor) -> Tensor:
     """Numbers that follow each channel's place from behind, unseen by a trace."""
     return torch.tensor([*range(h.size(1), 0, -1)]).view(-1, 1, 1).to(h)
