@@ -3,8 +3,7 @@
 A reshape leaves a choice of axes: heads may go whole, or the same positions of every head. What a
 run shows is not always enough to make it: a number of heads that a config holds is written down in
 no module, and a scale may be computed from the width of a head. Where the proof refuses a group,
-the reshapes that cut it shrink along other axes, as long as there are any. An attribute that counts
-its channels by chance, or is a factor besides, keeps its value then.
+the reshapes that cut it shrink along other axes, as long as there are any.
 """
 
 from __future__ import annotations
@@ -45,8 +44,7 @@ def best_choice(
         (channels, groups, _skipped), found = tried
         if not found or time.monotonic() > until:
             break
-        wrong = [groups[number].classes for number in found]
-        other = channels.otherwise(model, wrong) or channels.with_numbers(model, wrong)
+        other = channels.otherwise(model, [groups[number].classes for number in found])
         if other is None:
             break
         more, skipped = choose(other)

@@ -107,7 +107,9 @@ class Alternatives:
         Returns:
             None where there is no other axis.
         """
-        bad = self._among(wrong)
+        bad = np.zeros(self._why.size, bool)
+        for classes in wrong:
+            bad[classes.numpy()] = True
         pairs = zip(self._record.tables, self.choices, strict=True)
         tables = [_without(table, choice, bad[self._label[table.cells]]) for table, choice in pairs]
         if all(new is old for new, old in zip(tables, self._record.tables, strict=True)):
@@ -115,35 +117,6 @@ class Alternatives:
         with one_at_a_time(), prunable_attention(model.modules()):
             modules = dict(model.named_modules())
             return type(self)(replace(self._record, tables=tables), modules)
-
-    def with_numbers(
-        self: _Channels, model: nn.Module, wrong: Sequence[Tensor]
-    ) -> _Channels | None:
-        """The channels where attributes that may be as large as these are many by chance, such as
-        the width in `F.normalize(x) * self.width**0.5`, are numbers and keep their values.
-
-        Args:
-            model: the traced model or a copy of it.
-            wrong: as of `otherwise`.
-
-        Returns:
-            None where there are no such attributes.
-        """
-        bad = self._among(wrong)
-        every = self._record.sizes
-        sizes = [size for size in every if not (size.weak and bad[self._label[size.atoms]].any())]
-        if len(sizes) == len(every):
-            return None
-        with one_at_a_time(), prunable_attention(model.modules()):
-            modules = dict(model.named_modules())
-            return type(self)(replace(self._record, sizes=sizes), modules)
-
-    def _among(self, wrong: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
-        """[classes] bool, those that are in one of these tensors."""
-        found = np.zeros(self._why.size, bool)
-        for classes in wrong:
-            found[classes.numpy()] = True
-        return found
 
 
 def _without(table: Table, choice: Choice, bad: npt.NDArray[np.bool_]) -> Table:

@@ -18,7 +18,6 @@ from taylor_kernels.tracing.run.hollow import can_be_hollow, is_worth_it
 from taylor_kernels.tracing.run.one_run import run_once
 from taylor_kernels.tracing.run.recorder import Execute, Recorder
 from taylor_kernels.tracing.run.refusals import refusal
-from taylor_kernels.tracing.run.replaced import follow_replaced
 from taylor_kernels.tracing.run.returned import (
     Read,
     UnknownOutput,
@@ -161,8 +160,6 @@ class Runs:
 
     def _run(self, recorder: Recorder) -> Iterator[Tensor]:
         outputs = run_once(recorder, self._model, self.names, self._example_inputs)
-        if not recorder.blind:
-            follow_replaced(recorder, self.names, self._tensors)
         return returned_tensors(self._model, self._example_inputs, outputs, self._read)
 
     def _new_recorder(self, execute: Execute | None = None, **options: bool) -> Recorder:

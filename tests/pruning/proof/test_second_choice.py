@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import taylor_kernels as tk
 from taylor_kernels.pruning.proof.trial import Trial
 from tests.zoo import judging
 
@@ -128,37 +126,3 @@ def test_what_a_layer_is_given_is_sized_by_the_code_around_it(layers: int, monke
     model = nn.Sequential(nn.Linear(3, width), *stream, nn.Linear(width, 2))
     judging.check_all_but([str(layers + 1)], model, torch.randn(1, 6, 3))
     assert list(map(bool, faults)) == [True, False]
-
-
-#: What code does with a number that is the width of [N, width] features.
-FACTORS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "of unit vectors": lambda s, y: F.normalize(y, dim=-1) * s.width**0.5,
-    "behind a width": lambda s, y: F.normalize(y, dim=-1) / s.width,
-    "of a sum of squares": lambda s, y: (
-        y * (y.square().sum(-1, keepdim=True) / s.width + 0.1).rsqrt().expand_as(y)
-    ),
-}
-
-
-class Scaled(nn.Module):
-    def __init__(self, width: int, factor: str) -> None:
-        super().__init__()
-        self.width, self.factor = width, factor
-        self.enter, self.leave = nn.Linear(5, width), nn.Linear(width, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.leave(FACTORS[self.factor](self, self.enter(x)))
-
-
-@pytest.mark.parametrize("factor", FACTORS)
-def test_a_width_that_is_a_factor_stays_what_it_is(factor):
-    model = Scaled(random.randint(6, 12), factor).double()
-    width, x = model.width, torch.randn(4, 5).double()
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    pruner = tk.Pruner(model, x, "random", filters=0.5, every=1, optimizer=optimizer)
-    while not pruner.done:
-        pruner.step()
-    new = 3 * torch.randn(6, 5).double()
-    before = model(new)
-    torch.testing.assert_close(pruner.compact()(new), before)
-    assert model.width == width > model.enter.out_features

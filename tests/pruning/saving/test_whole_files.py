@@ -61,8 +61,8 @@ MODELS = {
     ),
 }  # fmt: skip
 #: With no pruner, and so at one place alone.
-LOWERED = "taylor_kernels.methods.lowered.LoweredLinear"
-NAMED = {HOOK, LOWERED}.union(*(masked | compacted for *_, masked, compacted in MODELS.values()))
+LOWERED = {f"taylor_kernels.methods.lowered.Lowered{kind}" for kind in ("Linear", "Conv")}
+NAMED = {HOOK, *LOWERED}.union(*(masked | compacted for *_, masked, compacted in MODELS.values()))
 
 
 def named(content: bytes) -> set[str]:
@@ -120,8 +120,9 @@ def test_a_pruned_model_that_is_saved_whole_comes_back(name, tmp_path):
 
 
 def test_a_lowered_model_that_is_saved_whole_comes_back(tmp_path):
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
-    model[0].weight.data[:, torch.randperm(6)[:3]] = 0
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8 * 4, 2))
+    for layer, size in ((model[0], 6), (model[2], 8 * 4)):
+        layer.weight.data[:, torch.randperm(size)[: size // 2]] = 0
     tk.methods.lower_columns(model)
-    assert saved(model, torch.randn(4, 6), tmp_path / "lowered") == {LOWERED}
+    assert saved(model, torch.randn(4, 6, 4, 4), tmp_path / "lowered") == LOWERED
     check_loads(tmp_path / "lowered")
