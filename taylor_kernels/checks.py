@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 
@@ -29,9 +31,9 @@ def check_names(argument: str, names: object) -> list[str]:
     """
     if isinstance(names, str):
         raise ValueError(f"{argument}: expected a sequence of names, got the string {names!r}")
-    if not isinstance(names, Iterable) or isinstance(names, (bytes, Tensor, nn.Module)):
+    if not is_iterable(names) or isinstance(names, (bytes, Tensor, nn.Module)):
         raise TypeError(f"{argument}: expected a sequence of names, got {type(names).__name__}")
-    found = list(names)
+    found = list(names)  # type: ignore[call-overload]
     for name in found:
         if not isinstance(name, str):
             raise TypeError(f"{argument}: expected names, got a {type(name).__name__} among them")
@@ -44,7 +46,7 @@ def check_flag(argument: str, value: object) -> None:
     Raises:
         TypeError: it is something else.
     """
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{argument}: expected True or False, got {value!r:.80}")
 
 
@@ -67,6 +69,18 @@ def check_path(path: object, argument: str = "path") -> None:
     """
     if not isinstance(path, (str, bytes, os.PathLike)):
         raise TypeError(f"{argument}: expected a path, got {type(path).__name__}")
+
+
+def integer(argument: str, value: Any) -> int:
+    """An argument as an int, which may be one of NumPy's.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{argument}: expected an int, got {type(value).__name__}") from None
 
 
 def check_count(name: str, value: object) -> None:
@@ -95,3 +109,12 @@ def check_number(name: str, value: Any, fits: Callable[[float], bool], what: str
 def is_number(value: Any) -> bool:
     """Whether it is a real number and no bool; numpy's float32 is one."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_iterable(value: object) -> bool:
+    """Whether it can be gone through, be it by `__getitem__` alone, as a dataset."""
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 import taylor_kernels as tk
 
@@ -38,6 +39,42 @@ THINGS: dict[str, Callable[[], Any]] = {
     "meta": lambda: torch.empty(2, 3, device="meta"),
     "array": lambda: np.ones((2, 3)),
 }
+
+
+#: What is no int, bool or list, and as good as one.
+FINE: dict[str, Callable[[nn.Module], object]] = {
+    "integers of NumPy": lambda m: (
+        tk.ParameterFisher(m, seed=np.int64(4)),
+        tk.methods.at_init(m, "magnitude", 0.5, rounds=np.int32(1)),
+        tk.filter_moments([m[0].weight], [m[0].weight], dim=(np.int64(0), np.int64(1))),
+    ),
+    "a bool of NumPy": lambda m: tk.Importance(m, "taylor_fo", stream=np.True_).close(),
+    "names that come one by one": lambda m: tk.Importance(
+        m, "taylor_fo", layers=(n for n in ["0"])
+    ).close(),
+    "a dataset": lambda m: tk.methods.at_init(
+        m, "snip", 0.5, loss=cross_entropy,
+        batches=TensorDataset(torch.randn(2, 4, 3), torch.randint(4, (2, 4))),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fine", FINE)
+def test_what_is_as_good_as_the_argument_is_taken(fine):
+    FINE[fine](net())
+
+
+def test_masks_may_come_one_by_one():
+    model, x = net(), torch.randn(4, 3)
+    scores = []
+    for masks in (lambda m: [m], lambda m: (one for one in [m]), lambda m: {"only": m}.values()):
+        importance = tk.Importance(model, "taylor_fo_gate", example_inputs=x)
+        model(x).square().sum().backward()
+        importance.update(mask=masks(torch.tensor([True, False, True, True])))
+        scores.append(importance.compute()["0"])
+        importance.close()
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
 
 
 def net() -> nn.Sequential:

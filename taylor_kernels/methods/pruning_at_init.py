@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.checks import check_choice, check_count, check_module, check_number
+from taylor_kernels.checks import (
+    check_choice,
+    check_count,
+    check_module,
+    check_number,
+    integer,
+    is_iterable,
+)
 from taylor_kernels.methods.masks import Held, masks_of, ranked_weights
 
 Loss = Callable[[Any, Any], Tensor]
@@ -168,12 +175,12 @@ def at_init(
     check_module(model)
     check_choice("criterion", criterion, CRITERIA)
     check_number("keep", keep, lambda part: 0 < part <= 1, "the fraction to keep, in (0, 1]")
-    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
+    if not is_iterable(batches) or isinstance(batches, Tensor):
         raise TypeError(f"batches: expected (inputs, targets) pairs, got {type(batches).__name__}")
     if loss is not None and not callable(loss):
         raise TypeError(f"loss: expected a function, got {type(loss).__name__}")
     chosen, batches = CRITERIA[criterion], list(batches)
-    rounds = chosen.rounds if rounds is None else rounds
+    rounds = chosen.rounds if rounds is None else integer("rounds", rounds)
     check_count("rounds", rounds)
     if chosen.needs_data and not batches:
         raise ValueError(f"batches: {criterion} reads data; pass at least one (inputs, targets)")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.checks import check_choice, check_module, check_names, check_number
+from taylor_kernels.checks import check_choice, check_module, check_names, check_number, integer
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.methods.probabilities import advanced, drawn
 from taylor_kernels.methods.spp_groups import Switched, Units, column_layers, unit_groups
@@ -100,8 +100,7 @@ class SPP(OnModel):
         check_choice("groups", groups, ("columns", "filters"))
         if layers is not None:
             layers = check_names("layers", layers)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        seed = integer("seed", seed)
         self._model, self._kind = model, groups
         self._channels = None
         self._groups: Sequence[Switched]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,8 +118,11 @@ def check_streams(streams: object, count: int) -> Sequence[int]:
 
 def check_axes(dim: int | tuple[int, int]) -> tuple[int, ...]:
     """The axes that tables are made for, or an error."""
-    axes = dim if isinstance(dim, tuple) else (dim,)
-    if not all(isinstance(axis, int) for axis in axes) or axes not in ((0,), (1,), (0, 1)):
+    try:
+        axes = tuple(operator.index(axis) for axis in (dim if isinstance(dim, tuple) else (dim,)))
+    except TypeError:
+        axes = ()
+    if axes not in ((0,), (1,), (0, 1)):
         raise ValueError(f"dim: {dim!r:.80} is not one of 0, 1 and (0, 1)")
     return axes
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from taylor_kernels.backends import check_name
-from taylor_kernels.checks import check_choice, check_module
+from taylor_kernels.checks import check_choice, check_module, integer
 from taylor_kernels.hooks import OnModel
 from taylor_kernels.layout import accumulator
 from taylor_kernels.parameter_fisher.calls import Call
@@ -110,8 +110,7 @@ class ParameterFisher(OnModel):
             ("matrix", matrix, get_args(Matrix)),
         ):
             check_choice(name, value, known)
-        if not isinstance(seed, int):
-            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        seed = integer("seed", seed)
         if samples is not None and (matrix == "empirical" or samples < 1):
             raise ValueError(
                 f"samples: {samples!r} with matrix={matrix!r}; give a positive number, with "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from taylor_kernels.checks import is_iterable
 from taylor_kernels.statistics.base import Statistic
 
 #: [N] or [N, T], 0 where an example, or a token, is padding; one for each forward pass.
@@ -30,7 +31,7 @@ def counted(statistic: Statistic, mask: Mask | None) -> Iterator[None]:
 
 
 def _checked(statistic: Statistic, mask: Mask) -> list[Tensor]:
-    if not isinstance(mask, (Tensor, Sequence)):
+    if not isinstance(mask, Tensor) and not is_iterable(mask):
         raise TypeError(f"mask: expected tensors, one for each pass, got {type(mask).__name__}")
     masks = [mask] if isinstance(mask, Tensor) else list(mask)
     if statistic.reads == "closure":

@@ -305,5 +305,5 @@ def check_given(model: object, optimizer: object, pruner: object) -> None:
     if pruner.model is not model:
         raise ValueError(
             "pruner: it prunes another model than the one given; give the one that it was made of "
-            "(torch.compile's wrapper has it as ._orig_mod)"
+            "(torch.compile's wrapper has it as ._orig_mod, DataParallel as .module)"
         )
