@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -46,6 +47,20 @@ class Rows(nn.Module):
         return ASKED[self.asked](x[:, 0] > 1e3)
 
 
+class Listed(Rows):
+    """In a list, which may be empty."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return [rows for rows in [super().forward(x)] if rows is not None]
+
+
+class Counted(nn.Module):
+    """As many as there are, which is for its caller to see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0] > 1e3)[0] if random.random() < 0.5 else (x[:, 0] > 1e3).nonzero()
+
+
 class Rare(nn.Module):
     """Rows whose first feature is large go through a layer of their own too."""
 
@@ -63,6 +78,21 @@ class Rare(nn.Module):
         return self.leave(y)
 
 
+class Told(Rare):
+    """By a module inside, or one inside of that."""
+
+    def __init__(self, teller: nn.Module) -> None:
+        super().__init__("any")
+        self.rows = teller
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, rows = self.enter(x).relu(), self.rows(x)
+        if len(rows):
+            rows = (rows[0] if isinstance(rows, list) else rows).flatten()
+            y = y.index_add(0, rows, self.own(y[rows]))
+        return self.leave(y)
+
+
 COMMON = torch.rand(4, 5)
 RARE = torch.cat([COMMON, 2e3 * torch.ones(2, 5)])
 
@@ -74,6 +104,16 @@ def test_what_feeds_it_stays(asked, apart):
     assert not channels.groups
     assert "'own.weight'" in channels.skipped["enter"]
     assert "pass an example that reaches it" in channels.skipped["enter"]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("teller", [lambda: Listed("any"), Counted])
+def test_what_a_module_inside_has_found_may_lead_its_caller(teller, deep):
+    model = Told(nn.Sequential(teller()) if deep else teller())
+    channels = trace(model, COMMON)
+    assert not channels.groups
+    assert "'own.weight'" in channels.skipped["enter"]
+    assert [group.size for group in trace(model, RARE).groups] == [9]
 
 
 @pytest.mark.parametrize("asked", ASKED)

@@ -14,9 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: Recurrent layers, all steps and stacked layers in one operation.
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
-#: Tags of operations whose results, or the number of these, are by values.
-_ASKING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
 
 @dataclass(frozen=True)
 class Operation:
@@ -31,6 +28,7 @@ class Operation:
         pointwise: PyTorch says that it works element by element.
         moves: it makes its argument a view of other sizes, in place.
         asks: PyTorch says that its result, or the shape of it, tells Python of values.
+        counts: the shape does, which whoever is handed the result can see.
     """
 
     name: str
@@ -43,6 +41,7 @@ class Operation:
     pointwise: bool
     moves: bool
     asks: bool
+    counts: bool
 
 
 @cache
@@ -55,6 +54,10 @@ def operation(func: Any) -> Operation:
     written = tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
     learns = "norm" in name and not name.endswith(("no_training", "no_update", "functional"))
     statistics = {"running_mean", "running_var"}.intersection(a.name for a in arguments)
+    # where(condition) is nonzero(), without its tag.
+    counts = torch.Tag.dynamic_output_shape in func.tags or (
+        name == "where" and len(arguments) == 1
+    )
     return Operation(
         name,
         tuple(a.name for a in arguments),
@@ -67,8 +70,8 @@ def operation(func: Any) -> Operation:
         ),
         torch.Tag.pointwise in func.tags,
         torch.Tag.inplace_view in func.tags,
-        # where(condition) is nonzero(), without its tag.
-        not _ASKING.isdisjoint(func.tags) or (name == "where" and len(arguments) == 1),
+        counts or torch.Tag.data_dependent_output in func.tags,
+        counts,
     )
 
 

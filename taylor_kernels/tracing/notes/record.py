@@ -63,6 +63,7 @@ class Record:
         divisors: (tensor, dimension) that operations have met which are not finite at zero.
         ones: those of them that were known before the run: they are masked with ones.
         asked: modules whose code has asked for values: on other inputs it may go another way.
+        counted: those of them that have asked how many results there are, or modules around them.
     """
 
     count: int = 1
@@ -93,6 +94,7 @@ class Record:
     divisors: set[tuple[str, int]] = field(default_factory=set)
     ones: frozenset[tuple[str, int]] = frozenset()
     asked: set[str] = field(default_factory=set)
+    counted: set[str] = field(default_factory=set)
     values: Values | None = None
     step: int = 0
     size: int = 0

@@ -91,9 +91,12 @@ class Draws:
 
 def may_say(output: Any) -> bool:
     """Whether what a module returns may say what it has drawn, or been told of values: by what is
-    beside tensors, or by nothing."""
-    return output is None or not all(
-        isinstance(leaf, (Tensor, type(None))) for leaf in tree_leaves(output)
+    beside tensors, or by nothing or an empty list."""
+    leaves = tree_leaves(output)
+    return (
+        not leaves
+        or output is None
+        or any(not isinstance(leaf, (Tensor, type(None))) for leaf in leaves)
     )
 
 

@@ -138,11 +138,18 @@ class Recorder(OperationMode):
                     break
                 if frame.norms:
                     self.record.norm_calls.append((frame.name, frame.norms))
-                if frame.name in self.record.asked and may_say(output):
-                    self.record.asked.add(self.module)
+                self._tell(frame.name, output)
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
+
+    def _tell(self, inside: str, output: Any) -> None:
+        """What a module has asked of values, its caller may see by what it returns."""
+        asked, counted = self.record.asked, self.record.counted
+        if inside in counted:
+            counted.add(self.module)
+        if inside in counted or (inside in asked and may_say(output)):
+            asked.add(self.module)
 
     def _count(self, kind: str) -> None:
         # += asks a Counter's own code for what is not there yet.
@@ -275,6 +282,8 @@ class Recorder(OperationMode):
         name = call.name
         if call.asks:
             record.asked.add(self.module)
+            if call.operation.counts:
+                record.counted.add(self.module)
         if (
             _any_followed(call.labels.values())
             or not call.tensors
