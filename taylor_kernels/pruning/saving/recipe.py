@@ -143,7 +143,7 @@ def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
         ) from error
     _check_model(
         "copy: it is another model than the pruner's was at first (of an AveragedModel give its "
-        ".module; what has been cut once is not cut again)",
+        ".module; what has been cut once is cut again by a new pruner alone, made after compact())",
         content,
         copy,
     )
