@@ -140,7 +140,8 @@ class KeptAgain(OnKept):
             set_attribute(new, name, value)
         if self._cuts:
             vars(new)["_parameters"] = self._cut(module._parameters)
-        before = self._before.pop(threading.get_ident(), None)
+        # Asked for where `begin` is called alone: torch.compile cannot read what a thread is.
+        before = self._before.pop(threading.get_ident(), None) if self._before else None
         if before is None:
             return self._among_zeros(module, new.forward(*args, **kwargs))
         with torch.no_grad():
@@ -175,7 +176,7 @@ class KeptAgain(OnKept):
 def _along(tensor: Tensor) -> int:
     """The dimension of a parameter or buffer that its channels lie along: the others are of size
     1."""
-    return max(range(tensor.dim()), key=tensor.size)
+    return tensor.shape.index(max(tensor.shape))
 
 
 def _laid_out(tensor: Tensor) -> tuple[list[int], list[int]]:

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from taylor_kernels.checks import check_module, check_path
+from taylor_kernels.checks import check_path
 from taylor_kernels.files import write_atomically
 from taylor_kernels.pruning.pruner import Pruner
-from taylor_kernels.pruning.removing.optimizer_state import as_list, check_optimizer_types
+from taylor_kernels.pruning.saving.given import bare, check_belongs, check_given
 from taylor_kernels.pruning.saving.optimizer_saving import (
     check_optimizer_states,
     load_optimizer_states,
@@ -86,11 +85,6 @@ def save_checkpoint(
         except Exception as caught:
             error = caught
     pruner.ranks.check_done(error, "write the checkpoint")
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model that DistributedDataParallel wraps, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def parts_of(
@@ -173,22 +167,6 @@ def load_checkpoint(
     check_content(content, model, optimizer, pruner)
     check_optimizers(content, model, optimizer, pruner)
     return restored(content, model, optimizer, pruner)
-
-
-def check_belongs(optimizer: object, pruner: Pruner | None) -> None:
-    """The pruner is of these optimizers.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if pruner is None:
-        return
-    known = list(map(id, as_list(pruner.optimizer)))
-    if optimizer is not None and known != list(map(id, as_list(optimizer))):
-        raise ValueError(
-            "optimizer: the pruner has another one or none, so this one would keep parameters "
-            "that the model drops; build the pruner with Pruner(optimizer=...)"
-        )
 
 
 def check_content(
@@ -287,23 +265,3 @@ def read_checkpoint(path: str | bytes | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content.get("extra"), dict):
         raise ValueError(f"path: {path!r} is damaged (it has no extras)")
     return content
-
-
-def check_given(model: object, optimizer: object, pruner: object) -> None:
-    """They are a module, optimizers, and the pruner of that module.
-
-    Raises:
-        TypeError: one is something else.
-        ValueError: the pruner is of another module.
-    """
-    check_module(model)
-    check_optimizer_types(optimizer)
-    if pruner is None:
-        return
-    if not isinstance(pruner, Pruner):
-        raise TypeError(f"pruner: expected a tk.Pruner, got {type(pruner).__name__}")
-    if pruner.model is not model:
-        raise ValueError(
-            "pruner: it prunes another model than the one given; give the one that it was made of "
-            "(torch.compile's wrapper has it as ._orig_mod, DataParallel as .module)"
-        )

@@ -105,8 +105,8 @@ def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
     weights of another epoch.
 
     Args:
-        copy: of the model as it was before it was pruned; it keeps its values. It is cut once, so
-            that it waits for the last of several `compact()`s.
+        copy: of the model as it was before it was pruned; it keeps its values. It is cut once: at
+            the last of several `compact()`s, or each time by a new pruner.
         pruner: its model has been compacted.
 
     Returns:
@@ -143,7 +143,7 @@ def cut_copy(copy: nn.Module, pruner: Pruner) -> nn.Module:
         ) from error
     _check_model(
         "copy: it is another model than the pruner's was at first (of an AveragedModel give its "
-        ".module; what has been cut once is not cut again)",
+        ".module; what has been cut once is cut again by a new pruner alone, made after compact())",
         content,
         copy,
     )

@@ -16,10 +16,7 @@ from taylor_kernels.distributed.ranks import Ranks
 from taylor_kernels.pruning.pruner import Pruner
 from taylor_kernels.pruning.saving.apart import followed_by, with_memory, without_memory
 from taylor_kernels.pruning.saving.checkpoint import (
-    bare,
-    check_belongs,
     check_content,
-    check_given,
     check_optimizers,
     parts_of,
     restored,
@@ -36,6 +33,7 @@ from taylor_kernels.pruning.saving.checkpoint_folder import (
     remove_older,
     write,
 )
+from taylor_kernels.pruning.saving.given import bare, check_belongs, check_given
 from taylor_kernels.pruning.saving.plain import as_plain
 from taylor_kernels.pruning.saving.state import VERSION
 from taylor_kernels.shards import in_parts, is_sharded

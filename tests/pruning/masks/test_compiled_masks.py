@@ -56,3 +56,19 @@ def test_a_compiled_model_follows_them(build):
     with pytest.warns(UserWarning, match="new parameters"):
         pruner.compact()
     torch.testing.assert_close(compiled(inputs), masked, rtol=1e-4, atol=1e-5)
+
+
+def test_masked_norms_are_compiled_without_a_word():
+    """Dynamo reads their hooks; what it cannot read of Python it tells the user of, each time."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model, inputs, options = norms()
+    pruner = tk.Pruner(model, inputs, "magnitude_l2", every=1, **options)
+    compiled = torch.compile(model, backend="eager")
+    pruner.step()
+    for training in (True, False):
+        model.train(training)
+        torch.testing.assert_close(compiled(inputs), model(inputs))
+    assert counters["frames"]["ok"]
+    assert not [reason for reason in counters["graph_break"] if "builtin" in reason]

@@ -83,3 +83,21 @@ def test_a_copy_that_runs_its_norms_on_a_part_is_an_error():
     pruner.compact()
     with pytest.raises(ValueError, match="copy: it was made while a pruner held filters"):
         tk.cut_copy(other, pruner)
+
+
+def test_a_new_pruner_cuts_a_cut_copy():
+    """An average goes along through several compact()s."""
+    model, inputs = zoo.build("mlp")
+    other = copy.deepcopy(model)
+    for _ in range(2):
+        pruner = tk.Pruner(model, inputs, "magnitude_l2", filters=0.8, every=1, per_step=1)
+        while not pruner.done:
+            pruner.step()
+        pruner.compact()
+        tk.cut_copy(other, pruner)
+        with pytest.raises(ValueError, match="by a new pruner alone"):
+            tk.cut_copy(other, pruner)
+        pruner.close()
+    assert {k: v.shape for k, v in other.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
