@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from taylor_kernels.tracing.notes.operations import operation, tensors_of
+from taylor_kernels.tracing.notes.record import Record
 
 #: Operations whose results code may ask for; dropout only weighs what is there.
 _DRAWS = {
@@ -98,6 +99,14 @@ def may_say(output: Any) -> bool:
         or output is None
         or any(not isinstance(leaf, (Tensor, type(None))) for leaf in leaves)
     )
+
+
+def tell(record: Record, inside: str, outside: str, output: Any) -> None:
+    """What a module has asked of values, its caller may see by what it returns."""
+    if inside in record.counted:
+        record.counted.add(outside)
+    if inside in record.counted or (inside in record.asked and may_say(output)):
+        record.asked.add(outside)
 
 
 def _draws_nothing(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.notes.values import Values
 from taylor_kernels.tracing.run.applying import apply
 from taylor_kernels.tracing.run.calls import MAKERS, MOVES, PASSES, REPEATS, RULES, Call
-from taylor_kernels.tracing.run.chance import Draws, may_say
+from taylor_kernels.tracing.run.chance import Draws, tell
 from taylor_kernels.tracing.run.flow import Flow
 from taylor_kernels.tracing.run.frames import Frame
 from taylor_kernels.tracing.run.hollow import Hollow
@@ -138,18 +138,10 @@ class Recorder(OperationMode):
                     break
                 if frame.norms:
                     self.record.norm_calls.append((frame.name, frame.norms))
-                self._tell(frame.name, output)
+                tell(self.record, frame.name, self.module, output)
                 self.flow.leave(frame, output)
                 self.across.leave(frame, kwargs, output)
                 break
-
-    def _tell(self, inside: str, output: Any) -> None:
-        """What a module has asked of values, its caller may see by what it returns."""
-        asked, counted = self.record.asked, self.record.counted
-        if inside in counted:
-            counted.add(self.module)
-        if inside in counted or (inside in asked and may_say(output)):
-            asked.add(self.module)
 
     def _count(self, kind: str) -> None:
         # += asks a Counter's own code for what is not there yet.
