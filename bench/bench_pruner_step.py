@@ -84,9 +84,10 @@ def trained(
 
 
 class Found(NamedTuple):
-    """Seconds of each round of a plain network and of one with a pruner, by `ways`.
+    """Seconds of each round of a plain network and of one with a pruner: way -> rounds.
 
     Attributes:
+        masked, compacted: before and after `compact()`.
         parameters: the share of them that `compact()` left.
     """
 

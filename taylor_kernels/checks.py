@@ -1,4 +1,4 @@
-"""Checks of arguments that several rooms make: an error names the argument and what it got"""
+"""Checks of arguments that several rooms make: an error names the argument and what it got."""
 
 from __future__ import annotations
 

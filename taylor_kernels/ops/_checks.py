@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from taylor_kernels.checks import integer
 from taylor_kernels.layout import FLOATS
 
 _FLOATS = frozenset(FLOATS)
@@ -93,10 +94,9 @@ def check_like(tensor: object, name: str, other: Tensor, other_name: str) -> Non
             )
 
 
-def check_seed(seed: object) -> int:
+def check_seed(seed: Any) -> int:
     """As a signed integer of 64 bits, or an error; the range is that of `torch.manual_seed`."""
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+    seed = integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: {seed} does not fit into 64 bits")
     return seed - 2**64 if seed >= 2**63 else seed

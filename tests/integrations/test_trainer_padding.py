@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import taylor_kernels as tk
 from tests.integrations.conftest import library
+from tests.integrations.trainer_runs import QUIET
 
 
 class Tokens(nn.Module):
@@ -121,11 +122,7 @@ def tokens_in_lightning(model: Tokens, data: list, padding: str | None, options:
         data[0]["x"][None], "taylor_fo_gate", model="net", padding=padding, **options
     )
     trainer = pytorch.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         max_steps=1,
         accumulate_grad_batches=2,
         callbacks=[callback],

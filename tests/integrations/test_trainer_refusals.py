@@ -54,11 +54,7 @@ def test_what_lightning_cannot_prune_is_one_clear_error(module, options, said):
 
     made = lightning_module(**module)
     trainer = pytorch.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **runs.QUIET,
         callbacks=[PruningCallback(**runs.OPTIONS | options)],
     )
     before = [p.detach().clone() for p in made.parameters()]

@@ -134,11 +134,7 @@ def test_a_second_trainer_of_lightnings_goes_on_with_its_own_optimizer(tmp_path)
     old = first.optimizers[0]
     assert any(p in old.state for p in module.parameters())
     second = pytorch.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **runs.QUIET,
         max_epochs=runs.EPOCHS,
         callbacks=[callback],
     )
@@ -217,10 +213,7 @@ def test_passes_that_toggle_optimizer_leaves_the_model_out_of_do_not_count(tmp_p
             example, "taylor_fo_gate", model="net", padding="mask", compact=False,
             filters=0.5, every=2, per_step=2,
         )  # fmt: skip
-        trainer = pytorch.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-        )  # fmt: skip
+        trainer = pytorch.Trainer(**runs.QUIET, max_epochs=1, callbacks=[callback])
         trainer.fit(Adversaries(weight), torch.utils.data.DataLoader(rows, 2))
         found.append(callback.pruner.scores()["0"])
     torch.testing.assert_close(*found, equal_nan=True)

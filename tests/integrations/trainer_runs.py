@@ -17,6 +17,14 @@ from tests.integrations.conftest import library
 
 #: Of `tk.Pruner`, in all runs: it is done after a few prunings.
 OPTIONS: dict[str, Any] = {"filters": 0.5, "every": 2, "per_step": 3}
+#: Of a Lightning trainer that leaves no files and prints nothing.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 KINDS = ("lightning", "transformers", "accelerate")
 BATCH, BATCHES, ACCUMULATED, EPOCHS = 6, 5, 2, 7
 

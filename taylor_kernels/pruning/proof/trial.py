@@ -51,14 +51,14 @@ class Trial(MaskedRuns):
             begun = None
         steps = self._steps(numbers) if begun is None else begun.steps
         reason = self._fault(steps, (), "its channels", until, begun)
-        if reason or (reason := self._fault_of_others(steps, until)):
+        if reason or (reason := self._fault_with_other_signs(steps, until)):
             return reason
         least = self._steps_to_the_least(numbers)
         if not any(units.any() for units in least):
             return ""
         return self._fault(least, (), "its channels", until)
 
-    def _fault_of_others(self, steps: Sequence[Tensor], until: float) -> str:
+    def _fault_with_other_signs(self, steps: Sequence[Tensor], until: float) -> str:
         """What is wrong in front of layers that were given nothing but zeros in the last trial,
         because all units of a narrow layer that were left put out less than a ReLU lets through:
         the trial is made again with filters of other signs."""
