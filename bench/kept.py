@@ -94,6 +94,7 @@ class Kept:
         )
         found["benchmarks"] = self._before.get("benchmarks", []) + found["benchmarks"]
         found["finished"] = self._finished
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(found, indent=4, default=str))
         new.replace(self._path)

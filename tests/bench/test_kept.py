@@ -32,7 +32,7 @@ FEW = ("--benchmark-max-time=0.01", "--benchmark-min-time=1e-6", "--benchmark-mi
 
 def run(folder: Path, *arguments: str) -> Run:
     inside = f"import os\nos.chdir({str(folder)!r})"
-    return run_pytest("--results=part.json", *FEW, *arguments, ".", before=inside)
+    return run_pytest("--results=new/part.json", *FEW, *arguments, ".", before=inside)
 
 
 def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
     stopped = run(tmp_path)
     assert stopped.returncode == 9, stopped.stdout + stopped.stderr
     assert "4 benches, no earlier run tells how long" in stopped.stdout
-    kept = json.loads((tmp_path / "part.json").read_text())
+    kept = json.loads((tmp_path / "new" / "part.json").read_text())
     assert [bench["name"] for bench in kept["benchmarks"]] == ["test_one"]
     assert len(kept["finished"]) == 2, "the one that could not run is done too"
 
@@ -49,7 +49,7 @@ def test_a_run_that_is_stopped_goes_on(tmp_path: Path) -> None:
     resumed = run(tmp_path, "--resume")
     assert resumed.returncode == 0, resumed.stdout
     assert "2 benches, about " in resumed.stdout
-    whole = json.loads((tmp_path / "part.json").read_text())
+    whole = json.loads((tmp_path / "new" / "part.json").read_text())
     assert [bench["name"] for bench in whole["benchmarks"]] == [
         "test_one",
         "test_stopped",
