@@ -122,6 +122,12 @@ def depthwise_by_function(self, x):
 
 
 GO = {
+    "gathered_elsewhere": (
+        lambda s, x: x.gather(0, torch.arange(len(x))[:, None].flip(0).expand(-1, x.size(1))),
+        8,
+    ),
+    "gathered_in_order": (lambda s, x: x.gather(1, torch.arange(x.size(1)).expand_as(x)), 8),
+    "selected_in_order": (lambda s, x: x.index_select(-1, torch.arange(x.size(1))), 8),
     "in_place_on_view": (in_place_on_view, 4),
     "written_into_view": (written_into_view, 8),
     "written_into_zeros": (written_into_zeros, 8),
@@ -193,6 +199,10 @@ def test_channels_that_can_go(name):
 
 STAY = {
     "index_select": (lambda s, x: x.index_select(1, torch.tensor([3, 1, 1])), "index_select"),
+    "gathered_to_fewer": (
+        lambda s, x: x.gather(0, torch.zeros(2, 3, dtype=torch.int64)).sum(0), "gather",
+    ),
+    "first_selected": (lambda s, x: x.index_select(1, torch.arange(2)), "index_select"),
     "gather": (lambda s, x: x.gather(1, torch.tensor([[0], [1], [2]])), "gather"),
     "advanced": (lambda s, x: x[:, [0, 2]], "index"),
     "roll": (lambda s, x: x.roll(1, 1), "roll"),
