@@ -25,15 +25,19 @@ OUTPUT = "reaches the output of the model"
 
 def zoo_block(result: dict[str, Any]) -> str:
     """The tables, what stays and why, and where it was measured."""
+    networks, published = result["networks"], result.get("published", {})
     parts = []
-    for package, networks in groupby(result["networks"].items(), lambda item: item[1]["package"]):
-        rows = [_row(name, one) for name, one in networks]
+    for package, some in groupby(networks.items(), lambda item: item[1]["package"]):
+        rows = [_row(name, one) for name, one in some]
         parts += [f"### {package} {result['versions'][package]}", table(HEAD, rows)]
+    parts.append(_limits(networks))
+    if published:
+        rows = [_row(name, one) for name, one in published.items()]
+        parts += ["### At sizes that they are published in", table(HEAD, rows), _kept(published)]
     machine = result["machine"]
     parts += [
-        _limits(result["networks"]),
         "What stays beside the layers that reach the output, and why:",
-        "\n".join(_staying(result["networks"])),
+        "\n".join(_staying({**networks, **published})),
         f"{machine['processor']}, {machine['threads']} thread; PyTorch "
         f"{result['versions']['torch']}. Source: `{ZOO.as_posix()}`, written by "
         "`python -m tools.zoo_table`.",
@@ -62,18 +66,24 @@ def _limits(networks: dict[str, dict[str, Any]]) -> str:
     large = [one for one in done if one["seconds"]["forward_backward"] >= SMALL]
 
     longest = max((one["seconds"]["build"] for one in small), default=0.0)
-
-    def kept(of: list[dict[str, Any]]) -> str:
-        build = sum(build_ratio(one) <= BUILD for one in of)
-        trace = sum(trace_ratio(one) <= TRACE for one in of)
-        return f"{build} and {trace} of {len(of)}"
-
     return (
         f"The aim is a build of at most {BUILD:g}× a forward and backward pass and a trace of at "
         f"most {TRACE:g}× a forward pass; bold figures are over it. Of networks whose passes take "
-        f"{SMALL * 1e3:g} ms and more {kept(large)} keep to it, of smaller ones {kept(small)}: "
+        f"{SMALL * 1e3:g} ms and more {_count(large)} keep to it, of smaller ones {_count(small)}: "
         f"there a build takes {longest * 1e3:.0f} ms at most."
     )
+
+
+def _kept(networks: dict[str, dict[str, Any]]) -> str:
+    """How many networks keep to the limits."""
+    done = [one for one in networks.values() if "seconds" in one]
+    return f"{_count(done)} keep to the limits of a build and of a trace."
+
+
+def _count(of: list[dict[str, Any]]) -> str:
+    build = sum(build_ratio(one) <= BUILD for one in of)
+    trace = sum(trace_ratio(one) <= TRACE for one in of)
+    return f"{build} and {trace} of {len(of)}"
 
 
 def _row(name: str, one: dict[str, Any]) -> list[str]:

@@ -1,6 +1,9 @@
 """What the pruner makes of the networks of tests/zoo at their own sizes, and what it takes.
 
+Where those are tiny configurations, networks of the same kind follow at sizes in use.
+
     python -m tools.zoo_table                 # all of them, into bench/results/zoo/result.json
+    python -m tools.zoo_table --published     # those of tests/zoo/published.py alone
     python -m tools.zoo_table gpt2 dpn68      # these again, the others as they were
     python -m tools.docs_blocks               # docs/networks.md shows what is kept
 
@@ -35,12 +38,14 @@ from taylor_kernels import Pruner, system
 from taylor_kernels.tracing import trace
 from taylor_kernels.tracing.run.running import call
 from tests.zoo import judging
-from tests.zoo.networks import NETWORKS
+from tests.zoo.networks import NETWORKS, Network
+from tests.zoo.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path("bench/results/zoo/result.json")
 PACKAGES = ("torch", "pytorchcv", "transformers", "monai", "efficientnet_pytorch")
 SECONDS = 600.0
+ALL: dict[str, Network] = {**NETWORKS, **PUBLISHED}
 
 
 class Empty(TorchDispatchMode):
@@ -81,7 +86,7 @@ def least(run: Callable[[], Any], times: int = 3) -> float:
 def measured(name: str) -> dict[str, Any]:
     """One network, in this process."""
     torch.set_num_threads(1)
-    network = NETWORKS[name]
+    network = ALL[name]
     _warm_up()
     model, inputs = network.built(network.sizes[1])
     model.eval()
@@ -128,7 +133,7 @@ def apart(name: str) -> dict[str, Any]:
     """One network, in a process of its own; {"failed": why} where nothing comes of it."""
     command = [sys.executable, "-m", "tools.zoo_table", "--one", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    failed = {"package": NETWORKS[name].package}
+    failed = {"package": ALL[name].package}
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
@@ -144,13 +149,15 @@ def apart(name: str) -> dict[str, Any]:
 def keep(names: list[str]) -> None:
     """Measure these networks and write the result after each."""
     path = ROOT / RESULT
-    kept = json.loads(path.read_text())["networks"] if path.exists() else {}
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = {**before.get("networks", {}), **before.get("published", {})}
     for name in names:
         kept[name] = apart(name)
         result = {
             "machine": {"processor": system.cpu_model(), "threads": 1},
             "versions": system.package_versions(*PACKAGES),
             "networks": {known: kept[known] for known in NETWORKS if known in kept},
+            "published": {known: kept[known] for known in PUBLISHED if known in kept},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -159,13 +166,14 @@ def keep(names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("names", nargs="*", choices=[[], *NETWORKS], metavar="network")
-    parser.add_argument("--one", choices=NETWORKS, help="print one as JSON, in this process")
+    parser.add_argument("names", nargs="*", choices=[[], *ALL], metavar="network")
+    parser.add_argument("--one", choices=ALL, help="print one as JSON, in this process")
+    parser.add_argument("--published", action="store_true", help="those at sizes in use")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(measured(given.one)))
     else:
-        keep(given.names or list(NETWORKS))
+        keep(given.names or list(PUBLISHED if given.published else ALL))
 
 
 if __name__ == "__main__":
