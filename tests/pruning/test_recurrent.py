@@ -163,3 +163,31 @@ def test_a_layer_run_twice_and_the_states_of_one_handed_to_another():
     assert verdict.reached
     assert verdict.error < 1e-12
     assert model.encode.hidden_size == model.decode.hidden_size < 6
+
+
+@pytest.mark.parametrize("criterion", ["taylor_fo_gate", "taylor_fo_bn"])
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_gates_of_cells_stand_where_a_run_meets_them_or_nowhere(kind, criterion):
+    """What a cell multiplies with inside is out of sight: it is known when the pruner is made."""
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.cell, self.leave = nn.Linear(4, 6), kind(6, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = None
+            for step in self.enter(x).tanh().unbind(1):
+                state = self.cell(step, state)
+            return self.leave(state[0] if isinstance(state, tuple) else state)
+
+    model, x = Cells().double(), torch.randn(5, 3, 4).double()
+    pruner = tk.Pruner(model, x, criterion, filters=0.8, every=1, per_step=2)
+    assert "enter" in pruner.widths
+    for name in ("cell.weight_ih", "cell.weight_hh"):
+        assert name in pruner.widths or "taylor_fo reads weights" in pruner.skipped[name]
+    while not pruner.done:
+        model(torch.randn_like(x)).square().sum().backward()
+        pruner.step()
+    masked = model.eval()(x)
+    torch.testing.assert_close(pruner.compact()(x), masked, rtol=0, atol=1e-12)

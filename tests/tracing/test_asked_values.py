@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import taylor_kernels as tk
 from taylor_kernels.tracing import trace
+from tests.tracing import asserting
 
 #: The numbers of rows for another layer, as code asks for them: of [N] bool.
 ASKED: dict[str, Callable[[Tensor], Tensor | None]] = {
@@ -146,3 +147,29 @@ def test_numbers_as_indices_ask_for_nothing():
             return self.leave(self.own(y) if self.extra else y)
 
     assert [group.size for group in trace(Neighbours(), COMMON).groups] == [9]
+
+
+class Asserting(nn.Module):
+    """Asks for values, and has a layer that is run on what it is told of them."""
+
+    def __init__(self, asks: Callable[[Tensor], bool | None]) -> None:
+        super().__init__()
+        self.enter, self.own, self.leave = nn.Linear(5, 9), nn.Linear(9, 9), nn.Linear(9, 2)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.enter(x).relu()
+        return self.leave(self.own(y) if self.asks(x) else y)
+
+
+@pytest.mark.parametrize("asks", asserting.ASSERTIONS)
+def test_an_assertion_that_holds_leads_nowhere_else(asks):
+    """What is behind it raises an error in any other case, so that the layer is never run."""
+    assert [group.size for group in trace(Asserting(asks), COMMON).groups] == [9]
+
+
+@pytest.mark.parametrize("asks", [asserting.caught, asserting.caught_outside, asserting.told])
+def test_what_catches_an_assertion_goes_another_way(asks):
+    channels = trace(Asserting(asks), COMMON)
+    assert not channels.groups
+    assert "'own.weight'" in channels.skipped["enter"]

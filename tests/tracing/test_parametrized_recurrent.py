@@ -98,3 +98,33 @@ def test_criteria_of_gates_keep_them_and_say_so(kind):
     reasons = [why for name, why in pruner.skipped.items() if name.startswith("rnn.")]
     assert reasons
     assert all("taylor_fo reads weights alone" in why for why in reasons)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_a_spectral_norm_takes_as_many_steps_behind_a_removal(kind, name):
+    """It takes one whenever a layer asks for its weight in train mode."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), kind(6, 7)).double(), torch.randn(5, 2, 4).double()
+    spectral_norm(model[1], name, n_power_iterations=1)
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.leave = model, nn.Linear(7, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(self.body(x)[0])
+
+    whole = Last()
+    pruner = tk.Pruner(whole, x, "magnitude_l2", filters=0.7, every=1, per_step=2)
+    while not pruner.done:
+        whole(x).sum().backward()
+        pruner.step()
+    kept = {n: b.clone() for n, b in whole.named_buffers()}
+    masked = [whole(x) for _ in range(2)]
+    for n, buffer in whole.named_buffers():
+        buffer.copy_(kept[n])
+    pruner.compact()
+    for expected in masked:
+        torch.testing.assert_close(whole(x), expected, rtol=0, atol=1e-12)

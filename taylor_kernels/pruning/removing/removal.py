@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from taylor_kernels.pruning.removing.optimizer_state import (
@@ -148,10 +150,21 @@ class Tensors:
                 if not held or type(module).__setattr__ is not nn.Module.__setattr__:
                     # Recurrent layers keep a list of their parameters beside.
                     setattr(module, leaf, tensor)
+                    _refer_to(module, leaf, tensor)
                 elif leaf in module._parameters:
                     module._parameters[leaf] = tensor  # type: ignore[assignment]
                 else:
                     module._buffers[leaf] = tensor
+
+
+def _refer_to(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """A recurrent layer asks for its weights, one by one, until one is another object than in its
+    last run. A weight that a parametrization works out always is, and each time that it is asked
+    for a spectral norm takes a step. So the layer is to know those that were put in its place."""
+    names = getattr(module, "_flat_weights_names", ())
+    refs = getattr(module, "_flat_weight_refs", None)
+    if leaf in names and refs is not None and is_parametrized(module):
+        refs[names.index(leaf)] = weakref.ref(tensor)
 
 
 def set_attributes(

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
+from taylor_kernels.tracing.model.branches import only_asserts
+
 #: What runs the code of a module.
 _CALLS = inspect.unwrap(nn.Module._call_impl).__code__
 
@@ -40,6 +42,9 @@ _OTHERS = tuple(
         *(Path(__file__).parents[2] / room for room in ("tracing", "pruning")),
     )
 )
+#: Code that runs between that of a model and a trace: this package's, and what makes others of an
+#: operation.
+_OPERATIONS = (*_OTHERS[1:], torch._ops.__file__)
 #: How torch.compile names the second part of a function that it has cut; the first part calls it.
 _RESUMED = "torch_dynamo_resume_in_"
 
@@ -99,6 +104,24 @@ def own_module() -> nn.Module | None:
             if isinstance(found, nn.Module):
                 return found
     return None
+
+
+def only_asserts_now() -> bool:
+    """Whether the model's code asks for a truth just now that decides on nothing else than whether
+    an error is raised."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OPERATIONS):
+        frame = frame.f_back
+    return frame is not None and only_asserts(frame, _callers(frame))
+
+
+def _callers(frame: FrameType) -> Iterator[FrameType]:
+    """The frames of code of others that have called this one, up to the run of the model."""
+    outer = frame.f_back
+    while outer is not None and outer.f_code.co_name != "run_once":
+        if not outer.f_code.co_filename.startswith(_OTHERS):
+            yield outer
+        outer = outer.f_back
 
 
 def says(number: int) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from taylor_kernels.tracing.model.code import own_module
+from taylor_kernels.tracing.model.code import only_asserts_now, own_module
 from taylor_kernels.tracing.notes.atoms import Reason, Vector
 from taylor_kernels.tracing.notes.entries import Size
 from taylor_kernels.tracing.notes.labels import Labels
@@ -75,11 +75,15 @@ class Call:
     @property
     def asks(self) -> bool:
         """Whether it tells the code that runs of values, which may go another way by them. An index
-        of numbers does not: its result is as long as they are."""
+        of numbers does not: its result is as long as they are. Nor does an assertion that holds."""
         indices = self.args.get("indices", ()) if self.name == "index" else None
-        return self.operation.asks and (
-            indices is None
-            or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        return (
+            self.operation.asks
+            and (
+                indices is None
+                or any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+            )
+            and not (self.name in READERS and only_asserts_now())
         )
 
     def again(self, values: Mapping[str, Any]) -> Any:
@@ -143,6 +147,8 @@ class Call:
 
 
 Rule = Callable[[Call], Any]
+#: Operations that have a rule and make Python numbers of values.
+READERS = {"_local_scalar_dense", "item", "equal"}
 #: Why channels that an operation mixes stay.
 MIXED = "is mixed with other channels"
 RULES: dict[str, Rule] = {}

@@ -129,7 +129,10 @@ class Flow:
             sources,
             product.module,
             product.weight,
-            linear=call.name == "linear" and isinstance(weight, nn.Parameter),
+            # What PyTorch makes of a cell's one operation is out of sight in a run without a trace.
+            linear=call.name == "linear"
+            and isinstance(weight, nn.Parameter)
+            and not self._recorder.composite,
             depthwise=depthwise,
         )
         if step.layer == step.module:

@@ -26,15 +26,13 @@ from torch.nn.modules import module as nn_module
 from taylor_kernels.tracing.notes.experts import is_router
 from taylor_kernels.tracing.notes.memories import Memories
 from taylor_kernels.tracing.notes.operations import memory_of, per_dimension
-from taylor_kernels.tracing.run.calls import MOVES, RULES
+from taylor_kernels.tracing.run.calls import MOVES, READERS, RULES
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.run.calls import Call
 
 #: Operations that give numbers another type.
 _CASTS = {"to", "_to_copy", "type_as"}
-#: Operations that have a rule and make Python numbers of values.
-_READERS = {"_local_scalar_dense", "item", "equal"}
 
 
 class NeedsValues(Exception):
@@ -119,7 +117,7 @@ class Hollow:
         return self._memories.alive(self._hollow)
 
     def _check(self, call: Call) -> None:
-        if call.name in _READERS or not (call.operation.pointwise or call.name in RULES):
+        if call.name in READERS or not (call.operation.pointwise or call.name in RULES):
             self._refuse()
         if _only_combines(call):
             return
