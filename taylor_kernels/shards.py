@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _PLAIN = (Tensor, nn.Parameter)
-#: What makes DTensors: newer and older PyTorch.
-_CODE = frozenset(("torch.distributed.tensor", "torch.distributed._tensor"))
 
 
 def is_sharded(tensor: object) -> bool:
@@ -27,7 +25,8 @@ def is_sharded(tensor: object) -> bool:
 def _among_ranks() -> bool:
     """Whether there can be DTensors, told in no time: their code is loaded, and there is a group of
     processes, which their mesh is made of."""
-    loaded = any(name in sys.modules for name in _CODE)
+    # Newer and older PyTorch.
+    loaded = "torch.distributed.tensor" in sys.modules or "torch.distributed._tensor" in sys.modules
     return loaded and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

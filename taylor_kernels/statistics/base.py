@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taylor_kernels.statistics.hooks.sites import GateSites
 from taylor_kernels.statistics.hooks.streaming import GradientStream
 from taylor_kernels.statistics.layers import Layers, filter_count
+from taylor_kernels.statistics.tables import PackedTables
 
 #: Runs the model and returns the loss, a scalar.
 Closure = Callable[[], Tensor]
@@ -215,6 +216,8 @@ def checked_tables(statistic: Statistic, found: object) -> list[Tensor]:
     Raises:
         ValueError: it is not; the message names the statistic and the layer.
     """
+    if isinstance(found, PackedTables) and found.rows is not None:
+        return found  # made by this package, of these layers, and without a graph
     given, layers = f"statistic {statistic.name!r}: collect() gave", statistic.layers
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"{given} {type(found).__name__}; expected a list of tables")

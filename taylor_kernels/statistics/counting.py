@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,15 +15,19 @@ from taylor_kernels.statistics.base import Statistic
 Mask = Tensor | Sequence[Tensor]
 
 
-@contextmanager
-def counted(statistic: Statistic, mask: Mask | None) -> Iterator[None]:
+def counted(statistic: Statistic, mask: Mask | None) -> AbstractContextManager[None]:
     """Where a statistic collects what counts by a mask, alone.
 
     Raises:
         ValueError, TypeError: the mask is none, leaves nothing over, or has no place where a
             statistic runs the model itself.
     """
-    statistic.mask = None if mask is None else _checked(statistic, mask)
+    return nullcontext() if mask is None else _counted(statistic, _checked(statistic, mask))
+
+
+@contextmanager
+def _counted(statistic: Statistic, masks: list[Tensor]) -> Iterator[None]:
+    statistic.mask = masks
     try:
         yield
     finally:

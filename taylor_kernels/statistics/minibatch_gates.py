@@ -195,11 +195,12 @@ class Gates(GateStatistic):
         alone = {norm: name for norm, name in self._read.items() if norm not in self._shared}
         packed = [*self._of_small(), *self._of_norms.take(alone | self._at_rest())]
         names = [*self._received, *(key for some in packed for key in some.keys)]
+        different = set(names)
         if self._resting is not None:
-            self._resting.wake_silent(set(names))
+            self._resting.wake_silent(different)
         if not names:
             raise RuntimeError(NOTHING_SEEN)
-        if len(set(names)) < len(names):
+        if len(different) < len(names):
             self._add_packed(packed)
             packed = []
         tables = {name: total[:, None] for name, total in self._received.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from taylor_kernels.criteria import Criterion
 from taylor_kernels.pruning.choosing.groups import Group
+from taylor_kernels.statistics.tables import rows_of_all
 from taylor_kernels.tracing import Slot
 
 #: Elements gathered at a time. The index is padded to the widest unit of the network, so all rows
@@ -68,10 +69,16 @@ class UnitRows:
 
     def scores(self, tables: Sequence[Tensor]) -> Tensor:
         """[U of all groups] float64, from the [F, K] table of every scored layer."""
-        widths = tuple(table.size(1) for table in tables)
+        rows = rows_of_all(tables)
+        if rows is None:
+            widths = tuple(table.size(1) for table in tables)
+        else:
+            widths = (rows.size(1),) * len(tables)
         if widths not in self._plans:
             self._plans[widths] = [self._planned(tables, run) for run in self._runs(tables)]
         found = [self._score(tables, run) for run in self._plans[widths]]
+        if len(found) == 1:
+            return found[0].double()
         return torch.cat(found).double() if found else torch.empty(0, dtype=torch.float64)
 
     @property
@@ -111,46 +118,53 @@ class UnitRows:
         return [tuple(run) for run in runs]
 
     def _planned(self, tables: Sequence[Tensor], run: tuple[int, ...]) -> _Run:
-        names = {slot.owner for number in run for slot in self._members(self.groups[number])}
-        if not names:
+        members = self._members(self.groups[run[0]])
+        if not members:
             units = sum(self.groups[number].size for number in run)
             return _Run([], torch.empty(units, 0, dtype=torch.int64))
-        used = sorted(names, key=self._layers.__getitem__)
-        places = [self._layers[name] for name in used]
-        index = self._gather_index(run, used, [tables[place].size(0) for place in places])
+        width = tables[self._layers[members[0].owner]].size(1)
+        places = [place for place, table in enumerate(tables) if table.size(1) == width]
+        index = self._gather_index(run, {place: len(tables[place]) for place in places})
         return _Run(places, index.to(tables[places[0]].device))
 
     def _score(self, tables: Sequence[Tensor], run: _Run) -> Tensor:
         """[U] scores of a run of groups."""
         if not run.places:
             return torch.zeros(len(run.rows), device=tables[0].device)
-        chosen = [tables[place] for place in run.places]
-        device = chosen[0].device
-        # The last row is what the padding points at.
-        padding = chosen[0].new_zeros(1, chosen[0].size(1))
-        rows = torch.cat([*(table.to(device) for table in chosen), padding])
-        index = run.rows.to(device)
+        rows = rows_of_all(tables)
+        if rows is None:
+            device = tables[run.places[0]].device
+            rows = torch.cat([tables[place].to(device) for place in run.places])
+        index = run.rows.to(rows.device)
         return self._criterion.minibatch_scores(self._coupled_rows(rows, index))
 
     def _coupled_rows(self, rows: Tensor, index: Tensor) -> Tensor:
-        """[U, K] from the rows of each unit; the padding's are zero and come last."""
-        if self._criterion.coupled == "first":
-            return rows[index[:, 0]]
+        """[U, K] from the rows of each unit; the padding points behind them."""
+        if self._criterion.coupled == "first" or index.size(1) == 1:
+            return rows.index_select(0, index[:, 0])
+        rows = torch.cat([rows, rows.new_zeros(1, rows.size(1))])
         units = max(_GATHERED // max(index.size(1) * rows.size(1), 1), 1)
         total = torch.cat([rows[part].sum(1) for part in index.split(units)])
         if self._criterion.coupled == "mean":
             return total / (index < len(rows) - 1).sum(1, keepdim=True)
         return total
 
-    def _gather_index(self, run: tuple[int, ...], used: list[str], rows: list[int]) -> Tensor:
-        """[U, M] int64: the rows of each unit in the concatenated tables."""
-        starts = {name: sum(rows[:number]) for number, name in enumerate(used)}
+    def _gather_index(self, run: tuple[int, ...], rows: Mapping[int, int]) -> Tensor:
+        """[U, M] int64: the rows of each unit in the concatenated tables.
+
+        Args:
+            rows: place of a table -> how many rows it has, in their order.
+        """
+        starts, pad = {}, 0
+        for place, count in rows.items():
+            starts[place] = pad
+            pad += count
         blocks = []
         for number in run:
             members = self._members(self.groups[number])
-            blocks.append(torch.cat([slot.index + starts[slot.owner] for slot in members], 1))
+            parts = [slot.index + starts[self._layers[slot.owner]] for slot in members]
+            blocks.append(torch.cat(parts, 1))
         widest = max(block.size(1) for block in blocks)
-        pad = sum(rows)
         return torch.cat(
             [nn.functional.pad(block, (0, widest - block.size(1)), value=pad) for block in blocks]
         )

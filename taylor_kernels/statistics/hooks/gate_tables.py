@@ -72,11 +72,16 @@ class GateTables:
         if packed and (self.mesh is not None or self._rows is None):
             each = (one for some in packed for one in some.each())
             tables, packed = {**tables, **{key: own[:, None] for key, own in each}}, ()
-        known = self._by_layer(tables, packed)
-        self.noise.close_update(training, self._by_layer)
-        for name in self.noise.layers:
-            known[name] = torch.full_like(known[name], torch.nan)
-        return list(known.values())
+        found = self._by_layer(tables, packed)
+        self.noise.close_update(
+            training, lambda sums: dict(zip(self._layers, self._by_layer(sums), strict=True))
+        )
+        if not self.noise.layers:
+            return found
+        return [
+            torch.full_like(table, torch.nan) if name in self.noise.layers else table
+            for name, table in zip(self._layers, found, strict=True)
+        ]
 
     def _of_all_ranks(self, tables: Mapping[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
         """Tables with the gates of all ranks of a plan; a collective.
@@ -115,20 +120,20 @@ class GateTables:
 
     def _by_layer(
         self, tables: Mapping[str, Tensor], packed: Sequence[Packed] = ()
-    ) -> dict[str, Tensor]:
+    ) -> list[Tensor]:
         if self.mesh is not None:
             tables = self._of_all_ranks(tables, self.mesh)
         if self._rows is None:
             like = next(iter(tables.values()))
-            return {
-                name: tables[name] if name in tables else like.new_zeros(width, like.size(1))
+            return [
+                tables[name] if name in tables else like.new_zeros(width, like.size(1))
                 for name, width in self.widths.items()
-            }
+            ]
         counts = [table.size(1) for table in tables.values()]
         if len(set(counts)) <= 1:
             keys = [*tables, *(key for some in packed for key in some.keys)]
             rows = [*tables.values(), *(some.slopes[:, None] for some in packed)]
-            return dict(zip(self._layers, self._rows.tables(keys, rows), strict=True))
+            return self._rows.tables(keys, rows)
         # A layer may be given other examples than another, and its table has other columns then.
         columns = {name: self._columns(name, tables, counts[0]) for name in self._layers}
         found: dict[str, Tensor] = {}
@@ -136,7 +141,7 @@ class GateTables:
             alike = {key: table for key, table in tables.items() if table.size(1) == count}
             made = zip(self._layers, self._rows.tables([*alike], [*alike.values()]), strict=True)
             found |= {name: table for name, table in made if columns[name] == count}
-        return {name: found[name] for name in self._layers}
+        return [found[name] for name in self._layers]
 
     def _columns(self, layer: str, tables: Mapping[str, Tensor], default: int) -> int:
         """How many columns the tables have at the sites of a layer's gates."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
@@ -15,7 +17,8 @@ from taylor_kernels.ops.filter_moments import needed_moments
 from taylor_kernels.statistics.hooks.gate_tables import Packed
 
 
-class _Read(NamedTuple):
+@dataclass(eq=False, slots=True)
+class _Read:
     """The parameters of a norm, and what has come for each."""
 
     scale: nn.Parameter
@@ -29,9 +32,15 @@ class _Read(NamedTuple):
         held = norm._parameters
         return held.get("weight") is self.scale and held.get("bias") is self.shift
 
-    def is_whole(self) -> bool:
-        """Whether gradients have come of both."""
-        return bool(self.of_scale) and bool(self.of_shift)
+
+class _Table(NamedTuple):
+    """What is read together of some norms: their names, and how many channels each has; all scales,
+    then all shifts, and where the gradients of these come."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    parameters: list[Tensor]
+    found: list[list[Tensor]]
 
 
 class NormSlopes:
@@ -50,6 +59,9 @@ class NormSlopes:
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         # More than one of a norm that torch.func.functional_call lends others for a pass.
         self._read: dict[_NormBase, list[_Read]] = {}
+        # What `take` read last, each with its kind, and how: it is most often the same.
+        self._come: list[tuple[str, _Read, torch.device, torch.dtype]] = []
+        self._tables: list[_Table] = []
 
     def watch(self, norm: _NormBase) -> None:
         """Put aside what comes for this norm, with the parameters that it has, from now on."""
@@ -76,6 +88,8 @@ class NormSlopes:
 
     def add_up(self) -> None:
         """Keep the sum of what has come for each parameter, and no more."""
+        if max(map(len, self._found.values()), default=0) <= 1:
+            return
         for found in self._found.values():
             if len(found) > 1:
                 found[:] = [reduce(add, (grad.detach() for grad in found))]
@@ -83,33 +97,32 @@ class NormSlopes:
     def take(self, norms: Mapping[_NormBase, str]) -> Iterator[Packed]:
         """The slopes of these norms by their names, if gradients have come of both parameters."""
         self.add_up()
-        alike: dict[object, list[tuple[str, _Read]]] = {}  # those that fit into one table
-        for norm, name in norms.items():
-            for read in self._read[norm]:
-                if read.is_whole():
-                    alike.setdefault((read.scale.device, read.scale.dtype), []).append((name, read))
-        for some in alike.values():
-            names, reads = zip(*some, strict=True)
-            sizes = tuple(read.channels for read in reads)
-            yield Packed(names, sizes, self._slopes(reads))
-
-    def _slopes(self, reads: Sequence[_Read]) -> Tensor:
-        scales, shifts = [read.scale for read in reads], [read.shift for read in reads]
-        grads = [read.of_scale[0] for read in reads] + [read.of_shift[0] for read in reads]
-        table = needed_moments(
-            scales + shifts, grads, moments=("gw",), packed=True, backend=self._backend
-        )
-        of_scales, of_shifts = table[:, 0].chunk(2)
-        return of_scales + of_shifts
+        come = [
+            (name, read, read.scale.device, read.scale.dtype)
+            for norm, name in norms.items()
+            for read in self._read[norm]
+            if read.of_scale and read.of_shift
+        ]
+        if come != self._come:
+            self._come, self._tables = come, _tables(come)
+        for names, sizes, parameters, found in self._tables:
+            grads = [grad for (grad,) in found]
+            table = needed_moments(
+                parameters, grads, moments=("gw",), packed=True, backend=self._backend
+            )
+            of_scales, of_shifts = table[:, 0].chunk(2)
+            yield Packed(names, sizes, of_scales + of_shifts)
 
     def forget(self) -> None:
         """Forget what has come, and parameters that norms had for a while."""
         for found in self._found.values():
             found.clear()
-        for norm, reads in self._read.items():
-            if not all(read.is_held(norm) for read in reads):
-                reads[:] = [read for read in reads if read.is_held(norm)]
-                self._drop_others()
+        several = [norm for norm, reads in self._read.items() if len(reads) > 1]
+        for norm in several:
+            reads = self._read[norm]
+            reads[:] = [read for read in reads if read.is_held(norm)]
+        if several:
+            self._drop_others()
 
     def _drop_others(self) -> None:
         reads = [read for some in self._read.values() for read in some]
@@ -119,3 +132,18 @@ class NormSlopes:
             hook = self._hooks.pop(parameter)
             hook.remove()
             self._handles.remove(hook)
+        self._come, self._tables = [], []  # which hold on to them
+
+
+def _tables(come: Iterable[tuple[str, _Read, torch.device, torch.dtype]]) -> list[_Table]:
+    """What can be read in one call: norms whose parameters are of one kind."""
+    alike: dict[object, list[tuple[str, _Read]]] = {}
+    for name, read, *kind in come:
+        alike.setdefault(tuple(kind), []).append((name, read))
+    tables = []
+    for some in alike.values():
+        names, reads = zip(*some, strict=True)
+        parameters = [read.scale for read in reads] + [read.shift for read in reads]
+        found = [read.of_scale for read in reads] + [read.of_shift for read in reads]
+        tables.append(_Table(names, tuple(read.channels for read in reads), parameters, found))
+    return tables

@@ -66,10 +66,11 @@ class WatchesPasses(Statistic):
         finally:
             self.discard()
         self.updates += 1
-        tables = [
-            torch.zeros_like(table) if name in self.unread else table
-            for name, table in zip(self.layers, tables, strict=True)
-        ]
+        if self.unread:
+            tables = [
+                torch.zeros_like(table) if name in self.unread else table
+                for name, table in zip(self.layers, tables, strict=True)
+            ]
         scale = loss_scale**self.power
         return [table / scale for table in tables] if scale != 1.0 else tables
 
@@ -116,7 +117,7 @@ class WatchesPasses(Statistic):
             "{so}; run the pass inside tk.scoring(model), or use taylor_fo, which scores the "
             "layers that are trained",
         )
-        missing = {name for name in self._watched if name not in self._called}
+        missing = self._watched.keys() - self._called
         unseen = {name for name in missing if self._was_used(name)}
         self._unreached |= unseen
         self._leave_out(

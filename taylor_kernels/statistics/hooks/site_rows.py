@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.statistics.hooks.sites import GateSites
+from taylor_kernels.statistics.tables import PackedTables
 
 #: Elements gathered at a time: tables have a column for every example, and a row for every channel.
 _GATHERED = 1 << 24
@@ -55,8 +56,10 @@ class SiteRows:
         """
         device = of_sites[0].device
         indices = self._indices_of(tuple(keys), device)
-        nothing = of_sites[0].new_zeros(1, of_sites[0].size(1))
-        rows = torch.cat([*(table.to(device) for table in of_sites), nothing])
+        parts = [table.to(device) for table in of_sites]
+        if mean or len(keys) < len(self._widths):
+            parts.append(parts[0].new_zeros(1, parts[0].size(1)))
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         total = _gathered(rows.nan_to_num() if mean else rows, indices)
         if mean:
             number = (~rows.isnan()).to(rows)
@@ -64,11 +67,11 @@ class SiteRows:
             total = total / _gathered(number, indices)
         if self._nowhere is not None:
             total[self._nowhere.to(device)] = torch.nan
-        return list(total[self._place.to(device)].split(self._sizes))
+        return PackedTables(total.index_select(0, self._place.to(device)), self._sizes)
 
     def _indices_of(self, keys: tuple[str, ...], device: torch.device) -> list[Tensor]:
         """Of gates that stand at as many sites, [gates, sites] int64: their rows in tables in the
-        order of these keys; the row behind them is that of other sites."""
+        order of these keys; the row behind them is that of other sites, if there are."""
         if self._known[:2] != (keys, device):
             starts = {}
             end = 0
@@ -90,6 +93,9 @@ def _gathered(rows: Tensor, indices: Sequence[Tensor]) -> Tensor:
     """The sums over the rows of each gate."""
     sums = []
     for index in indices:
+        if index.size(1) == 1:
+            sums.append(rows.index_select(0, index[:, 0]))
+            continue
         at_once = max(_GATHERED // max(index.size(1) * rows.size(1), 1), 1)
         sums += [rows[part].sum(1) for part in index.split(at_once)]
-    return torch.cat(sums)
+    return sums[0] if len(sums) == 1 else torch.cat(sums)

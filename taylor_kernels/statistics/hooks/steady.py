@@ -9,7 +9,6 @@ function of them would double what a short way takes. Most norms need no hook at
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -67,15 +66,21 @@ class RestingNorms:
 
     def replaced(self) -> list[_NormBase]:
         """Those whose scale or shift is another tensor now."""
-        return [norm for norm, read in self._read.items() if not _holds(norm, *read)]
+        return [
+            norm
+            for norm, (scale, shift) in self._read.items()
+            if (held := norm._parameters).get("weight") is not scale
+            or held.get("bias") is not shift
+        ]
 
     def wake_changed(self) -> None:
         """Let hooks see those again whose scale or shift is replaced or frozen, from now on."""
-        changed = [
+        frozen = [
             norm
-            for norm, read in self._read.items()
-            if not (_holds(norm, *read) and read[0].requires_grad and read[1].requires_grad)
+            for norm, (scale, shift) in self._read.items()
+            if not (scale.requires_grad and shift.requires_grad)
         ]
+        changed = {*self.replaced(), *frozen}
         self._restless.update(changed)
         self.wake(changed)
 
@@ -97,11 +102,6 @@ class RestingNorms:
             del self._read[norm]
         if woken:
             forget_compiled()
-
-
-def _holds(norm: nn.Module, scale: nn.Parameter, shift: nn.Parameter) -> bool:
-    held = norm._parameters
-    return held.get("weight") is scale and held.get("bias") is shift
 
 
 def keeps_small(shared: Steady, key: str) -> Callable[[nn.Module, Any, Any, Tensor], bool]:
@@ -141,15 +141,15 @@ def gates_of_small(shared: Steady, at: Mapping[str, Site], backend: str | None) 
         at: the sites by their keys.
     """
     alike: dict[object, list[tuple[str, Tensor, Tensor]]] = {}
-    times: Counter[str] = Counter()
+    times: dict[str, int] = {}
     for key, y, dy in shared.arrived:
         dim = y.dim() + at[key].dim
         if dim == 0:  # no batch
             y, dy, dim = y.unsqueeze(0), dy.unsqueeze(0), 1
-        times[key] += 1
         shape = y.shape
         if dim == 1 and y.numel() == shape[0] * shape[1]:
-            kind: object = (times[key], shape[0], shape[2:], y.dtype, y.device)
+            times[key] = number = times.get(key, 0) + 1
+            kind: object = (number, shape[0], shape[2:], y.dtype, y.device)
             alike.setdefault(kind, []).append((key, y, dy))
         else:
             alike[len(alike)] = [(key, y.movedim(dim, 1), dy.movedim(dim, 1))]
