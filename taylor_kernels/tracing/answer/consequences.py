@@ -114,7 +114,15 @@ class Consequences:
             return {}
         staying = self._staying(dead, before)
         return {
-            name: Kept(call.dim, kept, staying.count(vector), call.rank, call.returned, call.cut)
+            name: Kept(
+                call.dim,
+                kept,
+                staying.count(vector),
+                call.rank,
+                call.returned,
+                call.cut,
+                call.weights,
+            )
             for name, (call, vector) in self._vectors.across.items()
             if (kept := staying.places(vector)) is not None
         }

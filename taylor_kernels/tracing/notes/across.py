@@ -10,6 +10,9 @@ channels that are kept, it then computes what it will compute once the others ar
 Parameters of its own may lie along the channels and are cut to them, and attributes may count them.
 The module then runs a second time, so that the modules in it have no state. Without such it may
 hold modules with any parameters, and runs once, on what is left of its input.
+
+A layer that standardises its weight over its input channels is one too: what it multiplies by is
+computed of the whole weight. Its weight is cut along them, and what it returns has none of them.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from taylor_kernels.tracing.notes.attributes import rules_of
 from taylor_kernels.tracing.notes.labels import has_atoms
 
 if TYPE_CHECKING:
+    from taylor_kernels.tracing.notes.entries import Table
+    from taylor_kernels.tracing.notes.record import Record
     from taylor_kernels.tracing.run.frames import Frame
     from taylor_kernels.tracing.run.recorder import Recorder
 
@@ -34,8 +39,11 @@ if TYPE_CHECKING:
 STATISTICS = {
     "mean", "var", "std", "var_mean", "std_mean", "sum", "norm", "linalg_vector_norm",
     "native_layer_norm", "layer_norm", "rms_norm", "fused_rms_norm", "native_group_norm",
-    "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp",
+    "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp", "batch_norm",
+    "native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm",
 }  # fmt: skip
+#: Names of a layer's weights, and along which of its dimensions each has the channels.
+Weights = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Across:
         beside: along all other dimensions and tensors of the module, which have none of them.
         returned: whether the output has them.
         cut: whether the module has parameters or buffers, which lie along them.
+        weights: of a layer, the names of those of its parameters that have the channels along one
+            of several dimensions, and which that is; all others have none of them.
         fixed: where the record's `fixed` begins and ends to speak of this call.
     """
 
@@ -60,7 +70,15 @@ class Across:
     beside: tuple[Vector, ...]
     returned: bool
     cut: bool
+    weights: Weights
+    cells: tuple[Vector, ...]
     fixed: range
+
+
+#: The fields of a call from `vectors` to `cells`.
+_Found = tuple[
+    tuple[Vector, ...], tuple[Vector, ...], bool, bool, Weights, tuple[Vector, ...]
+]  # fmt: skip
 
 
 class Kept(NamedTuple):
@@ -73,6 +91,7 @@ class Kept(NamedTuple):
         rank: dimensions of its input.
         returned: whether its output has them too, along the same dimension.
         cut: whether its own parameters and buffers lie along them.
+        weights: as of `Across`.
     """
 
     dim: int
@@ -81,6 +100,7 @@ class Kept(NamedTuple):
     rank: int
     returned: bool
     cut: bool
+    weights: Weights = ()
 
 
 class AcrossNorms:
@@ -123,13 +143,15 @@ class AcrossNorms:
         offered = []
         for dim in range(-given.dim(), 0):
             found = self._along(module, name, given, output, dim)
-            if found and _mixes(fixed, span, found[0]):
+            if not found or not _mixes(fixed, span, found[0]):
+                found = self._of_weights(module, name, given, output, dim)
+            if found and _mixes(fixed, span, (*found[0], *found[-1])):
                 offered.append(Across(name, dim, given.dim(), *found, span))
         return offered
 
     def _along(
         self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
-    ) -> tuple[tuple[Vector, ...], tuple[Vector, ...], bool, bool] | None:
+    ) -> _Found | None:
         """The first fields of this call if this is the channels' dimension; None if not."""
         size, labels = given.size(dim), self._recorder.labels
         channels, results = labels(given).dims[dim], list(labels(output).dims)
@@ -169,7 +191,61 @@ class AcrossNorms:
             tuple(vector.copy() for vector in beside if vector is not None),
             returned,
             along,
+            (),
+            (),
         )
+
+    def _of_weights(
+        self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
+    ) -> _Found | None:
+        """The same of a layer whose inputs these channels are."""
+        labels, record = self._recorder.labels, self._recorder.record
+        channels = labels(given).dims[dim]
+        products = [p for p in record.products if p.caller == p.module == name]
+        if channels is None or channels.size < 2 or not has_atoms(channels):
+            return None
+        if not products or any(product.groups is not None for product in products):
+            return None
+        if module._modules or any(buffer is not None for buffer in module._buffers.values()):
+            return None
+        inputs, tables = _inputs(record, name, products[-1].inputs)
+        vectors, beside = [channels], [*labels(output).dims]
+        weights: list[tuple[str, int]] = []
+        for key, tensor in module.named_parameters(recurse=False):
+            for place, vector in enumerate(labels(tensor).dims):
+                if vector is not None and any(np.array_equal(vector, one) for one in inputs):
+                    vectors.append(vector)
+                    weights.append((key, place))
+                else:
+                    beside.append(vector)
+        if not weights or any(vector.size != channels.size for vector in vectors):
+            return None
+        return (
+            tuple(vector.copy() for vector in vectors),
+            tuple(vector.copy() for vector in beside if vector is not None),
+            False,
+            True,
+            tuple(weights),
+            tuple(table.cells for table in tables),
+        )
+
+
+def _inputs(record: Record, name: str, inputs: Vector) -> tuple[list[Vector], list[Table]]:
+    """What a layer reads, as its product and as its weight has it before code has made it and the
+    places of a kernel one dimension and cut that again; and these tables.
+
+    Args:
+        name: the layer's.
+        inputs: as its product has them.
+    """
+    mine = [table for table in record.tables if table.where[0] == name]
+    again = [t for t in mine if any(np.array_equal(axis, inputs) for axis in t.axes)]
+    found = [inputs]
+    for table in again:
+        place = [np.array_equal(axis, inputs) for axis in table.axes].index(True)
+        same = [t for t in mine if np.array_equal(t.cells, table.cells)]
+        found += [t.axes[place] for t in same if len(t.axes) == len(table.axes)]
+    return found, again
 
 
 def _mixes(fixed: Sequence[tuple[Vector, Reason]], span: range, vectors: Sequence[Vector]) -> bool:
@@ -214,6 +290,8 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
     if any(mine[label[other]].any() for other in call.beside):
         return False
     mine[0] = not first.all()
+    for cells in call.cells:
+        mine[label[cells]] = True
     return all(
         fixed[n][1].mixer in STATISTICS
         and fixed[n][1].module == call.module
@@ -224,7 +302,7 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
 
 def mixing(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector) -> Iterator[int]:
     """The places in `fixed` that say that the channels of this call are mixed."""
-    channels = label[call.vectors[0]]
+    channels = np.concatenate([label[vector] for vector in (call.vectors[0], *call.cells)])
     mine = _marked(channels[channels != 0], label)
     for number in call.fixed:
         vector, reason = fixed[number]
