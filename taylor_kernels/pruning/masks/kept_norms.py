@@ -241,6 +241,8 @@ def _run_on(
 ) -> Iterator[RemovableHandle]:
     """Have a norm across channels run on the kept ones."""
     kept = kept._replace(places=kept.places.to(_device(norm)))
+    if kept.weights:  # what counts its outputs stays, as they do
+        attributes = {name: attributes[name] for name in kept.counting if name in attributes}
     # The hooks come before those of others, which see the output as it is.
     if kept.cut or attributes:
         again = KeptAgain(kept, attributes)

@@ -92,6 +92,7 @@ class Kept(NamedTuple):
         returned: whether its output has them too, along the same dimension.
         cut: whether its own parameters and buffers lie along them.
         weights: as of `Across`.
+        counting: of a layer, names of its attributes that count these channels, and not its others.
     """
 
     dim: int
@@ -101,6 +102,7 @@ class Kept(NamedTuple):
     returned: bool
     cut: bool
     weights: Weights = ()
+    counting: tuple[str, ...] = ()
 
 
 class AcrossNorms:

@@ -17,7 +17,8 @@ import taylor_kernels as tk
 def by_batch_norm(layer: nn.Module) -> Tensor:
     weight = layer.weight
     gain = (layer.gain * layer.scale).view(-1)
-    rows = weight.reshape(1, weight.size(0), -1)
+    outputs = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+    rows = weight.reshape(1, outputs, -1)
     return F.batch_norm(rows, None, None, gain, training=True, momentum=0.0).reshape_as(weight)
 
 
