@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.notes.atoms import Reason, Vector
 from taylor_kernels.tracing.notes.attributes import rules_of
 from taylor_kernels.tracing.notes.labels import has_atoms
+from taylor_kernels.tracing.notes.own_weights import Found, Weights, of_weights
 
 if TYPE_CHECKING:
-    from taylor_kernels.tracing.notes.entries import Table
-    from taylor_kernels.tracing.notes.record import Record
     from taylor_kernels.tracing.run.frames import Frame
     from taylor_kernels.tracing.run.recorder import Recorder
 
@@ -42,8 +41,6 @@ STATISTICS = {
     "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp", "batch_norm",
     "native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm",
 }  # fmt: skip
-#: Names of a layer's weights, and along which of its dimensions each has the channels.
-Weights = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
@@ -73,12 +70,6 @@ class Across:
     weights: Weights
     cells: tuple[Vector, ...]
     fixed: range
-
-
-#: The fields of a call from `vectors` to `cells`.
-_Found = tuple[
-    tuple[Vector, ...], tuple[Vector, ...], bool, bool, Weights, tuple[Vector, ...]
-]  # fmt: skip
 
 
 class Kept(NamedTuple):
@@ -146,14 +137,14 @@ class AcrossNorms:
         for dim in range(-given.dim(), 0):
             found = self._along(module, name, given, output, dim)
             if not found or not _mixes(fixed, span, found[0]):
-                found = self._of_weights(module, name, given, output, dim)
+                found = of_weights(self._recorder, module, name, given, output, dim)
             if found and _mixes(fixed, span, (*found[0], *found[-1])):
                 offered.append(Across(name, dim, given.dim(), *found, span))
         return offered
 
     def _along(
         self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
-    ) -> _Found | None:
+    ) -> Found | None:
         """The first fields of this call if this is the channels' dimension; None if not."""
         size, labels = given.size(dim), self._recorder.labels
         channels, results = labels(given).dims[dim], list(labels(output).dims)
@@ -196,58 +187,6 @@ class AcrossNorms:
             (),
             (),
         )
-
-    def _of_weights(
-        self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
-    ) -> _Found | None:
-        """The same of a layer whose inputs these channels are."""
-        labels, record = self._recorder.labels, self._recorder.record
-        channels = labels(given).dims[dim]
-        products = [p for p in record.products if p.caller == p.module == name]
-        if channels is None or channels.size < 2 or not has_atoms(channels):
-            return None
-        if not products or any(product.groups is not None for product in products):
-            return None
-        if module._modules or any(buffer is not None for buffer in module._buffers.values()):
-            return None
-        inputs, tables = _inputs(record, name, products[-1].inputs)
-        vectors, beside = [channels], [*labels(output).dims]
-        weights: list[tuple[str, int]] = []
-        for key, tensor in module.named_parameters(recurse=False):
-            for place, vector in enumerate(labels(tensor).dims):
-                if vector is not None and any(np.array_equal(vector, one) for one in inputs):
-                    vectors.append(vector)
-                    weights.append((key, place))
-                else:
-                    beside.append(vector)
-        if not weights or any(vector.size != channels.size for vector in vectors):
-            return None
-        return (
-            tuple(vector.copy() for vector in vectors),
-            tuple(vector.copy() for vector in beside if vector is not None),
-            False,
-            True,
-            tuple(weights),
-            tuple(table.cells for table in tables),
-        )
-
-
-def _inputs(record: Record, name: str, inputs: Vector) -> tuple[list[Vector], list[Table]]:
-    """What a layer reads, as its product and as its weight has it before code has made it and the
-    places of a kernel one dimension and cut that again; and these tables.
-
-    Args:
-        name: the layer's.
-        inputs: as its product has them.
-    """
-    mine = [table for table in record.tables if table.where[0] == name]
-    again = [t for t in mine if any(np.array_equal(axis, inputs) for axis in t.axes)]
-    found = [inputs]
-    for table in again:
-        place = [np.array_equal(axis, inputs) for axis in table.axes].index(True)
-        same = [t for t in mine if np.array_equal(t.cells, table.cells)]
-        found += [t.axes[place] for t in same if len(t.axes) == len(table.axes)]
-    return found, again
 
 
 def _mixes(fixed: Sequence[tuple[Vector, Reason]], span: range, vectors: Sequence[Vector]) -> bool:
