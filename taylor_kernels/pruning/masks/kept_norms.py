@@ -40,8 +40,12 @@ class OnKept:
         kept: which those are, and where.
     """
 
+    #: Of models that were saved before layers were among these modules.
+    _weights: Mapping[str, int] = {}
+
     def __init__(self, kept: Kept) -> None:
-        self._dim, self._kept, self._width, self._rank, self._returned, self._cuts = kept
+        self._dim, self._kept, self._width, self._rank, self._returned, self._cuts = kept[:6]
+        self._weights = dict(kept.weights)
 
     def _of_kept(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -167,8 +171,11 @@ class KeptAgain(OnKept):
 
     def _cut(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
         """The cut ones are no leaves: their gradients go on to the whole ones."""
+        along = self._weights
         return {
-            name: None if tensor is None else tensor.index_select(_along(tensor), self._kept)
+            name: tensor
+            if tensor is None or (along and name not in along)
+            else tensor.index_select(along.get(name, _along(tensor)), self._kept)
             for name, tensor in tensors.items()
         }
 
@@ -234,6 +241,8 @@ def _run_on(
 ) -> Iterator[RemovableHandle]:
     """Have a norm across channels run on the kept ones."""
     kept = kept._replace(places=kept.places.to(_device(norm)))
+    if kept.weights:  # what counts its outputs stays, as they do
+        attributes = {name: attributes[name] for name in kept.counting if name in attributes}
     # The hooks come before those of others, which see the output as it is.
     if kept.cut or attributes:
         again = KeptAgain(kept, attributes)

@@ -114,10 +114,27 @@ class Consequences:
             return {}
         staying = self._staying(dead, before)
         return {
-            name: Kept(call.dim, kept, staying.count(vector), call.rank, call.returned, call.cut)
+            name: Kept(
+                call.dim,
+                kept,
+                staying.count(vector),
+                call.rank,
+                call.returned,
+                call.cut,
+                call.weights,
+                self._counting(name, vector) if call.weights else (),
+            )
             for name, (call, vector) in self._vectors.across.items()
             if (kept := staying.places(vector)) is not None
         }
+
+    def _counting(self, name: str, vector: Vector) -> tuple[str, ...]:
+        """The attributes of a module that count these classes."""
+        return tuple(
+            attribute
+            for module, attribute, _, counted in self._vectors.counters
+            if module == name and np.array_equal(counted, vector)
+        )
 
     def kept_by_called_norms(
         self, dead: Sequence[Tensor], before: Sequence[Tensor] | None = None

@@ -10,6 +10,9 @@ channels that are kept, it then computes what it will compute once the others ar
 Parameters of its own may lie along the channels and are cut to them, and attributes may count them.
 The module then runs a second time, so that the modules in it have no state. Without such it may
 hold modules with any parameters, and runs once, on what is left of its input.
+
+A layer that standardises its weight over its input channels is one too: what it multiplies by is
+computed of the whole weight. Its weight is cut along them, and what it returns has none of them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from taylor_kernels.tracing.notes.atoms import Reason, Vector
 from taylor_kernels.tracing.notes.attributes import rules_of
 from taylor_kernels.tracing.notes.labels import has_atoms
+from taylor_kernels.tracing.notes.own_weights import Found, Weights, of_weights
 
 if TYPE_CHECKING:
     from taylor_kernels.tracing.run.frames import Frame
@@ -34,7 +38,8 @@ if TYPE_CHECKING:
 STATISTICS = {
     "mean", "var", "std", "var_mean", "std_mean", "sum", "norm", "linalg_vector_norm",
     "native_layer_norm", "layer_norm", "rms_norm", "fused_rms_norm", "native_group_norm",
-    "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp",
+    "group_norm", "max", "min", "amax", "amin", "aminmax", "logsumexp", "batch_norm",
+    "native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm",
 }  # fmt: skip
 
 
@@ -50,6 +55,8 @@ class Across:
         beside: along all other dimensions and tensors of the module, which have none of them.
         returned: whether the output has them.
         cut: whether the module has parameters or buffers, which lie along them.
+        weights: of a layer, the names of those of its parameters that have the channels along one
+            of several dimensions, and which that is; all others have none of them.
         fixed: where the record's `fixed` begins and ends to speak of this call.
     """
 
@@ -60,6 +67,8 @@ class Across:
     beside: tuple[Vector, ...]
     returned: bool
     cut: bool
+    weights: Weights
+    cells: tuple[Vector, ...]
     fixed: range
 
 
@@ -73,6 +82,8 @@ class Kept(NamedTuple):
         rank: dimensions of its input.
         returned: whether its output has them too, along the same dimension.
         cut: whether its own parameters and buffers lie along them.
+        weights: as of `Across`.
+        counting: of a layer, names of its attributes that count these channels, and not its others.
     """
 
     dim: int
@@ -81,6 +92,8 @@ class Kept(NamedTuple):
     rank: int
     returned: bool
     cut: bool
+    weights: Weights = ()
+    counting: tuple[str, ...] = ()
 
 
 class AcrossNorms:
@@ -123,13 +136,15 @@ class AcrossNorms:
         offered = []
         for dim in range(-given.dim(), 0):
             found = self._along(module, name, given, output, dim)
-            if found and _mixes(fixed, span, found[0]):
+            if not found or not _mixes(fixed, span, found[0]):
+                found = of_weights(self._recorder, module, name, given, output, dim)
+            if found and _mixes(fixed, span, (*found[0], *found[-1])):
                 offered.append(Across(name, dim, given.dim(), *found, span))
         return offered
 
     def _along(
         self, module: nn.Module, name: str, given: Tensor, output: Tensor, dim: int
-    ) -> tuple[tuple[Vector, ...], tuple[Vector, ...], bool, bool] | None:
+    ) -> Found | None:
         """The first fields of this call if this is the channels' dimension; None if not."""
         size, labels = given.size(dim), self._recorder.labels
         channels, results = labels(given).dims[dim], list(labels(output).dims)
@@ -169,6 +184,8 @@ class AcrossNorms:
             tuple(vector.copy() for vector in beside if vector is not None),
             returned,
             along,
+            (),
+            (),
         )
 
 
@@ -214,6 +231,8 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
     if any(mine[label[other]].any() for other in call.beside):
         return False
     mine[0] = not first.all()
+    for cells in call.cells:
+        mine[label[cells]] = True
     return all(
         fixed[n][1].mixer in STATISTICS
         and fixed[n][1].module == call.module
@@ -224,7 +243,7 @@ def _is_one(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector)
 
 def mixing(call: Across, fixed: Sequence[tuple[Vector, Reason]], label: Vector) -> Iterator[int]:
     """The places in `fixed` that say that the channels of this call are mixed."""
-    channels = label[call.vectors[0]]
+    channels = np.concatenate([label[vector] for vector in (call.vectors[0], *call.cells)])
     mine = _marked(channels[channels != 0], label)
     for number in call.fixed:
         vector, reason = fixed[number]

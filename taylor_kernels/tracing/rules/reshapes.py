@@ -19,9 +19,22 @@ _PLAIN = 4
 _PRODUCTS = ("einsum", "tensordot")
 
 
+@rule("view_as", "reshape_as")
+def as_another(call: Call) -> Labels:
+    """The sizes of another tensor: each is what is left there."""
+    old, other = call.of(call.args["self"]), call.of(call.args["other"])
+    every = tuple(range(call.out.dim()))
+    new = reshaped(call, old, call.out.shape, every, every)
+    if not (new.is_uniform or other.is_uniform):
+        for dim, vector in enumerate(new.dims):
+            if vector is not None and dim not in new.repeated:
+                call.join(vector, other.dims[dim])
+    return new
+
+
 @rule(
     "view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_copy",
-    "reshape_as", "ravel",
+    "ravel",
 )  # fmt: skip
 def reshape(call: Call) -> Labels:
     """Other sizes for the same elements in the same order."""

@@ -17,7 +17,6 @@ from taylor_kernels.tracing.notes.operations import tensors_of
 from taylor_kernels.tracing.rules.axes import Axes, find_axes
 from taylor_kernels.tracing.rules.moves import count_repeats
 from taylor_kernels.tracing.rules.parts import note_parts
-from taylor_kernels.tracing.rules.reshapes import reshaped
 from taylor_kernels.tracing.run.calls import Call, rule
 
 _SLICES = {
@@ -30,14 +29,12 @@ _SLICES = {
     "permute", "transpose", "t", "numpy_T", "mT", "matrix_H", "adjoint", "movedim", "moveaxis",
     "swapaxes", "swapdims", "squeeze", "unsqueeze", "select", "slice", "narrow", "split", "chunk",
     "split_with_sizes", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "tensor_split",
-    "expand", "unbind", "detach", "alias", "diagonal", "unfold", "view_as", "_reshape_alias_copy",
+    "expand", "unbind", "detach", "alias", "diagonal", "unfold", "_reshape_alias_copy",
     "hsplit", "vsplit", "lift",
 )  # fmt: skip
 def view(call: Call) -> list[Labels | None]:
     """A view that says by dimension what it takes."""
     source: Tensor = call.arg("self", "input", "tensor")
-    if call.name == "view_as":
-        return [reshaped(call, call.of(source), call.out.shape)]
     old = call.of(source)
     if call.name in ("detach", "alias", "lift"):
         return [replace(old)]
