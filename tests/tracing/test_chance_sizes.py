@@ -116,3 +116,64 @@ class Patches(nn.Module):
 def test_channels_beside_many_places_go(width, patch, size):
     torch.manual_seed(width)
     judging.check_all_but(["leave"], Patches(width, patch), torch.randn(1, 3, size, size))
+
+
+class Packed(nn.Module):
+    """A token put before others by its own sizes: (batch, width) becomes (batch, -1, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(width))
+        self.read, self.leave = nn.Linear(4, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, y = self.token.expand(len(x), -1), self.read(x)
+        token = token.reshape(*token.shape[:1], -1, *token.shape[1:])
+        return self.leave(torch.cat([token, y], 1).tanh())
+
+
+@pytest.mark.parametrize("width", [8, 11, 24])
+def test_channels_go_of_a_token_whose_place_pytorch_infers(width):
+    torch.manual_seed(width)
+    judging.check_all_but(["leave"], Packed(width), torch.randn(1, 3, 4))
+
+
+class HighWindows(nn.Module):
+    """An image cut into windows as high as it is: NesT's last stage, MobileViT, CrossFormer."""
+
+    def __init__(self, width: int, across: int) -> None:
+        super().__init__()
+        self.across, self.enter = across, nn.Conv2d(3, width, 3, padding=1)
+        self.mix, self.leave = nn.Conv2d(width, width, 1), nn.Conv2d(width, 2, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.enter(image).tanh()
+        n, c, h, w = x.shape
+        y = x.reshape(n, c, 1, h, self.across, w // self.across).permute(0, 2, 4, 1, 3, 5)
+        y = self.mix(y.reshape(n * self.across, c, h, w // self.across))
+        y = y.reshape(n, 1, self.across, *y.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+        return self.leave(y.reshape(n, y.size(1), h, w).tanh())
+
+
+@pytest.mark.parametrize(("width", "across"), [(8, 1), (13, 2), (16, 1)])
+def test_channels_go_beside_windows_as_high_as_the_image(width, across):
+    torch.manual_seed(width)
+    judging.check_all_but(["leave"], HighWindows(width, across), torch.randn(1, 3, 4, 6))
+
+
+class OneHead(nn.Module):
+    """A reshape that names its width in the code: so wide that it looks like no constant."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read, self.middle = nn.Linear(4, width), nn.Linear(width, 7)
+        self.leave = nn.Linear(7, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.read(x)
+        y = y.reshape(len(y), -1, 9)
+        return self.leave(self.middle(y).tanh())
+
+
+def test_a_width_that_is_a_constant_stays_and_the_rest_goes():
+    judging.check_all_but(["read", "leave"], OneHead(9), torch.randn(1, 4))

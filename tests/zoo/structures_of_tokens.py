@@ -167,6 +167,47 @@ def diffusion() -> nn.Module:
     )  # fmt: skip
 
 
+def deformable_attention() -> nn.Module:
+    """Deformable DETR's: each head reads images of two sizes at places that the query tells."""
+
+    def forward(self: nn.Module, image: Tensor) -> Tensor:
+        maps = [self.enter(image), self.down(image)]
+        n = len(image)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        around = torch.cat([_centres(x) for x in maps])[None].expand(n, -1, -1)
+        x = self.embed(tokens)
+        heads, levels, points = self.heads, len(maps), 3
+        value = self.value(x).view(n, -1, heads, self.size)
+        off = self.offsets(x).view(n, -1, heads, levels, points, 2)
+        weights = self.weights(x).view(n, -1, heads, levels * points).softmax(-1)
+        places = around[:, :, None, None, None] + 0.1 * off
+        seen, begin = [], 0
+        for level, each in enumerate(maps):
+            height, width = each.shape[2:]
+            own = value[:, begin : begin + height * width].flatten(2).transpose(1, 2)
+            own = own.reshape(n * heads, self.size, height, width)
+            grid = places[:, :, :, level].transpose(1, 2).flatten(0, 1)
+            seen.append(F.grid_sample(own, grid, align_corners=False))
+            begin += height * width
+        weights = weights.transpose(1, 2).reshape(n * heads, 1, -1, levels * points)
+        y = (torch.stack(seen, -2).flatten(-2) * weights).sum(-1)
+        y = y.view(n, heads * self.size, -1).transpose(1, 2)
+        return self.leave(self.norm(x + self.project(y)))
+
+    return Run(
+        forward, enter=nn.Conv2d(3, 8, 3, padding=1), down=nn.Conv2d(3, 8, 3, 2, 1),
+        embed=nn.Linear(8, 12), value=nn.Linear(12, 20), offsets=nn.Linear(12, 4 * 2 * 3 * 2),
+        weights=nn.Linear(12, 4 * 2 * 3), project=nn.Linear(20, 12), norm=nn.LayerNorm(12),
+        leave=nn.Linear(12, 3), heads=4, size=5,
+    )  # fmt: skip
+
+
+def _centres(image: Tensor) -> Tensor:
+    """Where pixels lie, from -1 to 1."""
+    rows, columns = (torch.linspace(-1, 1, size, dtype=image.dtype) for size in image.shape[2:])
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).flatten(0, 1)
+
+
 #: What stays beside outputs: tokens, of which the images make so many, and the one head of keys and
 #: values that all queries share, whose keys are turned.
 TOKENS: dict[str, Structure] = {
@@ -175,6 +216,7 @@ TOKENS: dict[str, Structure] = {
     "x_transformers": structure(
         decoder, "leave", "k", "v", inputs=lambda: torch.tensor([[3, 1, 4, 1, 5]])
     ),
+    "deformable_attention": structure(deformable_attention, "leave"),
     "diffusers_unet2d": structure(
         diffusion, "leave", inputs=lambda: (torch.randn(1, 3, 8, 8), torch.rand(1))
     ),

@@ -251,10 +251,12 @@ def _form(tensor: Tensor) -> torch.memory_format:
 
 def _state_cuts(name: str, key: str, value: object, parameter: Tensor, cuts: Cuts) -> Cuts:
     """The cuts that apply to a state tensor: those along dimensions it has in full."""
-    if not isinstance(value, Tensor) or value.numel() <= 1:
+    if not isinstance(value, Tensor):
         return {}
-    if value.shape == parameter.shape:
+    if value.shape == parameter.shape:  # also where neither has an entry
         return cuts
+    if value.numel() <= 1:
+        return {}
     pairs = list(zip(value.shape, parameter.shape, strict=False))
     if value.dim() != parameter.dim() or any(mine not in (1, theirs) for mine, theirs in pairs):
         raise ValueError(

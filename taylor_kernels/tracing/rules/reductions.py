@@ -121,7 +121,7 @@ _POOLS = [
     name
     for kind in ("max_pool", "avg_pool", "adaptive_max_pool", "adaptive_avg_pool", "lp_pool",
                  "fractional_max_pool", "reflection_pad", "replication_pad", "upsample_nearest",
-                 "_upsample_nearest_exact", "grid_sampler_", "circular_pad", "mkldnn_max_pool",
+                 "_upsample_nearest_exact", "circular_pad", "mkldnn_max_pool",
                  "upsample_linear", "_adaptive_avg_pool", "mkldnn_adaptive_avg_pool")
     for dims in "123"
     for name in (f"{kind}{dims}d", f"{kind}{dims}d_with_indices", f"{kind}{dims}d_vec")
@@ -129,19 +129,25 @@ _POOLS = [
 _SPACE = {
     "upsample_linear1d": 1, "upsample_bilinear2d": 2, "upsample_bicubic2d": 2,
     "upsample_trilinear3d": 3, "_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 2,
-    "upsample_lanczos2d": 2, "_upsample_lanczos2d_aa": 2, "grid_sampler": 2,
+    "upsample_lanczos2d": 2, "_upsample_lanczos2d_aa": 2,
 }  # fmt: skip
 
 
 @rule(*_POOLS, *_SPACE)
 def pooling(call: Call) -> list[Labels | None]:
     trailing = _SPACE.get(call.name) or int(next(c for c in call.name if c in "123"))
-    source = call.arg("self", "input")
-    for tensor in call.tensors:
-        if tensor is not source:
-            for vector in call.of(tensor).vectors():
-                call.refuse(vector, "says where to sample")
-    return _spatial(call, call.of(source), trailing)
+    return _spatial(call, call.of(call.arg("self", "input")), trailing)
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(call: Call) -> list[Labels | None]:
+    """The first dimension is the sampled tensor's and the grid's, place by place: heads that code
+    puts there (deformable attention) go from both."""
+    old, grid = call.of(call.args["input"]), call.of(call.args["grid"])
+    call.join(old.dims[0], grid.dims[0])
+    for vector in grid.dims[1:]:
+        call.refuse(vector, "says where to sample")
+    return _spatial(call, old, len(old.shape) - 2)
 
 
 @rule("max_unpool2d", "max_unpool3d")

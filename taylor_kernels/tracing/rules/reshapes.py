@@ -15,6 +15,9 @@ from taylor_kernels.tracing.run.calls import Call, rule
 
 #: A dimension so many times as wide as those behind it is no number of groups.
 _PLAIN = 4
+#: So many channels are rather a width than a constant of code: a number of groups, pieces,
+#: coordinates. Where it is one after all, code that is given fewer channels fails in the proof.
+_WIDE = 8
 #: Operations that work out all sizes of what they reshape from those of their operands.
 _PRODUCTS = ("einsum", "tensordot")
 
@@ -186,11 +189,12 @@ def _may_shrink(
     to be the widest, where that is plain: numbers of groups come first and are few, and of
     (4, 2) either may be the number. Where the others are of space, or of a batch, there is no such
     number, and the size is that of the channels, from wherever it is: but for a constant beside an
-    axis of one place that PyTorch had to infer, as that of `view(n, -1, 2)` of two channels.
+    axis of one place that PyTorch had to infer, as that of `view(n, -1, 2)` of two channels. Code
+    that puts an axis in by `(*shape[:1], -1, *shape[1:])`, as einops' `pack`, does so too.
     """
     along = [i for i in range(grid.ndim) if (grid != grid.take([0], axis=i)).any()]
     constant = any(i in inferred and grid.shape[place] == 1 for place, i in enumerate(theirs))
-    if len(along) == 1 and not constant:
+    if len(along) == 1 and (not constant or grid.shape[along[0]] >= _WIDE):
         return along
     may, unknown = [], []
     for place, i in enumerate(theirs):
@@ -220,10 +224,12 @@ def _may_be_groups(
     """Whether the size of a dimension that stays whole may be a constant.
 
     As in view(n, 2, c // 2, h, w) of two channels: the same sizes as those of an added dimension.
+    Many channels are no groups of one: the added dimension is one of space (windows of the whole
+    height).
     """
     size = new[place]
     added = new[place + 1 : place + 2] == (1,) and old[before + 1 : before + 2] != (1,)
-    if size < 2 or not added:
+    if size < 2 or size >= _WIDE or not added:
         return False
     if allowed is not None:
         return place not in allowed

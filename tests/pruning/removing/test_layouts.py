@@ -52,3 +52,37 @@ def test_state_follows_weights_that_are_not_contiguous(name, dims):
         for value in state.values():
             if value is not None and value.dim() == parameter.dim() and value.dim():
                 assert value.stride() == parameter.stride()
+
+
+class NoTokens(nn.Module):
+    """Tokens put before those of the input, of which a setting asks for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.zeros(0, 12))
+        self.read, self.leave = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.tokens.expand(len(x), -1, -1)
+        return self.leave(torch.cat([tokens, self.read(x)], 1).tanh())
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_state_of_a_parameter_without_entries_is_cut(name):
+    model, x = NoTokens(), torch.randn(2, 4, 5)
+    optimizer = FUSED[name](model.parameters())
+    pruner = tk.Pruner(model, x, params=0.7, every=1, optimizer=optimizer)
+    while not pruner.done:
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        pruner.step()
+        optimizer.step()
+    pruner.compact()
+    width = model.read.out_features
+    assert width < 12
+    assert model.tokens.shape == (0, width)
+    for value in optimizer.state[model.tokens].values():
+        assert value.dim() == 0 or value.shape == (0, width)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
