@@ -96,24 +96,31 @@ class Proof:
         """
         trial = self.trial
         while fault.reason and fault.place is not None:
-            other = self._written_at(fault.place, whole)
-            if other is None:
+            for loosely in (False, True):
+                other = self._written_at(fault.place, whole, loosely)
+                if other is None:
+                    continue
+                groups, skipped = self.choose(other)
+                if sound_filters(groups, {}) >= sound_filters(offer[1], {}):
+                    whole, trial.channels = other, other.offering(groups)
+                    offer = trial.channels, groups, skipped
+                    fault = first_fault(trial, self.blocks)
+                    break
+            else:
                 break
-            groups, skipped = self.choose(other)
-            if sound_filters(groups, {}) < sound_filters(offer[1], {}):
-                break
-            whole, trial.channels = other, other.offering(groups)
-            offer = trial.channels, groups, skipped
-            fault = first_fault(trial, self.blocks)
         return offer, whole, fault
 
-    def _written_at(self, place: str, whole: Channels) -> Channels | None:
-        """The channels where sizes follow that the code of this module's class wrote down; of a
-        layer of PyTorch, which does not choose what it is given, that of the module around it."""
+    def _written_at(self, place: str, whole: Channels, loosely: bool) -> Channels | None:
+        """The channels where sizes follow that the code of this module's class wrote down; else
+        that of a module around it, which has chosen what this one is given.
+
+        Args:
+            loosely: as of `Channels.coupled`.
+        """
         while True:
             kind = type(self.model.get_submodule(place))
             at = {name for name, module in self.model.named_modules() if type(module) is kind}
-            other = whole.coupled(self.model, whole.layers, at=at)
-            if other is not None or not place or not kind.__module__.startswith("torch.nn."):
+            other = whole.coupled(self.model, whole.layers, at=at, loosely=loosely)
+            if other is not None or not place:
                 return other
             place = place.rpartition(".")[0]

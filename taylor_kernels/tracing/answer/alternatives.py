@@ -49,6 +49,7 @@ class Alternatives:
         *,
         at: Collection[str] | None = None,
         guessed: bool = False,
+        loosely: bool = False,
     ) -> _Channels | None:
         """The channels where sizes that code wrote down are those of other tensors.
 
@@ -63,6 +64,7 @@ class Alternatives:
             at: only sizes that the code of these modules wrote down; None for all modules.
             guessed: they are numbers in lists and settings of the modules, and other tensors stay
                 apart.
+            loosely: any as many channels of the other tensor go, and not those of the same places.
 
         Returns:
             None where there are no such sizes.
@@ -72,7 +74,7 @@ class Alternatives:
             asked[self._vectors.layers[name][1]] = True
         asked[0] = False
         modules = dict(model.named_modules())
-        record = with_written_sizes(self._record, self._label, asked, modules, at, guessed)
+        record = with_written_sizes(self._record, self._label, asked, modules, at, guessed, loosely)
         if record is None:
             return None
         with one_at_a_time(), prunable_attention(modules.values()):

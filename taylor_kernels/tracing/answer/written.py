@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.atoms import Vector, address
 from taylor_kernels.tracing.notes.attributes import holding
-from taylor_kernels.tracing.notes.entries import Echo, Join, Size
+from taylor_kernels.tracing.notes.entries import Cut, Echo, Join, Size
 from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.resolving.resolve import ambiguous
 
@@ -31,6 +31,7 @@ def with_written_sizes(
     modules: Mapping[str, nn.Module],
     at: Collection[str] | None,
     guessed: bool = False,
+    loosely: bool = False,
 ) -> Record | None:
     """The record where sizes that code wrote down are those of other tensors.
 
@@ -41,6 +42,7 @@ def with_written_sizes(
         at: only sizes that the code of these modules wrote down, the least doubtful of them first;
             None for all modules.
         guessed: they are only what else holds them than attributes that are known to.
+        loosely: any as many channels go of what is as wide, and not those of the same places.
 
     Returns:
         None where there are no such sizes.
@@ -49,21 +51,35 @@ def with_written_sizes(
         guesses = _guessed(record, label, asked, at)
         return replace(record, sizes=record.sizes + guesses) if guesses else None
     joins: list[Join] = []
+    cuts: list[Cut] = []
+    coupled = {cut.source for cut in record.cuts}
     doubt = 0
     counting = {(s.module, label[s.atoms].tobytes()) for s in record.sizes if not s.weak}
     for least, echo in sorted(
         ((_doubt(echo, label, counting), echo) for echo in record.echoes),
         key=lambda pair: pair[0],
     ):
-        if at is not None and (echo.where[0] not in at or (joins and least > doubt)):
+        if at is not None and (echo.where[0] not in at or ((joins or cuts) and least > doubt)):
             continue
         mine = label[echo.vector]
         # What is of no parameter says nothing: a size that is its is a constant.
         others = (o for o in echo.others if o.any() and not np.array_equal(label[o], mine))
         other = next(others, None)
-        if other is not None and (asked[mine].any() or asked[label[other]].any()):
+        if other is None or not (asked[mine].any() or asked[label[other]].any()):
+            continue
+        both = address(echo.vector), address(other)
+        if both in coupled:
+            continue
+        if loosely:
+            cuts.append(_as_many(echo, other, both))
+            coupled.add(both)
+        else:
             joins.append(Join(echo.vector, other, echo.where, len(record.fixed)))
-            doubt = least
+        doubt = least
+    if cuts:
+        return replace(record, cuts=[*record.cuts, *cuts])
+    if loosely:
+        return None
     shared = ambiguous(record.sizes, label)
     shared = {
         (size.module, size.attribute)
@@ -82,6 +98,14 @@ def with_written_sizes(
         for size in record.sizes
     ]
     return replace(record, joins=[*record.joins, *joins], sizes=sizes + compared)
+
+
+def _as_many(echo: Echo, other: Vector, source: tuple[int, int]) -> Cut:
+    """As many channels go of one dimension as of another: of the two side by side each half loses
+    the same number."""
+    width = other.size
+    halves = ((0, width), (width, 2 * width))
+    return Cut(np.concatenate([echo.vector, other]), halves, source, True, False, echo.where)
 
 
 def _guessed(

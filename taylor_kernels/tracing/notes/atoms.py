@@ -36,3 +36,9 @@ class Reason:
 
     def __str__(self) -> str:
         return self.text
+
+
+def address(vector: Vector) -> int:
+    """Where in memory the atoms of a vector begin."""
+    found: int = vector.__array_interface__["data"][0]
+    return found

@@ -52,6 +52,7 @@ class Cut:
     Attributes:
         source: says which tensor it was, so that several slices of one tensor are one cut.
         equal: the operation itself makes equal parts (chunk).
+        short: it was asked for as many as there are, and the last part is shorter than the others.
         tied: every part's size is an attribute of a module, which can follow.
         others: of parts of unlike sizes, and of slices, what each part shrinks with: a vector of
             another tensor that is as wide and that the code had at hand, or the part itself where
@@ -69,6 +70,7 @@ class Cut:
     where: tuple[str, str]
     others: tuple[Vector | None, ...] = ()
     sizes: tuple[Size, ...] = ()
+    short: bool = False
 
 
 @dataclass(frozen=True)

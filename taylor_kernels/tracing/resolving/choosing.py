@@ -19,7 +19,7 @@ from taylor_kernels.tracing.notes.atoms import MEETS_FIXED, Reason, Vector
 from taylor_kernels.tracing.notes.forest import Forest
 from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.resolving.axis_kinds import families_of, kinds_of
-from taylor_kernels.tracing.resolving.cuts import Matched, Parts, Sets, match
+from taylor_kernels.tracing.resolving.cuts import Asked, Matched, Parts, Sets, match
 from taylor_kernels.tracing.resolving.grids import FREE, Grids, settle
 from taylor_kernels.tracing.resolving.shuffles import runs, shuffles
 
@@ -82,7 +82,7 @@ class Chooser:
         self.shuffles = shuffles(record, forest.label)
         self.numbers: dict[Reason, int] = {}
         self.keeping: dict[tuple[int, int | None], int] = {}
-        self._matched: dict[tuple[int, bytes], Sets] = {}
+        self._matched: dict[Asked, Sets] = {}
         self._known: dict[tuple[int, bytes, bytes], Matched] = {}
         self._shrunk: dict[tuple[int, int], tuple[Vector, Vector, Vector]] = {}
         settled = settle(grids, forest, why)

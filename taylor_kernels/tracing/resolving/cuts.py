@@ -20,11 +20,16 @@ from taylor_kernels.tracing.notes.record import Record
 
 @dataclass(frozen=True)
 class Parts:
-    """A dimension and the bounds at which it was cut."""
+    """A dimension and the bounds at which it was cut.
+
+    Attributes:
+        short: the last part may lose fewer than the others, as long as it is not longer than they.
+    """
 
     vector: Vector
     bounds: tuple[int, ...]
     reason: Reason
+    short: bool = False
 
 
 def proportional(record: Record) -> list[Parts]:
@@ -49,7 +54,8 @@ def proportional(record: Record) -> list[Parts]:
         module, operation = cuts[0].where
         place = f"{operation} in {module!r}" if module else operation
         reason = Reason(f"is cut at a place that would move ({place})", module, operation)
-        found.append(Parts(vector, bounds, reason))
+        short = all(cut.short and len(cut.parts) == len(bounds) - 1 for cut in cuts)
+        found.append(Parts(vector, bounds, reason, short))
     return found
 
 
@@ -115,15 +121,15 @@ def _by_part(cuts: Sequence[Cut]) -> dict[tuple[int, int], Vector | None]:
     return {part: found[part] for part in sorted(found)}
 
 
+#: What was asked of parts: their number, how much shorter the last is, and rows.
+Asked = tuple[int, int, bytes]
 #: Rows that make one another up: how many there are in each set, set after set, and what is left.
 Sets = tuple[Vector, Vector, Vector]
 #: Classes that are one, pair by pair, and those that find no match.
 Matched = tuple[Vector, Vector, Vector]
 
 
-def match(
-    parts: Parts, chosen: Vector, label: Vector, known: dict[tuple[int, bytes], Sets]
-) -> Matched:
+def match(parts: Parts, chosen: Vector, label: Vector, known: dict[Asked, Sets]) -> Matched:
     """Classes that together are in proportion.
 
     Args:
@@ -133,7 +139,7 @@ def match(
             so does every choice of axes that is tried.
     """
     sizes = np.diff(parts.bounds)
-    ratio = sizes // np.gcd.reduce(sizes)
+    ratio = np.ones_like(sizes) if parts.short else sizes // np.gcd.reduce(sizes)
     part = np.repeat(np.arange(sizes.size), sizes)
     none = parts.vector[:0]
     if not label.size:
@@ -148,9 +154,13 @@ def match(
         return none, none, none
     order = open_[np.argsort(first[open_])]
     open_shares = shares[order]
-    key = sizes.size, open_shares.tobytes()
+    spare = int(sizes[0] - sizes[-1]) if parts.short else 0
+    key = sizes.size, spare, open_shares.tobytes()
     if (found := known.get(key)) is None:
         sets, others = _together(open_shares)
+        if spare:
+            more, others = _with_a_short_one(open_shares, others, spare)
+            sets += more
         sizes_of = np.array([len(members) for members in sets], np.int64)
         rows = np.fromiter(chain.from_iterable(sets), np.int64)
         found = known[key] = sizes_of, rows, np.array(others, np.int64)
@@ -161,6 +171,29 @@ def match(
     return (
         classes[order[np.repeat(firsts, sizes_of)]], classes[order[rows]], classes[order[left]]
     )  # fmt: skip
+
+
+def _with_a_short_one(
+    shares: Vector, rows: Sequence[int], spare: int
+) -> tuple[list[list[int]], list[int]]:
+    """Sets of these rows that take as much from all parts but the last, and no more from that, and
+    the rows that are left.
+
+    `chunk` gives all parts but the last the same size, rounded up: the last is shorter by fewer
+    places than there are parts, and stays so where it comes nearer to the others.
+
+    Args:
+        spare: by so many places it is shorter.
+    """
+    left = np.array(rows, np.int64)
+    found: list[list[int]] = []
+    for members in _together(shares[left, :-1])[0] if rows else ():
+        total = shares[left[members]].sum(axis=0)
+        nearer = int(total[0] - total[-1])
+        if 0 <= nearer <= spare:
+            spare -= nearer
+            found.append(left[members].tolist())
+    return found, sorted(set(rows) - set(chain.from_iterable(found)))
 
 
 def _different(label: Vector) -> tuple[Vector, Vector, Vector]:

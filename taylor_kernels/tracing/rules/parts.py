@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from taylor_kernels.tracing.notes.atoms import Vector
+from taylor_kernels.tracing.notes.atoms import Vector, address
 from taylor_kernels.tracing.notes.attributes import counting, tie, tie_parts
 from taylor_kernels.tracing.notes.entries import Cut, Size
 from taylor_kernels.tracing.run.calls import Call
@@ -46,11 +46,18 @@ def note_parts(call: Call, vector: Vector, parts: Sequence[tuple[int, int, int]]
         tied = tie(call, stop - start, vector[start:stop])
         if start and not tied:
             tied = tie(call, start, vector[:start])
-    key = (vector.__array_interface__["data"][0], vector.size)
+    key = (address(vector), vector.size)
     equal = call.name in ("chunk", "unsafe_chunk", "unbind")
     others = () if equal or (tied and len(spans) > 1) else _others(call, vector, spans)
     sizes = _counting(call, vector[inner[-1][0] :]) if others and len(spans) > 1 else []
-    record.cuts.append(Cut(vector, inner, key, equal, tied, call.where, others, tuple(sizes)))
+    short = equal and spans[-1][1] - spans[-1][0] < spans[0][1] == vector.size // len(spans) + 1
+    short = short and call.args.get("chunks") == len(spans)
+    record.cuts.append(
+        Cut(vector, inner, key, equal, tied, call.where, others, tuple(sizes), short)
+    )
+    if not tied and not equal:
+        # Code may work places out from the width of all, which an attribute holds.
+        record.guesses += _counting(call, vector.copy())
 
 
 def _counting(call: Call, part: Vector) -> list[Size]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from taylor_kernels.tracing.notes.atoms import Vector
 from taylor_kernels.tracing.notes.attributes import counting, guess, tie, tie_shape
-from taylor_kernels.tracing.notes.labels import Labels
+from taylor_kernels.tracing.notes.labels import Labels, has_atoms
 from taylor_kernels.tracing.run.calls import Call, rule
 
 #: A dimension so many times as wide as those behind it is no number of groups.
@@ -112,8 +112,20 @@ def reshaped(
                 if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
                     call.refuse(vector, "becomes as many groups of one, or stays what it is")
             continue
-        sizes = [old.shape[i] for i in ours]
-        flat = call.record.merge(sizes, [old.dims[i] for i in ours], call.where)
+        sizes, vectors = [old.shape[i] for i in ours], [old.dims[i] for i in ours]
+        first = vectors[0]
+        dropped = 0 if first is None else _counting_repeats(first, [new.shape[i] for i in theirs])
+        if first is not None and dropped:
+            # What was examples * heads becomes examples, which have no atoms, and heads.
+            sizes[0] //= prod(new.shape[i] for i in theirs[:dropped])
+            vectors[0], theirs = first[: sizes[0]], theirs[dropped:]
+        shrunk = [new.shape[i] for i in theirs]
+        times = _examples_in_front(sizes, vectors, shrunk)
+        if times > 1:
+            front = next(i for i, vector in enumerate(vectors) if _has_some(vector))
+            sizes, vectors = sizes[front:], vectors[front:]
+            shrunk[0] //= times
+        flat = call.record.merge(sizes, vectors, call.where)
         assert flat is not None
         if len(theirs) == 1:
             axes: list[Vector | None] = [flat]
@@ -125,7 +137,7 @@ def reshaped(
             call.refuse(flat, "is a single channel whose dimension is dropped")
             continue
         else:
-            grid = flat.reshape([new.shape[i] for i in theirs])
+            grid = flat.reshape(shrunk)
             if allowed is None:
                 may = _may_shrink(call, grid, theirs, inferred)
             else:
@@ -135,16 +147,53 @@ def reshaped(
                 _echo_parts(call, flat, grid.shape, axes)
         for i, axis in zip(theirs, axes, strict=True):
             if axis is not None:
-                new.dims[i], new.zero[i] = axis, zero
+                new.dims[i] = axis if axis.size == new.shape[i] else np.tile(axis, times)
+                new.zero[i] = zero
                 parts = len(theirs) > 1
                 if i not in inferred:
                     place = theirs.index(i) if parts else 1
-                    tie(call, new.shape[i], axis, index=place, settings=parts)
+                    tie(call, axis.size, axis, index=place, settings=parts)
                 if parts:
-                    guess(call, new.shape[i], axis, inferred=i in inferred)
+                    guess(call, axis.size, axis, inferred=i in inferred)
     if old.name and all(any(map(partial(np.array_equal, v), old.vectors())) for v in new.vectors()):
         new.name, new.computed = old.name, old.computed  # dimensions of size 1 came or went
     return new
+
+
+def _has_some(vector: Vector | None) -> bool:
+    return vector is not None and has_atoms(vector)
+
+
+def _examples_in_front(
+    old: Sequence[int], vectors: Sequence[Vector | None], new: Sequence[int]
+) -> int:
+    """How many examples the first of new dimensions holds for each of its heads.
+
+    `q.reshape(examples * heads, width, -1)` of [examples, heads * width, ...]: the heads come again
+    for every example, and it is their number that the code has from an attribute.
+
+    Args:
+        old: sizes of the old dimensions.
+        vectors: their atoms.
+        new: sizes of the new ones.
+    """
+    front = next(i for i, vector in enumerate(vectors) if _has_some(vector))
+    examples = prod(old[:front])
+    several = len(new) > 1 and new[0] > examples and not new[0] % examples
+    return examples if several else 1
+
+
+def _counting_repeats(vector: Vector, sizes: Sequence[int]) -> int:
+    """How many of the new dimensions, from the first, only count how often the atoms of the first
+    old one come again."""
+    found, times = 0, 1
+    for place, size in enumerate(sizes[:-1] if has_atoms(vector) else (), 1):
+        times *= size
+        if vector.size % times or vector.size == times:
+            break
+        if times > 1 and (vector.reshape(times, -1) == vector[: vector.size // times]).all():
+            found = place
+    return found
 
 
 def _echo_parts(
