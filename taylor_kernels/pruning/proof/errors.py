@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from taylor_kernels.tracing.run.refusals import said
+
 
 def innermost_module(error: Exception, modules: Mapping[str, nn.Module]) -> str:
     """The innermost module whose method raised an error, or passed it on; "" for the model.
@@ -22,6 +24,7 @@ def innermost_module(error: Exception, modules: Mapping[str, nn.Module]) -> str:
 
 
 def short(error: Exception) -> str:
-    """What it says, in one line of at most 120 characters."""
-    text = " ".join(str(error).split())
+    """What it says, in one line of at most 120 characters; the code that raised it where it says
+    nothing, as an assertion without a message."""
+    text = said(error, with_type=False)
     return text if len(text) <= 120 else text[:117] + "..."

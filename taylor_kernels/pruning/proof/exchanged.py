@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ from taylor_kernels.pruning.proof.exact_run import InDouble, SmallPools
 from taylor_kernels.pruning.proof.layer_outputs import LayerOutputs
 from taylor_kernels.pruning.proof.same_outputs import Ran
 from taylor_kernels.pruning.proof.steady_noise import SteadyNoise
+from taylor_kernels.pruning.proof.ways import Ways
 from taylor_kernels.pruning.removing.removal import Tensors
 from taylor_kernels.tracing import Channels
 from taylor_kernels.tracing.model.caches import held_tensors, keeping, renew
@@ -57,6 +58,8 @@ class Exchanged:
             the model is small. Where one of them fails, the mode is in use from then on.
         kept: modules that make anew what they keep of their parameters as their mode changes.
         written: names of the tensors that runs write into, which get a copy for each.
+        ways: the way that code took in the last run of each kind, by whether it trains and what
+            `lowest` was; None where nobody asks any more.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Exchanged:
         self.held = Tensors(modules)
         self.tensors = {name: self.held[name] for name in self.held}
         self.inputs: Any = None
+        self.ways: dict[tuple[bool, bool], Ways] | None = {}
         self.exact, self.below, self.alone = True, False, False
         self.idle, self._never_idle = False, False
         #: Whether it trains in the runs that draw random numbers, in place of which these have the
@@ -177,6 +181,12 @@ class Exchanged:
             raise
         return found
 
+    def _watched(self, training: bool, lowest: bool) -> AbstractContextManager[object]:
+        if self.ways is None:
+            return nullcontext()
+        self.ways[training, lowest] = way = Ways()
+        return way
+
     def all_outputs(self, train_runs: Sequence[bool], known: Ran | None = None) -> Ran:
         """What it returns in eval mode, and behind that in these runs in train mode.
 
@@ -203,7 +213,7 @@ class Exchanged:
                 stack.enter_context(SteadyNoise(lowest=lowest))
             renew(self.kept)
             weights = {name: self.held[name] for name in self._by_itself}
-            with self._layers.heard(weights) as norms:
+            with self._layers.heard(weights) as norms, self._watched(training, lowest):
                 found = call(self._model, copied(self.inputs))
             if mode is not None:
                 self.alone |= mode.alone

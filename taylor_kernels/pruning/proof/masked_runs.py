@@ -81,7 +81,7 @@ class MaskedRuns:
         self._train_runs: list[bool] = []  # what `lowest` is in each
         self._refusal = ""  # what was wrong with the last inputs that the model did not run on
         if not self._runs_in_double(example_inputs):
-            self._values.narrow()
+            self._values.set_exact(False)
             self._run.exact, self._refusal = False, ""
             self._run.remember()
             self._runs(example_inputs)
@@ -102,8 +102,10 @@ class MaskedRuns:
             self._refusal = ""
             for given in (small,) if more is small else (more, small):
                 runs = self._runs(tree_map(widened, given), all_layers=True)
-                if runs and (given is small or not self._first.norms[0].broken):
+                if runs and not self._first.norms[0].broken:
                     return True
+                if runs and given is small:
+                    return self._runs_on_more(example_inputs, small)
                 # What is repeated may be less than nothing, and no logarithm of it be a number.
                 if runs and not all(tensor.isfinite().all() for tensor in tensors_in(small)):
                     return True
@@ -111,6 +113,16 @@ class MaskedRuns:
                 self._runs(tree_map(widened, example_inputs))
                 return True
         return False
+
+    def _runs_on_more(self, example_inputs: Any, small: Any) -> bool:
+        """Run it on the whole example in double precision, of which there is more than nan or
+        infinity where there is nothing else of an image that was cut down; else on that again."""
+        if [t.shape for t in tensors_in(small)] == [t.shape for t in tensors_in(example_inputs)]:
+            return True
+        whole = self._runs(tree_map(widened, example_inputs), all_layers=True)
+        if whole and not self._first.norms[0].broken:
+            return True
+        return self._runs(tree_map(widened, small), all_layers=True)
 
     def _broken(self) -> dict[str, bool]:
         """As `choose_noise` asks for."""

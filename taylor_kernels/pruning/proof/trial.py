@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from taylor_kernels.pruning.proof.errors import innermost_module, short
-from taylor_kernels.pruning.proof.masked_runs import Masked, MaskedRuns
+from taylor_kernels.pruning.proof.masked_runs import Masked
+from taylor_kernels.pruning.proof.other_ways import OtherWays
 from taylor_kernels.pruning.proof.removal_steps import all_have_lost
 from taylor_kernels.pruning.proof.same_outputs import Ran, difference
 from taylor_kernels.pruning.removing.optimizer_state import Kept
@@ -23,7 +24,7 @@ from taylor_kernels.tracing.blocks import replace_modules
 _TURNS = 4
 
 
-class Trial(MaskedRuns):
+class Trial(OtherWays):
     """Tries on a model whether masking is removing.
 
     Attributes:
@@ -46,7 +47,8 @@ class Trial(MaskedRuns):
         begun, self._begun = self._begun, None
         if blocks:
             at_once = [units.any(0, keepdim=True) for units in self._steps(numbers)]
-            return self._fault(at_once, blocks, "its channels", until)
+            reason = self._fault(at_once, blocks, "its channels", until)
+            return reason or self._fault_on_another_way(at_once, blocks, "its channels", until)
         if begun is not None and len(numbers) != len(begun.steps):
             begun = None
         steps = self._steps(numbers) if begun is None else begun.steps
@@ -54,9 +56,18 @@ class Trial(MaskedRuns):
         if reason or (reason := self._fault_with_other_signs(steps, until)):
             return reason
         least = self._steps_to_the_least(numbers)
-        if not any(units.any() for units in least):
+        if any(units.any() for units in least):
+            reason = self._fault(least, (), "its channels", until)
+        return reason or self._fault_on_another_way(steps, (), "its channels", until)
+
+    def _fault_on_another_way(
+        self, steps: Sequence[Tensor], blocks: Sequence[Block], what: str, until: float
+    ) -> str:
+        """`_fault` on the user's own example, if code goes another way on it."""
+        if self._other is None:
             return ""
-        return self._fault(least, (), "its channels", until)
+        with self._on(self._other):
+            return self._fault(steps, blocks, what, until)
 
     def _fault_with_other_signs(self, steps: Sequence[Tensor], until: float) -> str:
         """What is wrong in front of layers that were given nothing but zeros in the last trial,
@@ -85,7 +96,10 @@ class Trial(MaskedRuns):
         """What is wrong with removing those of these blocks that have such numbers; "" if
         nothing."""
         none = [torch.zeros(1, group.size, dtype=torch.bool) for group in self.channels.groups]
-        return self._fault(none, [blocks[number] for number in numbers], "the block")
+        chosen, what = [blocks[number] for number in numbers], "the block"
+        until = float("inf")
+        reason = self._fault(none, chosen, what)
+        return reason or self._fault_on_another_way(none, chosen, what, until)
 
     def _fault(
         self,

@@ -64,14 +64,26 @@ class Values:
         for module, name, value in self._others:
             setattr(module, name, widened(value.detach()))
 
-    def narrow(self) -> None:
-        """Give the copy, from now on, values in the precision that the model has."""
-        self._exact = False
+    def set_exact(self, exact: bool) -> None:
+        """Give the copy, from now on, values in double precision, or in the model's."""
+        self._exact = exact
         for name in self._tensors:
             self._make(name)
         self._spent.clear()
         for module, name, value in self._others:
+            setattr(module, name, widened(value.detach()) if exact else value)
+
+    def models_own(self) -> dict[str, Tensor]:
+        """The model's own tensors by name, which share its memory; of parameters, parameters. Those
+        that are other attributes of the copy's modules are put in their places."""
+        for module, name, value in self._others:
             setattr(module, name, value)
+        return {
+            name: nn.Parameter(source, False)
+            if isinstance(self._tensors[name], nn.Parameter)
+            else source
+            for name, source in self._sources.items()
+        }
 
     def to_mask(self, name: str) -> Tensor:
         """A tensor to be masked in place, that needs no gradient; of a parameter, a parameter.

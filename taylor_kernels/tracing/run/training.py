@@ -28,6 +28,7 @@ from taylor_kernels.tracing.notes.labels import Labels
 from taylor_kernels.tracing.notes.record import Record
 from taylor_kernels.tracing.run.chance import Draws
 from taylor_kernels.tracing.run.recorder import Recorder
+from taylor_kernels.tracing.run.refusals import said
 from taylor_kernels.tracing.run.running import tensors_of_modules
 
 #: Fields of a record that stay those of the run in eval mode.
@@ -229,5 +230,5 @@ def keep_as_wide(record: Record, unread: Collection[str], why: str) -> None:
 
 
 def _short(error: Exception) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = said(error)
     return text if len(text) <= 120 else text[:117] + "..."
