@@ -45,9 +45,18 @@ std::optional<Block> around(const Dims& dims, int dim) {
   return block;
 }
 
-template <class Element>
-void fill(const TensorView& tensor, const Block& block, const IndexRuns& chosen, double value) {
-  fill_entries(static_cast<Element*>(tensor.data), block, chosen, static_cast<Element>(value));
+// Calls `use` with a pointer to a tensor's elements and a value of their type; of the half types,
+// whose values are zeros, with their bits.
+template <class Use>
+auto with_elements(const TensorView& tensor, double value, const Use& use) {
+  switch (tensor.dtype) {
+    case DType::f32:
+      return use(static_cast<float*>(tensor.data), static_cast<float>(value));
+    case DType::f64:
+      return use(static_cast<double*>(tensor.data), value);
+    default:
+      return use(static_cast<uint16_t*>(tensor.data), uint16_t{0});
+  }
 }
 
 // A tensor that can be written to where it lies, and by what.
@@ -72,18 +81,26 @@ struct Written {
 
   void write(bool zero) const {
     for (const auto& [block, part] : parts) {
-      const double value = zero ? 0.0 : part->value;
-      switch (tensor.dtype) {
-        case DType::f32:
-          fill<float>(tensor, block, part->chosen, value);
-          break;
-        case DType::f64:
-          fill<double>(tensor, block, part->chosen, value);
-          break;
-        default:
-          fill<uint16_t>(tensor, block, part->chosen, 0.0);  // a zero of either half type
-      }
+      with_elements(tensor, zero ? 0.0 : part->value, [&](auto* data, auto value) {
+        fill_entries(data, block, part->chosen, value);
+      });
     }
+  }
+
+  // Whether a look reads all entries.
+  bool seen_whole() const {
+    return std::all_of(parts.begin(), parts.end(),
+                       [](const auto& one) { return one.first.outer * one.first.inner == 1; });
+  }
+
+  // Whether an entry of each index is as it was written.
+  bool seems_written(uint32_t look) const {
+    return std::all_of(parts.begin(), parts.end(), [&](const auto& one) {
+      const auto& [block, part] = one;
+      return with_elements(tensor, part->value, [&](auto* data, auto value) {
+        return entries_seem(data, block, part->chosen, value, look);
+      });
+    });
   }
 };
 
@@ -102,24 +119,6 @@ std::vector<Fills> read_fills(const py::list& described) {
     }
   }
   return found;
-}
-
-// Writes into all tensors; the numbers of those that it cannot write into.
-std::vector<size_t> write(const std::vector<Fills>& fills, const py::list& tensors) {
-  if (fills.size() != tensors.size()) throw py::value_error("a tensor for each is needed");
-  std::vector<Written> written;
-  std::vector<size_t> left;
-  written.reserve(fills.size());
-  for (size_t i = 0; i < fills.size(); ++i) {
-    if (auto one = Written::of(tensors[i], fills[i], false)) {
-      written.push_back(std::move(*one));
-    } else {
-      left.push_back(i);
-    }
-  }
-  const py::gil_scoped_release no_gil;
-  for (const Written& one : written) one.write(false);
-  return left;
 }
 
 // Zeroes the entries of a parameter's gradient as it comes; `other` does it where this cannot.
@@ -141,23 +140,104 @@ struct GradientHook {
   }
 };
 
-// What Python holds.
-struct HeldFills {
-  std::shared_ptr<const std::vector<Fills>> fills;
+// A tensor, and its version: a number that moves as PyTorch writes into it.
+struct Version {
+  PyObject* tensor = nullptr;  // not held: compared only
+  const void* data = nullptr;
+  int64_t number = -1;
+
+  static Version of(py::handle tensor, const void* data) {
+    static PyObject* const name = PyUnicode_InternFromString("_version");
+    const auto number = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), name));
+    const Version found{tensor.ptr(), data, number ? PyLong_AsLongLong(number.ptr()) : -1};
+    PyErr_Clear();  // one that was made in inference mode has none
+    return found;
+  }
+
+  bool same(const Version& other) const {
+    return number >= 0 && number == other.number && lies_like(other);
+  }
+  bool lies_like(const Version& other) const {
+    return tensor == other.tensor && data == other.data;
+  }
+};
+
+// What Python holds: what to write, and how the last write left what it was written into.
+class HeldFills {
+ public:
+  explicit HeldFills(const py::list& described)
+      : fills_(std::make_shared<const std::vector<Fills>>(read_fills(described))),
+        left_(fills_->size()) {}
+
+  // Writes into all tensors; the numbers of those that it cannot write into.
+  std::vector<size_t> write(const py::list& tensors, bool look, bool last) {
+    if (fills_->size() != tensors.size()) throw py::value_error("a tensor for each is needed");
+    std::vector<Written> written;
+    std::vector<size_t> others;
+    std::vector<Version> versions(tensors.size());
+    bool same = look;
+    written.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      auto one = Written::of(tensors[i], (*fills_)[i], false);
+      if (!one) {
+        others.push_back(i);
+        continue;
+      }
+      // Versions are those before the write: what another thread does meanwhile moves them on.
+      if ((look || last) && !one->seen_whole()) {
+        versions[i] = Version::of(tensors[i], one->tensor.data);
+        same = same && versions[i].same(left_[i]);
+      }
+      written.push_back(std::move(*one));
+    }
+    if (last) remember(tensors, std::move(versions));
+    const uint32_t number = looks_ += same;
+    const bool spared = [&] {
+      const py::gil_scoped_release no_gil;
+      if (same && std::all_of(written.begin(), written.end(),
+                              [&](const Written& one) { return one.seems_written(number); })) {
+        return true;
+      }
+      for (const Written& one : written) one.write(false);
+      return false;
+    }();
+    writes_ += !spared;
+    if (look && !spared) left_.assign(fills_->size(), {});  // what else changes them is not known
+    return others;
+  }
+
+  GradientHook gradient_hook(size_t number, py::object other) const {
+    return {fills_, number, std::move(other)};
+  }
+
+  int64_t writes() const { return writes_; }
+
+ private:
+  // Of memory that other processes write into no version tells, so none is kept.
+  void remember(const py::list& tensors, std::vector<Version> versions) {
+    for (size_t i = 0; i < versions.size(); ++i) {
+      Version& one = versions[i];
+      if (!one.tensor || (left_[i].number >= 0 && one.lies_like(left_[i]))) continue;
+      if (tensors[i].attr("is_shared")().cast<bool>()) one.number = -1;
+    }
+    left_ = std::move(versions);
+  }
+
+  std::shared_ptr<const std::vector<Fills>> fills_;
+  std::vector<Version> left_;
+  uint32_t looks_ = 0;
+  int64_t writes_ = 0;
 };
 
 }  // namespace
 
 void define_fills(py::module_& m) {
   py::class_<HeldFills>(m, "Fills")
-      .def(py::init([](const py::list& described) {
-        return HeldFills{std::make_shared<const std::vector<Fills>>(read_fills(described))};
-      }))
-      .def("write", [](const HeldFills& held,
-                       const py::list& tensors) { return write(*held.fills, tensors); })
-      .def("gradient_hook", [](const HeldFills& held, size_t number, py::object other) {
-        return GradientHook{held.fills, number, std::move(other)};
-      });
+      .def(py::init<const py::list&>())
+      .def("write", &HeldFills::write, py::arg("tensors"), py::arg("look") = false,
+           py::arg("last") = false)
+      .def("gradient_hook", &HeldFills::gradient_hook)
+      .def_property_readonly("writes", &HeldFills::writes);
   py::class_<GradientHook>(m, "GradientHook").def("__call__", &GradientHook::operator());
 }
 

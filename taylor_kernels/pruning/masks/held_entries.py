@@ -63,10 +63,19 @@ class HeldEntries:
         self._parts = list(masked.values())
         self._native = native.fills(self._parts)
 
-    def write(self, model: nn.Module) -> None:
-        """Write the entries into the model's tensors."""
+    def write(self, model: nn.Module, look: bool = False, last: bool = False) -> None:
+        """Write the entries into the model's tensors.
+
+        Args:
+            look: where the native module writes, spare it if the tensors are the ones that the last
+                write with `last` was into, where they were, no operation of PyTorch has written
+                into them since, and an entry of every masked index, another one at each look, is
+                as it was left. Tensors of one dimension are looked at whole, and that is enough.
+            last: nothing but what a look would find is expected to change the entries from now on.
+        """
         tensors = self._tensors.of(model)
-        left = range(len(tensors)) if self._native is None else self._native.write(tensors)
+        native = self._native
+        left = range(len(tensors)) if native is None else native.write(tensors, look, last)
         for number in left:
             tensor = tensors[number]
             if tensor is None:

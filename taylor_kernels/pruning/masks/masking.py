@@ -39,6 +39,14 @@ class Masks:
     to them; a model that was compiled before shows its passes to no hook. Norms across channels are
     run on what is kept (`OnKept`). The hooks outlive the pruner. In a copy of the model the units
     are plain zeros, and only its norms still know of them; its state_dict says nothing of that.
+
+    On the CPU the write before a forward pass is spared where that behind the last step of an
+    optimizer of these parameters seems to hold: the tensors are the same, in the same memory that
+    no other process shares, PyTorch has not written into them (`_version`), and an entry of every
+    masked index is as it was left, another one each time. A write of which PyTorch does not know,
+    through `.data`, numpy or an address, is seen if it changes all of a masked filter, or one that
+    is looked at; biases and statistics are looked at whole. If it changes a few entries of weights,
+    as one row of an embedding whose columns are masked, these may stay until the next step.
     """
 
     def __init__(self, model: nn.Module, optimizer: object) -> None:
@@ -135,8 +143,8 @@ def _is_registered(model: nn.Module, name: str) -> bool:
 
 
 def _write(held: HeldEntries, model: nn.Module, *_: object) -> None:
-    """Write masked entries, before or after a forward pass."""
-    held.write(model)
+    """Write masked entries, before or after a forward pass, unless they seem to be there."""
+    held.write(model, look=True)
 
 
 class _Masked(NamedTuple):
@@ -152,10 +160,9 @@ class _Masked(NamedTuple):
     thread: int
     parameters: frozenset[int]
 
-    def may_change_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Any may step copies of parameters. But one of another thread steps another model, unless
-        it holds masked parameters: this one may be losing them meanwhile."""
-        return self.thread == get_ident() or any(
+    def steps_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer holds masked parameters."""
+        return any(
             id(parameter) in self.parameters
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -163,8 +170,11 @@ class _Masked(NamedTuple):
 
 
 def _write_after_step(masked: _Masked, optimizer: torch.optim.Optimizer, *_: object) -> None:
-    if masked.may_change_by(optimizer) and (alive := masked.model()) is not None:
-        masked.held.write(alive)
+    # Any may step copies of parameters, which are copied back later. But one of another thread
+    # steps another model, unless it holds masked parameters: this one may be losing them meanwhile.
+    steps = masked.steps_with(optimizer)
+    if (steps or masked.thread == get_ident()) and (alive := masked.model()) is not None:
+        masked.held.write(alive, last=steps)
 
 
 def check_unmasked(model: nn.Module) -> None:
