@@ -62,11 +62,15 @@ class OtherWays(MaskedRuns):
 
     def _learn_whether_training_is_another_way(self, ways: dict[tuple[bool, bool], Ways]) -> None:
         """Numbers that code computes by itself show in no operation that a trace compares."""
-        begun, written = self._begun, self._run.written
-        self._learn_train_runs()
+        run = self._run
+        idle, written = run.idle, run.written
+        run.expect_all_written()
+        with suppress(Exception), run.restored():
+            run.outputs(train=True)
+        run.idle, run.written = idle, written
         trained = ways.get((True, False))
-        if trained is None or not ways[False, False].trains_otherwise(trained):
-            self._begun, self._train_runs, self._run.written = begun, [], written
+        if trained is not None and ways[False, False].trains_otherwise(trained):
+            self._learn_train_runs()
 
     def _another_way(
         self, example_inputs: Any, ways: dict[tuple[bool, bool], Ways]
@@ -111,11 +115,13 @@ class OtherWays(MaskedRuns):
         """Runs inside are on these inputs."""
         run = self._run
         mine = Given(run.inputs, run.exact, self._train_runs, run.written)
+        idle, alone = run.idle, run.alone
         self._take(given, as_it_is)
         try:
             yield
         finally:
             self._take(mine, as_it_is)
+            run.idle, run.alone = idle, alone
 
     def _take(self, given: Given, as_it_is: bool) -> None:
         run = self._run
