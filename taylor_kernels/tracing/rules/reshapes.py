@@ -11,13 +11,9 @@ import numpy as np
 from taylor_kernels.tracing.notes.atoms import Vector
 from taylor_kernels.tracing.notes.attributes import counting, guess, tie, tie_shape
 from taylor_kernels.tracing.notes.labels import Labels, has_atoms
+from taylor_kernels.tracing.rules.new_axes import may_be_groups, may_shrink
 from taylor_kernels.tracing.run.calls import Call, rule
 
-#: A dimension so many times as wide as those behind it is no number of groups.
-_PLAIN = 4
-#: So many channels are rather a width than a constant of code: a number of groups, pieces,
-#: coordinates. Where it is one after all, code that is given fewer channels fails in the proof.
-_WIDE = 8
 #: Operations that work out all sizes of what they reshape from those of their operands.
 _PRODUCTS = ("einsum", "tensordot")
 
@@ -109,7 +105,7 @@ def reshaped(
                 doubt = int(_tie_whole(call, new.shape[place], vector))
                 if vector.size > 1:
                     call.recorder.echo(vector, call.where, doubt)
-                if _may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
+                if may_be_groups(call, old.shape, new.shape, ours[0], place, inferred, allowed):
                     call.refuse(vector, "becomes as many groups of one, or stays what it is")
             continue
         sizes, vectors = [old.shape[i] for i in ours], [old.dims[i] for i in ours]
@@ -139,7 +135,7 @@ def reshaped(
         else:
             grid = flat.reshape(shrunk)
             if allowed is None:
-                may = _may_shrink(call, grid, theirs, inferred)
+                may = may_shrink(call, grid, theirs, inferred)
             else:
                 may = [place for place, i in enumerate(theirs) if i in allowed]
             axes = call.record.grid(grid, call.where, allowed=may)
@@ -226,64 +222,6 @@ def _stay_repeated(old: Labels, new: Labels, ours: Sequence[int], theirs: Sequen
     if len(wide) == len(places) == 1 and wide[0] in old.repeated:
         new.loose |= {places[0]}
         new.counted += tuple((places[0], m, a) for dim, m, a in old.counted if dim == wide[0])
-
-
-def _may_shrink(
-    call: Call, grid: Vector, theirs: Sequence[int], inferred: Sequence[int]
-) -> list[int]:
-    """Which axes of a new grid the code that made it lets shrink.
-
-    One that PyTorch infers does, one that an attribute counts can be made to. Of the others one was
-    worked out from the width, unless PyTorch had to infer one: they are constants then. It is taken
-    to be the widest, where that is plain: numbers of groups come first and are few, and of
-    (4, 2) either may be the number. Where the others are of space, or of a batch, there is no such
-    number, and the size is that of the channels, from wherever it is: but for a constant beside an
-    axis of one place that PyTorch had to infer, as that of `view(n, -1, 2)` of two channels. Code
-    that puts an axis in by `(*shape[:1], -1, *shape[1:])`, as einops' `pack`, does so too.
-    """
-    along = [i for i in range(grid.ndim) if (grid != grid.take([0], axis=i)).any()]
-    constant = any(i in inferred and grid.shape[place] == 1 for place, i in enumerate(theirs))
-    if len(along) == 1 and (not constant or grid.shape[along[0]] >= _WIDE):
-        return along
-    may, unknown = [], []
-    for place, i in enumerate(theirs):
-        if i in inferred or tie(call, grid.shape[place], None, index=place, settings=True):
-            may.append(place)
-        elif grid.shape[place] > 1:
-            unknown.append(place)
-    if unknown and not any(i in inferred for i in theirs):
-        *others, widest = sorted(unknown, key=lambda place: (grid.shape[place], place))
-        least = max((grid.shape[place] for place in others), default=0)
-        if any(place > widest for place in others):
-            least = _PLAIN * least - 1
-        if grid.shape[widest] > least:
-            may.append(widest)
-    return may
-
-
-def _may_be_groups(
-    call: Call,
-    old: Sequence[int],
-    new: Sequence[int],
-    before: int,
-    place: int,
-    inferred: Sequence[int],
-    allowed: Collection[int] | None,
-) -> bool:
-    """Whether the size of a dimension that stays whole may be a constant.
-
-    As in view(n, 2, c // 2, h, w) of two channels: the same sizes as those of an added dimension.
-    Many channels are no groups of one: the added dimension is one of space (windows of the whole
-    height).
-    """
-    size = new[place]
-    added = new[place + 1 : place + 2] == (1,) and old[before + 1 : before + 2] != (1,)
-    if size < 2 or size >= _WIDE or not added:
-        return False
-    if allowed is not None:
-        return place not in allowed
-    follow = any(later > 1 for later in new[place + 2 :])
-    return (follow or place + 1 in inferred) and not tie(call, size, None)
 
 
 def segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
