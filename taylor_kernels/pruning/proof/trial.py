@@ -133,7 +133,7 @@ class Trial(OtherWays):
                 kept: Kept = {}
                 cuts = channels.entries([units[step] for units in steps], gone)
                 for name, own in cuts.items():
-                    tensors[name] = smaller(tensors[name], own, kept)
+                    tensors[name] = smaller(tensors[name], own, kept, may_share=True)
                     self._values.give_up(name)
                 reorder(tensors, channels.orders([units[step] for units in steps], gone))
                 if not cuts and not blocks:

@@ -82,7 +82,7 @@ class Ways:
     def may_train_otherwise(self) -> bool:
         """Whether code asks if it trains, and some branch may depend on that, in code that says
         nothing of chance by its names."""
-        known = [code for code in self._codes if not _is_chance(code.co_names)]
+        known = [code for code in self._codes if not _is_chance(_words(code))]
         asks = any("training" in code.co_names for code in known)
         seen = [branches(code) for code in known] if asks else []
         return any(one.open or "training" in one.attributes for one in seen)
@@ -97,7 +97,7 @@ class Ways:
                 for (code, mine), (_, its) in pairs
             )
         mine, its = (
-            [one for one in way.taken if not _is_chance(one[0].co_names)] for way in (self, trained)
+            [one for one in way.taken if not _is_chance(_words(one[0]))] for way in (self, trained)
         )
         return mine != its
 
@@ -125,6 +125,12 @@ class Ways:
             return stepped
 
         return stepped
+
+
+def _words(code: CodeType) -> set[str]:
+    """The names that code speaks of, those among them that it asks for by `getattr`."""
+    strings = (value for value in code.co_consts if isinstance(value, str) and value.isidentifier())
+    return {*code.co_names, *strings}
 
 
 def _is_chance(names: Iterable[str]) -> bool:

@@ -208,7 +208,7 @@ def masked_state(
                 yield value, own
 
 
-def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
+def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None, *, may_share: bool = False) -> Tensor:
     """The tensor without these indices, laid out as it was, in memory of its own.
 
     Fused optimizers take for granted that state lies in memory as its parameter does.
@@ -217,6 +217,7 @@ def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
         kept: indices that stay, by the id of those that go and the size they go from:
             `Channels.entries` has one index tensor for all places of one make, and they are worked
             out once. To be kept no longer than the cuts.
+        may_share: rows of it that lie together need no copy.
     """
     kept = {} if kept is None else kept
     rest, form = [], _form(tensor)
@@ -237,7 +238,9 @@ def cut(tensor: Tensor, cuts: Cuts, kept: Kept | None = None) -> Tensor:
             tensor = tensor.narrow(dim, begin, left.numel())
     for dim, left in rest:
         tensor = tensor.index_select(dim, left.to(tensor.device))
-    return tensor.contiguous(memory_format=form) if rest else tensor.clone(memory_format=form)
+    if rest or may_share:
+        return tensor.contiguous(memory_format=form)
+    return tensor.clone(memory_format=form)
 
 
 def _form(tensor: Tensor) -> torch.memory_format:

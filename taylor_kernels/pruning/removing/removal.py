@@ -197,13 +197,19 @@ def _all_smaller(
     return new
 
 
-def smaller(tensor: Tensor, cuts: Mapping[int, Tensor], kept: Kept | None = None) -> Tensor:
+def smaller(
+    tensor: Tensor,
+    cuts: Mapping[int, Tensor],
+    kept: Kept | None = None,
+    *,
+    may_share: bool = False,
+) -> Tensor:
     """A parameter, with its gradient, or a buffer without these indices.
 
     Args:
-        kept: see `cut`.
+        kept, may_share: see `cut`.
     """
-    new = cut(tensor.detach(), cuts, kept)
+    new = cut(tensor.detach(), cuts, kept, may_share=may_share)
     if not isinstance(tensor, nn.Parameter):
         return new
     parameter = nn.Parameter(new, tensor.requires_grad)
