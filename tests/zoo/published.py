@@ -99,16 +99,12 @@ class _Translation(nn.Module):
 def _swin_unetr() -> Built:
     from monai.networks.nets import SwinUNETR
 
-    return SwinUNETR(in_channels=1, out_channels=2), torch.randn(1, 1, 96, 96, 96)
+    return SwinUNETR(in_channels=1, out_channels=2), torch.randn(1, 1, 64, 64, 64)
 
 
 _LLAMA = dict(
     hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
     intermediate_size=1536, vocab_size=49_152, tie_word_embeddings=True,
-)  # fmt: skip
-_QWEN2 = dict(
-    hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
-    intermediate_size=4864, tie_word_embeddings=True,
 )  # fmt: skip
 _DEBERTA = dict(
     vocab_size=128_100, hidden_size=768, num_hidden_layers=6, num_attention_heads=12,
@@ -127,7 +123,6 @@ _MAMBA2 = dict(
 
 _HF: dict[str, Callable[[], Built]] = {
     "SmolLM-135M": partial(_language, "LlamaForCausalLM", "LlamaConfig", **_LLAMA),
-    "Qwen2-0.5B": partial(_language, "Qwen2ForCausalLM", "Qwen2Config", **_QWEN2),
     "GPT-2": partial(_language, "GPT2LMHeadModel", "GPT2Config"),
     "tiny StarCoder": partial(_language, "GPTBigCodeForCausalLM", "GPTBigCodeConfig", **_BIGCODE),
     "Mamba-130m": partial(_language, "MambaForCausalLM", "MambaConfig", **_MAMBA),
@@ -163,7 +158,7 @@ def _network(package: str, build: Callable[[], Built]) -> Network:
 
 PUBLISHED: dict[str, Network] = {
     **{name: _network("transformers", build) for name, build in _HF.items()},
-    "SwinUNETR, 96³": _network("monai", _swin_unetr),
+    "SwinUNETR, 64³": _network("monai", _swin_unetr),
     "nn.Transformer": _network(
         "torch", lambda: (_Translation(), _tokens(10_000))
     ),
