@@ -140,7 +140,8 @@ struct GradientHook {
   }
 };
 
-// A tensor, and its version: a number that moves as PyTorch writes into it.
+// A tensor, and its version: a number that moves as most operations of PyTorch write into it, not
+// those that fused optimizers are made of.
 struct Version {
   PyObject* tensor = nullptr;  // not held: compared only
   const void* data = nullptr;
@@ -183,24 +184,22 @@ class HeldFills {
         others.push_back(i);
         continue;
       }
-      // Versions are those before the write: what another thread does meanwhile moves them on.
       if ((look || last) && !one->seen_whole()) {
         versions[i] = Version::of(tensors[i], one->tensor.data);
         same = same && versions[i].same(left_[i]);
       }
       written.push_back(std::move(*one));
     }
-    if (last) remember(tensors, std::move(versions));
+    // The lock of Python is kept: another thread that puts other memory into a parameter would free
+    // what is written into here.
     const uint32_t number = looks_ += same;
-    const bool spared = [&] {
-      const py::gil_scoped_release no_gil;
-      if (same && std::all_of(written.begin(), written.end(),
-                              [&](const Written& one) { return one.seems_written(number); })) {
-        return true;
-      }
+    const bool spared = same && std::all_of(written.begin(), written.end(), [&](const Written& one) {
+      return one.seems_written(number);
+    });
+    if (!spared) {
       for (const Written& one : written) one.write(false);
-      return false;
-    }();
+    }
+    if (last) remember(tensors, std::move(versions));
     writes_ += !spared;
     if (look && !spared) left_.assign(fills_->size(), {});  // what else changes them is not known
     return others;

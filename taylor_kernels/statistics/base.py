@@ -216,9 +216,9 @@ def checked_tables(statistic: Statistic, found: object) -> list[Tensor]:
     Raises:
         ValueError: it is not; the message names the statistic and the layer.
     """
-    if isinstance(found, PackedTables) and found.rows is not None:
-        return found  # made by this package, of these layers, and without a graph
     given, layers = f"statistic {statistic.name!r}: collect() gave", statistic.layers
+    if isinstance(found, PackedTables) and found.layers == [*layers] and found.rows is not None:
+        return found  # made by this package, of these layers, and without a graph
     if not isinstance(found, (list, tuple)):
         raise ValueError(f"{given} {type(found).__name__}; expected a list of tables")
     if len(found) != len(layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_
 
 import torch
@@ -17,12 +17,16 @@ class PackedTables(list[Tensor]):
 
     Args:
         rows: [sum of all F, K].
-        sizes: the F of each.
+        sizes: the F of each layer, by its name.
+
+    Attributes:
+        layers: the names.
     """
 
-    def __init__(self, rows: Tensor, sizes: Sequence[int]) -> None:
-        super().__init__(torch.split_with_sizes(rows, sizes))
+    def __init__(self, rows: Tensor, sizes: Mapping[str, int]) -> None:
+        super().__init__(torch.split_with_sizes(rows, list(sizes.values())))
         self._rows, self._parts = rows, tuple(self)
+        self.layers = list(sizes)
 
     @property
     def rows(self) -> Tensor | None:

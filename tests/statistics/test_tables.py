@@ -15,7 +15,7 @@ from taylor_kernels.statistics.tables import PackedTables, rows_of_all
 
 
 def _drawn() -> PackedTables:
-    return PackedTables(torch.randn(6, 2), (1, 3, 2))
+    return PackedTables(torch.randn(6, 2), {"a": 1, "b": 3, "c": 2})
 
 
 def test_rows_are_those_of_the_tables_and_share_their_memory():
@@ -49,6 +49,17 @@ def test_a_list_that_was_changed_is_read_table_by_table(change: Callable[[list[T
     tables = _drawn()
     change(tables)
     assert tables.rows is None
+
+
+@pytest.mark.parametrize("names", [("3", "0"), ("0",)])
+def test_packed_tables_of_other_layers_are_refused(names: tuple[str, ...]):
+    """As a statistic of one's own may hand on, that asks one of this package of fewer layers."""
+    model, _ = _net()
+    statistic = get_statistic("gates")(model, {"0": model[0], "3": model[3]})
+    widths = {"0": 8, "3": 6}
+    rows = torch.randn(sum(widths[name] for name in names), 1)
+    with pytest.raises(ValueError, match="statistic 'gates': collect"):
+        checked_tables(statistic, PackedTables(rows, {name: widths[name] for name in names}))
 
 
 def _net() -> tuple[nn.Module, Tensor]:

@@ -68,9 +68,9 @@ class HeldEntries:
 
         Args:
             look: where the native module writes, spare it if the tensors are the ones that the last
-                write with `last` was into, where they were, no operation of PyTorch has written
-                into them since, and an entry of every masked index, another one at each look, is
-                as it was left. Tensors of one dimension are looked at whole, and that is enough.
+                write with `last` was into, where they were, their versions have not moved, and an
+                entry of every masked index, another one at each look, is as it was left. Tensors
+                of one dimension are looked at whole, and that is enough.
             last: nothing but what a look would find is expected to change the entries from now on.
         """
         tensors = self._tensors.of(model)

@@ -42,11 +42,12 @@ class Masks:
 
     On the CPU the write before a forward pass is spared where that behind the last step of an
     optimizer of these parameters seems to hold: the tensors are the same, in the same memory that
-    no other process shares, PyTorch has not written into them (`_version`), and an entry of every
-    masked index is as it was left, another one each time. A write of which PyTorch does not know,
-    through `.data`, numpy or an address, is seen if it changes all of a masked filter, or one that
-    is looked at; biases and statistics are looked at whole. If it changes a few entries of weights,
-    as one row of an embedding whose columns are masked, these may stay until the next step.
+    no other process shares, their versions (`_version`) have not moved, and an entry of every
+    masked index is as it was left, another one each time. A write that moves no version, through
+    `.data`, numpy, an address or a fused kernel called by itself, is seen if it changes all of a
+    masked filter, or one that is looked at; biases and statistics are looked at whole. If it
+    changes a few entries of weights, as one row of an embedding whose columns are masked, these may
+    stay until the next step.
     """
 
     def __init__(self, model: nn.Module, optimizer: object) -> None:

@@ -75,8 +75,9 @@ class Ways:
         """Whether another example may lead this code another way: some branch depends on what is no
         constant of the model's."""
         seen = [branches(code) for code in self._codes if code.co_name not in _ATTRIBUTES]
-        stored = {name for one in seen for name in one.stored}
-        return any(one.open or not stored.isdisjoint(one.attributes) for one in seen)
+        # A property may ask for any attribute that code has set.
+        sets = any(one.stored for one in seen)
+        return any(one.open or (sets and one.attributes) for one in seen)
 
     @property
     def may_train_otherwise(self) -> bool:

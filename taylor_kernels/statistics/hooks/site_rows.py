@@ -38,7 +38,7 @@ class SiteRows:
         after[torch.cat(alike)] = torch.arange(len(wanted))
         self._nowhere = counts[torch.cat(alike)] == 0 if (counts == 0).any() else None
         self._place = after[place]
-        self._sizes = [where.layers[name].numel() for name in layers]
+        self._sizes = {name: where.layers[name].numel() for name in layers}
         self._widths = {site.key: site.classes.numel() for site in where.sites}
         self._known: tuple[tuple[str, ...] | None, torch.device | None, list[Tensor]] = (
             None, None, [],

@@ -22,10 +22,17 @@ _FIXED = {
 _ATTRIBUTES = {"LOAD_ATTR", "LOAD_METHOD"}
 #: With them a statement has ended, and nothing in front is part of a condition.
 _ENDS = ("STORE_", "DELETE_", "POP_TOP", "RESUME", "RETURN_", "GEN_START", "RERAISE", "FOR_ITER")
+#: Behind them there is one of two values (`a if b else c`), or one that has been stored just now.
+_HALVES = {"JUMP_FORWARD", "STORE_FAST_LOAD_FAST"}
+#: What is in front of a store if the value goes on to be used: `(n := len(x))`.
+_COPIES = {"COPY", "DUP_TOP"}
 #: Instructions between a value and a jump that takes nothing but a truth of it.
 _ON_THE_WAY = {"CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "LOAD_CONST", "LOAD_SMALL_INT",
                "COMPARE_OP", "UNARY_NOT"}  # fmt: skip
 _BLOCKS = {"SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH"}
+#: Methods whose errors Python itself takes for an answer: that there is nothing more, or no such
+#: thing.
+_ANSWERS = {"__next__", "__getitem__", "__getattr__", "__getattribute__"}
 
 
 class Branches(NamedTuple):
@@ -61,7 +68,12 @@ def branches(code: CodeType) -> Branches:
             unknown = True
         else:
             attributes |= depends
-    unknown |= any(i.opname in ("STORE_GLOBAL", "STORE_DEREF") for i in instructions) and found
+    names = [i.opname for i in instructions]
+    if "SETUP_FINALLY" in names or names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
+        found = unknown = True  # an error that a size leads to may be caught
+    unknown |= "STORE_GLOBAL" in names or ("STORE_DEREF" in names and found)
+    if "setattr" in code.co_names:
+        stored |= {"setattr"}
     return Branches(found, unknown, frozenset(attributes), stored)
 
 
@@ -108,20 +120,28 @@ def _is_conditional(one: dis.Instruction) -> bool:
 def _condition(instructions: list[dis.Instruction], place: int) -> frozenset[str] | None:
     """The attributes that a jump depends on; None where it may depend on the example."""
     found: set[str] = set()
-    for one in reversed(instructions[:place]):
-        name = one.opname
+    for number in range(place - 1, -1, -1):
+        name = instructions[number].opname
+        if name in _HALVES:
+            return None
         if name.startswith(_ENDS) or "JUMP" in name:
+            stored = name.startswith("STORE_") and number
+            if stored and instructions[number - 1].opname in _COPIES:
+                return None
             break
         if name in _ATTRIBUTES:
-            found.add(one.argval)
-        elif not (name in _FIXED or (name.startswith("LOAD_FAST") and one.argval == "self")):
+            found.add(instructions[number].argval)
+        elif not (
+            name in _FIXED
+            or (name.startswith("LOAD_FAST") and instructions[number].argval == "self")
+        ):
             return None
     return frozenset(found)
 
 
 def _has_a_raising_side(code: CodeType, place: int) -> bool:
     """Whether one side of a conditional jump does nothing but raise, which nothing here catches."""
-    if _catches(code):
+    if _catches(code) or code.co_name in _ANSWERS:
         return False
     instructions = _instructions(code)
     target = _places(code).get(instructions[place].argval, len(instructions))

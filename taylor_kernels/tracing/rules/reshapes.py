@@ -145,7 +145,7 @@ def reshaped(
             if axis is not None:
                 new.dims[i] = axis if axis.size == new.shape[i] else np.tile(axis, times)
                 new.zero[i] = zero
-                parts = len(theirs) > 1
+                parts = len(theirs) > 1 or dropped > 0
                 if i not in inferred:
                     place = theirs.index(i) if parts else 1
                     tie(call, axis.size, axis, index=place, settings=parts)

@@ -318,3 +318,19 @@ def test_tensors_without_a_version_are_written():
     model, found = held(tensor, [(0, [1, 3], 0.0)])
     found.write(model, look=True)
     assert found._native.writes == 2
+
+
+@natively
+@pytest.mark.parametrize("way", ["another tensor", "other memory"])
+def test_what_lies_elsewhere_is_written_whole(way):
+    """One changed entry of many would be looked at late, and no version says anything of it."""
+    for place in torch.randint(40, (5,)).tolist():
+        model, found = held(torch.randn(40, 30), [(1, [3, 4, 17], 0.0)])
+        other = model.b.clone()
+        other.data[place, 17] = 1.0
+        if way == "another tensor":
+            model.b = other
+        else:
+            model.b.data = other
+        found.write(model, look=True)
+        assert not model.b[:, [3, 4, 17]].any()

@@ -202,6 +202,34 @@ def _rounds(self, x):
     return x
 
 
+def _named(self, x):
+    if (rows := x.shape[0]) < 4:
+        return x
+    return x * rows
+
+
+def _either(self, x):
+    if (x.shape[0] if self.counts else self.rows) < 4:
+        return x
+    return -x
+
+
+_ROWS = 0
+
+
+def _kept_elsewhere(self, x):
+    global _ROWS
+    _ROWS = len(x)
+    return x
+
+
+def _tried(self, x):
+    try:
+        return x.view(2, -1)
+    except:  # noqa: E722
+        return x
+
+
 @pytest.mark.parametrize("function", asserting.ASSERTIONS)
 def test_assertions_are_no_branches(function):
     assert not branches(function.__code__).any
@@ -219,27 +247,52 @@ def test_what_is_missing_is_so_for_all_examples():
     assert not branches(_missing.__code__).open
 
 
-@pytest.mark.parametrize("function", [_size, _argument, _called, _rounds, asserting.caught])
+@pytest.mark.parametrize(
+    "function",
+    [
+        _size,
+        _argument,
+        _called,
+        _rounds,
+        _named,
+        _either,
+        _kept_elsewhere,
+        _tried,
+        asserting.caught,
+    ],
+)
 def test_other_branches_are_open(function):
     assert branches(function.__code__).open
 
 
-def test_an_attribute_that_a_run_writes_opens_its_branches():
+@pytest.mark.parametrize("way", ["keep", "keep_by_name"])
+@pytest.mark.parametrize("answer", ["chosen", "chosen_by_property"])
+def test_an_attribute_that_a_run_writes_opens_its_branches(way, answer):
     class Keeping:
         rows = 0
+
+        @property
+        def many(self):
+            return self.rows > 3
 
         def keep(self, x):
             self.rows = len(x)
 
+        def keep_by_name(self, x):
+            setattr(self, "rows", len(x))  # noqa: B010
+
         def chosen(self):
             return 1 if self.rows > 3 else 2
 
+        def chosen_by_property(self):
+            return 1 if self.many else 2
+
     keeping = Keeping()
     with Ways() as alone:
-        keeping.chosen()
+        getattr(keeping, answer)()
     with Ways() as both:
-        keeping.keep([1])
-        keeping.chosen()
+        getattr(keeping, way)([1])
+        getattr(keeping, answer)()
     assert not alone.may_differ
     assert both.may_differ
 
