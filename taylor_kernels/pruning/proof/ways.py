@@ -34,6 +34,9 @@ _OTHERS = tuple(
 #: Of these folders within the last of those, packages are others' again.
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
 
+#: Where norms are run again on what masks have left.
+_AGAIN = str(Path(__file__).parents[1] / "masks") + os.sep
+
 #: What code calls to draw random numbers.
 _DRAWS = frozenset(
     {"rand", "rand_like", "bernoulli", "bernoulli_", "uniform_", "randperm", "random"}
@@ -56,6 +59,7 @@ class Ways:
         self._codes: set[CodeType] = set()
         self._before: Any = None
         self._collects = False
+        self._again = False  # inside what masks run once more
 
     def __enter__(self) -> Ways:
         # What the collector of garbage calls, now and then, is no code of the model's.
@@ -109,8 +113,12 @@ class Ways:
 
     def _called(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        if not _is_models(code):
+        if self._again or not _is_models(code):
             return None
+        if (caller := frame.f_back) and caller.f_code.co_filename.startswith(_AGAIN):
+            self._again = True
+            frame.f_trace_lines = False
+            return self._ran_again
         self._codes.add(code)
         if code.co_name in _ATTRIBUTES:
             return None
@@ -126,6 +134,11 @@ class Ways:
             return stepped
 
         return stepped
+
+    def _ran_again(self, _: FrameType, event: str, __: Any) -> Any:
+        if event == "return":
+            self._again = False
+        return self._ran_again
 
 
 def _words(code: CodeType) -> set[str]:

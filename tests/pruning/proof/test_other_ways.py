@@ -174,6 +174,23 @@ def test_another_run_is_made_only_where_it_goes_another_way():
     assert other_of(around(Sized()).double(), many.double()) is None
 
 
+def test_a_norm_that_masks_run_again_is_no_other_way():
+    class Own(nn.LayerNorm):
+        scales = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.scales else x
+
+    class Few(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh() if len(x) < 4 else x.sigmoid()
+
+    model = nn.Sequential(nn.Linear(5, 8), Own(8), Few(), nn.Linear(8, 2))
+    assert other_of(model, torch.rand(30, 5)) is None
+    few = torch.rand(2, 5)
+    assert other_of(model, few) == (few.shape, torch.float64)
+
+
 def _setting(self, x):
     return x if self.settings.small and not self.flag else -x
 
