@@ -59,7 +59,7 @@ from tools.result_blocks import (
 )
 from tools.step_block import STEP, step_block
 from tools.stream_block import STREAM, stream_block
-from tools.zoo_block import ZOO, zoo_block
+from tools.zoo_block import PUBLISHED, ZOO, published_block, zoo_block
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = Path("examples/prune_digits.py")
@@ -221,6 +221,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "study": lambda: study_block(study()),
     "study-targets": study_targets,
     "zoo": lambda: zoo_block(json.loads((ROOT / ZOO).read_text())),
+    "published": lambda: published_block(json.loads((ROOT / PUBLISHED).read_text())),
     **method_blocks(),
 }
 for _path in sorted((ROOT / "examples").glob("trainer_*.py")):

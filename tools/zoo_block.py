@@ -8,8 +8,9 @@ from typing import Any
 
 from bench.markdown import ms, table
 
-#: Relative to the repository; `python -m tools.zoo_table` writes it.
+#: Relative to the repository; `python -m tools.zoo_table` writes them.
 ZOO = Path("bench/results/zoo/result.json")
+PUBLISHED = Path("bench/results/zoo/published.json")
 HEAD = (
     "network", "layers that can be pruned", "of the FLOPs", "forward + backward, ms",
     "building a pruner", "an empty mode", "tracing", "parameters left", "masked − removed",
@@ -25,24 +26,40 @@ OUTPUT = "reaches the output of the model"
 
 def zoo_block(result: dict[str, Any]) -> str:
     """The tables, what stays and why, and where it was measured."""
-    networks, published = result["networks"], result.get("published", {})
+    networks = result["networks"]
     parts = []
     for package, some in groupby(networks.items(), lambda item: item[1]["package"]):
         rows = [_row(name, one) for name, one in some]
         parts += [f"### {package} {result['versions'][package]}", table(HEAD, rows)]
-    parts.append(_limits(networks))
-    if published:
-        rows = [_row(name, one) for name, one in published.items()]
-        parts += ["### At sizes that they are published in", table(HEAD, rows), _kept(published)]
-    machine = result["machine"]
     parts += [
+        _limits(networks),
         "What stays beside the layers that reach the output, and why:",
-        "\n".join(_staying({**networks, **published})),
-        f"{machine['processor']}, {machine['threads']} thread; PyTorch "
-        f"{result['versions']['torch']}. Source: `{ZOO.as_posix()}`, written by "
-        "`python -m tools.zoo_table`.",
+        "\n".join(_staying(networks)),
+        _source(result, ZOO, ""),
     ]
     return "\n\n".join(parts)
+
+
+def published_block(result: dict[str, Any]) -> str:
+    """The same of networks at the sizes that they are published in, in one table."""
+    networks = result["networks"]
+    done = [one for one in networks.values() if "seconds" in one]
+    return "\n\n".join(
+        [
+            table(HEAD, [_row(name, one) for name, one in networks.items()]),
+            f"Of these {_count(done)} keep to the limits of a build and of a trace.",
+            _source(result, PUBLISHED, " --published"),
+        ]
+    )
+
+
+def _source(result: dict[str, Any], path: Path, option: str) -> str:
+    machine = result["machine"]
+    return (
+        f"{machine['processor']}, {machine['threads']} thread; PyTorch "
+        f"{result['versions']['torch']}. Source: `{path.as_posix()}`, written by "
+        f"`python -m tools.zoo_table{option}`."
+    )
 
 
 def build_ratio(one: dict[str, Any]) -> float:
@@ -72,12 +89,6 @@ def _limits(networks: dict[str, dict[str, Any]]) -> str:
         f"{SMALL * 1e3:g} ms and more {_count(large)} keep to it, of smaller ones {_count(small)}: "
         f"there a build takes {longest * 1e3:.0f} ms at most."
     )
-
-
-def _kept(networks: dict[str, dict[str, Any]]) -> str:
-    """How many networks keep to the limits."""
-    done = [one for one in networks.values() if "seconds" in one]
-    return f"{_count(done)} keep to the limits of a build and of a trace."
 
 
 def _count(of: list[dict[str, Any]]) -> str:

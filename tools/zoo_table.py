@@ -3,7 +3,7 @@
 Where those are tiny configurations, networks of the same kind follow at sizes in use.
 
     python -m tools.zoo_table                 # all of them, into bench/results/zoo/result.json
-    python -m tools.zoo_table --published     # those of tests/zoo/published.py alone
+    python -m tools.zoo_table --published     # those of tests/zoo/published.py, into published.json
     python -m tools.zoo_table gpt2 dpn68      # these again, the others as they were
     python -m tools.docs_blocks               # docs/networks.md shows what is kept
 
@@ -43,6 +43,7 @@ from tests.zoo.published import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = Path("bench/results/zoo/result.json")
+PUBLISHED_RESULT = Path("bench/results/zoo/published.json")
 PACKAGES = ("torch", "pytorchcv", "transformers", "monai", "efficientnet_pytorch")
 SECONDS = 600.0
 ALL: dict[str, Network] = {**NETWORKS, **PUBLISHED}
@@ -148,20 +149,19 @@ def apart(name: str) -> dict[str, Any]:
 
 def keep(names: list[str]) -> None:
     """Measure these networks and write the result after each."""
-    path = ROOT / RESULT
-    before = json.loads(path.read_text()) if path.exists() else {}
-    kept = {**before.get("networks", {}), **before.get("published", {})}
-    for name in names:
-        kept[name] = apart(name)
-        result = {
-            "machine": {"processor": system.cpu_model(), "threads": 1},
-            "versions": system.package_versions(*PACKAGES),
-            "networks": {known: kept[known] for known in NETWORKS if known in kept},
-            "published": {known: kept[known] for known in PUBLISHED if known in kept},
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(name, kept[name].get("failed", kept[name].get("seconds")), flush=True)
+    for networks, result in ((NETWORKS, RESULT), (PUBLISHED, PUBLISHED_RESULT)):
+        path = ROOT / result
+        kept = json.loads(path.read_text())["networks"] if path.exists() else {}
+        for name in (name for name in names if name in networks):
+            kept[name] = apart(name)
+            found = {
+                "machine": {"processor": system.cpu_model(), "threads": 1},
+                "versions": system.package_versions(*PACKAGES),
+                "networks": {known: kept[known] for known in networks if known in kept},
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, kept[name].get("failed", kept[name].get("seconds")), flush=True)
 
 
 def main() -> None:
