@@ -193,9 +193,9 @@ class HeldFills {
     // The lock of Python is kept: another thread that puts other memory into a parameter would free
     // what is written into here.
     const uint32_t number = looks_ += same;
-    const bool spared = same && std::all_of(written.begin(), written.end(), [&](const Written& one) {
-      return one.seems_written(number);
-    });
+    const bool spared =
+        same && std::all_of(written.begin(), written.end(),
+                            [&](const Written& one) { return one.seems_written(number); });
     if (!spared) {
       for (const Written& one : written) one.write(false);
     }
