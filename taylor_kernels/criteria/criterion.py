@@ -141,6 +141,4 @@ class Criterion:
     def minibatch_scores(self, table: Tensor) -> Tensor:
         """[F] the mean of its observations; 0 of a minibatch without an example."""
         scores = self.observations(table)
-        if scores.size(1) == 1:
-            return scores[:, 0]
         return scores.mean(1) if scores.size(1) else scores.sum(1)

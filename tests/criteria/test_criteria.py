@@ -243,3 +243,15 @@ def test_standard_error_over_updates_and_over_examples():
     single = tk.Importance(model, "magnitude_l2")
     single.update()
     assert single.standard_error()["fc"].isnan().all()
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_scores_of_a_minibatch_lie_in_memory_of_their_own(columns):
+    """A score function may return a buffer that it goes on to change."""
+    buffer = torch.randn(5, columns, dtype=torch.float64)
+    criterion = tk.Criterion("kept", "example_gates", lambda table: buffer)
+    scores = criterion.minibatch_scores(torch.randn(5, columns, dtype=torch.float64))
+    before = scores.clone()
+    torch.testing.assert_close(before, buffer.mean(1))
+    buffer.zero_()
+    assert torch.equal(scores, before)

@@ -120,9 +120,7 @@ class Ways:
             frame.f_trace_lines = False
             return self._ran_again
         self._codes.add(code)
-        if code.co_name in _ATTRIBUTES:
-            return None
-        if not branches(code).any:
+        if code.co_name in _ATTRIBUTES or not branches(code).any:
             return None
         places: set[int] = set()
         self.taken.append((code, places))

@@ -77,8 +77,8 @@ class UnitRows:
         if widths not in self._plans:
             self._plans[widths] = [self._planned(tables, run) for run in self._runs(tables)]
         found = [self._score(tables, run) for run in self._plans[widths]]
-        if len(found) == 1:  # a copy, since a score function may return what it changes later
-            return found[0].to(torch.float64, copy=True)
+        if len(found) == 1:
+            return found[0].double()
         return torch.cat(found).double() if found else torch.empty(0, dtype=torch.float64)
 
     @property

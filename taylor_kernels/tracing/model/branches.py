@@ -61,9 +61,8 @@ def branches(code: CodeType) -> Branches:
         if not _is_conditional(one) or _has_a_raising_side(code, place):
             continue
         found = True
-        depends = None if "NONE" not in one.opname else frozenset[str]()
-        if depends is None:
-            depends = _condition(instructions, place)
+        missing = "NONE" in one.opname
+        depends = frozenset[str]() if missing else _condition(instructions, place)
         if depends is None:
             unknown = True
         else:

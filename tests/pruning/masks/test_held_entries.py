@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from taylor_kernels.backends import native
 from taylor_kernels.pruning.masks.held_entries import HeldEntries, zeroes_gradients
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -63,15 +62,6 @@ def module_of(held: list[torch.Tensor]) -> tuple[nn.Module, list[str]]:
             owner.register_parameter("p", nn.Parameter(tensor))
         names.append(f"m{number}.{'b' if number % 2 else 'p'}")
     return model, names
-
-
-@pytest.fixture(params=["native", "PyTorch alone"])
-def way(request, monkeypatch):
-    if request.param == "PyTorch alone":
-        monkeypatch.setattr(native, "plans_calls", False)
-    elif not native.plans_calls:
-        pytest.skip("the native module cannot view tensors of this PyTorch")
-    return request.param
 
 
 @settings(max_examples=60)

@@ -23,15 +23,6 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(params=["native", "PyTorch alone"])
-def way(request, monkeypatch):
-    if request.param == "PyTorch alone":
-        monkeypatch.setattr(native, "plans_calls", False)
-    elif not native.plans_calls:
-        pytest.skip("the native module cannot view tensors of this PyTorch")
-    return request.param
-
-
 natively = pytest.mark.skipif(
     not native.plans_calls, reason="the native module cannot view tensors of this PyTorch"
 )
